@@ -1,0 +1,1 @@
+"""The OpenAI surface: schemas, chat templates, text, SSE, errors and routes, shared by edge and cloud."""

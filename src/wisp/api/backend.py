@@ -1,0 +1,54 @@
+"""What the OpenAI surface needs from whoever generates: an edge (drafting) or a verifier (decoding itself)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import msgspec
+
+from wisp.core.sampling import Sampling
+from wisp.core.slo import Slo
+from wisp.core.work import Committed
+from wisp.engines.base import Tokenizer
+
+__all__ = ["Backend", "Committed", "Generation", "Target"]
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """One generation, in token ids. `max_tokens` is at least 1 and fits the context.
+
+    `key` names the API key of the caller ("" where none is needed); `request_id` is for logs.
+    """
+
+    prompt: list[int]
+    sampling: Sampling
+    max_tokens: int
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    slo: Slo | None = None
+    request_id: str = ""
+    key: str = ""
+
+
+class Target(msgspec.Struct, frozen=True):
+    """The model behind a backend. `context`: most tokens of prompt + output."""
+
+    model: str
+    tokenizer: Tokenizer
+    context: int
+
+
+class Backend(Protocol):
+    """Generates. One per process."""
+
+    async def target(self) -> Target:
+        """The model served. Waits a stated time for a verifier, then raises UnavailableError."""
+        ...
+
+    def generate(self, generation: Generation) -> AsyncIterator[Committed]:
+        """Stream what is committed; the last item has a `finish`. Closing the iterator cancels the work.
+
+        Raises RequestError (429, 503, ...) before the first item or between items.
+        """
+        ...

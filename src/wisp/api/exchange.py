@@ -1,0 +1,112 @@
+"""One request's life, as logs and metrics see it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.requests import ClientDisconnect, Request
+
+from wisp.api.errors import request_id, to_request_error
+from wisp.api.observe import Observer, RequestRecord
+from wisp.api.output import Output
+from wisp.api.requests import Ask
+from wisp.api.sse import ClientGoneError
+from wisp.core.stats import SpecStats
+
+logger = logging.getLogger("wisp.api")
+
+_CLIENT_CLOSED = 499  # nginx's status for a client that left; never sent
+
+
+class Exchange:
+    """What is known of a request so far: filled in as it is handled."""
+
+    def __init__(self, request: Request, endpoint: str, observer: Observer | None) -> None:
+        self.id = request_id(request)
+        self.endpoint = endpoint
+        self.arrived = time.monotonic()
+        self.key = ""
+        self.ask: Ask | None = None
+        self.prompt_tokens = 0
+        self.output: Output | None = None
+        self._observer = observer
+
+    @contextmanager
+    def accounted(self) -> Iterator[None]:
+        """Around all of a request: whatever its end, it is logged and observed once.
+
+        Every exception leaves as RequestError, ClientGoneError or CancelledError.
+        """
+        try:
+            yield
+        except (ClientGoneError, ClientDisconnect):
+            if self.output and self.output.finish:  # it had its answer, and only hung up faster than we did
+                self._end(200, self.output.finish)
+            else:
+                self._end(_CLIENT_CLOSED, "cancelled")
+            raise ClientGoneError from None
+        except asyncio.CancelledError:
+            self._end(_CLIENT_CLOSED, "cancelled")
+            raise
+        except Exception as exc:
+            error = to_request_error(exc, self.id)
+            self._end(error.status, "error", error.code or "")
+            raise error from exc
+        else:
+            self._end(200, self.output.finish if self.output else "")
+
+    def _end(self, status: int, finish: str, code: str = "") -> None:
+        record = self._record(status, finish, code)
+        _log(record)
+        if self._observer is None:
+            return
+        try:
+            self._observer.request_finished(record)
+        except Exception:  # metrics must not break what they measure
+            logger.exception("request=%s: the observer failed", self.id)
+
+    def _record(self, status: int, finish: str, code: str) -> RequestRecord:
+        output, ask = self.output, self.ask
+        return RequestRecord(
+            endpoint=self.endpoint,
+            request_id=self.id,
+            key=self.key,
+            status=status,
+            finish=finish,
+            code=code,
+            stream=ask.stream if ask else False,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=output.tokens if output else 0,
+            arrived=self.arrived,
+            first=output.first if output else 0.0,
+            last=output.last if output else 0.0,
+            ended=time.monotonic(),
+            gaps_s=output.gaps_s if output else [],
+            spec=output.spec if output else SpecStats(),
+            slo=ask.slo if ask else None,
+        )
+
+
+def _log(r: RequestRecord) -> None:
+    """One line, without a word of what the client or the model said."""
+    logger.info(
+        "request=%s endpoint=%s key=%s status=%d finish=%s code=%s stream=%s prompt_tokens=%d "
+        "completion_tokens=%d drafted=%d accepted=%d ttft_ms=%.1f total_ms=%.1f",
+        r.request_id,
+        r.endpoint,
+        r.key or "-",
+        r.status,
+        r.finish,
+        r.code or "-",
+        str(r.stream).lower(),
+        r.prompt_tokens,
+        r.completion_tokens,
+        r.spec.num_draft_tokens,
+        r.spec.num_accepted_draft_tokens,
+        (r.first - r.arrived) * 1e3 if r.first else 0.0,
+        (r.ended - r.arrived) * 1e3,
+    )

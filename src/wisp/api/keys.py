@@ -1,0 +1,109 @@
+"""API keys: who may use this process, and how much. A TOML file that may change under way, or one secret.
+
+    [keys.alice]
+    secret = "..."            # or: sha256 = "<hex digest of the secret>"
+    sessions = 8              # limits; leave out for none
+    requests_per_minute = 60
+    tokens_per_minute = 20000
+
+Removing a table revokes its key at the next look at the file, a few seconds later. Secrets are kept and
+compared as digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from wisp.core.admission import KeyLimits
+from wisp.core.errors import ConfigError, RequestError
+
+ANONYMOUS = "anonymous"
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    secret: str = ""
+    sha256: str = ""
+    sessions: int = 0
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+
+
+class Keyring:
+    """Names and limits by secret. Empty: everyone is let in as `anonymous`."""
+
+    def __init__(self, path: Path | None = None, secret: str | None = None) -> None:
+        """`secret` is a single key named "default" (from the environment); `path` a file of keys."""
+        self.path = path
+        self.limits: dict[str, KeyLimits] = {}
+        self._fixed = {_digest(secret): "default"} if secret else {}
+        self._names: dict[str, str] = dict(self._fixed)
+        self._stamp: tuple[int, int] | None = None
+        if path is not None:
+            self.reload()
+
+    def __bool__(self) -> bool:
+        return bool(self._names) or self.path is not None
+
+    def reload(self) -> bool:
+        """Read the file again if it changed. Raises ConfigError for a bad file, and then keeps the old keys."""
+        if self.path is None:
+            return False
+        try:
+            stat = self.path.stat()
+            stamp = (stat.st_mtime_ns, stat.st_size)
+            if stamp == self._stamp:
+                return False
+            document = tomllib.loads(self.path.read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"cannot read the API keys in {self.path}: {error}") from None
+        names, limits = _parse(document, self.path)
+        self._names = self._fixed | names
+        self.limits = limits
+        self._stamp = stamp
+        return True
+
+    def authorize(self, header: str | None) -> str:
+        """The name of the key in an Authorization header. Raises RequestError(401)."""
+        if not self:
+            return ANONYMOUS
+        scheme, _, secret = (header or "").partition(" ")
+        if scheme.lower() != "bearer" or not secret.strip():
+            raise _unauthorized("no API key; send 'Authorization: Bearer KEY'")
+        digest = _digest(secret.strip())
+        for known, name in self._names.items():
+            if hmac.compare_digest(known, digest):
+                return name
+        raise _unauthorized("this API key is not known here")
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _unauthorized(message: str) -> RequestError:
+    return RequestError(401, message, code="invalid_api_key", type="authentication_error")
+
+
+def _parse(document: dict[str, Any], path: Path) -> tuple[dict[str, str], dict[str, KeyLimits]]:
+    names: dict[str, str] = {}
+    limits: dict[str, KeyLimits] = {}
+    tables = document.get("keys")
+    if not isinstance(tables, dict):
+        raise ConfigError(f"{path}: expected tables [keys.NAME], each with a secret or a sha256")
+    for name, table in tables.items():
+        try:
+            entry = msgspec.convert(table, _Entry)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{path}: [keys.{name}]: {error}") from None
+        digest = entry.sha256.lower() or (_digest(entry.secret) if entry.secret else "")
+        if len(digest) != 64 or digest in names:
+            raise ConfigError(f"{path}: [keys.{name}] needs a secret or a sha256 of its own")
+        names[digest] = name
+        limits[name] = KeyLimits(entry.sessions, entry.requests_per_minute, entry.tokens_per_minute)
+    return names, limits

@@ -1,0 +1,112 @@
+"""Server-sent events, and the end of work for a client that has left.
+
+A response runs in one task, next to another that waits for the client to disconnect; whichever ends first
+ends the other. Cancelling the response closes the generation it reads from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.types import Receive, Send
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+
+_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # nginx would hold events back
+}
+
+
+def event(data: object) -> bytes:
+    """One event. JSON has no raw line breaks, so one `data:` line is enough."""
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+class ClientGoneError(Exception):
+    """The client disconnected before it had its answer."""
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; cancels it and raises ClientGoneError as soon as the client disconnects.
+
+    The request's body must have been read.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        await _cancel(gone)
+        await _cancel(task)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(task: asyncio.Task[Any]) -> None:
+    """Cancel and wait, so that what `task` held is released; how it ended is not of interest any more."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # otherwise asyncio complains that nobody looked
+
+
+async def close(iterator: AsyncIterator[Any]) -> None:
+    """Close an asynchronous iterator that may or may not be a generator."""
+    aclose = getattr(iterator, "aclose", None)
+    if aclose is not None:
+        await aclose()
+
+
+async def with_keep_alive(events: AsyncIterator[bytes], every_s: float) -> AsyncGenerator[bytes, None]:
+    """The events, and a comment whenever nothing has come for `every_s` seconds. Closes `events`."""
+    waiting: asyncio.Task[bytes | None] | None = None
+    try:
+        while True:
+            waiting = asyncio.create_task(_next(events))
+            while not (await asyncio.wait({waiting}, timeout=every_s))[0]:
+                yield KEEP_ALIVE
+            item = waiting.result()
+            if item is None:
+                return
+            yield item
+    finally:
+        if waiting is not None:
+            await _cancel(waiting)
+        await close(events)
+
+
+async def _next(events: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(events, None)
+
+
+class EventSender:
+    """Sends a response of events. It starts with the first one: until then a request may still fail properly."""
+
+    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
+        self._send = send
+        self._headers = {**headers, **_HEADERS}
+        self.started = False
+
+    async def send(self, data: bytes) -> None:
+        if not self.started:
+            headers = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in self._headers.items()]
+            self.started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def close(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})

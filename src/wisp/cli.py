@@ -1,0 +1,290 @@
+"""The command line: one thin command each. Every flag has an environment variable WISP_<COMMAND>_<FLAG>, and
+`wisp --config FILE` takes any of them from a TOML file with a table per command."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+# Two pools of spinning threads on one machine ruin each other; this must be set before llama.cpp loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import typer
+
+from wisp import __version__
+from wisp.core.errors import ConfigError, WispError
+
+app = typer.Typer(
+    name="wisp",
+    help="Distributed speculative LLM serving: edges draft, a verifier decides, the text is the target's own.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"auto_envvar_prefix": "WISP", "help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never download anything.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the engine (default: one per core).", min=1)]
+LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
+LogJson = Annotated[bool, typer.Option("--log-json", help="Log JSON lines.")]
+Server = Annotated[str, typer.Option(help="Address of the verifier.")]
+Model = Annotated[str, typer.Option(help="A catalogue name, a path, or hf:user/repo/file.gguf.")]
+Draft = Annotated[str, typer.Option(help="A model as for --target, or ngram, or none.")]
+Drafting = Annotated[str, typer.Option(help="Drafting policy, e.g. fixed:4.")]
+
+
+@app.callback()
+def _configure(
+    ctx: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="TOML file with a table per command.")] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"wisp {__version__}")
+        raise typer.Exit
+    if config is not None:
+        ctx.default_map = _read_config(config)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        tables = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    known = {c.name or (c.callback.__name__ if c.callback else ""): c for c in app.registered_commands}
+    defaults: dict[str, Any] = {}
+    for command, table in tables.items():
+        if command not in known or not isinstance(table, dict):
+            raise ConfigError(
+                f"{path}: [{command}] is not a command; tables are named {', '.join(sorted(known))}"
+            )
+        defaults[command] = {k.replace("-", "_"): v for k, v in table.items()}
+    return defaults
+
+
+@app.command()
+def serve(
+    target: Model,
+    engine: Annotated[str, typer.Option(help="llama.cpp.")] = "llama.cpp",
+    mode: Annotated[
+        str, typer.Option(help="exact: bit-identical in any batch; fast: quicker, may tie.")
+    ] = "exact",
+    batching: Annotated[str, typer.Option(help="continuous or fcfs.")] = "continuous",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8100,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="TOML file of API keys; read again when it changes.")
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Sequences whose KV is held at once.", min=1, max=256)] = 8,
+    context: Annotated[int, typer.Option(help="Tokens of prompt and output per session.", min=16)] = 2048,
+    threads: Threads = None,
+    max_sessions: Annotated[
+        int, typer.Option(help="Open sessions before new ones are refused.", min=1)
+    ] = 1024,
+    park_s: Annotated[float, typer.Option(help="Seconds that a session outlives its edge.", min=0)] = 60.0,
+    drain_s: Annotated[float, typer.Option(help="Seconds to finish sessions on SIGTERM.", min=0)] = 30.0,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM key.")] = None,
+    event_log: Annotated[
+        Path | None, typer.Option(help="Record every event, for replay. Holds prompts!")
+    ] = None,
+    offline: Offline = False,
+    log_level: LogLevel = "info",
+    log_json: LogJson = False,
+) -> None:
+    """Run a verifier: edges on a WebSocket, OpenAI clients on HTTP, one port. A single key may be in WISP_API_KEYS."""
+    from wisp.api.keys import Keyring
+    from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
+    from wisp.cloud.app import CloudApp, Settings
+    from wisp.core.batching import batching_policy
+    from wisp.engines.build import load_target, served_name
+    from wisp.engines.models import RichProgress, resolve
+
+    set_up_logging(log_level, json_lines=log_json)
+    keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
+    listen = Listen(host, port, tls_cert, tls_key)
+    listen.check(keyed=bool(keys))
+    batching_policy(batching)
+    if engine != "null":
+        with RichProgress() as progress:
+            resolve(target, offline=offline, progress=progress)
+    settings = Settings(served_name(target), batching, max_sessions, park_s, drain_s, event_log)
+    cloud = CloudApp(
+        settings,
+        keys,
+        lambda: load_target(
+            target, engine=engine, mode=mode, slots=slots, context=context, threads=threads, offline=offline
+        ),
+    )
+
+    async def run() -> None:
+        await run_app(cloud.asgi, listen, cloud.drain, cloud.ended)
+        if cloud.failed is not None:
+            raise cloud.failed
+
+    with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
+        runner.run(run())
+
+
+@app.command()
+def edge(
+    draft: Draft,
+    drafting: Drafting = "fixed:4",
+    server: Server = "http://127.0.0.1:8100",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8200,
+    api_keys: Annotated[Path | None, typer.Option(help="TOML file of keys for this endpoint.")] = None,
+    threads: Threads = None,
+    give_up_s: Annotated[
+        float, typer.Option(help="Seconds without a verifier before answers fail.", min=0)
+    ] = 30.0,
+    keep_alive_s: Annotated[float, typer.Option(help="Seconds between keep-alive comments.", min=0.1)] = 10.0,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM key.")] = None,
+    offline: Offline = False,
+    log_level: LogLevel = "info",
+    log_json: LogJson = False,
+) -> None:
+    """Run an edge: an OpenAI endpoint on this device. Its key to the verifier is taken from WISP_API_KEY."""
+    from wisp.api.keys import Keyring
+    from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
+    from wisp.core.drafting import drafting_policy
+    from wisp.edge.app import EdgeApp
+    from wisp.engines.build import load_drafter
+    from wisp.engines.models import RichProgress
+
+    set_up_logging(log_level, json_lines=log_json)
+    keys = Keyring(api_keys, os.environ.get("WISP_EDGE_API_KEYS"))
+    listen = Listen(host, port, tls_cert, tls_key)
+    listen.check(keyed=bool(keys))
+    drafting_policy(drafting)
+    with RichProgress() as progress:
+        drafter, fingerprint = load_drafter(draft, threads=threads, offline=offline, progress=progress)
+
+    async def run() -> None:
+        device = EdgeApp(
+            server,
+            api_key=os.environ.get("WISP_API_KEY"),
+            keys=keys,
+            drafter=drafter,
+            fingerprint=fingerprint,
+            policy=lambda: drafting_policy(drafting),
+            give_up_s=give_up_s,
+            keep_alive_s=keep_alive_s,
+        )
+        await run_app(device.asgi, listen, device.drain)
+
+    with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
+        runner.run(run())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The user's message; '-' reads standard input.")],
+    server: Server = "http://127.0.0.1:8100",
+    draft: Draft = "none",
+    drafting: Drafting = "fixed:4",
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.", min=0)] = 0,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Default: drawn, and reported.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Complete the prompt as it is, without a chat template.")
+    ] = False,
+    threads: Threads = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Generate once, streamed; tokens are coloured by origin: accepted draft green, the target's own plain."""
+    from wisp.edge.once import Request, generate_once
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    request = Request(text, system, raw, temperature, top_p, top_k, min_p, seed, max_tokens)
+    asyncio.run(
+        generate_once(
+            request, server, os.environ.get("WISP_API_KEY"), draft, drafting, threads, offline, json
+        )
+    )
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="A catalogue name, hf:user/repo/file.gguf, or a path.")] = "",
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Download a model, or list the catalogue."""
+    from wisp.lab.commands import list_models, pull_model
+
+    pull_model(name, offline=offline, as_json=json) if name else list_models(as_json=json)
+
+
+@app.command()
+def demo(
+    pair: Annotated[str, typer.Option(help="qwen2.5-coder or tiny.")] = "qwen2.5-coder",
+    drafting: Drafting = "fixed:4",
+    max_tokens: Annotated[int, typer.Option(help="Tokens per answer.", min=2)] = 48,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Start a verifier and an edge, and show that speculative text is the target's own, token for token."""
+    from wisp.lab.demo import run_demo
+
+    raise typer.Exit(run_demo(pair, drafting=drafting, max_tokens=max_tokens, offline=offline, as_json=json))
+
+
+@app.command()
+def doctor(offline: Offline = False, json: Json = False) -> None:
+    """What is installed, what the engine can do here, self-checks, and what to fix."""
+    from wisp.lab.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(offline=offline, as_json=json))
+
+
+@app.command(name="check-lossless")
+def check_lossless(
+    pair: Annotated[str, typer.Option(help="tiny or qwen2.5-coder.")] = "tiny",
+    mode: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
+    cases: Annotated[
+        int | None, typer.Option(help="How many cases (default: 320 tiny, 12 otherwise).", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random schedules.")] = 0,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Hold the speculative path against a slow reference decoder, under interleaving, eviction and resumption."""
+    from wisp.lab.lossless import run_check
+
+    raise typer.Exit(run_check(pair, mode=mode, cases=cases, seed=seed, offline=offline, as_json=json))
+
+
+@app.command(name="bench-overhead")
+def bench_overhead(
+    sessions: Annotated[int, typer.Option(help="Sessions, each on a connection of its own.", min=1)] = 64,
+    seconds: Annotated[float, typer.Option(help="Length of each measurement.", min=0.5)] = 5.0,
+    json: Json = False,
+) -> None:
+    """What a verification costs beside the engine: a null engine, real sockets, and a bare echo for comparison."""
+    from wisp.lab.overhead import run_bench
+
+    raise typer.Exit(run_bench(sessions=sessions, seconds=seconds, as_json=json))
+
+
+def main() -> None:
+    """Entry point. Errors that users can mend are one line, exit code 2."""
+    try:
+        app()
+    except WispError as error:
+        typer.echo(f"wisp: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""`wisp serve` as one ASGI app on one port.
+
+    /v1/sessions          WebSocket: edges
+    /v1/chat/completions  and the rest of the OpenAI surface: thin clients
+    /v1/tokenizers/{fp}   the target's tokenizer, for edges
+    /health  /metrics     without a key
+
+The model loads in the background once the port is open; /health says 503 until it is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import logging
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, WebSocketRoute
+
+from wisp.api.backend import Committed, Generation, Target
+from wisp.api.errors import JsonResponse, error_response, exception_handlers, request_id
+from wisp.api.keys import Keyring
+from wisp.api.routes import openai_routes
+from wisp.cloud.host import VerifierHost
+from wisp.cloud.sockets import SessionEndpoint
+from wisp.cloud.thin import ThinBackend
+from wisp.core.admission import Admission
+from wisp.core.errors import ConfigError, RequestError, UnavailableError
+from wisp.engines.base import TargetEngine, Tokenizer
+
+log = logging.getLogger("wisp.serve")
+
+KEYS_POLL_S = 2.0
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What an operator decides. `model` is the name that clients use."""
+
+    model: str
+    batching: str = "continuous"
+    max_sessions: int = 1024
+    park_s: float = 60.0
+    drain_s: float = 30.0
+    event_log: Path | None = None
+
+
+class CloudApp:
+    """The app and what lives behind it. `load` builds engine and tokenizer; it runs in a thread."""
+
+    def __init__(
+        self, settings: Settings, keys: Keyring, load: Callable[[], tuple[TargetEngine, Tokenizer]]
+    ) -> None:
+        self.settings = settings
+        self.keys = keys
+        self._load = load
+        self._host: VerifierHost | None = None
+        self._thin: ThinBackend | None = None
+        self.failed: Exception | None = None
+        self._ended = asyncio.Event()
+        self._blob: bytes = b""
+        backend = _Late(self)
+        self.asgi = Starlette(
+            routes=[
+                Route("/health", self._health),
+                Route("/metrics", self._metrics),
+                Route("/v1/tokenizers/{fingerprint}", self._tokenizer),
+                WebSocketRoute("/v1/sessions", SessionEndpoint(self.host, keys.authorize)),
+                *openai_routes(backend, authorize=self._authorize),
+            ],
+            exception_handlers=exception_handlers(),
+            lifespan=self._lifespan,
+        )
+
+    def host(self) -> VerifierHost:
+        """The verifier. Raises UnavailableError while the model loads."""
+        if self._host is None:
+            raise UnavailableError("the model is still loading", retry_after=2.0)
+        return self._host
+
+    def thin(self) -> ThinBackend:
+        """The backend for thin clients. Raises UnavailableError while the model loads."""
+        self.host()
+        assert self._thin is not None
+        return self._thin
+
+    async def drain(self) -> None:
+        """Take no new sessions and let the present ones end."""
+        if self._host is not None:
+            await self._host.drain(self.settings.drain_s)
+
+    async def ended(self) -> None:
+        """Returns when this server can never serve: its model did not load, and `failed` says why."""
+        await self._ended.wait()
+
+    # --- start and stop
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(self._start()), asyncio.create_task(self._watch_keys())]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._host is not None:
+                await asyncio.to_thread(self._host.stop)
+
+    async def _start(self) -> None:
+        try:
+            engine, tokenizer = await asyncio.to_thread(self._load)
+            self._blob = await asyncio.to_thread(lambda: gzip.compress(tokenizer.blob(), 6))
+            s = self.settings
+            host = VerifierHost(
+                engine,
+                tokenizer,
+                Admission(s.max_sessions, self.keys.limits),
+                model=s.model,
+                batching=s.batching,
+                park_s=s.park_s,
+                event_log=s.event_log,
+            )
+            self._thin = ThinBackend(host)
+            self._host = host
+        except Exception as error:
+            self.failed = error
+            self._ended.set()
+            return
+        info = engine.info
+        log.info("serving %s: %s, %s mode, %d slots of %d tokens, %s batching",
+                 s.model, info.engine, info.mode, info.slots, info.slot_tokens, s.batching)  # fmt: skip
+        for note in info.notes:
+            log.warning("%s", note)
+
+    async def _watch_keys(self) -> None:
+        while True:
+            await asyncio.sleep(KEYS_POLL_S)
+            try:
+                if self.keys.reload() and self._host is not None:
+                    self._host.verifier.admission.set_limits(self.keys.limits)
+                    log.info("API keys read again")
+            except ConfigError as error:
+                log.error("%s; the old keys stay in force", error)
+
+    # --- endpoints
+
+    def _authorize(self, request: Request) -> str:
+        return self.keys.authorize(request.headers.get("authorization"))
+
+    async def _health(self, request: Request) -> Response:
+        if self._host is None or self._host.draining:
+            status = "failed" if self.failed else "loading" if self._host is None else "draining"
+            return JsonResponse({"status": status}, status_code=503, headers={"retry-after": "2"})
+        host = self._host
+        body = {"status": "ok", "model": host.model, "mode": host.info.mode, "sessions": host.n_sessions}
+        return JsonResponse(body)
+
+    async def _metrics(self, request: Request) -> Response:
+        if self._host is None:
+            return Response("", status_code=503)
+        return Response(
+            self._host.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
+
+    async def _tokenizer(self, request: Request) -> Response:
+        try:
+            self._authorize(request)
+            host = self.host()
+            if request.path_params["fingerprint"] != host.tokenizer.fingerprint:
+                raise RequestError(404, f"this verifier's vocabulary is {host.tokenizer.fingerprint}")
+        except RequestError as error:
+            return error_response(error, request_id(request))
+        headers = {"content-encoding": "gzip", "cache-control": "max-age=31536000, immutable"}
+        return Response(self._blob, media_type="application/octet-stream", headers=headers)
+
+
+class _Late:
+    """The thin backend, once there is one."""
+
+    def __init__(self, app: CloudApp) -> None:
+        self.app = app
+
+    async def target(self) -> Target:
+        return await self.app.thin().target()
+
+    def generate(self, generation: Generation) -> AsyncIterator[Committed]:
+        return self.app.thin().generate(generation)

@@ -1,0 +1,172 @@
+"""The session WebSocket: frames in, `core.messages` out. Plain ASGI, since this is the hot path.
+
+One task reads; one task writes what the verifier has to say. A frame that is not a message is answered with
+Refused and changes nothing. A peer that does not read what it is sent is cut off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+
+from starlette.types import Receive, Scope, Send
+
+from wisp.cloud.host import VerifierHost
+from wisp.core.errors import ProtocolError, RequestError
+from wisp.core.messages import (
+    MAX_FRAME,
+    SUBPROTOCOL,
+    VERSION,
+    Cancel,
+    Draft,
+    Hello,
+    Message,
+    Open,
+    Refused,
+    decode_from_edge,
+    encode,
+)
+
+log = logging.getLogger("wisp.sockets")
+
+MAX_BACKLOG = 8 << 20  # bytes not yet taken by the peer
+HELLO_TIMEOUT_S = 10.0
+
+
+class SessionSocket:
+    """One edge's connection."""
+
+    def __init__(self, host: VerifierHost, key: str, receive: Receive, send: Send) -> None:
+        self.host = host
+        self.key = key
+        self._receive = receive
+        self._send = send
+        self._out: deque[bytes] = deque()
+        self._backlog = 0
+        self._more = asyncio.Event()
+        self._overrun = False
+
+    async def run(self) -> None:
+        """Handshake, then read until the peer is gone."""
+        host = self.host
+        if not await self._handshake():
+            return
+        connection = host.attach(self.key, self.post)
+        host.metrics.connections.inc()
+        writer = asyncio.create_task(self._write())
+        try:
+            while (frame := await self._frame()) is not None and not self._overrun:
+                try:
+                    message = decode_from_edge(frame)
+                    if isinstance(message, Hello):
+                        raise ProtocolError("out_of_turn", "hello was said already")
+                except ProtocolError as error:
+                    self.post(Refused("", error.code, str(error)))
+                    continue
+                host.receive(connection, message)
+        finally:
+            host.detach(connection)
+            host.metrics.connections.dec()
+            writer.cancel()
+
+    def post(self, message: Message) -> None:
+        """Queue a message for the peer."""
+        frame = encode(message)
+        self._backlog += len(frame)
+        if self._backlog > MAX_BACKLOG:
+            self._overrun = True
+        self._out.append(frame)
+        self._more.set()
+
+    async def _handshake(self) -> bool:
+        await self._receive()  # websocket.connect
+        await self._send({"type": "websocket.accept", "subprotocol": SUBPROTOCOL})
+        try:
+            frame = await asyncio.wait_for(self._frame(), HELLO_TIMEOUT_S)
+            if frame is None:
+                return False
+            self._check(decode_from_edge(frame))
+        except (ProtocolError, TimeoutError) as error:
+            code = error.code if isinstance(error, ProtocolError) else "timeout"
+            await self._bytes(encode(Refused("", code, str(error) or "no hello in time", fatal=True)))
+            await self._send({"type": "websocket.close", "code": 4400, "reason": code})
+            return False
+        await self._bytes(encode(self.host.welcome()))
+        return True
+
+    def _check(self, hello: Hello | Open | Draft | Cancel) -> None:
+        if not isinstance(hello, Hello):
+            raise ProtocolError("out_of_turn", "the first frame must be a hello")
+        if hello.version != VERSION:
+            message = f"this verifier speaks version {VERSION} of the protocol, the edge {hello.version}"
+            raise ProtocolError("version_mismatch", f"{message}; install the same release on both")
+        ours = self.host.tokenizer.fingerprint
+        if hello.fingerprint and hello.fingerprint != ours:
+            raise ProtocolError(
+                "vocabulary_mismatch",
+                f"the edge's vocabulary {hello.fingerprint[:12]} is not that of {self.host.model} ({ours[:12]}); "
+                "draft with a model of the same family, or with ngram or none",
+            )
+
+    async def _frame(self) -> bytes | None:
+        """The next binary frame, or None at the end."""
+        event = await self._receive()
+        if event["type"] != "websocket.receive":
+            return None
+        data: bytes | None = event.get("bytes")
+        return data if data is not None else b"\xc1"  # text: never a valid message
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                await self._more.wait()
+                self._more.clear()
+                while self._out:
+                    frame = self._out.popleft()
+                    await self._bytes(frame)
+                    self._backlog -= len(frame)
+                    if self._overrun:
+                        await self._send(
+                            {"type": "websocket.close", "code": 1013, "reason": "reads too slowly"}
+                        )
+                        return
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # the peer is gone; the reader will notice
+            log.debug("writing failed: %r", error)
+
+    async def _bytes(self, frame: bytes) -> None:
+        await self._send({"type": "websocket.send", "bytes": frame})
+
+
+class SessionEndpoint:
+    """ASGI application for the session path. `authorize` maps an Authorization header to a key's name."""
+
+    def __init__(self, host: Callable[[], VerifierHost], authorize: Callable[[str | None], str]) -> None:
+        self.host = host
+        self.authorize = authorize
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            key = self.authorize(headers.get(b"authorization"))
+        except RequestError as error:
+            await _deny(receive, send, scope, error)
+            return
+        await SessionSocket(self.host(), key, receive, send).run()
+
+
+async def _deny(receive: Receive, send: Send, scope: Scope, error: RequestError) -> None:
+    """Refuse the upgrade with an HTTP status, or, where the server cannot, with a close code."""
+    await receive()
+    if "websocket.http.response" in scope.get("extensions", {}):
+        headers = [(b"content-type", b"text/plain"), (b"www-authenticate", b"Bearer")]
+        await send({"type": "websocket.http.response.start", "status": error.status, "headers": headers})
+        await send({"type": "websocket.http.response.body", "body": str(error).encode()})
+    else:
+        await send({"type": "websocket.close", "code": 4401, "reason": str(error)})
+
+
+__all__ = ["MAX_FRAME", "SessionEndpoint", "SessionSocket"]

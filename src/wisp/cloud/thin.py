@@ -1,0 +1,71 @@
+"""Thin clients: OpenAI requests that no edge drafts for. The server decodes them, in the same batches.
+
+Each is a session in server mode over an in-process connection, so everything else (batching, KV, limits per
+key, metrics) is the same as for an edge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+
+from wisp.api.backend import Committed, Generation, Target
+from wisp.cloud.host import VerifierHost
+from wisp.core.drafter import Drafter, Reopen, Task
+from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
+
+
+class ThinBackend:
+    """`api.backend.Backend` on a verifier in this process."""
+
+    def __init__(self, host: VerifierHost) -> None:
+        self.host = host
+        self._target = Target(host.model, host.tokenizer, host.limits.slot_tokens)
+
+    async def target(self) -> Target:
+        """The model served here."""
+        return self._target
+
+    async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
+        """Stream what the target decodes."""
+        host = self.host
+        inbox: asyncio.Queue[Verdict | Refused] = asyncio.Queue()
+        connection = host.attach(generation.key, inbox.put_nowait)
+        drafter = Drafter(secrets.token_hex(16), task_of(generation), None, host.limits.eos)
+        try:
+            actions = drafter.connected(host.limits.max_draft)
+            while True:
+                for action in actions:
+                    if isinstance(action, Open | Draft):
+                        host.receive(connection, action)
+                    elif isinstance(action, Reopen):
+                        await asyncio.sleep(action.after_s)
+                        for again in drafter.connected(host.limits.max_draft):
+                            assert isinstance(again, Open)
+                            host.receive(connection, again)
+                    elif isinstance(action, Committed):
+                        yield action
+                        if action.finish:
+                            return
+                message = await inbox.get()
+                actions = (
+                    drafter.refused(message)
+                    if isinstance(message, Refused)
+                    else drafter.verdict(0.0, message)
+                )
+        finally:
+            host.receive(connection, Cancel(drafter.session))
+            host.detach(connection)
+
+
+def task_of(generation: Generation) -> Task:
+    """The same, as the drafter takes it."""
+    return Task(
+        prompt=generation.prompt,
+        sampling=generation.sampling,
+        max_tokens=generation.max_tokens,
+        ignore_eos=generation.ignore_eos,
+        logprobs=generation.logprobs,
+        slo=generation.slo,
+    )

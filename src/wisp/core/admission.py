@@ -1,0 +1,130 @@
+"""Who may open a session, and whose turn it is: limits per API key, and fair shares between keys.
+
+Limits are token buckets of one minute's worth. Fairness is a virtual counter of service per key (Sheng et
+al., OSDI 2024): the key that was served least goes first, and a key that comes back after a pause starts
+level with the least served active one, so that nobody saves up a claim by staying away.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from wisp.core.errors import ProtocolError
+
+PROMPT_WEIGHT = 0.25  # service of one prompt token, in output tokens: prefill is cheaper by far
+
+
+class KeyLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Limits of one key; 0 means none."""
+
+    sessions: int = 0
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+
+
+class Refusal(ProtocolError):
+    """Not now. `retry_after` is seconds."""
+
+    def __init__(self, code: str, message: str, retry_after: float) -> None:
+        super().__init__(code, message)
+        self.retry_after = retry_after
+
+
+class _Bucket:
+    """Fills at `per_minute`, holds one minute's worth, may be overdrawn by what is taken unasked."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.rate = per_minute / 60.0
+        self.size = float(per_minute)
+        self.level = self.size
+        self.at = now
+
+    def fill(self, now: float) -> None:
+        self.level = min(self.size, self.level + (now - self.at) * self.rate)
+        self.at = now
+
+    def wait(self, amount: float) -> float:
+        """Seconds until `amount` is there."""
+        return max(0.0, (amount - self.level) / self.rate)
+
+
+class KeyUsage(msgspec.Struct):
+    """What a key has used since the start, and has open now."""
+
+    sessions: int = 0
+    requests: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+class Admission:
+    """Limits and shares. All methods take `now` in seconds."""
+
+    def __init__(self, max_sessions: int, limits: dict[str, KeyLimits] | None = None) -> None:
+        self.max_sessions = max_sessions
+        self.limits = limits or {}
+        self.usage: dict[str, KeyUsage] = {}
+        self.shares: dict[str, float] = {}  # service per key, in output tokens
+        self._requests: dict[str, _Bucket] = {}
+        self._tokens: dict[str, _Bucket] = {}
+        self._open = 0
+
+    def set_limits(self, limits: dict[str, KeyLimits]) -> None:
+        """Replace all limits (the key file was read again)."""
+        self.limits = limits
+        self._requests.clear()
+        self._tokens.clear()
+
+    def opened(self, now: float, key: str) -> None:
+        """A new session. Raises Refusal, and then counts nothing but the refusal."""
+        usage = self.usage.setdefault(key, KeyUsage())
+        try:
+            self._check(now, key, usage)
+        except Refusal:
+            usage.refused += 1
+            raise
+        if usage.sessions == 0:
+            active = [self.shares[k] for k, u in self.usage.items() if u.sessions and k in self.shares]
+            self.shares[key] = max(self.shares.get(key, 0.0), min(active, default=0.0))
+        usage.sessions += 1
+        usage.requests += 1
+        self._open += 1
+
+    def closed(self, key: str) -> None:
+        """A session of that key has ended."""
+        self.usage[key].sessions -= 1
+        self._open -= 1
+
+    def served(self, now: float, key: str, prompt_tokens: int, output_tokens: int) -> None:
+        """Charge what a step has done for a key."""
+        usage = self.usage[key]
+        usage.prompt_tokens += prompt_tokens
+        usage.output_tokens += output_tokens
+        self.shares[key] = self.shares.get(key, 0.0) + output_tokens + PROMPT_WEIGHT * prompt_tokens
+        bucket = self._tokens.get(key)
+        if bucket is not None:
+            bucket.fill(now)
+            bucket.level -= prompt_tokens + output_tokens
+
+    def _check(self, now: float, key: str, usage: KeyUsage) -> None:
+        if self._open >= self.max_sessions:
+            raise Refusal("overloaded", f"all {self.max_sessions} sessions of this verifier are in use", 1.0)
+        limits = self.limits.get(key)
+        if limits is None:
+            return
+        if limits.sessions and usage.sessions >= limits.sessions:
+            raise Refusal("rate_limit_exceeded", f"this key may have {limits.sessions} sessions open", 1.0)
+        if limits.tokens_per_minute:
+            bucket = self._tokens.setdefault(key, _Bucket(limits.tokens_per_minute, now))
+            bucket.fill(now)
+            if bucket.level <= 0:
+                message = f"this key may use {limits.tokens_per_minute} tokens a minute"
+                raise Refusal("rate_limit_exceeded", message, bucket.wait(1.0))
+        if limits.requests_per_minute:
+            bucket = self._requests.setdefault(key, _Bucket(limits.requests_per_minute, now))
+            bucket.fill(now)
+            if bucket.level < 1.0:
+                message = f"this key may send {limits.requests_per_minute} requests a minute"
+                raise Refusal("rate_limit_exceeded", message, bucket.wait(1.0))
+            bucket.level -= 1.0

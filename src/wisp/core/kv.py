@@ -1,0 +1,168 @@
+"""Which session's KV lives in which slot: longest-prefix reuse, parking, eviction. Pure bookkeeping.
+
+An engine has `slots` sequences of `slot_tokens` each, and `kv_tokens` in all. A slot is *owned* by a live
+session or is a *leftover*: the tokens of an ended session, kept because a follow-up turn may begin with them.
+A KV cache is only a cache: any slot may be taken from anyone, at the price of computing it again.
+
+Prefixes are shared only within one API key: across keys, the time to the first token would tell one
+customer what another has asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+COPY_FROM = 16  # tokens; a shorter common prefix is computed again rather than copied
+
+
+class Slot(msgspec.Struct):
+    """`tokens` are those whose KV is valid, in order; `owner` is a session handle or None."""
+
+    index: int
+    tokens: list[int] = []
+    owner: int | None = None
+    key: str = ""
+    used: float = 0.0  # time of last use
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """Where a session's KV goes: `start` tokens are there already, after a copy from `copy_from` if >= 0."""
+
+    slot: int
+    start: int
+    copy_from: int
+    evicted: int | None  # session that lost its KV, if any
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix, by bisection on slice equality (compares at C speed)."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+class KvPool:
+    """Slots of one engine. Never does I/O; `evictable` tells which owners may lose theirs now."""
+
+    def __init__(self, slots: int, slot_tokens: int, kv_tokens: int) -> None:
+        self.slot_tokens = slot_tokens
+        self.kv_tokens = kv_tokens
+        self.slots = [Slot(i) for i in range(slots)]
+        self.held = 0  # tokens in all slots, leftovers included
+
+    def acquire(
+        self,
+        now: float,
+        session: int,
+        key: str,
+        chain: Sequence[int],
+        evictable: Callable[[int], bool],
+    ) -> Placement | None:
+        """A slot for `session` whose tokens are `chain`; None if every slot is owned and busy.
+
+        At least the last token of `chain` is left to compute, so that there is a row to choose from.
+        """
+        victim = self._victim(evictable)
+        if victim is None:
+            return None
+        source, shared = self._longest_prefix(key, chain[:-1])
+        copy_from, start = -1, 0
+        if source is victim:
+            start = shared
+        elif source is not None and source.owner is None and shared >= len(source.tokens) // 2:
+            victim, start = source, shared  # a former turn of this chat: go on in its slot
+        elif source is not None and shared >= COPY_FROM:
+            copy_from, start = source.index, shared
+        evicted = victim.owner
+        self._set(victim, list(chain[:start]))
+        victim.owner, victim.key, victim.used = session, key, now
+        return Placement(victim.index, start, copy_from, evicted)
+
+    def fit(self, new_tokens: int, keep: Callable[[int], bool]) -> list[int] | None:
+        """Make room for `new_tokens` more. Leftovers go first, oldest first, then owners that `keep` not.
+
+        Returns the sessions evicted, or None (nothing done) if there can be no room.
+        """
+        missing = self.held + new_tokens - self.kv_tokens
+        if missing <= 0:
+            return []
+        order = sorted(
+            (s for s in self.slots if s.tokens and (s.owner is None or not keep(s.owner))),
+            key=lambda s: (s.owner is not None, s.used, s.index),
+        )
+        if sum(len(s.tokens) for s in order) < missing:
+            return None
+        evicted = []
+        for slot in order:
+            if missing <= 0:
+                break
+            missing -= len(slot.tokens)
+            if slot.owner is not None:
+                evicted.append(slot.owner)
+            self.drop(slot.index)
+        return evicted
+
+    def record(self, now: float, slot: int, tokens: list[int]) -> None:
+        """The slot now holds the KV of exactly `tokens`."""
+        self._set(self.slots[slot], tokens)
+        self.slots[slot].used = now
+
+    def release(self, slot: int, *, keep: bool) -> None:
+        """The owner is done. `keep` leaves the tokens for a follow-up turn."""
+        self.slots[slot].owner = None
+        if not keep:
+            self._set(self.slots[slot], [])
+
+    def drop(self, slot: int) -> None:
+        """Forget what the slot holds, and its owner."""
+        self.release(slot, keep=False)
+
+    @property
+    def owned_tokens(self) -> int:
+        """KV tokens of live sessions."""
+        return sum(len(s.tokens) for s in self.slots if s.owner is not None)
+
+    @property
+    def owned_slots(self) -> int:
+        """Slots of live sessions."""
+        return sum(s.owner is not None for s in self.slots)
+
+    def _set(self, slot: Slot, tokens: list[int]) -> None:
+        self.held += len(tokens) - len(slot.tokens)
+        slot.tokens = tokens
+
+    def _victim(self, evictable: Callable[[int], bool]) -> Slot | None:
+        """The slot to give away: an empty one, else the oldest leftover, else the oldest evictable owner's."""
+        best: Slot | None = None
+        best_rank: tuple[int, float] = (3, 0.0)
+        for slot in self.slots:
+            if slot.owner is None:
+                rank = (1 if slot.tokens else 0, slot.used)
+            elif best_rank[0] >= 2 and evictable(slot.owner):
+                rank = (2, slot.used)
+            else:
+                continue
+            if rank < best_rank:
+                best, best_rank = slot, rank
+        return best
+
+    def _longest_prefix(self, key: str, chain: Sequence[int]) -> tuple[Slot | None, int]:
+        best: Slot | None = None
+        shared = 0
+        for slot in self.slots:
+            tokens = slot.tokens
+            if len(tokens) <= shared or slot.key != key or not chain or tokens[0] != chain[0]:
+                continue
+            n = common_prefix(tokens, chain)
+            if n > shared or (n == shared and best is not None and slot.owner is None):
+                best, shared = slot, n
+        return best, shared

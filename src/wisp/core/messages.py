@@ -1,0 +1,175 @@
+"""The protocol `wisp.v1`: what edge and cloud say to each other.
+
+A tagged union of msgspec structs, packed as msgpack arrays, one message a WebSocket frame. Only token ids
+cross the wire: no text, no probabilities of drafts. Fields are only ever added at the end, with defaults,
+so that a peer of the same version skips what it does not know.
+
+    edge  -> cloud   Hello, then Open, Draft, Cancel
+    cloud -> edge    Welcome, then Verdict, Refused
+
+`base` counts generated tokens of the session: 0 is the first token after the prompt. `round` grows by one
+per draft and is the idempotency key. Every Open and every Draft is answered by one Verdict or one Refused,
+unless a later round replaced it first; in server mode more Verdicts come unasked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import msgspec
+
+from wisp.core.errors import ProtocolError
+from wisp.core.sampling import Sampling
+from wisp.core.slo import Slo
+from wisp.core.work import TokenLogprob
+
+VERSION = 1
+SUBPROTOCOL = "wisp.v1"
+MAX_FRAME = 4 << 20  # bytes; a prompt of a million tokens fits, an attack on memory does not
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True):
+    """Base of all messages."""
+
+
+# --- edge to cloud
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """First frame. `fingerprint` is the vocabulary that the edge will use, "" if it has none yet."""
+
+    version: int
+    fingerprint: str = ""
+    client: str = ""
+
+
+class Open(Message, frozen=True, tag="open"):
+    """Start a session, or resume it on a new connection or another verifier (then `epoch` is larger).
+
+    The first draft rides along as `round`; `draft` may be empty. `committed` are generated tokens that the
+    edge already has. `serve`: after answering, go on decoding without drafts until the next one comes.
+    `logprobs`: None, or how many alternatives to report per token. `max_tokens` counts from the start of
+    the session, `committed` included.
+    """
+
+    session: str
+    epoch: int
+    prompt: list[int]
+    sampling: Sampling
+    max_tokens: int
+    round: int = 0
+    committed: list[int] = []
+    draft: list[int] = []
+    draft_ms: float = 0.0
+    serve: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    slo: Slo | None = None
+
+
+class Draft(Message, frozen=True, tag="draft"):
+    """`tokens` guess what follows the first `base` generated tokens; in-flight guesses are restated."""
+
+    session: str
+    round: int
+    base: int
+    tokens: list[int]
+    draft_ms: float = 0.0
+    serve: bool = False
+
+
+class Cancel(Message, frozen=True, tag="cancel"):
+    """The edge wants no more of this session."""
+
+    session: str
+
+
+# --- cloud to edge
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """Second frame. What the verifier is, and what it will take."""
+
+    version: int
+    model: str
+    fingerprint: str
+    n_vocab: int
+    eos: list[int]
+    context: int  # most tokens of prompt + output
+    max_draft: int
+    engine: str = ""
+    mode: str = ""
+    park_s: float = 0.0  # how long a session outlives its connection
+
+
+class Verdict(Message, frozen=True, tag="verdict"):
+    """All that is committed from `base` on: the first `accepted` of `tokens` agreed with the draft of `round`.
+
+    `finish`: "" (goes on), "stop" (end of sequence) or "length". `logprobs` has one entry per token where
+    they were asked for. Times are milliseconds: in the queue, and in the engine. `price` is what one more
+    draft token costs others, in committed tokens (0 while the server keeps up).
+    """
+
+    session: str
+    round: int
+    base: int
+    accepted: int
+    tokens: list[int]
+    finish: str = ""
+    logprobs: list[TokenLogprob] = []
+    queue_ms: float = 0.0
+    engine_ms: float = 0.0
+    price: float = 0.0
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """What was asked will not be done, and the session is as it was (unless `fatal`: then it is over).
+
+    `session` is "" when the connection as a whole is refused. `retry_after` is seconds, 0 for "do not".
+    """
+
+    session: str
+    code: str
+    message: str
+    retry_after: float = 0.0
+    fatal: bool = False
+
+
+FromEdge = Hello | Open | Draft | Cancel
+FromCloud = Welcome | Verdict | Refused
+
+_encoder = msgspec.msgpack.Encoder()
+_from_edge: msgspec.msgpack.Decoder[FromEdge] = msgspec.msgpack.Decoder(FromEdge)
+_from_cloud: msgspec.msgpack.Decoder[FromCloud] = msgspec.msgpack.Decoder(FromCloud)
+
+
+def encode(message: Message) -> bytes:
+    """One frame."""
+    return _encoder.encode(message)
+
+
+def decode_from_edge(frame: bytes) -> FromEdge:
+    """The message in a frame from an edge. Raises ProtocolError("malformed")."""
+    try:
+        return _from_edge.decode(frame)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ProtocolError("malformed", f"not a {SUBPROTOCOL} message from an edge: {error}") from None
+
+
+def decode_from_cloud(frame: bytes) -> FromCloud:
+    """The message in a frame from a verifier. Raises ProtocolError("malformed")."""
+    try:
+        return _from_cloud.decode(frame)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ProtocolError("malformed", f"not a {SUBPROTOCOL} message from a verifier: {error}") from None
+
+
+def vocabulary_fingerprint(pieces: Iterable[tuple[int, bytes]]) -> str:
+    """Hash of id -> bytes over real tokens, ascending by id; padding entries are the caller's to leave out."""
+    digest = hashlib.sha256()
+    for token, data in pieces:
+        digest.update(token.to_bytes(4, "little"))
+        digest.update(len(data).to_bytes(4, "little"))
+        digest.update(data)
+    return digest.hexdigest()

@@ -1,0 +1,222 @@
+"""A session as the verifier sees it: its state machine (a table) and what it has committed.
+
+    READY --picked--> RUNNING --verdict--> WAITING --draft--> READY ...
+                              `--more----> READY   (a longer prompt, server mode, a draft already here)
+
+READY means "has work"; whether it has a KV slot is another matter. A lost edge parks a session (or, in the
+middle of a step, leaves it ORPHANED until the step ends); a resume brings it back. A session cancelled while
+its step runs is DOOMED: it ends with the step.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+import msgspec
+
+from wisp.core.errors import ProtocolError
+from wisp.core.kv import common_prefix
+from wisp.core.messages import Draft, Open, Verdict
+from wisp.core.work import TokenLogprob
+
+
+class State(Enum):
+    """Where a session stands."""
+
+    READY = auto()  # has work
+    RUNNING = auto()  # takes part in the step that is being run
+    WAITING = auto()  # for its edge
+    PARKED = auto()  # edge gone
+    ORPHANED = auto()  # running, edge gone
+    DOOMED = auto()  # running, cancelled
+    ENDED = auto()
+
+
+class Event(Enum):
+    """What can happen to a session."""
+
+    PICKED = auto()
+    MORE = auto()  # step ended, and there is more to do
+    VERDICT = auto()  # step ended, nothing more to do
+    DRAFT = auto()
+    LOST = auto()
+    RESUMED = auto()
+    CANCEL = auto()
+    FINISHED = auto()
+
+
+S, E = State, Event
+TRANSITIONS: dict[State, dict[Event, State]] = {
+    S.READY: {
+        E.PICKED: S.RUNNING,
+        E.DRAFT: S.READY,
+        E.LOST: S.PARKED,
+        E.RESUMED: S.WAITING,
+        E.CANCEL: S.ENDED,
+    },
+    S.RUNNING: {
+        E.MORE: S.READY,
+        E.VERDICT: S.WAITING,
+        E.DRAFT: S.RUNNING,
+        E.LOST: S.ORPHANED,
+        E.RESUMED: S.RUNNING,
+        E.CANCEL: S.DOOMED,
+        E.FINISHED: S.ENDED,
+    },
+    S.WAITING: {
+        E.DRAFT: S.READY,
+        E.LOST: S.PARKED,
+        E.RESUMED: S.WAITING,
+        E.CANCEL: S.ENDED,
+        E.FINISHED: S.ENDED,
+    },
+    S.PARKED: {E.RESUMED: S.WAITING, E.CANCEL: S.ENDED},
+    S.ORPHANED: {
+        E.MORE: S.PARKED,
+        E.VERDICT: S.PARKED,
+        E.RESUMED: S.RUNNING,
+        E.CANCEL: S.DOOMED,
+        E.FINISHED: S.ENDED,
+    },
+    S.DOOMED: {E.MORE: S.ENDED, E.VERDICT: S.ENDED, E.FINISHED: S.ENDED},
+    S.ENDED: {},
+}
+IN_ENGINE = frozenset({S.RUNNING, S.ORPHANED, S.DOOMED})
+
+
+class Pending(msgspec.Struct, frozen=True):
+    """An answer owed to the edge: `draft` continues the committed tokens; the rest goes into the verdict.
+
+    `head` draft tokens before `draft` were found to agree already.
+    """
+
+    round: int
+    base: int
+    head: int
+    draft: list[int]
+    since: float
+
+
+class Session:
+    """One generation. `chain` is prompt + committed tokens; nothing here does I/O."""
+
+    def __init__(self, handle: int, key: str, connection: int, open_: Open, now: float) -> None:
+        self.handle = handle
+        self.id = open_.session
+        self.key = key
+        self.connection = connection
+        self.epoch = open_.epoch
+        self.state = State.WAITING
+        self.sampling = open_.sampling
+        self.max_tokens = open_.max_tokens
+        self.ignore_eos = open_.ignore_eos
+        self.logprobs = open_.logprobs
+        self.slo = open_.slo
+        self.serve = open_.serve
+        self.n_prompt = len(open_.prompt)
+        self.chain: list[int] = [*open_.prompt, *open_.committed]
+        self.entries: list[TokenLogprob] = []  # log probabilities of the last tokens of the chain
+        self.slot: int | None = None
+        self.cached = 0  # tokens of the chain whose KV is in the slot
+        self.round = -1  # last round answered, or being answered
+        self.pending: Pending | None = None
+        self.inbox: Draft | None = None  # arrived while the step ran
+        self.discard = False  # the running step started from a shorter chain than we have now
+        self.verdict: Verdict | None = None  # the last one, for duplicates
+        self.opened = now
+        self.since = now  # of the present state, as far as work goes
+
+    def go(self, event: Event) -> State:
+        """Move on. Raises ProtocolError("out_of_turn"), and stays, where the table has no such move."""
+        to = TRANSITIONS[self.state].get(event)
+        if to is None:
+            raise ProtocolError("out_of_turn", f"{event.name.lower()} makes no sense while {self.state.name}")
+        self.state = to
+        return to
+
+    @property
+    def n_committed(self) -> int:
+        """Generated tokens so far."""
+        return len(self.chain) - self.n_prompt
+
+    @property
+    def room(self) -> int:
+        """Generated tokens still allowed."""
+        return self.max_tokens - self.n_committed
+
+    def committed_from(self, base: int) -> list[int]:
+        """Generated tokens from `base` on."""
+        return self.chain[self.n_prompt + base :]
+
+    def entries_from(self, base: int) -> list[TokenLogprob]:
+        """Their log probabilities, as far as known: exactly one each, or none."""
+        n = self.n_committed - base
+        return self.entries[-n:] if 0 < n <= len(self.entries) else []
+
+    def intake(self, round_: int, base: int, tokens: list[int], now: float) -> Pending | Verdict:
+        """Place a draft on what is committed: something to verify, or the answer at once.
+
+        What the draft says of tokens that are committed already is checked here: an agreeing head is
+        skipped; a draft that disagrees, or says nothing new, is answered with what is committed since.
+        """
+        known = self.committed_from(base)
+        head = common_prefix(known, tokens)
+        self.round = round_
+        if known and (head < len(known) or head == len(tokens)):
+            return self.answer(round_, base, head)
+        # One token of the room is the target's own, so a longer draft could not be used.
+        return Pending(round_, base, head, tokens[head : head + max(self.room - 1, 0)], now)
+
+    def answer(
+        self,
+        round_: int,
+        base: int,
+        accepted: int,
+        *,
+        finish: str = "",
+        queue_ms: float = 0.0,
+        engine_ms: float = 0.0,
+    ) -> Verdict:
+        """The verdict on `round_`, which is also kept for duplicates."""
+        self.verdict = Verdict(
+            self.id,
+            round_,
+            base,
+            accepted,
+            self.committed_from(base),
+            finish,
+            self.entries_from(base) if self.logprobs is not None else [],
+            queue_ms,
+            engine_ms,
+        )
+        return self.verdict
+
+    def adopt(self, open_: Open) -> None:
+        """Resume: of two committed histories the longer wins, if the other is its prefix.
+
+        Raises ProtocolError("conflict") otherwise, and where prompt or parameters differ.
+        """
+        same = (
+            self.n_prompt == len(open_.prompt)
+            and self.chain[: self.n_prompt] == open_.prompt
+            and self.sampling == open_.sampling
+            and self.max_tokens == open_.max_tokens
+            and self.ignore_eos == open_.ignore_eos
+        )
+        if not same:
+            raise ProtocolError(
+                "conflict", "a session is resumed with the prompt and parameters it was opened with"
+            )
+        mine = self.committed_from(0)
+        shared = common_prefix(mine, open_.committed)
+        if shared < min(len(mine), len(open_.committed)):
+            raise ProtocolError("conflict", f"two histories of this session differ at token {shared}")
+        if len(open_.committed) > len(mine):
+            self.chain = [*open_.prompt, *open_.committed]
+            self.entries = []
+            self.discard = self.state in IN_ENGINE
+        self.serve = open_.serve
+        self.logprobs = open_.logprobs
+        self.pending = None
+        self.inbox = None
+        self.verdict = None

@@ -1,0 +1,518 @@
+"""The verifier: events in, actions out. Everything the server decides, without I/O, clock or thread.
+
+The whole system in a few lines:
+
+    FromEdge(open | draft | cancel)  ->  session table, perhaps an answer at once
+    Tick                             ->  place sessions in KV slots, let the policy choose, Run(step)
+    StepDone(results)                ->  commit, Verdicts
+
+One step is in the engine at a time. Its host (live server or simulator) feeds events with `now`, carries out
+the actions, and sends a Tick whenever the engine is idle and something may have changed. Events are plain
+structs: a recorded list of (now, event) replays to identical actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from wisp.core.admission import Admission, Refusal
+from wisp.core.batching import BatchingPolicy, Grant, Kind, StepLimits, Work
+from wisp.core.errors import ProtocolError
+from wisp.core.kv import KvPool
+from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
+from wisp.core.session import IN_ENGINE, Event, Pending, Session, State
+from wisp.core.work import Copy, Slice, SliceResult
+
+SHORT = 8  # tokens; a session that has no more than this to catch up on need not be cut into chunks
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What this verifier takes. Tokens, except where a unit is given.
+
+    park_s: a session outlives its connection this long. idle_s: a session that has kept its edge's silence
+    this long may lose its KV to one that has work.
+    """
+
+    n_vocab: int
+    eos: frozenset[int]
+    slots: int
+    slot_tokens: int
+    kv_tokens: int
+    step_tokens: int
+    max_draft: int = 64
+    park_s: float = 60.0
+    idle_s: float = 1.0
+
+
+# --- events
+
+
+class FromEdge(msgspec.Struct, frozen=True, array_like=True, tag="from_edge"):
+    """A message came over `connection`, which belongs to `key`."""
+
+    connection: int
+    key: str
+    message: Open | Draft | Cancel
+
+
+class EdgeLost(msgspec.Struct, frozen=True, array_like=True, tag="edge_lost"):
+    """The connection is gone."""
+
+    connection: int
+
+
+class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
+    """The step ended. `error`: it failed as a whole, and no slot holds anything any more."""
+
+    results: list[SliceResult]
+    engine_ms: float
+    error: str = ""
+
+
+class Tick(msgspec.Struct, frozen=True, array_like=True, tag="tick"):
+    """Time has passed, or there may be something to run."""
+
+
+InEvent = FromEdge | EdgeLost | StepDone | Tick
+
+
+# --- actions
+
+
+class Send(msgspec.Struct, frozen=True, array_like=True, tag="send"):
+    """Send `message` over `connection`."""
+
+    connection: int
+    message: Verdict | Refused
+
+
+class Run(msgspec.Struct, frozen=True, array_like=True, tag="run"):
+    """Run a step: the copies in order, then the slices."""
+
+    copies: list[Copy]
+    slices: list[Slice]
+
+
+class WakeAt(msgspec.Struct, frozen=True, array_like=True, tag="wake_at"):
+    """Send a Tick at this time, unless one comes earlier."""
+
+    at: float
+
+
+Action = Send | Run | WakeAt
+
+
+class Verifier:
+    """Sessions, KV slots and a batching policy. `handle` is the only entry."""
+
+    def __init__(self, limits: Limits, policy: BatchingPolicy, admission: Admission) -> None:
+        self.limits = limits
+        self.policy = policy
+        self.admission = admission
+        self.kv = KvPool(limits.slots, limits.slot_tokens, limits.kv_tokens)
+        self.sessions: dict[int, Session] = {}
+        self._by_id: dict[str, Session] = {}
+        self._by_connection: dict[int, set[int]] = {}
+        self._ready: dict[int, Session] = {}
+        self._parked: dict[int, Session] = {}  # oldest first
+        self._copies: list[Copy] = []  # placed, not yet carried out
+        self._step: dict[int, Slice] | None = None  # what the engine is running
+        self._dispatched = 0.0
+        self._next_handle = 0
+
+    @property
+    def running(self) -> bool:
+        """Is a step in the engine?"""
+        return self._step is not None
+
+    @property
+    def n_waiting(self) -> int:
+        """Sessions that have work but no KV slot."""
+        return sum(s.slot is None for s in self._ready.values())
+
+    def handle(self, now: float, event: InEvent) -> list[Action]:
+        """What to do about `event`. `now` is in seconds and never goes back."""
+        if isinstance(event, FromEdge):
+            return list(self._from_edge(now, event))
+        if isinstance(event, StepDone):
+            return list(self._step_done(now, event))
+        if isinstance(event, Tick):
+            return self._tick(now)
+        for handle in sorted(self._by_connection.pop(event.connection, ())):
+            self._park(now, self.sessions[handle])
+        return []
+
+    # --- messages
+
+    def _from_edge(self, now: float, event: FromEdge) -> Iterable[Action]:
+        message = event.message
+        answer: Verdict | None = None
+        try:
+            if isinstance(message, Open):
+                answer = self._open(now, event.connection, event.key, message)
+            elif isinstance(message, Draft):
+                answer = self._draft(now, event.connection, message)
+            else:
+                self._cancel(event.connection, message)
+        except ProtocolError as error:
+            retry_after = error.retry_after if isinstance(error, Refusal) else 0.0
+            fatal = isinstance(message, Open) and message.session not in self._by_id
+            refused = Refused(message.session, error.code, str(error), retry_after, fatal)
+            return [Send(event.connection, refused)]
+        return [Send(event.connection, answer)] if answer is not None else []
+
+    def _open(self, now: float, connection: int, key: str, open_: Open) -> Verdict | None:
+        self._check_open(open_)
+        session = self._by_id.get(open_.session)
+        if session is None:
+            self.admission.opened(now, key)
+            self._next_handle += 1
+            session = Session(self._next_handle, key, connection, open_, now)
+            self.sessions[session.handle] = self._by_id[session.id] = session
+        else:
+            self._resume(session, connection, key, open_)
+        self._by_connection.setdefault(connection, set()).add(session.handle)
+        return self._take(now, session, open_.round, len(open_.committed), open_.draft)
+
+    def _resume(self, session: Session, connection: int, key: str, open_: Open) -> None:
+        if session.key != key:
+            raise ProtocolError("forbidden", "this session belongs to another key")
+        if open_.epoch <= session.epoch:
+            raise ProtocolError("stale_epoch", f"epoch {open_.epoch} was overtaken by {session.epoch}")
+        if session.state is State.DOOMED:
+            raise ProtocolError("out_of_turn", "this session was cancelled")
+        session.adopt(open_)
+        session.go(Event.RESUMED)
+        self._by_connection.get(session.connection, set()).discard(session.handle)
+        session.connection, session.epoch = connection, open_.epoch
+        self._ready.pop(session.handle, None)
+        self._parked.pop(session.handle, None)
+
+    def _draft(self, now: float, connection: int, draft: Draft) -> Verdict | None:
+        session = self._owned(connection, draft.session)
+        self._check_tokens("draft", draft.tokens, self.limits.max_draft)
+        if draft.round <= session.round:
+            if session.verdict is not None and draft.round == session.verdict.round:
+                return session.verdict
+            if draft.round == session.round:
+                return None  # a duplicate of what is being verified: its verdict will come
+            raise ProtocolError("out_of_turn", f"round {draft.round} is over; the last was {session.round}")
+        if not 0 <= draft.base <= session.n_committed:
+            message = f"base {draft.base}, but {session.n_committed} tokens are committed here; open the session again"
+            raise ProtocolError("unknown_base", message)
+        session.serve = draft.serve
+        if session.state in IN_ENGINE:
+            session.go(Event.DRAFT)
+            session.inbox = draft
+            return None
+        return self._take(now, session, draft.round, draft.base, draft.tokens)
+
+    def _take(
+        self, now: float, session: Session, round_: int, base: int, tokens: list[int]
+    ) -> Verdict | None:
+        """Have a draft verified, or answer it at once."""
+        if session.state in IN_ENGINE:  # resumed while its step runs
+            session.inbox = Draft(session.id, round_, base, tokens, serve=session.serve)
+            return None
+        taken = session.intake(round_, base, tokens, now)
+        if isinstance(taken, Pending):
+            session.pending, answer = taken, None
+        else:
+            session.pending, answer = None, taken
+        if answer is None or session.serve:
+            session.go(Event.DRAFT)
+            if session.handle not in self._ready:
+                session.since = now
+                self._ready[session.handle] = session
+        return answer
+
+    def _cancel(self, connection: int, cancel: Cancel) -> None:
+        session = self._by_id.get(cancel.session)
+        if session is not None and session.connection == connection and session.state is not State.DOOMED:
+            session.go(Event.CANCEL)
+            if session.state is State.ENDED:
+                self._end(session)
+
+    def _owned(self, connection: int, session_id: str) -> Session:
+        session = self._by_id.get(session_id)
+        if session is None or session.connection != connection:
+            raise ProtocolError(
+                "unknown_session", "no such session here; open it again with what is committed"
+            )
+        return session
+
+    def _check_open(self, o: Open) -> None:
+        limits = self.limits
+        if not 8 <= len(o.session) <= 64:
+            raise ProtocolError("malformed", "a session id has 8 to 64 characters")
+        if not o.prompt:
+            raise ProtocolError("malformed", "the prompt is empty")
+        if len(o.prompt) + 1 > limits.slot_tokens:
+            message = f"the prompt has {len(o.prompt)} tokens; the context is {limits.slot_tokens}"
+            raise ProtocolError("context_length_exceeded", message)
+        if not 1 <= o.max_tokens <= limits.slot_tokens - len(o.prompt):
+            room = limits.slot_tokens - len(o.prompt)
+            raise ProtocolError("context_length_exceeded", f"max_tokens must be between 1 and {room} here")
+        if len(o.committed) >= o.max_tokens or (o.logprobs is not None and not 0 <= o.logprobs <= 20):
+            raise ProtocolError("malformed", "committed must be shorter than max_tokens, logprobs at most 20")
+        if not o.ignore_eos and not limits.eos.isdisjoint(o.committed):
+            raise ProtocolError("malformed", "committed contains an end of sequence: that session is over")
+        if problem := o.sampling.problem():
+            raise ProtocolError("malformed", f"{problem[0]} {problem[1]}")
+        self._check_tokens("prompt", o.prompt, limits.slot_tokens)
+        self._check_tokens("committed", o.committed, limits.slot_tokens)
+        self._check_tokens("draft", o.draft, limits.max_draft)
+
+    def _check_tokens(self, what: str, tokens: list[int], most: int) -> None:
+        if len(tokens) > most:
+            raise ProtocolError("oversized", f"{what} has {len(tokens)} tokens; at most {most} are taken")
+        if tokens and not (min(tokens) >= 0 and max(tokens) < self.limits.n_vocab):
+            message = f"{what} has ids outside this model's vocabulary of {self.limits.n_vocab}"
+            raise ProtocolError("out_of_vocabulary", message)
+
+    # --- parking and ending
+
+    def _park(self, now: float, session: Session) -> None:
+        if session.state is not State.DOOMED:
+            session.go(Event.LOST)
+        self._ready.pop(session.handle, None)
+        session.connection = -1
+        session.since = now
+        session.pending = session.inbox = None
+        session.serve = False
+        if session.state is State.PARKED:
+            self._parked[session.handle] = session
+
+    def _expire(self, now: float) -> None:
+        for session in list(self._parked.values()):
+            if session.since + self.limits.park_s > now:
+                break
+            session.go(Event.CANCEL)
+            self._end(session)
+
+    def _end(self, session: Session) -> None:
+        """Forget a session. Its KV stays in the slot for a follow-up turn, until someone needs the room."""
+        if session.slot is not None:
+            self.kv.release(session.slot, keep=True)
+        for table in (self.sessions, self._ready, self._parked):
+            table.pop(session.handle, None)
+        del self._by_id[session.id]
+        self._by_connection.get(session.connection, set()).discard(session.handle)
+        self.admission.closed(session.key)
+
+    # --- planning a step
+
+    def _tick(self, now: float) -> list[Action]:
+        self._expire(now)
+        wakes = [next(iter(self._parked.values())).since + self.limits.park_s] if self._parked else []
+        if self._step is None and self._ready:
+            self._place(now)
+            step, wake_at = self._plan(now)
+            if step is not None:
+                return [step]
+            wakes.append(wake_at if wake_at is not None else now + self.limits.idle_s)
+        return [WakeAt(min(wakes))] if wakes else []
+
+    def _place(self, now: float) -> None:
+        """Give KV slots to sessions that have work and none: the least served key's first, then the oldest."""
+        queue = [s for s in self._ready.values() if s.slot is None]
+        shares = self.admission.shares
+        for session in sorted(queue, key=lambda s: (shares.get(s.key, 0.0), s.opened, s.handle)):
+            placement = self.kv.acquire(now, session.handle, session.key, session.chain, self._evictable(now))
+            if placement is None:
+                return
+            if placement.evicted is not None:
+                self._lose_kv(placement.evicted)
+            if placement.copy_from >= 0:
+                self._copies.append(Copy(placement.copy_from, placement.slot, placement.start))
+            session.slot, session.cached = placement.slot, placement.start
+
+    def _evictable(self, now: float) -> Callable[[int], bool]:
+        """May a session lose its KV now? Parked ones may, and those whose edge has long been silent."""
+        sessions, silent_since = self.sessions, now - self.limits.idle_s
+
+        def evictable(handle: int) -> bool:
+            s = sessions[handle]
+            return s.state is State.PARKED or (s.state is State.WAITING and s.since <= silent_since)
+
+        return evictable
+
+    def _lose_kv(self, handle: int) -> None:
+        session = self.sessions[handle]
+        session.slot, session.cached = None, 0
+
+    def _plan(self, now: float) -> tuple[Run | None, float | None]:
+        work = [self._work(s) for s in self._ready.values() if s.slot is not None]
+        limits = StepLimits(self.limits.step_tokens, self.limits.slots, self.admission.shares)
+        plan = self.policy.plan(now, work, limits)
+        grants = self._that_fit(now, plan.grants)
+        if not grants:
+            return None, plan.wake_at
+        slices = [self._slice(now, grant) for grant in grants]
+        self._step = {s.session: s for s in slices}
+        self._dispatched = now
+        copies, self._copies = self._copies, []
+        return Run(copies, slices), None
+
+    def _work(self, s: Session) -> Work:
+        n_draft = len(s.pending.draft) if s.pending else 0
+        missing = len(s.chain) - s.cached
+        kind = Kind.PREFILL if missing > SHORT else Kind.VERIFY if n_draft else Kind.DECODE
+        since = s.pending.since if s.pending else s.since
+        return Work(s.handle, kind, missing + n_draft, s.cached, n_draft, since, s.opened, s.key)
+
+    def _that_fit(self, now: float, grants: list[Grant]) -> list[Grant]:
+        """As many of the grants, in order, as there is KV for; if for none, somebody's KV is taken away."""
+        while grants:
+            evicted = self.kv.fit(sum(g.tokens for g in grants), self._keepers(now, grants))
+            if evicted is not None:
+                for handle in evicted:
+                    self._lose_kv(handle)
+                return grants
+            if len(grants) == 1:
+                self._preempt(grants[0].session)
+            else:
+                grants = grants[:-1]
+        return grants
+
+    def _keepers(self, now: float, grants: list[Grant]) -> Callable[[int], bool]:
+        chosen, idle = {g.session for g in grants}, self._evictable(now)
+        return lambda handle: handle in chosen or not idle(handle)
+
+    def _preempt(self, chosen: int) -> None:
+        """Take the KV of the youngest other session. There is one: alone, a session fits by its limits."""
+        owners = [s for s in self.sessions.values() if s.slot is not None and s.handle != chosen]
+        victim = max(owners, key=lambda s: (s.opened, s.handle))
+        assert victim.slot is not None
+        self.kv.drop(victim.slot)
+        self._lose_kv(victim.handle)
+
+    def _slice(self, now: float, grant: Grant) -> Slice:
+        """Its share of the step: the next tokens of its chain and, if they reach the end, its draft."""
+        s = self._ready.pop(grant.session)
+        assert s.slot is not None
+        s.go(Event.PICKED)
+        end = min(s.cached + grant.tokens, len(s.chain))
+        last = end == len(s.chain)
+        draft = s.pending.draft if last and s.pending else []
+        self.kv.record(now, s.slot, s.chain[: s.cached])
+        return Slice(
+            session=s.handle,
+            slot=s.slot,
+            start=s.cached,
+            tokens=s.chain[s.cached : end] + draft,
+            n_draft=len(draft),
+            sample=last,
+            position=s.n_committed,
+            sampling=s.sampling,
+            logprobs=s.logprobs,
+        )
+
+    # --- results
+
+    def _step_done(self, now: float, event: StepDone) -> Iterable[Action]:
+        assert self._step is not None
+        step, self._step = self._step, None
+        if event.error:
+            yield from self._step_failed(now, step, event.error)
+            return
+        for result in event.results:
+            session = self.sessions[result.session]
+            yield from self._commit(now, session, step[result.session], result, event.engine_ms)
+
+    def _commit(
+        self, now: float, s: Session, slice_: Slice, result: SliceResult, engine_ms: float
+    ) -> Iterable[Action]:
+        assert s.slot is not None
+        if result.error:
+            self.kv.record(now, s.slot, [])
+            yield from self._fail(s, "engine_error", result.error)
+            return
+        if s.discard:
+            s.discard = False
+            self._settle(now, s, cached=slice_.start, more=False)
+            yield from self._next(now, s)
+            return
+        base = s.n_committed
+        tokens, finish = self._cut(s, result.tokens) if slice_.sample else ([], "")
+        s.chain += tokens
+        if s.logprobs is not None:
+            s.entries += result.logprobs[: len(tokens)]
+        fed = slice_.start + len(slice_.tokens) - slice_.n_draft + result.accepted
+        self.admission.served(now, s.key, max(0, min(fed, s.n_prompt) - slice_.start), len(tokens))
+        verdict = None
+        if slice_.sample:
+            p = s.pending or Pending(s.round, base, 0, [], s.since)
+            s.pending = None
+            verdict = s.answer(
+                p.round,
+                p.base,
+                p.head + min(result.accepted, len(tokens)),
+                finish=finish,
+                queue_ms=(self._dispatched - p.since) * 1e3,
+                engine_ms=engine_ms,
+            )
+        connection = -1 if s.state is State.DOOMED else s.connection
+        more = not slice_.sample or (s.serve and not finish)
+        self._settle(now, s, cached=min(fed, len(s.chain)), more=more)
+        if finish and s.state is not State.ENDED:
+            s.go(Event.CANCEL if s.state is State.PARKED else Event.FINISHED)
+            self._end(s)
+        if verdict is not None and connection >= 0:
+            yield Send(connection, verdict)
+        if s.state is not State.ENDED:
+            yield from self._next(now, s)
+
+    def _cut(self, s: Session, tokens: list[int]) -> tuple[list[int], str]:
+        """The tokens up to an end of sequence or the length limit, and the reason if there is one."""
+        tokens = tokens[: s.room]
+        if not s.ignore_eos:
+            for i, token in enumerate(tokens):
+                if token in self.limits.eos:
+                    return tokens[: i + 1], "stop"
+        return tokens, "length" if len(tokens) == s.room else ""
+
+    def _settle(self, now: float, s: Session, *, cached: int, more: bool) -> None:
+        """The step is over for `s`: note what its slot holds, and let it go on, wait, park or end."""
+        assert s.slot is not None
+        s.cached = cached
+        self.kv.record(now, s.slot, s.chain[:cached])
+        s.go(Event.MORE if more else Event.VERDICT)
+        s.since = now
+        if s.state is State.READY:
+            self._ready[s.handle] = s
+        elif s.state is State.PARKED:
+            s.pending = None
+            self._parked[s.handle] = s
+        elif s.state is State.ENDED:
+            self._end(s)
+
+    def _next(self, now: float, s: Session) -> Iterable[Action]:
+        """A draft that arrived during the step is taken up now."""
+        draft, s.inbox = s.inbox, None
+        if draft is not None and s.state in (State.READY, State.WAITING):
+            answer = self._take(now, s, draft.round, draft.base, draft.tokens)
+            if answer is not None:
+                yield Send(s.connection, answer)
+
+    def _step_failed(self, now: float, step: dict[int, Slice], error: str) -> Iterable[Action]:
+        for session in self.sessions.values():
+            session.slot, session.cached = None, 0
+        for slot in self.kv.slots:
+            self.kv.drop(slot.index)
+        self._copies.clear()
+        for handle in step:
+            yield from self._fail(self.sessions[handle], "engine_error", error)
+
+    def _fail(self, s: Session, code: str, message: str) -> Iterable[Action]:
+        """End a session that the engine could not serve. Its edge may open it again."""
+        connection = s.connection
+        s.go(Event.FINISHED)
+        if s.slot is not None:
+            self.kv.drop(s.slot)
+            s.slot = None
+        self._end(s)
+        if connection >= 0:
+            yield Send(connection, Refused(s.id, code, message, retry_after=1.0, fatal=True))

@@ -1,0 +1,79 @@
+"""`wisp edge` as an ASGI app: the OpenAI surface on the device, /health and /metrics."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from wisp.api.errors import JsonResponse, exception_handlers
+from wisp.api.keys import Keyring
+from wisp.api.routes import openai_routes
+from wisp.core.drafting import DraftingPolicy
+from wisp.edge.backend import EdgeBackend
+from wisp.edge.link import VerifierLink
+from wisp.edge.metrics import EdgeMetrics
+from wisp.edge.tokenizers import TokenizerCache
+from wisp.engines.base import DraftEngine
+
+
+class EdgeApp:
+    """The app and what lives behind it."""
+
+    def __init__(
+        self,
+        server: str,
+        *,
+        api_key: str | None,
+        keys: Keyring,
+        drafter: DraftEngine | None,
+        fingerprint: str,
+        policy: Callable[[], DraftingPolicy],
+        give_up_s: float = 30.0,
+        keep_alive_s: float = 10.0,
+    ) -> None:
+        """`fingerprint`: of the draft model's vocabulary, "" where none is loaded."""
+        self.keys = keys
+        self.link = VerifierLink(server, api_key, fingerprint=fingerprint, give_up_s=give_up_s)
+        self.backend = EdgeBackend(self.link, TokenizerCache(server, api_key), drafter, policy)
+        self.metrics = EdgeMetrics(self.backend)
+        self.asgi = Starlette(
+            routes=[
+                Route("/health", self._health),
+                Route("/metrics", self._metrics),
+                *openai_routes(
+                    self.backend, keep_alive_s=keep_alive_s, authorize=self._authorize, observer=self.metrics
+                ),
+            ],
+            exception_handlers=exception_handlers(),
+            lifespan=self._lifespan,
+        )
+
+    async def drain(self) -> None:
+        """Nothing to wait for: open answers end with the process, as design has it."""
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self.link.start()
+        try:
+            yield
+        finally:
+            await self.link.close()
+            self.backend.close()
+
+    def _authorize(self, request: Request) -> str:
+        return self.keys.authorize(request.headers.get("authorization"))
+
+    async def _health(self, request: Request) -> Response:
+        welcome = self.link.welcome
+        if welcome is None:
+            problem = self.link.problem or "connecting"
+            return JsonResponse({"status": "no verifier", "problem": problem}, status_code=503)
+        return JsonResponse({"status": "ok", "model": welcome.model, "mode": welcome.mode})
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")

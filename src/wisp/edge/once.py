@@ -1,0 +1,171 @@
+"""`wisp generate`: one generation from the shell, by the same path as the edge's endpoint."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import secrets
+import sys
+import time
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+from wisp.api.backend import Committed, Generation, Target
+from wisp.api.template import chat_template
+from wisp.core.drafting import drafting_policy
+from wisp.core.errors import ConfigError
+from wisp.core.sampling import Sampling
+from wisp.core.stats import SpecStats
+from wisp.edge.backend import EdgeBackend
+from wisp.edge.link import VerifierLink
+from wisp.edge.tokenizers import TokenizerCache
+from wisp.engines.base import Tokenizer
+from wisp.engines.build import load_drafter
+from wisp.engines.models import RichProgress
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What the user asked for."""
+
+    prompt: str
+    system: str | None
+    raw: bool
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int | None
+    max_tokens: int
+
+
+class Answer(msgspec.Struct):
+    """What came of it. `first` and `last` are seconds since the request."""
+
+    tokens: list[int] = []
+    from_draft: list[bool] = []
+    finish: str = ""
+    first: float = 0.0
+    last: float = 0.0
+    stats: SpecStats = msgspec.field(default_factory=SpecStats)
+
+    def add(self, item: Committed, at: float) -> None:
+        """Take in what was committed at time `at`."""
+        if item.tokens:
+            self.first = self.first or at
+            self.last = at
+        self.tokens += item.tokens
+        self.from_draft += [i < item.from_draft for i in range(len(item.tokens))]
+        self.finish = item.finish
+        self.stats.round(item.drafted, item.accepted)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Token speed: tokens after the first, over the time from the first to the last."""
+        return (len(self.tokens) - 1) / (self.last - self.first) if self.last > self.first else 0.0
+
+
+async def generate_once(
+    request: Request,
+    server: str,
+    api_key: str | None,
+    draft: str,
+    drafting: str,
+    threads: int | None,
+    offline: bool,
+    as_json: bool,
+) -> None:
+    """Generate and print. Raises WispError."""
+    drafting_policy(drafting)
+    with RichProgress() as progress:
+        drafter, fingerprint = load_drafter(draft, threads=threads, offline=offline, progress=progress)
+    link = VerifierLink(server, api_key, fingerprint=fingerprint)
+    backend = EdgeBackend(link, TokenizerCache(server, api_key), drafter, lambda: drafting_policy(drafting))
+    link.start()
+    try:
+        target = await backend.target()
+        generation = _generation(request, target)
+        printer = _Printer(target.tokenizer) if not as_json else None
+        answer = Answer()
+        started = time.monotonic()
+        async for item in backend.generate(generation):
+            answer.add(item, time.monotonic() - started)
+            if printer is not None:
+                printer.show(item)
+    finally:
+        await link.close()
+        backend.close()
+    report = _report(generation, target, answer)
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False))
+    elif printer is not None:
+        printer.summary(report)
+
+
+def _generation(request: Request, target: Target) -> Generation:
+    tokenizer = target.tokenizer
+    if request.raw:
+        prompt = tokenizer.encode(request.prompt, add_bos=True, parse_special=False)
+    else:
+        messages = [{"role": "system", "content": request.system}] if request.system else []
+        messages.append({"role": "user", "content": request.prompt})
+        text = chat_template(tokenizer.chat_template).render(
+            messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
+        )
+        prompt = tokenizer.encode(text, add_bos=False, parse_special=True)
+    if not prompt:
+        raise ConfigError("the prompt is empty")
+    room = target.context - len(prompt)
+    if room < 1:
+        raise ConfigError(f"the prompt has {len(prompt)} tokens; this verifier's context is {target.context}")
+    seed = request.seed if request.seed is not None else secrets.randbits(63)
+    sampling = Sampling(request.temperature, request.top_k, request.top_p, request.min_p, seed)
+    if problem := sampling.problem():
+        raise ConfigError(f"--{problem[0].replace('_', '-')} {problem[1]}")
+    return Generation(prompt, sampling, min(request.max_tokens, room))
+
+
+def _report(generation: Generation, target: Target, answer: Answer) -> dict[str, object]:
+    pieces = b"".join(target.tokenizer.piece(t) for t in answer.tokens)
+    return {
+        "model": target.model,
+        "text": pieces.decode("utf-8", "replace"),
+        "tokens": answer.tokens,
+        "finish_reason": answer.finish,
+        "seed": generation.sampling.seed,
+        "usage": {"prompt_tokens": len(generation.prompt), "completion_tokens": len(answer.tokens)},
+        "ttft_ms": round(answer.first * 1e3, 3),
+        "tokens_per_second": round(answer.tokens_per_second, 3),
+        "metrics": {"speculative_decoding": answer.stats.report()},
+    }
+
+
+class _Printer:
+    """Streams text, coloured by origin."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def show(self, item: Committed) -> None:
+        """Print what was committed."""
+        for i, token in enumerate(item.tokens):
+            text = self.decoder.decode(self.tokenizer.piece(token))
+            self.console.print(Text(text, style="green" if i < item.from_draft else ""), end="")
+        self.console.file.flush()
+
+    def summary(self, report: dict[str, object]) -> None:
+        """One line to standard error."""
+        usage, metrics = report["usage"], report["metrics"]
+        assert isinstance(usage, dict)
+        assert isinstance(metrics, dict)
+        spec = metrics["speculative_decoding"]
+        self.console.print()
+        print(
+            f"[{report['model']}: {usage['completion_tokens']} tokens, {report['finish_reason']}, "
+            f"first after {report['ttft_ms']:.0f} ms, {report['tokens_per_second']:.1f} tokens/s, "
+            f"acceptance length {spec['mean_acceptance_length']:.2f}, seed {report['seed']}]",
+            file=sys.stderr,
+        )

@@ -1,0 +1,74 @@
+"""The target's tokenizer on the edge: fetched once from the verifier, cached by fingerprint, checked by it.
+
+So an edge needs no model to read and write text, and never mixes up two vocabularies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from pathlib import Path
+
+import httpx
+
+from wisp.core.errors import ModelError, RequestError
+from wisp.edge.link import http_url
+from wisp.engines.base import Tokenizer
+from wisp.engines.llama.tokenizer import LlamaTokenizer
+from wisp.engines.models import cache_dir
+
+TOKENIZER_PATH = "/v1/tokenizers"
+
+
+class TokenizerCache:
+    """Tokenizers by fingerprint: in memory, on disk, or from the verifier at `server`."""
+
+    def __init__(self, server: str, api_key: str | None = None) -> None:
+        self.server = server
+        self.api_key = api_key
+        self._loaded: dict[str, Tokenizer] = {}
+        self._lock = asyncio.Lock()
+
+    async def get(self, fingerprint: str) -> Tokenizer:
+        """The tokenizer whose vocabulary has this fingerprint. Raises RequestError if it cannot be had."""
+        async with self._lock:
+            if fingerprint not in self._loaded:
+                path = cache_dir() / "tokenizers" / f"{fingerprint}.gguf"
+                if not path.exists():
+                    _write(path, await self._fetch(fingerprint))
+                self._loaded[fingerprint] = await asyncio.to_thread(_load, path, fingerprint)
+            return self._loaded[fingerprint]
+
+    async def _fetch(self, fingerprint: str) -> bytes:
+        url = http_url(self.server, f"{TOKENIZER_PATH}/{fingerprint}")
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        try:
+            async with httpx.AsyncClient(timeout=60.0) as client:
+                response = await client.get(url, headers=headers)
+                response.raise_for_status()
+                return response.content
+        except httpx.HTTPError as error:
+            message = f"cannot fetch the target's tokenizer from {url}: {error}"
+            raise RequestError(502, message, code="tokenizer_unavailable", type="server_error") from None
+
+
+def _load(path: Path, fingerprint: str) -> Tokenizer:
+    try:
+        tokenizer = LlamaTokenizer.open(path)
+    except ModelError:
+        path.unlink(missing_ok=True)
+        raise
+    if tokenizer.fingerprint != fingerprint:
+        path.unlink(missing_ok=True)
+        raise ModelError(f"the tokenizer in {path} is not the one asked for; it was deleted, try again")
+    return tokenizer
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    os.replace(name, path)

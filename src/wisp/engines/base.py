@@ -1,0 +1,125 @@
+"""The three small protocols behind which models live: target, drafter, tokenizer.
+
+Engines are synchronous and used from one thread at a time; whoever owns one gives it a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+from wisp.core.drafting import Signal
+from wisp.core.sampling import Sampling
+from wisp.core.work import Copy, Slice, SliceResult
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What a verifier and its operator need to know of an engine.
+
+    slots:       sequences whose KV can be held at once
+    slot_tokens: context length of each slot, tokens
+    kv_tokens:   KV tokens in all (slots * slot_tokens where slots are separate)
+    step_tokens: tokens to put into one step before it becomes too long to be interactive
+    n_vocab:     ids 0 <= id < n_vocab are valid
+    eos:         ids that end a generation
+    flip_gap:    in fast mode, two scores closer than this may swap between batch shapes; 0.0 in exact mode
+    """
+
+    engine: str
+    model: str
+    mode: Literal["exact", "fast"]
+    n_vocab: int
+    eos: frozenset[int]
+    slots: int
+    slot_tokens: int
+    kv_tokens: int
+    step_tokens: int
+    flip_gap: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+class TargetEngine(Protocol):
+    """Runs the target model over batches of slices."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
+        """One step. Results in the order of the slices; at most one slice per slot in a batch.
+
+        Raises EngineError if the step failed as a whole; then every slot is to be taken as empty.
+        """
+        ...
+
+    def copy(self, copy: Copy) -> None:
+        """Carry out a copy between slots. Called before `run`, in the order of the step."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Proposal(msgspec.Struct, frozen=True, array_like=True):
+    """A drafted token and the statistics a drafting policy decides by."""
+
+    token: int
+    signal: Signal
+
+
+class DraftEngine(Protocol):
+    """Proposes one token after another. Holds KV for several sessions and keeps it in step by itself."""
+
+    name: str
+
+    def propose(
+        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+    ) -> Proposal | None:
+        """The drafter's token after `context` (prompt, committed and drafted tokens, in order).
+
+        Whatever KV the engine has for `session` is rolled back to the longest common prefix with
+        `context` and caught up; so rejections, stale drafts and tokens decoded elsewhere need no call
+        of their own. `position` is the index of the proposed token among the generated ones, for the
+        shared noise. None means "nothing to propose" (an n-gram drafter without a match).
+        """
+        ...
+
+    def forget(self, session: str) -> None:
+        """The session is over; its KV may be reused."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. One per target; edges use the target's."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of id -> bytes over real tokens (`core.messages.vocabulary_fingerprint`)."""
+        ...
+
+    @property
+    def n_vocab(self) -> int: ...
+
+    @property
+    def eos(self) -> frozenset[int]: ...
+
+    @property
+    def bos_token(self) -> str: ...
+
+    @property
+    def eos_token(self) -> str: ...
+
+    @property
+    def chat_template(self) -> str | None: ...
+
+    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]: ...
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token; b"" for control tokens, which are never shown."""
+        ...
+
+    def blob(self) -> bytes:
+        """A self-contained file from which an edge can build the same tokenizer."""
+        ...

@@ -1,0 +1,74 @@
+"""From names on a command line to engines: the one place that knows which engines there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wisp.core.errors import ConfigError
+from wisp.engines.base import DraftEngine, TargetEngine, Tokenizer
+from wisp.engines.models import Progress, resolve
+
+ENGINES = ("llama.cpp", "null")
+
+
+def served_name(name: str) -> str:
+    """What clients call the model: the catalogue's name, or the file's without its ending."""
+    return Path(name.removeprefix("hf:")).name.removesuffix(".gguf")
+
+
+def load_target(
+    name: str,
+    *,
+    engine: str = "llama.cpp",
+    mode: str = "exact",
+    slots: int = 8,
+    context: int = 2048,
+    threads: int | None = None,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> tuple[TargetEngine, Tokenizer]:
+    """The target's engine and tokenizer. Raises ConfigError or ModelError."""
+    if engine == "null":
+        from wisp.engines.null import ByteTokenizer, NullTarget
+
+        return NullTarget(slots=max(slots, 256)), ByteTokenizer()
+    if engine != "llama.cpp":
+        raise ConfigError(f"unknown engine {engine!r}; choose one of: {', '.join(ENGINES)}")
+    if mode not in ("exact", "fast"):
+        raise ConfigError(f"unknown mode {mode!r}; choose exact or fast")
+    from wisp.engines.llama.target import LlamaTarget
+    from wisp.engines.llama.tokenizer import LlamaTokenizer
+
+    path = resolve(name, offline=offline, progress=progress)
+    target = LlamaTarget(
+        path,
+        name=served_name(name),
+        mode="exact" if mode == "exact" else "fast",
+        slots=slots,
+        slot_tokens=context,
+        threads=threads,
+    )
+    return target, LlamaTokenizer.open(path)
+
+
+def load_drafter(
+    name: str, *, threads: int | None = None, offline: bool = False, progress: Progress | None = None
+) -> tuple[DraftEngine | None, str]:
+    """The draft engine, and its vocabulary's fingerprint ("" where it has none of its own).
+
+    `name`: a model as `resolve` takes it, "ngram", or "none" (then the engine is None).
+    """
+    if name == "none":
+        return None, ""
+    if name == "ngram":
+        from wisp.engines.ngram import NgramDraft
+
+        return NgramDraft(), ""
+    from wisp.engines.llama.draft import LlamaDraft
+    from wisp.engines.llama.tokenizer import LlamaTokenizer
+
+    path = resolve(name, offline=offline, progress=progress)
+    tokenizer = LlamaTokenizer.open(path)
+    fingerprint = tokenizer.fingerprint
+    tokenizer.close()
+    return LlamaDraft(path, threads=threads, name=served_name(name)), fingerprint

@@ -1,0 +1,153 @@
+"""The drafter's llama.cpp engine: a small model that guesses what the target will say.
+
+Nothing here has to be exact, since a wrong guess costs time and never text; so it runs with llama.cpp's fast
+settings, one row a call once a context has been caught up with.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from wisp.core.drafting import signal
+from wisp.core.errors import EngineError, ModelError
+from wisp.core.sampling import Sampling, target_token
+from wisp.engines.base import Proposal
+from wisp.engines.llama.context import Context, Logits, Tokens, physical_cores
+from wisp.engines.llama.model import Model
+
+_ROWS = 128
+_WORTH_COPYING = 16  # tokens; a copy moves a whole slot, which takes about as long as evaluating a few rows
+
+
+class LlamaDraft:
+    """DraftEngine over a GGUF file.
+
+    n_vocab:     ids from here on are never proposed (the target's vocabulary; default: the drafter's own)
+    slots:       sessions whose KV is held at once; one more takes the place of the least recently used
+    slot_tokens: context length of each (default 4096, or the model's training context if shorter); beyond it
+                 `propose` returns None
+    threads:     default: one per physical core
+
+    Raises ModelError if the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        n_vocab: int | None = None,
+        slots: int = 4,
+        slot_tokens: int = 4096,
+        threads: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        if slots < 1:
+            raise EngineError("a drafter needs at least one slot")
+        self.name = name or Path(path).stem
+        self._model = Model(path)
+        self._slot_tokens = min(slot_tokens, self._model.n_ctx_train)
+        try:
+            self._context = Context(
+                self._model,
+                slots=slots,
+                slot_tokens=self._slot_tokens,
+                rows=_ROWS,
+                threads=threads or physical_cores(),
+                flash=False,
+                offload=True,
+            )
+        except ModelError:
+            self._model.close()
+            raise
+        self._n_own = self._model.n_vocab
+        self._n_vocab = min(n_vocab or self._n_own, self._n_own)
+        self._held: list[list[int]] = [[] for _ in range(slots)]  # what each slot's KV is of
+        self._sessions: OrderedDict[str, int] = OrderedDict()  # slot of each, least recently used first
+
+    def propose(
+        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+    ) -> Proposal | None:
+        """The drafter's token after `context` (see DraftEngine.propose); None also where `context` is empty, longer
+        than a slot, or has ids the drafter does not know. Raises EngineError; the session then starts afresh."""
+        tokens = list(context)
+        if not 0 < len(tokens) <= self._slot_tokens:
+            return None
+        slot = self._slot_for(session, tokens)
+        # The last token is evaluated even if it is held: its logits are wanted, and are gone.
+        common = min(_common_prefix(self._held[slot], tokens), len(tokens) - 1)
+        feed = np.array(tokens[common:], np.int32)
+        if feed.min() < 0 or feed.max() >= self._n_own:
+            return None
+        logits = self._evaluate(slot, common, feed)[: self._n_vocab]
+        self._held[slot] = tokens
+        token = target_token(logits, sampling, position)
+        return Proposal(token, signal(logits, token))
+
+    @property
+    def rows_evaluated(self) -> int:
+        """Rows the model has evaluated so far: what syncing with contexts cost."""
+        return self._context.rows_evaluated
+
+    def forget(self, session: str) -> None:
+        """The session is over. Its slot is free, but what it holds may still serve a session that begins alike."""
+        self._sessions.pop(session, None)
+
+    def close(self) -> None:
+        self._model.close()
+
+    def _slot_for(self, session: str, tokens: list[int]) -> int:
+        """The session's slot; a new session gets the one whose content helps most, or a copy of it."""
+        if session in self._sessions:
+            self._sessions.move_to_end(session)
+            return self._sessions[session]
+        common = [_common_prefix(held, tokens) for held in self._held]
+        used = set(self._sessions.values())
+        free = [slot for slot in range(len(self._held)) if slot not in used]
+        best = max(range(len(common)), key=common.__getitem__)
+        if best in free:
+            slot = best
+        elif free:
+            slot = min(free, key=lambda s: len(self._held[s]))
+        else:
+            _, slot = self._sessions.popitem(last=False)
+        if common[best] >= common[slot] + _WORTH_COPYING:
+            self._context.copy(best, slot, common[best])
+            self._held[slot] = self._held[best][: common[best]]
+        self._sessions[session] = slot
+        return slot
+
+    def _evaluate(self, slot: int, start: int, feed: Tokens) -> Logits:
+        """Logits [n_vocab] after `feed`, placed from `start` on. Valid until the next evaluation."""
+        try:
+            if start < len(self._held[slot]):
+                self._context.drop(slot, start)
+            for first in range(0, len(feed), _ROWS):
+                piece = feed[first : first + _ROWS]
+                last = first + len(piece) == len(feed)
+                self._context.add(slot, start + first, piece, int(last))
+                logits = self._context.decode()
+        except EngineError:
+            self._held[slot] = []
+            self._context.drop(slot)
+            raise
+        row: Logits = logits[0]
+        return row
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    """Length of the longest common prefix. Fast where one is a prefix of the other, which is the rule."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    low, high = 0, n  # a[:low] agrees, a[:high] does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,138 @@
+"""The target's tokenizer, from a GGUF file or from a blob that a server handed out.
+
+The blob is a GGUF file with all metadata and no tensors, so server and edge run the same code over the same
+tables. Ids are exchanged, never text, and both sides compare `fingerprint` first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+import tempfile
+from functools import cached_property
+from pathlib import Path
+
+from wisp.core.errors import EngineError, ModelError
+from wisp.engines.llama import gguf
+from wisp.engines.llama.capi import api
+from wisp.engines.llama.model import Model
+
+_UNUSED = 1 << 1  # llama_token_attr
+_PADDING = re.compile(rb"\[PAD\d+\]")
+
+
+class LlamaTokenizer:
+    """Tokenizer protocol over an open model; `open` and `from_blob` make one that owns a vocabulary-only model.
+
+    Encoding is safe from several threads. Raises EngineError once its model is closed.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._api = api()
+        self._model = model
+        self._pieces: dict[int, bytes] = {}
+        self.n_vocab = model.n_vocab
+        self.eos = model.eos
+        self.chat_template = model.chat_template
+        self._bos = int(self._api.lib.llama_vocab_bos(model.vocab))
+        self._adds_bos = self._bos >= 0 and bool(self._api.lib.llama_vocab_get_add_bos(model.vocab))
+        self.bos_token = self._text(self._bos)
+        self.eos_token = self._text(int(self._api.lib.llama_vocab_eos(model.vocab)))
+
+    @classmethod
+    def open(cls, path: str | Path) -> LlamaTokenizer:
+        """From a GGUF file, whose weights are not read. Raises ModelError."""
+        return cls(Model(path, vocab_only=True))
+
+    @classmethod
+    def from_blob(cls, blob: bytes) -> LlamaTokenizer:
+        """From what `blob()` returned, elsewhere. Raises ModelError if it is not such a blob."""
+        gguf.check_blob(blob)
+        with tempfile.TemporaryDirectory(prefix="wisp-") as folder:
+            path = Path(folder) / "tokenizer.gguf"
+            path.write_bytes(blob)
+            tokenizer = cls.open(path)
+        tokenizer.__dict__["_blob"] = blob
+        return tokenizer
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over (id: u32, length: u32, bytes), little-endian, of all ids but padding entries.
+
+        Control tokens count with their text. Takes tenths of a second for a large vocabulary, once.
+        """
+        lib, vocab = self._api.lib, self._model.vocab
+        digest = hashlib.sha256()
+        for token in range(self.n_vocab):
+            if lib.llama_vocab_get_attr(vocab, token) & _UNUSED:
+                continue
+            text = self._render(token, special=True)
+            if not _PADDING.fullmatch(text):
+                digest.update(struct.pack("<II", token, len(text)) + text)
+        return digest.hexdigest()
+
+    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """Ids of `text`. `add_bos` puts the beginning-of-sequence token first if the model is one that has it so;
+        `parse_special` reads the text of control tokens as those tokens. Lone surrogates become "?"."""
+        ids = self._tokenize(text.encode("utf-8", "replace"), parse_special)
+        return [self._bos, *ids] if add_bos and self._adds_bos else ids
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token; b"" for control tokens and for ids out of range."""
+        found = self._pieces.get(token)
+        if found is None:
+            found = self._pieces[token] = self._render(token, special=False)
+        return found
+
+    def decode(self, tokens: list[int]) -> bytes:
+        """The bytes of a run of tokens. Cutting them anywhere but at whole characters is the caller's matter."""
+        return b"".join(map(self.piece, tokens))
+
+    def blob(self) -> bytes:
+        """A self-contained file (a few MB, a third of it gzipped) for `from_blob`."""
+        return self._blob
+
+    def close(self) -> None:
+        """Closes the model; leave that to the other owner of a shared one."""
+        self._model.close()
+
+    @cached_property
+    def _blob(self) -> bytes:
+        return gguf.header_only(self._model.path)
+
+    def _tokenize(self, data: bytes, parse_special: bool) -> list[int]:
+        if not data:
+            return []  # some vocabularies put a space before even an empty text
+        lib, vocab = self._api.lib, self._model.vocab
+        size = len(data) + 8  # no token is shorter than a byte, but for an added space
+        for _ in range(2):
+            ids = self._api.ffi.new("int32_t[]", size)
+            count = int(lib.llama_tokenize(vocab, data, len(data), ids, size, False, parse_special))
+            if count >= 0:
+                return self._api.ffi.unpack(ids, count) if count else []
+            size = -count
+        raise EngineError(f"llama.cpp does not tokenize a text of {len(data)} bytes")
+
+    def _render(self, token: int, *, special: bool) -> bytes:
+        if not 0 <= token < self.n_vocab:
+            return b""
+        lib, ffi, vocab = self._api.lib, self._api.ffi, self._model.vocab
+        size = 64
+        for _ in range(2):
+            buffer = ffi.new("char[]", size)
+            count = int(lib.llama_token_to_piece(vocab, token, buffer, size, 0, special))
+            if count >= 0:
+                return bytes(ffi.buffer(buffer, count))
+            size = -count
+        raise EngineError(f"llama.cpp does not render token {token}")
+
+    def _text(self, token: int) -> str:
+        """The text of a special token, "" if the model has none such."""
+        if token < 0:
+            return ""
+        text = self._api.lib.llama_vocab_get_text(self._model.vocab, token)
+        return str(self._api.ffi.string(text).decode("utf-8", "replace"))
+
+
+__all__ = ["LlamaTokenizer", "ModelError"]

@@ -1,0 +1,91 @@
+"""An engine without a model: the target's token is a hash of (seed, position), and a step takes no time.
+
+It measures the control plane: what a verification costs when the engine costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from wisp.core.messages import vocabulary_fingerprint
+from wisp.core.sampling import uniforms
+from wisp.core.work import Copy, Slice, SliceResult
+from wisp.engines.base import EngineInfo
+
+N_VOCAB = 257  # bytes and an end of sequence that never comes
+EOS = 256
+_FIRST = np.zeros(1, np.int64)
+
+
+def null_token(seed: int, position: int) -> int:
+    """The target's token at generated `position`: a device that knows the seed can draft as well as it likes."""
+    return int(uniforms(seed, position, _FIRST)[0] * 256)
+
+
+class NullTarget:
+    """TargetEngine of no weights."""
+
+    def __init__(self, slots: int = 256, slot_tokens: int = 4096) -> None:
+        self._info = EngineInfo(
+            "null",
+            "null",
+            "exact",
+            N_VOCAB,
+            frozenset({EOS}),
+            slots,
+            slot_tokens,
+            slots * slot_tokens,
+            1 << 20,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        """The engine's shape."""
+        return self._info
+
+    def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
+        """Choose tokens, in no time."""
+        return [_run(s) if s.sample else SliceResult(s.session) for s in batch]
+
+    def copy(self, copy: Copy) -> None:
+        """There is nothing to copy."""
+
+    def close(self) -> None:
+        """There is nothing to free."""
+
+
+def _run(s: Slice) -> SliceResult:
+    draft = s.tokens[len(s.tokens) - s.n_draft :]
+    tokens: list[int] = []
+    for i in range(s.n_draft + 1):
+        tokens.append(null_token(s.sampling.seed, s.position + i))
+        if i == s.n_draft or tokens[i] != draft[i]:
+            break
+    return SliceResult(s.session, len(tokens) - 1, tokens)
+
+
+class ByteTokenizer:
+    """Tokenizer of bytes, for the null engine."""
+
+    n_vocab = N_VOCAB
+    eos = frozenset({EOS})
+    bos_token = ""
+    eos_token = "<|end|>"
+    chat_template = None
+
+    def __init__(self) -> None:
+        self.fingerprint = vocabulary_fingerprint((i, bytes([i])) for i in range(256))
+
+    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """UTF-8 bytes."""
+        return list(text.encode())
+
+    def piece(self, token: int) -> bytes:
+        """The byte."""
+        return bytes([token]) if token < 256 else b""
+
+    def blob(self) -> bytes:
+        """Nothing: no edge needs it."""
+        return b""

@@ -1,0 +1,157 @@
+"""Whatever a client sends or does, it gets an answer in our shape, and nothing is left running."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from api_fakes import MODEL, ByteTokenizer, Recorder, ScriptedBackend, committed, make_app
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+FIELDS = [
+    "model", "messages", "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "logprobs",
+    "top_logprobs", "tools", "tool_choice", "n", "logit_bias", "response_format", "stream_options", "min_tokens",
+    "chat_template_kwargs",
+]  # fmt: skip
+NAMES = st.sampled_from(
+    ["role", "user", "content", "type", "text", "tool_calls", "function", "name", "include_usage"]
+)
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | NAMES
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    backend = ScriptedBackend()
+    backend.script = [committed("Hi", "stop", top=2)]
+    with TestClient(make_app(backend)) as client:
+        yield client
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    path=st.sampled_from(["chat/completions", "completions"]),
+    fields=st.dictionaries(st.sampled_from(FIELDS), JSON),
+)
+def test_any_field_of_any_type_is_answered_or_refused(
+    client: TestClient, path: str, fields: dict[str, Any]
+) -> None:
+    body = {"model": MODEL, "prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}], **fields}
+    content = json.dumps(body, ensure_ascii=True).encode()
+    response = client.post(f"/v1/{path}", content=content, headers={"content-type": "application/json"})
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+async def call(backend: ScriptedBackend, recorder: Recorder, leave_on: bytes | None, **fields: Any) -> bytes:
+    """One request straight to the ASGI application, by a client that leaves once it has read `leave_on`."""
+    body = json.dumps({"model": MODEL, "prompt": "Hi", **fields}).encode()
+    requests = [{"type": "http.request", "body": body, "more_body": False}]
+    left = asyncio.Event()
+    received = b""
+
+    async def receive() -> dict[str, Any]:
+        if requests:
+            return requests.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        nonlocal received
+        received += message.get("body", b"")
+        if leave_on is not None and leave_on in received:
+            left.set()
+            await asyncio.sleep(0.01)  # as on a full socket: time enough to notice
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }  # fmt: skip
+    await make_app(backend, recorder)(scope, receive, send)
+    return received
+
+
+def test_who_hangs_up_after_done_was_served() -> None:
+    backend, recorder = ScriptedBackend(), Recorder()
+    received = asyncio.run(call(backend, recorder, b"[DONE]", stream=True))
+    assert received.endswith(b"data: [DONE]\n\n")
+    assert (recorder.records[0].status, recorder.records[0].finish) == (200, "stop")
+    assert backend.running == 0
+
+
+def test_who_hangs_up_in_the_middle_was_not() -> None:
+    backend, recorder = ScriptedBackend(), Recorder()
+    backend.script = [committed("Hel"), committed("lo", "stop")]
+    received = asyncio.run(call(backend, recorder, b"Hel", stream=True))
+    assert b"[DONE]" not in received
+    assert (recorder.records[0].status, recorder.records[0].finish) == (499, "cancelled")
+    assert backend.running == 0
+
+
+def test_a_shutdown_cancels_and_is_recorded() -> None:
+    backend, recorder = ScriptedBackend(), Recorder()
+    backend.script = [30.0]
+
+    async def shut_down() -> None:
+        task = asyncio.create_task(call(backend, recorder, None))
+        while not backend.running:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(shut_down())
+    assert backend.running == 0
+    assert recorder.records[0].finish == "cancelled"
+
+
+class SlowTokenizer(ByteTokenizer):
+    """Takes its time, as with a long prompt."""
+
+    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        time.sleep(0.3)
+        return super().encode(text, add_bos=add_bos, parse_special=parse_special)
+
+
+def test_a_long_prompt_does_not_hold_up_the_others() -> None:
+    backend = ScriptedBackend()
+    backend.tokenizer = SlowTokenizer()
+    longest = 0.0
+
+    async def scenario() -> None:
+        nonlocal longest
+        task = asyncio.create_task(call(backend, Recorder(), None))
+        while not task.done():
+            start = time.monotonic()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.monotonic() - start)
+
+    asyncio.run(scenario())
+    assert longest < 0.25
+
+
+def test_a_refused_key_or_prompt_never_reaches_the_log(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "only for the model"
+    with caplog.at_level(logging.DEBUG, logger="wisp"):
+        client.post("/v1/completions", json={"model": secret, "prompt": secret, "n": 2})
+        client.post("/v1/completions", json={"model": secret, "prompt": secret})
+    assert len([r for r in caplog.records if r.name == "wisp.api"]) == 2
+    assert secret not in caplog.text

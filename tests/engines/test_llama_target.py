@@ -1,0 +1,245 @@
+"""What a slice does to a slot, and what happens to slices that cannot be run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from wisp.core.errors import EngineError, ModelError
+from wisp.core.sampling import Sampling
+from wisp.core.work import Slice
+from wisp.engines.llama import selfcheck
+from wisp.engines.llama.context import DecodeError
+from wisp.engines.llama.model import Model
+from wisp.engines.llama.reference import reference_tokens
+from wisp.engines.llama.target import LlamaTarget
+from wisp.engines.llama.tokenizer import LlamaTokenizer
+
+PROMPT = [11, 12, 13, 14, 15]
+SAMPLING = Sampling(temperature=1.0, seed=4)
+
+
+@pytest.fixture(scope="module")
+def answer(tiny_target: Path) -> list[int]:
+    return reference_tokens(tiny_target, PROMPT, SAMPLING, 24)
+
+
+def other(token: int) -> int:
+    return token - 1 if token else 1
+
+
+def verify(slot: int, draft: list[int], *, start: int = 0, **more: object) -> Slice:
+    return Slice(1, slot, start, PROMPT[start:] + draft, len(draft), sampling=SAMPLING, **more)  # type: ignore[arg-type]
+
+
+def test_info_describes_the_model(engine: LlamaTarget, tokenizer: LlamaTokenizer) -> None:
+    info = engine.info
+    assert (info.engine, info.model, info.mode, info.flip_gap, info.notes) == (
+        "llama.cpp",
+        "tiny",
+        "exact",
+        0.0,
+        (),
+    )
+    assert (info.slots, info.slot_tokens, info.kv_tokens) == (4, 256, 1024)
+    assert (info.n_vocab, info.eos) == (tokenizer.n_vocab, tokenizer.eos)
+
+
+def test_a_right_draft_is_accepted_whole_with_a_bonus(engine: LlamaTarget, answer: list[int]) -> None:
+    [result] = engine.run([verify(0, answer[:9])])
+    assert (result.accepted, result.tokens) == (9, answer[:10])
+    assert engine.held(0) == len(PROMPT) + 9
+
+
+def test_the_first_disagreement_is_corrected_and_the_rest_rolled_back(
+    engine: LlamaTarget, answer: list[int]
+) -> None:
+    [result] = engine.run([verify(0, [*answer[:3], other(answer[3]), *answer[4:9]])])
+    assert (result.accepted, result.tokens) == (3, answer[:4])
+    assert engine.held(0) == len(PROMPT) + 3
+    [result] = engine.run([Slice(1, 0, 8, answer[3:8], 4, position=4, sampling=SAMPLING)])
+    assert (result.accepted, result.tokens) == (4, answer[4:9])
+
+
+def test_rows_after_a_rejected_piece_are_not_evaluated(engine: LlamaTarget, answer: list[int]) -> None:
+    before = engine.context.rows_evaluated
+    [result] = engine.run([verify(0, [other(answer[0]), *answer[1:20]])])
+    assert (result.accepted, result.tokens) == (0, answer[:1])
+    assert engine.context.rows_evaluated - before == 7  # of 25, in pieces 7, 6, 6, 6
+    assert engine.held(0) == len(PROMPT)
+
+
+def test_prefill_says_nothing(engine: LlamaTarget) -> None:
+    [result] = engine.run([Slice(9, 0, 0, PROMPT, sample=False)])
+    assert (result.session, result.accepted, result.tokens, result.error) == (9, 0, [], "")
+    assert engine.held(0) == 5
+
+
+def test_a_prefix_is_copied_as_it_was_when_the_step_began(engine: LlamaTarget, answer: list[int]) -> None:
+    engine.run([verify(0, answer[:6])])
+    # Slot 0 is overwritten in the very step in which 1 copies from it, and 2 from what 1 held.
+    engine.run([Slice(1, 1, 0, PROMPT, sample=False)])
+    results = engine.run(
+        [
+            Slice(1, 0, 0, [1, 2, 3], sample=False),
+            Slice(2, 1, 8, answer[3:4], position=4, sampling=SAMPLING, copy_from=0),
+            Slice(3, 2, 4, PROMPT[4:], sampling=SAMPLING, copy_from=1),
+        ]
+    )
+    assert [r.error for r in results] == ["", "", ""]
+    assert results[1].tokens == answer[4:5]
+    assert results[2].tokens == answer[:1]
+    assert [engine.held(slot) for slot in range(3)] == [3, 9, 5]
+
+
+def test_a_copy_onto_itself_is_no_copy(engine: LlamaTarget, answer: list[int]) -> None:
+    engine.run([Slice(1, 0, 0, PROMPT, sample=False)])
+    [result] = engine.run([verify(0, [], start=4, copy_from=0)])
+    assert result.tokens == answer[:1]
+
+
+def test_copies_in_a_circle_are_refused(engine: LlamaTarget) -> None:
+    engine.run([Slice(1, 0, 0, PROMPT, sample=False), Slice(2, 1, 0, PROMPT, sample=False)])
+    with pytest.raises(EngineError, match="circle"):
+        engine.run([Slice(1, 0, 2, [1], copy_from=1), Slice(2, 1, 2, [1], copy_from=0)])
+
+
+def test_two_slices_of_one_slot_are_refused(engine: LlamaTarget) -> None:
+    with pytest.raises(EngineError, match="same slot"):
+        engine.run([Slice(1, 0, 0, [1]), Slice(2, 0, 0, [1])])
+
+
+@pytest.mark.parametrize(
+    ("work", "complaint"),
+    [
+        (Slice(1, 0, 0, []), "at least one token"),
+        (Slice(1, 0, 6, [1]), "holds 5 tokens"),
+        (Slice(1, 0, -1, [1]), "to start from"),
+        (Slice(1, 0, 3, [1], copy_from=2), "slot 2 holds 0 tokens"),
+        (Slice(1, 0, 0, [1], copy_from=4), "slot 4"),
+        (Slice(1, 0, 5, [1] * 252), "exceed the slot's 256"),
+        (Slice(1, 0, 5, [1, -1]), "vocabulary"),
+        (Slice(1, 0, 5, [1, 1 << 40]), "vocabulary"),
+        (Slice(1, 0, 5, [1, 2], 2), "draft tokens"),
+        (Slice(1, 0, 5, [1, 2], -1), "draft tokens"),
+        (Slice(1, 0, 5, [1, 2], 1, sample=False), "draft tokens"),
+        (Slice(1, 0, 5, [1], sampling=Sampling(top_p=0.0)), "top_p"),
+        (Slice(1, 4, 0, [1]), "slot 4"),
+        (Slice(1, -1, 0, [1]), "slot -1"),
+    ],
+)
+def test_a_slice_that_cannot_be_run_fails_alone(
+    engine: LlamaTarget, answer: list[int], work: Slice, complaint: str
+) -> None:
+    engine.run([Slice(1, 0, 0, PROMPT, sample=False)])
+    failed, good = engine.run([work, verify(1, answer[:2])])
+    assert complaint in failed.error
+    assert failed.tokens == []
+    assert good.tokens == answer[:3]
+    if work.slot == 0:
+        assert engine.held(0) == 0
+        assert engine.run([verify(0, [])])[0].tokens == answer[:1]
+
+
+def test_a_failed_decode_empties_its_slot_only(
+    engine: LlamaTarget, answer: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.run([Slice(1, 0, 0, PROMPT, sample=False), Slice(2, 1, 0, PROMPT[:4], sample=False)])
+    decode, calls = engine.context.decode, iter([1])
+
+    def flaky() -> object:
+        logits = decode()
+        if next(calls, 0):
+            raise DecodeError(1, "no room")
+        return logits
+
+    monkeypatch.setattr(engine.context, "decode", flaky)
+    failed, good = engine.run([Slice(1, 0, 5, answer[:1]), verify(1, answer[:2], start=4)])
+    assert "no room" in failed.error
+    assert good.tokens == answer[:3]
+    assert (engine.held(0), engine.held(1)) == (0, 7)
+    assert engine.run([verify(0, answer[:4])])[0].tokens == answer[:5]
+
+
+def test_a_fatal_error_empties_everything(engine: LlamaTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.run([Slice(1, 0, 0, PROMPT, sample=False)])
+
+    def broken() -> object:
+        raise DecodeError(-3, "compute failed")
+
+    monkeypatch.setattr(engine.context, "decode", broken)
+    with pytest.raises(EngineError, match="compute failed"):
+        engine.run([Slice(2, 1, 0, PROMPT)])
+    monkeypatch.undo()
+    assert engine.held(0) == 0
+    [result] = engine.run([Slice(1, 0, 5, [1])])
+    assert "holds 0 tokens" in result.error
+
+
+def test_logprobs_are_the_targets_own(engine: LlamaTarget, answer: list[int]) -> None:
+    [none] = engine.run([verify(0, answer[:2])])
+    assert none.logprobs == []
+    [bare] = engine.run([verify(1, answer[:2], logprobs=0)])
+    assert [entry.token for entry in bare.logprobs] == answer[:3]
+    assert all(entry.top == [] and entry.logprob < 0 for entry in bare.logprobs)
+    [full] = engine.run([verify(2, [], logprobs=engine.info.n_vocab)])
+    [entry] = full.logprobs
+    assert math.fsum(math.exp(top.logprob) for top in entry.top) == pytest.approx(1.0)
+    assert [t.logprob for t in entry.top] == sorted((t.logprob for t in entry.top), reverse=True)
+    assert entry.logprob == next(t.logprob for t in entry.top if t.token == entry.token)
+
+
+def test_a_model_that_is_not_exact_here_runs_fast_and_says_so(
+    tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selfcheck, "check", lambda engine: "3 of 12 positions differ between batch shapes")
+    engine = LlamaTarget(tiny_target, slots=2, slot_tokens=128, threads=1)
+    assert engine.info.mode == "fast"
+    assert engine.info.flip_gap > 0
+    assert "3 of 12 positions differ" in engine.info.notes[0]
+    engine.close()
+
+
+def test_fast_mode_says_what_exact_mode_says_but_for_ties(tiny_target: Path, answer: list[int]) -> None:
+    gaps: list[float] = []
+    reference_tokens(tiny_target, PROMPT, SAMPLING, 24, gaps=gaps)
+    engine = LlamaTarget(tiny_target, mode="fast", slots=3, slot_tokens=256, threads=1)
+    clear = next((i for i, gap in enumerate(gaps) if gap < engine.info.flip_gap), len(gaps))
+    work = [
+        Slice(1, 0, 0, PROMPT * 30, sample=False),
+        verify(1, answer[:3]),
+        verify(2, [other(answer[0]), *answer[1:5]]),
+    ]
+    results = engine.run(work)
+    assert results[1].tokens[:clear] == answer[: min(4, clear)]
+    assert results[2].tokens[:clear] == answer[: min(1, clear)]
+    assert engine.held(0) == 150
+    engine.close()
+
+
+def test_a_closed_engine_says_so(tiny_target: Path) -> None:
+    engine = LlamaTarget(tiny_target, slots=1, slot_tokens=64, threads=1, check=False)
+    tokenizer = LlamaTokenizer(engine.model)
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.run([Slice(1, 0, 0, [1])])
+    with pytest.raises(EngineError, match="closed"):
+        tokenizer.encode("text", add_bos=False, parse_special=False)
+
+
+def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.gguf"
+    with pytest.raises(ModelError, match="no model file"):
+        Model(path)
+    path.write_bytes(b"this is not a model, whatever its name says")
+    with pytest.raises(ModelError, match=r"broken\.gguf.*magic"):
+        Model(path)
+
+
+@pytest.mark.parametrize(("slots", "slot_tokens"), [(0, 100), (1, 31)])
+def test_an_engine_without_room_is_refused(tiny_target: Path, slots: int, slot_tokens: int) -> None:
+    with pytest.raises(EngineError, match="at least one"):
+        LlamaTarget(tiny_target, slots=slots, slot_tokens=slot_tokens)
