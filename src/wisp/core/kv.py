@@ -116,6 +116,12 @@ class KvPool:
         self._set(self.slots[slot], tokens)
         self.slots[slot].used = now
 
+    def grow(self, now: float, slot: int, tokens: list[int]) -> None:
+        """The slot now holds the KV of `tokens` too, behind what it held. Costs nothing for what it held."""
+        self.held += len(tokens)
+        self.slots[slot].tokens += tokens
+        self.slots[slot].used = now
+
     def release(self, slot: int, *, keep: bool) -> None:
         """The owner is done. `keep` leaves the tokens for a follow-up turn."""
         self.slots[slot].owner = None
@@ -160,9 +166,12 @@ class KvPool:
         shared = 0
         for slot in self.slots:
             tokens = slot.tokens
-            if len(tokens) <= shared or slot.key != key or not chain or tokens[0] != chain[0]:
+            if len(tokens) <= shared or slot.key != key:
                 continue
-            n = common_prefix(tokens, chain)
-            if n > shared or (n == shared and best is not None and slot.owner is None):
-                best, shared = slot, n
+            if shared < len(chain) and tokens[shared] == chain[shared]:  # else it cannot be longer
+                n = common_prefix(tokens, chain)
+                if n > shared:
+                    best, shared = slot, n
+            elif best is not None and slot.owner is None and tokens[:shared] == chain[:shared]:
+                best = slot
         return best, shared

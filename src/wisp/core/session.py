@@ -31,6 +31,8 @@ class State(Enum):
     DOOMED = auto()  # running, cancelled
     ENDED = auto()
 
+    __hash__ = object.__hash__  # members are singletons; Enum's own hash is slow, and this is looked up a lot
+
 
 class Event(Enum):
     """What can happen to a session."""
@@ -43,6 +45,8 @@ class Event(Enum):
     RESUMED = auto()
     CANCEL = auto()
     FINISHED = auto()
+
+    __hash__ = object.__hash__
 
 
 S, E = State, Event
@@ -118,6 +122,7 @@ class Session:
         self.entries: list[TokenLogprob] = []  # log probabilities of the last tokens of the chain
         self.slot: int | None = None
         self.cached = 0  # tokens of the chain whose KV is in the slot
+        self.heard = len(open_.committed)  # generated tokens that the edge is known to have, or was sent
         self.round = -1  # last round answered, or being answered
         self.pending: Pending | None = None
         self.inbox: Draft | None = None  # arrived while the step ran
@@ -178,6 +183,7 @@ class Session:
         engine_ms: float = 0.0,
     ) -> Verdict:
         """The verdict on `round_`, which is also kept for duplicates."""
+        self.heard = self.n_committed
         self.verdict = Verdict(
             self.id,
             round_,
@@ -215,6 +221,7 @@ class Session:
             self.chain = [*open_.prompt, *open_.committed]
             self.entries = []
             self.discard = self.state in IN_ENGINE
+        self.heard = len(open_.committed)
         self.serve = open_.serve
         self.logprobs = open_.logprobs
         self.pending = None

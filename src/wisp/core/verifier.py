@@ -286,7 +286,8 @@ class Verifier:
             self._parked[session.handle] = session
 
     def _expire(self, now: float) -> None:
-        for session in list(self._parked.values()):
+        while self._parked:
+            session = next(iter(self._parked.values()))
             if session.since + self.limits.park_s > now:
                 break
             session.go(Event.CANCEL)
@@ -397,7 +398,7 @@ class Verifier:
         end = min(s.cached + grant.tokens, len(s.chain))
         last = end == len(s.chain)
         draft = s.pending.draft if last and s.pending else []
-        self.kv.record(now, s.slot, s.chain[: s.cached])
+        self.kv.grow(now, s.slot, [])
         return Slice(
             session=s.handle,
             slot=s.slot,
@@ -435,7 +436,6 @@ class Verifier:
             self._settle(now, s, cached=slice_.start, more=False)
             yield from self._next(now, s)
             return
-        base = s.n_committed
         tokens, finish = self._cut(s, result.tokens) if slice_.sample else ([], "")
         s.chain += tokens
         if s.logprobs is not None:
@@ -444,12 +444,14 @@ class Verifier:
         self.admission.served(now, s.key, max(0, min(fed, s.n_prompt) - slice_.start), len(tokens))
         verdict = None
         if slice_.sample:
-            p = s.pending or Pending(s.round, base, 0, [], s.since)
+            # Nothing pending: server mode, or the edge came back during the step with a draft of its own.
+            p = s.pending or Pending(s.round, s.heard, 0, [], s.since)
+            agreed = p.head + min(result.accepted, len(tokens)) if s.pending else 0
             s.pending = None
             verdict = s.answer(
                 p.round,
                 p.base,
-                p.head + min(result.accepted, len(tokens)),
+                agreed,
                 finish=finish,
                 queue_ms=(self._dispatched - p.since) * 1e3,
                 engine_ms=engine_ms,
@@ -477,8 +479,8 @@ class Verifier:
     def _settle(self, now: float, s: Session, *, cached: int, more: bool) -> None:
         """The step is over for `s`: note what its slot holds, and let it go on, wait, park or end."""
         assert s.slot is not None
+        self.kv.grow(now, s.slot, s.chain[s.cached : cached])
         s.cached = cached
-        self.kv.record(now, s.slot, s.chain[:cached])
         s.go(Event.MORE if more else Event.VERDICT)
         s.since = now
         if s.state is State.READY:

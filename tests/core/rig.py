@@ -1,0 +1,112 @@
+"""A verifier with a toy engine, and edges on wires that can be delayed and cut. No clock, no sockets."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from toy import EOS, N_VOCAB, ToyEngine
+
+from wisp.core.admission import Admission, KeyLimits
+from wisp.core.batching import batching_policy
+from wisp.core.messages import FromCloud, Message, Refused, Verdict, decode_from_cloud, decode_from_edge, encode
+from wisp.core.sampling import Sampling
+from wisp.core.verifier import EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, Verifier, WakeAt
+
+SAMPLING = Sampling(seed=3)
+
+
+class Rig:
+    """`receive` hands the verifier a message; `step` runs what it wants run; `sent` collects what it says."""
+
+    def __init__(
+        self,
+        *,
+        slots: int = 3,
+        slot_tokens: int = 64,
+        kv_tokens: int | None = None,
+        step_tokens: int = 16,
+        batching: str = "continuous",
+        limits: dict[str, KeyLimits] | None = None,
+        max_sessions: int = 100,
+    ) -> None:
+        self.engine = ToyEngine(slots)
+        self.limits = Limits(
+            N_VOCAB, frozenset({EOS}), slots, slot_tokens, kv_tokens or slots * slot_tokens, step_tokens, max_draft=8
+        )
+        self.verifier = Verifier(self.limits, batching_policy(batching), Admission(max_sessions, limits))
+        self.now = 0.0
+        self.sent: dict[int, deque[FromCloud]] = {}
+        self.run: Run | None = None
+        self.wake_at: float | None = None
+        self.lost = 0  # messages on connections that broke
+        self.log: list[tuple[float, InEvent]] = []
+        self.runs: list[Run] = []
+
+    def feed(self, event: InEvent) -> None:
+        self.log.append((self.now, event))
+        for action in self.verifier.handle(self.now, event):
+            if isinstance(action, Send):
+                message = decode_from_cloud(encode(action.message))
+                self.sent.setdefault(action.connection, deque()).append(message)
+            elif isinstance(action, Run):
+                assert self.run is None, "two steps at once"
+                self.run = action
+                self.runs.append(action)
+            elif isinstance(action, WakeAt):
+                self.wake_at = action.at
+
+    def receive(self, message: Message, connection: int = 1, key: str = "") -> None:
+        decoded = decode_from_edge(encode(message))
+        assert not hasattr(decoded, "version")
+        self.feed(FromEdge(connection, key, decoded))
+
+    def lose(self, connection: int = 1) -> None:
+        self.feed(EdgeLost(connection))
+        self.lost += len(self.sent.pop(connection, ()))
+
+    def dispatch(self) -> bool:
+        """Let the verifier start a step. False if it has nothing to run."""
+        if self.run is None:
+            self.feed(Tick())
+        return self.run is not None
+
+    def finish(self) -> None:
+        """Run the step that was dispatched."""
+        assert self.run is not None
+        run, self.run = self.run, None
+        for copy in run.copies:
+            self.engine.copy(copy)
+        results = self.engine.run(run.slices)
+        self.now += 0.01
+        self.feed(StepDone(results, 10.0))
+
+    def fail(self, error: str) -> None:
+        """The step that was dispatched fails as a whole."""
+        self.run = None
+        self.engine.held = [[] for _ in self.engine.held]
+        self.feed(StepDone([], 1.0, error))
+
+    def settle(self, steps: int = 200) -> None:
+        """Run until there is nothing left to run."""
+        for _ in range(steps):
+            if not self.dispatch():
+                return
+            self.finish()
+        raise AssertionError("still busy")
+
+    def take(self, connection: int = 1) -> FromCloud:
+        return self.sent[connection].popleft()
+
+    def verdict(self, connection: int = 1) -> Verdict:
+        message = self.take(connection)
+        assert isinstance(message, Verdict), message
+        return message
+
+    def refused(self, connection: int = 1) -> Refused:
+        message = self.take(connection)
+        assert isinstance(message, Refused), message
+        return message
+
+    @property
+    def silent(self) -> bool:
+        return not any(self.sent.values())

@@ -1,0 +1,102 @@
+"""Slots: reuse, eviction, and room."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wisp.core.kv import KvPool, common_prefix
+
+
+def never(session: int) -> bool:
+    return False
+
+
+def test_common_prefix_by_bisection() -> None:
+    assert common_prefix([], [1]) == 0
+    assert common_prefix([1, 2, 3], [1, 2, 3]) == 3
+    assert common_prefix([1, 2, 3], [1, 9, 3]) == 1
+    assert common_prefix([9], [1]) == 0
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_common_prefix_is_what_it_says(a: list[int], b: list[int]) -> None:
+    n = common_prefix(a, b)
+    assert a[:n] == b[:n]
+    assert n == min(len(a), len(b)) or a[n] != b[n]
+
+
+def test_a_follow_up_turn_goes_on_in_the_slot_of_the_last() -> None:
+    pool = KvPool(2, 100, 200)
+    first = pool.acquire(0.0, 1, "", [1, 2, 3], never)
+    assert first is not None
+    assert (first.slot, first.start, first.copy_from) == (0, 0, -1)
+    pool.record(1.0, 0, [1, 2, 3, 4, 5])
+    pool.release(0, keep=True)
+    again = pool.acquire(2.0, 2, "", [1, 2, 3, 4, 5, 6], never)
+    assert again is not None
+    assert (again.slot, again.start, again.copy_from) == (0, 5, -1)
+
+
+def test_the_last_token_is_always_computed_anew() -> None:
+    pool = KvPool(1, 100, 100)
+    pool.acquire(0.0, 1, "", [1, 2, 3], never)
+    pool.record(0.0, 0, [1, 2, 3])
+    pool.release(0, keep=True)
+    again = pool.acquire(1.0, 2, "", [1, 2, 3], never)
+    assert again is not None
+    assert again.start == 2
+
+
+def test_a_long_prefix_of_a_busy_session_is_copied() -> None:
+    pool = KvPool(3, 100, 300)
+    system = list(range(20))
+    pool.acquire(0.0, 1, "", [*system, 50], never)
+    pool.record(0.0, 0, [*system, 50])
+    placed = pool.acquire(1.0, 2, "", [*system, 60, 61], never)
+    assert placed is not None
+    assert (placed.slot, placed.start, placed.copy_from) == (1, 20, 0)
+    short = pool.acquire(2.0, 3, "", [0, 1, 99], never)
+    assert short is not None
+    assert (short.start, short.copy_from) == (0, -1)
+
+
+def test_prefixes_are_not_shared_between_keys() -> None:
+    pool = KvPool(2, 100, 200)
+    pool.acquire(0.0, 1, "alice", list(range(30)), never)
+    pool.record(0.0, 0, list(range(30)))
+    placed = pool.acquire(1.0, 2, "bob", list(range(31)), never)
+    assert placed is not None
+    assert (placed.start, placed.copy_from) == (0, -1)
+
+
+def test_empty_slots_go_first_then_leftovers_then_evictable_owners() -> None:
+    pool = KvPool(2, 100, 200)
+    pool.acquire(0.0, 1, "", [1, 1], never)
+    pool.record(0.0, 0, [1])
+    pool.acquire(1.0, 2, "", [2, 2], never)
+    pool.record(1.0, 1, [2])
+    assert pool.acquire(2.0, 3, "", [3, 3], never) is None
+    pool.release(1, keep=True)
+    leftover = pool.acquire(3.0, 3, "", [3, 3], lambda s: s == 1)
+    assert leftover is not None
+    assert (leftover.slot, leftover.evicted) == (1, None)
+    evicting = pool.acquire(4.0, 4, "", [4, 4], lambda s: s == 1)
+    assert evicting is not None
+    assert (evicting.slot, evicting.evicted) == (0, 1)
+
+
+def test_room_is_made_of_leftovers_before_owners() -> None:
+    pool = KvPool(3, 100, 100)
+    for session in range(3):
+        pool.acquire(float(session), session, "", [session, 9], never)
+        pool.record(float(session), session, [session] * 30)
+    pool.release(2, keep=True)
+    assert pool.fit(10, lambda s: True) == []
+    assert pool.held == 90
+    assert pool.fit(20, lambda s: True) == []  # the leftover went
+    assert pool.held == 60
+    assert pool.fit(60, lambda s: True) is None
+    assert pool.held == 60
+    assert pool.fit(60, lambda s: s != 0) == [0]
+    assert pool.held == 30

@@ -1,0 +1,84 @@
+"""The wire format is pinned: these bytes are what other releases send."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wisp.core.errors import ProtocolError
+from wisp.core.messages import (
+    Cancel,
+    Draft,
+    Hello,
+    Message,
+    Open,
+    Refused,
+    Verdict,
+    Welcome,
+    decode_from_cloud,
+    decode_from_edge,
+    encode,
+    vocabulary_fingerprint,
+)
+from wisp.core.sampling import Sampling
+from wisp.core.slo import Slo
+from wisp.core.work import TokenLogprob, TopLogprob
+
+GOLDEN = {
+    "94a568656c6c6f01a26162a163": Hello(1, "ab", "c"),
+    "97a56472616674a17307" + "02" + "920304" + "cb3ff8000000000000" + "c3": Draft("s", 7, 2, [3, 4], 1.5, True),
+    "92a663616e63656ca173": Cancel("s"),
+    "96a772656675736564a173a163a16dcb3ff0000000000000c2": Refused("s", "c", "m", 1.0, False),
+}
+OPEN = Open("s", 1, [5], Sampling(0.5, 1, 0.25, 0.0, 9), 4, 2, [6], [7], 0.5, False, True, 3, Slo(1.0, 2.0))
+VERDICT = Verdict("s", 1, 2, 1, [3, 4], "stop", [TokenLogprob(3, -0.5, [TopLogprob(1, -0.25)])], 0.5, 1.0, 0.0)
+WELCOME = Welcome(1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0)
+
+
+@pytest.mark.parametrize(("frame", "message"), GOLDEN.items())
+def test_golden_frames(frame: str, message: Message) -> None:
+    assert encode(message).hex() == frame
+    decode = decode_from_cloud if isinstance(message, Refused) else decode_from_edge
+    assert decode(bytes.fromhex(frame)) == message
+
+
+def test_every_message_survives_the_wire() -> None:
+    assert decode_from_edge(encode(OPEN)) == OPEN
+    assert decode_from_cloud(encode(VERDICT)) == VERDICT
+    assert decode_from_cloud(encode(WELCOME)) == WELCOME
+
+
+def test_shorter_and_longer_messages_are_understood() -> None:
+    """A peer of the same version may know fewer fields, or more."""
+    fields = msgspec.msgpack.decode(encode(Draft("s", 7, 2, [3])))
+    older = msgspec.msgpack.encode(fields[:5])
+    newer = msgspec.msgpack.encode([*fields, "something new"])
+    assert decode_from_edge(older) == decode_from_edge(newer) == Draft("s", 7, 2, [3])
+
+
+@given(st.binary(max_size=60))
+def test_garbage_is_refused_and_nothing_else(frame: bytes) -> None:
+    for decode in (decode_from_edge, decode_from_cloud):
+        try:
+            decode(frame)
+        except ProtocolError as error:
+            assert error.code == "malformed"
+
+
+def test_wrong_direction_and_wrong_types_are_refused() -> None:
+    with pytest.raises(ProtocolError, match="from an edge"):
+        decode_from_edge(encode(VERDICT))
+    with pytest.raises(ProtocolError, match="from a verifier"):
+        decode_from_cloud(encode(OPEN))
+    bad = msgspec.msgpack.encode(["draft", "s", 1, 0, ["not a token"]])
+    with pytest.raises(ProtocolError, match="malformed|Expected"):
+        decode_from_edge(bad)
+
+
+def test_fingerprint_tells_vocabularies_apart() -> None:
+    plain = vocabulary_fingerprint([(0, b"a"), (1, b"bc")])
+    assert plain == vocabulary_fingerprint(iter([(0, b"a"), (1, b"bc")]))
+    assert plain != vocabulary_fingerprint([(0, b"ab"), (1, b"c")])
+    assert plain != vocabulary_fingerprint([(0, b"a"), (2, b"bc")])

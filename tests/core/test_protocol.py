@@ -1,0 +1,204 @@
+"""Edges and a verifier under everything that can go wrong, found by hypothesis.
+
+Whatever the order of drafts, deliveries, cut connections, restarts, time jumps and cancels: what an edge has
+committed is always a prefix of what the target alone would say, and every session that is left alone ends
+with all of it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from rig import Rig
+from toy import EOS, N_VOCAB, toy_text, toy_token
+
+from wisp.core.drafter import Drafter, Phase, Reopen, Task
+from wisp.core.drafting import Fixed, Signal
+from wisp.core.messages import Cancel, Message, Refused, Verdict
+from wisp.core.sampling import Sampling
+from wisp.core.work import Committed
+
+PROMPTS = [[1, 2, 3], [1, 2, 3, 4, 5, 6], [7, 7, 7], [i % 40 for i in range(25)], [i % 40 for i in range(30)]]
+EOS_SET = frozenset({EOS})
+
+
+class Edge:
+    """One device with one session: a drafter, and a wire on which messages wait to be delivered."""
+
+    def __init__(self, number: int, prompt: list[int], seed: int, k: int, accuracy: float, max_tokens: int) -> None:
+        self.task = Task(prompt, Sampling(seed=seed), max_tokens, logprobs=0 if seed % 2 else None)
+        policy = Fixed(k) if k else None
+        self.drafter = Drafter(f"session-{number}", self.task, policy, EOS_SET)
+        self.random = random.Random(number)
+        self.accuracy = accuracy
+        self.connection: int | None = None
+        self.out: deque[Message] = deque()
+        self.text: list[int] = []
+        self.finish = ""
+        self.expected = toy_text(prompt, self.task.sampling, max_tokens)
+
+    def act(self, actions: list) -> None:
+        for action in actions:
+            if isinstance(action, Committed):
+                self.text += action.tokens
+                self.finish = action.finish
+                if self.task.logprobs is not None and action.logprobs:
+                    assert [e.token for e in action.logprobs] == action.tokens
+                assert action.from_draft <= action.accepted <= action.drafted
+            elif isinstance(action, Reopen):
+                self.act(self.drafter.connected(8))
+            else:
+                self.out.append(action)
+
+    def draft(self) -> None:
+        if self.drafter.wants_token:
+            token: int | None = toy_token(self.drafter.context(), self.task.sampling)
+            if self.random.random() > self.accuracy:
+                token = self.random.choice([None, self.random.randrange(N_VOCAB)])
+            self.act(self.drafter.proposed(0.0, token, Signal()))
+
+    def hear(self, message: Verdict | Refused) -> None:
+        if isinstance(message, Refused):
+            self.act(self.drafter.refused(message))
+        else:
+            self.act(self.drafter.verdict(0.0, message))
+
+
+class Fleet(RuleBasedStateMachine):
+    """Small steps in any order."""
+
+    @initialize(batching=st.sampled_from(["continuous", "fcfs"]), slots=st.integers(1, 3), tight=st.booleans())
+    def start(self, batching: str, slots: int, tight: bool) -> None:
+        self.make = lambda: Rig(
+            slots=slots, slot_tokens=64, kv_tokens=70 if tight else None, step_tokens=8, batching=batching
+        )
+        self.rig = self.make()
+        self.edges: list[Edge] = []
+        self.connections = 0
+
+    @precondition(lambda self: len(self.edges) < 5)
+    @rule(
+        prompt=st.sampled_from(PROMPTS),
+        seed=st.integers(0, 3),
+        k=st.sampled_from([0, 1, 4, 8]),
+        accuracy=st.sampled_from([0.0, 0.7, 1.0]),
+        max_tokens=st.integers(1, 20),
+    )
+    def open(self, prompt: list[int], seed: int, k: int, accuracy: float, max_tokens: int) -> None:
+        self.edges.append(Edge(len(self.edges), prompt, seed, k, accuracy, max_tokens))
+        self.connect(len(self.edges) - 1)
+
+    @rule(i=st.integers(0, 4))
+    def connect(self, i: int) -> None:
+        if i < len(self.edges) and self.edges[i].connection is None:
+            edge = self.edges[i]
+            self.connections += 1
+            edge.connection = self.connections
+            edge.act(edge.drafter.connected(8))
+
+    @rule(i=st.integers(0, 4), times=st.integers(1, 9))
+    def draft(self, i: int, times: int) -> None:
+        if i < len(self.edges):
+            for _ in range(times):
+                self.edges[i].draft()
+
+    @rule(i=st.integers(0, 4), twice=st.booleans())
+    def to_cloud(self, i: int, twice: bool) -> None:
+        if i < len(self.edges) and self.edges[i].out and self.edges[i].connection is not None:
+            edge = self.edges[i]
+            message = edge.out.popleft()
+            self.rig.receive(message, edge.connection)
+            if twice and message.__class__.__name__ == "Draft":
+                self.rig.receive(message, edge.connection)
+
+    @rule(i=st.integers(0, 4))
+    def to_edge(self, i: int) -> None:
+        if i < len(self.edges):
+            edge = self.edges[i]
+            waiting = self.rig.sent.get(edge.connection or 0)
+            if waiting:
+                edge.hear(waiting.popleft())
+
+    @rule()
+    def dispatch(self) -> None:
+        self.rig.dispatch()
+
+    @precondition(lambda self: self.rig.run is not None)
+    @rule()
+    def finish(self) -> None:
+        self.rig.finish()
+
+    @rule(i=st.integers(0, 4), noticed=st.booleans())
+    def cut(self, i: int, noticed: bool) -> None:
+        """The connection breaks; what was on it is lost. The verifier may notice only much later."""
+        if i < len(self.edges) and self.edges[i].connection is not None:
+            edge = self.edges[i]
+            if noticed:
+                self.rig.lose(edge.connection)
+            edge.connection = None
+            edge.out.clear()
+            edge.drafter.lost()
+
+    @rule()
+    def restart(self) -> None:
+        """The verifier dies and another takes its place."""
+        for i in range(len(self.edges)):
+            self.cut(i, False)
+        self.rig = self.make()
+
+    @rule(seconds=st.sampled_from([0.5, 2.0, 61.0]))
+    def wait(self, seconds: float) -> None:
+        self.rig.now += seconds
+
+    @rule(i=st.integers(0, 4))
+    def cancel(self, i: int) -> None:
+        if i < len(self.edges) and self.edges[i].connection is not None:
+            edge = self.edges[i]
+            edge.drafter.phase = Phase.DONE
+            edge.out.append(Cancel(edge.drafter.session))
+            edge.finish = "cancelled"
+
+    @invariant()
+    def text_is_the_targets(self) -> None:
+        for edge in getattr(self, "edges", []):
+            assert edge.text == edge.expected[: len(edge.text)]
+            assert edge.text == edge.drafter.committed
+
+    def teardown(self) -> None:
+        """Left alone, everything ends well."""
+        if not hasattr(self, "edges"):
+            return
+        for _ in range(4000):
+            for i, edge in enumerate(self.edges):
+                self.connect(i)
+                edge.draft()
+                self.to_cloud(i, False)
+                self.to_edge(i)
+            self.rig.dispatch()
+            if self.rig.run is not None:
+                self.rig.finish()
+            self.rig.now += 0.3
+            quiet = all(e.finish and not e.out for e in self.edges) and self.rig.silent
+            if quiet and self.rig.run is None:
+                break
+        for edge in self.edges:
+            assert edge.finish, f"never ended: {edge.drafter.phase}"
+            if edge.finish != "cancelled":
+                assert edge.text == edge.expected
+                assert edge.finish == ("stop" if edge.text[-1] == EOS else "length")
+        for connection in range(1, self.connections + 1):  # sooner or later a ping goes unanswered
+            self.rig.lose(connection)
+        self.rig.now += 100.0
+        self.rig.settle()
+        assert not self.rig.verifier.sessions
+        assert self.rig.verifier.kv.owned_slots == 0
+
+
+Fleet.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestFleet = Fleet.TestCase

@@ -1,0 +1,144 @@
+"""The sampling rule against a slow one that spells it out, and against the distribution it promises."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from wisp.core.sampling import Sampling, gumbels, log_probability, target_token, uniforms, verify
+
+
+def slow_kept(scores: list[float], s: Sampling) -> list[int]:
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    if s.top_k:
+        order = order[: s.top_k]
+    if s.top_p < 1.0:
+        peak = scores[order[0]]
+        kept = sorted(order)
+        total = float(np.exp(np.array([scores[i] for i in kept]) - peak).sum())
+        reached, mass = [], 0.0
+        for i in order:
+            reached.append(i)
+            mass += math.exp(scores[i] - peak)
+            if mass >= s.top_p * total:
+                break
+        order = reached
+    if s.min_p > 0.0:
+        order = [i for i in order if scores[i] >= scores[order[0]] + math.log(s.min_p)]
+    return order
+
+
+def slow_token(logits: np.ndarray, s: Sampling, position: int) -> int:
+    if s.temperature == 0:
+        return min(range(len(logits)), key=lambda i: (-logits[i], i))
+    scores = [float(x) / s.temperature for x in logits]
+    noise = gumbels(s.seed, position, np.arange(len(scores)))
+    return min(slow_kept(scores, s), key=lambda i: (-(scores[i] + noise[i]), i))
+
+
+samplings = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.3, 0.7, 1.0, 2.5]),
+    top_k=st.sampled_from([0, 1, 3, 40]),
+    top_p=st.sampled_from([1.0, 0.999, 0.9, 0.3, 0.01]),
+    min_p=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
+    seed=st.integers(-(2**63), 2**64 - 1),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    # Few distinct values, so that ties at every boundary are common.
+    hnp.arrays(np.float32, st.integers(1, 60), elements=st.integers(-40, 40).map(lambda i: i / 2)),
+    samplings,
+    st.integers(0, 5000),
+)
+def test_fast_path_is_the_rule_spelt_out(logits: np.ndarray, sampling: Sampling, position: int) -> None:
+    assert target_token(logits, sampling, position) == slow_token(logits, sampling, position)
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.5, 8.0])
+def test_pruning_is_exact_on_a_large_vocabulary(scale: float) -> None:
+    rng = np.random.default_rng(1)
+    ids = np.arange(150_000)
+    for position in range(12):
+        logits = (rng.normal(size=ids.size) * scale).astype(np.float32)
+        sampling = Sampling(temperature=1.0, seed=position)
+        best = logits.astype(np.float64) + gumbels(position, position, ids)
+        assert target_token(logits, sampling, position) == int(np.argmax(best))
+
+
+def test_noise_of_a_few_ids_is_the_noise_of_all() -> None:
+    everything = uniforms(7, 3, np.arange(1000))
+    some = np.array([999, 0, 512])
+    assert np.array_equal(uniforms(7, 3, some), everything[some])
+    assert 0.0 < everything.min() < everything.max() < 1.0
+
+
+def test_the_hash_is_pinned() -> None:
+    """Texts drawn with a seed must stay what they are from one release to the next."""
+    ids = np.array([0, 1, 151_935])
+    expected = [595752380, 4170851686, 1407602383]
+    assert [int(u * 2**32) for u in uniforms(0, 0, ids)] == expected
+    assert uniforms(-1, 0, ids).tolist() == uniforms(2**64 - 1, 0, ids).tolist()
+
+
+def test_noise_differs_by_seed_position_and_id() -> None:
+    values = {float(uniforms(s, p, np.array([i]))[0]) for s in range(10) for p in range(10) for i in range(10)}
+    assert len(values) == 1000
+
+
+def test_frequencies_are_the_softmax() -> None:
+    logits = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03])).astype(np.float32)
+    n = 20_000
+    counts = np.bincount([target_token(logits, Sampling(1.0, seed=s), 0) for s in range(n)], minlength=5)
+    expected = n * np.exp(logits.astype(float))
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    assert chi_square < 23.5  # p = 1e-4 at 4 degrees of freedom
+
+
+def test_coupled_drafters_agree_nearly_as_often_as_any_can() -> None:
+    rng = np.random.default_rng(0)
+    agree, optimum = 0, 0.0
+    for seed in range(3000):
+        p = rng.normal(size=40) * 2
+        q = p + rng.normal(size=40) * 0.5
+        s = Sampling(1.0, seed=seed)
+        agree += target_token(p.astype(np.float32), s, 0) == target_token(q.astype(np.float32), s, 0)
+        pp, qq = np.exp(p) / np.exp(p).sum(), np.exp(q) / np.exp(q).sum()
+        optimum += float(np.minimum(pp, qq).sum())
+    assert agree / 3000 > 0.93 * optimum / 3000
+
+
+def test_verify_reads_no_further_than_the_first_disagreement() -> None:
+    rows = [np.eye(5, dtype=np.float32)[i] for i in (3, 1, 4)]
+
+    def reading():
+        yield rows[0]
+        yield rows[1]
+        raise AssertionError("read too far")
+
+    assert verify(reading(), [3, 2, 0], Sampling(), 0) == (1, [3, 1])
+    assert verify(rows, [3, 1], Sampling(), 0) == (2, [3, 1, 4])
+    with pytest.raises(ValueError, match="need 4 rows"):
+        verify(rows, [3, 1, 4], Sampling(), 0)
+
+
+def test_log_probabilities_are_of_the_plain_softmax() -> None:
+    logits = np.log(np.array([0.5, 0.25, 0.25], np.float32))
+    value, top = log_probability(logits, 2, 2)
+    assert value == pytest.approx(math.log(0.25))
+    assert [i for i, _ in top] == [0, 1]  # the tie goes to the lower id
+    assert top[0][1] == pytest.approx(math.log(0.5))
+
+
+def test_out_of_range_parameters_are_named() -> None:
+    assert Sampling(temperature=-1).problem() == ("temperature", "must be between 0 and 100")
+    assert Sampling(temperature=float("nan")).problem() is not None
+    assert Sampling(top_p=0.0).problem() is not None
+    assert Sampling(0.7, 40, 0.9, 0.1, 5).problem() is None

@@ -1,0 +1,472 @@
+"""The verifier in scenarios: what an edge sends, and what it is told."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from rig import SAMPLING, Rig
+from toy import EOS, N_VOCAB, toy_text
+
+from wisp.core.admission import Admission, KeyLimits
+from wisp.core.batching import Kind, batching_policy
+from wisp.core.messages import Cancel, Draft, Open
+from wisp.core.session import TRANSITIONS, Event, State
+from wisp.core.verifier import InEvent, Run, Send, Verifier
+from wisp.core.work import Copy
+
+ID = "session-1"
+PROMPT = [1, 2, 3]
+TEXT = toy_text(PROMPT, SAMPLING, 40)
+
+
+def opening(session: str = ID, epoch: int = 0, **changes: object) -> Open:
+    fields = {"prompt": PROMPT, "sampling": SAMPLING, "max_tokens": 40, **changes}
+    return Open(session, epoch, **fields)
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+def test_opening_without_a_draft_gives_one_token(rig: Rig) -> None:
+    rig.receive(opening())
+    rig.settle()
+    verdict = rig.verdict()
+    assert (verdict.round, verdict.base, verdict.accepted, verdict.tokens) == (0, 0, 0, TEXT[:1])
+    assert rig.silent
+
+
+def test_a_first_draft_rides_along_with_the_prompt(rig: Rig) -> None:
+    rig.receive(opening(draft=TEXT[:3]))
+    rig.settle()
+    assert rig.verdict().tokens == TEXT[:4]
+    assert len(rig.runs) == 1
+
+
+def test_a_long_prompt_is_prefilled_in_chunks(rig: Rig) -> None:
+    prompt = [i % 40 for i in range(40)]
+    rig.receive(opening(prompt=prompt, max_tokens=10))
+    rig.settle()
+    assert [len(r.slices[0].tokens) for r in rig.runs] == [16, 16, 8]
+    assert [r.slices[0].sample for r in rig.runs] == [False, False, True]
+    assert rig.verdict().tokens == toy_text(prompt, SAMPLING, 1)
+
+
+def test_right_and_wrong_drafts(rig: Rig) -> None:
+    rig.receive(opening())
+    rig.settle()
+    rig.verdict()
+    rig.receive(Draft(ID, 1, 1, TEXT[1:4]))
+    rig.settle()
+    verdict = rig.verdict()
+    assert (verdict.accepted, verdict.base, verdict.tokens) == (3, 1, TEXT[1:5])
+    wrong = (TEXT[6] + 1) % N_VOCAB
+    rig.receive(Draft(ID, 2, 5, [TEXT[5], wrong, TEXT[7]]))
+    rig.settle()
+    verdict = rig.verdict()
+    assert (verdict.accepted, verdict.tokens) == (1, TEXT[5:7])
+    rig.receive(Draft(ID, 3, 7, []))
+    rig.settle()
+    assert rig.verdict().tokens == TEXT[7:8]
+
+
+def test_rejected_tokens_leave_no_trace_in_the_kv(rig: Rig) -> None:
+    rig.receive(opening(draft=[(TEXT[0] + 1) % N_VOCAB] * 5))
+    rig.settle()
+    assert rig.verifier.kv.held == len(PROMPT)
+    assert rig.engine.held[0] == PROMPT
+
+
+def test_server_mode_decodes_by_itself_until_the_end(rig: Rig) -> None:
+    rig.receive(opening(serve=True, max_tokens=7))
+    rig.settle()
+    verdicts = [rig.verdict() for _ in range(7)]
+    assert [v.base for v in verdicts] == list(range(7))
+    assert [v.tokens[0] for v in verdicts] == TEXT[:7]
+    assert [v.finish for v in verdicts] == [""] * 6 + ["length"]
+    assert not rig.verifier.sessions
+
+
+def test_a_draft_in_server_mode_is_verified_and_ends_it(rig: Rig) -> None:
+    rig.receive(opening(serve=True))
+    for _ in range(3):
+        rig.dispatch()
+        rig.finish()
+    rig.dispatch()  # decoding token 3 while the draft, made from base 1, comes in
+    rig.receive(Draft(ID, 1, 1, TEXT[1:6]))
+    rig.finish()
+    rig.settle()
+    last = list(rig.sent[1])[-1]
+    assert (last.round, last.base, last.accepted, last.tokens) == (1, 1, 5, TEXT[1:7])
+    assert rig.verifier.sessions[1].state is State.WAITING
+
+
+def test_a_draft_overtaken_by_other_tokens_gets_a_stale_verdict_without_the_engine(rig: Rig) -> None:
+    rig.receive(opening(draft=TEXT[:4]))
+    rig.settle()
+    rig.verdict()
+    steps = len(rig.runs)
+    rig.receive(Draft(ID, 1, 1, [TEXT[1], (TEXT[2] + 1) % N_VOCAB, 0]))
+    verdict = rig.verdict()
+    assert (verdict.round, verdict.base, verdict.accepted, verdict.tokens) == (1, 1, 1, TEXT[1:5])
+    rig.receive(Draft(ID, 2, 1, TEXT[1:4]))  # agrees, but says nothing new
+    assert rig.verdict().tokens == TEXT[1:5]
+    assert len(rig.runs) == steps
+
+
+def test_an_overlapping_draft_is_verified_only_where_it_is_new(rig: Rig) -> None:
+    rig.receive(opening(draft=TEXT[:4]))
+    rig.settle()
+    rig.verdict()
+    rig.receive(Draft(ID, 1, 2, TEXT[2:8]))
+    rig.settle()
+    assert rig.runs[-1].slices[0].n_draft == 3  # tokens 5, 6, 7
+    verdict = rig.verdict()
+    assert (verdict.base, verdict.accepted, verdict.tokens) == (2, 6, TEXT[2:9])
+
+
+def test_a_later_draft_replaces_one_that_waits(rig: Rig) -> None:
+    rig.receive(opening())
+    rig.settle()
+    rig.verdict()
+    rig.receive(Draft(ID, 1, 1, TEXT[1:2]))
+    rig.receive(Draft(ID, 2, 1, TEXT[1:4]))
+    rig.settle()
+    verdict = rig.verdict()
+    assert (verdict.round, verdict.tokens) == (2, TEXT[1:5])
+    assert rig.silent
+
+
+def test_duplicates_are_answered_from_the_last_verdict(rig: Rig) -> None:
+    rig.receive(opening())
+    rig.settle()
+    rig.verdict()
+    rig.receive(Draft(ID, 1, 1, TEXT[1:3]))
+    rig.dispatch()
+    rig.receive(Draft(ID, 1, 1, TEXT[1:3]))  # while it is being verified
+    rig.finish()
+    first = rig.verdict()
+    assert rig.silent
+    rig.receive(Draft(ID, 1, 1, TEXT[1:3]))  # and afterwards
+    assert rig.verdict() == first
+    assert not rig.dispatch()
+
+
+def test_end_of_sequence_inside_an_accepted_draft_ends_the_text_there() -> None:
+    prompt = [7, 7, 7]  # the toy ends after three sevens
+    rig = Rig()
+    rig.receive(opening(prompt=prompt, draft=[EOS, 1, 2]))
+    rig.settle()
+    verdict = rig.verdict()
+    assert (verdict.tokens, verdict.finish) == ([EOS], "stop")
+    rig.receive(opening("session-2", prompt=prompt, draft=[EOS], ignore_eos=True))
+    rig.settle()
+    verdict = rig.verdict()
+    assert verdict.finish == ""
+    assert verdict.tokens[0] == EOS
+    assert len(verdict.tokens) == 2
+
+
+def test_max_tokens_inside_a_draft() -> None:
+    rig = Rig()
+    rig.receive(opening(draft=TEXT[:8], max_tokens=3))
+    rig.settle()
+    verdict = rig.verdict()
+    assert (verdict.tokens, verdict.finish) == (TEXT[:3], "length")
+    assert len(rig.runs[0].slices[0].tokens) == len(PROMPT) + 2  # what could not be used was not computed
+
+
+def test_log_probabilities_cover_exactly_the_tokens_of_the_verdict(rig: Rig) -> None:
+    rig.receive(opening(draft=TEXT[:2], logprobs=0))
+    rig.settle()
+    verdict = rig.verdict()
+    assert [e.token for e in verdict.logprobs] == verdict.tokens
+    rig.receive(Draft(ID, 1, 1, TEXT[1:5]))
+    rig.settle()
+    verdict = rig.verdict()
+    assert [e.token for e in verdict.logprobs] == verdict.tokens == TEXT[1:6]
+
+
+# --- refusals leave everything as it was
+
+BAD = {
+    "a draft for nobody": (Draft("nobody-here", 1, 0, [1]), "unknown_session"),
+    "a token outside the vocabulary": (Draft(ID, 1, 1, [N_VOCAB]), "out_of_vocabulary"),
+    "a negative token": (Draft(ID, 1, 1, [-1]), "out_of_vocabulary"),
+    "a draft that is too long": (Draft(ID, 1, 1, [1] * 9), "oversized"),
+    "a base that is not committed": (Draft(ID, 1, 2, [1]), "unknown_base"),
+    "a negative base": (Draft(ID, 1, -1, [1]), "unknown_base"),
+    "a round of the past": (Draft(ID, -1, 1, [1]), "out_of_turn"),
+    "the same epoch again": (opening(), "stale_epoch"),
+    "another prompt": (opening(epoch=1, prompt=[1, 2, 4]), "conflict"),
+    "other sampling": (opening(epoch=1, sampling=msgspec.structs.replace(SAMPLING, seed=4)), "conflict"),
+    "another history": (opening(epoch=1, committed=[(TEXT[0] + 1) % 49]), "conflict"),
+    "an empty prompt": (opening("session-2", prompt=[]), "malformed"),
+    "a prompt beyond the context": (opening("session-2", prompt=[1] * 64), "context_length_exceeded"),
+    "an output beyond the context": (opening("session-2", max_tokens=62), "context_length_exceeded"),
+    "a prompt outside the vocabulary": (opening("session-2", prompt=[1, N_VOCAB]), "out_of_vocabulary"),
+    "committed beyond max_tokens": (opening("session-2", committed=[1] * 40), "malformed"),
+    "committed past the end": (opening("session-2", committed=[EOS]), "malformed"),
+    "bad sampling": (opening("session-2", sampling=msgspec.structs.replace(SAMPLING, top_p=0.0)), "malformed"),
+    "a short id": (opening("x"), "malformed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_and_changes_nothing(case: str, rig: Rig) -> None:
+    message, code = BAD[case]
+    rig.receive(opening())
+    rig.settle()
+    rig.verdict()
+    rig.receive(message)
+    assert rig.refused().code == code
+    assert len(rig.verifier.sessions) == 1
+    assert rig.verifier.admission.usage[""].sessions == 1
+    rig.receive(Draft(ID, 1, 1, TEXT[1:4]))
+    rig.settle()
+    assert rig.verdict().tokens == TEXT[1:5]
+
+
+def test_a_session_belongs_to_its_key(rig: Rig) -> None:
+    rig.receive(opening(), connection=1, key="alice")
+    rig.settle()
+    rig.receive(opening(epoch=5), connection=2, key="mallory")
+    assert rig.refused(2).code == "forbidden"
+    rig.receive(Draft(ID, 1, 1, []), connection=2, key="mallory")
+    assert rig.refused(2).code == "unknown_session"
+    rig.receive(Cancel(ID), connection=2, key="mallory")
+    assert len(rig.verifier.sessions) == 1
+
+
+def test_over_the_limit_is_refused_for_good(rig: Rig) -> None:
+    rig = Rig(limits={"a": KeyLimits(sessions=1)})
+    rig.receive(opening(), key="a")
+    rig.receive(opening("session-2"), key="a")
+    refused = rig.refused()
+    assert (refused.session, refused.code, refused.fatal) == ("session-2", "rate_limit_exceeded", True)
+
+
+# --- faults
+
+
+def test_cancel_frees_the_session_even_in_mid_step(rig: Rig) -> None:
+    rig.receive(opening())
+    rig.settle()
+    rig.verdict()
+    rig.receive(Draft(ID, 1, 1, TEXT[1:4]))
+    rig.dispatch()
+    rig.receive(Cancel(ID))
+    assert rig.verifier.sessions  # its step is still running
+    rig.finish()
+    assert not rig.verifier.sessions
+    assert rig.silent
+    assert rig.verifier.kv.owned_slots == 0
+    assert rig.verifier.admission.usage[""].sessions == 0
+
+
+def test_a_lost_edge_resumes_where_it_was_and_hears_what_it_missed(rig: Rig) -> None:
+    rig.receive(opening())
+    rig.settle()
+    rig.verdict()
+    rig.receive(Draft(ID, 1, 1, TEXT[1:4]))
+    rig.dispatch()
+    rig.lose(1)
+    rig.finish()  # tokens 1 to 4 are committed, and nobody has been told
+    assert rig.verifier.sessions[1].state is State.PARKED
+    rig.receive(opening(epoch=1, round=2, committed=TEXT[:1], draft=TEXT[1:4]), connection=2)
+    verdict = rig.verdict(2)
+    assert (verdict.round, verdict.base, verdict.tokens) == (2, 1, TEXT[1:5])
+
+
+def test_resuming_while_the_step_still_runs(rig: Rig) -> None:
+    rig.receive(opening(draft=TEXT[:2]))
+    rig.dispatch()
+    rig.lose(1)
+    rig.receive(opening(epoch=1, round=1, draft=TEXT[:6]), connection=2)
+    rig.finish()
+    rig.settle()
+    last = list(rig.sent[2])[-1]
+    assert (last.round, last.base, last.tokens) == (1, 0, TEXT[:7])
+
+
+def test_reconnecting_before_the_loss_was_noticed(rig: Rig) -> None:
+    rig.receive(opening())
+    rig.settle()
+    rig.verdict()
+    rig.receive(opening(epoch=1, round=1, committed=TEXT[:1]), connection=2)
+    rig.lose(1)
+    assert rig.verifier.sessions[1].state is not State.PARKED
+    rig.settle()
+    assert rig.verdict(2).tokens == TEXT[1:2]
+
+
+def test_any_verifier_picks_up_any_session_from_what_the_edge_has() -> None:
+    rig = Rig()
+    rig.receive(opening(epoch=3, round=9, committed=TEXT[:10], draft=TEXT[10:13]))
+    rig.settle()
+    verdict = rig.verdict()
+    assert (verdict.round, verdict.base, verdict.tokens) == (9, 10, TEXT[10:14])
+
+
+def test_the_longer_history_wins_also_when_it_is_the_edges(rig: Rig) -> None:
+    rig.receive(opening())
+    rig.settle()
+    rig.verdict()
+    rig.lose(1)
+    rig.receive(opening(epoch=1, round=4, committed=TEXT[:9]), connection=2)
+    rig.settle()
+    assert rig.verdict(2).tokens == TEXT[9:10]
+
+
+def test_parked_sessions_are_forgotten_in_the_end(rig: Rig) -> None:
+    rig.receive(opening())
+    rig.settle()
+    rig.lose(1)
+    rig.dispatch()
+    assert rig.wake_at == pytest.approx(rig.now + rig.limits.park_s)
+    rig.now += 59.0
+    rig.settle()
+    assert rig.verifier.sessions
+    rig.now += 1.1
+    rig.settle()
+    assert not rig.verifier.sessions
+    assert rig.verifier.kv.owned_slots == 0
+
+
+def test_more_sessions_than_slots_queue_and_all_are_served() -> None:
+    rig = Rig(slots=2)
+    for i in range(6):
+        rig.receive(opening(f"session-{i}", serve=True, max_tokens=5), connection=i)
+    rig.settle()
+    for i in range(6):
+        assert [t for v in rig.sent[i] for t in v.tokens] == TEXT[:5]
+    assert not rig.verifier.sessions
+
+
+def test_an_idle_session_makes_room_and_is_computed_again_when_it_returns() -> None:
+    rig = Rig(slots=1)
+    rig.receive(opening("session-a"), connection=1)
+    rig.settle()
+    rig.verdict(1)
+    rig.receive(opening("session-b", serve=True, max_tokens=3), connection=2)
+    assert not rig.dispatch()  # a is waiting for its edge, and has been for no time at all
+    assert rig.wake_at is not None
+    rig.now += 1.5
+    rig.settle()
+    assert [t for v in rig.sent[2] for t in v.tokens] == TEXT[:3]
+    rig.receive(Draft("session-a", 1, 1, TEXT[1:3]), connection=1)
+    rig.settle()
+    assert rig.verdict(1).tokens == TEXT[1:4]
+
+
+def test_a_shared_prefix_is_copied_and_a_follow_up_turn_reuses_its_slot() -> None:
+    rig = Rig(slots=3)
+    system = [i % 40 for i in range(20)]
+    for i, tail in enumerate(([41], [42])):
+        rig.receive(opening(f"session-{i}", prompt=system + tail, max_tokens=2), connection=i)
+        rig.settle()
+    assert rig.runs[-1].copies == [Copy(0, 1, 20)]
+    assert rig.sent[1][0].tokens == toy_text([*system, 42], SAMPLING, 1)
+    rows = rig.engine.rows
+    rig.receive(Draft("session-0", 1, 1, []), connection=0)
+    rig.settle()
+    answer = [t for v in rig.sent[0] for t in v.tokens]
+    rig.receive(opening("session-2", prompt=[*system, 41, *answer, 43], max_tokens=1), connection=2)
+    rig.settle()
+    assert rig.engine.rows - rows <= 4  # one decode, and the two tokens that are new
+    assert rig.sent[2][0].tokens == toy_text([*system, 41, *answer, 43], SAMPLING, 1)
+
+
+def test_kv_that_runs_out_under_way_preempts_the_youngest() -> None:
+    rig = Rig(slots=3, slot_tokens=40, kv_tokens=50)
+    for i in range(3):
+        rig.receive(opening(f"session-{i}", serve=True, max_tokens=30), connection=i)
+    rig.settle(1000)
+    for i in range(3):
+        assert [t for v in rig.sent[i] for t in v.tokens] == TEXT[:30]
+
+
+def test_a_failing_step_fails_its_sessions_only_and_forgets_all_kv(rig: Rig) -> None:
+    rig.receive(opening("session-a"), connection=1)
+    rig.settle()
+    rig.verdict(1)
+    rig.receive(opening("session-b"), connection=2)
+    rig.dispatch()
+    rig.fail("out of memory")
+    refused = rig.refused(2)
+    assert (refused.code, refused.fatal) == ("engine_error", True)
+    rig.receive(Draft("session-a", 1, 1, TEXT[1:3]), connection=1)
+    rig.settle()
+    assert rig.verdict(1).tokens == TEXT[1:4]
+
+
+def test_fair_shares_between_keys_when_slots_are_short() -> None:
+    rig = Rig(slots=1)
+    for i in range(4):
+        rig.receive(opening(f"greedy-{i}", serve=True, max_tokens=8), connection=i, key="greedy")
+    rig.dispatch()
+    rig.receive(opening("modest-0", serve=True, max_tokens=8), connection=9, key="modest")
+    rig.settle()
+    finished = [s.session for r in rig.runs for s in r.slices if s.position == 7]
+    assert finished.index(5) == 1  # second of five, though it came last
+
+
+# --- replay
+
+
+def test_an_event_log_replays_to_identical_actions(rig: Rig) -> None:
+    for i in range(5):
+        rig.receive(opening(f"session-{i}", serve=i % 2 == 0, max_tokens=9), connection=i)
+        rig.dispatch()
+        rig.finish()
+    rig.lose(3)
+    rig.settle()
+    packed = msgspec.msgpack.encode(rig.log)
+    again = Verifier(rig.limits, batching_policy("continuous"), Admission(100))
+    events = msgspec.msgpack.decode(packed, type=list[tuple[float, InEvent]])
+    actions = [action for now, event in events for action in again.handle(now, event)]
+    assert [a for a in actions if isinstance(a, Run)] == rig.runs
+    assert sum(isinstance(a, Send) for a in actions) == sum(map(len, rig.sent.values())) + rig.lost
+
+
+# --- the table
+
+
+def test_every_state_can_end_and_the_end_is_final() -> None:
+    assert TRANSITIONS[State.ENDED] == {}
+    for state in State:
+        reached = {state}
+        while True:
+            more = {to for s in reached for to in TRANSITIONS[s].values()} | reached
+            if more == reached:
+                break
+            reached = more
+        assert State.ENDED in reached
+
+
+def test_an_illegal_event_leaves_the_state_untouched(rig: Rig) -> None:
+    rig.receive(opening())
+    session = rig.verifier.sessions[1]
+    before = session.state
+    with pytest.raises(Exception, match="makes no sense"):
+        session.go(Event.VERDICT)
+    assert session.state is before
+
+
+def test_kinds_of_work_are_told_apart() -> None:
+    rig = Rig(step_tokens=4)
+    rig.receive(opening(prompt=[1] * 12, draft=[1, 2]))
+    session = rig.verifier.sessions[1]
+    assert rig.verifier._work(session).kind is Kind.PREFILL
+
+
+def test_an_edge_that_returns_in_the_last_step_hears_the_whole_end(rig: Rig) -> None:
+    rig.receive(opening(serve=True, max_tokens=2))
+    rig.dispatch()
+    rig.finish()
+    rig.dispatch()  # the last token is being decoded; the edge has heard nothing of the first
+    rig.receive(opening(epoch=1, round=1, serve=True, max_tokens=2), connection=2)
+    rig.finish()
+    verdict = rig.verdict(2)
+    assert (verdict.base, verdict.tokens, verdict.finish) == (0, TEXT[:2], "length")

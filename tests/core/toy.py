@@ -1,0 +1,68 @@
+"""A model of nothing: the next token is a hash of the tokens that the KV slot *really* holds.
+
+So any mistake in the bookkeeping of slots, prefixes, rollbacks or copies changes the text, as it would with a
+real model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from wisp.core.sampling import Sampling
+from wisp.core.work import Copy, Slice, SliceResult, TokenLogprob
+
+N_VOCAB = 50
+EOS = 49
+
+
+def toy_token(context: Sequence[int], sampling: Sampling) -> int:
+    """What the target says after `context`. Never the end of sequence unless 7 comes three times in four."""
+    if list(context[-4:]).count(7) >= 3:
+        return EOS
+    data = bytes(context[-6:]) + len(context).to_bytes(4, "little") + sampling.seed.to_bytes(8, "little")
+    return hashlib.blake2b(data, digest_size=2).digest()[0] % (N_VOCAB - 1)
+
+
+def toy_text(prompt: Sequence[int], sampling: Sampling, max_tokens: int, *, ignore_eos: bool = False) -> list[int]:
+    """The target alone, one token at a time."""
+    out: list[int] = []
+    while len(out) < max_tokens:
+        out.append(toy_token([*prompt, *out], sampling))
+        if out[-1] == EOS and not ignore_eos:
+            break
+    return out
+
+
+class ToyEngine:
+    """Runs slices and keeps each slot's tokens, as a KV cache would."""
+
+    def __init__(self, slots: int) -> None:
+        self.held: list[list[int]] = [[] for _ in range(slots)]
+        self.rows = 0  # tokens fed in all
+
+    def copy(self, copy: Copy) -> None:
+        assert len(self.held[copy.source]) >= copy.tokens
+        self.held[copy.target] = self.held[copy.source][: copy.tokens]
+
+    def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
+        assert len({s.slot for s in batch}) == len(batch)
+        return [self._run(s) for s in batch]
+
+    def _run(self, s: Slice) -> SliceResult:
+        held = self.held[s.slot]
+        assert s.start <= len(held), "the verifier believes in KV that is not there"
+        assert 0 <= s.n_draft < len(s.tokens)
+        self.rows += len(s.tokens)
+        solid = len(s.tokens) - s.n_draft
+        chain = held[: s.start] + s.tokens[:solid]
+        tokens: list[int] = []
+        if s.sample:
+            for i in range(s.n_draft + 1):
+                tokens.append(toy_token(chain, s.sampling))
+                if i == s.n_draft or tokens[i] != s.tokens[solid + i]:
+                    break
+                chain.append(tokens[i])
+        self.held[s.slot] = chain
+        entries = [TokenLogprob(t, -float(t)) for t in tokens] if s.logprobs is not None else []
+        return SliceResult(s.session, max(len(tokens) - 1, 0), tokens, entries)
