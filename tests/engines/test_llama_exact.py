@@ -9,12 +9,13 @@ import pytest
 
 from wisp.core.sampling import Sampling
 from wisp.core.work import Slice
+from wisp.engines.llama.context import Context, Logits
 from wisp.engines.llama.proof import check_build, prove_exact
 from wisp.engines.llama.reference import reference_steps, reference_tokens
 from wisp.engines.llama.target import LlamaTarget, pieces
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1])
 def test_random_schedules_equal_the_reference_in_every_bit(tiny_target: Path, seed: int) -> None:
     proof = prove_exact(tiny_target, sessions=7, slots=3, new_tokens=30, seed=seed)
     assert proof.positions > 400
@@ -22,17 +23,24 @@ def test_random_schedules_equal_the_reference_in_every_bit(tiny_target: Path, se
 
 
 def test_contexts_beyond_the_512_cell_view_are_exact(tiny_target: Path) -> None:
-    proof = prove_exact(tiny_target, sessions=3, slots=2, prompt_tokens=(230, 720), new_tokens=40, seed=5)
+    proof = prove_exact(tiny_target, sessions=2, slots=2, prompt_tokens=(690, 720), new_tokens=30, seed=5)
     assert proof.longest > 700
     assert proof.exact, proof
 
 
-def test_a_proof_can_fail(tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were a dummy row left in the cache, or a prefix copied one token short, it would be seen."""
-    real = LlamaTarget._cut
-    monkeypatch.setattr(LlamaTarget, "_cut", lambda self, slot, tokens: real(self, slot, max(0, tokens - 1)))
-    proof = prove_exact(tiny_target, sessions=3, new_tokens=10, threads=(1,))
-    assert not proof.exact
+def test_one_wrong_bit_is_seen(tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = Context.decode, iter(range(10_000))
+
+    def decode(context: Context) -> Logits:
+        logits = real(context)
+        if next(calls) > 60 and logits.size:  # the check at start-up is over
+            logits[0, 3] = np.nextafter(logits[0, 3], np.inf)
+        return logits
+
+    monkeypatch.setattr(Context, "decode", decode)
+    proof = prove_exact(tiny_target, sessions=3, new_tokens=20, threads=(1,))
+    assert (proof.exact, proof.wrong) == (False, 0)
+    assert proof.differing > 0
 
 
 def test_every_chunking_of_a_prompt_gives_the_same_next_token_logits(
@@ -68,6 +76,12 @@ def test_reference_stops_after_an_eos_and_reports_gaps(tiny_target: Path) -> Non
     assert min(gaps) >= 0.0
     stop = tokens[5]
     assert reference_tokens(tiny_target, [7, 8, 9], sampling, 12, {stop}) == tokens[: tokens.index(stop) + 1]
+
+
+def test_fast_mode_runs_the_same_schedules_without_failing(tiny_target: Path) -> None:
+    proof = prove_exact(tiny_target, sessions=7, slots=3, new_tokens=20, seed=1, mode="fast")
+    assert proof.errors == ()
+    assert proof.largest < 1.0
 
 
 def test_the_shipped_build_passes_the_quick_check(tiny_target: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from wisp.core.errors import EngineError, ModelError
 from wisp.core.sampling import Sampling
-from wisp.core.work import Slice
+from wisp.core.work import Copy, Slice
 from wisp.engines.llama import selfcheck
 from wisp.engines.llama.context import DecodeError
 from wisp.engines.llama.model import Model
@@ -77,15 +77,17 @@ def test_prefill_says_nothing(engine: LlamaTarget) -> None:
     assert engine.held(0) == 5
 
 
-def test_a_prefix_is_copied_as_it_was_when_the_step_began(engine: LlamaTarget, answer: list[int]) -> None:
+def test_a_prefix_is_copied_and_the_source_goes_its_own_way(engine: LlamaTarget, answer: list[int]) -> None:
     engine.run([verify(0, answer[:6])])
-    # Slot 0 is overwritten in the very step in which 1 copies from it, and 2 from what 1 held.
     engine.run([Slice(1, 1, 0, PROMPT, sample=False)])
+    engine.copy(Copy(0, 1, 8))
+    engine.copy(Copy(1, 2, 4))
+    # Slot 0 is overwritten in the very step in which the copies of it are used.
     results = engine.run(
         [
             Slice(1, 0, 0, [1, 2, 3], sample=False),
-            Slice(2, 1, 8, answer[3:4], position=4, sampling=SAMPLING, copy_from=0),
-            Slice(3, 2, 4, PROMPT[4:], sampling=SAMPLING, copy_from=1),
+            Slice(2, 1, 8, answer[3:4], position=4, sampling=SAMPLING),
+            Slice(3, 2, 4, PROMPT[4:], sampling=SAMPLING),
         ]
     )
     assert [r.error for r in results] == ["", "", ""]
@@ -94,16 +96,14 @@ def test_a_prefix_is_copied_as_it_was_when_the_step_began(engine: LlamaTarget, a
     assert [engine.held(slot) for slot in range(3)] == [3, 9, 5]
 
 
-def test_a_copy_onto_itself_is_no_copy(engine: LlamaTarget, answer: list[int]) -> None:
+@pytest.mark.parametrize(
+    "copy", [Copy(0, 0, 1), Copy(1, 0, 1), Copy(0, 4, 1), Copy(-1, 0, 0), Copy(0, 1, -1)]
+)
+def test_impossible_copies_are_refused(engine: LlamaTarget, copy: Copy) -> None:
     engine.run([Slice(1, 0, 0, PROMPT, sample=False)])
-    [result] = engine.run([verify(0, [], start=4, copy_from=0)])
-    assert result.tokens == answer[:1]
-
-
-def test_copies_in_a_circle_are_refused(engine: LlamaTarget) -> None:
-    engine.run([Slice(1, 0, 0, PROMPT, sample=False), Slice(2, 1, 0, PROMPT, sample=False)])
-    with pytest.raises(EngineError, match="circle"):
-        engine.run([Slice(1, 0, 2, [1], copy_from=1), Slice(2, 1, 2, [1], copy_from=0)])
+    with pytest.raises(EngineError, match="slot"):
+        engine.copy(copy)
+    assert engine.held(0) == len(PROMPT)
 
 
 def test_two_slices_of_one_slot_are_refused(engine: LlamaTarget) -> None:
@@ -117,8 +117,6 @@ def test_two_slices_of_one_slot_are_refused(engine: LlamaTarget) -> None:
         (Slice(1, 0, 0, []), "at least one token"),
         (Slice(1, 0, 6, [1]), "holds 5 tokens"),
         (Slice(1, 0, -1, [1]), "to start from"),
-        (Slice(1, 0, 3, [1], copy_from=2), "slot 2 holds 0 tokens"),
-        (Slice(1, 0, 0, [1], copy_from=4), "slot 4"),
         (Slice(1, 0, 5, [1] * 252), "exceed the slot's 256"),
         (Slice(1, 0, 5, [1, -1]), "vocabulary"),
         (Slice(1, 0, 5, [1, 1 << 40]), "vocabulary"),

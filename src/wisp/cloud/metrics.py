@@ -166,15 +166,17 @@ class Metrics:
         if done.error:
             self.step_errors.inc()
             return
-        for slice_, result in zip(run.slices, done.results, strict=True):
-            if result.error:
-                self.step_errors.inc()
-            if slice_.n_draft:
-                self.drafts.inc()
-                self.draft_tokens.inc(slice_.n_draft)
-                self.accepted.inc(result.accepted)
-                for position in range(result.accepted):
-                    self.per_position.labels(str(position)).inc()
+        self.step_errors.inc(sum(bool(r.error) for r in done.results))
+        drafted = [(s, r) for s, r in zip(run.slices, done.results, strict=True) if s.n_draft]
+        self.drafts.inc(len(drafted))
+        self.draft_tokens.inc(sum(s.n_draft for s, _ in drafted))
+        self._count_accepted([r.accepted for _, r in drafted])
+
+    def _count_accepted(self, accepted: list[int]) -> None:
+        """Draft tokens accepted, per draft: once per step and place, since counters are slow."""
+        self.accepted.inc(sum(accepted))
+        for position in range(max(accepted, default=0)):
+            self.per_position.labels(str(position)).inc(sum(n > position for n in accepted))
 
 
 _TOTALS = ("prompt_tokens", "output_tokens")

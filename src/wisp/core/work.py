@@ -44,7 +44,6 @@ class Slice(msgspec.Struct, frozen=True, array_like=True):
     position:  index, among the session's generated tokens, of the first token to be chosen
     sampling:  how to choose
     logprobs:  None, or how many alternatives to report with each chosen token (0 is allowed)
-    copy_from: slot whose first `start` tokens are copied into `slot` first, or -1
     """
 
     session: int
@@ -56,7 +55,6 @@ class Slice(msgspec.Struct, frozen=True, array_like=True):
     position: int = 0
     sampling: Sampling = Sampling()
     logprobs: int | None = None
-    copy_from: int = -1
 
 
 class SliceResult(msgspec.Struct, frozen=True, array_like=True):

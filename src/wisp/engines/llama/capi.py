@@ -56,6 +56,7 @@ typedef struct llama_batch {
 
 void llama_backend_init(void);
 void llama_log_set(void (*callback)(int, const char *, void *), void *);
+const char *llama_print_system_info(void);
 struct llama_model_params llama_model_default_params(void);
 struct llama_context_params llama_context_default_params(void);
 

@@ -172,8 +172,10 @@ class Context:
         self.drop(target)
         if tokens == 0:
             return
-        # With separate streams a partial copy aborts the process: copy all, then cut the tail off.
-        self._api.lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        # A shared pool only marks the cells as the target's, too. Between separate streams a partial copy aborts
+        # the process: copy all, then cut the tail off.
+        end = tokens if self.unified else -1
+        self._api.lib.llama_memory_seq_cp(self._memory, source, target, 0 if self.unified else -1, end)
         self.drop(target, tokens)
 
     def clear(self) -> None:

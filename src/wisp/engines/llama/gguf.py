@@ -6,6 +6,7 @@ the pairs and no tensors is valid, and a tokenizer can be loaded from it.
 
 from __future__ import annotations
 
+import io
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -87,8 +88,6 @@ def header_only(path: Path) -> bytes:
 
 def check_blob(blob: bytes) -> None:
     """Raises ModelError unless `blob` is whole, well-formed metadata without tensors."""
-    import io
-
     reader = _Reader(io.BytesIO(blob), len(blob))
     _, tensors, pairs = _open(reader)
     if tensors:

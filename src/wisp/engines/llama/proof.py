@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from wisp.core.sampling import Sampling
-from wisp.core.work import Slice, SliceResult
+from wisp.core.work import Copy, Slice, SliceResult
 from wisp.engines.llama.context import Logits
 from wisp.engines.llama.reference import reference_steps
 from wisp.engines.llama.target import LlamaTarget, Mode
@@ -93,7 +93,6 @@ def prove_exact(
             slots=slots,
             slot_tokens=prompt_tokens[1] + new_tokens + 8,
             threads=count,
-            check=False,
         )
         try:
             for plan in plans:
@@ -201,16 +200,16 @@ class _Schedule:
 
     def _slice(self, session: _Session) -> Slice:
         rng, known = self._rng, session.known
-        start, copy_from = session.held, -1
+        start = session.held
         if start == 0:
-            copy_from, start = self._donor(session)
+            start = self._copy_prefix(session)
         elif rng.random() < 0.15:
             start -= rng.randint(0, min(6, start))
         start = min(start, len(known) - 1)
         feed = known[start:]
         if len(feed) > 1 and rng.random() < 0.5:
             chunk = feed[: rng.randint(1, min(20, len(feed) - 1))]
-            return Slice(0, session.slot, start, chunk, sample=False, copy_from=copy_from)
+            return Slice(0, session.slot, start, chunk, sample=False)
         # All that is known, or up to an earlier position once more, and a draft.
         again = rng.randint(0, min(3, session.done, len(feed) - 1))
         position = session.done - again
@@ -227,17 +226,18 @@ class _Schedule:
             True,
             position,
             session.sampling,
-            copy_from=copy_from,
         )
 
-    def _donor(self, session: _Session) -> tuple[int, int]:
-        """(slot, tokens) of an active session that begins alike, or (-1, 0)."""
+    def _copy_prefix(self, session: _Session) -> int:
+        """Copies a prefix from an active session that begins alike; returns its tokens, or 0."""
         for other in self._active:
             if other is not session and other.held:
                 common = _common(other.known[: other.held], session.known)
                 if common:
-                    return other.slot, self._rng.randint(1, common)
-        return -1, 0
+                    tokens = self._rng.randint(1, common)
+                    self._engine.copy(Copy(other.slot, session.slot, tokens))
+                    return tokens
+        return 0
 
     def _commit(self, session: _Session, item: Slice, result: SliceResult, rows: dict[int, Logits]) -> None:
         if result.error:

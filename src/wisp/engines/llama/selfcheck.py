@@ -13,7 +13,7 @@ import numpy as np
 
 from wisp.core.errors import EngineError
 from wisp.core.sampling import Sampling
-from wisp.core.work import Slice, SliceResult
+from wisp.core.work import Copy, Slice, SliceResult
 from wisp.engines.llama.context import Context, Logits, Tokens
 
 _PROMPT, _NEW = 9, 11  # tokens; about 75 rows are evaluated in all
@@ -29,6 +29,7 @@ class Checked(Protocol):
     def slots(self) -> int: ...
     @property
     def context(self) -> Context: ...
+    def copy(self, copy: Copy) -> None: ...
     def observe(self, slices: list[Slice]) -> tuple[list[SliceResult], dict[tuple[int, int], Logits]]: ...
 
 
@@ -67,8 +68,10 @@ def _check(engine: Checked) -> str:
     ]
     if last > 0:
         steps[1].append(Slice(0, 0, n - 2, text[n - 2 : n + 4], 4, True, 0, _SAMPLING))
-        steps.append([Slice(1, last, n, draft[:3], 2, True, 1, _SAMPLING, copy_from=0)])
-    for step in steps:
+        steps.append([Slice(1, last, n, draft[:3], 2, True, 1, _SAMPLING)])
+    for number, step in enumerate(steps):
+        if number == 3:
+            engine.copy(Copy(0, last, n))
         results, logits = engine.observe(step)
         for work, result in zip(step, results, strict=True):
             _require(result)

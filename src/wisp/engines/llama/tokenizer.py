@@ -13,7 +13,7 @@ import tempfile
 from functools import cached_property
 from pathlib import Path
 
-from wisp.core.errors import EngineError, ModelError
+from wisp.core.errors import EngineError
 from wisp.engines.llama import gguf
 from wisp.engines.llama.capi import api
 from wisp.engines.llama.model import Model
@@ -133,6 +133,3 @@ class LlamaTokenizer:
             return ""
         text = self._api.lib.llama_vocab_get_text(self._model.vocab, token)
         return str(self._api.ffi.string(text).decode("utf-8", "replace"))
-
-
-__all__ = ["LlamaTokenizer", "ModelError"]
