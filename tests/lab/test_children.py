@@ -13,10 +13,15 @@ import httpx
 import pytest
 
 from wisp.lab import children as module
-from wisp.lab.children import ChildError, Children, free_ports
+from wisp.lab.children import Child, ChildError, Children, free_ports
 
 SLEEP = "import time; print('here', flush=True); time.sleep(60)"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEP
+
+
+@pytest.fixture(autouse=True)
+def logs_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
 def is_alive(pid: int) -> bool:
@@ -43,10 +48,16 @@ def test_children_end_with_the_block_and_take_their_logs_along() -> None:
 
 
 def test_an_error_ends_them_too_and_leaves_the_logs() -> None:
-    with pytest.raises(ValueError, match="oops"), Children() as children:
-        child = children.start("one", ["-c", SLEEP], 1)
-        wait_for(child.log, "here")
-        raise ValueError("oops")
+    def work() -> None:
+        with Children() as children:
+            started.append(children.start("one", ["-c", SLEEP], 1))
+            wait_for(started[0].log, "here")
+            raise ValueError("oops")
+
+    started: list[Child] = []
+    with pytest.raises(ValueError, match="oops"):
+        work()
+    [child] = started
     assert child.process.returncode == -signal.SIGTERM
     assert child.log.read_text() == "here\n"
 

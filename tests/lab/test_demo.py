@@ -14,7 +14,8 @@ from wisp.core.errors import ConfigError
 from wisp.engines.models import PAIRS, is_cached
 from wisp.lab import demo
 from wisp.lab.children import Child, ChildError, Children, free_ports
-from wisp.lab.demo import Answer, Comparison, Token, measure, remark, run_demo
+from wisp.lab.comparison import Answer, Comparison, Token, measure, remark
+from wisp.lab.demo import run_demo
 
 DIES_WHEN_ASKED = """
 import http.server, os, sys
@@ -28,6 +29,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         os._exit(3)
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
+
+
+@pytest.fixture(autouse=True)
+def logs_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
 def answer(text: str, *, finish: str = "length", logprob: float = -0.5) -> Answer:

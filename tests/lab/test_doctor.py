@@ -6,8 +6,8 @@ import json
 import signal
 import socket
 import subprocess
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,7 +96,7 @@ def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_full_disk_matters_only_while_models_are_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = namedtuple("usage", "total used free")(10, 9, 1)
+    usage = SimpleNamespace(total=10, used=9, free=1)
     monkeypatch.setenv("WISP_CACHE", str(tmp_path / "not" / "yet"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     assert doctor.disk().status == "warn"

@@ -140,6 +140,7 @@ class VerifierLink:
             self.url,
             subprotocols=[Subprotocol(SUBPROTOCOL)],
             additional_headers=headers,
+            proxy=None if _is_local(self.url) else True,
             compression=None,  # token ids do not compress enough to pay for it
             max_size=MAX_FRAME,
             open_timeout=HANDSHAKE_S,
@@ -206,6 +207,12 @@ class VerifierLink:
             self.fatal = RequestError(502, message, code="verifier_unauthorized", type="server_error")
         elif isinstance(error, ProtocolError) and error.code in ("version_mismatch", "vocabulary_mismatch"):
             self.fatal = RequestError(502, str(error), code=error.code, type="server_error")
+
+
+def _is_local(url: str) -> bool:
+    """A proxy from the environment has no business with a verifier on this machine."""
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _websocket_url(server: str) -> str:

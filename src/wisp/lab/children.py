@@ -83,7 +83,7 @@ class Children:
         self._signals = contextlib.ExitStack()
 
     def __enter__(self) -> Children:
-        self.folder = Path(tempfile.mkdtemp(prefix="wisp-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="wisp-children-"))
         self._signals.enter_context(_termination_unwinds())
         return self
 

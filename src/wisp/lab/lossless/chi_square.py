@@ -37,7 +37,7 @@ class Fit(msgspec.Struct, frozen=True):
 def distribution(logits: FloatArray, sampling: Sampling) -> npt.NDArray[np.float64]:
     """Probabilities of all ids after temperature and top-p (the smallest set of likeliest ids to reach it)."""
     z = logits.astype(np.float64) / sampling.temperature
-    p = np.exp(z - z.max())
+    p: npt.NDArray[np.float64] = np.exp(z - z.max())
     p /= p.sum()
     if sampling.top_p < 1.0:
         order = np.argsort(-p, kind="stable")
@@ -51,7 +51,7 @@ def fit(what: str, outcomes: Iterable[T], probabilities: Mapping[T, float]) -> F
     """Hold observed outcomes against their probabilities; what has none listed is the rest, with the rest."""
     seen = Counter(outcomes)
     n = seen.total()
-    bins = {o: n * p for o, p in probabilities.items() if n * p >= LEAST_EXPECTED}
+    bins = {o: n * float(p) for o, p in probabilities.items() if n * p >= LEAST_EXPECTED}
     statistic = sum((seen[o] - e) ** 2 / e for o, e in bins.items())
     rest, rest_seen = n - sum(bins.values()), n - sum(seen[o] for o in bins)
     count = len(bins)
@@ -60,7 +60,7 @@ def fit(what: str, outcomes: Iterable[T], probabilities: Mapping[T, float]) -> F
         count += 1
     elif rest <= 1e-6 * n < rest_seen:  # something came up that cannot
         return Fit(what, n, count, math.inf, 0.0)
-    return Fit(what, n, count, statistic, survival(statistic, count - 1))
+    return Fit(what, n, count, round(statistic, 3), survival(statistic, count - 1))
 
 
 def survival(x: float, freedom: int) -> float:

@@ -124,6 +124,7 @@ class Talk:
         self.stream = TextStream(piece, case.stop)
         self.tokens: list[int] = []
         self.over = False
+        self.cancelled = False
         self._wire = -1
         self._sent: dict[int, _Sent] = {}
         self._last: Draft | None = None

@@ -103,6 +103,13 @@ ASKS = [
     "Write about a {animal} and a {thing}.",
     "What happened at the {place}?",
     "Hello! {sign}",
+    "Hello",
+    "Hello {name}!",
+    "Hi {name}, how are you?",
+    "What is the {colour} {thing}?",
+    "Why is the {thing} {colour}?",
+    "Explain the {place} to me.",
+    "Write a short text about {food}.",
     "Can you explain {food} to a {animal}?",
     "How do I get from the {place} to the {place}?",
     "Write a poem about the {colour} {place} for {hero}",
@@ -220,17 +227,17 @@ def chat(rng: random.Random) -> str:
 
 def _exchange(rng: random.Random, writer: Writer) -> tuple[str, str]:
     kind = rng.random()
-    if kind < 0.15:
+    if kind < 0.1:
         a, b = rng.randint(0, 40), rng.randint(0, 40)
         return f"What is {a} + {b}?", f"{a} + {b} = {a + b}."
-    if kind < 0.3:
+    if kind < 0.2:
         return "Briefly: " + writer.fill(rng.choice(ASKS)), writer.sentence()
-    if kind < 0.4:
+    if kind < 0.3:
         return writer.fill("Write code to {fn} a {thing}."), code(rng)
-    if kind < 0.5:
+    if kind < 0.4:
         return f"Make a list for {writer.hero}.", listing(rng)
     question = writer.fill(rng.choice(ASKS)) if kind < 0.85 else _gibberish(rng)
-    sentences = [writer.sentence() for _ in range(rng.randint(8, 40))]
+    sentences = [writer.sentence() for _ in range(rng.randint(12, 40))]
     return question, _paragraphs(rng, sentences)
 
 
