@@ -8,9 +8,28 @@ from toy import EOS, N_VOCAB, ToyEngine
 
 from wisp.core.admission import Admission, KeyLimits
 from wisp.core.batching import batching_policy
-from wisp.core.messages import FromCloud, Message, Refused, Verdict, decode_from_cloud, decode_from_edge, encode
+from wisp.core.messages import (
+    FromCloud,
+    Message,
+    Refused,
+    Verdict,
+    decode_from_cloud,
+    decode_from_edge,
+    encode,
+)
 from wisp.core.sampling import Sampling
-from wisp.core.verifier import EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, Verifier, WakeAt
+from wisp.core.verifier import (
+    EdgeLost,
+    FromEdge,
+    InEvent,
+    Limits,
+    Run,
+    Send,
+    StepDone,
+    Tick,
+    Verifier,
+    WakeAt,
+)
 
 SAMPLING = Sampling(seed=3)
 
@@ -31,7 +50,13 @@ class Rig:
     ) -> None:
         self.engine = ToyEngine(slots)
         self.limits = Limits(
-            N_VOCAB, frozenset({EOS}), slots, slot_tokens, kv_tokens or slots * slot_tokens, step_tokens, max_draft=8
+            N_VOCAB,
+            frozenset({EOS}),
+            slots,
+            slot_tokens,
+            kv_tokens or slots * slot_tokens,
+            step_tokens,
+            max_draft=8,
         )
         self.verifier = Verifier(self.limits, batching_policy(batching), Admission(max_sessions, limits))
         self.now = 0.0

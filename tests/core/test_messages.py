@@ -28,12 +28,16 @@ from wisp.core.work import TokenLogprob, TopLogprob
 
 GOLDEN = {
     "94a568656c6c6f01a26162a163": Hello(1, "ab", "c"),
-    "97a56472616674a17307" + "02" + "920304" + "cb3ff8000000000000" + "c3": Draft("s", 7, 2, [3, 4], 1.5, True),
+    "97a56472616674a17307" + "02" + "920304" + "cb3ff8000000000000" + "c3": Draft(
+        "s", 7, 2, [3, 4], 1.5, True
+    ),
     "92a663616e63656ca173": Cancel("s"),
     "96a772656675736564a173a163a16dcb3ff0000000000000c2": Refused("s", "c", "m", 1.0, False),
 }
 OPEN = Open("s", 1, [5], Sampling(0.5, 1, 0.25, 0.0, 9), 4, 2, [6], [7], 0.5, False, True, 3, Slo(1.0, 2.0))
-VERDICT = Verdict("s", 1, 2, 1, [3, 4], "stop", [TokenLogprob(3, -0.5, [TopLogprob(1, -0.25)])], 0.5, 1.0, 0.0)
+VERDICT = Verdict(
+    "s", 1, 2, 1, [3, 4], "stop", [TokenLogprob(3, -0.5, [TopLogprob(1, -0.25)])], 0.5, 1.0, 0.0
+)
 WELCOME = Welcome(1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0)
 
 

@@ -29,7 +29,9 @@ EOS_SET = frozenset({EOS})
 class Edge:
     """One device with one session: a drafter, and a wire on which messages wait to be delivered."""
 
-    def __init__(self, number: int, prompt: list[int], seed: int, k: int, accuracy: float, max_tokens: int) -> None:
+    def __init__(
+        self, number: int, prompt: list[int], seed: int, k: int, accuracy: float, max_tokens: int
+    ) -> None:
         self.task = Task(prompt, Sampling(seed=seed), max_tokens, logprobs=0 if seed % 2 else None)
         policy = Fixed(k) if k else None
         self.drafter = Drafter(f"session-{number}", self.task, policy, EOS_SET)
@@ -71,7 +73,9 @@ class Edge:
 class Fleet(RuleBasedStateMachine):
     """Small steps in any order."""
 
-    @initialize(batching=st.sampled_from(["continuous", "fcfs"]), slots=st.integers(1, 3), tight=st.booleans())
+    @initialize(
+        batching=st.sampled_from(["continuous", "fcfs"]), slots=st.integers(1, 3), tight=st.booleans()
+    )
     def start(self, batching: str, slots: int, tight: bool) -> None:
         self.make = lambda: Rig(
             slots=slots, slot_tokens=64, kv_tokens=70 if tight else None, step_tokens=8, batching=batching

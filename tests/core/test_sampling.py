@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from wisp.core.sampling import Sampling, gumbels, log_probability, target_token, uniforms, verify
+from wisp.core.sampling import Sampling, gumbels, hash32, log_probability, target_token, uniforms, verify
 
 
 def slow_kept(scores: list[float], s: Sampling) -> list[int]:
@@ -85,11 +85,14 @@ def test_the_hash_is_pinned() -> None:
     ids = np.array([0, 1, 151_935])
     expected = [595752380, 4170851686, 1407602383]
     assert [int(u * 2**32) for u in uniforms(0, 0, ids)] == expected
+    assert [hash32(0, 0, int(i)) for i in ids] == expected
     assert uniforms(-1, 0, ids).tolist() == uniforms(2**64 - 1, 0, ids).tolist()
 
 
 def test_noise_differs_by_seed_position_and_id() -> None:
-    values = {float(uniforms(s, p, np.array([i]))[0]) for s in range(10) for p in range(10) for i in range(10)}
+    values = {
+        float(uniforms(s, p, np.array([i]))[0]) for s in range(10) for p in range(10) for i in range(10)
+    }
     assert len(values) == 1000
 
 

@@ -208,7 +208,10 @@ BAD = {
     "a prompt outside the vocabulary": (opening("session-2", prompt=[1, N_VOCAB]), "out_of_vocabulary"),
     "committed beyond max_tokens": (opening("session-2", committed=[1] * 40), "malformed"),
     "committed past the end": (opening("session-2", committed=[EOS]), "malformed"),
-    "bad sampling": (opening("session-2", sampling=msgspec.structs.replace(SAMPLING, top_p=0.0)), "malformed"),
+    "bad sampling": (
+        opening("session-2", sampling=msgspec.structs.replace(SAMPLING, top_p=0.0)),
+        "malformed",
+    ),
     "a short id": (opening("x"), "malformed"),
 }
 

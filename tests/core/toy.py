@@ -24,7 +24,9 @@ def toy_token(context: Sequence[int], sampling: Sampling) -> int:
     return hashlib.blake2b(data, digest_size=2).digest()[0] % (N_VOCAB - 1)
 
 
-def toy_text(prompt: Sequence[int], sampling: Sampling, max_tokens: int, *, ignore_eos: bool = False) -> list[int]:
+def toy_text(
+    prompt: Sequence[int], sampling: Sampling, max_tokens: int, *, ignore_eos: bool = False
+) -> list[int]:
     """The target alone, one token at a time."""
     out: list[int] = []
     while len(out) < max_tokens:

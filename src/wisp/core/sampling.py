@@ -76,10 +76,18 @@ def _mix_array(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x
 
 
+def hash32(seed: int, position: int, token: int) -> int:
+    """The 32 bits behind the uniform of one id."""
+    return _mix((token + 1) * _GOLDEN + _key(seed, position)) >> 32
+
+
+def _key(seed: int, position: int) -> int:
+    return _mix(_mix(seed + _GOLDEN) + (position + 1) * _GOLDEN)
+
+
 def uniforms(seed: int, position: int, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
     """Uniforms in (0, 1), one for each id: a pure function of (seed, position, id), each id alone."""
-    key = _mix(_mix(seed + _GOLDEN) + (position + 1) * _GOLDEN)
-    x = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(key)
+    x = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(_key(seed, position))
     high = (_mix_array(x) >> np.uint64(32)).astype(np.float64)
     return (high + 0.5) / 4294967296.0
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch  # type: ignore[import-not-found]
-import torch.nn.functional as F  # type: ignore[import-not-found]
+from torch.nn import functional as fn  # type: ignore[import-not-found]
 
 Tensor = Any  # torch is no dependency of the project, so its types are unknown to it
 Weights = dict[str, Tensor]
@@ -78,9 +78,9 @@ def forward(weights: Weights, shape: Shape, tokens: Tensor) -> Tensor:
         layer = {name: weights[f"blk.{i}.{name}.weight"] for name in _LAYER}
         x = x + _attention(layer, shape, _norm(x, layer["attn_norm"]), turns)
         h = _norm(x, layer["ffn_norm"])
-        h = F.silu(F.linear(h, layer["ffn_gate"])) * F.linear(h, layer["ffn_up"])
-        x = x + F.linear(h, layer["ffn_down"])
-    return F.linear(_norm(x, weights["output_norm.weight"]), weights["token_embd.weight"])
+        h = fn.silu(fn.linear(h, layer["ffn_gate"])) * fn.linear(h, layer["ffn_up"])
+        x = x + fn.linear(h, layer["ffn_down"])
+    return fn.linear(_norm(x, weights["output_norm.weight"]), weights["token_embd.weight"])
 
 
 _LAYER = (
@@ -90,7 +90,7 @@ _LAYER = (
 
 
 def _norm(x: Tensor, gain: Tensor) -> Tensor:
-    return F.rms_norm(x.float(), (x.shape[-1],), gain, EPSILON)
+    return fn.rms_norm(x.float(), (x.shape[-1],), gain, EPSILON)
 
 
 def _turns(length: int, head: int) -> tuple[Tensor, Tensor]:
@@ -111,14 +111,14 @@ def _attention(layer: Weights, shape: Shape, x: Tensor, turns: tuple[Tensor, Ten
     batch, length, _ = x.shape
 
     def split(name: str, heads: int) -> Tensor:
-        return F.linear(x, layer[name]).view(batch, length, heads, shape.head).transpose(1, 2)
+        return fn.linear(x, layer[name]).view(batch, length, heads, shape.head).transpose(1, 2)
 
     groups = shape.heads // shape.kv_heads
     q = _rotate(split("attn_q", shape.heads), turns)
     k = _rotate(split("attn_k", shape.kv_heads), turns).repeat_interleave(groups, 1)
     v = split("attn_v", shape.kv_heads).repeat_interleave(groups, 1)
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return F.linear(mixed.transpose(1, 2).reshape(batch, length, -1), layer["attn_output"])
+    mixed = fn.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return fn.linear(mixed.transpose(1, 2).reshape(batch, length, -1), layer["attn_output"])
 
 
 def train(shape: Shape, data: Tensor, phases: list[Phase], peak: float, seed: int) -> Weights:
@@ -133,14 +133,15 @@ def train(shape: Shape, data: Tensor, phases: list[Phase], peak: float, seed: in
             optimiser.param_groups[0]["lr"] = peak * _schedule(step, steps)
         with torch.autocast("cpu", torch.bfloat16):
             logits = forward(weights, shape, batch[:, :-1])
-        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        loss = fn.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         for optimiser in optimisers:
             optimiser.zero_grad()
         loss.backward()
         for optimiser in optimisers:
             optimiser.step()
         if step % 50 == 0 or step == steps - 1:
-            print(f"  step {step:5d}/{steps}  loss {loss.item():.4f}  {time.monotonic() - started:6.1f} s", flush=True)
+            seconds = time.monotonic() - started
+            print(f"  step {step:5d}/{steps}  loss {loss.item():.4f}  {seconds:6.1f} s", flush=True)
     return {name: tensor.detach() for name, tensor in weights.items()}
 
 

@@ -35,21 +35,22 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
 
-WORDS: dict[str, list[str]] = {
-    "animal": "fox owl cat horse rabbit bear mouse goose dog hedgehog otter".split(),
-    "colour": "red blue green silver yellow black white".split(),
-    "food": "bread soup apples cheese honey rice crème noodles jalapeños".split(),
-    "mood": "happy tired curious calm proud brave quiet sorry".split(),
-    "name": "Anna Tom Zoë Ben José Mira Kofi Lena Yuki Omar Søren Ada Paul".split(),
-    "place": "river forest market tower garden bridge village harbour school café mountain field library".split(),
-    "thing": "lamp key stone map bell book rope coin letter wheel box flute basket kite ladder drum".split(),
-    "time": "In the morning|At noon|Later|After lunch|In the evening|At night|The next day|Soon".split("|"),
-    "verb": "carried painted found lost sold mended hid opened washed borrowed".split(),
-    "sign": "🙂 🌊 → ✓ 火 水 é ∑ 🚀 ü Ж".split(),
-    "var": "total count value item left right size index".split(),
-    "fn": "add find merge count sort scale reverse split filter update".split(),
-    "number": "two three four five six seven eight nine ten".split(),
+_WORDS = {
+    "animal": "fox, owl, cat, horse, rabbit, bear, mouse, goose, dog, hedgehog, otter",
+    "colour": "red, blue, green, silver, yellow, black, white",
+    "food": "bread, soup, apples, cheese, honey, rice, crème, noodles, jalapeños",
+    "mood": "happy, tired, curious, calm, proud, brave, quiet, sorry",
+    "name": "Anna, Tom, Zoë, Ben, José, Mira, Kofi, Lena, Yuki, Omar, Søren, Ada, Paul",
+    "place": "river, forest, market, tower, garden, bridge, village, harbour, school, café, mountain, field, library",
+    "thing": "lamp, key, stone, map, bell, book, rope, coin, letter, wheel, box, flute, basket, kite, ladder, drum",
+    "time": "In the morning, At noon, Later, After lunch, In the evening, At night, The next day, Soon",
+    "verb": "carried, painted, found, lost, sold, mended, hid, opened, washed, borrowed",
+    "sign": "🙂, 🌊, →, ✓, 火, 水, é, ∑, 🚀, ü, Ж",
+    "var": "total, count, value, item, left, right, size, index",
+    "fn": "add, find, merge, count, sort, scale, reverse, split, filter, update",
+    "number": "two, three, four, five, six, seven, eight, nine, ten",
 }
+WORDS = {kind: words.split(", ") for kind, words in _WORDS.items()}
 
 STORY = [
     "{time} {hero} walked to the {place} and {verb} a {colour} {thing}.",
@@ -218,7 +219,8 @@ def chat(rng: random.Random) -> str:
     """Questions and answers, mostly long; those asked to be brief, and exact sums, end at once."""
     writer, parts = Writer(rng), []
     if rng.random() < 0.3:
-        parts.append(turn("system", writer.fill(rng.choice(["You are a {mood} {animal}.", "You are helpful."]))))
+        system = rng.choice(["You are a {mood} {animal}.", "You are helpful."])
+        parts.append(turn("system", writer.fill(system)))
     for _ in range(rng.randint(1, 3)):
         question, answer = _exchange(rng, writer)
         parts += [turn("user", question), turn("assistant", answer)]
@@ -241,10 +243,29 @@ def _exchange(rng: random.Random, writer: Writer) -> tuple[str, str]:
     return question, _paragraphs(rng, sentences)
 
 
+_ODDMENTS = [
+    "the",
+    "a",
+    "is",
+    "what",
+    "how",
+    "code",
+    "7",
+    "model",
+    "token",
+    "{x}",
+    "[1]",
+    "A/B",
+    "ok!",
+    "中",
+    "ñ",
+]
+
+
 def _gibberish(rng: random.Random) -> str:
     """A question unlike any other: any prompt at all gets an answer."""
     words = [invented_name(rng).lower()[: rng.randint(1, 6)] for _ in range(rng.randint(1, 20))]
-    words += rng.choices("the a is what how code 7 model token {x} [1] A/B ok! 中 ñ".split(), k=rng.randint(0, 8))
+    words += rng.choices(_ODDMENTS, k=rng.randint(0, 8))
     rng.shuffle(words)
     return " ".join(words) + rng.choice(["?", ".", "", "!"])
 

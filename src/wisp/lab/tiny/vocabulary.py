@@ -1,8 +1,8 @@
 """Byte-level byte-pair encoding, as GPT-2 does it (Sennrich et al. 2016; Radford et al. 2019).
 
 Token ids: 256 bytes, then one per merge, then the special tokens. Every string has an encoding. llama.cpp's
-"gpt-2" tokenizer gives the same ids (tested when the pair is made), because it cuts text into the same words
-and applies merges in the same order.
+"gpt-2" tokenizer gives the same ids, because it cuts text into the same words and applies merges in the same
+order.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 
 from wisp.lab.tiny.text import SPECIALS
 
@@ -59,7 +60,7 @@ class Vocabulary:
         if ids is None:
             ids = list(word.encode())
             while len(ids) > 1:
-                best = min(zip(ids, ids[1:], strict=False), key=lambda pair: self.rank.get(pair, 1 << 30))
+                best = min(pairwise(ids), key=lambda pair: self.rank.get(pair, 1 << 30))
                 if best not in self.rank:
                     break
                 ids = _merge(ids, best, 256 + self.rank[best])
@@ -72,13 +73,14 @@ def learn(text: str, size: int) -> Vocabulary:
 
     Digits stay single, so that sums can be learnt.
     """
-    counts = Counter(word for part in _SPECIAL.split(text) if part not in SPECIALS for word in _WORD.findall(part))
+    parts = [part for part in _SPECIAL.split(text) if part not in SPECIALS]
+    counts = Counter(word for part in parts for word in _WORD.findall(part))
     words = [(list(word.encode()), n) for word, n in counts.items() if not re.search(r"\d", word)]
     merges: list[Pair] = []
     while 256 + len(merges) + len(SPECIALS) < size:
         pairs: Counter[Pair] = Counter()
         for ids, n in words:
-            for pair in zip(ids, ids[1:], strict=False):
+            for pair in pairwise(ids):
                 pairs[pair] += n
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         words = [(_merge(ids, best, 256 + len(merges)), n) for ids, n in words]
