@@ -17,13 +17,28 @@ from rig import Rig
 from toy import EOS, N_VOCAB, toy_text, toy_token
 
 from wisp.core.drafter import Drafter, Phase, Reopen, Task
-from wisp.core.drafting import Fixed, Signal
+from wisp.core.drafting import Ahead, Fixed, View
 from wisp.core.messages import Cancel, Message, Refused, Verdict
 from wisp.core.sampling import Sampling
+from wisp.core.signals import Signal
 from wisp.core.work import Committed
 
 PROMPTS = [[1, 2, 3], [1, 2, 3, 4, 5, 6], [7, 7, 7], [i % 40 for i in range(25)], [i % 40 for i in range(30)]]
 EOS_SET = frozenset({EOS})
+
+
+class Fickle(Fixed):
+    """A policy that sends what it likes and changes into server mode and out of it."""
+
+    def __init__(self, k: int, source: random.Random) -> None:
+        super().__init__(k)
+        self.random = source
+
+    def take(self, view: View) -> int:
+        return self.random.randint(0, self.k)
+
+    def serve(self, view: View) -> bool:
+        return self.random.random() < 0.2
 
 
 class Edge:
@@ -33,9 +48,10 @@ class Edge:
         self, number: int, prompt: list[int], seed: int, k: int, accuracy: float, max_tokens: int
     ) -> None:
         self.task = Task(prompt, Sampling(seed=seed), max_tokens, logprobs=0 if seed % 2 else None)
-        policy = Fixed(k) if k else None
-        self.drafter = Drafter(f"session-{number}", self.task, policy, EOS_SET)
         self.random = random.Random(number)
+        policy = Fickle(k, self.random) if k else None
+        ahead = Ahead(energy=0.0) if number % 2 else None
+        self.drafter = Drafter(f"session-{number}", self.task, policy, EOS_SET, ahead=ahead)
         self.accuracy = accuracy
         self.connection: int | None = None
         self.out: deque[Message] = deque()
@@ -52,12 +68,12 @@ class Edge:
                     assert [e.token for e in action.logprobs] == action.tokens
                 assert action.from_draft <= action.accepted <= action.drafted
             elif isinstance(action, Reopen):
-                self.act(self.drafter.connected(8))
+                self.act(self.drafter.connected(0.0, 8))
             else:
                 self.out.append(action)
 
     def draft(self) -> None:
-        if self.drafter.wants_token:
+        if self.drafter.wants_token(0.0):
             token: int | None = toy_token(self.drafter.context(), self.task.sampling)
             if self.random.random() > self.accuracy:
                 token = self.random.choice([None, self.random.randrange(N_VOCAB)])
@@ -102,7 +118,7 @@ class Fleet(RuleBasedStateMachine):
             edge = self.edges[i]
             self.connections += 1
             edge.connection = self.connections
-            edge.act(edge.drafter.connected(8))
+            edge.act(edge.drafter.connected(0.0, 8))
 
     @rule(i=st.integers(0, 4), times=st.integers(1, 9))
     def draft(self, i: int, times: int) -> None:

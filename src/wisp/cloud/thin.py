@@ -34,14 +34,14 @@ class ThinBackend:
         connection = host.attach(generation.key, inbox.put_nowait)
         drafter = Drafter(secrets.token_hex(16), task_of(generation), None, host.limits.eos)
         try:
-            actions = drafter.connected(host.limits.max_draft)
+            actions = drafter.connected(0.0, host.limits.max_draft)
             while True:
                 for action in actions:
                     if isinstance(action, Open | Draft):
                         host.receive(connection, action)
                     elif isinstance(action, Reopen):
                         await asyncio.sleep(action.after_s)
-                        for again in drafter.connected(host.limits.max_draft):
+                        for again in drafter.connected(0.0, host.limits.max_draft):
                             assert isinstance(again, Open)
                             host.receive(connection, again)
                     elif isinstance(action, Committed):

@@ -1,7 +1,11 @@
 """The drafter: a session as the edge sees it. Events in, actions out; no I/O, no clock, no model.
 
-    DETACHED --connected--> DRAFTING --sent--> IN_FLIGHT --verdict--> DRAFTING ... --> DONE
-                               `---- (server mode) ----> SERVED --verdict--> SERVED ...
+    DETACHED --connected--> IN_FLIGHT --verdict--> DRAFTING --sent--> IN_FLIGHT ... --> DONE
+                               `--(server mode)--> SERVED --tokens--> SERVED ... (drafting pays again) --> DRAFTING
+
+What is guessed of the text beyond the committed tokens is one chain: its first `sent` tokens are in flight, the
+rest are the draft in the making, or were drafted ahead. A verdict that agrees moves along the chain; one that
+does not clears it.
 
 The edge owns the truth: prompt and committed tokens live here. Whatever happens to a connection or a verifier,
 `connected` opens the session again from what is committed, and text goes on where it was.
@@ -13,10 +17,12 @@ from enum import Enum, auto
 
 import msgspec
 
-from wisp.core.drafting import DraftingPolicy, Round, Signal
+from wisp.core.drafting import Ahead, DraftingPolicy, Odds, View
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.messages import Draft, Open, Refused, Verdict
+from wisp.core.pace import Pace
 from wisp.core.sampling import Sampling
+from wisp.core.signals import Signal
 from wisp.core.slo import Slo
 from wisp.core.work import Committed
 
@@ -55,53 +61,78 @@ class Task(msgspec.Struct, frozen=True):
 
 
 class Drafter:
-    """One session. `policy` None means: never draft, let the verifier decode.
+    """One session. `policy` None means: never draft, let the verifier decode. `ahead` None: never draft ahead.
 
     The host calls `connected`, `lost`, `verdict` and `refused` as these happen, and, while `wants_token`,
-    asks its draft engine for a token after `context` and hands it to `proposed`.
+    asks its draft engine for a token after `context` and hands it to `proposed`. Times are milliseconds.
     """
 
-    def __init__(self, session: str, task: Task, policy: DraftingPolicy | None, eos: frozenset[int]) -> None:
+    def __init__(
+        self,
+        session: str,
+        task: Task,
+        policy: DraftingPolicy | None,
+        eos: frozenset[int],
+        *,
+        ahead: Ahead | None = None,
+        pace: Pace | None = None,
+    ) -> None:
         self.session = session
         self.task = task
         self.policy = policy
+        self.ahead = ahead
         self.eos = eos
+        self.pace = pace or Pace()
         self.phase = Phase.DETACHED
         self.committed: list[int] = []
-        self.draft: list[int] = []
+        self.chain: list[int] = []  # guesses beyond the committed tokens
+        self.sent = 0  # how many of them are in flight
+        self.wasted = 0  # tokens drafted and never sent
         self.max_draft = 0
+        self._odds: list[Odds] = []  # of the chain
         self._round = -1
         self._epoch = -1
-        self._flight: list[int] = []  # the draft that awaits its verdict
-        self._started_ms = 0.0
+        self._serve = policy is None  # what the last message asked for
+        self._dry = False  # nothing more to propose until the next verdict
+        self._drafted = 0  # tokens in the last draft sent, committed meanwhile or not
+        self._sent_ms = 0.0
+        self._began_ms = 0.0  # when this round's clock started: the last verdict
         self._reopenings = 0
-
-    @property
-    def wants_token(self) -> bool:
-        """Is it the draft engine's turn?"""
-        return self.phase is Phase.DRAFTING
 
     @property
     def position(self) -> int:
         """Index, among the generated tokens, of the token to draft next."""
-        return len(self.committed) + len(self.draft)
+        return len(self.committed) + len(self.chain)
 
     def context(self) -> list[int]:
         """What the next drafted token follows."""
-        return self.task.prompt + self.committed + self.draft
+        return self.task.prompt + self.committed + self.chain
+
+    def wants_token(self, now_ms: float) -> bool:
+        """Is it the draft engine's turn?"""
+        if self.phase is Phase.DRAFTING:
+            return True
+        if self.phase is not Phase.IN_FLIGHT or self.ahead is None or self.policy is None:
+            return False
+        return not (self._dry or self._serve or self._ended() or self._left() <= 1) and self.ahead.worth(
+            self._view(now_ms)
+        )
 
     # --- events
 
-    def connected(self, max_draft: int) -> list[Action]:
+    def connected(self, now_ms: float, max_draft: int) -> list[Action]:
         """A verifier is there and takes drafts up to `max_draft`: open the session, or open it again."""
         if self.phase is Phase.DONE:
             return []
         self.max_draft = max_draft
         self._epoch += 1
         self._round += 1
-        draft = self._flight or self.draft  # what was on its way, or under way, rides along
-        self._flight, self.draft = self._fitting(draft), []
-        self.phase = Phase.SERVED if self.policy is None else Phase.IN_FLIGHT
+        self._serve = self.policy is None
+        self.sent = max(0, min(self.sent or len(self.chain), self.max_draft, self._left() - 1))
+        self._drafted = self.sent
+        self._sent_ms = self._began_ms = now_ms
+        self._dry = False
+        self.phase = Phase.SERVED if self._serve else Phase.IN_FLIGHT
         task = self.task
         open_ = Open(
             self.session,
@@ -111,8 +142,8 @@ class Drafter:
             task.max_tokens,
             round=self._round,
             committed=list(self.committed),
-            draft=list(self._flight),
-            serve=self.policy is None,
+            draft=self.chain[: self.sent],
+            serve=self._serve,
             ignore_eos=task.ignore_eos,
             logprobs=task.logprobs,
             slo=task.slo,
@@ -124,23 +155,23 @@ class Drafter:
         if self.phase is not Phase.DONE:
             self.phase = Phase.DETACHED
 
-    def proposed(self, now_ms: float, token: int | None, signal: Signal) -> list[Action]:
-        """The draft engine proposes `token` after `context` (None: it has nothing to propose)."""
-        if self.phase is not Phase.DRAFTING:
-            return []  # a verdict or a broken connection came first
+    def proposed(
+        self, now_ms: float, token: int | None, signal: Signal, took_ms: float = 0.0
+    ) -> list[Action]:
+        """The draft engine, in `took_ms`, proposes `token` after `context` (None: it has nothing to propose)."""
+        if self.phase not in (Phase.DRAFTING, Phase.IN_FLIGHT):
+            return []  # a broken connection came first
         assert self.policy is not None
         if token is None:
-            return [self._send(now_ms)]
-        decision = self.policy.decide(self._round_so_far(now_ms), signal)
-        if decision.include:
-            self.draft.append(token)
-        over = token in self.eos and not self.task.ignore_eos
-        if not decision.include or not decision.more or over or self._room() == 0:
-            return [self._send(now_ms)]
-        return []
+            self._dry = True
+        else:
+            self.pace.draft.add(took_ms)
+            self._odds.append(self.policy.judge(signal, [o.p for o in self._odds]))
+            self.chain.append(token)
+        return self._go_on(now_ms) if self.phase is Phase.DRAFTING else []
 
     def verdict(self, now_ms: float, verdict: Verdict) -> list[Action]:
-        """Take what is committed since, and start the next round.
+        """Take what is committed since, and go on.
 
         Raises ProtocolError where the verdict contradicts what was committed before: then the text up to
         here stands, and this verifier is not to be trusted with the rest.
@@ -149,28 +180,35 @@ class Drafter:
             return []
         new = self._new_tokens(verdict)
         settled = self.phase is Phase.IN_FLIGHT and verdict.round == self._round
-        drafted = len(self._flight) if settled else 0
+        drafted, before = (self._drafted, len(verdict.tokens) - len(new)) if settled else (0, 0)
         fresh = Committed(
             tokens=new,
             logprobs=verdict.logprobs[-len(new) :] if new and verdict.logprobs else [],
             drafted=drafted,
             accepted=verdict.accepted if settled else 0,
-            from_draft=min(len(new), max(0, verdict.accepted - (len(verdict.tokens) - len(new))))
-            if settled
-            else 0,
+            from_draft=min(len(new), max(0, verdict.accepted - before)) if settled else 0,
             finish=verdict.finish,
         )
-        self._commit(new)
+        if settled:
+            self._learn(now_ms, verdict, new)
+        elif self._serve and new and self.phase is Phase.SERVED:
+            self.pace.served.add((now_ms - self._began_ms) / len(new))
+            self._began_ms = now_ms
+        self._commit(new, settled)
         if verdict.finish:
             self.phase = Phase.DONE
             return [fresh]
         deliver: list[Action] = [fresh] if new or drafted else []
-        if not settled:
-            return deliver
-        self._flight = []
-        if self.policy is not None:
-            self.policy.observe(drafted, verdict.accepted)
-        return deliver + self._start_round(now_ms)
+        if settled:
+            self._began_ms = now_ms
+            return deliver + self._start_round(now_ms)
+        if (
+            self.phase is Phase.SERVED
+            and self.policy is not None
+            and not self.policy.serve(self._view(now_ms))
+        ):
+            return deliver + self._start_round(now_ms)
+        return deliver
 
     def refused(self, refused: Refused) -> list[Action]:
         """The verifier will not. Some refusals are mended by opening again; the others raise RequestError."""
@@ -197,29 +235,58 @@ class Drafter:
 
     def _start_round(self, now_ms: float) -> list[Action]:
         assert self.policy is not None
+        if self._serve and self.phase is Phase.IN_FLIGHT:  # the verifier has taken over, as it was asked to
+            self.phase = Phase.SERVED
+            return []
+        self._serve = self.policy.serve(self._view(now_ms))
         self.phase = Phase.DRAFTING
-        self._started_ms = now_ms
-        if self._room() == 0 or not self.policy.start(self._round_so_far(now_ms)):
-            return [self._send(now_ms)]
-        return []
+        self._dry = False
+        return [self._send(now_ms, 0)] if self._serve else self._go_on(now_ms)
 
-    def _send(self, now_ms: float) -> Draft:
+    def _go_on(self, now_ms: float) -> list[Action]:
+        """Draft another token, or send what there is."""
+        assert self.policy is not None
+        view = self._view(now_ms)
+        if view.room > 0 and not self._dry and not self._ended() and self.policy.more(view):
+            return []
+        return [self._send(now_ms, self.policy.take(view))]
+
+    def _send(self, now_ms: float, most: int) -> Draft:
         self._round += 1
-        self._flight, self.draft = self.draft, []
+        self.sent = max(0, min(most, len(self.chain), self.max_draft, self._left() - 1))
+        self._drafted = self.sent
+        self._sent_ms = now_ms
+        self._dry = False
         self.phase = Phase.IN_FLIGHT
-        base = len(self.committed)
-        return Draft(self.session, self._round, base, list(self._flight), now_ms - self._started_ms)
+        base, tokens = len(self.committed), self.chain[: self.sent]
+        return Draft(self.session, self._round, base, tokens, now_ms - self._began_ms, self._serve)
 
-    def _round_so_far(self, now_ms: float) -> Round:
-        return Round(now_ms, len(self.draft), self._room())
+    def _view(self, now_ms: float) -> View:
+        room = min(self.max_draft, self._left() - 1) - (len(self.chain) - self.sent)
+        return View(now_ms, [o.p for o in self._odds], self.sent, room, self._sent_ms, self.pace)
 
-    def _room(self) -> int:
-        """Tokens that may still join the draft; the last token of all is always the target's own."""
-        left = self.task.max_tokens - len(self.committed) - 1
-        return min(self.max_draft, left) - len(self.draft)
+    def _left(self) -> int:
+        """Tokens still to come; the last of all is always the target's own."""
+        return self.task.max_tokens - len(self.committed)
 
-    def _fitting(self, draft: list[int]) -> list[int]:
-        return draft[: max(0, min(self.max_draft, self.task.max_tokens - len(self.committed) - 1))]
+    def _ended(self) -> bool:
+        """Does the chain end with an end of sequence? Nothing comes after that."""
+        return bool(self.chain) and self.chain[-1] in self.eos and not self.task.ignore_eos
+
+    def _learn(self, now_ms: float, verdict: Verdict, new: list[int]) -> None:
+        """What a settled round tells of pace and acceptance. Its correction or bonus tells of the next guess, too."""
+        assert self.policy is not None
+        waited = now_ms - self._sent_ms
+        if self._round > 0:  # the first one read the prompt
+            self.pace.verdict(self._drafted, waited, verdict.queue_ms, verdict.engine_ms, verdict.price)
+            self.pace.round(len(new), now_ms - self._began_ms)
+        agreed = 0
+        while agreed < min(len(new), len(self.chain)) and new[agreed] == self.chain[agreed]:
+            agreed += 1
+        seen = min(len(new), len(self.chain), agreed + 1)
+        for i in range(seen):
+            self.pace.acceptance.add(1.0 if i < agreed else 0.0)
+        self.policy.observe(self._odds[:seen], agreed)
 
     def _new_tokens(self, verdict: Verdict) -> list[int]:
         known = self.committed[verdict.base :]
@@ -228,12 +295,17 @@ class Drafter:
             raise ProtocolError("conflict", "the verifier contradicts what it committed before")
         return verdict.tokens[overlap:]
 
-    def _commit(self, new: list[int]) -> None:
-        """Append `new`; what is drafted already keeps what agrees with it, and is let go otherwise."""
-        if not new:
-            return
-        self._reopenings = 0
-        self.committed += new
-        for pending in (self.draft, self._flight):
-            agrees = pending[: len(new)] == new[: len(pending)]
-            del pending[: len(new) if agrees else len(pending)]
+    def _commit(self, new: list[int], settled: bool) -> None:
+        """Append `new`. The chain keeps what agrees with it, beyond it, and is let go otherwise."""
+        if new:
+            self._reopenings = 0
+            self.committed += new
+            if self.chain[: len(new)] == new[: len(self.chain)]:
+                gone = min(len(new), len(self.chain))
+            else:
+                gone = len(self.chain)
+                self.wasted += len(self.chain) - self.sent
+            del self.chain[:gone], self._odds[:gone]
+            self.sent = max(0, self.sent - gone)
+        if settled:
+            self.sent = 0

@@ -1,87 +1,96 @@
-"""Drafting policies: after each drafted token, include it or not, and go on or stop.
+"""Drafting policies: after each drafted token, draft another or send; and how many to send.
 
-A policy is a small class with two methods, chosen by name from `POLICIES`. It sees plain data: the signal
-of the token just proposed, and the round so far. It never sees a model, a socket or a clock.
+A policy is a small class chosen by name from `POLICIES`. It judges each proposed token (a probability of
+acceptance), and decides on a `View` of the round: plain data and the session's `Pace`. It never sees a model, a
+socket or a clock. Drafting ahead, while a draft is in flight, is a question of its own (`Ahead`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from wisp.core.errors import ConfigError
+from wisp.core.pace import Mean, Pace
+from wisp.core.predictor import Calibration, Predictor, features
+from wisp.core.signals import Signal
+
+LONGEST = 16  # tokens in one draft, unless told otherwise
 
 
-class Signal(msgspec.Struct, frozen=True, array_like=True):
-    """Statistics of the draft distribution behind one proposed token, at temperature 1, natural log.
+class Odds(NamedTuple):
+    """A policy's judgement of one token: probability of acceptance, and the log odds it was made from."""
 
-    confidence: probability of the proposed token
-    entropy:    of the whole distribution, nats
-    margin:     probability of the likeliest id minus that of the second
-    spread:     standard deviation of the logits
-    """
-
-    confidence: float = 0.0
-    entropy: float = 0.0
-    margin: float = 0.0
-    spread: float = 0.0
+    p: float
+    z: float
 
 
-def signal(logits: npt.NDArray[np.float32], token: int) -> Signal:
-    """The signal of `token` under `logits` (shape [vocabulary])."""
-    top = int(np.argmax(logits))
-    peak = logits[top]
-    shifted = logits - peak
-    weights = np.exp(shifted)
-    z = float(weights.sum(dtype=np.float64))
-    entropy = float(np.log(z) - np.dot(weights, shifted) / z)
-    weights[top], best = -1.0, float(weights[top])
-    second = max(float(weights.max()), 0.0)
-    confidence = best / z if token == top else float(weights[token]) / z
-    return Signal(confidence, entropy, (best - second) / z, float(logits.std()))
+class View(msgspec.Struct, frozen=True):
+    """What a policy sees when it decides.
 
-
-class Round(msgspec.Struct, frozen=True):
-    """What a policy sees of the round in progress.
-
-    now_ms:    time, milliseconds, any origin
-    drafted:   tokens in the draft so far (before the one being decided)
-    room:      tokens that may still be added (limits of protocol, context and max_tokens)
+    p:       acceptance probabilities of the tokens guessed beyond the committed ones, in order
+    sent:    how many of them are in flight
+    room:    tokens that may still join the draft (limits of protocol, context and max_tokens)
+    sent_ms: when the draft in flight was sent
     """
 
     now_ms: float
-    drafted: int
+    p: Sequence[float]
+    sent: int
     room: int
+    sent_ms: float
+    pace: Pace
 
-
-class Decision(msgspec.Struct, frozen=True):
-    """include: the token just proposed joins the draft. more: draft another one."""
-
-    include: bool
-    more: bool
+    @property
+    def unsent(self) -> Sequence[float]:
+        """Probabilities of the tokens that could be sent now."""
+        return self.p[self.sent :]
 
 
 class DraftingPolicy(Protocol):
-    """Decides where a draft ends. One instance per session; may keep history."""
+    """Decides where a draft ends. One instance per session."""
 
-    def start(self, round_: Round) -> bool:
-        """Draft at all this round? (False sends an empty draft: one target token.)"""
+    def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
+        """How likely is the token just proposed to be accepted, given that those before it (with `p`) are?"""
         ...
 
-    def decide(self, round_: Round, signal: Signal) -> Decision:
-        """The token whose `signal` this is has just been proposed."""
+    def more(self, view: View) -> bool:
+        """Draft another token before sending?"""
         ...
 
-    def observe(self, drafted: int, accepted: int) -> None:
-        """A verdict: `accepted` of `drafted` tokens agreed with the target."""
+    def take(self, view: View) -> int:
+        """How many of the unsent tokens to send, at most."""
+        ...
+
+    def serve(self, view: View) -> bool:
+        """Better let the verifier decode by itself?"""
+        ...
+
+    def observe(self, odds: Sequence[Odds], accepted: int) -> None:
+        """Of the tokens with these odds the first `accepted` agreed; the next, if any, did not."""
         ...
 
 
-class Fixed:
+class Plain:
+    """What the simple policies have in common: confidence for odds, no learning, no server mode."""
+
+    def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
+        return Odds(signal.confidence, 0.0)
+
+    def take(self, view: View) -> int:
+        return len(view.unsent)
+
+    def serve(self, view: View) -> bool:
+        return False
+
+    def observe(self, odds: Sequence[Odds], accepted: int) -> None:
+        return None
+
+
+class Fixed(Plain):
     """SLED's policy: always k tokens."""
 
     def __init__(self, k: int) -> None:
@@ -89,27 +98,184 @@ class Fixed:
             raise ConfigError(f"fixed:{k}: a draft has 1 to 64 tokens, e.g. fixed:4")
         self.k = k
 
-    def start(self, round_: Round) -> bool:
-        return round_.room > 0
+    def more(self, view: View) -> bool:
+        return len(view.unsent) < self.k
 
-    def decide(self, round_: Round, signal: Signal) -> Decision:
-        return Decision(include=True, more=round_.drafted + 1 < min(self.k, round_.drafted + round_.room))
-
-    def observe(self, drafted: int, accepted: int) -> None:
-        return None
+    def take(self, view: View) -> int:
+        return self.k
 
 
-POLICIES: dict[str, Callable[[str], DraftingPolicy]] = {
-    "fixed": lambda argument: Fixed(int(argument or 4)),
-}
+class Confidence(Plain):
+    """SLED's other reading: stop at the first token that the drafter gives less than `least`, and leave it out."""
+
+    def __init__(self, least: float, longest: int = LONGEST) -> None:
+        if not 0.0 < least < 1.0:
+            raise ConfigError(
+                f"confidence:{least:g}: give a probability between 0 and 1, e.g. confidence:0.4"
+            )
+        self.least = least
+        self.longest = longest
+
+    def more(self, view: View) -> bool:
+        unsent = view.unsent
+        return len(unsent) < self.longest and (not unsent or unsent[-1] >= self.least)
+
+    def take(self, view: View) -> int:
+        return next((i for i, p in enumerate(view.unsent) if p < self.least), len(view.unsent))
 
 
-def drafting_policy(spec: str) -> DraftingPolicy:
-    """A fresh policy from its command-line form, e.g. "fixed:4"."""
-    name, _, argument = spec.partition(":")
-    if name not in POLICIES:
-        raise ConfigError(f"unknown drafting policy {spec!r}; choose one of: {', '.join(POLICIES)}")
-    try:
-        return POLICIES[name](argument)
-    except ValueError:
-        raise ConfigError(f"drafting policy {spec!r}: {argument!r} is not a number, try {name}:4") from None
+class Predicted(Confidence):
+    """The paper's policy: stop where a trained predictor says that the token is the first to be rejected."""
+
+    def __init__(self, predictor: Predictor, least: float | None = None, longest: int = LONGEST) -> None:
+        """`least`: accept at this probability (default: where the predictor keeps 80 % of accepted tokens)."""
+        super().__init__(
+            least if least is not None else float(predictor.about.get("threshold", 0.5)), longest
+        )
+        self.judgement = Judgement(predictor, None)
+
+    def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
+        return self.judgement.judge(signal, p)
+
+    def observe(self, odds: Sequence[Odds], accepted: int) -> None:
+        self.judgement.observe(odds, accepted)
+
+
+class Judgement:
+    """A predictor with the history it reads and, if there is one, a calibration that learns."""
+
+    def __init__(self, predictor: Predictor, calibration: Calibration | None) -> None:
+        self.predictor = predictor
+        self.calibration = calibration
+        self.recent = Mean(0.8, 0.1)
+
+    def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
+        """The predictor's odds, recalibrated."""
+        log_survival = math.log(max(math.prod(p), 1e-6))
+        z = self.predictor.logit(features(signal, len(p), self.recent.value, log_survival))
+        calibration = self.calibration
+        return Odds(calibration.probability(z) if calibration else 1.0 / (1.0 + math.exp(-z)), z)
+
+    def observe(self, odds: Sequence[Odds], accepted: int) -> None:
+        """Learn from a verdict: successes, and the first failure if there was one."""
+        for i, (_, z) in enumerate(odds[: accepted + 1]):
+            self.recent.add(1.0 if i < accepted else 0.0)
+            if self.calibration is not None:
+                self.calibration.learn(z, i < accepted)
+
+
+class Gain:
+    """Our default: optimal stopping. A round is a renewal: it earns the tokens it commits and costs its time.
+
+    With R the session's speed and S the chance that all of the draft so far is accepted, one more token is worth
+    drafting while its expected gain, S times its chance, exceeds (its draft time + its share of the verify
+    time) x R, plus the verifier's price; and a drafted token is worth sending while S exceeds what verifying it
+    costs. That is the renewal-reward optimum (Dinkelbach 1967), with every quantity measured. There is nothing
+    to tune; `longest` bounds a draft.
+    """
+
+    def __init__(self, predictor: Predictor, calibration: Calibration, longest: int = LONGEST) -> None:
+        self.longest = longest
+        self.judgement = Judgement(predictor, calibration)
+        self._serving = False
+
+    def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
+        return self.judgement.judge(signal, p)
+
+    def observe(self, odds: Sequence[Odds], accepted: int) -> None:
+        self.judgement.observe(odds, accepted)
+
+    def more(self, view: View) -> bool:
+        unsent = view.unsent
+        if len(unsent) >= self.longest:
+            return False
+        pace = view.pace
+        chance = math.prod(unsent) * pace.acceptance.value
+        return chance > pace.draft.value * self._speed(pace) + self._verify_cost(pace)
+
+    def take(self, view: View) -> int:
+        cost = self._verify_cost(view.pace)
+        survival, n = 1.0, 0
+        for p in view.unsent[: self.longest]:
+            survival *= p
+            if survival <= cost:
+                break
+            n += 1
+        return n
+
+    def serve(self, view: View) -> bool:
+        pace = view.pace
+        if pace.wait.n < 2 or pace.serve_ms <= 0 or pace.draft.n < 2:
+            return self._serving
+        served, drafted = 1.0 / pace.serve_ms, pace.best_speed(self.longest)
+        # Hysteresis: changing over costs a round trip.
+        self._serving = served > drafted * (0.95 if self._serving else 1.15)
+        return self._serving
+
+    def _speed(self, pace: Pace) -> float:
+        """Tokens per millisecond: measured over the last rounds, modelled until there are enough."""
+        return pace.speed if pace.wait.n >= 8 and pace.speed > 0 else pace.best_speed(self.longest)
+
+    def _verify_cost(self, pace: Pace) -> float:
+        """What verifying one more token costs, in committed tokens: our own time, and the price others pay."""
+        return pace.verify.slope * self._speed(pace) + pace.price
+
+
+class Ahead(msgspec.Struct, frozen=True):
+    """Whether to draft on while a draft is in flight, on the guess that it is accepted.
+
+    Waiting time is free, but a draft step that is running when the verdict comes delays a fresh start.
+
+    energy:  least chance of being used for which a token is drafted ahead: what the device's energy is worth
+    longest: tokens drafted ahead at most
+    """
+
+    energy: float = 0.1
+    longest: int = LONGEST
+
+    def worth(self, view: View) -> bool:
+        """Draft another token ahead, now?"""
+        pace = view.pace
+        chance = math.prod(view.p) * pace.acceptance.value
+        if len(view.p) - view.sent >= self.longest or chance < self.energy:
+            return False
+        if pace.wait.n == 0:
+            return True  # the prompt is being read: that takes the target longer than a draft step
+        left = max(0.0, view.sent_ms + pace.wait_ms(view.sent) - view.now_ms) + 0.25 * pace.wait.deviation
+        late = pace.draft.value - left
+        return late <= 0 or chance * left > (1.0 - chance) * late
+
+
+POLICIES = ("fixed", "confidence", "predictor", "gain")
+
+
+class Policies:
+    """Makes fresh policies from a command-line form, e.g. "fixed:4". One for a device: the calibration is shared."""
+
+    def __init__(self, spec: str, predictor: Predictor | None = None) -> None:
+        """Raises ConfigError for an unknown policy, a bad argument, or a missing predictor."""
+        self.spec = spec
+        self.predictor = predictor
+        self.calibration = Calibration()
+        self.make()
+
+    def make(self) -> DraftingPolicy:
+        """A policy for one session."""
+        name, _, argument = self.spec.partition(":")
+        if name not in POLICIES:
+            raise ConfigError(f"unknown drafting policy {self.spec!r}; choose one of: {', '.join(POLICIES)}")
+        if name == "fixed":
+            return Fixed(int(self._number(argument, 4)))
+        if name == "confidence":
+            return Confidence(self._number(argument, 0.4))
+        if self.predictor is None:
+            raise ConfigError(f"drafting policy {name} needs a predictor; train one with `wisp train`")
+        if name == "predictor":
+            return Predicted(self.predictor, self._number(argument, 0.0) or None)
+        return Gain(self.predictor, self.calibration, int(self._number(argument, LONGEST)))
+
+    def _number(self, argument: str, default: float) -> float:
+        try:
+            return float(argument) if argument else default
+        except ValueError:
+            raise ConfigError(f"drafting policy {self.spec!r}: {argument!r} is not a number") from None

@@ -12,14 +12,16 @@ import functools
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from wisp.api.backend import Committed, Generation, Target
 from wisp.core.drafter import Action, Drafter, Phase, Reopen, Task
-from wisp.core.drafting import DraftingPolicy, Signal
+from wisp.core.drafting import Ahead, Policies
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict, Welcome
+from wisp.core.pace import Pace
+from wisp.core.signals import Signal
 from wisp.edge.link import FromLink, VerifierLink
 from wisp.edge.tokenizers import TokenizerCache
 from wisp.engines.base import DraftEngine, Proposal
@@ -30,7 +32,8 @@ log = logging.getLogger("wisp.edge")
 class EdgeBackend:
     """`api.backend.Backend` that drafts here and verifies there.
 
-    `drafter` None means: never draft. `policy` makes a fresh drafting policy for each session.
+    `drafter` None means: never draft. `policies` makes a drafting policy for each session; `ahead` None means:
+    never draft ahead.
     """
 
     def __init__(
@@ -38,12 +41,15 @@ class EdgeBackend:
         link: VerifierLink,
         tokenizers: TokenizerCache,
         drafter: DraftEngine | None,
-        policy: Callable[[], DraftingPolicy],
+        policies: Policies,
+        ahead: Ahead | None = None,
     ) -> None:
         self.link = link
         self.tokenizers = tokenizers
         self.drafter = drafter
-        self.policy = policy
+        self.policies = policies
+        self.ahead = ahead
+        self.pace = Pace()  # of the last session: where the next one starts
         self.sessions = 0  # live ones
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draft")
 
@@ -98,13 +104,18 @@ class _Session:
         self.model = welcome.model
         g = self.generation
         task = Task(g.prompt, g.sampling, g.max_tokens, g.ignore_eos, g.logprobs, g.slo)
-        policy = self.backend.policy() if self.backend.drafter is not None else None
-        drafter = Drafter(self.id, task, policy, frozenset(welcome.eos))
+        backend = self.backend
+        policy = backend.policies.make() if backend.drafter is not None else None
+        drafter = Drafter(
+            self.id, task, policy, frozenset(welcome.eos), ahead=backend.ahead, pace=backend.pace.successor()
+        )
         self.link.listen(self.id, self.events.put_nowait)
         self.backend.sessions += 1
         try:
-            actions = drafter.connected(welcome.max_draft)
-            if policy is not None:  # the draft model reads the prompt while the target does
+            actions = drafter.connected(_now_ms(), welcome.max_draft)
+            if (
+                policy is not None and drafter.ahead is None
+            ):  # the draft model reads the prompt while the target does
                 self.warm = asyncio.create_task(self.backend.propose(self.id, g.prompt, 0, g))
             while True:
                 for action in actions:
@@ -131,12 +142,13 @@ class _Session:
 
     async def _step(self, drafter: Drafter) -> list[Action]:
         """Wait for the next thing to happen, and say what follows from it."""
-        if drafter.wants_token and self.events.empty():
+        if self.events.empty() and drafter.wants_token(started := _now_ms()):
             proposal = await self.backend.propose(
                 self.id, drafter.context(), drafter.position, self.generation
             )
             token, signal = (proposal.token, proposal.signal) if proposal else (None, Signal())
-            return drafter.proposed(_now_ms(), token, signal)
+            now = _now_ms()
+            return drafter.proposed(now, token, signal, now - started)
         event = await self._event()
         if isinstance(event, Verdict):
             try:
@@ -151,7 +163,7 @@ class _Session:
         if event.model != self.model:
             message = f"the verifier now serves {event.model}; this answer was begun by {self.model}"
             raise RequestError(502, message, code="model_changed", type="server_error")
-        return drafter.connected(event.max_draft)
+        return drafter.connected(_now_ms(), event.max_draft)
 
     async def _event(self) -> FromLink:
         """The next event; gives up when there has been no verifier for the stated time."""
@@ -177,6 +189,7 @@ class _Session:
         self.link.unlisten(self.id)
         self.backend.forget(self.id)
         self.backend.sessions -= 1
+        self.backend.pace = drafter.pace
 
 
 def _now_ms() -> float:

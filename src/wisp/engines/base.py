@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from wisp.core.drafting import Signal
+from wisp.core.signals import Signal
 from wisp.core.sampling import Sampling
 from wisp.core.work import Copy, Slice, SliceResult
 

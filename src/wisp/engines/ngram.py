@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from wisp.core.drafting import Signal
+from wisp.core.signals import Signal
 from wisp.core.errors import ConfigError
 from wisp.core.sampling import Sampling
 from wisp.engines.base import Proposal

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wisp.core.drafting import signal
+from wisp.core.signals import signal
 from wisp.core.errors import EngineError, ModelError
 from wisp.core.sampling import Sampling, target_token
 from wisp.engines.base import Proposal

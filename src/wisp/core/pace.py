@@ -1,0 +1,116 @@
+"""How fast a session goes: what the edge measures of itself, its link and its verifier, smoothed.
+
+Everything a drafting policy needs to weigh one more draft token against the time it takes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+
+class Mean:
+    """Exponentially weighted mean and mean absolute deviation; the first value sets both."""
+
+    def __init__(self, start: float, weight: float) -> None:
+        self.value = start
+        self.deviation = 0.0
+        self.weight = weight
+        self.n = 0
+
+    def add(self, x: float) -> None:
+        """Take in a measurement."""
+        self.n += 1
+        w = max(self.weight, 1.0 / self.n)
+        self.deviation += w * (abs(x - self.value) - self.deviation) if self.n > 1 else 0.0
+        self.value += w * (x - self.value)
+
+
+class Line:
+    """y = a + b x by exponentially weighted least squares, b never negative."""
+
+    def __init__(self, forgetting: float = 0.97) -> None:
+        self.forgetting = forgetting
+        self.n = self.x = self.y = self.xx = self.xy = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        """Take in a point."""
+        f = self.forgetting
+        self.n, self.x, self.y = f * self.n + 1, f * self.x + x, f * self.y + y
+        self.xx, self.xy = f * self.xx + x * x, f * self.xy + x * y
+
+    @property
+    def slope(self) -> float:
+        """b, shrunk towards 0 while the x seen so far hardly differ."""
+        if self.n < 1:
+            return 0.0
+        spread = self.xx - self.x * self.x / self.n
+        return max(0.0, (self.xy - self.x * self.y / self.n) / (spread + 1.0))
+
+    @property
+    def intercept(self) -> float:
+        """a: y at x = 0."""
+        return max(0.0, (self.y - self.slope * self.x) / self.n) if self.n >= 1 else 0.0
+
+
+class Pace:
+    """Smoothed measurements of one session. Times in milliseconds."""
+
+    def __init__(self, draft_ms: float = 0.0) -> None:
+        self.draft = Mean(draft_ms, 0.1)  # one draft step
+        self.wait = Mean(0.0, 0.15)  # from sending a draft to its verdict, less what its size explains
+        self.verify = Line()  # engine time against draft tokens
+        self.queue = Mean(0.0, 0.15)
+        self.served = Mean(0.0, 0.15)  # between tokens that the verifier decodes by itself
+        self.acceptance = Mean(0.8, 0.03)  # of a draft token whose predecessors were accepted
+        self.price = 0.0
+        self._tokens = 0.0
+        self._time_ms = 0.0
+
+    def successor(self) -> Pace:
+        """Where the next session of this device starts: what was measured, and nothing of how fast that one went."""
+        pace = copy.deepcopy(self)
+        pace.price = pace._tokens = pace._time_ms = 0.0
+        return pace
+
+    @property
+    def speed(self) -> float:
+        """Committed tokens per millisecond of drafted rounds, over the last few dozen rounds; 0.0 if unknown."""
+        return self._tokens / self._time_ms if self._time_ms > 0 else 0.0
+
+    def round(self, tokens: int, elapsed_ms: float) -> None:
+        """A drafted round committed `tokens` in `elapsed_ms`."""
+        keep = 0.97
+        self._tokens = keep * self._tokens + tokens
+        self._time_ms = keep * self._time_ms + elapsed_ms
+
+    def verdict(
+        self, n_draft: int, waited_ms: float, queue_ms: float, engine_ms: float, price: float
+    ) -> None:
+        """A draft of `n_draft` tokens came back after `waited_ms`, of which queue and engine took their parts."""
+        self.verify.add(n_draft, engine_ms)
+        self.queue.add(queue_ms)
+        self.wait.add(max(0.0, waited_ms - self.verify.slope * n_draft))
+        self.price = price
+
+    def wait_ms(self, n_draft: int) -> float:
+        """Expected time from sending so many draft tokens to their verdict."""
+        return self.wait.value + self.verify.slope * n_draft
+
+    @property
+    def serve_ms(self) -> float:
+        """Time per token if the verifier decodes by itself: as measured, or one step and its queue."""
+        return self.served.value if self.served.n >= 4 else self.verify.intercept + self.queue.value
+
+    def best_speed(self, longest: int) -> float:
+        """Tokens per millisecond of the best fixed draft length at the present measurements.
+
+        With acceptance a, k draft tokens commit (1 - a^(k+1)) / (1 - a) on average (Leviathan et al. 2023).
+        """
+        a = min(self.acceptance.value, 0.99)
+        best = 0.0
+        for k in range(longest + 1):
+            gain = (1 - a ** (k + 1)) / (1 - a)
+            time = k * self.draft.value + self.wait_ms(k)
+            best = max(best, gain / time if time > 0 else math.inf)
+        return best

@@ -1,0 +1,135 @@
+"""Will the target accept this draft token, given that it accepted those before it?
+
+A small model (logistic regression or a multilayer perceptron, trained by `wisp train`) reads a few cheap
+statistics of the draft distribution. On the device its output is recalibrated online, since acceptance shifts
+with the domain, the temperature and the pair of models: p = sigmoid(a z + b), with a and b tracked by a
+Gaussian approximation to the posterior of a logistic regression with forgetting.
+
+What is learned from a verdict: every accepted token was a success, and the first rejected one a failure. A draft
+accepted whole says nothing of what would have come next (it is censored): it adds successes and no failure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wisp.core.errors import ConfigError
+from wisp.core.signals import Signal
+
+FEATURES = ("logit_confidence", "entropy", "margin", "log_spread", "log_depth", "recent", "log_survival")
+VERSION = 1
+
+
+def features(signal: Signal, depth: int, recent: float, log_survival: float) -> list[float]:
+    """What the model reads of a proposed token.
+
+    depth: tokens drafted since the last committed one. recent: smoothed acceptance of late, 0 to 1.
+    log_survival: log probability, as predicted so far, that all drafted before it are accepted.
+    """
+    confidence = min(max(signal.confidence, 1e-4), 1 - 1e-4)
+    return [
+        math.log(confidence / (1 - confidence)),
+        signal.entropy,
+        signal.margin,
+        math.log(max(signal.spread, 1e-3)),
+        math.log1p(depth),
+        recent,
+        max(log_survival, -5.0),
+    ]
+
+
+class Predictor:
+    """Fixed weights: standardise, then layers with tanh between them, then a logit."""
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        scale: Sequence[float],
+        layers: Sequence[tuple[Sequence[Sequence[float]], Sequence[float]]],
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        """`layers`: (weights of shape [in, out], biases of shape [out]); the last has one output."""
+        self.mean = np.asarray(mean, np.float64)
+        self.scale = np.asarray(scale, np.float64)
+        self.layers = [(np.asarray(w, np.float64), np.asarray(b, np.float64)) for w, b in layers]
+        self.about = about or {}
+
+    def logit(self, x: Sequence[float]) -> float:
+        """The model's log odds of acceptance."""
+        return float(self.logits(np.asarray(x, np.float64)[None, :])[0])
+
+    def logits(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Log odds of rows of features, shape [n, len(FEATURES)] -> [n]."""
+        h = (x - self.mean) / self.scale
+        for w, b in self.layers[:-1]:
+            h = np.tanh(h @ w + b)
+        w, b = self.layers[-1]
+        out: npt.NDArray[np.float64] = (h @ w + b)[:, 0]
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "version": VERSION,
+            "features": list(FEATURES),
+            "mean": self.mean.tolist(),
+            "scale": self.scale.tolist(),
+            "layers": [[w.tolist(), b.tolist()] for w, b in self.layers],
+            "about": self.about,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Predictor:
+        """The inverse of `to_dict`. Raises ConfigError for another version or other features."""
+        if data.get("version") != VERSION or tuple(data.get("features", ())) != FEATURES:
+            raise ConfigError("this predictor was trained for another release; run `wisp train` again")
+        try:
+            return cls(data["mean"], data["scale"], [(w, b) for w, b in data["layers"]], data.get("about"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"the predictor file is damaged: {error!r}") from None
+
+
+class Calibration:
+    """Online Platt scaling with forgetting: p = sigmoid(a z + b). One for a device, shared by its sessions."""
+
+    def __init__(self, forgetting: float = 0.995, trust: float = 30.0) -> None:
+        """`trust`: how many observations the trained model (a = 1, b = 0) is worth at the start."""
+        self.a, self.b = 1.0, 0.0
+        self.forgetting = forgetting
+        self.trust = trust
+        # Precision of (a, b): the prior, and what was observed.
+        self._paa, self._pab, self._pbb = 0.5 * trust, 0.0, 0.15 * trust
+
+    def probability(self, z: float) -> float:
+        """Calibrated probability for a logit of the model."""
+        return _sigmoid(self.a * z + self.b)
+
+    def learn(self, z: float, accepted: bool) -> None:
+        """One observed outcome: a Newton step of the log posterior."""
+        p = self.probability(z)
+        w, f = max(p * (1 - p), 1e-3), self.forgetting
+        # Old observations fade, the prior does not: precision decays towards it.
+        pa, pb = 0.5 * self.trust, 0.15 * self.trust
+        self._paa = pa + f * (self._paa - pa) + w * z * z
+        self._pab = f * self._pab + w * z
+        self._pbb = pb + f * (self._pbb - pb) + w
+        error = (1.0 if accepted else 0.0) - p
+        pull = 1 - f  # and the prior keeps pulling a little
+        ga = error * z - pull * pa * (self.a - 1.0)
+        gb = error - pull * pb * self.b
+        det = self._paa * self._pbb - self._pab * self._pab
+        self.a += (self._pbb * ga - self._pab * gb) / det
+        self.b += (self._paa * gb - self._pab * ga) / det
+        self.a = min(max(self.a, 0.2), 3.0)
+
+
+def _sigmoid(x: float) -> float:
+    if x >= 0:
+        return 1.0 / (1.0 + math.exp(-x))
+    e = math.exp(x)
+    return e / (1.0 + e)
