@@ -114,9 +114,9 @@ class Drafter:
             return True
         if self.phase is not Phase.IN_FLIGHT or self.ahead is None or self.policy is None:
             return False
-        return not (self._dry or self._serve or self._ended() or self._left() <= 1) and self.ahead.worth(
-            self._view(now_ms)
-        )
+        if self._dry or self._serve or self._ended() or len(self.chain) >= self._left() - 1:
+            return False
+        return self.ahead.worth(self._view(now_ms))
 
     # --- events
 

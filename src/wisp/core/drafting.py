@@ -151,8 +151,7 @@ class Judgement:
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
         """The predictor's odds, recalibrated."""
-        log_survival = math.log(max(math.prod(p), 1e-6))
-        z = self.predictor.logit(features(signal, len(p), self.recent.value, log_survival))
+        z = self.predictor.logit(features(signal, len(p), self.recent.value))
         calibration = self.calibration
         return Odds(calibration.probability(z) if calibration else 1.0 / (1.0 + math.exp(-z)), z)
 

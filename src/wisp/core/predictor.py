@@ -21,15 +21,14 @@ import numpy.typing as npt
 from wisp.core.errors import ConfigError
 from wisp.core.signals import Signal
 
-FEATURES = ("logit_confidence", "entropy", "margin", "log_spread", "log_depth", "recent", "log_survival")
+FEATURES = ("logit_confidence", "entropy", "margin", "log_spread", "log_lead", "log_depth", "recent")
 VERSION = 1
 
 
-def features(signal: Signal, depth: int, recent: float, log_survival: float) -> list[float]:
+def features(signal: Signal, depth: int, recent: float) -> list[float]:
     """What the model reads of a proposed token.
 
     depth: tokens drafted since the last committed one. recent: smoothed acceptance of late, 0 to 1.
-    log_survival: log probability, as predicted so far, that all drafted before it are accepted.
     """
     confidence = min(max(signal.confidence, 1e-4), 1 - 1e-4)
     return [
@@ -37,9 +36,9 @@ def features(signal: Signal, depth: int, recent: float, log_survival: float) -> 
         signal.entropy,
         signal.margin,
         math.log(max(signal.spread, 1e-3)),
+        math.log(max(signal.lead, 1e-3)),
         math.log1p(depth),
         recent,
-        max(log_survival, -5.0),
     ]
 
 

@@ -85,7 +85,7 @@ class LlamaDraft:
         logits = self._evaluate(slot, common, feed)[: self._n_vocab]
         self._held[slot] = tokens
         token = target_token(logits, sampling, position)
-        return Proposal(token, signal(logits, token))
+        return Proposal(token, signal(logits, token, sampling, position))
 
     @property
     def rows_evaluated(self) -> int:
