@@ -135,7 +135,7 @@ class Drafter:
         if decision.include:
             self.draft.append(token)
         over = token in self.eos and not self.task.ignore_eos
-        if not decision.include or not decision.more or over or self._room() == 0:
+        if not decision.include or not decision.more or over or self._room() <= 0:
             return [self._send(now_ms)]
         return []
 
@@ -150,14 +150,14 @@ class Drafter:
         new = self._new_tokens(verdict)
         settled = self.phase is Phase.IN_FLIGHT and verdict.round == self._round
         drafted = len(self._flight) if settled else 0
+        # Of the draft, only what was not committed meanwhile by an earlier verdict counts in this round.
+        agreed = max(0, verdict.accepted - (len(verdict.tokens) - len(new))) if settled else 0
         fresh = Committed(
             tokens=new,
             logprobs=verdict.logprobs[-len(new) :] if new and verdict.logprobs else [],
             drafted=drafted,
-            accepted=verdict.accepted if settled else 0,
-            from_draft=min(len(new), max(0, verdict.accepted - (len(verdict.tokens) - len(new))))
-            if settled
-            else 0,
+            accepted=agreed,
+            from_draft=min(len(new), agreed),
             finish=verdict.finish,
         )
         self._commit(new)
@@ -169,7 +169,7 @@ class Drafter:
             return deliver
         self._flight = []
         if self.policy is not None:
-            self.policy.observe(drafted, verdict.accepted)
+            self.policy.observe(drafted, agreed)
         return deliver + self._start_round(now_ms)
 
     def refused(self, refused: Refused) -> list[Action]:
@@ -199,7 +199,7 @@ class Drafter:
         assert self.policy is not None
         self.phase = Phase.DRAFTING
         self._started_ms = now_ms
-        if self._room() == 0 or not self.policy.start(self._round_so_far(now_ms)):
+        if self._room() <= 0 or not self.policy.start(self._round_so_far(now_ms)):
             return [self._send(now_ms)]
         return []
 
