@@ -101,7 +101,7 @@ def serve(
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
     from wisp.cloud.app import CloudApp, Settings
     from wisp.core.batching import batching_policy
-    from wisp.engines.build import load_target, served_name
+    from wisp.engines.build import ENGINES, load_target, served_name
     from wisp.engines.models import RichProgress, resolve
 
     set_up_logging(log_level, json_lines=log_json)
@@ -109,6 +109,8 @@ def serve(
     listen = Listen(host, port, tls_cert, tls_key)
     listen.check(keyed=bool(keys))
     batching_policy(batching)
+    if engine not in ENGINES:
+        raise ConfigError(f"unknown engine {engine!r}; choose one of: {', '.join(ENGINES)}")
     if engine != "null":
         with RichProgress() as progress:
             resolve(target, offline=offline, progress=progress)
@@ -149,7 +151,8 @@ def edge(
     log_level: LogLevel = "info",
     log_json: LogJson = False,
 ) -> None:
-    """Run an edge: an OpenAI endpoint on this device. Its key to the verifier is taken from WISP_API_KEY."""
+    """Run an edge: an OpenAI endpoint on this device. Its key to the verifier is taken from WISP_API_KEY; a single
+    key for its own endpoint may be in WISP_API_KEYS."""
     from wisp.api.keys import Keyring
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
     from wisp.core.drafting import drafting_policy
@@ -158,7 +161,7 @@ def edge(
     from wisp.engines.models import RichProgress
 
     set_up_logging(log_level, json_lines=log_json)
-    keys = Keyring(api_keys, os.environ.get("WISP_EDGE_API_KEYS"))
+    keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
     listen = Listen(host, port, tls_cert, tls_key)
     listen.check(keyed=bool(keys))
     drafting_policy(drafting)
@@ -275,6 +278,29 @@ def bench_overhead(
     from wisp.lab.overhead import run_bench
 
     raise typer.Exit(run_bench(sessions=sessions, seconds=seconds, as_json=json))
+
+
+@app.command()
+def trace(
+    target: Model,
+    draft: Annotated[str, typer.Option(help="A model as for --target.")],
+    prompts: Annotated[Path, typer.Option(help="JSONL file of prompts, or a folder of such files.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trace files.")],
+    max_tokens: Annotated[int, typer.Option(help="Tokens per prompt and sampling, at most.", min=1)] = 64,
+    samplings: Annotated[str, typer.Option(help="greedy, or t and a temperature.")] = "greedy,t0.7",
+    depth: Annotated[int, typer.Option(help="Tokens recorded beyond a rejected one.", min=1, max=255)] = 16,
+    seed: Annotated[int, typer.Option(help="From which each trace's seed is made.")] = 0,
+    mode: Annotated[str, typer.Option(help="Of the target: fast or exact.")] = "fast",
+    threads: Threads = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Record what target and drafter say along the target's text, for replay. Interrupted, it goes on where it was."""
+    from wisp.lab.traces.command import run_trace
+    from wisp.lab.traces.record import Settings
+
+    settings = Settings.named(samplings, max_tokens, depth, seed, mode, threads)
+    run_trace(target, draft, prompts, out, settings, offline=offline, as_json=json)
 
 
 def main() -> None:

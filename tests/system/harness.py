@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -325,16 +326,17 @@ class Peer:
     """An edge that says exactly what it is told to."""
 
     def __init__(self, url: str, *, key: str = "", hello: Hello | None = Hello(VERSION)) -> None:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.socket: ClientConnection = connect(
+        self._stack = ExitStack()
+        connection = connect(
             url.replace("http", "ws", 1) + "/v1/sessions",
             subprotocols=[Subprotocol(SUBPROTOCOL)],
-            additional_headers=headers,
+            additional_headers={"Authorization": f"Bearer {key}"} if key else {},
             compression=None,
             proxy=None,
             max_size=None,
             close_timeout=1,
         )
+        self.socket: ClientConnection = self._stack.enter_context(connection)
         if hello is not None:
             self.say(hello)
             welcome = self.hear()
@@ -345,7 +347,7 @@ class Peer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.socket.close()
+        self._stack.close()
 
     def say(self, message: Message | bytes | str) -> None:
         self.socket.send(encode(message) if isinstance(message, Message) else message)

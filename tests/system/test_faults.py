@@ -7,8 +7,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
-from harness import DRAFT, Answer, Cutter, Fleet, Process, Stream, ask, eventually
+from harness import DRAFT, Answer, Cutter, Fleet, Process, Stream, ask, body_of, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_pair")]
 
@@ -47,8 +48,13 @@ def test_a_client_that_leaves_takes_its_work_along(
         with Stream(asked.url, "Tell me a story.", **LONG) as s:
             s.until(lambda answer: len(answer.text) > 5)
     else:
-        with Stream(asked.url, "Tell me a story.", **LONG | {"stream": False, "stream_options": None}):
-            pass
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{asked.url}/v1/chat/completions",
+                json=body_of("Tell me a story.", **LONG),
+                trust_env=False,
+                timeout=0.15,
+            )
     eventually(lambda: idle(server))
     assert server.metrics()["wisp:generation_tokens_total"] - committed < 400
     assert asked.health() == 200
@@ -137,13 +143,12 @@ def test_many_sessions_on_several_edges_survive_broken_lines_and_a_dead_verifier
     server = fleet.serve("--slots", "8")
     sampling = [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.9}]
     jobs = [
-        (f"Tell me {i} of Tavoku.", {"max_tokens": 160, "seed": i, "ignore_eos": True, **sampling[i % 3]})
+        (f"Tell me {i} of Tavoku.", {"max_tokens": 120, "seed": i, "ignore_eos": True, **sampling[i % 3]})
         for i in range(24)
     ]
     with ThreadPoolExecutor(4) as pool:
         alone = list(pool.map(lambda job: ask(server.url, job[0], **job[1]), jobs))
-    for kind in (DRAFT, "ngram"):  # tokenizers are in the cache before lines begin to break
-        ask(fleet.edge(server.url, draft=kind).url, "Hello")
+    ask(fleet.edge(server.url, draft="none").url, "Hello")  # the tokenizer is here before lines begin to break
     lines = [Cutter(server.port, seed=n) for n in range(3)]
     edges = [
         fleet.edge(line.url, draft=kind, ready=False)

@@ -12,9 +12,12 @@ compared as digests.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import logging
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,10 @@ import msgspec
 from wisp.core.admission import KeyLimits
 from wisp.core.errors import ConfigError, RequestError
 
+log = logging.getLogger("wisp.keys")
+
 ANONYMOUS = "anonymous"
+POLL_S = 2.0
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,6 +73,21 @@ class Keyring:
         self.limits = limits
         self._stamp = stamp
         return True
+
+    async def watch(self, changed: Callable[[], None] = lambda: None) -> None:
+        """Read the file again whenever it changes, for ever, and then call `changed`. Trouble is logged once."""
+        trouble = ""
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                if self.reload():
+                    changed()
+                    log.info("API keys read again")
+                trouble = ""
+            except ConfigError as error:
+                if trouble != str(error):
+                    log.error("%s; the old keys stay in force", error)
+                trouble = str(error)
 
     def authorize(self, header: str | None) -> str:
         """The name of the key in an Authorization header. Raises RequestError(401)."""

@@ -21,6 +21,8 @@ from wisp.core.messages import MAX_FRAME
 
 log = logging.getLogger("wisp")
 
+LEVELS = ("debug", "info", "warning", "error")
+
 
 class Listen(msgspec.Struct, frozen=True):
     """Where to listen. `cert` and `key` are PEM files; both or neither."""
@@ -85,6 +87,10 @@ async def run_app(
         timeout_graceful_shutdown=5,
         server_header=False,
     )
+    try:
+        config.load()
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(f"cannot use the TLS files {listen.cert} and {listen.key}: {error}") from None
     server = _Server(config)
     stopping = False
 
@@ -131,7 +137,9 @@ class _JsonLines(logging.Formatter):
 
 
 def set_up_logging(level: str = "info", *, json_lines: bool = False) -> None:
-    """Log to standard error."""
+    """Log to standard error. Raises ConfigError for a level that there is not."""
+    if level.lower() not in LEVELS:
+        raise ConfigError(f"unknown log level {level!r}; choose one of: {', '.join(LEVELS)}")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         _JsonLines() if json_lines else logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
@@ -141,6 +149,8 @@ def set_up_logging(level: str = "info", *, json_lines: bool = False) -> None:
     root.setLevel(level.upper())
     for noisy in ("httpx", "httpcore", "websockets", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+    # What uvicorn says of every upgrade that is refused with a status, as if it were a mistake
+    logging.getLogger("uvicorn.error").addFilter(lambda r: "without completing handshake" not in r.getMessage())
 
 
 def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -31,12 +31,10 @@ from wisp.cloud.host import VerifierHost
 from wisp.cloud.sockets import SessionEndpoint
 from wisp.cloud.thin import ThinBackend
 from wisp.core.admission import Admission
-from wisp.core.errors import ConfigError, RequestError, UnavailableError
+from wisp.core.errors import RequestError, UnavailableError
 from wisp.engines.base import TargetEngine, Tokenizer
 
 log = logging.getLogger("wisp.serve")
-
-KEYS_POLL_S = 2.0
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -102,7 +100,7 @@ class CloudApp:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(self._start()), asyncio.create_task(self._watch_keys())]
+        tasks = [asyncio.create_task(self._start()), asyncio.create_task(self.keys.watch(self._keys_changed))]
         try:
             yield
         finally:
@@ -138,15 +136,9 @@ class CloudApp:
         for note in info.notes:
             log.warning("%s", note)
 
-    async def _watch_keys(self) -> None:
-        while True:
-            await asyncio.sleep(KEYS_POLL_S)
-            try:
-                if self.keys.reload() and self._host is not None:
-                    self._host.verifier.admission.set_limits(self.keys.limits)
-                    log.info("API keys read again")
-            except ConfigError as error:
-                log.error("%s; the old keys stay in force", error)
+    def _keys_changed(self) -> None:
+        if self._host is not None:
+            self._host.verifier.admission.set_limits(self.keys.limits)
 
     # --- endpoints
 

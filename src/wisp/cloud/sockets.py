@@ -38,9 +38,13 @@ HELLO_TIMEOUT_S = 10.0
 class SessionSocket:
     """One edge's connection."""
 
-    def __init__(self, host: VerifierHost, key: str, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, host: VerifierHost, key: str, receive: Receive, send: Send, authorize: Callable[[], str]
+    ) -> None:
+        """`authorize` raises RequestError once the key has been revoked."""
         self.host = host
         self.key = key
+        self._authorize = authorize
         self._receive = receive
         self._send = send
         self._out: deque[bytes] = deque()
@@ -65,11 +69,21 @@ class SessionSocket:
                 except ProtocolError as error:
                     self.post(Refused("", error.code, str(error)))
                     continue
+                if isinstance(message, Open) and self._revoked():
+                    await self._send({"type": "websocket.close", "code": 4401, "reason": "key revoked"})
+                    return
                 host.receive(connection, message)
         finally:
             host.detach(connection)
             host.metrics.connections.dec()
             writer.cancel()
+
+    def _revoked(self) -> bool:
+        """Checked before each session: a connection may outlive its key by far."""
+        try:
+            return self._authorize() != self.key
+        except RequestError:
+            return True
 
     def post(self, message: Message) -> None:
         """Queue a message for the peer."""
@@ -150,19 +164,26 @@ class SessionEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+        def authorize() -> str:
+            return self.authorize(headers.get(b"authorization"))
+
         try:
-            key = self.authorize(headers.get(b"authorization"))
-        except RequestError as error:
+            key = authorize()
+            socket = SessionSocket(self.host(), key, receive, send, authorize)
+        except RequestError as error:  # a wrong key, or the model is still loading
             await _deny(receive, send, scope, error)
             return
-        await SessionSocket(self.host(), key, receive, send).run()
+        await socket.run()
 
 
 async def _deny(receive: Receive, send: Send, scope: Scope, error: RequestError) -> None:
     """Refuse the upgrade with an HTTP status, or, where the server cannot, with a close code."""
     await receive()
     if "websocket.http.response" in scope.get("extensions", {}):
-        headers = [(b"content-type", b"text/plain"), (b"www-authenticate", b"Bearer")]
+        headers = [(b"content-type", b"text/plain")]
+        if error.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
         await send({"type": "websocket.http.response.start", "status": error.status, "headers": headers})
         await send({"type": "websocket.http.response.body", "body": str(error).encode()})
     else:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from wisp.api.backend import Committed, Generation, Target
 from wisp.cloud.host import VerifierHost
 from wisp.core.drafter import Drafter, Reopen, Task
+from wisp.core.errors import UnavailableError
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
 
 
@@ -30,6 +31,8 @@ class ThinBackend:
     async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         """Stream what the target decodes."""
         host = self.host
+        if host.draining:
+            raise UnavailableError("this server is shutting down", retry_after=2.0)
         inbox: asyncio.Queue[Verdict | Refused] = asyncio.Queue()
         connection = host.attach(generation.key, inbox.put_nowait)
         drafter = Drafter(secrets.token_hex(16), task_of(generation), None, host.limits.eos)

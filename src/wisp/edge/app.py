@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
@@ -59,9 +60,11 @@ class EdgeApp:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self.link.start()
+        watch = asyncio.create_task(self.keys.watch())
         try:
             yield
         finally:
+            watch.cancel()
             await self.link.close()
             self.backend.close()
 

@@ -285,9 +285,8 @@ def _is_free(port: int) -> bool:
 def api_keys() -> Check:
     """Which variables are set; never what is in them."""
     names = {
-        "WISP_API_KEYS": "wisp serve",
+        "WISP_API_KEYS": "clients of wisp serve and wisp edge",
         "WISP_API_KEY": "wisp edge to its verifier",
-        "WISP_EDGE_API_KEYS": "wisp edge",
     }
     found = [f"{name} is set ({use})" for name, use in names.items() if os.environ.get(name)]
     nothing = "none in the environment: serve and edge listen on loopback only, unless given --api-keys"

@@ -136,12 +136,13 @@ class CaseMaker:
         seed = rng.randrange(scale.seeds) if temperature else 0
         sampling = Sampling(temperature, top_p=top_p, seed=seed)
         ignore_eos = before is None and scale.strict and rng.random() < 0.05
+        script = self.judge.reference.tokens(prompt, sampling, ignore_eos=ignore_eos)
         case = Case(
             number=len(self.made),
             prompt=prompt,
             sampling=sampling,
-            max_tokens=self._max_tokens(),
-            script=self.judge.reference.tokens(prompt, sampling, ignore_eos=ignore_eos),
+            max_tokens=self._max_tokens(len(script)),
+            script=script,
             drafter=drafter,
             drafting=drafting,
             batching=batching,
@@ -154,7 +155,10 @@ class CaseMaker:
         self.made.append(case)
         return case
 
-    def _max_tokens(self) -> int:
+    def _max_tokens(self, known: int) -> int:
+        """Anything from short to long; where the reference ends by itself, often enough to see that."""
+        if known < self.scale.length and self.scale.strict and self.rng.random() < 0.5:
+            return self.scale.length
         if self.scale.strict and self.rng.random() < 0.05:
             return self.rng.randint(1, 3)
         return self.rng.randint(self.scale.shortest, self.scale.longest)

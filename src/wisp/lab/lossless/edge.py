@@ -264,7 +264,8 @@ class Talk:
     def _beyond(self, base: int, own: list[int]) -> list[int]:
         """The reference's tokens after `own`, where `own` is the reference's too: these will be accepted, up
         to where the session ends. After an end of sequence anything may follow."""
-        if not own or self.rng.random() >= self.chaos.overlong:
+        willing = self.case.drafter == "oracle" and self.chaos.overlong > 0
+        if not own or not (willing or self.rng.random() < self.chaos.overlong):
             return []
         script, end = self.case.script, base + len(own)
         if self.drafter.committed + own != script[:end]:
@@ -295,10 +296,10 @@ class Talk:
         guess = committed[: last.base] + last.tokens
         rest = guess[len(committed) :] if guess[: len(committed)] == committed else []
         more = self.case.script[len(committed) + len(rest) :][: self.rng.randint(0, 3)]
-        own = self._sent[self._wire].round
-        self.clock.after(
-            self.rng.choice((0.0, 0.01, 0.05)), lambda: self._extra(rest + more, round_=own, of=self._wire)
-        )
+        wire = self._wire
+        own = self._sent[wire].round
+        delay = self.rng.choice((0.0, 0.01, 0.05))
+        self.clock.after(delay, lambda: self._extra(rest + more, round_=own, of=wire))
 
     def _extra(self, draft: list[int], *, round_: int, of: int = -1) -> None:
         """A draft from an older base: the last committed tokens are said once more."""

@@ -48,6 +48,7 @@ _WORDS = {
     "sign": "🙂, 🌊, →, ✓, 火, 水, é, ∑, 🚀, ü, Ж",
     "var": "total, count, value, item, left, right, size, index",
     "fn": "add, find, merge, count, sort, scale, reverse, split, filter, update",
+    "oddment": "the, a, is, what, how, code, 7, model, token, {x}, [1], A/B, ok!, 中, ñ",
     "number": "two, three, four, five, six, seven, eight, nine, ten",
 }
 WORDS = {kind: words.split(", ") for kind, words in _WORDS.items()}
@@ -243,29 +244,10 @@ def _exchange(rng: random.Random, writer: Writer) -> tuple[str, str]:
     return question, _paragraphs(rng, sentences)
 
 
-_ODDMENTS = [
-    "the",
-    "a",
-    "is",
-    "what",
-    "how",
-    "code",
-    "7",
-    "model",
-    "token",
-    "{x}",
-    "[1]",
-    "A/B",
-    "ok!",
-    "中",
-    "ñ",
-]
-
-
 def _gibberish(rng: random.Random) -> str:
     """A question unlike any other: any prompt at all gets an answer."""
     words = [invented_name(rng).lower()[: rng.randint(1, 6)] for _ in range(rng.randint(1, 20))]
-    words += rng.choices(_ODDMENTS, k=rng.randint(0, 8))
+    words += rng.choices(WORDS["oddment"], k=rng.randint(0, 8))
     rng.shuffle(words)
     return " ".join(words) + rng.choice(["?", ".", "", "!"])
 

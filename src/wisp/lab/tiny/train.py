@@ -24,7 +24,8 @@ DOCUMENTS = 12_000  # nine million tokens, more than training looks at
 PEAK = 0.008  # learning rate
 
 TARGET_PHASES = [Phase(steps=1300, batch=8, length=256), Phase(steps=250, batch=2, length=1024)]
-DRAFT_PHASES = [Phase(steps=600, batch=8, length=256), Phase(steps=100, batch=2, length=1024)]
+# Stopped early on purpose: a fully trained drafter agrees with the target nine times in ten, too often for a test.
+DRAFT_PHASES = [Phase(steps=140, batch=8, length=256), Phase(steps=30, batch=2, length=1024)]
 
 
 def main() -> None:
