@@ -34,7 +34,9 @@ LogJson = Annotated[bool, typer.Option("--log-json", help="Log JSON lines.")]
 Server = Annotated[str, typer.Option(help="Address of the verifier.")]
 Model = Annotated[str, typer.Option(help="A catalogue name, a path, or hf:user/repo/file.gguf.")]
 Draft = Annotated[str, typer.Option(help="A model as for --target, or ngram, or none.")]
-Drafting = Annotated[str, typer.Option(help="Drafting policy, e.g. fixed:4.")]
+Drafting = Annotated[str, typer.Option(help="gain, predictor[:P], confidence:P or fixed:K.")]
+DraftAhead = Annotated[bool, typer.Option(help="Draft on while a draft is in flight; costs energy.")]
+PredictorFile = Annotated[Path | None, typer.Option(help="From `wisp train` (default: the one that ships).")]
 
 
 @app.callback()
@@ -135,7 +137,9 @@ def serve(
 @app.command()
 def edge(
     draft: Draft,
-    drafting: Drafting = "fixed:4",
+    drafting: Drafting = "gain",
+    ahead: DraftAhead = True,
+    predictor: PredictorFile = None,
     server: Server = "http://127.0.0.1:8100",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8200,
@@ -155,16 +159,16 @@ def edge(
     key for its own endpoint may be in WISP_API_KEYS."""
     from wisp.api.keys import Keyring
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
-    from wisp.core.drafting import drafting_policy
+    from wisp.core.drafting import Ahead
     from wisp.edge.app import EdgeApp
-    from wisp.engines.build import load_drafter
+    from wisp.engines.build import drafting_policies, load_drafter
     from wisp.engines.models import RichProgress
 
     set_up_logging(log_level, json_lines=log_json)
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
     listen = Listen(host, port, tls_cert, tls_key)
     listen.check(keyed=bool(keys))
-    drafting_policy(drafting)
+    policies = drafting_policies(drafting, predictor)
     with RichProgress() as progress:
         drafter, fingerprint = load_drafter(draft, threads=threads, offline=offline, progress=progress)
 
@@ -175,7 +179,8 @@ def edge(
             keys=keys,
             drafter=drafter,
             fingerprint=fingerprint,
-            policy=lambda: drafting_policy(drafting),
+            policies=policies,
+            ahead=Ahead() if ahead else None,
             give_up_s=give_up_s,
             keep_alive_s=keep_alive_s,
         )
@@ -190,7 +195,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The user's message; '-' reads standard input.")],
     server: Server = "http://127.0.0.1:8100",
     draft: Draft = "none",
-    drafting: Drafting = "fixed:4",
+    drafting: Drafting = "gain",
+    ahead: DraftAhead = True,
+    predictor: PredictorFile = None,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     top_k: Annotated[int, typer.Option(help="0 is off.", min=0)] = 0,
@@ -206,15 +213,19 @@ def generate(
     json: Json = False,
 ) -> None:
     """Generate once, streamed; tokens are coloured by origin: accepted draft green, the target's own plain."""
+    from wisp.core.drafting import Ahead
     from wisp.edge.once import Request, generate_once
+    from wisp.engines.build import drafting_policies, load_drafter
+    from wisp.engines.models import RichProgress
 
+    policies = drafting_policies(drafting, predictor)
+    with RichProgress() as progress:
+        drafter, fingerprint = load_drafter(draft, threads=threads, offline=offline, progress=progress)
     text = sys.stdin.read() if prompt == "-" else prompt
     request = Request(text, system, raw, temperature, top_p, top_k, min_p, seed, max_tokens)
-    asyncio.run(
-        generate_once(
-            request, server, os.environ.get("WISP_API_KEY"), draft, drafting, threads, offline, json
-        )
-    )
+    key = os.environ.get("WISP_API_KEY")
+    ahead_of = Ahead() if ahead else None
+    asyncio.run(generate_once(request, server, key, drafter, fingerprint, policies, ahead_of, as_json=json))
 
 
 @app.command()
@@ -232,7 +243,7 @@ def pull(
 @app.command()
 def demo(
     pair: Annotated[str, typer.Option(help="qwen2.5-coder or tiny.")] = "qwen2.5-coder",
-    drafting: Drafting = "fixed:4",
+    drafting: Drafting = "gain",
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer.", min=2)] = 48,
     offline: Offline = False,
     json: Json = False,
@@ -301,6 +312,42 @@ def trace(
 
     settings = Settings.named(samplings, max_tokens, depth, seed, mode, threads)
     run_trace(target, draft, prompts, out, settings, offline=offline, as_json=json)
+
+
+@app.command()
+def train(
+    traces: Annotated[Path, typer.Option(help="Folder or file of traces.")] = Path("data/traces"),
+    out: Annotated[
+        Path | None, typer.Option(help="Write the predictor here, for `wisp edge --predictor`.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of rounds and of fitting.")] = 0,
+    json: Json = False,
+) -> None:
+    """Fit a predictor of acceptance to traces, and say how good it is on prompts and domains kept apart."""
+    from wisp.lab.train import run_train
+
+    run_train(traces, out, seed=seed, as_json=json)
+
+
+@app.command()
+def replay(
+    traces: Annotated[Path, typer.Option(help="Folder or file of traces.")] = Path("data/traces"),
+    policies: Annotated[str, typer.Option(help="Which to compare, by comma; default: all.")] = "",
+    predictor: PredictorFile = None,
+    price: Annotated[
+        float, typer.Option(help="What the verifier asks per draft token, in tokens.", min=0)
+    ] = 0.0,
+    limit: Annotated[int, typer.Option(help="Generations per cell of the grid.", min=1)] = 40,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw one generation under each policy into this file.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Replay traces under drafting policies, over a grid of devices, links and verifiers, in virtual time."""
+    from wisp.lab.grid import run_grid
+
+    names = [p for p in policies.split(",") if p]
+    run_grid(traces, names, predictor, price=price, limit=limit, plot=plot, as_json=json)
 
 
 def main() -> None:

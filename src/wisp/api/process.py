@@ -150,7 +150,9 @@ def set_up_logging(level: str = "info", *, json_lines: bool = False) -> None:
     for noisy in ("httpx", "httpcore", "websockets", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
     # What uvicorn says of every upgrade that is refused with a status, as if it were a mistake
-    logging.getLogger("uvicorn.error").addFilter(lambda r: "without completing handshake" not in r.getMessage())
+    logging.getLogger("uvicorn.error").addFilter(
+        lambda r: "without completing handshake" not in r.getMessage()
+    )
 
 
 def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -170,8 +170,8 @@ class Drafter:
             self.chain.append(token)
         return self._go_on(now_ms) if self.phase is Phase.DRAFTING else []
 
-    def verdict(self, now_ms: float, verdict: Verdict) -> list[Action]:
-        """Take what is committed since, and go on.
+    def verdict(self, now_ms: float, verdict: Verdict, arrived_ms: float | None = None) -> list[Action]:
+        """Take what is committed since, and go on. It may have arrived earlier, while a draft step was running.
 
         Raises ProtocolError where the verdict contradicts what was committed before: then the text up to
         here stands, and this verifier is not to be trusted with the rest.
@@ -190,9 +190,9 @@ class Drafter:
             finish=verdict.finish,
         )
         if settled:
-            self._learn(now_ms, verdict, new)
+            self._learn(now_ms, now_ms if arrived_ms is None else arrived_ms, verdict, new)
         elif self._serve and new and self.phase is Phase.SERVED:
-            self.pace.served.add((now_ms - self._began_ms) / len(new))
+            self.pace.decoded(len(new), now_ms - self._began_ms)
             self._began_ms = now_ms
         self._commit(new, settled)
         if verdict.finish:
@@ -273,13 +273,13 @@ class Drafter:
         """Does the chain end with an end of sequence? Nothing comes after that."""
         return bool(self.chain) and self.chain[-1] in self.eos and not self.task.ignore_eos
 
-    def _learn(self, now_ms: float, verdict: Verdict, new: list[int]) -> None:
+    def _learn(self, now_ms: float, arrived_ms: float, verdict: Verdict, new: list[int]) -> None:
         """What a settled round tells of pace and acceptance. Its correction or bonus tells of the next guess, too."""
         assert self.policy is not None
-        waited = now_ms - self._sent_ms
+        waited = arrived_ms - self._sent_ms
         if self._round > 0:  # the first one read the prompt
             self.pace.verdict(self._drafted, waited, verdict.queue_ms, verdict.engine_ms, verdict.price)
-            self.pace.round(len(new), now_ms - self._began_ms)
+            self.pace.round(self._drafted, len(new), now_ms - self._began_ms)
         agreed = 0
         while agreed < min(len(new), len(self.chain)) and new[agreed] == self.chain[agreed]:
             agreed += 1

@@ -173,8 +173,11 @@ class Gain:
     to tune; `longest` bounds a draft.
     """
 
-    def __init__(self, predictor: Predictor, calibration: Calibration, longest: int = LONGEST) -> None:
+    def __init__(
+        self, predictor: Predictor, calibration: Calibration, longest: int = LONGEST, *, server_mode: bool = True
+    ) -> None:
         self.longest = longest
+        self.server_mode = server_mode
         self.judgement = Judgement(predictor, calibration)
         self._serving = False
 
@@ -190,7 +193,7 @@ class Gain:
             return False
         pace = view.pace
         chance = math.prod(unsent) * pace.acceptance.value
-        return chance > pace.draft.value * self._speed(pace) + self._verify_cost(pace)
+        return chance > pace.draft.value * pace.speed(self.longest) + self._verify_cost(pace)
 
     def take(self, view: View) -> int:
         cost = self._verify_cost(view.pace)
@@ -204,20 +207,16 @@ class Gain:
 
     def serve(self, view: View) -> bool:
         pace = view.pace
-        if pace.wait.n < 2 or pace.serve_ms <= 0 or pace.draft.n < 2:
+        if not self.server_mode or pace.wait.n < 2 or pace.serve_ms <= 0 or pace.draft.n < 1:
             return self._serving
-        served, drafted = 1.0 / pace.serve_ms, pace.best_speed(self.longest)
+        served, drafted = 1.0 / pace.serve_ms, pace.speed(self.longest)
         # Hysteresis: changing over costs a round trip.
-        self._serving = served > drafted * (0.95 if self._serving else 1.15)
+        self._serving = served > drafted * (1.0 if self._serving else 1.1)
         return self._serving
-
-    def _speed(self, pace: Pace) -> float:
-        """Tokens per millisecond: measured over the last rounds, modelled until there are enough."""
-        return pace.speed if pace.wait.n >= 8 and pace.speed > 0 else pace.best_speed(self.longest)
 
     def _verify_cost(self, pace: Pace) -> float:
         """What verifying one more token costs, in committed tokens: our own time, and the price others pay."""
-        return pace.verify.slope * self._speed(pace) + pace.price
+        return pace.verify.slope * pace.speed(self.longest) + pace.price
 
 
 class Ahead(msgspec.Struct, frozen=True):
@@ -235,14 +234,22 @@ class Ahead(msgspec.Struct, frozen=True):
     def worth(self, view: View) -> bool:
         """Draft another token ahead, now?"""
         pace = view.pace
-        chance = math.prod(view.p) * pace.acceptance.value
-        if len(view.p) - view.sent >= self.longest or chance < self.energy:
+        d, a = pace.draft.value, pace.acceptance.value
+        right = math.prod(view.p)
+        steps = 1
+        if len(view.p) == view.sent:  # the next guess is of the verdict's own token: only one beyond it is of use
+            right, steps = right * a, 2
+        if len(view.p) - view.sent >= self.longest or right * a < self.energy:
             return False
         if pace.wait.n == 0:
             return True  # the prompt is being read: that takes the target longer than a draft step
         left = max(0.0, view.sent_ms + pace.wait_ms(view.sent) - view.now_ms) + 0.25 * pace.wait.deviation
-        late = pace.draft.value - left
-        return late <= 0 or chance * left > (1.0 - chance) * late
+        late, wrong_late = max(0.0, steps * d - left), max(0.0, d - left)
+        # If the guess is right, a token costs `late` instead of a whole draft step, if it is drafted at all then;
+        # if it is wrong, a fresh start has to wait for the step that is running.
+        speed = pace.speed(self.longest)
+        otherwise = max(0.0, a - d * speed)
+        return right * (a - late * speed - otherwise) > (1.0 - right) * wrong_late * speed
 
 
 POLICIES = ("fixed", "confidence", "predictor", "gain")
@@ -251,10 +258,11 @@ POLICIES = ("fixed", "confidence", "predictor", "gain")
 class Policies:
     """Makes fresh policies from a command-line form, e.g. "fixed:4". One for a device: the calibration is shared."""
 
-    def __init__(self, spec: str, predictor: Predictor | None = None) -> None:
-        """Raises ConfigError for an unknown policy, a bad argument, or a missing predictor."""
+    def __init__(self, spec: str, predictor: Predictor | None = None, *, server_mode: bool = True) -> None:
+        """`server_mode`: may a policy let the verifier decode by itself? Raises ConfigError for an unknown policy, a bad argument, or a missing predictor."""
         self.spec = spec
         self.predictor = predictor
+        self.server_mode = server_mode
         self.calibration = Calibration()
         self.make()
 
@@ -271,7 +279,8 @@ class Policies:
             raise ConfigError(f"drafting policy {name} needs a predictor; train one with `wisp train`")
         if name == "predictor":
             return Predicted(self.predictor, self._number(argument, 0.0) or None)
-        return Gain(self.predictor, self.calibration, int(self._number(argument, LONGEST)))
+        longest = int(self._number(argument, LONGEST))
+        return Gain(self.predictor, self.calibration, longest, server_mode=self.server_mode)
 
     def _number(self, argument: str, default: float) -> float:
         try:

@@ -8,20 +8,23 @@ from __future__ import annotations
 import copy
 import math
 
+TYPICAL = 0.8  # acceptance, before anything is known of it
+
 
 class Mean:
-    """Exponentially weighted mean and mean absolute deviation; the first value sets both."""
+    """Exponentially weighted mean and mean absolute deviation. `start` is worth `prior` measurements."""
 
-    def __init__(self, start: float, weight: float) -> None:
+    def __init__(self, start: float, weight: float, prior: int = 0) -> None:
         self.value = start
         self.deviation = 0.0
         self.weight = weight
+        self.prior = prior
         self.n = 0
 
     def add(self, x: float) -> None:
         """Take in a measurement."""
         self.n += 1
-        w = max(self.weight, 1.0 / self.n)
+        w = max(self.weight, 1.0 / (self.n + self.prior))
         self.deviation += w * (abs(x - self.value) - self.deviation) if self.n > 1 else 0.0
         self.value += w * (x - self.value)
 
@@ -62,24 +65,42 @@ class Pace:
         self.verify = Line()  # engine time against draft tokens
         self.queue = Mean(0.0, 0.15)
         self.served = Mean(0.0, 0.15)  # between tokens that the verifier decodes by itself
-        self.acceptance = Mean(0.8, 0.03)  # of a draft token whose predecessors were accepted
+        self.acceptance = Mean(TYPICAL, 0.03, prior=10)  # of a draft token whose predecessors were accepted
         self.price = 0.0
         self._tokens = 0.0
         self._time_ms = 0.0
 
     def successor(self) -> Pace:
-        """Where the next session of this device starts: what was measured, and nothing of how fast that one went."""
+        """Where the next session of this device starts: what was measured, and a little of how fast that one went."""
         pace = copy.deepcopy(self)
-        pace.price = pace._tokens = pace._time_ms = 0.0
+        pace.price = 0.0
+        pace._tokens *= 0.2
+        pace._time_ms *= 0.2
         return pace
 
-    @property
-    def speed(self) -> float:
-        """Committed tokens per millisecond of drafted rounds, over the last few dozen rounds; 0.0 if unknown."""
-        return self._tokens / self._time_ms if self._time_ms > 0 else 0.0
+    def speed(self, longest: int) -> float:
+        """Committed tokens per millisecond that can be had by drafting: as measured over the last few dozen rounds,
+        or as the best fixed length would give by the measurements, if that is more. (A policy that went by its own
+        speed alone would find a bad habit justified by the slowness it causes.)"""
+        measured = self._tokens / self._time_ms if self._tokens > 5.0 else 0.0
+        return max(measured, self.best_speed(longest))
 
-    def round(self, tokens: int, elapsed_ms: float) -> None:
-        """A drafted round committed `tokens` in `elapsed_ms`."""
+    def decoded(self, tokens: int, elapsed_ms: float) -> None:
+        """The verifier by itself committed `tokens` in `elapsed_ms`."""
+        self.served.add(elapsed_ms / tokens)
+        self._forget(tokens)
+
+    def _forget(self, tokens: int) -> None:
+        """Without drafts nothing is learned of them: what is believed slowly goes back to what is typical."""
+        keep = 0.98**tokens
+        self.acceptance.value = TYPICAL + (self.acceptance.value - TYPICAL) * keep
+        self._tokens *= keep
+        self._time_ms *= keep
+
+    def round(self, drafted: int, tokens: int, elapsed_ms: float) -> None:
+        """A round with `drafted` tokens committed `tokens` in `elapsed_ms`."""
+        if not drafted:
+            self._forget(tokens)
         keep = 0.97
         self._tokens = keep * self._tokens + tokens
         self._time_ms = keep * self._time_ms + elapsed_ms

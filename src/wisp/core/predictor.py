@@ -47,9 +47,9 @@ class Predictor:
 
     def __init__(
         self,
-        mean: Sequence[float],
-        scale: Sequence[float],
-        layers: Sequence[tuple[Sequence[Sequence[float]], Sequence[float]]],
+        mean: npt.ArrayLike,
+        scale: npt.ArrayLike,
+        layers: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]],
         about: dict[str, Any] | None = None,
     ) -> None:
         """`layers`: (weights of shape [in, out], biases of shape [out]); the last has one output."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -14,7 +14,7 @@ from starlette.routing import Route
 from wisp.api.errors import JsonResponse, exception_handlers
 from wisp.api.keys import Keyring
 from wisp.api.routes import openai_routes
-from wisp.core.drafting import DraftingPolicy
+from wisp.core.drafting import Ahead, Policies
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
 from wisp.edge.metrics import EdgeMetrics
@@ -33,14 +33,15 @@ class EdgeApp:
         keys: Keyring,
         drafter: DraftEngine | None,
         fingerprint: str,
-        policy: Callable[[], DraftingPolicy],
+        policies: Policies,
+        ahead: Ahead | None = None,
         give_up_s: float = 30.0,
         keep_alive_s: float = 10.0,
     ) -> None:
         """`fingerprint`: of the draft model's vocabulary, "" where none is loaded."""
         self.keys = keys
         self.link = VerifierLink(server, api_key, fingerprint=fingerprint, give_up_s=give_up_s)
-        self.backend = EdgeBackend(self.link, TokenizerCache(server, api_key), drafter, policy)
+        self.backend = EdgeBackend(self.link, TokenizerCache(server, api_key), drafter, policies, ahead)
         self.metrics = EdgeMetrics(self.backend)
         self.asgi = Starlette(
             routes=[

@@ -14,16 +14,14 @@ from rich.text import Text
 
 from wisp.api.backend import Committed, Generation, Target
 from wisp.api.template import chat_template
-from wisp.core.drafting import drafting_policy
+from wisp.core.drafting import Ahead, Policies
 from wisp.core.errors import ConfigError
 from wisp.core.sampling import Sampling
 from wisp.core.stats import SpecStats
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
 from wisp.edge.tokenizers import TokenizerCache
-from wisp.engines.base import Tokenizer
-from wisp.engines.build import load_drafter
-from wisp.engines.models import RichProgress
+from wisp.engines.base import DraftEngine, Tokenizer
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -70,18 +68,16 @@ async def generate_once(
     request: Request,
     server: str,
     api_key: str | None,
-    draft: str,
-    drafting: str,
-    threads: int | None,
-    offline: bool,
+    drafter: DraftEngine | None,
+    fingerprint: str,
+    policies: Policies,
+    ahead: Ahead | None,
+    *,
     as_json: bool,
 ) -> None:
     """Generate and print. Raises WispError."""
-    drafting_policy(drafting)
-    with RichProgress() as progress:
-        drafter, fingerprint = load_drafter(draft, threads=threads, offline=offline, progress=progress)
     link = VerifierLink(server, api_key, fingerprint=fingerprint)
-    backend = EdgeBackend(link, TokenizerCache(server, api_key), drafter, lambda: drafting_policy(drafting))
+    backend = EdgeBackend(link, TokenizerCache(server, api_key), drafter, policies, ahead)
     link.start()
     try:
         target = await backend.target()

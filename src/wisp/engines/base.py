@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from wisp.core.signals import Signal
 from wisp.core.sampling import Sampling
+from wisp.core.signals import Signal
 from wisp.core.work import Copy, Slice, SliceResult
 
 

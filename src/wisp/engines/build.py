@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from wisp.core.drafting import Policies
 from wisp.core.errors import ConfigError
+from wisp.core.predictor import Predictor
 from wisp.engines.base import DraftEngine, TargetEngine, Tokenizer
 from wisp.engines.models import Progress, resolve
 
+PREDICTOR = Path(__file__).parent / "data" / "predictor.json"
 ENGINES = ("llama.cpp", "null")
+
+
+def drafting_policies(spec: str, predictor: Path | None = None) -> Policies:
+    """Drafting policies by their command-line form, with the predictor in a file (default: the one that ships)."""
+    path = predictor or PREDICTOR
+    try:
+        return Policies(spec, Predictor.from_dict(json.loads(path.read_text())))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the predictor {path}: {error}") from None
 
 
 def served_name(name: str) -> str:

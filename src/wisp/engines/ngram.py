@@ -11,9 +11,9 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from wisp.core.signals import Signal
 from wisp.core.errors import ConfigError
 from wisp.core.sampling import Sampling
+from wisp.core.signals import Signal
 from wisp.engines.base import Proposal
 
 _LOOK_BACK = 8  # earlier occurrences that have a say in the confidence

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from wisp.core.drafting import drafting_policy
 from wisp.core.errors import ConfigError
+from wisp.engines.build import drafting_policies
 from wisp.engines.models import PAIRS, pull
 from wisp.lab.children import Child, ChildError, Children, free_ports
 from wisp.lab.comparison import Answer, Comparison, Token, measure, remark, short
@@ -55,7 +55,7 @@ def run_demo(pair: str, *, drafting: str, max_tokens: int, offline: bool, as_jso
     """Run the demo; 0 if every answer is identical, else 1. Raises WispError, e.g. where a process dies."""
     if pair not in PAIRS:
         raise ConfigError(f"there is no pair {pair!r}; choose one of: {', '.join(PAIRS)}")
-    drafting_policy(drafting)
+    drafting_policies(drafting)
     console = Console(quiet=as_json, highlight=False)
     for name in PAIRS[pair]:
         pull(name, offline=offline)

@@ -85,5 +85,7 @@ def device(name: str) -> Device:
         try:
             found = Device(f"{float(base):g} tok/s", float(base))
         except ValueError:
-            raise ConfigError(f"unknown device {name!r}; choose one of {', '.join(DEVICES)}, or a speed") from None
+            raise ConfigError(
+                f"unknown device {name!r}; choose one of {', '.join(DEVICES)}, or a speed"
+            ) from None
     return replace(found, throttle=0.5) if option == "throttle" else found

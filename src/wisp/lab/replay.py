@@ -123,7 +123,7 @@ class _Generation:
             if due is not None:
                 self.verdicts.append(due)
             if self.verdicts and self.verdicts[0][0] <= self.now:
-                self._hear(self.verdicts.pop(0)[1])
+                self._hear(*self.verdicts.pop(0))
             elif drafter.wants_token(self.now):
                 self._propose()
             elif self.verdicts:
@@ -143,9 +143,9 @@ class _Generation:
                     self.tally.draft_tokens += len(action.tokens)
                 self.server.receive(arrival, action)
 
-    def _hear(self, verdict: Verdict) -> None:
+    def _hear(self, arrived: float, verdict: Verdict) -> None:
         tally, base = self.tally, len(self.drafter.committed)
-        actions = self.drafter.verdict(self.now, verdict)
+        actions = self.drafter.verdict(self.now, verdict, arrived)
         for action in actions:
             if isinstance(action, Committed):
                 tally.accepted += action.accepted
@@ -240,8 +240,16 @@ class _Verifier:
         if self.committed == len(self.target):
             finish = "stop" if self.ended else "length"
         accepted = min(agreed, len(tokens))
-        verdict = Verdict("replay", self.round, draft.base, accepted, tokens, finish)
-        timed = Verdict(
-            *(getattr(verdict, name) for name in Verdict.__struct_fields__[:7]), queue_ms, engine_ms, self.bench.price
+        verdict = Verdict(
+            "replay",
+            self.round,
+            draft.base,
+            accepted,
+            tokens,
+            finish,
+            [],
+            queue_ms,
+            engine_ms,
+            self.bench.price,
         )
-        return self.free_at + self.bench.link.one_way_ms(self.source), timed
+        return self.free_at + self.bench.link.one_way_ms(self.source), verdict

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
 
 from wisp import __version__
 from wisp.core.errors import ConfigError
@@ -82,7 +84,7 @@ def auc(y: Bools, score: Floats) -> float:
     order = np.argsort(score, kind="stable")
     ranks = np.empty(len(score))
     ranks[order] = np.arange(1, len(score) + 1)
-    values, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
     mean_rank = np.bincount(inverse, ranks) / counts
     ranks = mean_rank[inverse]
     positives = int(y.sum())
@@ -282,3 +284,49 @@ def _need_sklearn() -> None:
         import sklearn  # noqa: F401
     except ImportError:
         raise ConfigError("training needs scikit-learn: pip install 'wisp-serve[lab]'") from None
+
+
+# --- the command
+
+
+def run_train(traces: Path, out: Path | None, *, seed: int, as_json: bool) -> None:
+    """Train, write the predictor to `out` if given, and print the report."""
+    predictor, result = train(TraceSet.load(_trace_folder(traces)), seed)
+    if out is not None:
+        save(predictor, out)
+        result["file"] = str(out)
+    print(json.dumps(result)) if as_json else _show(result)
+
+
+def _trace_folder(path: Path) -> Path:
+    """`path`, or the one folder of traces inside it."""
+    if path.is_dir() and not any(path.glob("*.npz")):
+        inside = [p for p in sorted(path.iterdir()) if p.is_dir() and any(p.glob("*.npz"))]
+        if inside:
+            return inside[0]
+    return path
+
+
+def _show(result: dict[str, Any]) -> None:
+    table = Table(title=f"{result['kind']}, {result['microseconds_per_prediction']} µs a prediction")
+    columns = (
+        "n",
+        "acceptance",
+        "auc",
+        "false_accept_at_recall_80",
+        "false_accept_at_recall_90",
+        "ece_recalibrated",
+    )
+    table.add_column("held out")
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    rows = {
+        "training itself": result["train"],
+        "prompts": result["test_prompts"],
+        "domains": result["test_domain"],
+    }
+    rows |= {f"  {name}": measures for name, measures in result["domains"].items()}
+    rows |= {f"trees, {k}": v for k, v in result["trees"].items() if k != "train"}
+    for name, measures in rows.items():
+        table.add_row(name, *(str(measures[c]) for c in columns))
+    Console().print(table)

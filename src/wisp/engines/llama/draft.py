@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from wisp.core.signals import signal
 from wisp.core.errors import EngineError, ModelError
 from wisp.core.sampling import Sampling, target_token
+from wisp.core.signals import signal
 from wisp.engines.base import Proposal
 from wisp.engines.llama.context import Context, Logits, Tokens, physical_cores
 from wisp.engines.llama.model import Model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from wisp.core.drafting import Signal
+from wisp.core.signals import Signal
 from wisp.core.sampling import Sampling
 from wisp.engines.base import DraftEngine, Proposal
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from wisp.core.drafting import Signal
+from wisp.core.signals import Signal
 from wisp.core.errors import ConfigError
 from wisp.core.sampling import Sampling
 from wisp.lab.traces.prompts import SPLITS
