@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -97,8 +98,9 @@ async def run_app(
     def stop() -> None:
         nonlocal stopping
         if stopping:
-            server.should_exit = server.force_exit = True
-            return
+            log.warning("ending at once, with whatever is open")
+            logging.shutdown()
+            os._exit(1)  # a step of the engine may take long yet, and cannot be interrupted
         stopping = True
         log.info("stopping: draining; a second signal ends at once")
         task = asyncio.ensure_future(drain())
@@ -150,7 +152,9 @@ def set_up_logging(level: str = "info", *, json_lines: bool = False) -> None:
     for noisy in ("httpx", "httpcore", "websockets", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
     # What uvicorn says of every upgrade that is refused with a status, as if it were a mistake
-    logging.getLogger("uvicorn.error").addFilter(lambda r: "without completing handshake" not in r.getMessage())
+    logging.getLogger("uvicorn.error").addFilter(
+        lambda r: "without completing handshake" not in r.getMessage()
+    )
 
 
 def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
