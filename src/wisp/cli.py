@@ -39,15 +39,21 @@ DraftAhead = Annotated[bool, typer.Option(help="Draft on while a draft is in fli
 PredictorFile = Annotated[Path | None, typer.Option(help="From `wisp train` (default: the one that ships).")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"wisp {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _configure(
     ctx: typer.Context,
     config: Annotated[Path | None, typer.Option(help="TOML file with a table per command.")] = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
 ) -> None:
-    if version:
-        typer.echo(f"wisp {__version__}")
-        raise typer.Exit
     if config is not None:
         ctx.default_map = _read_config(config)
 
@@ -57,7 +63,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         tables = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
-    known = {c.name or (c.callback.__name__ if c.callback else ""): c for c in app.registered_commands}
+    group = typer.main.get_command(app)
+    known = {name: {p.name for p in c.params} for name, c in getattr(group, "commands", {}).items()}
     defaults: dict[str, Any] = {}
     for command, table in tables.items():
         if command not in known or not isinstance(table, dict):
@@ -65,6 +72,8 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{path}: [{command}] is not a command; tables are named {', '.join(sorted(known))}"
             )
         defaults[command] = {k.replace("-", "_"): v for k, v in table.items()}
+        if unknown := sorted(defaults[command].keys() - known[command]):
+            raise ConfigError(f"{path}: [{command}] has no {unknown[0]}; see wisp {command} --help")
     return defaults
 
 

@@ -34,9 +34,9 @@ PROMPTS = [
     Prompt("story-2", "story", "test_prompts", "What happened at the river?"),
     Prompt("code-1", "code", "test_domain", "Write code to sort a lamp."),
     Prompt("list-1", "list", "train", "Make a list for Tavoku."),
-    Prompt("list-2", "list", "train", "Make a list."),
+    Prompt("list-2", "list", "train", "Hello"),
 ]
-SETTINGS = Settings(max_tokens=24, depth=6, mode="exact", group=2)
+SETTINGS = Settings(max_tokens=48, depth=8, mode="exact", group=2)
 NOISE = (
     0.02  # logits; batches of other shapes round differently, and closer calls than this may go either way
 )
@@ -156,15 +156,24 @@ def _agrees(
 
 
 def test_each_rejection_has_its_continuation(recorded: TraceSet) -> None:
-    eos = set(recorded.headers[0]["eos"])
-    for trace in recorded:
+    check_off_paths(recorded)
+
+
+def check_off_paths(traces: TraceSet) -> None:
+    """Each as long as `depth`, or ended by an end-of-sequence token, and by the first."""
+    eos, depth = set(traces.headers[0]["eos"]), traces.headers[0]["settings"]["depth"]
+    for trace in traces:
         assert sorted(trace.off) == np.flatnonzero(trace.target != trace.draft).tolist()
         assert not trace.accepted[list(trace.off)].any()
+        assert not eos & set(trace.target[:-1].tolist())
+        assert (int(trace.target[-1]) in eos) == (trace.finish == "stop")
         for position, (tokens, signals) in trace.off.items():
             assert signals.shape == (len(tokens), len(COLUMNS))
             assert not eos & set(tokens[:-1].tolist())
-            ended = int(trace.draft[position]) in eos or (len(tokens) > 0 and int(tokens[-1]) in eos)
-            assert len(tokens) == SETTINGS.depth or ended
+            if int(trace.draft[position]) in eos:
+                assert len(tokens) == 0
+            elif len(tokens) < depth:
+                assert int(tokens[-1]) in eos
 
 
 def test_a_trace_gives_signals_as_policies_take_them(recorded: TraceSet) -> None:
@@ -308,7 +317,7 @@ def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
 def test_rounding_is_finer_than_anyone_needs() -> None:
     values = np.exp(np.linspace(-80, 80, 10_001)).astype(np.float32)
     assert np.max(np.abs(rounded(values) / values - 1)) <= 2**-15
-    assert rounded(np.float32([0.0, 1.0, -3.5])).tolist() == [0.0, 1.0, -3.5]
+    assert rounded(np.array([0.0, 1.0, -3.5], np.float32)).tolist() == [0.0, 1.0, -3.5]
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
@@ -430,7 +439,8 @@ def test_shipped_traces_are_of_the_shipped_prompts(shipped: TraceSet) -> None:
 def test_shipped_splits_keep_domains_and_prompts_apart(shipped: TraceSet) -> None:
     parts = [shipped.select(split=split) for split in SPLITS]
     train, same_domains, other_domains = ({t.prompt_id for t in part} for part in parts)
-    assert not train & same_domains and not (train | same_domains) & other_domains
+    assert not train & same_domains
+    assert not (train | same_domains) & other_domains
     assert {t.domain for t in parts[0]} == {t.domain for t in parts[1]}
     assert not {t.domain for t in parts[0]} & {t.domain for t in parts[2]}
     assert {t.domain for t in parts[2]} == {"summarise", "shell_sql"}
@@ -440,6 +450,8 @@ def test_shipped_splits_keep_domains_and_prompts_apart(shipped: TraceSet) -> Non
 def test_shipped_traces_are_plausible(shipped: TraceSet) -> None:
     accepted = np.concatenate([t.accepted for t in shipped])
     assert 0.6 < accepted.mean() < 0.95
+    assert {t.finish for t in shipped} == {"stop", "length"}
+    check_off_paths(shipped)
     confidence = np.concatenate([t.signals[:, COLUMNS.index("confidence")] for t in shipped])
     assert confidence[accepted].mean() > confidence[~accepted].mean() + 0.2
     assert all(0 <= values <= 1.0001 for values in (confidence.min(), confidence.max()))

@@ -10,9 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import DRAFT, TARGET, Fleet  # noqa: E402
+from harness import DRAFT, TARGET, Fleet
 
-from wisp.engines.models import is_cached  # noqa: E402
+from wisp.engines.models import is_cached
 
 _FLEETS: list[Fleet] = []
 

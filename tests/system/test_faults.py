@@ -132,7 +132,9 @@ def test_more_sessions_than_kv_holds_are_all_right(fleet: Fleet) -> None:
     alone = [ask(server.url, prompt, **p) for prompt, p in jobs]
     with ThreadPoolExecutor(12) as pool:
         answers = list(
-            pool.map(lambda j: ask((edge, server)[j[1]["seed"] % 3 == 0].url, j[0], stream=True, **j[1]), jobs)
+            pool.map(
+                lambda j: ask((edge, server)[j[1]["seed"] % 3 == 0].url, j[0], stream=True, **j[1]), jobs
+            )
         )
     assert [(a.status, a.text) for a in answers] == [(200, a.text) for a in alone]
     eventually(lambda: idle(server))
@@ -143,12 +145,14 @@ def test_many_sessions_on_several_edges_survive_broken_lines_and_a_dead_verifier
     server = fleet.serve("--slots", "8")
     sampling = [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.9}]
     jobs = [
-        (f"Tell me {i} of Tavoku.", {"max_tokens": 120, "seed": i, "ignore_eos": True, **sampling[i % 3]})
+        (f"Tell me {i} of Tavoku.", {"max_tokens": 100, "seed": i, "ignore_eos": True, **sampling[i % 3]})
         for i in range(24)
     ]
     with ThreadPoolExecutor(4) as pool:
         alone = list(pool.map(lambda job: ask(server.url, job[0], **job[1]), jobs))
-    ask(fleet.edge(server.url, draft="none").url, "Hello")  # the tokenizer is here before lines begin to break
+    ask(
+        fleet.edge(server.url, draft="none").url, "Hello"
+    )  # the tokenizer is here before lines begin to break
     lines = [Cutter(server.port, seed=n) for n in range(3)]
     edges = [
         fleet.edge(line.url, draft=kind, ready=False)
@@ -184,7 +188,9 @@ def test_many_sessions_on_several_edges_survive_broken_lines_and_a_dead_verifier
 def test_an_edge_with_another_vocabulary_is_told_so(fleet: Fleet) -> None:
     server = fleet.serve("--max-sessions", "8", engine="null", target="null")
     edge = fleet.edge(server.url, ready=False)
-    answer = eventually(lambda: a if (a := _asked(edge)) and a.error.get("code") == "vocabulary_mismatch" else None)
+    answer = eventually(
+        lambda: a if (a := _asked(edge)) and a.error.get("code") == "vocabulary_mismatch" else None
+    )
     assert answer.status == 502
     assert "ngram or none" in answer.error["message"]
     assert edge.health() == 503

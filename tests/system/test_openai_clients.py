@@ -23,7 +23,12 @@ PROMPTS = ("Tell me a story about Belomi.", f"Write code to sort a lamp. {SECRET
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "sampled": {"temperature": 0.9, "seed": 11},
-    "truncated": {"temperature": 1.3, "top_p": 0.8, "seed": 2**40, "extra_body": {"top_k": 20, "min_p": 0.02}},
+    "truncated": {
+        "temperature": 1.3,
+        "top_p": 0.8,
+        "seed": 2**40,
+        "extra_body": {"top_k": 20, "min_p": 0.02},
+    },
 }
 EDGES = (DRAFT, "ngram", "none")
 KINDS = ("server", *EDGES)

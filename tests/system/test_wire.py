@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import msgspec
 import pytest
 from harness import Fleet, Peer, Process, eventually, opening
@@ -24,7 +26,14 @@ def server(shared: Fleet) -> Process:
 def test_the_welcome_says_what_the_verifier_is(server: Process) -> None:
     with Peer(server.url) as peer:
         w = peer.welcome
-    assert (w.version, w.model, w.n_vocab, w.engine, w.mode, w.park_s) == (1, "null", N_VOCAB, "null", "exact", 1.0)
+    assert (w.version, w.model, w.n_vocab, w.engine, w.mode, w.park_s) == (
+        1,
+        "null",
+        N_VOCAB,
+        "null",
+        "exact",
+        1.0,
+    )
 
 
 WRONG: dict[str, tuple[Message | bytes | str, str]] = {
@@ -101,10 +110,9 @@ def test_sessions_resume_on_another_connection(server: Process) -> None:
 
 
 def closed_with(peer: Peer) -> int | None:
-    """The close code, once everything said before has been read."""
+    """The close code; nothing more is said before."""
     with pytest.raises(ConnectionClosed):
-        while True:
-            peer.socket.recv(10)
+        peer.hear()
     return peer.socket.close_code
 
 
@@ -133,8 +141,9 @@ def test_a_frame_above_the_limit_ends_the_connection_and_nothing_else(server: Pr
     with Peer(server.url) as good, Peer(server.url) as bad:
         good.open("session-6")
         bad.open("session-7")
-        with pytest.raises(ConnectionClosed):
+        with suppress(ConnectionClosed):  # perhaps while it is still being sent
             bad.say(bytes(MAX_FRAME + 1))
+        with pytest.raises(ConnectionClosed):
             bad.hear()
         assert bad.socket.close_code == 1009
         good.say(Draft("session-6", 1, 1, TRUTH[1:3]))
@@ -155,5 +164,3 @@ def test_nothing_is_left_behind(server: Process) -> None:
     assert m['wisp:request_refused_total{code="out_of_vocabulary"}'] >= 3
     assert m["wisp:engine_errors_total"] == 0
     assert "Traceback" not in server.log()
-
-

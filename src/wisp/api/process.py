@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -97,8 +98,9 @@ async def run_app(
     def stop() -> None:
         nonlocal stopping
         if stopping:
-            server.should_exit = server.force_exit = True
-            return
+            log.warning("ending at once, with whatever is open")
+            logging.shutdown()
+            os._exit(1)  # a step of the engine may take long yet, and cannot be interrupted
         stopping = True
         log.info("stopping: draining; a second signal ends at once")
         task = asyncio.ensure_future(drain())

@@ -19,6 +19,7 @@ from wisp.core.admission import Admission
 from wisp.core.batching import batching_policy
 from wisp.core.messages import VERSION as PROTOCOL
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict, Welcome
+from wisp.core.session import State
 from wisp.core.verifier import (
     EdgeLost,
     FromEdge,
@@ -131,10 +132,11 @@ class VerifierHost:
         return len(self._senders)
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new sessions; wait until the present ones have ended, or `timeout_s`."""
+        """Take no new sessions; wait until those that have an edge have ended, or `timeout_s`."""
         self.draining = True
         deadline = self._loop.time() + timeout_s
-        while self.n_sessions and self._loop.time() < deadline:
+        sessions = self.verifier.sessions
+        while any(s.state is not State.PARKED for s in sessions.values()) and self._loop.time() < deadline:
             await asyncio.sleep(0.05)
 
     def stop(self) -> None:
@@ -203,12 +205,14 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[tuple[float, InEvent]]:
-    """The (now, event) pairs of an event log, in order."""
+    """The (now, event) pairs of an event log, in order; one that a crash cut short at the end is left out."""
     decoder = msgspec.msgpack.Decoder(tuple[float, InEvent])
     data = path.read_bytes()
     events, at = [], 0
-    while at < len(data):
+    while at + 4 <= len(data):
         size = int.from_bytes(data[at : at + 4], "little")
+        if at + 4 + size > len(data):
+            break
         events.append(decoder.decode(data[at + 4 : at + 4 + size]))
         at += 4 + size
     return events

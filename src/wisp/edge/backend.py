@@ -96,6 +96,7 @@ class _Session:
         self.generation = generation
         self.id = secrets.token_hex(16)
         self.model = ""
+        self.finished = False
         self.events: asyncio.Queue[FromLink] = asyncio.Queue()
         self.warm: asyncio.Task[object] | None = None
 
@@ -120,6 +121,7 @@ class _Session:
             while True:
                 for action in actions:
                     if isinstance(action, Committed):
+                        self.finished = bool(action.finish)
                         yield action
                     else:
                         self._carry_out(action)
@@ -127,7 +129,7 @@ class _Session:
                     return
                 actions = await self._step(drafter)
         finally:
-            self._end(drafter)
+            self._end()
 
     def _carry_out(self, action: Action) -> None:
         if isinstance(action, Open | Draft):
@@ -181,8 +183,8 @@ class _Session:
             except TimeoutError:
                 continue
 
-    def _end(self, drafter: Drafter) -> None:
-        if drafter.phase is not Phase.DONE:
+    def _end(self) -> None:
+        if not self.finished:  # left, failed or refused: the verifier need not keep it
             self.link.send(Cancel(self.id))
         if self.warm is not None:
             self.warm.cancel()

@@ -37,7 +37,10 @@ class TokenizerCache:
                 path = cache_dir() / "tokenizers" / f"{fingerprint}.gguf"
                 if not path.exists():
                     _write(path, await self._fetch(fingerprint))
-                self._loaded[fingerprint] = await asyncio.to_thread(_load, path, fingerprint)
+                try:
+                    self._loaded[fingerprint] = await asyncio.to_thread(_load, path, fingerprint)
+                except ModelError as error:
+                    raise _unavailable(f"the target's tokenizer is of no use: {error}") from None
             return self._loaded[fingerprint]
 
     async def _fetch(self, fingerprint: str) -> bytes:
@@ -49,8 +52,11 @@ class TokenizerCache:
                 response.raise_for_status()
                 return response.content
         except httpx.HTTPError as error:
-            message = f"cannot fetch the target's tokenizer from {url}: {error}"
-            raise RequestError(502, message, code="tokenizer_unavailable", type="server_error") from None
+            raise _unavailable(f"cannot fetch the target's tokenizer from {url}: {error}") from None
+
+
+def _unavailable(message: str) -> RequestError:
+    return RequestError(502, message, code="tokenizer_unavailable", type="server_error")
 
 
 def _load(path: Path, fingerprint: str) -> Tokenizer:

@@ -1,13 +1,13 @@
 """`wisp check-lossless`: is the speculative path's text the target's own, whatever happens on the way?
 
-The real `Verifier`, a real engine and real `Drafter`s run in one process and in virtual time. Sessions share a few
-KV slots, connections break and come back, verifiers are replaced, users leave, frames are repeated, overtaken
-and senseless; and every token is held against a slow decoder that never heard of drafts.
+Two real `Verifier`s on a real engine, and real `Drafter`s, run in one process and in virtual time. Sessions share
+a few KV slots, connections break and come back, verifiers are replaced or take turns, users leave, frames are
+repeated, overtaken and senseless; and every token is held against a slow decoder that never heard of drafts.
 
     judge        what the target alone says, and comparison with it
     cases        prompts x samplings x drafters x batching policies
     drafts       drafters that are always wrong, always right, random, empty
-    world, edge  the verifier's host, and devices with their sessions
+    world, edge  the verifiers' host, and devices with their sessions
     fleet        all of them together
     chi_square   are sampled tokens distributed as they should be?
     check        puts it together

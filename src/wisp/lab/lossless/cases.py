@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import defaultdict
+from collections.abc import Sequence
 
 import msgspec
 
@@ -11,7 +13,7 @@ from wisp.api.template import chat_template
 from wisp.core.sampling import Sampling
 from wisp.engines.base import Tokenizer
 from wisp.lab.lossless.drafts import DRAFTERS
-from wisp.lab.lossless.judge import Case, Judge
+from wisp.lab.lossless.judge import Case, Judge, Reference
 from wisp.lab.lossless.world import Chaos
 
 BATCHING = ("continuous", "fcfs")
@@ -39,8 +41,8 @@ class Scale(msgspec.Struct, frozen=True):
     """How much is checked. Tokens, except where a unit is given.
 
     kinds: (temperature, top_p); seeds: for each that samples; length: of reference texts; shortest, longest:
-    max_tokens; turns: part of the cases that continue an earlier one; samples: sessions of each statistical test;
-    strict: everything that was promised to happen must happen
+    max_tokens; slots: of each verifier; turns: part of the cases that continue an earlier one;
+    samples: sessions of each statistical test; strict: everything that was promised to happen must happen
     """
 
     cases: int
@@ -74,7 +76,17 @@ TINY = Scale(
     slot_tokens=384,
     at_once=12,
     threads=1,  # more would spend their time waiting for each other
-    chaos=Chaos(0.012, 0.002, 0.002, 0.01, 0.004, 0.15, 0.5, 0.3),
+    chaos=Chaos(
+        lose=0.02,
+        restart=0.002,
+        fail=0.002,
+        slow=0.01,
+        cancel=0.01,
+        silence=0.004,
+        move=0.6,
+        meddle=0.15,
+        overlong=0.3,
+    ),
     turns=0.2,
     samples=2000,
     strict=True,
@@ -92,7 +104,7 @@ REAL = Scale(
     slot_tokens=256,
     at_once=5,
     threads=None,
-    chaos=Chaos(0.01, 0.001, 0.0, 0.003, 0.004, 0.08, 0.5, 0.3),
+    chaos=Chaos(lose=0.01, restart=0.001, cancel=0.003, silence=0.004, move=0.3, meddle=0.08, overlong=0.3),
 )
 
 
@@ -106,6 +118,25 @@ def prompts(tokenizer: Tokenizer, chats: int, plain: int) -> list[list[int]]:
         texts.append(template.render(messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token))
     ids = [tokenizer.encode(t, add_bos=False, parse_special=True) for t in texts]
     return ids + [tokenizer.encode(t, add_bos=True, parse_special=False) for t in PLAIN[:plain]]
+
+
+def stand_in_for_eos(reference: Reference, some: Sequence[list[int]]) -> frozenset[int]:
+    """An ordinary token to end sequences too, as a small model seldom ends one by itself.
+
+    It is the one that first comes up in the middle of texts most often, but never in more than half of them.
+    """
+    first: dict[int, list[int]] = defaultdict(list)  # token -> where each text has it first
+    texts = [
+        reference.tokens(prompt, Sampling(temperature), ignore_eos=True)
+        for prompt in some
+        for temperature in (0.0, 1.0)
+    ]
+    for text in texts:
+        for token in set(text):
+            first[token].append(text.index(token))
+    usable = {t: at for t, at in first.items() if len(at) <= len(texts) // 2 and min(at) >= 4}
+    best = max(usable, key=lambda t: (sum(12 <= a < 60 for a in usable[t]), -t), default=None)
+    return frozenset() if best is None else frozenset({best})
 
 
 class CaseMaker:
@@ -157,7 +188,7 @@ class CaseMaker:
 
     def _max_tokens(self, known: int) -> int:
         """Anything from short to long; where the reference ends by itself, often enough to see that."""
-        if known < self.scale.length and self.scale.strict and self.rng.random() < 0.5:
+        if known < self.scale.length and self.scale.strict and self.rng.random() < 0.8:
             return self.scale.length
         if self.scale.strict and self.rng.random() < 0.05:
             return self.rng.randint(1, 3)

@@ -17,7 +17,15 @@ from wisp.engines.llama.context import physical_cores
 from wisp.engines.llama.draft import LlamaDraft
 from wisp.engines.models import PAIRS, Progress, resolve
 from wisp.engines.ngram import NgramDraft
-from wisp.lab.lossless.cases import BATCHING, NUCLEUS, PLAIN_SAMPLING, CaseMaker, Scale
+from wisp.lab.lossless.cases import (
+    BATCHING,
+    NUCLEUS,
+    PLAIN_SAMPLING,
+    CaseMaker,
+    Scale,
+    prompts,
+    stand_in_for_eos,
+)
 from wisp.lab.lossless.chi_square import ALARM, Fit, distribution, fit
 from wisp.lab.lossless.drafts import Drafts
 from wisp.lab.lossless.fleet import Fleet
@@ -31,6 +39,8 @@ PROMISED = (
     "length_inside_draft",
     "reconnects",
     "outlived_parking",
+    "moves",
+    "edges_ahead",
     "restarts",
     "failed_steps",
     "evictions",
@@ -104,7 +114,12 @@ class Bench:
         self.engine: TargetEngine
         self.tokenizer: Tokenizer
         self.engine, self.tokenizer = load_target(
-            str(path), mode=mode, slots=scale.slots, context=scale.slot_tokens, threads=threads, offline=True
+            str(path),
+            mode=mode,
+            slots=2 * scale.slots,
+            context=scale.slot_tokens,
+            threads=threads,
+            offline=True,
         )
         self.info: EngineInfo = self.engine.info
         model = LlamaDraft(
@@ -120,6 +135,9 @@ class Bench:
         self.reference = Reference(
             Path(path), self.info.eos, exact=exact, length=scale.length, threads=threads
         )
+        if scale.strict:
+            ids = prompts(self.tokenizer, scale.chats, scale.plain)
+            self.reference.eos |= stand_in_for_eos(self.reference, ids)
         self.judge = Judge(self.reference, self.tokenizer.piece, self.info.flip_gap)
 
     def close(self) -> None:
@@ -158,6 +176,7 @@ def check(bench: Bench, *, mode: str, cases: int, seed: int, tell: Tell = lambda
             bench.drafts,
             bench.tokenizer.piece,
             [c for c in made if c.batching == batching],
+            eos=bench.reference.eos,
             batching=batching,
             at_once=bench.scale.at_once,
             chaos=bench.scale.chaos,
@@ -248,6 +267,7 @@ def _sample(
         bench.drafts,
         bench.tokenizer.piece,
         cases,
+        eos=bench.reference.eos,
         batching="continuous",
         at_once=bench.scale.slots,
         chaos=CALM,

@@ -48,9 +48,9 @@ class Link:
 
     def send(self, message: Message) -> None:
         """Towards the verifier."""
-        connection, frame = self.connection, encode(message)
+        connection, cloud, frame = self.connection, self.cloud, encode(message)
         if connection:
-            self._in_order(0, lambda: self._arrive(connection, frame))
+            self._in_order(0, lambda: self._arrive(connection, cloud, frame))
 
     def receive(self, connection: int, frame: bytes) -> None:
         """A frame left the verifier for `connection`; it arrives later, or never."""
@@ -60,21 +60,21 @@ class Link:
     def cut(self, *, at_cloud: bool) -> None:
         """The connection breaks. The verifier notices later, perhaps after we have come back, and may
         until then still read what was under way (`at_cloud` False: all of that is lost, and it knows)."""
-        connection, self.connection = self.connection, 0
+        connection, cloud, self.connection = self.connection, self.cloud, 0
         if not at_cloud or self.rng.random() < 0.5:
             self._open_at_cloud.discard(connection)
         if at_cloud:
-            self.clock.after(self.rng.choice((0.0, 0.02, 0.3)), lambda: self._noticed(connection))
+            self.clock.after(self.rng.choice((0.0, 0.02, 0.3)), lambda: self._noticed(connection, cloud))
         for talk in self.talks.values():
             talk.lost()
 
-    def _noticed(self, connection: int) -> None:
+    def _noticed(self, connection: int, cloud: Cloud) -> None:
         self._open_at_cloud.discard(connection)
-        self.cloud.lost(connection)
+        cloud.lost(connection)
 
-    def _arrive(self, connection: int, frame: bytes) -> None:
+    def _arrive(self, connection: int, cloud: Cloud, frame: bytes) -> None:
         if connection in self._open_at_cloud:
-            self.cloud.receive(connection, self.key, frame)
+            cloud.receive(connection, self.key, frame)
 
     def _hear(self, connection: int, frame: bytes) -> None:
         if connection != self.connection:
@@ -264,10 +264,10 @@ class Talk:
     def _beyond(self, base: int, own: list[int]) -> list[int]:
         """The reference's tokens after `own`, where `own` is the reference's too: these will be accepted, up
         to where the session ends. After an end of sequence anything may follow."""
-        willing = self.case.drafter == "oracle" and self.chaos.overlong > 0
-        if not own or not (willing or self.rng.random() < self.chaos.overlong):
-            return []
         script, end = self.case.script, base + len(own)
+        likely = self.case.drafter == "oracle" or end == len(script)
+        if not own or self.rng.random() >= self.chaos.overlong ** (0.1 if likely else 1.0):
+            return []
         if self.drafter.committed + own != script[:end]:
             return []
         junk = [self.rng.choice(script) for _ in range(2)] if end >= len(script) - 4 else []

@@ -1,4 +1,4 @@
-"""Many sessions on a few devices and one verifier, with as much trouble as asked for, in virtual time."""
+"""Many sessions on a few devices and two verifiers, with as much trouble as asked for, in virtual time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from wisp.lab.lossless.judge import Case, Outcome
 from wisp.lab.lossless.world import PARK_S, Chaos, Clock, Cloud
 
 PATIENCE_S = 300.0  # virtual seconds in which nothing ends: sessions are stuck
-DEVICES = 4
-KEYS = ("a", "a", "b", "a")  # prefixes are shared within a key only
+KEYS = ("a", "a", "b", "a")  # of the devices; prefixes are shared within a key only
 
 Ended = Callable[[Case, Outcome], None]
 
@@ -32,6 +31,7 @@ class Fleet:
         piece: Callable[[int], bytes],
         cases: Sequence[Case],
         *,
+        eos: frozenset[int],
         batching: str,
         at_once: int,
         chaos: Chaos,
@@ -41,12 +41,24 @@ class Fleet:
     ) -> None:
         self.rng = random.Random(seed)
         self.clock = Clock()
-        self.drafts, self.piece, self.eos = drafts, piece, engine.info.eos
+        self.drafts, self.piece, self.eos = drafts, piece, eos
         self.at_once, self.chaos, self.counts, self.report = at_once, chaos, counts, ended
-        self.cloud = Cloud(
-            self.clock, engine, batching, chaos, self.rng, counts, self._down_the_line, self._trouble
-        )
-        self.links = [Link(self.clock, self.cloud, key, self.rng, counts) for key in KEYS[:DEVICES]]
+        self.clouds = [
+            Cloud(
+                self.clock,
+                engine,
+                side,
+                eos,
+                batching,
+                chaos,
+                self.rng,
+                counts,
+                self._down_the_line,
+                self._trouble,
+            )
+            for side in (0, 1)
+        ]
+        self.links = [Link(self.clock, self.clouds[0], key, self.rng, counts) for key in KEYS]
         self._waiting = list(cases)
         self._running: dict[str, Talk] = {}
         self._done: set[int] = set()
@@ -63,7 +75,8 @@ class Fleet:
                 break
         for talk in list(self._running.values()):
             self.report(talk.case, Outcome(talk.tokens, "", "", problem="stuck: nothing happens any more"))
-        return [*self.cloud.errors, *self._left_behind()]
+        errors = [error for cloud in self.clouds for error in cloud.errors]
+        return [*errors, *self._left_behind()]
 
     # --- sessions
 
@@ -107,17 +120,16 @@ class Fleet:
         self.clock.after(self.rng.uniform(0.0, 0.02), self._start)
 
     def _left_behind(self) -> list[str]:
-        """Once everybody has gone, and parking is over, the verifier must hold nothing."""
+        """Once everybody has gone, and parking is over, the verifiers must hold nothing."""
         for link in self.links:
             if link.connection:
                 link.cut(at_cloud=True)
         end = self.clock.now + 3 * PARK_S
         while self.clock.now < end and self.clock.step():
             pass
-        verifier = self.cloud.verifier
-        if verifier.sessions or verifier.kv.owned_slots:
-            return [f"{len(verifier.sessions)} sessions and {verifier.kv.owned_slots} slots were never freed"]
-        return []
+        sessions = sum(len(cloud.verifier.sessions) for cloud in self.clouds)
+        slots = sum(cloud.verifier.kv.owned_slots for cloud in self.clouds)
+        return [f"{sessions} sessions and {slots} slots were never freed"] if sessions or slots else []
 
     # --- connections and trouble
 
@@ -133,9 +145,11 @@ class Fleet:
         """After each step something may go wrong."""
         chaos, rng = self.chaos, self.rng
         if rng.random() < chaos.restart:
-            self.cloud.restart()
+            cloud = rng.choice(self.clouds)
+            cloud.restart()
             for link in self.links:
-                self._break(link, at_cloud=False)
+                if link.cloud is cloud:
+                    self._break(link, at_cloud=False)
         elif rng.random() < chaos.lose:
             self._break(rng.choice(self.links), at_cloud=True)
         elif self._running and rng.random() < chaos.cancel:
@@ -149,4 +163,10 @@ class Fleet:
             self.counts["reconnects"] += 1
             away = self.rng.choice((0.001, 0.05, 0.2, 1.0, 2 * PARK_S))
             self.counts["outlived_parking"] += away > PARK_S
+            if self.rng.random() < self.chaos.move:
+                self.counts["moves"] += 1
+                if self.rng.random() < 0.5:  # not for long
+                    soon = away + self.rng.uniform(0.2, 1.5)
+                    self.clock.after(soon, lambda: self._break(link, at_cloud=True))
+                link.cloud = self.clouds[link.cloud is self.clouds[0]]
             self.clock.after(away, lambda: self._connect(link))

@@ -17,6 +17,7 @@ from wisp.core.admission import Admission
 from wisp.core.batching import batching_policy
 from wisp.core.errors import EngineError
 from wisp.core.messages import Cancel, Draft, Open, Verdict, decode_from_edge, encode
+from wisp.core.session import IN_ENGINE
 from wisp.core.verifier import (
     Action,
     EdgeLost,
@@ -29,6 +30,7 @@ from wisp.core.verifier import (
     Tick,
     Verifier,
 )
+from wisp.core.work import Copy
 from wisp.engines.base import TargetEngine
 
 PARK_S = 4.0
@@ -36,13 +38,15 @@ MAX_DRAFT = 32
 
 
 class Chaos(msgspec.Struct, frozen=True):
-    """How much goes wrong. Probabilities: the first four per engine step, the others per occasion."""
+    """How much goes wrong. Probabilities: the first five per engine step, the others per occasion."""
 
     lose: float = 0.0  # a connection breaks
     restart: float = 0.0  # the verifier is replaced by a fresh one
     fail: float = 0.0  # a step fails as a whole
+    slow: float = 0.0  # a step takes seconds
     cancel: float = 0.0  # a user goes away, and asks again
     silence: float = 0.0  # an edge is silent for seconds, per drafted token
+    move: float = 0.0  # a device that comes back does so at the other verifier
     meddle: float = 0.0  # an extra frame: duplicate, early, overlapping, stale or invalid
     ride: float = 0.5  # a first draft rides along with Open
     overlong: float = 0.0  # a draft goes on beyond max_tokens or the end of sequence
@@ -78,12 +82,17 @@ class Clock:
 
 
 class Cloud:
-    """One engine, and one verifier at a time. `sent` is called with (connection, frame)."""
+    """A verifier at a time, on half of the engine's slots: the `side` says which, so that two can share it.
+
+    `sent` is called with (connection, frame), `stepped` after each step.
+    """
 
     def __init__(
         self,
         clock: Clock,
         engine: TargetEngine,
+        side: int,
+        eos: frozenset[int],
         batching: str,
         chaos: Chaos,
         rng: random.Random,
@@ -92,6 +101,9 @@ class Cloud:
         stepped: Callable[[], None],
     ) -> None:
         self.clock, self.engine, self.batching = clock, engine, batching
+        self.slots = engine.info.slots // 2
+        self._eos = eos
+        self._first_slot = side * self.slots
         self.chaos, self.rng, self.counts = chaos, rng, counts
         self.sent, self.stepped = sent, stepped
         self.errors: list[str] = []
@@ -112,6 +124,8 @@ class Cloud:
         """A frame came over `connection`."""
         message = decode_from_edge(frame)
         assert isinstance(message, Open | Draft | Cancel)
+        if isinstance(message, Open):
+            self._count_ahead(message)
         again = isinstance(message, Draft) and (message.session, message.round) in self._seen
         if isinstance(message, Open | Draft):
             self._seen.add((message.session, message.round))
@@ -128,10 +142,10 @@ class Cloud:
         info, tight = self.engine.info, self.rng.random() < 0.5
         limits = Limits(
             n_vocab=info.n_vocab,
-            eos=info.eos,
-            slots=info.slots,
+            eos=self._eos,
+            slots=self.slots,
             slot_tokens=info.slot_tokens,
-            kv_tokens=max(info.slot_tokens, info.kv_tokens // 3) if tight else info.kv_tokens,
+            kv_tokens=max(info.slot_tokens, info.kv_tokens // 6) if tight else info.kv_tokens // 2,
             step_tokens=self.rng.choice((12, 24)) if tight else info.step_tokens,
             max_draft=MAX_DRAFT,
             park_s=PARK_S,
@@ -153,6 +167,13 @@ class Cloud:
             self._tick_due = True
             self.clock.after(self.rng.choice((0.0, 0.0, 0.002)), self._if_alive(self._tick))
         return actions
+
+    def _count_ahead(self, open_: Open) -> None:
+        """Does the edge know more than this verifier, having been served by the other one meanwhile?"""
+        for s in self.verifier.sessions.values():
+            if s.id == open_.session and s.n_committed < len(open_.committed):
+                self.counts["edges_ahead"] += 1
+                self.counts["edges_ahead_in_step"] += s.state in IN_ENGINE
 
     def _count_kv(self, slots: dict[int, int | None]) -> None:
         for handle, s in self.verifier.sessions.items():
@@ -180,13 +201,17 @@ class Cloud:
         self.counts["slices"] += len(step.slices)
         self.counts["copies"] += len(step.copies)
         self.counts["mixed_steps"] += len(step.slices) > 1
-        self.clock.after(self.rng.uniform(0.004, 0.03), self._if_alive(lambda: self._done(done)))
+        slow = self.rng.random() < self.chaos.slow
+        duration = self.rng.uniform(0.5, 2.0) if slow else self.rng.uniform(0.004, 0.03)
+        self.clock.after(duration, self._if_alive(lambda: self._done(done)))
 
     def _compute(self, step: Run) -> StepDone:
         try:
-            for copy in step.copies:
-                self.engine.copy(copy)
-            results = self.engine.run(step.slices)
+            first = self._first_slot
+            for c in step.copies:
+                self.engine.copy(Copy(c.source + first, c.target + first, c.tokens))
+            slices = [msgspec.structs.replace(s, slot=s.slot + first) for s in step.slices]
+            results = self.engine.run(slices)
         except EngineError as error:
             self.errors.append(str(error))
             return StepDone([], 1.0, error=str(error))

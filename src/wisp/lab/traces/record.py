@@ -158,17 +158,13 @@ class Recording:
         return TraceSet.load(self._out)
 
     def _finished(self) -> bool:
-        files = sorted(self._out.glob("*.npz"))
-        if not files:
-            return False
-        plans = [load_file(file)[0].get("plan") for file in files]
-        if set(plans) != {self.plan}:
-            if any((self._out / PARTS).glob("*.npz")):
-                return False  # these files are being replaced, or were when the recording was interrupted
+        """Are all files there? Raises ConfigError where there are others."""
+        files = {file.name: load_file(file)[0] for file in self._out.glob("*.npz")}
+        if not files.keys() <= self._names() or any(h.get("plan") != self.plan for h in files.values()):
             raise ConfigError(
                 f"{self._out} has traces of other models, prompts or settings: remove them, or choose another --out"
             )
-        return len(files) == len(self._names())
+        return files.keys() == self._names()
 
     def _names(self) -> set[str]:
         domains = {prompt.domain for prompt in self._prompts}
@@ -200,10 +196,8 @@ class Recording:
         for domain in dict.fromkeys(trace.domain for trace in traces):
             for label in self._settings.samplings:
                 chosen = [t for t in traces if (t.domain, t.label) == (domain, label)]
-                name = f"{domain}.{label}.npz"
-                save_file(self._out / name, {**about, "domain": domain, "sampling": label}, chosen)
-        for stale in {p.name for p in self._out.glob("*.npz")} - self._names():
-            (self._out / stale).unlink()
+                header = {**about, "domain": domain, "sampling": label}
+                save_file(self._out / f"{domain}.{label}.npz", header, chosen)
 
     def _digest(self, prompts: Sequence[Prompt]) -> str:
         """Of everything that the traces of these prompts depend on."""

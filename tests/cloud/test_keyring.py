@@ -1,0 +1,108 @@
+"""API keys from a file that changes, and from the environment."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from pathlib import Path
+
+import pytest
+
+from wisp.api import keys as module
+from wisp.api.keys import ANONYMOUS, Keyring
+from wisp.core.admission import KeyLimits
+from wisp.core.errors import ConfigError, RequestError
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "keys.toml"
+
+
+def refused(ring: Keyring, header: str | None) -> RequestError:
+    with pytest.raises(RequestError) as error:
+        ring.authorize(header)
+    assert error.value.status == 401
+    return error.value
+
+
+def test_without_keys_everyone_is_anonymous() -> None:
+    assert Keyring().authorize(None) == ANONYMOUS
+    assert not Keyring()
+
+
+def test_secrets_and_digests_name_their_key(path: Path) -> None:
+    digest = hashlib.sha256(b"hidden").hexdigest().upper()
+    path.write_text(f'[keys.a]\nsecret = "open"\nsessions = 3\n[keys.b]\nsha256 = "{digest}"\n')
+    ring = Keyring(path, "fixed")
+    assert [ring.authorize(f"{scheme} {s}") for scheme, s in (("Bearer", "open"), ("bearer", "hidden"))] == [
+        "a",
+        "b",
+    ]
+    assert ring.authorize("Bearer fixed") == "default"
+    assert ring.limits == {"a": KeyLimits(sessions=3), "b": KeyLimits()}
+    for header in (None, "", "Bearer", "Bearer ", "Basic open", "open", "Bearer OPEN", f"Bearer {digest}"):
+        assert "open" not in str(refused(ring, header))
+
+
+def test_an_empty_file_lets_nobody_in(path: Path) -> None:
+    path.write_text("[keys]\n")
+    ring = Keyring(path)
+    assert ring
+    refused(ring, "Bearer x")
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("", "expected tables"),
+        ("[keys.a]\n", r"\[keys.a\] needs a secret"),
+        ('[keys.a]\nsha256 = "short"\n', "needs a secret"),
+        ('[keys.a]\nsecret = "x"\n[keys.b]\nsecret = "x"\n', r"\[keys.b\].* of its own"),
+        ('[keys.a]\nsecret = "x"\nlimit = 3\n', "limit"),
+        ("[keys", "cannot read"),
+    ],
+)
+def test_a_bad_file_is_explained_and_leaves_the_old_keys(path: Path, text: str, advice: str) -> None:
+    path.write_text('[keys.a]\nsecret = "good"\n')
+    ring = Keyring(path)
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=advice):
+        ring.reload()
+    assert ring.authorize("Bearer good") == "a"
+    with pytest.raises(ConfigError, match=advice):
+        Keyring(path)
+
+
+def test_a_changed_file_is_taken_up_and_trouble_is_logged_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.01)
+    caplog.set_level(logging.INFO, "wisp.keys")
+    path.write_text('[keys.a]\nsecret = "old"\n')
+    ring = Keyring(path)
+    changes: list[int] = []
+
+    def write(text: str) -> None:
+        path.write_text(text)
+
+    async def until(text: str) -> None:
+        while text not in caplog.text:
+            await asyncio.sleep(0.01)
+
+    async def scenario() -> None:
+        watch = asyncio.create_task(ring.watch(lambda: changes.append(1)))
+        write("broken [")
+        await until("stay in force")
+        await asyncio.sleep(0.1)
+        assert caplog.text.count("stay in force") == 1
+        assert ring.authorize("Bearer old") == "a"
+        write('[keys.a]\nsecret = "newer"\n')
+        await until("read again")
+        watch.cancel()
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+    assert changes == [1]
+    refused(ring, "Bearer old")
+    assert ring.authorize("Bearer newer") == "a"

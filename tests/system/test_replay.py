@@ -1,0 +1,73 @@
+"""An event log of a live run replays: the same events give the same steps and the same messages."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from harness import Fleet, Peer
+
+from wisp.cloud.host import read_events
+from wisp.core.admission import Admission
+from wisp.core.batching import batching_policy
+from wisp.core.messages import Cancel, Draft, Verdict
+from wisp.core.sampling import Sampling
+from wisp.core.verifier import FromEdge, Limits, Run, Send, StepDone, Verifier
+from wisp.engines.null import NullTarget, null_token
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_event_log_of_a_live_run_replays_to_the_same_actions(fleet: Fleet) -> None:
+    path = fleet.folder / "events.log"
+    server = fleet.serve("--event-log", str(path), "--max-sessions", "50", target="null", engine="null")
+
+    def talk(n: int) -> list[Verdict]:
+        """One edge with three sessions in turn; the last is left open, the connection just goes."""
+        heard = []
+        with Peer(server.url) as peer:
+            for session in (f"session-{n}-{i}" for i in range(3)):
+                truth = [null_token(n, position) for position in range(40)]
+                heard.append(peer.open(session, sampling=Sampling(seed=n), max_tokens=40))
+                for round_ in range(1, 6):
+                    known = heard[-1].base + len(heard[-1].tokens)
+                    peer.say(Draft(session, round_, known, [*truth[known : known + round_], 0]))
+                    heard.append(peer.verdict())
+                if session[-1] == "1":
+                    peer.say(Cancel(session))
+        return heard
+
+    with ThreadPoolExecutor(6) as pool:
+        heard = list(pool.map(talk, range(6)))
+    server.terminate()
+    assert server.wait() == 0
+
+    info = NullTarget(slots=256).info
+    limits = Limits(
+        info.n_vocab, info.eos, info.slots, info.slot_tokens, info.kv_tokens, info.step_tokens, park_s=60.0
+    )
+    verifier = Verifier(limits, batching_policy("continuous"), Admission(50))
+    engine = NullTarget(slots=256)
+    events = read_events(path)
+    sent: dict[int, list[Verdict]] = {}
+    run: Run | None = None
+    steps = 0
+    for now, event in events:
+        if isinstance(event, StepDone):
+            assert run is not None, "a step ended that the replay has not begun"
+            assert engine.run(run.slices) == event.results  # the same step gives what it gave then
+            run, steps = None, steps + 1
+        for action in verifier.handle(now, event):
+            if isinstance(action, Run):
+                assert run is None
+                run = action
+            elif isinstance(action, Send):
+                assert isinstance(action.message, Verdict)
+                sent.setdefault(action.connection, []).append(action.message)
+    assert run is None
+    assert steps > 6
+    assert sum(isinstance(event, FromEdge) for _, event in events) == 6 * (3 * 6 + 1)
+    by_session = {messages[0].session: messages for messages in sent.values()}
+    assert [by_session[f"session-{n}-0"] for n in range(6)] == heard  # every message, times and all
+    path.write_bytes(path.read_bytes()[:-1])  # as a crash leaves it
+    assert read_events(path) == events[:-1]
