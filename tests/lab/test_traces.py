@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import wisp.engines
 from wisp.cli import app
-from wisp.core.drafting import Signal, signal
+from wisp.core.signals import Signal, signal
 from wisp.core.errors import ConfigError, ModelError
 from wisp.core.sampling import Sampling, gumbels, target_token
 from wisp.engines.llama.draft import LlamaDraft

@@ -92,7 +92,7 @@ class Drafter:
         self._odds: list[Odds] = []  # of the chain
         self._round = -1
         self._epoch = -1
-        self._serve = policy is None  # what the last message asked for
+        self.serve = policy is None  # what the last message asked for
         self._dry = False  # nothing more to propose until the next verdict
         self._drafted = 0  # tokens in the last draft sent, committed meanwhile or not
         self._sent_ms = 0.0
@@ -114,7 +114,7 @@ class Drafter:
             return True
         if self.phase is not Phase.IN_FLIGHT or self.ahead is None or self.policy is None:
             return False
-        if self._dry or self._serve or self._ended() or len(self.chain) >= self._left() - 1:
+        if self._dry or self.serve or self._ended() or len(self.chain) >= self._left() - 1:
             return False
         return self.ahead.worth(self._view(now_ms))
 
@@ -127,12 +127,12 @@ class Drafter:
         self.max_draft = max_draft
         self._epoch += 1
         self._round += 1
-        self._serve = self.policy is None
+        self.serve = self.policy is None
         self.sent = max(0, min(self.sent or len(self.chain), self.max_draft, self._left() - 1))
         self._drafted = self.sent
         self._sent_ms = self._began_ms = now_ms
         self._dry = False
-        self.phase = Phase.SERVED if self._serve else Phase.IN_FLIGHT
+        self.phase = Phase.SERVED if self.serve else Phase.IN_FLIGHT
         task = self.task
         open_ = Open(
             self.session,
@@ -143,7 +143,7 @@ class Drafter:
             round=self._round,
             committed=list(self.committed),
             draft=self.chain[: self.sent],
-            serve=self._serve,
+            serve=self.serve,
             ignore_eos=task.ignore_eos,
             logprobs=task.logprobs,
             slo=task.slo,
@@ -191,7 +191,7 @@ class Drafter:
         )
         if settled:
             self._learn(now_ms, now_ms if arrived_ms is None else arrived_ms, verdict, new)
-        elif self._serve and new and self.phase is Phase.SERVED:
+        elif self.serve and new and self.phase is Phase.SERVED:
             self.pace.decoded(len(new), now_ms - self._began_ms)
             self._began_ms = now_ms
         self._commit(new, settled)
@@ -235,13 +235,13 @@ class Drafter:
 
     def _start_round(self, now_ms: float) -> list[Action]:
         assert self.policy is not None
-        if self._serve and self.phase is Phase.IN_FLIGHT:  # the verifier has taken over, as it was asked to
+        if self.serve and self.phase is Phase.IN_FLIGHT:  # the verifier has taken over, as it was asked to
             self.phase = Phase.SERVED
             return []
-        self._serve = self.policy.serve(self._view(now_ms))
+        self.serve = self.policy.serve(self._view(now_ms))
         self.phase = Phase.DRAFTING
         self._dry = False
-        return [self._send(now_ms, 0)] if self._serve else self._go_on(now_ms)
+        return [self._send(now_ms, 0)] if self.serve else self._go_on(now_ms)
 
     def _go_on(self, now_ms: float) -> list[Action]:
         """Draft another token, or send what there is."""
@@ -259,7 +259,7 @@ class Drafter:
         self._dry = False
         self.phase = Phase.IN_FLIGHT
         base, tokens = len(self.committed), self.chain[: self.sent]
-        return Draft(self.session, self._round, base, tokens, now_ms - self._began_ms, self._serve)
+        return Draft(self.session, self._round, base, tokens, now_ms - self._began_ms, self.serve)
 
     def _view(self, now_ms: float) -> View:
         room = min(self.max_draft, self._left() - 1) - (len(self.chain) - self.sent)

@@ -174,7 +174,12 @@ class Gain:
     """
 
     def __init__(
-        self, predictor: Predictor, calibration: Calibration, longest: int = LONGEST, *, server_mode: bool = True
+        self,
+        predictor: Predictor,
+        calibration: Calibration,
+        longest: int = LONGEST,
+        *,
+        server_mode: bool = True,
     ) -> None:
         self.longest = longest
         self.server_mode = server_mode
@@ -237,7 +242,9 @@ class Ahead(msgspec.Struct, frozen=True):
         d, a = pace.draft.value, pace.acceptance.value
         right = math.prod(view.p)
         steps = 1
-        if len(view.p) == view.sent:  # the next guess is of the verdict's own token: only one beyond it is of use
+        if (
+            len(view.p) == view.sent
+        ):  # the next guess is of the verdict's own token: only one beyond it is of use
             right, steps = right * a, 2
         if len(view.p) - view.sent >= self.longest or right * a < self.energy:
             return False

@@ -82,7 +82,7 @@ class Pace:
         """Committed tokens per millisecond that can be had by drafting: as measured over the last few dozen rounds,
         or as the best fixed length would give by the measurements, if that is more. (A policy that went by its own
         speed alone would find a bad habit justified by the slowness it causes.)"""
-        measured = self._tokens / self._time_ms if self._tokens > 5.0 else 0.0
+        measured = self._tokens / self._time_ms if self._tokens > 5.0 and self._time_ms > 0 else 0.0
         return max(measured, self.best_speed(longest))
 
     def decoded(self, tokens: int, elapsed_ms: float) -> None:

@@ -97,7 +97,8 @@ class _Session:
         self.id = secrets.token_hex(16)
         self.model = ""
         self.finished = False
-        self.events: asyncio.Queue[FromLink] = asyncio.Queue()
+        self.events: asyncio.Queue[tuple[FromLink, float]] = asyncio.Queue()  # with the time of arrival, ms
+        self.pace = backend.pace.successor()
         self.warm: asyncio.Task[object] | None = None
 
     async def run(self) -> AsyncIterator[Committed]:
@@ -107,16 +108,13 @@ class _Session:
         task = Task(g.prompt, g.sampling, g.max_tokens, g.ignore_eos, g.logprobs, g.slo)
         backend = self.backend
         policy = backend.policies.make() if backend.drafter is not None else None
-        drafter = Drafter(
-            self.id, task, policy, frozenset(welcome.eos), ahead=backend.ahead, pace=backend.pace.successor()
-        )
-        self.link.listen(self.id, self.events.put_nowait)
+        ahead = backend.ahead if policy is not None else None
+        drafter = Drafter(self.id, task, policy, frozenset(welcome.eos), ahead=ahead, pace=self.pace)
+        self.link.listen(self.id, self._heard)
         self.backend.sessions += 1
         try:
             actions = drafter.connected(_now_ms(), welcome.max_draft)
-            if (
-                policy is not None and drafter.ahead is None
-            ):  # the draft model reads the prompt while the target does
+            if policy is not None and ahead is None:  # the draft model reads the prompt while the target does
                 self.warm = asyncio.create_task(self.backend.propose(self.id, g.prompt, 0, g))
             while True:
                 for action in actions:
@@ -131,6 +129,9 @@ class _Session:
         finally:
             self._end()
 
+    def _heard(self, event: FromLink) -> None:
+        self.events.put_nowait((event, _now_ms()))
+
     def _carry_out(self, action: Action) -> None:
         if isinstance(action, Open | Draft):
             self.link.send(action)
@@ -140,7 +141,7 @@ class _Session:
 
     def _reopen(self) -> None:
         if self.link.welcome is not None:  # otherwise the next connection will do it
-            self.events.put_nowait(self.link.welcome)
+            self._heard(self.link.welcome)
 
     async def _step(self, drafter: Drafter) -> list[Action]:
         """Wait for the next thing to happen, and say what follows from it."""
@@ -151,10 +152,10 @@ class _Session:
             token, signal = (proposal.token, proposal.signal) if proposal else (None, Signal())
             now = _now_ms()
             return drafter.proposed(now, token, signal, now - started)
-        event = await self._event()
+        event, arrived = await self._event()
         if isinstance(event, Verdict):
             try:
-                return drafter.verdict(_now_ms(), event)
+                return drafter.verdict(_now_ms(), event, arrived)
             except ProtocolError as error:
                 raise RequestError(502, str(error), code=error.code, type="server_error") from None
         if isinstance(event, Refused):
@@ -167,8 +168,8 @@ class _Session:
             raise RequestError(502, message, code="model_changed", type="server_error")
         return drafter.connected(_now_ms(), event.max_draft)
 
-    async def _event(self) -> FromLink:
-        """The next event; gives up when there has been no verifier for the stated time."""
+    async def _event(self) -> tuple[FromLink, float]:
+        """The next event and when it came; gives up when there has been no verifier for the stated time."""
         while True:
             if self.link.welcome is not None:
                 timeout = None
@@ -191,7 +192,7 @@ class _Session:
         self.link.unlisten(self.id)
         self.backend.forget(self.id)
         self.backend.sessions -= 1
-        self.backend.pace = drafter.pace
+        self.backend.pace = self.pace
 
 
 def _now_ms() -> float:

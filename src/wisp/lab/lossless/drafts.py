@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from wisp.core.signals import Signal
 from wisp.core.sampling import Sampling
+from wisp.core.signals import Signal
 from wisp.engines.base import DraftEngine, Proposal
 
 DRAFTERS: tuple[tuple[str, str], ...] = (
     ("model", "fixed:1"),
     ("model", "fixed:4"),
     ("model", "fixed:8"),
+    ("model", "gain"),
+    ("model", "predictor"),
+    ("model", "confidence:0.4"),
     ("ngram", "fixed:4"),
     ("random", "fixed:4"),
     ("empty", "fixed:4"),

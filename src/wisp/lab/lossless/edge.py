@@ -15,11 +15,13 @@ import msgspec
 
 from wisp.api.text import TextStream
 from wisp.core.drafter import Action, Drafter, Phase, Reopen, Task
-from wisp.core.drafting import Signal, drafting_policy
+from wisp.core.drafting import Ahead
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.messages import Cancel, Draft, Message, Open, Refused, Verdict, decode_from_cloud, encode
+from wisp.core.signals import Signal
 from wisp.core.work import Committed
 from wisp.engines.base import DraftEngine
+from wisp.engines.build import drafting_policies
 from wisp.lab.lossless.judge import Case, Outcome
 from wisp.lab.lossless.world import MAX_DRAFT, Chaos, Clock, Cloud
 
@@ -118,9 +120,10 @@ class Talk:
         self.session, self.case, self.link, self.engine = session, case, link, engine
         self.clock, self.rng, self.counts = link.clock, link.rng, link.counts
         self.chaos, self.ended = chaos, ended
-        policy = drafting_policy(case.drafting) if engine is not None else None
+        policy = drafting_policies(case.drafting).make() if engine is not None else None
+        ahead = Ahead(energy=0.02) if case.number % 2 else None
         task = Task(case.prompt, case.sampling, case.max_tokens, case.ignore_eos, case.logprobs)
-        self.drafter = Drafter(session, task, policy, eos)
+        self.drafter = Drafter(session, task, policy, eos, ahead=ahead if engine is not None else None)
         self.stream = TextStream(piece, case.stop)
         self.tokens: list[int] = []
         self.over = False
@@ -136,7 +139,11 @@ class Talk:
     def connect(self) -> None:
         """The link is up."""
         if not self.over and self.drafter.phase is not Phase.DONE:
-            self._carry_out(self.drafter.connected(MAX_DRAFT))
+            self._carry_out(self.drafter.connected(self._now_ms, MAX_DRAFT))
+
+    @property
+    def _now_ms(self) -> float:
+        return self.clock.now * 1e3
 
     def lost(self) -> None:
         """The link is down."""
@@ -153,7 +160,7 @@ class Talk:
         try:
             if isinstance(message, Verdict):
                 self._count(message)
-                self._carry_out(self.drafter.verdict(self.clock.now * 1e3, self._translated(message)))
+                self._carry_out(self.drafter.verdict(self._now_ms, self._translated(message)))
             elif message.code in PROVOKED:
                 self.counts["refused_frames"] += 1
             else:
@@ -206,7 +213,7 @@ class Talk:
     # --- drafting
 
     def _think(self) -> None:
-        if self.drafter.wants_token and not self._thinking and not self.over:
+        if self.drafter.wants_token(self._now_ms) and not self._thinking and not self.over:
             self._thinking = True
             delay = self.rng.uniform(0.001, 0.02)
             if self.rng.random() < self.chaos.silence:
@@ -216,12 +223,13 @@ class Talk:
 
     def _propose(self) -> None:
         self._thinking = False
-        if self.over or not self.drafter.wants_token:
+        if self.over or not self.drafter.wants_token(self._now_ms):
             return
         token, signal = self._proposal(self.drafter.context(), self.drafter.position)
-        actions = self.drafter.proposed(self.clock.now * 1e3, token, signal)
-        if not actions and self.rng.random() < self.chaos.meddle:
-            self._extra(self.drafter.draft, round_=-1)  # sent before it is complete
+        actions = self.drafter.proposed(self._now_ms, token, signal, 10.0)
+        drafting = self.drafter.phase is Phase.DRAFTING
+        if drafting and not actions and self.rng.random() < self.chaos.meddle:
+            self._extra(self.drafter.chain, round_=-1)  # sent before it is complete
         self._carry_out(actions)
 
     def _proposal(self, context: list[int], position: int) -> tuple[int | None, Signal]:
@@ -312,7 +320,7 @@ class Talk:
         self._wire += 1
         self._sent[self._wire] = _Sent(round_, base, tokens, shift if round_ >= 0 else 0, len(draft))
         self.counts["overlapping_drafts"] += 1
-        serve = self.drafter.policy is None
+        serve = self.drafter.serve
         self.link.send(Draft(self.session, self._wire, base, tokens, serve=serve))
 
     # --- verdicts

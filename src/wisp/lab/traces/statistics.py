@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from wisp.core.sampling import Sampling, gumbels
+from wisp.core.sampling import Sampling
+from wisp.core.signals import lead
 
 COLUMNS = (
     "confidence",  # probability of the proposed token (at temperature 1, as all probabilities here)
@@ -21,8 +22,6 @@ COLUMNS = (
     "peak",  # largest logit minus the mean logit
     "lead",  # by how much the proposal beat the next best, logits; see `lead`
 )
-
-_NEAR = 10.0  # in units of the temperature
 
 Row = npt.NDArray[np.float32]
 
@@ -47,22 +46,3 @@ def statistics(logits: Row, token: int, sampling: Sampling, position: int) -> Ro
     ahead = lead(logits, token, sampling, position, (top, runner))
     values = (confidence, entropy, best - second, float(logits.std()), second, third, collision, gap, ahead)
     return np.array(values, np.float32)
-
-
-def lead(logits: Row, token: int, sampling: Sampling, position: int, best_two: tuple[int, int]) -> float:
-    """How clearly `token` was chosen, in logits: its score minus the next best, T times the noise included.
-
-    The noise is shared with the target, so this says more than the distribution alone. Greedy: the gap between the
-    best two logits. Of others, only ids within 10 T of the maximum (and the best two) are looked at. Truncation by
-    top-k, top-p and min-p is not considered.
-    """
-    if sampling.temperature <= 0.0:
-        first, second = best_two
-        return float(logits[token]) - float(logits[second if token == first else first])
-    temperature = sampling.temperature
-    floor = min(float(logits[best_two[0]]) - _NEAR * temperature, float(logits[best_two[1]]))
-    near = np.flatnonzero(logits >= floor)
-    others = near[near != token]
-    ids = np.append(others, token)
-    scores = logits[ids].astype(np.float64) + temperature * gumbels(sampling.seed, position, ids)
-    return float(scores[-1] - scores[:-1].max())
