@@ -3,6 +3,7 @@
 Two real `Verifier`s on a real engine, and real `Drafter`s, run in one process and in virtual time. Sessions share
 a few KV slots, connections break and come back, verifiers are replaced or take turns, users leave, frames are
 repeated, overtaken and senseless; and every token is held against a slow decoder that never heard of drafts.
+For the tiny pair one ordinary token plays end of sequence too, so that many texts end that way.
 
     judge        what the target alone says, and comparison with it
     cases        prompts x samplings x drafters x batching policies
