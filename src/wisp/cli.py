@@ -347,8 +347,8 @@ def replay(
         float, typer.Option(help="What the verifier asks per draft token, in tokens.", min=0)
     ] = 0.0,
     limit: Annotated[int, typer.Option(help="Generations per cell of the grid.", min=1)] = 40,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw one generation under each policy into this file.")
+    out: Annotated[
+        Path | None, typer.Option(help="Write a page, its data and a plot into this folder.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -356,7 +356,7 @@ def replay(
     from wisp.lab.grid import run_grid
 
     names = [p for p in policies.split(",") if p]
-    run_grid(traces, names, predictor, price=price, limit=limit, plot=plot, as_json=json)
+    run_grid(traces, names, predictor, price=price, limit=limit, out=out, as_json=json)
 
 
 def main() -> None:

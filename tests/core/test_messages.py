@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -65,10 +67,8 @@ def test_shorter_and_longer_messages_are_understood() -> None:
 @given(st.binary(max_size=60))
 def test_garbage_is_refused_and_nothing_else(frame: bytes) -> None:
     for decode in (decode_from_edge, decode_from_cloud):
-        try:
+        with contextlib.suppress(ProtocolError):  # any other exception fails
             decode(frame)
-        except ProtocolError as error:
-            assert error.code == "malformed"
 
 
 def test_wrong_direction_and_wrong_types_are_refused() -> None:
@@ -77,7 +77,7 @@ def test_wrong_direction_and_wrong_types_are_refused() -> None:
     with pytest.raises(ProtocolError, match="from a verifier"):
         decode_from_cloud(encode(OPEN))
     bad = msgspec.msgpack.encode(["draft", "s", 1, 0, ["not a token"]])
-    with pytest.raises(ProtocolError, match="malformed|Expected"):
+    with pytest.raises(ProtocolError, match=r"Expected `int`"):
         decode_from_edge(bad)
 
 

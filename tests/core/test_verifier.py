@@ -453,7 +453,7 @@ def test_an_illegal_event_leaves_the_state_untouched(rig: Rig) -> None:
     session = rig.verifier.sessions[1]
     before = session.state
     with pytest.raises(Exception, match="makes no sense"):
-        session.go(Event.VERDICT)
+        session.go(Event.MORE)
     assert session.state is before
 
 
@@ -473,3 +473,13 @@ def test_an_edge_that_returns_in_the_last_step_hears_the_whole_end(rig: Rig) -> 
     rig.finish()
     verdict = rig.verdict(2)
     assert (verdict.base, verdict.tokens, verdict.finish) == (0, TEXT[:2], "length")
+
+
+def test_a_draft_answered_at_once_leaves_nothing_to_run(rig: Rig) -> None:
+    rig.receive(opening(draft=TEXT[:4]))
+    rig.settle()
+    rig.verdict()
+    rig.receive(Draft(ID, 1, 5, TEXT[5:7]))  # waits for the engine
+    rig.receive(Draft(ID, 2, 1, TEXT[1:3]))  # replaces it, and says nothing new
+    assert rig.verdict().tokens == TEXT[1:5]
+    assert not rig.dispatch()

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import wisp.engines
 from wisp.cli import app
-from wisp.core.signals import Signal, signal
 from wisp.core.errors import ConfigError, ModelError
 from wisp.core.sampling import Sampling, gumbels, target_token
+from wisp.core.signals import Signal, signal
 from wisp.engines.llama.draft import LlamaDraft
 from wisp.engines.llama.reference import reference_tokens
 from wisp.lab.traces import COLUMNS, OffPath, Trace, TraceSet
@@ -178,7 +178,8 @@ def check_off_paths(traces: TraceSet) -> None:
 
 def test_a_trace_gives_signals_as_policies_take_them(recorded: TraceSet) -> None:
     trace = recorded.traces[0]
-    assert trace.signal(3) == Signal(*map(float, trace.signals[3][:4]))
+    fields = dict(zip(trace.columns, map(float, trace.signals[3]), strict=True))
+    assert trace.signal(3) == Signal(**{name: fields[name] for name in Signal.__struct_fields__})
 
 
 def test_the_header_says_where_a_trace_comes_from(recorded: TraceSet) -> None:
@@ -203,7 +204,10 @@ def test_statistics_are_what_they_say(temperature: float) -> None:
         p = np.sort(p / p.sum())[::-1]
         noisy = logits + temperature * gumbels(sampling.seed, position, np.arange(400))
         expected = {
-            **{name: getattr(signal(logits, token), name) for name in Signal.__struct_fields__},
+            **{
+                name: getattr(signal(logits, token, sampling, position), name)
+                for name in Signal.__struct_fields__
+            },
             "second": p[1],
             "third": p[2],
             "collision": np.square(p).sum(),

@@ -26,7 +26,8 @@ from wisp.core.signals import Signal
 from wisp.core.slo import Slo
 from wisp.core.work import Committed
 
-REOPEN = frozenset({"unknown_session", "unknown_base", "engine_error", "stale_epoch", "shutting_down"})
+REOPEN = frozenset({"unknown_session", "unknown_base", "out_of_turn", "engine_error", "stale_epoch"})
+BUSY = {"overloaded": 429, "rate_limit_exceeded": 429, "shutting_down": 503}  # and the HTTP status for each
 MAX_REOPENINGS = 5  # in a row without a new token
 
 
@@ -216,15 +217,17 @@ class Drafter:
             self._reopenings += 1
             self.lost()
             return [Reopen(refused.retry_after)]
-        busy = refused.code in ("overloaded", "rate_limit_exceeded")
+        busy = refused.code in BUSY
         if busy and self.committed:  # admitted before, so only the verifier has changed: insist
             self.lost()
             return [Reopen(max(refused.retry_after, 0.1))]
         self.phase = Phase.DONE
         if busy:
             kind = "rate_limit_error" if refused.code == "rate_limit_exceeded" else "server_error"
-            status, after = 429, max(refused.retry_after, 1.0)
-            raise RequestError(status, refused.message, code=refused.code, type=kind, retry_after=after)
+            after = max(refused.retry_after, 1.0)
+            raise RequestError(
+                BUSY[refused.code], refused.message, code=refused.code, type=kind, retry_after=after
+            )
         if refused.code == "context_length_exceeded":
             raise RequestError(400, refused.message, code=refused.code, param="messages")
         raise RequestError(

@@ -266,7 +266,10 @@ class Policies:
     """Makes fresh policies from a command-line form, e.g. "fixed:4". One for a device: the calibration is shared."""
 
     def __init__(self, spec: str, predictor: Predictor | None = None, *, server_mode: bool = True) -> None:
-        """`server_mode`: may a policy let the verifier decode by itself? Raises ConfigError for an unknown policy, a bad argument, or a missing predictor."""
+        """`server_mode`: may a policy let the verifier decode by itself?
+
+        Raises ConfigError for an unknown policy, a bad argument, or a missing predictor.
+        """
         self.spec = spec
         self.predictor = predictor
         self.server_mode = server_mode

@@ -39,7 +39,7 @@ class Event(Enum):
 
     PICKED = auto()
     MORE = auto()  # step ended, and there is more to do
-    VERDICT = auto()  # step ended, nothing more to do
+    VERDICT = auto()  # answered, nothing more to do
     DRAFT = auto()
     LOST = auto()
     RESUMED = auto()
@@ -54,6 +54,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
     S.READY: {
         E.PICKED: S.RUNNING,
         E.DRAFT: S.READY,
+        E.VERDICT: S.WAITING,  # what it waited for could be answered at once
         E.LOST: S.PARKED,
         E.RESUMED: S.WAITING,
         E.CANCEL: S.ENDED,

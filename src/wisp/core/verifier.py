@@ -226,6 +226,9 @@ class Verifier:
             if session.handle not in self._ready:
                 session.since = now
                 self._ready[session.handle] = session
+        elif session.handle in self._ready:
+            session.go(Event.VERDICT)
+            del self._ready[session.handle]
         return answer
 
     def _cancel(self, connection: int, cancel: Cancel) -> None:
@@ -367,7 +370,7 @@ class Verifier:
     def _that_fit(self, now: float, grants: list[Grant]) -> list[Grant]:
         """As many of the grants, in order, as there is KV for; if for none, somebody's KV is taken away."""
         while grants:
-            evicted = self.kv.fit(sum(g.tokens for g in grants), self._keepers(now, grants))
+            evicted = self.kv.fit(sum(map(self._needs, grants)), self._keepers(now, grants))
             if evicted is not None:
                 for handle in evicted:
                     self._lose_kv(handle)
@@ -377,6 +380,11 @@ class Verifier:
             else:
                 grants = grants[:-1]
         return grants
+
+    def _needs(self, grant: Grant) -> int:
+        """KV tokens: a draft behind the end of a prompt is never cut."""
+        s = self._ready[grant.session]
+        return grant.tokens + (len(s.pending.draft) if s.pending else 0)
 
     def _keepers(self, now: float, grants: list[Grant]) -> Callable[[int], bool]:
         chosen, idle = {g.session for g in grants}, self._evictable(now)

@@ -17,9 +17,14 @@ ENGINES = ("llama.cpp", "null")
 
 def drafting_policies(spec: str, predictor: Path | None = None) -> Policies:
     """Drafting policies by their command-line form, with the predictor in a file (default: the one that ships)."""
-    path = predictor or PREDICTOR
+    return Policies(spec, read_predictor(predictor))
+
+
+def read_predictor(path: Path | None = None) -> Predictor:
+    """The predictor in a file (default: the one that ships). Raises ConfigError."""
+    path = path or PREDICTOR
     try:
-        return Policies(spec, Predictor.from_dict(json.loads(path.read_text())))
+        return Predictor.from_dict(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the predictor {path}: {error}") from None
 

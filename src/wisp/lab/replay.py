@@ -52,6 +52,7 @@ class Tally:
             "ahead_wasted_ms_per_token": round(self.ahead_wasted_ms / n, 3),
             "verifications_per_token": round(self.verifications / n, 4),
             "draft_tokens_per_token": round(self.draft_tokens / n, 4),
+            "verifier_tokens_per_token": round((self.draft_tokens + self.verifications) / n, 4),
             "acceptance": round(self.accepted / self.draft_tokens, 4) if self.draft_tokens else 0.0,
         }
 

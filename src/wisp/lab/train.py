@@ -25,7 +25,7 @@ from wisp import __version__
 from wisp.core.errors import ConfigError
 from wisp.core.pace import Mean
 from wisp.core.predictor import FEATURES, Calibration, Predictor, features
-from wisp.lab.traces.format import Trace, TraceSet
+from wisp.lab.traces.format import Trace, TraceSet, trace_folder
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -291,20 +291,11 @@ def _need_sklearn() -> None:
 
 def run_train(traces: Path, out: Path | None, *, seed: int, as_json: bool) -> None:
     """Train, write the predictor to `out` if given, and print the report."""
-    predictor, result = train(TraceSet.load(_trace_folder(traces)), seed)
+    predictor, result = train(TraceSet.load(trace_folder(traces)), seed)
     if out is not None:
         save(predictor, out)
         result["file"] = str(out)
     print(json.dumps(result)) if as_json else _show(result)
-
-
-def _trace_folder(path: Path) -> Path:
-    """`path`, or the one folder of traces inside it."""
-    if path.is_dir() and not any(path.glob("*.npz")):
-        inside = [p for p in sorted(path.iterdir()) if p.is_dir() and any(p.glob("*.npz"))]
-        if inside:
-            return inside[0]
-    return path
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from wisp.core.signals import Signal
 from wisp.core.errors import ConfigError
 from wisp.core.sampling import Sampling
+from wisp.core.signals import Signal
 from wisp.lab.traces.prompts import SPLITS
 
 FORMAT = "wisp.trace.v1"
@@ -151,6 +151,15 @@ class TraceSet:
             if split in (None, t.split) and domain in (None, t.domain) and label in (None, t.label)
         ]
         return TraceSet(chosen, self.headers)
+
+
+def trace_folder(path: Path) -> Path:
+    """`path`, or the first folder of traces inside it."""
+    if path.is_dir() and not any(path.glob("*.npz")):
+        inside = [p for p in sorted(path.iterdir()) if p.is_dir() and any(p.glob("*.npz"))]
+        if inside:
+            return inside[0]
+    return path
 
 
 def as_signal(columns: Sequence[str], values: Signals) -> Signal:
