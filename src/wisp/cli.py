@@ -252,7 +252,7 @@ def pull(
 @app.command()
 def demo(
     pair: Annotated[str, typer.Option(help="qwen2.5-coder or tiny.")] = "qwen2.5-coder",
-    drafting: Drafting = "gain",
+    drafting: Drafting = "fixed:4",
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer.", min=2)] = 48,
     offline: Offline = False,
     json: Json = False,

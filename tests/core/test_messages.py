@@ -86,3 +86,8 @@ def test_fingerprint_tells_vocabularies_apart() -> None:
     assert plain == vocabulary_fingerprint(iter([(0, b"a"), (1, b"bc")]))
     assert plain != vocabulary_fingerprint([(0, b"ab"), (1, b"c")])
     assert plain != vocabulary_fingerprint([(0, b"a"), (2, b"bc")])
+
+
+def test_text_that_is_not_utf8_is_refused() -> None:
+    with pytest.raises(ProtocolError):
+        decode_from_edge(b"\x91\xa2\xff\xfe")

@@ -174,11 +174,13 @@ class Fleet:
         server: str,
         *flags: str,
         draft: str = DRAFT,
+        drafting: str = "fixed:4",
         env: Mapping[str, str] | None = None,
         ready: bool = True,
     ) -> Process:
-        """`wisp edge` against the verifier at `server`."""
-        words = ["--server", server, "--draft", draft, "--threads", "1", "--keep-alive-s", "0.2"]
+        """`wisp edge` against the verifier at `server`. It always drafts, whether that pays here or not."""
+        words = ["--server", server, "--draft", draft, "--drafting", drafting]
+        words += ["--threads", "1", "--keep-alive-s", "0.2"]
         return self._process("edge", [*words, *flags], free_port(), env, ready)
 
     def run(self, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -155,8 +155,10 @@ def test_many_sessions_on_several_edges_survive_broken_lines_and_a_dead_verifier
     )  # the tokenizer is here before lines begin to break
     lines = [Cutter(server.port, seed=n) for n in range(3)]
     edges = [
-        fleet.edge(line.url, draft=kind, ready=False)
-        for line, kind in zip(lines, (DRAFT, DRAFT, "ngram"), strict=True)
+        fleet.edge(line.url, draft=kind, drafting=drafting, ready=False)
+        for line, kind, drafting in zip(
+            lines, (DRAFT, DRAFT, "ngram"), ("fixed:4", "gain", "predictor"), strict=True
+        )
     ]
     for edge in edges:
         edge.wait_ready()

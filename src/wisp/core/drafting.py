@@ -127,12 +127,10 @@ class Confidence(Plain):
 class Predicted(Confidence):
     """The paper's policy: stop where a trained predictor says that the token is the first to be rejected."""
 
-    def __init__(self, predictor: Predictor, least: float | None = None, longest: int = LONGEST) -> None:
+    def __init__(self, judgement: Judgement, least: float | None = None, longest: int = LONGEST) -> None:
         """`least`: accept at this probability (default: where the predictor keeps 80 % of accepted tokens)."""
-        super().__init__(
-            least if least is not None else float(predictor.about.get("threshold", 0.5)), longest
-        )
-        self.judgement = Judgement(predictor, None)
+        super().__init__(least if least is not None else judgement.threshold, longest)
+        self.judgement = judgement
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
         return self.judgement.judge(signal, p)
@@ -144,14 +142,20 @@ class Predicted(Confidence):
 class Judgement:
     """A predictor with the history it reads and, if there is one, a calibration that learns."""
 
-    def __init__(self, predictor: Predictor, calibration: Calibration | None) -> None:
+    def __init__(self, predictor: Predictor, calibration: Calibration | None, temperature: float) -> None:
         self.predictor = predictor
         self.calibration = calibration
+        self.temperature = temperature
         self.recent = Mean(0.8, 0.1)
+
+    @property
+    def threshold(self) -> float:
+        """The probability that the trainer kept 80 % of accepted tokens at."""
+        return float(self.predictor.about.get("threshold", 0.5))
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
         """The predictor's odds, recalibrated."""
-        z = self.predictor.logit(features(signal, len(p), self.recent.value))
+        z = self.predictor.logit(features(signal, len(p), self.recent.value, self.temperature))
         calibration = self.calibration
         return Odds(calibration.probability(z) if calibration else 1.0 / (1.0 + math.exp(-z)), z)
 
@@ -173,17 +177,10 @@ class Gain:
     to tune; `longest` bounds a draft.
     """
 
-    def __init__(
-        self,
-        predictor: Predictor,
-        calibration: Calibration,
-        longest: int = LONGEST,
-        *,
-        server_mode: bool = True,
-    ) -> None:
+    def __init__(self, judgement: Judgement, longest: int = LONGEST, *, server_mode: bool = True) -> None:
         self.longest = longest
         self.server_mode = server_mode
-        self.judgement = Judgement(predictor, calibration)
+        self.judgement = judgement
         self._serving = False
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
@@ -276,8 +273,8 @@ class Policies:
         self.calibration = Calibration()
         self.make()
 
-    def make(self) -> DraftingPolicy:
-        """A policy for one session."""
+    def make(self, temperature: float = 0.0) -> DraftingPolicy:
+        """A policy for one session, whose tokens are sampled at this temperature."""
         name, _, argument = self.spec.partition(":")
         if name not in POLICIES:
             raise ConfigError(f"unknown drafting policy {self.spec!r}; choose one of: {', '.join(POLICIES)}")
@@ -288,9 +285,10 @@ class Policies:
         if self.predictor is None:
             raise ConfigError(f"drafting policy {name} needs a predictor; train one with `wisp train`")
         if name == "predictor":
-            return Predicted(self.predictor, self._number(argument, 0.0) or None)
-        longest = int(self._number(argument, LONGEST))
-        return Gain(self.predictor, self.calibration, longest, server_mode=self.server_mode)
+            judgement = Judgement(self.predictor, None, temperature)
+            return Predicted(judgement, self._number(argument, 0.0) or None)
+        judgement = Judgement(self.predictor, self.calibration, temperature)
+        return Gain(judgement, int(self._number(argument, LONGEST)), server_mode=self.server_mode)
 
     def _number(self, argument: str, default: float) -> float:
         try:

@@ -153,7 +153,7 @@ def decode_from_edge(frame: bytes) -> FromEdge:
     """The message in a frame from an edge. Raises ProtocolError("malformed")."""
     try:
         return _from_edge.decode(frame)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError("malformed", f"not a {SUBPROTOCOL} message from an edge: {error}") from None
 
 
@@ -161,7 +161,7 @@ def decode_from_cloud(frame: bytes) -> FromCloud:
     """The message in a frame from a verifier. Raises ProtocolError("malformed")."""
     try:
         return _from_cloud.decode(frame)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError("malformed", f"not a {SUBPROTOCOL} message from a verifier: {error}") from None
 
 

@@ -21,24 +21,41 @@ import numpy.typing as npt
 from wisp.core.errors import ConfigError
 from wisp.core.signals import Signal
 
-FEATURES = ("logit_confidence", "entropy", "margin", "log_spread", "log_lead", "log_depth", "recent")
-VERSION = 1
+FEATURES = (
+    "logit_confidence",
+    "entropy",
+    "margin",
+    "log_spread",
+    "log_lead",
+    "log_depth",
+    "recent",
+    "sampled",
+    "logit_confidence_sampled",
+    "log_lead_sampled",
+)
+VERSION = 2
 
 
-def features(signal: Signal, depth: int, recent: float) -> list[float]:
+def features(signal: Signal, depth: int, recent: float, temperature: float) -> list[float]:
     """What the model reads of a proposed token.
 
-    depth: tokens drafted since the last committed one. recent: smoothed acceptance of late, 0 to 1.
+    depth: tokens drafted since the last committed one. recent: smoothed acceptance of late, 0 to 1. With a
+    temperature, confidence and lead mean something else than without, hence their doubles.
     """
     confidence = min(max(signal.confidence, 1e-4), 1 - 1e-4)
+    logit, lead = math.log(confidence / (1 - confidence)), math.log(max(signal.lead, 1e-3))
+    sampled = 1.0 if temperature > 0 else 0.0
     return [
-        math.log(confidence / (1 - confidence)),
+        logit,
         signal.entropy,
         signal.margin,
         math.log(max(signal.spread, 1e-3)),
-        math.log(max(signal.lead, 1e-3)),
+        lead,
         math.log1p(depth),
         recent,
+        sampled,
+        sampled * logit,
+        sampled * lead,
     ]
 
 

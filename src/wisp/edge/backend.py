@@ -107,7 +107,7 @@ class _Session:
         g = self.generation
         task = Task(g.prompt, g.sampling, g.max_tokens, g.ignore_eos, g.logprobs, g.slo)
         backend = self.backend
-        policy = backend.policies.make() if backend.drafter is not None else None
+        policy = backend.policies.make(g.sampling.temperature) if backend.drafter is not None else None
         ahead = backend.ahead if policy is not None else None
         drafter = Drafter(self.id, task, policy, frozenset(welcome.eos), ahead=ahead, pace=self.pace)
         self.link.listen(self.id, self._heard)

@@ -108,7 +108,8 @@ def _start(
     with console.status("loading the target and checking that exact mode is exact..."):
         health = server.wait_healthy(client)
     address = ["--server", server.url, "--port", str(ports[1]), "--give-up-s", "5"]
-    guess = ["-m", "wisp.cli", "edge", "--draft", draft, "--drafting", drafting]
+    # Two processes on the same cores: what the edge drafts ahead would be taken from the verifier.
+    guess = ["-m", "wisp.cli", "edge", "--draft", draft, "--drafting", drafting, "--no-ahead"]
     edge = children.start("edge", [*guess, *address, *common], ports[1])
     with console.status("loading the drafter..."):
         edge.wait_healthy(client)

@@ -108,7 +108,8 @@ class _Generation:
         ended = trace.finish == "stop"
         eos = frozenset({int(trace.target[-1])}) if ended else frozenset({-1})
         task = Task([0], trace.sampling, len(trace) + (1 if ended else 0))
-        self.drafter = Drafter("replay", task, policies.make(), eos, ahead=ahead, pace=pace)
+        policy = policies.make(trace.sampling.temperature)
+        self.drafter = Drafter("replay", task, policy, eos, ahead=ahead, pace=pace)
         self.target = trace.target.tolist()
         self.draft = trace.draft.tolist()
         self.now = 0.0

@@ -30,6 +30,8 @@ from wisp.lab.traces.format import Trace, TraceSet, trace_folder
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 HIDDEN = (24, 12)
+NETS = 3  # their mean is steadier than any one of them
+CUTS = 2  # times that training texts are cut into rounds
 ROUNDS = (1, 12)  # a round in training drafts so many tokens at most, drawn evenly
 
 
@@ -48,8 +50,8 @@ class Examples:
 def examples(traces: Sequence[Trace], seed: int = 0) -> Examples:
     """What a policy would have seen along each trace, in rounds of random length: one row per judged token.
 
-    A round goes on until its length or its first rejection, as on an edge; a position after a rejection starts
-    the next round, since the correction takes its place.
+    A round goes on until its length or its first rejection, as on an edge. Every position is judged once: drafting
+    ahead judges even those that a correction or bonus settles.
     """
     rng = np.random.default_rng(seed)
     rows: list[list[float]] = []
@@ -64,7 +66,7 @@ def examples(traces: Sequence[Trace], seed: int = 0) -> Examples:
             judged = []
             for depth in range(min(length, len(trace) - position)):
                 at = position + depth
-                rows.append(features(trace.signal(at), depth, recent.value))
+                rows.append(features(trace.signal(at), depth, recent.value, trace.sampling.temperature))
                 judged.append(bool(accepted[at]))
                 if not judged[-1]:
                     break
@@ -72,7 +74,7 @@ def examples(traces: Sequence[Trace], seed: int = 0) -> Examples:
                 recent.add(float(outcome))
             outcomes += judged
             groups += [number] * len(judged)
-            position += len(judged) + (1 if judged[-1] else 0)  # a bonus token takes a place, too
+            position += len(judged)
     return Examples(np.array(rows), np.array(outcomes, bool), np.array(groups))
 
 
@@ -166,11 +168,29 @@ def fit(data: Examples, kind: str, seed: int = 0) -> Predictor:
     else:
         from sklearn.neural_network import MLPClassifier
 
-        model = MLPClassifier(
-            HIDDEN, activation="tanh", alpha=1e-2, early_stopping=True, n_iter_no_change=15, random_state=seed
-        ).fit(x, data.y)
-        layers = list(zip(model.coefs_, model.intercepts_, strict=True))
+        options = {"activation": "tanh", "alpha": 0.1, "early_stopping": True, "n_iter_no_change": 15}
+        models = [MLPClassifier(HIDDEN, random_state=seed + i, **options).fit(x, data.y) for i in range(NETS)]
+        layers = _side_by_side([list(zip(m.coefs_, m.intercepts_, strict=True)) for m in models])
     return Predictor(mean, scale, layers)
+
+
+def _side_by_side(nets: list[list[tuple[Floats, Floats]]]) -> list[tuple[Floats, Floats]]:
+    """Networks of one shape as a single one, whose logit is the mean of theirs."""
+    layers = []
+    for depth, parts in enumerate(zip(*nets, strict=True)):
+        weights = [w for w, _ in parts]
+        biases = np.concatenate([b for _, b in parts])
+        if depth == 0:
+            layers.append((np.concatenate(weights, axis=1), biases))
+        elif depth < len(nets[0]) - 1:
+            rows, columns = weights[0].shape
+            block = np.zeros((rows * len(nets), columns * len(nets)))
+            for i, w in enumerate(weights):
+                block[i * rows : (i + 1) * rows, i * columns : (i + 1) * columns] = w
+            layers.append((block, biases))
+        else:
+            layers.append((np.concatenate(weights) / len(nets), biases[:1] * 0 + biases.mean()))
+    return layers
 
 
 def fit_trees(data: Examples, seed: int = 0) -> Any:
@@ -199,6 +219,8 @@ def train(traces: TraceSet, seed: int = 0) -> tuple[Predictor, dict[str, Any]]:
         if not len(part):
             raise ConfigError(f"these traces have no split {name!r}; record them from the shipped prompts")
     data = {name: examples(part.traces, seed) for name, part in splits.items()}
+    # The same texts cut into other rounds: other depths and histories at the same places.
+    data["train"] = _joined([examples(splits["train"].traces, seed + i) for i in range(CUTS)])
     _group_by_prompt(splits["train"], data["train"])
     losses = {kind: cross_validated(data["train"], kind) for kind in ("logistic", "mlp")}
     kind = min(losses, key=lambda k: losses[k])
@@ -230,6 +252,14 @@ def save(predictor: Predictor, path: Path) -> None:
     """Write the file that `wisp edge --predictor` takes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(predictor.to_dict())) + "\n")
+
+
+def _joined(parts: list[Examples]) -> Examples:
+    return Examples(
+        np.concatenate([p.x for p in parts]),
+        np.concatenate([p.y for p in parts]),
+        np.concatenate([p.group for p in parts]),
+    )
 
 
 def _group_by_prompt(traces: TraceSet, data: Examples) -> None:

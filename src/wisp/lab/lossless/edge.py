@@ -120,7 +120,8 @@ class Talk:
         self.session, self.case, self.link, self.engine = session, case, link, engine
         self.clock, self.rng, self.counts = link.clock, link.rng, link.counts
         self.chaos, self.ended = chaos, ended
-        policy = drafting_policies(case.drafting).make() if engine is not None else None
+        policies = drafting_policies(case.drafting or "fixed")
+        policy = policies.make(case.sampling.temperature) if engine is not None else None
         ahead = Ahead(energy=0.02) if case.number % 2 else None
         task = Task(case.prompt, case.sampling, case.max_tokens, case.ignore_eos, case.logprobs)
         self.drafter = Drafter(session, task, policy, eos, ahead=ahead if engine is not None else None)
