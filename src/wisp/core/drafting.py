@@ -18,6 +18,7 @@ from wisp.core.pace import Mean, Pace
 from wisp.core.predictor import Calibration, Predictor, features
 from wisp.core.signals import Signal
 
+STOPPING_IN_TIME = 1.1  # how much `gain` is faster than the best fixed length: 1.2 on average in replays
 LONGEST = 16  # tokens in one draft, unless told otherwise
 
 
@@ -211,7 +212,8 @@ class Gain:
         pace = view.pace
         if not self.server_mode or pace.wait.n < 2 or pace.serve_ms <= 0 or pace.draft.n < 1:
             return self._serving
-        served, drafted = 1.0 / pace.serve_ms, pace.speed(self.longest)
+        promised = STOPPING_IN_TIME * pace.best_speed(self.longest)
+        served, drafted = 1.0 / pace.serve_ms, max(pace.speed(self.longest), promised)
         # Hysteresis: changing over costs a round trip.
         self._serving = served > drafted * (1.0 if self._serving else 1.1)
         return self._serving
