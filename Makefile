@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test check format lock bench-overhead check-lossless clean
+.PHONY: setup demo test check format lock bench-overhead bench-drafting check-lossless clean
 
 setup: $(VENV)/.ready
 
@@ -31,19 +31,20 @@ check-lossless: setup
 bench-overhead: setup  ## what a verification costs beside the engine
 	$(BIN)/wisp bench-overhead
 
+bench-drafting: setup  ## drafting policies over a grid of devices, links and verifiers, on the shipped traces
+	$(BIN)/wisp replay --out docs/results
+
 format: setup
 	$(BIN)/ruff format src tests
 	$(BIN)/ruff check --fix src tests
 
 # Exact pins with hashes, and no registry's address, from the ranges in pyproject.toml.
+LOCK := $(BIN)/uv pip compile --quiet pyproject.toml --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-annotate --no-header --upgrade
 lock: setup
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip compile --quiet pyproject.toml --universal --python-version 3.11 --generate-hashes \
-		--no-emit-index-url --no-annotate --no-header --upgrade -o requirements/base.txt
-	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
-		--no-emit-index-url --no-annotate --no-header -c requirements/base.txt -o requirements/dev.txt
-	$(BIN)/uv pip compile --quiet pyproject.toml --extra lab --universal --python-version 3.11 --generate-hashes \
-		--no-emit-index-url --no-annotate --no-header -c requirements/base.txt -o requirements/lab.txt
+	$(LOCK) -o requirements/base.txt
+	$(LOCK) --extra dev --extra lab -o requirements/dev.txt
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

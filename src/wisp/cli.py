@@ -33,7 +33,7 @@ LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Log JSON lines.")]
 Server = Annotated[str, typer.Option(help="Address of the verifier.")]
 Model = Annotated[str, typer.Option(help="A catalogue name, a path, or hf:user/repo/file.gguf.")]
-Draft = Annotated[str, typer.Option(help="A model as for --target, or ngram, or none.")]
+Draft = Annotated[str, typer.Option(help="A model as for --target, ngram, ngram+MODEL, or none.")]
 Drafting = Annotated[str, typer.Option(help="gain, predictor[:P], confidence:P or fixed:K.")]
 DraftAhead = Annotated[bool, typer.Option(help="Draft on while a draft is in flight; costs energy.")]
 PredictorFile = Annotated[Path | None, typer.Option(help="From `wisp train` (default: the one that ships).")]
@@ -321,6 +321,20 @@ def trace(
 
     settings = Settings.named(samplings, max_tokens, depth, seed, mode, threads)
     run_trace(target, draft, prompts, out, settings, offline=offline, as_json=json)
+
+
+@app.command()
+def profile(
+    draft: Annotated[str, typer.Option(help="The draft model to time on this device.")],
+    steps: Annotated[int, typer.Option(help="Draft steps.", min=3)] = 64,
+    threads: Threads = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """How fast this device drafts, and what the statistics for stopping in time cost beside it."""
+    from wisp.lab.profile import profile_draft
+
+    profile_draft(draft, steps=steps, threads=threads, offline=offline, as_json=json)
 
 
 @app.command()

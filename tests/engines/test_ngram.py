@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
 from wisp.core.errors import ConfigError
 from wisp.core.sampling import Sampling
+from wisp.core.signals import Signal
+from wisp.engines.base import Proposal
+from wisp.engines.both import NgramThenModel
 from wisp.engines.ngram import NgramDraft
 
 
@@ -79,3 +83,27 @@ def test_an_incremental_history_equals_one_built_afresh() -> None:
 def test_sizes_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ConfigError):
         NgramDraft(longest=1, shortest=2)
+
+
+def test_before_a_model_it_is_believed_where_it_is_sure() -> None:
+    class Model:
+        name = "model"
+        asked = 0
+
+        def propose(self, session: str, context: Sequence[int], position: int, sampling: Sampling) -> Proposal:
+            self.asked += 1
+            return Proposal(99, Signal(confidence=0.5))
+
+        def forget(self, session: str) -> None: ...
+
+        def close(self) -> None: ...
+
+    model = Model()
+    both = NgramThenModel(NgramDraft(), model)
+    repeated = [1, 2, 3, 4, 5, 6] * 4
+    sure = both.propose("s", repeated, 0, Sampling())
+    assert sure is not None
+    assert (sure.token, sure.signal.counted, model.asked) == (1, True, 0)
+    unsure = both.propose("t", [1, 2, 3, 4], 0, Sampling())
+    assert unsure is not None
+    assert (unsure.token, model.asked) == (99, 1)

@@ -17,7 +17,7 @@ import wisp.engines
 from wisp.cli import app
 from wisp.core.errors import ConfigError, ModelError
 from wisp.core.sampling import Sampling, gumbels, target_token
-from wisp.core.signals import Signal, signal
+from wisp.core.signals import STATISTICS, Signal, signal
 from wisp.engines.llama.draft import LlamaDraft
 from wisp.engines.llama.reference import reference_tokens
 from wisp.lab.traces import COLUMNS, OffPath, Trace, TraceSet
@@ -149,7 +149,7 @@ def _agrees(
     if proposal.token != token:
         assert values[COLUMNS.index("lead")] < NOISE
         return False
-    names = Signal.__struct_fields__
+    names = STATISTICS
     live = np.array([getattr(proposal.signal, name) for name in names])
     assert np.allclose(live, [values[COLUMNS.index(name)] for name in names], rtol=0.02, atol=0.01)
     return True
@@ -179,7 +179,7 @@ def check_off_paths(traces: TraceSet) -> None:
 def test_a_trace_gives_signals_as_policies_take_them(recorded: TraceSet) -> None:
     trace = recorded.traces[0]
     fields = dict(zip(trace.columns, map(float, trace.signals[3]), strict=True))
-    assert trace.signal(3) == Signal(**{name: fields[name] for name in Signal.__struct_fields__})
+    assert trace.signal(3) == Signal(**{name: fields[name] for name in STATISTICS})
 
 
 def test_the_header_says_where_a_trace_comes_from(recorded: TraceSet) -> None:
@@ -204,10 +204,7 @@ def test_statistics_are_what_they_say(temperature: float) -> None:
         p = np.sort(p / p.sum())[::-1]
         noisy = logits + temperature * gumbels(sampling.seed, position, np.arange(400))
         expected = {
-            **{
-                name: getattr(signal(logits, token, sampling, position), name)
-                for name in Signal.__struct_fields__
-            },
+            **{name: getattr(signal(logits, token, sampling, position), name) for name in STATISTICS},
             "second": p[1],
             "third": p[2],
             "collision": np.square(p).sum(),

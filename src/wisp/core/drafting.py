@@ -23,10 +23,14 @@ LONGEST = 16  # tokens in one draft, unless told otherwise
 
 
 class Odds(NamedTuple):
-    """A policy's judgement of one token: probability of acceptance, and the log odds it was made from."""
+    """A policy's judgement of one token: probability of acceptance, and the log odds it was made from.
+
+    counted: the token is an n-gram's (`Signal.counted`).
+    """
 
     p: float
     z: float
+    counted: bool = False
 
 
 class View(msgspec.Struct, frozen=True):
@@ -143,9 +147,17 @@ class Predicted(Confidence):
 class Judgement:
     """A predictor with the history it reads and, if there is one, a calibration that learns."""
 
-    def __init__(self, predictor: Predictor, calibration: Calibration | None, temperature: float) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        calibration: Calibration | None,
+        counts: Calibration | None,
+        temperature: float,
+    ) -> None:
+        """`counts` calibrates n-grams, of which the predictor knows nothing."""
         self.predictor = predictor
         self.calibration = calibration
+        self.counts = counts
         self.temperature = temperature
         self.recent = Mean(0.8, 0.1)
 
@@ -155,17 +167,22 @@ class Judgement:
         return float(self.predictor.about.get("threshold", 0.5))
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
-        """The predictor's odds, recalibrated."""
+        """The predictor's odds, recalibrated. An n-gram's are its own."""
+        if signal.counted:
+            confidence = min(max(signal.confidence, 0.01), 0.99)
+            z = math.log(confidence / (1.0 - confidence))
+            return Odds(self.counts.probability(z) if self.counts else confidence, z, True)
         z = self.predictor.logit(features(signal, len(p), self.recent.value, self.temperature))
         calibration = self.calibration
         return Odds(calibration.probability(z) if calibration else 1.0 / (1.0 + math.exp(-z)), z)
 
     def observe(self, odds: Sequence[Odds], accepted: int) -> None:
         """Learn from a verdict: successes, and the first failure if there was one."""
-        for i, (_, z) in enumerate(odds[: accepted + 1]):
+        for i, (_, z, counted) in enumerate(odds[: accepted + 1]):
             self.recent.add(1.0 if i < accepted else 0.0)
-            if self.calibration is not None:
-                self.calibration.learn(z, i < accepted)
+            calibration = self.counts if counted else self.calibration
+            if calibration is not None:
+                calibration.learn(z, i < accepted)
 
 
 class Gain:
@@ -273,6 +290,7 @@ class Policies:
         self.predictor = predictor
         self.server_mode = server_mode
         self.calibration = Calibration()
+        self.counts = Calibration()
         self.make()
 
     def make(self, temperature: float = 0.0) -> DraftingPolicy:
@@ -287,9 +305,9 @@ class Policies:
         if self.predictor is None:
             raise ConfigError(f"drafting policy {name} needs a predictor; train one with `wisp train`")
         if name == "predictor":
-            judgement = Judgement(self.predictor, None, temperature)
+            judgement = Judgement(self.predictor, None, None, temperature)
             return Predicted(judgement, self._number(argument, 0.0) or None)
-        judgement = Judgement(self.predictor, self.calibration, temperature)
+        judgement = Judgement(self.predictor, self.calibration, self.counts, temperature)
         return Gain(judgement, int(self._number(argument, LONGEST)), server_mode=self.server_mode)
 
     def _number(self, argument: str, default: float) -> float:

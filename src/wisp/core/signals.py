@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from wisp.core.sampling import Sampling, gumbels
 
+STATISTICS = ("confidence", "entropy", "margin", "spread", "lead")  # fields of Signal that are numbers
 _NEAR = 10.0  # in units of the temperature
 _GREEDY = Sampling()
 
@@ -20,6 +21,7 @@ class Signal(msgspec.Struct, frozen=True, array_like=True):
     margin:     probability of the likeliest id minus that of the second
     spread:     standard deviation of the logits
     lead:       by how much the proposal beat the next best, logits; see `lead`
+    counted:    an n-gram's: only `confidence` means anything, and it comes from counts
     """
 
     confidence: float = 0.0
@@ -27,6 +29,7 @@ class Signal(msgspec.Struct, frozen=True, array_like=True):
     margin: float = 0.0
     spread: float = 0.0
     lead: float = 0.0
+    counted: bool = False
 
 
 def signal(

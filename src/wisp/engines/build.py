@@ -74,7 +74,7 @@ def load_drafter(
 ) -> tuple[DraftEngine | None, str]:
     """The draft engine, and its vocabulary's fingerprint ("" where it has none of its own).
 
-    `name`: a model as `resolve` takes it, "ngram", or "none" (then the engine is None).
+    `name`: a model as `resolve` takes it, "ngram", "ngram+MODEL", or "none" (then the engine is None).
     """
     if name == "none":
         return None, ""
@@ -82,6 +82,15 @@ def load_drafter(
         from wisp.engines.ngram import NgramDraft
 
         return NgramDraft(), ""
+    if name.startswith("ngram+"):
+        from wisp.engines.both import NgramThenModel
+        from wisp.engines.ngram import NgramDraft
+
+        rest = name.removeprefix("ngram+")
+        model, fingerprint = load_drafter(rest, threads=threads, offline=offline, progress=progress)
+        if model is None or not fingerprint:
+            raise ConfigError(f"--draft {name}: what follows ngram+ must be a model")
+        return NgramThenModel(NgramDraft(), model), fingerprint
     from wisp.engines.llama.draft import LlamaDraft
     from wisp.engines.llama.tokenizer import LlamaTokenizer
 

@@ -7,7 +7,6 @@ a model, and does well where text is copied: summaries, edits, code.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -90,9 +89,8 @@ class NgramDraft:
     ) -> Proposal | None:
         """The token after the most recent match (see DraftEngine.propose), or None where there is no match.
 
-        The signal's numbers are guesses of the same kind as a model's. confidence: (a + m/2) / (k + m/2 + 1),
-        where m tokens match, and a of the last k followers are the token proposed; entropy and margin: of a coin
-        with that confidence; spread: m.
+        Of the signal only the confidence means something: (a + m/2) / (k + m/2 + 1), where m tokens match, and a
+        of the last k followers are the token proposed.
         """
         history = self._histories.get(session)
         if history is None:
@@ -105,8 +103,7 @@ class NgramDraft:
         agreeing = sum(history.tokens[i] == token for i in followers)
         match = history.match_length(followers[0])
         p = (agreeing + match / 2) / (len(followers) + match / 2 + 1)
-        entropy = -p * math.log(p) - (1 - p) * math.log1p(-p)
-        return Proposal(token, Signal(p, entropy, abs(2 * p - 1), float(match)))
+        return Proposal(token, Signal(confidence=p, counted=True))
 
     def forget(self, session: str) -> None:
         self._histories.pop(session, None)

@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from wisp.core.errors import ConfigError
 from wisp.core.sampling import Sampling
-from wisp.core.signals import Signal
+from wisp.core.signals import STATISTICS, Signal
 from wisp.lab.traces.prompts import SPLITS
 
 FORMAT = "wisp.trace.v1"
@@ -165,7 +165,8 @@ def trace_folder(path: Path) -> Path:
 def as_signal(columns: Sequence[str], values: Signals) -> Signal:
     """The fields of `Signal` among `values` (shape [columns])."""
     known = {name: float(value) for name, value in zip(columns, values, strict=True)}
-    return Signal(**{name: known[name] for name in Signal.__struct_fields__ if name in known})
+    confidence, entropy, margin, spread, lead = (known.get(name, 0.0) for name in STATISTICS)
+    return Signal(confidence, entropy, margin, spread, lead)
 
 
 def rounded(values: Signals) -> Signals:

@@ -1,0 +1,41 @@
+"""N-grams before a model: where the text repeats itself, its own history is surer than a small model, and free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from wisp.core.sampling import Sampling
+from wisp.engines.base import DraftEngine, Proposal
+
+SURE = 0.8  # confidence from which an n-gram is believed; a match of several tokens whose followers agree
+
+
+class NgramThenModel:
+    """DraftEngine of two: the n-gram's proposal where it is sure, otherwise the model's.
+
+    The model's KV catches up by itself, several tokens in one call, when it is asked again.
+    """
+
+    def __init__(self, ngram: DraftEngine, model: DraftEngine) -> None:
+        self.ngram = ngram
+        self.model = model
+        self.name = f"ngram+{model.name}"
+
+    def propose(
+        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+    ) -> Proposal | None:
+        """See DraftEngine.propose."""
+        known = self.ngram.propose(session, context, position, sampling)
+        if known is not None and known.signal.confidence >= SURE:
+            return known
+        return self.model.propose(session, context, position, sampling)
+
+    def forget(self, session: str) -> None:
+        """Both forget."""
+        self.ngram.forget(session)
+        self.model.forget(session)
+
+    def close(self) -> None:
+        """Both close."""
+        self.ngram.close()
+        self.model.close()
