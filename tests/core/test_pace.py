@@ -85,9 +85,7 @@ def test_best_speed_is_that_of_the_best_fixed_length(
     draft_ms: float, acceptance: float, longest: int
 ) -> None:
     pace = measured(draft_ms, 60.0, 2.0, acceptance)
-    brute = max(
-        expected_tokens(acceptance, k) / (k * draft_ms + 60.0 + 2.0 * k) for k in range(longest + 1)
-    )
+    brute = max(expected_tokens(acceptance, k) / (k * draft_ms + 60.0 + 2.0 * k) for k in range(longest + 1))
     assert pace.best_speed(longest) == pytest.approx(brute, rel=0.03)
 
 

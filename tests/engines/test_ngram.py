@@ -90,7 +90,9 @@ def test_before_a_model_it_is_believed_where_it_is_sure() -> None:
         name = "model"
         asked = 0
 
-        def propose(self, session: str, context: Sequence[int], position: int, sampling: Sampling) -> Proposal:
+        def propose(
+            self, session: str, context: Sequence[int], position: int, sampling: Sampling
+        ) -> Proposal:
             self.asked += 1
             return Proposal(99, Signal(confidence=0.5))
 

@@ -203,11 +203,7 @@ class Drafter:
         if settled:
             self._began_ms = now_ms
             return deliver + self._start_round(now_ms)
-        if (
-            self.phase is Phase.SERVED
-            and self.policy is not None
-            and not self.policy.serve(self._view(now_ms))
-        ):
+        if self.phase is Phase.SERVED and self.policy is not None:
             return deliver + self._start_round(now_ms)
         return deliver
 
@@ -241,7 +237,10 @@ class Drafter:
         if self.serve and self.phase is Phase.IN_FLIGHT:  # the verifier has taken over, as it was asked to
             self.phase = Phase.SERVED
             return []
-        self.serve = self.policy.serve(self._view(now_ms))
+        better_served = self.policy.serve(self._view(now_ms))
+        if better_served and self.phase is Phase.SERVED:
+            return []
+        self.serve = better_served
         self.phase = Phase.DRAFTING
         self._dry = False
         return [self._send(now_ms, 0)] if self.serve else self._go_on(now_ms)

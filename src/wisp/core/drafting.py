@@ -15,11 +15,12 @@ import msgspec
 
 from wisp.core.errors import ConfigError
 from wisp.core.pace import Mean, Pace
-from wisp.core.predictor import Calibration, Predictor, features
+from wisp.core.predictor import Calibration, Predictor, features, sigmoid
 from wisp.core.signals import Signal
 
 STOPPING_IN_TIME = 1.1  # how much `gain` is faster than the best fixed length: 1.2 on average in replays
 LONGEST = 16  # tokens in one draft, unless told otherwise
+MOST = 64  # tokens in one draft that can be asked for
 
 
 class Odds(NamedTuple):
@@ -99,8 +100,6 @@ class Fixed(Plain):
     """SLED's policy: always k tokens."""
 
     def __init__(self, k: int) -> None:
-        if not 1 <= k <= 64:
-            raise ConfigError(f"fixed:{k}: a draft has 1 to 64 tokens, e.g. fixed:4")
         self.k = k
 
     def more(self, view: View) -> bool:
@@ -114,10 +113,6 @@ class Confidence(Plain):
     """SLED's other reading: stop at the first token that the drafter gives less than `least`, and leave it out."""
 
     def __init__(self, least: float, longest: int = LONGEST) -> None:
-        if not 0.0 < least < 1.0:
-            raise ConfigError(
-                f"confidence:{least:g}: give a probability between 0 and 1, e.g. confidence:0.4"
-            )
         self.least = least
         self.longest = longest
 
@@ -174,7 +169,7 @@ class Judgement:
             return Odds(self.counts.probability(z) if self.counts else confidence, z, True)
         z = self.predictor.logit(features(signal, len(p), self.recent.value, self.temperature))
         calibration = self.calibration
-        return Odds(calibration.probability(z) if calibration else 1.0 / (1.0 + math.exp(-z)), z)
+        return Odds(calibration.probability(z) if calibration else sigmoid(z), z)
 
     def observe(self, odds: Sequence[Odds], accepted: int) -> None:
         """Learn from a verdict: successes, and the first failure if there was one."""
@@ -268,6 +263,8 @@ class Ahead(msgspec.Struct, frozen=True):
             return True  # the prompt is being read: that takes the target longer than a draft step
         left = max(0.0, view.sent_ms + pace.wait_ms(view.sent) - view.now_ms) + 0.25 * pace.wait.deviation
         late, wrong_late = max(0.0, steps * d - left), max(0.0, d - left)
+        if late <= 0.0:
+            return True
         # If the guess is right, a token costs `late` instead of a whole draft step, if it is drafted at all then;
         # if it is wrong, a fresh start has to wait for the step that is running.
         speed = pace.speed(self.longest)
@@ -299,19 +296,31 @@ class Policies:
         if name not in POLICIES:
             raise ConfigError(f"unknown drafting policy {self.spec!r}; choose one of: {', '.join(POLICIES)}")
         if name == "fixed":
-            return Fixed(int(self._number(argument, 4)))
+            return Fixed(self._tokens(argument, 4))
         if name == "confidence":
-            return Confidence(self._number(argument, 0.4))
+            return Confidence(self._probability(argument) or 0.4)
         if self.predictor is None:
             raise ConfigError(f"drafting policy {name} needs a predictor; train one with `wisp train`")
         if name == "predictor":
             judgement = Judgement(self.predictor, None, None, temperature)
-            return Predicted(judgement, self._number(argument, 0.0) or None)
+            return Predicted(judgement, self._probability(argument))
         judgement = Judgement(self.predictor, self.calibration, self.counts, temperature)
-        return Gain(judgement, int(self._number(argument, LONGEST)), server_mode=self.server_mode)
+        return Gain(judgement, self._tokens(argument, LONGEST), server_mode=self.server_mode)
 
-    def _number(self, argument: str, default: float) -> float:
+    def _tokens(self, argument: str, default: int) -> int:
+        if not argument:
+            return default
+        if not argument.isdecimal() or not 1 <= int(argument) <= MOST:
+            raise ConfigError(f"drafting policy {self.spec!r}: a draft has 1 to {MOST} tokens, e.g. fixed:4")
+        return int(argument)
+
+    def _probability(self, argument: str) -> float | None:
+        if not argument:
+            return None
         try:
-            return float(argument) if argument else default
+            value = float(argument)
         except ValueError:
-            raise ConfigError(f"drafting policy {self.spec!r}: {argument!r} is not a number") from None
+            value = math.nan
+        if not 0.0 < value < 1.0:
+            raise ConfigError(f"drafting policy {self.spec!r}: give a probability, e.g. confidence:0.4")
+        return value

@@ -100,9 +100,13 @@ class Predictor:
         }
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Predictor:
+    def from_dict(cls, data: Any) -> Predictor:
         """The inverse of `to_dict`. Raises ConfigError for another version or other features."""
-        if data.get("version") != VERSION or tuple(data.get("features", ())) != FEATURES:
+        if (
+            not isinstance(data, dict)
+            or data.get("version") != VERSION
+            or tuple(data.get("features", ())) != FEATURES
+        ):
             raise ConfigError("this predictor was trained for another release; run `wisp train` again")
         try:
             return cls(data["mean"], data["scale"], [(w, b) for w, b in data["layers"]], data.get("about"))
@@ -123,7 +127,7 @@ class Calibration:
 
     def probability(self, z: float) -> float:
         """Calibrated probability for a logit of the model."""
-        return _sigmoid(self.a * z + self.b)
+        return sigmoid(self.a * z + self.b)
 
     def learn(self, z: float, accepted: bool) -> None:
         """One observed outcome: a Newton step of the log posterior."""
@@ -144,7 +148,8 @@ class Calibration:
         self.a = min(max(self.a, 0.2), 3.0)
 
 
-def _sigmoid(x: float) -> float:
+def sigmoid(x: float) -> float:
+    """1 / (1 + e^-x), without overflow."""
     if x >= 0:
         return 1.0 / (1.0 + math.exp(-x))
     e = math.exp(x)

@@ -133,7 +133,7 @@ class _Generation:
             else:
                 raise AssertionError("nothing will ever happen")
         tally.tokens += len(drafter.committed)
-        tally.ahead_wasted_ms += drafter.wasted * self.bench.device.draft_ms()
+        tally.ahead_wasted_ms += drafter.wasted * self._draft_ms()
         return drafter.pace
 
     def _carry_out(self, actions: list[Action]) -> None:
@@ -151,7 +151,7 @@ class _Generation:
         for action in actions:
             if isinstance(action, Committed):
                 tally.accepted += action.accepted
-                tally.wasted_ms += max(0, action.drafted - action.accepted - 1) * self.bench.device.draft_ms()
+                tally.wasted_ms += max(0, action.drafted - action.accepted - 1) * self._draft_ms()
                 tally.rounds.append(Round(base, action.drafted, action.accepted, self.now))
                 if math.isnan(self.first_at):
                     self.first_at = self.now
@@ -161,8 +161,12 @@ class _Generation:
                     tally.time_ms += self.now - self.first_at
         self._carry_out(actions)
 
+    def _draft_ms(self) -> float:
+        """A draft step, as warm as the device is by now."""
+        return self.bench.device.draft_ms(self.tally.drafting_ms / 1e3)
+
     def _propose(self) -> None:
-        took = self.bench.device.draft_ms(self.tally.drafting_ms / 1e3)
+        took = self._draft_ms()
         self.tally.drafting_ms += took
         token, signal = self._recorded()
         self.now += took

@@ -1,0 +1,475 @@
+"""The drafter by itself: hand-made verdicts and refusals in, messages out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from wisp.core.drafter import MAX_REOPENINGS, REOPEN, Action, Drafter, Phase, Reopen, Task
+from wisp.core.drafting import Ahead, DraftingPolicy, Fixed, Odds, View
+from wisp.core.errors import ProtocolError, RequestError
+from wisp.core.messages import Draft, Open, Refused, Verdict
+from wisp.core.sampling import Sampling
+from wisp.core.signals import Signal
+from wisp.core.work import Committed
+
+EOS = 99
+PROMPT = [50, 51]
+
+
+class Always(Ahead, frozen=True):
+    """Drafts ahead at any price."""
+
+    def worth(self, view: View) -> bool:
+        return True
+
+
+class Scripted(Fixed):
+    """Fixed, in server mode as told; remembers what it was taught."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__(k)
+        self.serving = False
+        self.observed: list[tuple[int, int]] = []
+
+    def serve(self, view: View) -> bool:
+        return self.serving
+
+    def observe(self, odds: Iterable[Odds], accepted: int) -> None:
+        self.observed.append((len(list(odds)), accepted))
+
+
+def drafter(
+    policy: DraftingPolicy | None,
+    *,
+    max_tokens: int = 40,
+    ahead: Ahead | None = None,
+    ignore_eos: bool = False,
+) -> Drafter:
+    task = Task(PROMPT, Sampling(), max_tokens, ignore_eos=ignore_eos)
+    return Drafter("s", task, policy, frozenset({EOS}), ahead=ahead)
+
+
+def opened(
+    policy: DraftingPolicy, *, max_draft: int = 16, max_tokens: int = 40, ahead: Ahead | None = None
+) -> Drafter:
+    """The prompt is read and the first token, 10, is committed: drafting begins."""
+    made = drafter(policy, max_tokens=max_tokens, ahead=ahead)
+    made.connected(0.0, max_draft)
+    actions = made.verdict(100.0, Verdict("s", 0, 0, 0, [10]))
+    assert actions == [Committed([10])]
+    assert made.phase is Phase.DRAFTING
+    return made
+
+
+def propose(made: Drafter, *tokens: int | None) -> list[Action]:
+    """The draft engine's tokens, while it is asked for any."""
+    actions: list[Action] = []
+    for token in tokens:
+        assert made.wants_token(0.0)
+        actions += made.proposed(110.0, token, Signal(0.9), 5.0)
+    return actions
+
+
+def only_draft(actions: list[Action]) -> Draft:
+    (found,) = [a for a in actions if isinstance(a, Draft)]
+    return found
+
+
+# --- a round
+
+
+def test_a_round_from_prompt_to_correction() -> None:
+    policy = Scripted(3)
+    made = opened(policy)
+    assert made.context() == [50, 51, 10]
+    sent = only_draft(propose(made, 11, 12, 13))
+    assert (sent.round, sent.base, sent.tokens, sent.serve) == (1, 1, [11, 12, 13], False)
+    assert not made.wants_token(0.0)
+    actions = made.verdict(200.0, Verdict("s", 1, 1, 1, [11, 20]))
+    assert actions == [Committed([11, 20], drafted=3, accepted=1, from_draft=1)]
+    assert made.committed == [10, 11, 20]
+    assert policy.observed[-1] == (2, 1)  # 13 was never looked at
+    assert made.context() == [50, 51, 10, 11, 20]
+
+
+def test_a_draft_accepted_whole_teaches_successes_only() -> None:
+    policy = Scripted(2)
+    made = opened(policy)
+    propose(made, 11, 12)
+    made.verdict(200.0, Verdict("s", 1, 1, 2, [11, 12, 13]))
+    assert policy.observed[-1] == (2, 2)
+    assert made.committed == [10, 11, 12, 13]
+
+
+def test_an_engine_with_nothing_to_propose_sends_what_there_is() -> None:
+    made = opened(Fixed(4))
+    assert only_draft(propose(made, 11, None)).tokens == [11]
+    made.verdict(200.0, Verdict("s", 1, 1, 1, [11, 12]))
+    assert only_draft(propose(made, None)).tokens == []
+
+
+def test_the_time_from_sending_to_arrival_is_what_was_waited() -> None:
+    made = opened(Fixed(1))
+    propose(made, 11)  # sent at 110
+    made.verdict(180.0, Verdict("s", 1, 1, 1, [11, 12]), 150.0)  # read late: a draft step was running
+    assert made.pace.wait.value == 40.0
+
+
+# --- drafting ahead
+
+
+def test_an_agreeing_verdict_leaves_what_was_drafted_ahead_ready() -> None:
+    made = opened(Fixed(2), ahead=Always())
+    propose(made, 11, 12)
+    propose(made, 13, 14, 15)
+    actions = made.verdict(200.0, Verdict("s", 1, 1, 2, [11, 12, 13]))
+    sent = only_draft(actions)  # at once
+    assert (sent.base, sent.tokens) == (4, [14, 15])
+    assert made.wasted == 0
+    assert made.phase is Phase.IN_FLIGHT
+
+
+def test_too_few_drafted_ahead_are_completed_first() -> None:
+    made = opened(Fixed(3), ahead=Always())
+    propose(made, 11, 12, 13)
+    propose(made, 14, 15)
+    actions = made.verdict(200.0, Verdict("s", 1, 1, 3, [11, 12, 13, 14]))
+    assert not any(isinstance(a, Draft) for a in actions)
+    assert made.context()[-1] == 15
+    assert only_draft(propose(made, 16, 17)).tokens == [15, 16, 17]
+
+
+@pytest.mark.parametrize(
+    ("accepted", "tokens"), [(0, [20]), (1, [11, 20]), (2, [11, 12, 20])], ids=["first", "last", "bonus"]
+)
+def test_a_disagreeing_verdict_clears_what_was_drafted_ahead(accepted: int, tokens: list[int]) -> None:
+    made = opened(Fixed(2), ahead=Always())
+    propose(made, 11, 12)
+    propose(made, 13, 14, 15)
+    actions = made.verdict(200.0, Verdict("s", 1, 1, accepted, tokens))
+    assert not any(isinstance(a, Draft) for a in actions)
+    assert made.wasted == 3
+    assert made.context() == [*PROMPT, 10, *tokens]
+    assert only_draft(propose(made, 30, 31)).tokens == [30, 31]
+
+
+def test_drafting_ahead_begins_with_the_prompt() -> None:
+    made = drafter(Fixed(2), ahead=Always())
+    made.connected(0.0, 16)
+    assert propose(made, 10, 11, 12) == []
+    sent = only_draft(made.verdict(100.0, Verdict("s", 0, 0, 0, [10])))
+    assert (sent.base, sent.tokens) == (1, [11, 12])
+
+
+def test_the_next_guess_is_judged_by_the_bonus_token() -> None:
+    policy = Scripted(2)
+    made = opened(policy, ahead=Always())
+    propose(made, 11, 12)
+    propose(made, 13, 14)
+    made.verdict(200.0, Verdict("s", 1, 1, 2, [11, 12, 20]))
+    assert policy.observed[-1] == (3, 2)
+
+
+def test_without_ahead_nothing_is_drafted_in_flight() -> None:
+    made = opened(Fixed(2))
+    propose(made, 11, 12)
+    assert not made.wants_token(1e6)
+
+
+# --- ends
+
+
+def test_nothing_is_drafted_after_an_end_of_sequence() -> None:
+    made = opened(Fixed(8), ahead=Always())
+    assert only_draft(propose(made, 11, EOS)).tokens == [11, EOS]
+    assert not made.wants_token(0.0)
+    (last,) = made.verdict(200.0, Verdict("s", 1, 1, 2, [11, EOS], "stop"))
+    assert isinstance(last, Committed)
+    assert (last.tokens, last.finish, last.from_draft) == ([11, EOS], "stop", 2)
+    assert made.phase is Phase.DONE
+    assert made.verdict(201.0, Verdict("s", 1, 1, 2, [11, EOS], "stop")) == []
+    assert made.connected(300.0, 16) == []
+
+
+def test_an_end_of_sequence_is_a_token_like_any_other_if_it_is_to_be_ignored() -> None:
+    made = drafter(Fixed(3), ignore_eos=True)
+    made.connected(0.0, 16)
+    made.verdict(100.0, Verdict("s", 0, 0, 0, [10]))
+    assert only_draft(propose(made, 11, EOS, 13)).tokens == [11, EOS, 13]
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("max_tokens", [2, 3, 5, 9])
+def test_no_draft_reaches_beyond_max_tokens(k: int, max_tokens: int) -> None:
+    """The last token of all is the target's own."""
+    made = drafter(Fixed(k), max_tokens=max_tokens, ahead=Always())
+    actions = made.connected(0.0, 16)
+    for _ in range(40):
+        while made.wants_token(0.0):
+            actions = made.proposed(0.0, 10 + made.position, Signal(0.9), 1.0)
+            assert len(made.committed) + len(made.chain) <= max_tokens - 1
+            if actions:
+                break
+        sent = [a for a in actions if isinstance(a, Draft)]
+        if sent:
+            assert len(sent[0].tokens) <= max_tokens - len(made.committed) - 1
+        base, draft = len(made.committed), made.chain[: made.sent]
+        tokens = [*draft, 10 + base + len(draft)]
+        finish = "length" if base + len(tokens) == max_tokens else ""
+        actions = made.verdict(0.0, Verdict("s", made._round, base, len(draft), tokens, finish))
+        if finish:
+            break
+    assert made.committed == list(range(10, 10 + max_tokens))
+    assert made.phase is Phase.DONE
+
+
+def test_no_draft_is_longer_than_the_verifier_takes() -> None:
+    made = opened(Fixed(8), max_draft=3, ahead=Always())
+    assert only_draft(propose(made, 11, 12, 13)).tokens == [11, 12, 13]
+    propose(made, 14, 15, 16, 17, 18)
+    sent = only_draft(made.verdict(200.0, Verdict("s", 1, 1, 3, [11, 12, 13, 14])))
+    assert sent.tokens == [15, 16, 17]
+
+
+# --- broken connections
+
+
+def test_a_draft_in_flight_that_is_lost_rides_along() -> None:
+    made = opened(Fixed(2), ahead=Always())
+    propose(made, 11, 12)
+    propose(made, 13)
+    made.lost()
+    assert not made.wants_token(0.0)
+    assert made.proposed(0.0, 14, Signal()) == []  # the step that was running comes too late
+    (again,) = made.connected(500.0, 16)
+    assert isinstance(again, Open)
+    assert (again.epoch, again.committed, again.draft) == (1, [10], [11, 12])
+    assert again.prompt == PROMPT
+    sent = only_draft(
+        [*made.verdict(600.0, Verdict("s", again.round, 1, 2, [11, 12, 13])), *propose(made, 14, 15)]
+    )
+    assert (sent.base, sent.tokens) == (4, [14, 15])
+
+
+def test_a_draft_in_the_making_rides_along() -> None:
+    made = opened(Fixed(4))
+    propose(made, 11, 12)
+    made.lost()
+    (again,) = made.connected(500.0, 16)
+    assert isinstance(again, Open)
+    assert again.draft == [11, 12]
+
+
+def test_another_verifier_may_take_shorter_drafts() -> None:
+    made = opened(Fixed(4))
+    propose(made, 11, 12, 13, 14)
+    made.lost()
+    (again,) = made.connected(500.0, 2)
+    assert isinstance(again, Open)
+    assert again.draft == [11, 12]
+    made.verdict(600.0, Verdict("s", again.round, 1, 2, [11, 12, 13]))
+    assert made.committed == [10, 11, 12, 13]
+    assert made.context()[-1] == 14  # still guessed
+
+
+def test_an_old_verdict_after_reopening_settles_nothing() -> None:
+    made = opened(Fixed(2))
+    propose(made, 11, 12)
+    made.lost()
+    made.connected(500.0, 16)
+    made.verdict(510.0, Verdict("s", 1, 1, 2, [11, 12, 13]))
+    assert made.committed == [10, 11, 12, 13]
+    assert made.phase is Phase.IN_FLIGHT
+    (settled,) = [
+        a for a in made.verdict(520.0, Verdict("s", 2, 1, 2, [11, 12, 13])) if isinstance(a, Committed)
+    ]
+    assert settled.tokens == []
+    assert made.committed == [10, 11, 12, 13]
+    assert made.phase is Phase.DRAFTING
+
+
+# --- server mode
+
+
+def test_hand_over_to_the_verifier_and_back() -> None:
+    policy = Scripted(2)
+    made = opened(policy)
+    propose(made, 11, 12)
+    policy.serving = True
+    asked = only_draft(made.verdict(200.0, Verdict("s", 1, 1, 0, [20])))
+    assert (asked.serve, asked.tokens, asked.base) == (True, [], 2)
+    assert not made.wants_token(0.0)
+    made.verdict(210.0, Verdict("s", 2, 2, 0, [21]))
+    assert made.phase is Phase.SERVED
+    for i in range(22, 28):
+        assert made.verdict(220.0 + i, Verdict("s", 2, i - 19, 0, [i])) == [Committed([i])]
+        assert not made.wants_token(0.0)
+    policy.serving = False
+    made.verdict(260.0, Verdict("s", 2, 9, 0, [28]))
+    assert made.wants_token(0.0)
+    back = only_draft(propose(made, 29, 30))
+    assert (back.serve, back.base, back.tokens) == (False, 10, [29, 30])
+    assert made.committed == [10, *range(20, 29)]
+
+
+def test_what_the_verifier_does_by_itself_is_measured_for_the_way_back() -> None:
+    policy = Scripted(2)
+    policy.serving = True
+    made = drafter(policy)
+    made.connected(0.0, 16)
+    made.verdict(100.0, Verdict("s", 0, 0, 0, [10]))
+    made.verdict(150.0, Verdict("s", 1, 1, 0, [11]))
+    for i in range(6):
+        made.verdict(170.0 + 20.0 * i, Verdict("s", 1, 2 + i, 0, [12 + i]))
+    assert made.pace.serve_ms == pytest.approx(20.0)
+
+
+def served_then_drafting() -> Drafter:
+    policy = Scripted(2)
+    policy.serving = True
+    made = drafter(policy, ahead=Always())
+    made.connected(0.0, 16)
+    made.verdict(100.0, Verdict("s", 0, 0, 0, [10]))
+    made.verdict(110.0, Verdict("s", 1, 1, 0, [11]))
+    policy.serving = False
+    made.verdict(120.0, Verdict("s", 1, 2, 0, [12]))
+    return made
+
+
+def test_tokens_still_served_shorten_a_draft_that_agrees() -> None:
+    made = served_then_drafting()
+    assert propose(made, 13) == []
+    assert made.verdict(130.0, Verdict("s", 1, 3, 0, [13])) == [Committed([13])]
+    assert made.context()[-1] == 13
+    sent = only_draft(propose(made, 14, 15))
+    assert (sent.base, sent.tokens) == (4, [14, 15])
+    made.verdict(140.0, Verdict("s", 1, 4, 0, [14]))  # crossed the draft on its way
+    assert (made.chain, made.sent) == ([15], 1)
+    (settled, *_) = made.verdict(150.0, Verdict("s", 2, 4, 2, [14, 15, 16]))
+    assert settled == Committed([15, 16], drafted=2, accepted=2, from_draft=1)
+    assert made.committed == [10, 11, 12, 13, 14, 15, 16]
+
+
+def test_tokens_still_served_clear_a_draft_that_disagrees() -> None:
+    made = served_then_drafting()
+    sent = only_draft(propose(made, 13, 14))
+    propose(made, 15, 16)
+    made.verdict(140.0, Verdict("s", 1, 3, 0, [30]))
+    assert made.chain == []
+    assert made.wasted == 2
+    made.verdict(150.0, Verdict("s", sent.round, 3, 0, [30]))
+    assert made.committed == [10, 11, 12, 30]
+    assert made.phase is Phase.DRAFTING
+
+
+def test_without_a_policy_the_verifier_decodes_from_the_start() -> None:
+    made = drafter(None, ahead=Always())
+    (first,) = made.connected(0.0, 16)
+    assert isinstance(first, Open)
+    assert first.serve
+    for i in range(3):
+        assert made.verdict(i, Verdict("s", 0, i, 0, [10 + i])) == [Committed([10 + i])]
+        assert not made.wants_token(0.0)
+    made.lost()
+    (again,) = made.connected(9.0, 16)
+    assert isinstance(again, Open)
+    assert (again.serve, again.committed) == (True, [10, 11, 12])
+    (last,) = made.verdict(10.0, Verdict("s", 1, 3, 0, [13], "length"))
+    assert isinstance(last, Committed)
+    assert last.finish == "length"
+
+
+# --- verifiers that err or refuse
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        Verdict("s", 1, 0, 0, [77, 78]),  # another first token than before
+        Verdict("s", 1, 5, 0, [20]),  # tokens that nobody has seen come before it
+    ],
+    ids=["contradiction", "gap"],
+)
+def test_a_verdict_that_contradicts_what_stands_is_refused(verdict: Verdict) -> None:
+    made = opened(Fixed(2))
+    propose(made, 11, 12)
+    with pytest.raises(ProtocolError) as error:
+        made.verdict(200.0, verdict)
+    assert error.value.code == "conflict"
+    assert made.committed == [10]
+    (again,) = made.connected(300.0, 16)
+    assert isinstance(again, Open)
+    assert again.committed == [10]
+
+
+@pytest.mark.parametrize("code", sorted(REOPEN))
+@pytest.mark.parametrize("after_s", [0.0, 2.5])
+def test_some_refusals_are_mended_by_opening_again(code: str, after_s: float) -> None:
+    made = opened(Fixed(2))
+    propose(made, 11, 12)
+    assert made.refused(Refused("s", code, "…", after_s)) == [Reopen(after_s)]
+    assert made.phase is Phase.DETACHED
+    (again,) = made.connected(300.0, 16)
+    assert isinstance(again, Open)
+    assert (again.committed, again.draft) == ([10], [11, 12])
+
+
+def test_opening_again_without_getting_anywhere_ends() -> None:
+    made = opened(Fixed(2))
+    for _ in range(MAX_REOPENINGS):
+        made.refused(Refused("s", "engine_error", "out of luck"))
+        made.connected(300.0, 16)
+    with pytest.raises(RequestError, match="out of luck") as error:
+        made.refused(Refused("s", "engine_error", "out of luck"))
+    assert error.value.status == 502
+    assert made.phase is Phase.DONE
+
+
+def test_a_new_token_gives_new_credit() -> None:
+    made = opened(Fixed(2))
+    for i in range(3 * MAX_REOPENINGS):
+        assert made.refused(Refused("s", "engine_error", "")) == [Reopen(0.0)]
+        (again,) = made.connected(300.0, 16)
+        assert isinstance(again, Open)
+        made.verdict(310.0, Verdict("s", again.round, 1 + i, 0, [20 + i]))
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind"),
+    [
+        ("overloaded", 429, "server_error"),
+        ("rate_limit_exceeded", 429, "rate_limit_error"),
+        ("shutting_down", 503, "server_error"),
+        ("context_length_exceeded", 400, "invalid_request_error"),
+        ("malformed", 502, "server_error"),
+        ("unauthorized", 502, "server_error"),
+    ],
+)
+def test_refused_before_the_first_token(code: str, status: int, kind: str) -> None:
+    made = drafter(Fixed(2))
+    made.connected(0.0, 16)
+    with pytest.raises(RequestError, match="because") as error:
+        made.refused(Refused("s", code, "because", 7.0))
+    assert (error.value.status, error.value.type, error.value.code) == (status, kind, code)
+    assert error.value.retry_after == (7.0 if status in (429, 503) else None)
+    assert made.phase is Phase.DONE
+
+
+def test_a_busy_verifier_that_names_no_time_is_left_alone_for_a_second() -> None:
+    made = drafter(Fixed(2))
+    made.connected(0.0, 16)
+    with pytest.raises(RequestError) as error:
+        made.refused(Refused("s", "overloaded", "full"))
+    assert error.value.retry_after == 1.0
+
+
+@pytest.mark.parametrize("code", ["overloaded", "rate_limit_exceeded", "shutting_down"])
+def test_a_text_that_has_begun_insists(code: str) -> None:
+    made = opened(Fixed(2))
+    for after_s, waits in ((0.0, 0.1), (3.0, 3.0)) * MAX_REOPENINGS:
+        assert made.refused(Refused("s", code, "full", after_s)) == [Reopen(waits)]
+        (again,) = made.connected(300.0, 16)
+        assert isinstance(again, Open)
+        assert again.committed == [10]
