@@ -8,6 +8,7 @@ from toy import EOS, N_VOCAB, ToyEngine
 
 from wisp.core.admission import Admission, KeyLimits
 from wisp.core.batching import batching_policy
+from wisp.core.events import EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
 from wisp.core.messages import (
     FromCloud,
     Message,
@@ -18,18 +19,7 @@ from wisp.core.messages import (
     encode,
 )
 from wisp.core.sampling import Sampling
-from wisp.core.verifier import (
-    EdgeLost,
-    FromEdge,
-    InEvent,
-    Limits,
-    Run,
-    Send,
-    StepDone,
-    Tick,
-    Verifier,
-    WakeAt,
-)
+from wisp.core.verifier import Verifier
 
 SAMPLING = Sampling(seed=3)
 

@@ -9,9 +9,10 @@ from toy import EOS, N_VOCAB, toy_text
 
 from wisp.core.admission import Admission, KeyLimits
 from wisp.core.batching import Kind, batching_policy
+from wisp.core.events import InEvent, Run, Send
 from wisp.core.messages import Cancel, Draft, Open
 from wisp.core.session import TRANSITIONS, Event, State
-from wisp.core.verifier import InEvent, Run, Send, Verifier
+from wisp.core.verifier import Verifier
 from wisp.core.work import Copy
 
 ID = "session-1"

@@ -8,8 +8,9 @@ import pytest
 from wisp.core.admission import Admission
 from wisp.core.batching import batching_policy
 from wisp.core.errors import ProtocolError
+from wisp.core.events import FromEdge, Limits, Run, StepDone, Tick
 from wisp.core.messages import Cancel, decode_from_edge, encode
-from wisp.core.verifier import FromEdge, Limits, Run, StepDone, Tick, Verifier
+from wisp.core.verifier import Verifier
 from wisp.engines.null import NullTarget
 from wisp.lab import overhead
 

@@ -10,9 +10,10 @@ from harness import Fleet, Peer
 from wisp.cloud.host import read_events
 from wisp.core.admission import Admission
 from wisp.core.batching import batching_policy
+from wisp.core.events import FromEdge, Limits, Run, Send, StepDone
 from wisp.core.messages import Cancel, Draft, Verdict
 from wisp.core.sampling import Sampling
-from wisp.core.verifier import FromEdge, Limits, Run, Send, StepDone, Verifier
+from wisp.core.verifier import Verifier
 from wisp.engines.null import NullTarget, null_token
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from wisp.core.verifier import Run, StepDone
+from wisp.core.events import Run, StepDone
 from wisp.engines.base import TargetEngine
 
 log = logging.getLogger("wisp.engine")

@@ -17,21 +17,11 @@ from wisp.cloud.engine_thread import EngineThread
 from wisp.cloud.metrics import Metrics
 from wisp.core.admission import Admission
 from wisp.core.batching import batching_policy
+from wisp.core.events import EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
 from wisp.core.messages import VERSION as PROTOCOL
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict, Welcome
 from wisp.core.session import State
-from wisp.core.verifier import (
-    EdgeLost,
-    FromEdge,
-    InEvent,
-    Limits,
-    Run,
-    Send,
-    StepDone,
-    Tick,
-    Verifier,
-    WakeAt,
-)
+from wisp.core.verifier import Verifier
 from wisp.engines.base import TargetEngine, Tokenizer
 
 log = logging.getLogger("wisp.host")

@@ -13,9 +13,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from wisp.core.events import Run, StepDone
 from wisp.core.messages import Open, Refused, Verdict
 from wisp.core.session import State
-from wisp.core.verifier import Run, StepDone, Verifier
+from wisp.core.verifier import Verifier
 
 # vLLM's bucket edges, seconds.
 _MILLISECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08)

@@ -16,20 +16,10 @@ import msgspec
 from wisp.core.admission import Admission
 from wisp.core.batching import batching_policy
 from wisp.core.errors import EngineError
+from wisp.core.events import Action, EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick
 from wisp.core.messages import Cancel, Draft, Open, Verdict, decode_from_edge, encode
 from wisp.core.session import IN_ENGINE
-from wisp.core.verifier import (
-    Action,
-    EdgeLost,
-    FromEdge,
-    InEvent,
-    Limits,
-    Run,
-    Send,
-    StepDone,
-    Tick,
-    Verifier,
-)
+from wisp.core.verifier import Verifier
 from wisp.core.work import Copy
 from wisp.engines.base import TargetEngine
 

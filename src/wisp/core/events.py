@@ -1,0 +1,84 @@
+"""What happens to a verifier, and what it wants done: plain structs, so that a run can be recorded and replayed."""
+
+from __future__ import annotations
+
+import msgspec
+
+from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
+from wisp.core.work import Copy, Slice, SliceResult
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What this verifier takes. Tokens, except where a unit is given.
+
+    park_s: a session outlives its connection this long. idle_s: a session that has kept its edge's silence
+    this long may lose its KV to one that has work.
+    """
+
+    n_vocab: int
+    eos: frozenset[int]
+    slots: int
+    slot_tokens: int
+    kv_tokens: int
+    step_tokens: int
+    max_draft: int = 64
+    park_s: float = 60.0
+    idle_s: float = 1.0
+
+
+# --- events
+
+
+class FromEdge(msgspec.Struct, frozen=True, array_like=True, tag="from_edge"):
+    """A message came over `connection`, which belongs to `key`."""
+
+    connection: int
+    key: str
+    message: Open | Draft | Cancel
+
+
+class EdgeLost(msgspec.Struct, frozen=True, array_like=True, tag="edge_lost"):
+    """The connection is gone."""
+
+    connection: int
+
+
+class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
+    """The step ended. `error`: it failed as a whole, and no slot holds anything any more."""
+
+    results: list[SliceResult]
+    engine_ms: float
+    error: str = ""
+
+
+class Tick(msgspec.Struct, frozen=True, array_like=True, tag="tick"):
+    """Time has passed, or there may be something to run."""
+
+
+InEvent = FromEdge | EdgeLost | StepDone | Tick
+
+
+# --- actions
+
+
+class Send(msgspec.Struct, frozen=True, array_like=True, tag="send"):
+    """Send `message` over `connection`."""
+
+    connection: int
+    message: Verdict | Refused
+
+
+class Run(msgspec.Struct, frozen=True, array_like=True, tag="run"):
+    """Run a step: the copies in order, then the slices."""
+
+    copies: list[Copy]
+    slices: list[Slice]
+
+
+class WakeAt(msgspec.Struct, frozen=True, array_like=True, tag="wake_at"):
+    """Send a Tick at this time, unless one comes earlier."""
+
+    at: float
+
+
+Action = Send | Run | WakeAt
