@@ -300,6 +300,18 @@ def bench_overhead(
     raise typer.Exit(run_bench(sessions=sessions, seconds=seconds, as_json=json))
 
 
+@app.command(name="bench-ahead")
+def bench_ahead(
+    out: Annotated[Path | None, typer.Option(help="Write a page and its data into this folder.")] = None,
+    repeats: Annotated[int, typer.Option(help="Runs with and without, in turn.", min=1)] = 3,
+    json: Json = False,
+) -> None:
+    """Drafting ahead on real processes over a delayed line, and what a replay predicts of it. Takes minutes."""
+    from wisp.lab.reality import run_ahead
+
+    run_ahead(out, repeats=repeats, as_json=json)
+
+
 @app.command()
 def trace(
     target: Model,

@@ -106,10 +106,10 @@ class _Generation:
         self.tally = tally
         self.source = source
         ended = trace.finish == "stop"
-        eos = frozenset({int(trace.target[-1])}) if ended else frozenset({-1})
-        task = Task([0], trace.sampling, len(trace) + (1 if ended else 0))
+        # What ended by itself was not near its limit.
+        task = Task([0], trace.sampling, len(trace) + (MAX_DRAFT if ended else 0))
         policy = policies.make(trace.sampling.temperature)
-        self.drafter = Drafter("replay", task, policy, eos, ahead=ahead, pace=pace)
+        self.drafter = Drafter("replay", task, policy, _ends(trace), ahead=ahead, pace=pace)
         self.target = trace.target.tolist()
         self.draft = trace.draft.tolist()
         self.now = 0.0
@@ -185,6 +185,18 @@ class _Generation:
         if position >= len(self.target):
             return None, Signal()
         return self.draft[position], trace.signal(position)
+
+
+def _ends(trace: Trace) -> frozenset[int]:
+    """The end-of-sequence ids that occur in a trace: they are what texts and off-path continuations stop at."""
+    depth = max((len(off.tokens) for off in trace.off.values()), default=0)
+    ends = {int(trace.target[-1])} if trace.finish == "stop" else set()
+    for position, off in trace.off.items():
+        if not len(off.tokens):
+            ends.add(int(trace.draft[position]))
+        elif len(off.tokens) < depth:
+            ends.add(int(off.tokens[-1]))
+    return frozenset(ends)
 
 
 class _Verifier:
