@@ -34,7 +34,7 @@ LogJson = Annotated[bool, typer.Option("--log-json", help="Log JSON lines.")]
 Server = Annotated[str, typer.Option(help="Address of the verifier.")]
 Model = Annotated[str, typer.Option(help="A catalogue name, a path, or hf:user/repo/file.gguf.")]
 Draft = Annotated[str, typer.Option(help="A model as for --target, ngram, ngram+MODEL, or none.")]
-Drafting = Annotated[str, typer.Option(help="gain, predictor[:P], confidence:P or fixed:K.")]
+Drafting = Annotated[str, typer.Option(help="gain[:LONGEST], predictor[:P], confidence:P or fixed:K.")]
 DraftAhead = Annotated[bool, typer.Option(help="Draft on while a draft is in flight; costs energy.")]
 PredictorFile = Annotated[Path | None, typer.Option(help="From `wisp train` (default: the one that ships).")]
 
@@ -148,6 +148,10 @@ def edge(
     draft: Draft,
     drafting: Drafting = "gain",
     ahead: DraftAhead = True,
+    energy: Annotated[
+        float, typer.Option(help="Least chance of use for a token drafted ahead.", min=0, max=1)
+    ] = 0.1,
+    slots: Annotated[int, typer.Option(help="Sessions whose context the drafter holds at once.", min=1)] = 8,
     predictor: PredictorFile = None,
     server: Server = "http://127.0.0.1:8100",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -179,7 +183,9 @@ def edge(
     listen.check(keyed=bool(keys))
     policies = drafting_policies(drafting, predictor)
     with RichProgress() as progress:
-        drafter, fingerprint = load_drafter(draft, threads=threads, offline=offline, progress=progress)
+        drafter, fingerprint = load_drafter(
+            draft, slots=slots, threads=threads, offline=offline, progress=progress
+        )
 
     async def run() -> None:
         device = EdgeApp(
@@ -189,7 +195,7 @@ def edge(
             drafter=drafter,
             fingerprint=fingerprint,
             policies=policies,
-            ahead=Ahead() if ahead else None,
+            ahead=Ahead(energy) if ahead else None,
             give_up_s=give_up_s,
             keep_alive_s=keep_alive_s,
         )

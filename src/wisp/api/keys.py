@@ -19,7 +19,7 @@ import logging
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -35,9 +35,9 @@ POLL_S = 2.0
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     secret: str = ""
     sha256: str = ""
-    sessions: int = 0
-    requests_per_minute: int = 0
-    tokens_per_minute: int = 0
+    sessions: Annotated[int, msgspec.Meta(ge=0)] = 0
+    requests_per_minute: Annotated[int, msgspec.Meta(ge=0)] = 0
+    tokens_per_minute: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Keyring:

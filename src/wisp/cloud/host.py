@@ -101,6 +101,8 @@ class VerifierHost:
             refused = Refused(message.session, "shutting_down", "this verifier is shutting down", 1.0, True)
             self._send(connection, refused)
             return
+        if isinstance(message, Cancel):
+            self.metrics.cancelled(message.session)
         if isinstance(message, Open):
             self.metrics.opened(self._loop.time(), message, key)
         self._feed(FromEdge(connection, key, message))

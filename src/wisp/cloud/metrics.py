@@ -159,6 +159,11 @@ class Metrics:
             self.e2e.observe(now - seen.opened)
             del self._seen[message.session]
 
+    def cancelled(self, session: str) -> None:
+        """Its user left, or has enough (a stop string)."""
+        if self._seen.pop(session, None) is not None:
+            self.success.labels("abort").inc()
+
     def step(self, run: Run, done: StepDone) -> None:
         """A step ended."""
         self.steps.observe(done.engine_ms / 1e3)

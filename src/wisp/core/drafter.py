@@ -94,6 +94,7 @@ class Drafter:
         self._round = -1
         self._epoch = -1
         self.serve = policy is None  # what the last message asked for
+        self._warm = False  # the draft engine has read the prompt
         self._dry = False  # nothing more to propose until the next verdict
         self._drafted = 0  # tokens in the last draft sent, committed meanwhile or not
         self._sent_ms = 0.0
@@ -166,7 +167,9 @@ class Drafter:
         if token is None:
             self._dry = True
         else:
-            self.pace.draft.add(took_ms)
+            if self._warm:  # the first step reads the prompt
+                self.pace.drafted(took_ms)
+            self._warm = True
             self._odds.append(self.policy.judge(signal, [o.p for o in self._odds]))
             self.chain.append(token)
         return self._go_on(now_ms) if self.phase is Phase.DRAFTING else []
@@ -265,7 +268,8 @@ class Drafter:
 
     def _view(self, now_ms: float) -> View:
         room = min(self.max_draft, self._left() - 1) - (len(self.chain) - self.sent)
-        return View(now_ms, [o.p for o in self._odds], self.sent, room, self._sent_ms, self.pace)
+        p = [o.p for o in self._odds]
+        return View(now_ms, p, self.sent, room, self._sent_ms, self.pace, opening=self._round == 0)
 
     def _left(self) -> int:
         """Tokens still to come; the last of all is always the target's own."""

@@ -41,6 +41,7 @@ class View(msgspec.Struct, frozen=True):
     sent:    how many of them are in flight
     room:    tokens that may still join the draft (limits of protocol, context and max_tokens)
     sent_ms: when the draft in flight was sent
+    opening: the target is reading the prompt
     """
 
     now_ms: float
@@ -49,6 +50,7 @@ class View(msgspec.Struct, frozen=True):
     room: int
     sent_ms: float
     pace: Pace
+    opening: bool = False
 
     @property
     def unsent(self) -> Sequence[float]:
@@ -259,8 +261,8 @@ class Ahead(msgspec.Struct, frozen=True):
             right, steps = right * a, 2
         if len(view.p) - view.sent >= self.longest or right * a < self.energy:
             return False
-        if pace.wait.n == 0:
-            return True  # the prompt is being read: that takes the target longer than a draft step
+        if view.opening or pace.wait.n == 0:
+            return True  # reading the prompt takes the target longer than a draft step
         left = max(0.0, view.sent_ms + pace.wait_ms(view.sent) - view.now_ms) + 0.25 * pace.wait.deviation
         late, wrong_late = max(0.0, steps * d - left), max(0.0, d - left)
         if late <= 0.0:

@@ -85,6 +85,10 @@ class Pace:
         measured = self._tokens / self._time_ms if self._tokens > 5.0 and self._time_ms > 0 else 0.0
         return max(measured, self.best_speed(longest))
 
+    def drafted(self, took_ms: float) -> None:
+        """A draft step took so long. One that had to read a prompt first, or was held up, counts as slow, no more."""
+        self.draft.add(min(took_ms, 2.0 * self.draft.value) if self.draft.n else took_ms)
+
     def decoded(self, tokens: int, elapsed_ms: float) -> None:
         """The verifier by itself committed `tokens` in `elapsed_ms`."""
         self.served.add(elapsed_ms / tokens)
@@ -96,6 +100,7 @@ class Pace:
         self.acceptance.value = TYPICAL + (self.acceptance.value - TYPICAL) * keep
         self._tokens *= keep
         self._time_ms *= keep
+        self.draft.value *= 0.998**tokens  # so that drafting is tried again, some time
 
     def round(self, drafted: int, tokens: int, elapsed_ms: float) -> None:
         """A round with `drafted` tokens committed `tokens` in `elapsed_ms`."""

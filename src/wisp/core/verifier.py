@@ -125,11 +125,12 @@ class Verifier:
         if not 0 <= draft.base <= session.n_committed:
             message = f"base {draft.base}, but {session.n_committed} tokens are committed here; open the session again"
             raise ProtocolError("unknown_base", message)
-        session.serve = draft.serve
         if session.state in IN_ENGINE:
             session.go(Event.DRAFT)
+            session.serve = draft.serve
             session.inbox = draft
             return None
+        session.serve = draft.serve
         return self._take(now, session, draft.round, draft.base, draft.tokens)
 
     def _take(

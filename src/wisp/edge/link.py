@@ -57,7 +57,7 @@ class VerifierLink:
     ) -> None:
         """`fingerprint`: of the draft model's vocabulary, "" if there is none. Raises ConfigError for a bad URL."""
         self.url = _websocket_url(server)
-        self.api_key = api_key
+        self.api_key = _checked(api_key)
         self.fingerprint = fingerprint
         self.give_up_s = give_up_s
         self.welcome: Welcome | None = None  # while connected
@@ -140,7 +140,7 @@ class VerifierLink:
             self.url,
             subprotocols=[Subprotocol(SUBPROTOCOL)],
             additional_headers=headers,
-            proxy=None if _is_local(self.url) else True,
+            proxy=None if is_local(self.url) else True,
             compression=None,  # token ids do not compress enough to pay for it
             max_size=MAX_FRAME,
             open_timeout=HANDSHAKE_S,
@@ -199,6 +199,7 @@ class VerifierLink:
 
     def _note(self, error: Exception) -> None:
         """Remember why, and whether trying again can help."""
+        before = self.problem
         self.problem = str(error) or type(error).__name__
         self.fatal = None
         if isinstance(error, InvalidStatus) and error.response.status_code in (401, 403):
@@ -207,9 +208,24 @@ class VerifierLink:
             self.fatal = RequestError(502, message, code="verifier_unauthorized", type="server_error")
         elif isinstance(error, ProtocolError) and error.code in ("version_mismatch", "vocabulary_mismatch"):
             self.fatal = RequestError(502, str(error), code=error.code, type="server_error")
+        if self.problem != before:
+            log.log(
+                logging.ERROR if self.fatal else logging.WARNING,
+                "no verifier at %s: %s",
+                self.url,
+                self.problem,
+            )
 
 
-def _is_local(url: str) -> bool:
+def _checked(key: str | None) -> str | None:
+    """The key without white space around it. Raises ConfigError if it cannot stand in a header."""
+    key = (key or "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError("the API key in WISP_API_KEY has characters that no key has; set it again")
+    return key or None
+
+
+def is_local(url: str) -> bool:
     """A proxy from the environment has no business with a verifier on this machine."""
     host = urlsplit(url).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")

@@ -9,8 +9,6 @@ import sys
 import time
 
 import msgspec
-from rich.console import Console
-from rich.text import Text
 
 from wisp.api.backend import Committed, Generation, Target
 from wisp.api.template import chat_template
@@ -142,15 +140,17 @@ class _Printer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.colour = sys.stdout.isatty()
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def show(self, item: Committed) -> None:
         """Print what was committed."""
         for i, token in enumerate(item.tokens):
             text = self.decoder.decode(self.tokenizer.piece(token))
-            self.console.print(Text(text, style="green" if i < item.from_draft else ""), end="")
-        self.console.file.flush()
+            # Written as it is: a console would expand tabs and drop control characters.
+            green = self.colour and i < item.from_draft and text
+            sys.stdout.write(f"\x1b[32m{text}\x1b[0m" if green else text)
+        sys.stdout.flush()
 
     def summary(self, report: dict[str, object]) -> None:
         """One line to standard error."""
@@ -158,7 +158,7 @@ class _Printer:
         assert isinstance(usage, dict)
         assert isinstance(metrics, dict)
         spec = metrics["speculative_decoding"]
-        self.console.print()
+        print(self.decoder.decode(b"", final=True))
         print(
             f"[{report['model']}: {usage['completion_tokens']} tokens, {report['finish_reason']}, "
             f"first after {report['ttft_ms']:.0f} ms, {report['tokens_per_second']:.1f} tokens/s, "

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import tempfile
 from pathlib import Path
 
 import httpx
 
 from wisp.core.errors import ModelError, RequestError
-from wisp.edge.link import http_url
+from wisp.edge.link import http_url, is_local
 from wisp.engines.base import Tokenizer
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 from wisp.engines.models import cache_dir
 
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 TOKENIZER_PATH = "/v1/tokenizers"
 
 
@@ -32,6 +34,9 @@ class TokenizerCache:
 
     async def get(self, fingerprint: str) -> Tokenizer:
         """The tokenizer whose vocabulary has this fingerprint. Raises RequestError if it cannot be had."""
+        if not _FINGERPRINT.fullmatch(fingerprint):  # it becomes a file's name
+            message = "the verifier's vocabulary fingerprint is not a SHA-256; update the verifier"
+            raise RequestError(502, message, code="tokenizer_unavailable", type="server_error")
         async with self._lock:
             if fingerprint not in self._loaded:
                 path = cache_dir() / "tokenizers" / f"{fingerprint}.gguf"
@@ -47,7 +52,7 @@ class TokenizerCache:
         url = http_url(self.server, f"{TOKENIZER_PATH}/{fingerprint}")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         try:
-            async with httpx.AsyncClient(timeout=60.0) as client:
+            async with httpx.AsyncClient(timeout=60.0, trust_env=not is_local(url)) as client:
                 response = await client.get(url, headers=headers)
                 response.raise_for_status()
                 return response.content

@@ -70,10 +70,16 @@ def load_target(
 
 
 def load_drafter(
-    name: str, *, threads: int | None = None, offline: bool = False, progress: Progress | None = None
+    name: str,
+    *,
+    slots: int = 8,
+    threads: int | None = None,
+    offline: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[DraftEngine | None, str]:
     """The draft engine, and its vocabulary's fingerprint ("" where it has none of its own).
 
+    `slots`: sessions whose context the model holds at once; with more, it reads contexts over and over.
     `name`: a model as `resolve` takes it, "ngram", "ngram+MODEL", or "none" (then the engine is None).
     """
     if name == "none":
@@ -87,7 +93,9 @@ def load_drafter(
         from wisp.engines.ngram import NgramDraft
 
         rest = name.removeprefix("ngram+")
-        model, fingerprint = load_drafter(rest, threads=threads, offline=offline, progress=progress)
+        model, fingerprint = load_drafter(
+            rest, slots=slots, threads=threads, offline=offline, progress=progress
+        )
         if model is None or not fingerprint:
             raise ConfigError(f"--draft {name}: what follows ngram+ must be a model")
         return NgramThenModel(NgramDraft(), model), fingerprint
@@ -98,4 +106,5 @@ def load_drafter(
     tokenizer = LlamaTokenizer.open(path)
     fingerprint = tokenizer.fingerprint
     tokenizer.close()
-    return LlamaDraft(path, threads=threads, name=served_name(name)), fingerprint
+    drafter = LlamaDraft(path, slots=slots, slot_tokens=2048, threads=threads, name=served_name(name))
+    return drafter, fingerprint

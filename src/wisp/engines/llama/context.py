@@ -87,7 +87,7 @@ class Context:
         cells = -(-slot_tokens // _PAD) * _PAD
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max = cells * slots, slots
-        params.n_batch = params.n_ubatch = rows
+        params.n_batch = params.n_ubatch = max(rows, slots)  # llama.cpp reserves an output for each slot
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = _FLASH_ON if flash else _FLASH_AUTO
         params.kv_unified = unified
