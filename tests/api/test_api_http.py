@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from api_fakes import BOS, IM_END, KEY, MODEL, Recorder, ScriptedBackend, committed, make_app, say
 from starlette.testclient import TestClient
 
+from wisp.api.backend import Target
 from wisp.api.body import MAX_BODY_BYTES
 from wisp.core.errors import EngineError, RequestError, UnavailableError
 
@@ -591,3 +593,28 @@ def test_what_a_template_refuses_is_a_400(client: TestClient, backend: ScriptedB
 def test_control_tokens_of_the_template_are_parsed(client: TestClient, backend: ScriptedBackend) -> None:
     client.post(CHAT, json=chat())
     assert IM_END in backend.asked[0].prompt
+
+
+class _Absent(ScriptedBackend):
+    """Its verifier is away for a while, and may not come back."""
+
+    def __init__(self, seconds: float, error: RequestError | None = None) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.target_error = error
+
+    async def target(self) -> Target:
+        await asyncio.sleep(self.seconds)
+        return await super().target()
+
+
+def test_a_stream_is_kept_alive_while_there_is_no_verifier_yet() -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    client = TestClient(make_app(_Absent(0.2), keep_alive_s=0.05))
+    answer = client.post("/v1/chat/completions", json=body).text
+    assert answer.startswith(": keep-alive\n\n")
+    assert answer.endswith("data: [DONE]\n\n")
+    client = TestClient(make_app(_Absent(0.2, UnavailableError("no verifier")), keep_alive_s=0.05))
+    answer = client.post("/v1/chat/completions", json=body).text
+    assert answer.startswith(": keep-alive\n\n")
+    assert "verifier_unavailable" in answer

@@ -473,3 +473,16 @@ def test_a_text_that_has_begun_insists(code: str) -> None:
         (again,) = made.connected(300.0, 16)
         assert isinstance(again, Open)
         assert again.committed == [10]
+
+
+def test_a_first_step_that_reads_a_long_prompt_does_not_end_drafting() -> None:
+    """Prefill is not what a draft step costs; neither is a step that was held up."""
+    drafter = Drafter("session", Task([1], Sampling(), 20), Fixed(4), frozenset())
+    drafter.connected(0.0, 8)
+    drafter.verdict(10.0, Verdict("session", 0, 0, 0, [5]))
+    drafter.proposed(3010.0, 6, Signal(0.9), 3000.0)
+    assert drafter.pace.draft.n == 0
+    drafter.proposed(3030.0, 7, Signal(0.9), 20.0)
+    assert drafter.pace.draft.value == 20.0
+    drafter.proposed(6030.0, 8, Signal(0.9), 3000.0)  # the device was busy with something else
+    assert drafter.pace.draft.value <= 40.0

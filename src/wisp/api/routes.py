@@ -35,7 +35,16 @@ from wisp.api.output import Delta, Output
 from wisp.api.prepare import prepare
 from wisp.api.requests import Ask, parse_chat, parse_completion
 from wisp.api.responses import ChatShape, CompletionShape, Json, Shape
-from wisp.api.sse import DONE, ClientGoneError, EventSender, close, event, unless_gone, with_keep_alive
+from wisp.api.sse import (
+    DONE,
+    KEEP_ALIVE,
+    ClientGoneError,
+    EventSender,
+    close,
+    event,
+    unless_gone,
+    with_keep_alive,
+)
 from wisp.core.errors import EngineError, RequestError
 
 Authorize = Callable[[Request], str]
@@ -142,7 +151,7 @@ class _Generating:
         return await unless_gone(request.receive, self._answer(ask, exchange, stream))
 
     async def _answer(self, ask: Ask, exchange: Exchange, stream: EventSender) -> Response:
-        target = await self._backend.target()
+        target = await self._target(ask, stream)
         _check_model(ask.model, target)
         generation = await asyncio.to_thread(prepare, ask, target, request_id=exchange.id, key=exchange.key)
         exchange.prompt_tokens = len(generation.prompt)
@@ -161,6 +170,16 @@ class _Generating:
             whole = [delta async for delta in deltas]
         body = shape.whole(whole, *_statistics(generation, output))
         return JsonResponse(body, headers={"x-request-id": exchange.id})
+
+    async def _target(self, ask: Ask, stream: EventSender) -> Target:
+        """The model, once there is one. A stream is kept alive meanwhile."""
+        waiting = asyncio.ensure_future(self._backend.target())
+        try:
+            while ask.stream and not (await asyncio.wait({waiting}, timeout=self._keep_alive_s))[0]:
+                await stream.send(KEEP_ALIVE)
+            return await waiting
+        finally:
+            waiting.cancel()
 
 
 async def _deltas(backend: Backend, generation: Generation, output: Output) -> AsyncGenerator[Delta, None]:

@@ -19,6 +19,8 @@ from wisp.engines.base import Tokenizer
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 from wisp.engines.models import cache_dir
 
+# No proxy from the environment on the way to this machine; certificates from there still count.
+_DIRECT: dict[str, httpx.AsyncBaseTransport | None] = {"http://": None, "https://": None, "all://": None}
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 TOKENIZER_PATH = "/v1/tokenizers"
 
@@ -52,7 +54,7 @@ class TokenizerCache:
         url = http_url(self.server, f"{TOKENIZER_PATH}/{fingerprint}")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         try:
-            async with httpx.AsyncClient(timeout=60.0, trust_env=not is_local(url)) as client:
+            async with httpx.AsyncClient(timeout=60.0, mounts=_DIRECT if is_local(url) else None) as client:
                 response = await client.get(url, headers=headers)
                 response.raise_for_status()
                 return response.content
