@@ -90,8 +90,10 @@ def test_one_that_never_gets_ready_is_reported() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_parent_ends_its_children(number: signal.Signals) -> None:
     parent_code = (
-        "import time\n"
+        "import signal, time\n"
         "from wisp.lab.children import Children\n"
+        # A shell starts what runs in its background with Ctrl-C ignored; here it is to count.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with Children() as children:\n"
         f"    child = children.start('one', ['-c', {SLEEP!r}], 1)\n"
         "    print(child.process.pid, flush=True)\n"
