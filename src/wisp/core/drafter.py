@@ -99,6 +99,7 @@ class Drafter:
         self._drafted = 0  # tokens in the last draft sent, committed meanwhile or not
         self._sent_ms = 0.0
         self._began_ms = 0.0  # when this round's clock started: the last verdict
+        self._unasked = 0  # tokens that came during this round without having been asked for
         self._reopenings = 0
 
     @property
@@ -183,6 +184,7 @@ class Drafter:
         if self.phase is Phase.DONE:
             return []
         new = self._new_tokens(verdict)
+        self.pace.price = verdict.price
         settled = self.phase is Phase.IN_FLIGHT and verdict.round == self._round
         drafted, before = (self._drafted, len(verdict.tokens) - len(new)) if settled else (0, 0)
         fresh = Committed(
@@ -198,6 +200,8 @@ class Drafter:
         elif self.serve and new and self.phase is Phase.SERVED:
             self.pace.decoded(len(new), now_ms - self._began_ms)
             self._began_ms = now_ms
+        elif not self.serve:
+            self._unasked += len(new)
         self._commit(new, settled)
         if verdict.finish:
             self.phase = Phase.DONE
@@ -284,8 +288,9 @@ class Drafter:
         assert self.policy is not None
         waited = arrived_ms - self._sent_ms
         if self._round > 0:  # the first one read the prompt
-            self.pace.verdict(self._drafted, waited, verdict.queue_ms, verdict.engine_ms, verdict.price)
-            self.pace.round(self._drafted, len(new), now_ms - self._began_ms)
+            self.pace.verdict(self._drafted, waited, verdict.queue_ms, verdict.engine_ms)
+            self.pace.round(self._drafted, len(new) + self._unasked, now_ms - self._began_ms)
+        self._unasked = 0
         agreed = 0
         while agreed < min(len(new), len(self.chain)) and new[agreed] == self.chain[agreed]:
             agreed += 1

@@ -15,7 +15,7 @@ import msgspec
 
 from wisp.core.errors import ConfigError
 from wisp.core.pace import Mean, Pace
-from wisp.core.predictor import Calibration, Predictor, features, sigmoid
+from wisp.core.predictor import Calibration, Predictor, sigmoid
 from wisp.core.signals import Signal
 
 STOPPING_IN_TIME = 1.1  # how much `gain` is faster than the best fixed length: 1.2 on average in replays
@@ -169,7 +169,7 @@ class Judgement:
             confidence = min(max(signal.confidence, 0.01), 0.99)
             z = math.log(confidence / (1.0 - confidence))
             return Odds(self.counts.probability(z) if self.counts else confidence, z, True)
-        z = self.predictor.logit(features(signal, len(p), self.recent.value, self.temperature))
+        z = self.predictor.odds(signal, len(p), self.recent.value, self.temperature)
         calibration = self.calibration
         return Odds(calibration.probability(z) if calibration else sigmoid(z), z)
 
@@ -234,7 +234,8 @@ class Gain:
 
     def _verify_cost(self, pace: Pace) -> float:
         """What verifying one more token costs, in committed tokens: our own time, and the price others pay."""
-        return pace.verify.slope * pace.speed(self.longest) + pace.price
+        slope = pace.verify.slope
+        return (slope * pace.speed(self.longest) if slope else 0.0) + pace.price
 
 
 class Ahead(msgspec.Struct, frozen=True):

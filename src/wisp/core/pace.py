@@ -35,20 +35,15 @@ class Line:
     def __init__(self, forgetting: float = 0.97) -> None:
         self.forgetting = forgetting
         self.n = self.x = self.y = self.xx = self.xy = 0.0
+        self.slope = 0.0  # b, shrunk towards 0 while the x seen so far hardly differ
 
     def add(self, x: float, y: float) -> None:
         """Take in a point."""
         f = self.forgetting
         self.n, self.x, self.y = f * self.n + 1, f * self.x + x, f * self.y + y
         self.xx, self.xy = f * self.xx + x * x, f * self.xy + x * y
-
-    @property
-    def slope(self) -> float:
-        """b, shrunk towards 0 while the x seen so far hardly differ."""
-        if self.n < 1:
-            return 0.0
         spread = self.xx - self.x * self.x / self.n
-        return max(0.0, (self.xy - self.x * self.y / self.n) / (spread + 1.0))
+        self.slope = max(0.0, (self.xy - self.x * self.y / self.n) / (spread + 1.0))
 
     @property
     def intercept(self) -> float:
@@ -66,9 +61,10 @@ class Pace:
         self.queue = Mean(0.0, 0.15)
         self.served = Mean(0.0, 0.15)  # between tokens that the verifier decodes by itself
         self.acceptance = Mean(TYPICAL, 0.03, prior=10)  # of a draft token whose predecessors were accepted
-        self.price = 0.0
+        self.price = 0.0  # of a draft token, as of the last verdict
         self._tokens = 0.0
         self._time_ms = 0.0
+        self._best: tuple[tuple[float, ...], float] = ((), 0.0)  # what `best_speed` last said, and of what
 
     def successor(self) -> Pace:
         """Where the next session of this device starts: what was measured, and a little of how fast that one went."""
@@ -110,14 +106,11 @@ class Pace:
         self._tokens = keep * self._tokens + tokens
         self._time_ms = keep * self._time_ms + elapsed_ms
 
-    def verdict(
-        self, n_draft: int, waited_ms: float, queue_ms: float, engine_ms: float, price: float
-    ) -> None:
+    def verdict(self, n_draft: int, waited_ms: float, queue_ms: float, engine_ms: float) -> None:
         """A draft of `n_draft` tokens came back after `waited_ms`, of which queue and engine took their parts."""
         self.verify.add(n_draft, engine_ms)
         self.queue.add(queue_ms)
         self.wait.add(max(0.0, waited_ms - self.verify.slope * n_draft))
-        self.price = price
 
     def wait_ms(self, n_draft: int) -> float:
         """Expected time from sending so many draft tokens to their verdict."""
@@ -134,9 +127,18 @@ class Pace:
         With acceptance a, k draft tokens commit (1 - a^(k+1)) / (1 - a) on average (Leviathan et al. 2023).
         """
         a = min(self.acceptance.value, 0.99)
-        best = 0.0
-        for k in range(longest + 1):
-            gain = (1 - a ** (k + 1)) / (1 - a)
-            time = k * self.draft.value + self.wait_ms(k)
-            best = max(best, gain / time if time > 0 else math.inf)
+        wait, each = self.wait.value, self.draft.value + self.verify.slope
+        given = (longest, a, wait, each)
+        if self._best[0] == given:
+            return self._best[1]
+        best, gain, power, time = 0.0, 0.0, 1.0, wait
+        for _ in range(longest + 1):
+            gain += power
+            speed = gain / time if time > 0 else math.inf
+            if speed < best:
+                break  # a concave gain over a time that grows evenly has one peak
+            best = speed
+            power *= a
+            time += each
+        self._best = (given, best)
         return best

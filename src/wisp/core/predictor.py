@@ -75,6 +75,10 @@ class Predictor:
         self.layers = [(np.asarray(w, np.float64), np.asarray(b, np.float64)) for w, b in layers]
         self.about = about or {}
 
+    def odds(self, signal: Signal, depth: int, recent: float, temperature: float) -> float:
+        """Log odds that this proposal is accepted; the arguments are those of `features`."""
+        return self.logit(features(signal, depth, recent, temperature))
+
     def logit(self, x: Sequence[float]) -> float:
         """The model's log odds of acceptance."""
         return float(self.logits(np.asarray(x, np.float64)[None, :])[0])

@@ -10,10 +10,12 @@ its step runs is DOOMED: it ends with the step.
 
 from __future__ import annotations
 
+import math
 from enum import Enum, auto
 
 import msgspec
 
+from wisp.core.batching import Work
 from wisp.core.errors import ProtocolError
 from wisp.core.kv import common_prefix
 from wisp.core.messages import Draft, Open, Verdict
@@ -89,6 +91,12 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
 IN_ENGINE = frozenset({S.RUNNING, S.ORPHANED, S.DOOMED})
 
 
+# The server keeps a little more than it promises: of a target for the first token, the rest is for the ways of
+# question and answer; of a pace, for what a round brings by chance.
+TTFT_HERE = 0.95
+PACE_HERE = 0.96
+
+
 class Pending(msgspec.Struct, frozen=True):
     """An answer owed to the edge: `draft` continues the committed tokens; the rest goes into the verdict.
 
@@ -131,6 +139,15 @@ class Session:
         self.verdict: Verdict | None = None  # the last one, for duplicates
         self.opened = now
         self.since = now  # of the present state, as far as work goes
+        self.first_at = now if open_.committed else math.inf  # when the first token left
+        self.answered_at = now  # when the last verdict left
+        self.acceptance = 0.8  # smoothed: of a draft token whose predecessors were accepted
+        self.usual = 2.0  # smoothed: tokens committed in a round
+        self.late = False  # its SLO is lost: served at half the pace from `late_from` on
+        self.late_from = 0.0
+        self.price = 0.0  # of a draft token, as last told
+        self.away_s = 0.0  # smoothed: from a verdict to the draft that follows
+        self.work: Work | None = None  # what it could do in the next step, while that does not change
 
     def go(self, event: Event) -> State:
         """Move on. Raises ProtocolError("out_of_turn"), and stays, where the table has no such move."""
@@ -149,6 +166,29 @@ class Session:
     def room(self) -> int:
         """Generated tokens still allowed."""
         return self.max_tokens - self.n_committed
+
+    @property
+    def tpot_s(self) -> float:
+        """Seconds per token that are kept here (0: no target)."""
+        return self.slo.tpot_ms / 1e3 * PACE_HERE if self.slo else 0.0
+
+    @property
+    def lag_s(self) -> float:
+        """How far behind its pace it was when it was last answered; negative: ahead."""
+        return self.answered_at + self.tpot_s - self.due if self.first_at < math.inf else 0.0
+
+    @property
+    def due(self) -> float:
+        """When the next token must leave to be in time. The way home is the same for the first token and the
+        later ones, so it counts only towards the time to the first, which begins when the user asks."""
+        slo = self.slo
+        if slo is None:
+            return math.inf
+        if self.late:
+            return self.late_from + self.n_committed * 2 * self.tpot_s
+        if self.first_at < math.inf:
+            return self.first_at + self.n_committed * self.tpot_s if slo.tpot_ms else math.inf
+        return self.opened + slo.ttft_ms / 1e3 * TTFT_HERE if slo.ttft_ms else math.inf
 
     def committed_from(self, base: int) -> list[int]:
         """Generated tokens from `base` on."""
@@ -173,6 +213,31 @@ class Session:
         # One token of the room is the target's own, so a longer draft could not be used.
         return Pending(round_, base, head, tokens[head : head + max(self.room - 1, 0)], now)
 
+    def relax(self, now: float) -> None:
+        """Its SLO can no longer be met: from now on half the pace will do."""
+        self.late = True
+        assert self.slo is not None
+        grace = self.slo.ttft_ms / 1e3 if self.first_at == math.inf else 0.0
+        self.late_from = now + grace - self.n_committed * 2 * self.tpot_s
+        self.work = None
+
+    def expected(self, n_draft: int) -> float:
+        """Tokens that a draft of so many is expected to commit, the target's own included."""
+        a = self.acceptance
+        return float((1.0 - a ** (n_draft + 1)) / (1.0 - a)) if n_draft else 1.0
+
+    def verified(self, now: float, n_draft: int, accepted: int) -> None:
+        """A step has committed tokens of this session."""
+        self.first_at = min(self.first_at, now)
+        self.answered_at = now
+        for i in range(min(accepted + 1, n_draft)):
+            self.acceptance += 0.04 * ((0.98 if i < accepted else 0.0) - self.acceptance)
+
+    def returned(self, now: float) -> None:
+        """The edge's next draft is here."""
+        away = now - self.answered_at
+        self.away_s += (away - self.away_s) * (0.25 if self.away_s else 1.0)
+
     def answer(
         self,
         round_: int,
@@ -195,6 +260,7 @@ class Session:
             self.entries_from(base) if self.logprobs is not None else [],
             queue_ms,
             engine_ms,
+            self.price,
         )
         return self.verdict
 

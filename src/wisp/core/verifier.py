@@ -13,14 +13,17 @@ structs: a recorded list of (now, event) replays to identical actions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 from wisp.core.admission import Admission, Refusal
 from wisp.core.batching import BatchingPolicy, Grant, Kind, StepLimits, Work
+from wisp.core.cost import CostModel, Load, load_of
 from wisp.core.errors import ProtocolError
 from wisp.core.events import Action, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
 from wisp.core.kv import KvPool
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
+from wisp.core.pressure import Pressure
 from wisp.core.session import IN_ENGINE, Event, Pending, Session, State
 from wisp.core.work import Copy, Slice, SliceResult
 
@@ -30,18 +33,24 @@ SHORT = 8  # tokens; a session that has no more than this to catch up on need no
 class Verifier:
     """Sessions, KV slots and a batching policy. `handle` is the only entry."""
 
-    def __init__(self, limits: Limits, policy: BatchingPolicy, admission: Admission) -> None:
+    def __init__(
+        self, limits: Limits, policy: BatchingPolicy, admission: Admission, cost: CostModel | None = None
+    ) -> None:
         self.limits = limits
         self.policy = policy
         self.admission = admission
+        self.cost = cost or CostModel()
+        self.pressure = Pressure()
         self.kv = KvPool(limits.slots, limits.slot_tokens, limits.kv_tokens)
         self.sessions: dict[int, Session] = {}
         self._by_id: dict[str, Session] = {}
         self._by_connection: dict[int, set[int]] = {}
         self._ready: dict[int, Session] = {}
+        self._absent: dict[int, Session] = {}  # have KV, and their edge is at work on a draft
         self._parked: dict[int, Session] = {}  # oldest first
         self._copies: list[Copy] = []  # placed, not yet carried out
         self._step: dict[int, Slice] | None = None  # what the engine is running
+        self._load = Load()
         self._dispatched = 0.0
         self._next_handle = 0
 
@@ -110,8 +119,7 @@ class Verifier:
         session.go(Event.RESUMED)
         self._by_connection.get(session.connection, set()).discard(session.handle)
         session.connection, session.epoch = connection, open_.epoch
-        self._ready.pop(session.handle, None)
-        self._parked.pop(session.handle, None)
+        self._file(session)
 
     def _draft(self, now: float, connection: int, draft: Draft) -> Verdict | None:
         session = self._owned(connection, draft.session)
@@ -131,6 +139,7 @@ class Verifier:
             session.inbox = draft
             return None
         session.serve = draft.serve
+        session.returned(now)
         return self._take(now, session, draft.round, draft.base, draft.tokens)
 
     def _take(
@@ -146,14 +155,25 @@ class Verifier:
         else:
             session.pending, answer = None, taken
         if answer is None or session.serve:
-            session.go(Event.DRAFT)
-            if session.handle not in self._ready:
+            if session.state is not State.READY:
                 session.since = now
-                self._ready[session.handle] = session
-        elif session.handle in self._ready:
+            session.go(Event.DRAFT)
+        elif session.state is State.READY:
             session.go(Event.VERDICT)
-            del self._ready[session.handle]
+        self._file(session)
         return answer
+
+    def _file(self, s: Session) -> None:
+        """Put a session where those in its state are, and forget what was worked out for another."""
+        s.work = None
+        for table in (self._ready, self._absent, self._parked):
+            table.pop(s.handle, None)
+        if s.state is State.READY:
+            self._ready[s.handle] = s
+        elif s.state is State.WAITING and s.slot is not None and s.connection >= 0:
+            self._absent[s.handle] = s
+        elif s.state is State.PARKED:
+            self._parked[s.handle] = s
 
     def _cancel(self, connection: int, cancel: Cancel) -> None:
         session = self._by_id.get(cancel.session)
@@ -204,13 +224,11 @@ class Verifier:
     def _park(self, now: float, session: Session) -> None:
         if session.state is not State.DOOMED:
             session.go(Event.LOST)
-        self._ready.pop(session.handle, None)
         session.connection = -1
         session.since = now
         session.pending = session.inbox = None
         session.serve = False
-        if session.state is State.PARKED:
-            self._parked[session.handle] = session
+        self._file(session)
 
     def _expire(self, now: float) -> None:
         while self._parked:
@@ -224,7 +242,7 @@ class Verifier:
         """Forget a session. Its KV stays in the slot for a follow-up turn, until someone needs the room."""
         if session.slot is not None:
             self.kv.release(session.slot, keep=True)
-        for table in (self.sessions, self._ready, self._parked):
+        for table in (self.sessions, self._ready, self._absent, self._parked):
             table.pop(session.handle, None)
         del self._by_id[session.id]
         self._by_connection.get(session.connection, set()).discard(session.handle)
@@ -235,7 +253,7 @@ class Verifier:
     def _tick(self, now: float) -> list[Action]:
         self._expire(now)
         wakes = [next(iter(self._parked.values())).since + self.limits.park_s] if self._parked else []
-        if self._step is None and self._ready:
+        if self._step is None and (self._ready or (self._absent and self.policy.absentees)):
             self._place(now)
             step, wake_at = self._plan(now)
             if step is not None:
@@ -256,6 +274,7 @@ class Verifier:
             if placement.copy_from >= 0:
                 self._copies.append(Copy(placement.copy_from, placement.slot, placement.start))
             session.slot, session.cached = placement.slot, placement.start
+            session.work = None
 
     def _evictable(self, now: float) -> Callable[[int], bool]:
         """May a session lose its KV now? Parked ones may, and those whose edge has long been silent."""
@@ -270,15 +289,22 @@ class Verifier:
     def _lose_kv(self, handle: int) -> None:
         session = self.sessions[handle]
         session.slot, session.cached = None, 0
+        self._file(session)
 
     def _plan(self, now: float) -> tuple[Run | None, float | None]:
-        work = [self._work(s) for s in self._ready.values() if s.slot is not None]
-        limits = StepLimits(self.limits.step_tokens, self.limits.slots, self.admission.shares)
+        work = [s.work or self._work(s) for s in self._ready.values() if s.slot is not None]
+        if self.policy.absentees:
+            work += [s.work or self._work(s) for s in self._absent.values()]
+        limits = StepLimits(self.limits.step_tokens, self.limits.slots, self.admission.shares, self.cost)
         plan = self.policy.plan(now, work, limits)
+        for handle in plan.lost:
+            self.sessions[handle].relax(now)
         grants = self._that_fit(now, plan.grants)
         if not grants:
             return None, plan.wake_at
         slices = [self._slice(now, grant) for grant in grants]
+        self._load = load_of(slices)
+        self.pressure.planned(self.cost.ms(self._load), plan.left_ms)
         self._step = {s.session: s for s in slices}
         self._dispatched = now
         copies, self._copies = self._copies, []
@@ -287,9 +313,26 @@ class Verifier:
     def _work(self, s: Session) -> Work:
         n_draft = len(s.pending.draft) if s.pending else 0
         missing = len(s.chain) - s.cached
-        kind = Kind.PREFILL if missing > SHORT else Kind.VERIFY if n_draft else Kind.DECODE
-        since = s.pending.since if s.pending else s.since
-        return Work(s.handle, kind, missing + n_draft, s.cached, n_draft, since, s.opened, s.key)
+        s.work = Work(
+            session=s.handle,
+            kind=Kind.PREFILL if missing > SHORT else Kind.VERIFY if n_draft else Kind.DECODE,
+            new=missing + n_draft,
+            cached=s.cached,
+            n_draft=n_draft,
+            since=s.pending.since if s.pending else s.since,
+            opened=s.opened,
+            key=s.key,
+            due=s.due,
+            tpot_s=s.tpot_s,
+            gain=s.expected(n_draft),
+            room=s.room,
+            absent=s.state is State.WAITING,
+            first=s.first_at == math.inf,
+            usual=s.usual,
+            lag_s=s.lag_s,
+            late=s.late,
+        )
+        return s.work
 
     def _that_fit(self, now: float, grants: list[Grant]) -> list[Grant]:
         """As many of the grants, in order, as there is KV for; if for none, somebody's KV is taken away."""
@@ -307,7 +350,7 @@ class Verifier:
 
     def _needs(self, grant: Grant) -> int:
         """KV tokens: a draft behind the end of a prompt is never cut."""
-        s = self._ready[grant.session]
+        s = self.sessions[grant.session]
         return grant.tokens + (len(s.pending.draft) if s.pending else 0)
 
     def _keepers(self, now: float, grants: list[Grant]) -> Callable[[int], bool]:
@@ -324,9 +367,12 @@ class Verifier:
 
     def _slice(self, now: float, grant: Grant) -> Slice:
         """Its share of the step: the next tokens of its chain and, if they reach the end, its draft."""
-        s = self._ready.pop(grant.session)
+        s = self.sessions[grant.session]
         assert s.slot is not None
+        if s.state is State.WAITING:  # decode for an edge that is still drafting
+            s.go(Event.DRAFT)
         s.go(Event.PICKED)
+        self._file(s)
         end = min(s.cached + grant.tokens, len(s.chain))
         last = end == len(s.chain)
         draft = s.pending.draft if last and s.pending else []
@@ -351,6 +397,8 @@ class Verifier:
         if event.error:
             yield from self._step_failed(now, step, event.error)
             return
+        self.cost.observe(self._load, event.engine_ms)
+        self.pressure.stepped(sum(len(r.tokens) for r in event.results), event.engine_ms)
         for result in event.results:
             session = self.sessions[result.session]
             yield from self._commit(now, session, step[result.session], result, event.engine_ms)
@@ -380,6 +428,10 @@ class Verifier:
             p = s.pending or Pending(s.round, s.heard, 0, [], s.since)
             agreed = p.head + min(result.accepted, len(tokens)) if s.pending else 0
             s.pending = None
+            s.verified(now, slice_.n_draft, result.accepted)
+            if p.since != s.since or slice_.n_draft:
+                s.usual += 0.1 * (len(tokens) - s.usual)
+            s.price = self.pressure.price(self.cost.token_ms(self._load))
             verdict = s.answer(
                 p.round,
                 p.base,
@@ -415,13 +467,12 @@ class Verifier:
         s.cached = cached
         s.go(Event.MORE if more else Event.VERDICT)
         s.since = now
-        if s.state is State.READY:
-            self._ready[s.handle] = s
-        elif s.state is State.PARKED:
+        if s.state is State.PARKED:
             s.pending = None
-            self._parked[s.handle] = s
-        elif s.state is State.ENDED:
+        if s.state is State.ENDED:
             self._end(s)
+        else:
+            self._file(s)
 
     def _next(self, now: float, s: Session) -> Iterable[Action]:
         """A draft that arrived during the step is taken up now."""

@@ -1,0 +1,236 @@
+"""How long a step will take: the cost model, kept current by the steps that are run.
+
+The paper's form is linear in what a step holds,
+
+    T = a * sum(new) + b * sum(new * total) + c * sum(cached) + d        (milliseconds; total = cached + new)
+
+and a line is wrong in a known way: hardware hides arithmetic behind reading the weights until a step has some number
+of tokens, the *knee*, and not beyond. So there is one term more, e * max(0, sum(new) - knee), and with e = 0 it is
+the paper's. Everything stays linear in the coefficients.
+
+Coefficients come from a profile (`wisp profile`) and follow the steps that are run by recursive least squares on
+relative errors, with forgetting, with outliers held back, and with a covariance that cannot grow without bound. The
+safety margin is a quantile of recent errors: measured, not guessed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from wisp.core.work import Slice
+
+Vector = npt.NDArray[np.float64]
+
+
+class Load(NamedTuple):
+    """What decides how long a step takes; loads of slices add up.
+
+    new:       tokens fed
+    attention: sum over slices of new * total, total being the slice's cached and new tokens
+    cached:    tokens of KV there before
+    """
+
+    new: int = 0
+    attention: int = 0
+    cached: int = 0
+
+    def plus(self, new: int, cached: int) -> Load:
+        """With one more slice of `new` tokens behind `cached`."""
+        return Load(self.new + new, self.attention + new * (cached + new), self.cached + cached)
+
+
+def load_of(slices: Iterable[Slice]) -> Load:
+    """The load of a step."""
+    new = attention = cached = 0
+    for s in slices:
+        n = len(s.tokens)
+        new += n
+        attention += n * (s.start + n)
+        cached += s.start
+    return Load(new, attention, cached)
+
+
+class Coefficients(msgspec.Struct, frozen=True):
+    """Milliseconds. step: fixed; token: each new token; beyond: each new token past `knee`, in addition;
+    attention: each pair of `Load.attention`; cached: each cached token."""
+
+    step: float = 20.0
+    token: float = 1.0
+    cached: float = 0.0
+    attention: float = 0.0
+    beyond: float = 0.0
+    knee: int = 0
+
+    def ms(self, load: Load) -> float:
+        """Predicted time of a step."""
+        beyond = load.new - self.knee
+        return (
+            self.step
+            + self.token * load.new
+            + self.cached * load.cached
+            + self.attention * load.attention
+            + (self.beyond * beyond if beyond > 0 else 0.0)
+        )
+
+
+def rows(loads: Sequence[Load], knee: int) -> Vector:
+    """Regressors, shape [n, 5]: step, token, cached, attention, beyond."""
+    out = np.empty((len(loads), 5))
+    for i, load in enumerate(loads):
+        out[i] = _row(load, knee)
+    return out
+
+
+def _row(load: Load, knee: int) -> tuple[float, ...]:
+    return (1.0, load.new, load.cached, load.attention, max(0, load.new - knee) if knee else 0)
+
+
+class Fit(msgspec.Struct, frozen=True):
+    """Coefficients and how well they do. mae in milliseconds, mape as a fraction."""
+
+    coefficients: Coefficients
+    r2: float
+    mae: float
+    mape: float
+
+
+def errors(coefficients: Coefficients, loads: Sequence[Load], ms: Sequence[float]) -> Fit:
+    """R2, mean absolute error and mean absolute relative error of predictions of `ms`."""
+    y = np.asarray(ms, np.float64)
+    predicted = np.array([coefficients.ms(load) for load in loads])
+    off = np.abs(predicted - y)
+    spread = float(((y - y.mean()) ** 2).sum())
+    r2 = 1.0 - float((off**2).sum()) / spread if spread else 0.0
+    return Fit(coefficients, r2, float(off.mean()), float((off / y).mean()))
+
+
+def fit(loads: Sequence[Load], ms: Sequence[float], *, knee: bool = True) -> Coefficients:
+    """Least squares on relative errors, no coefficient negative. `knee` False: the paper's form.
+
+    The knee is the one, out of a grid over the sizes seen, with the least error.
+    """
+    y = np.asarray(ms, np.float64)
+    sizes = sorted({load.new for load in loads})
+    candidates = [0, *sizes[1:-1]] if knee else [0]
+    best, best_error = Coefficients(), np.inf
+    for at in candidates:
+        x = rows(loads, at) / y[:, None]
+        theta = _non_negative(x)
+        error = float(((x @ theta - 1.0) ** 2).sum())
+        if error < best_error * (1 - 1e-9):
+            best, best_error = _coefficients(theta, at), error
+    return best
+
+
+def _non_negative(x: Vector) -> Vector:
+    """theta >= 0 that minimises |x theta - 1|, by an active set small enough to be plain."""
+    scale = np.abs(x).max(axis=0)
+    free = [i for i in range(x.shape[1]) if scale[i] > 0]
+    theta = np.zeros(x.shape[1])
+    while free:
+        part, *_ = np.linalg.lstsq(x[:, free] / scale[free], np.ones(len(x)), rcond=None)
+        if part.min() >= 0:
+            theta[free] = part / scale[free]
+            break
+        del free[int(part.argmin())]
+    return theta
+
+
+def _coefficients(theta: Sequence[float] | Vector, knee: int) -> Coefficients:
+    step, token, cached, attention, beyond = (float(v) for v in theta)
+    return Coefficients(step, token, cached, attention, beyond, knee)
+
+
+class CostModel:
+    """Coefficients that follow what is measured.
+
+    `trust`: how far off the given coefficients are thought to be, as a fraction of each.
+    """
+
+    def __init__(
+        self,
+        coefficients: Coefficients | None = None,
+        *,
+        trust: float = 0.3,
+        forgetting: float = 0.99,
+        window: int = 200,
+    ) -> None:
+        start = coefficients or Coefficients()
+        if coefficients is None:
+            trust = 3.0
+        self.now = start
+        self.knee = start.knee
+        self.forgetting = forgetting
+        self.steps = 0  # observed
+        self._theta = np.array([start.step, start.token, start.cached, start.attention, start.beyond])
+        floor = np.array([1.0, 1e-2, 1e-6, 1e-7, 1e-2 if start.knee else 0.0])
+        self._most = (np.maximum(self._theta, floor) * max(trust, 1.0)) ** 2  # variances never exceed this
+        self._p = np.diag((np.maximum(self._theta, floor) * trust) ** 2)
+        self._errors: deque[float] = deque(maxlen=window)  # measured / predicted
+        self._margin = 1.0
+        self._median = 0.05  # of recent relative errors
+
+    def ms(self, load: Load) -> float:
+        """Predicted time of a step, without margin."""
+        return self.now.ms(load)
+
+    @property
+    def margin(self) -> float:
+        """What predictions are to be multiplied with to hold nine times out of ten."""
+        return self._margin
+
+    @property
+    def error(self) -> float:
+        """Median relative error of recent predictions."""
+        return self._median
+
+    @property
+    def variances(self) -> Vector:
+        """Of the coefficients: bounded, whatever is observed."""
+        return np.diag(self._p).copy()
+
+    def token_ms(self, load: Load) -> float:
+        """What one more token adds to a step of this size."""
+        now = self.now
+        return now.token + (now.beyond if load.new >= now.knee else 0.0)
+
+    def observe(self, load: Load, ms: float) -> None:
+        """A step took `ms`. Compares it with the prediction, then learns from it."""
+        if ms <= 0.0 or load.new <= 0:
+            return
+        self.steps += 1
+        ratio = ms / max(self.ms(load), 1e-6)
+        self._errors.append(ratio)
+        if self.steps < 20 or self.steps % 10 == 0:
+            self._summarise()
+        self._learn(np.array(_row(load, self.knee)), ms)
+
+    def _summarise(self) -> None:
+        recent = np.array(self._errors)
+        self._margin = float(min(max(np.quantile(recent, 0.9), 1.0), 2.0))
+        self._median = float(np.median(np.abs(recent[-64:] - 1.0)))
+
+    def _learn(self, x: Vector, ms: float) -> None:
+        """Recursive least squares on x / ms: relative errors, whose variance is taken from recent ones."""
+        row = x / ms
+        error = 1.0 - float(row @ self._theta)
+        usual = max(1.5 * self._median, 0.02)
+        # Beyond three times what is usual an error counts as three times, no more (Huber).
+        error = max(-3.0 * usual, min(3.0 * usual, error))
+        p = self._p / self.forgetting
+        gain = p @ row
+        gain = gain / (usual * usual + float(row @ gain))
+        self._theta = np.maximum(self._theta + gain * error, 0.0)
+        p = p - np.outer(gain, row @ p)
+        grown = np.diag(p) > self._most
+        if grown.any():  # keep the correlations, bound the variances
+            shrink = np.where(grown, np.sqrt(self._most / np.maximum(np.diag(p), 1e-300)), 1.0)
+            p = p * np.outer(shrink, shrink)
+        self._p = (p + p.T) / 2
+        self.now = _coefficients(self._theta, self.knee)

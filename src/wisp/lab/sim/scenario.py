@@ -1,0 +1,117 @@
+"""Scenarios: everything that moves a result, in one TOML file that a person can read."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from wisp.core.errors import ConfigError
+from wisp.core.slo import Slo
+from wisp.lab.devices import Device, Link, device
+
+T = TypeVar("T")
+SHIPPED = Path(__file__).parent / "scenarios"
+
+
+class SloClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Users who expect the same. rate: tokens per second after the first; share: of all requests."""
+
+    rate: float
+    ttft_s: float = 3.0
+    share: float = 1.0
+    name: str = ""
+
+    @property
+    def slo(self) -> Slo:
+        return Slo(self.ttft_s * 1e3, 1e3 / self.rate)
+
+
+class Kit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Devices of a kind and the link they are on. device: a profile or tokens per second; share: of all devices."""
+
+    device: str
+    rtt_ms: float = 20.0
+    jitter_ms: float = 0.0
+    loss: float = 0.0
+    share: float = 1.0
+
+    def build(self) -> tuple[Device, Link]:
+        return device(self.device), Link(self.rtt_ms, self.jitter_ms, self.loss)
+
+
+class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is asked of a system.
+
+    hardware:      profile of the verifier's engine; kv_tokens: its room, if other than the profile's
+    prompt_tokens, output_tokens: fewest and most, evenly between; the server learns an answer's end from its
+                   end-of-sequence token, as it would live
+    max_output:    `max_tokens` of the requests
+    slo, devices:  who asks, and from where
+    think_s:       mean pause between an answer and the device's next request (exponential)
+    devices_n:     devices at work, for commands that do not search for it
+    population:    pairs [second, devices]: how many are at work from then on; instead of devices_n
+    arrivals_per_s: open loop: requests come by themselves at this rate, each from a device of its own
+    arrivals:      file of recorded arrivals instead (JSON lines: at_s, prompt_tokens; optional rate)
+    traces, domain, acceptance: what target and drafter say; acceptance states a share instead of the recorded one
+    warmup_s, window_s, drain_s: only requests that arrive in the window count
+    vanish:        share of devices that are switched off in mid-sentence, at random times of the window
+    profile_error: factor on the cost model that the server starts with
+    """
+
+    title: str
+    hardware: str
+    slo: tuple[SloClass, ...]
+    devices: tuple[Kit, ...] = (Kit("100"),)
+    kv_tokens: int = 0
+    prompt_tokens: tuple[int, int] = (60, 200)
+    output_tokens: tuple[int, int] = (100, 300)
+    max_output: int = 0
+    think_s: float = 0.0
+    devices_n: int = 50
+    population: tuple[tuple[float, int], ...] = ()
+    arrivals_per_s: float = 0.0
+    arrivals: str = ""
+    traces: str = "data/traces"
+    domain: str = ""
+    acceptance: float = 0.0
+    warmup_s: float = 40.0
+    window_s: float = 120.0
+    drain_s: float = 60.0
+    vanish: float = 0.0
+    profile_error: float = 1.0
+    seeds: tuple[int, ...] = (1, 2, 3)
+
+    def at_rate(self, rate: float) -> Scenario:
+        """With one class of users at this rate."""
+        return msgspec.structs.replace(self, slo=(msgspec.structs.replace(self.slo[0], rate=rate, share=1.0),))
+
+    def with_devices(self, n: int) -> Scenario:
+        """With so many devices at work all the time."""
+        return msgspec.structs.replace(self, devices_n=n, population=())
+
+    @property
+    def most_output(self) -> int:
+        return self.max_output or self.output_tokens[1]
+
+
+def pick(source: random.Random, items: Sequence[T], shares: Sequence[float]) -> T:
+    """One of the items, by share."""
+    return source.choices(items, shares)[0]
+
+
+def load_scenario(name: str) -> Scenario:
+    """A scenario that ships, by name, or from a file. Raises ConfigError."""
+    path = SHIPPED / f"{name}.toml"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.toml")))
+        raise ConfigError(f"unknown scenario {name!r}; choose one of {shipped}, or give a TOML file")
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=Scenario)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the scenario {path.name}: {error}") from None

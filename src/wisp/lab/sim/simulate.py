@@ -1,0 +1,148 @@
+"""One run of a scenario: build the fleet and its verifier, let time pass, count."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import simpy
+
+from wisp.core.admission import Admission
+from wisp.core.cost import Coefficients
+from wisp.core.drafting import Ahead, Policies
+from wisp.core.slo import Account, account
+from wisp.engines.emulated import EmulatedTarget, Hardware, hardware
+from wisp.lab.devices import Device, Link
+from wisp.lab.sim.profiled import profiled
+from wisp.lab.sim.scenario import Scenario, SloClass, pick
+from wisp.lab.sim.scripts import Scripts, library
+from wisp.lab.sim.systems import System
+from wisp.lab.sim.world import Cloud, Counts, Handset, Request
+
+DRAFTER_MS = 2.0  # a step of a 0.6 B model on the target's accelerator: 1.2 GB read, 28 layers launched
+
+
+@dataclass
+class Outcome:
+    """What came of a run. `now`: when it ended."""
+
+    account: Account
+    requests: list[Request]
+    counts: Counts
+    now: float
+
+
+class Simulation:
+    """A scenario under a system, under a seed."""
+
+    def __init__(self, scenario: Scenario, system: System, seed: int, *, trace: bool = False) -> None:
+        self.scenario = scenario
+        self.system = system
+        self.env = simpy.Environment()
+        self.counts = Counts()
+        self.source = random.Random(seed)
+        self.requests: list[Request] = []
+        self.open_in_window = 0
+        lib = library(Path(scenario.traces), scenario.domain)
+        self.scripts = Scripts(lib, scenario.output_tokens, scenario.acceptance or None)
+        profile = hardware(scenario.hardware)
+        if scenario.kv_tokens:
+            profile = msgspec.structs.replace(profile, kv_tokens=scenario.kv_tokens)
+        engine = EmulatedTarget(scenario.hardware, profile, self.scripts.token, n_vocab=1 << 31, eos=lib.eos)
+        self.predictor = lib.foreteller
+        self.cloud = Cloud(
+            self.env,
+            engine,
+            system.batching,
+            Admission(1 << 20),
+            first_guess(profile, scenario.profile_error),
+            self.counts,
+            seed,
+            drafter_ms=DRAFTER_MS if system.beside else 0.0,
+        )
+        self.cloud.trace = trace
+        self.handsets: list[Handset] = []
+        self.idle: list[Handset] = []
+        self.wanted = 0
+        self._n = 0
+        self._vanishing: set[int] = set()
+
+    def run(self) -> Outcome:
+        """Warm up, count, drain."""
+        s = self.scenario
+        for at, n in s.population or ((0.0, s.devices_n),):
+            self.env.timeout(at).callbacks.append(lambda _, n=n: self._population(n))
+        start, end = s.warmup_s, s.warmup_s + s.window_s
+        self.env.run(until=end)
+        late = end + s.drain_s
+        while self.env.now < late and any(r.ended is None for r in self.requests if start <= r.arrived < end):
+            self.env.run(until=min(late, self.env.now + 1.0))
+        now = self.env.now
+        return Outcome(account([r.served() for r in self.requests], start, end, now), self.requests, self.counts, now)
+
+    def _population(self, n: int) -> None:
+        """From now on `n` devices are at work; those above stop after the answer they are at."""
+        self.wanted = n
+        while len(self.handsets) < n:
+            self._join()
+        while self.idle and len(self.handsets) - len(self.idle) < n:
+            self._ask(self.idle.pop())
+
+    def _join(self) -> None:
+        s, system = self.scenario, self.system
+        index = len(self.handsets)
+        kit = pick(random.Random(index * 7919 + 17), s.devices, [k.share for k in s.devices])
+        device, link = kit.build()
+        if system.beside:
+            device, link = Device("beside", 1e7), Link(0.0)
+        policies = Policies(system.drafting, self.predictor, server_mode=system.server_mode) if system.drafting else None
+        handset = Handset(
+            self.env, index, device, link, self.cloud, self.scripts, policies,
+            Ahead() if system.ahead else None, self.counts, self.source.getrandbits(32), self._ended,
+        )  # fmt: skip
+        self.handsets.append(handset)
+        # Devices do not all begin at once.
+        wait = self.source.uniform(0.0, min(10.0, s.warmup_s / 2)) if self.env.now == 0 else 0.0
+        self.env.timeout(wait).callbacks.append(lambda _: self._ask(handset))
+        if s.vanish and self.source.random() < s.vanish:
+            at = s.warmup_s + self.source.random() * s.window_s
+            self.env.timeout(max(0.0, at - self.env.now)).callbacks.append(lambda _: handset.vanish())
+
+    def _ask(self, handset: Handset) -> None:
+        if handset.gone:
+            return
+        s = self.scenario
+        source = random.Random((self._n << 20) ^ self.source.getrandbits(20))
+        self._n += 1
+        slo: SloClass = pick(source, s.slo, [c.share for c in s.slo])
+        seed = self.source.getrandbits(32)
+        prompt = [source.getrandbits(30) for _ in range(source.randint(*s.prompt_tokens))]
+        request = Request(seed, prompt, slo.slo, handset.index, self.env.now, s.most_output)
+        self.requests.append(request)
+        handset.start(request)
+
+    def _ended(self, handset: Handset, request: Request) -> None:
+        at_work = len(self.handsets) - len(self.idle)
+        if at_work > self.wanted:
+            self.idle.append(handset)
+        elif self.scenario.think_s:
+            pause = self.source.expovariate(1.0 / self.scenario.think_s)
+            self.env.timeout(pause).callbacks.append(lambda _: self._ask(handset))
+        else:
+            self._ask(handset)
+
+
+def first_guess(profile: Hardware, error: float) -> Coefficients:
+    """A cost model as `wisp profile` would have fitted it."""
+    c = profiled(profile)
+    return Coefficients(*(getattr(c, f) * error for f in ("step", "token", "cached", "attention", "beyond")), c.knee)
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The q-quantile by nearest rank; nan of nothing."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else math.nan

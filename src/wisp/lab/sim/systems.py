@@ -1,0 +1,48 @@
+"""The systems that are compared: what devices do, and how the server batches and admits."""
+
+from __future__ import annotations
+
+import msgspec
+
+from wisp.core.errors import ConfigError
+
+
+class System(msgspec.Struct, frozen=True):
+    """drafting: a drafting policy, or "" for devices that never draft. beside: the drafter runs beside the target."""
+
+    name: str
+    drafting: str = ""
+    batching: str = "continuous"
+    ahead: bool = False
+    server_mode: bool = False
+    admission: bool = False
+    beside: bool = False
+    about: str = ""
+
+
+SYSTEMS = {
+    s.name: s
+    for s in (
+        System("central", about="continuous batching with chunked prefill; nobody drafts"),
+        System("sled", "fixed:4", "fcfs", about="SLED: fixed drafts, first come first served"),
+        System("sled-confidence", "confidence:0.4", "fcfs", about="SLED's other reading: drafts by confidence"),
+        System("wisp", "predictor", "wisp", about="the paper's: predictor, cost model, its scheduler"),
+        System("ours", "gain", "laxity", True, True, True, about="gain, drafting ahead, laxity, server mode"),
+        System("central-speculative", "fixed:3", "continuous", beside=True, about="a 0.6B drafter on the same GPU"),
+    )
+}  # fmt: skip
+
+
+def system(spec: str) -> System:
+    """A system by name, with changes: "ours,batching=continuous,ahead=no". Raises ConfigError."""
+    name, *changes = spec.split(",")
+    if name not in SYSTEMS:
+        raise ConfigError(f"unknown system {name!r}; choose one of {', '.join(SYSTEMS)}")
+    found = SYSTEMS[name]
+    for change in changes:
+        key, _, value = change.partition("=")
+        if key not in ("drafting", "batching", "ahead", "server_mode", "admission", "beside"):
+            raise ConfigError(f"a system has no {key!r}")
+        typed: str | bool = value if key in ("drafting", "batching") else value in ("yes", "true", "1")
+        found = msgspec.structs.replace(found, **{key: typed, "name": spec})
+    return found

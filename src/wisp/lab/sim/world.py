@@ -1,0 +1,343 @@
+"""A fleet and its verifier in virtual time (SimPy): the objects that decide are the live ones, only time is modelled.
+
+    Fleet ---- starts requests on ----> Handset (core.Drafter)  --link-->  Cloud (core.Verifier) --> hardware profile
+                                               ^------------------link------------'
+
+Text comes from scripts, so every verification is decided as it would be live. Under one seed a run is always the same.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import simpy
+
+from wisp.core.admission import Admission
+from wisp.core.batching import batching_policy
+from wisp.core.cost import Coefficients, CostModel, load_of
+from wisp.core.drafter import Action, Drafter, Phase, Reopen, Task
+from wisp.core.drafting import Ahead, Policies
+from wisp.core.errors import RequestError
+from wisp.core.events import EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick
+from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
+from wisp.core.pace import Pace
+from wisp.core.sampling import Sampling
+from wisp.core.signals import Signal
+from wisp.core.slo import Served, Slo
+from wisp.core.verifier import Verifier
+from wisp.core.work import Committed
+from wisp.engines.emulated import EmulatedTarget
+from wisp.lab.devices import Device, Link
+from wisp.lab.sim.scripts import Script, Scripts
+
+HOST_S = 1e-4  # what the server itself takes between steps
+MAX_DRAFT = 32
+
+
+@dataclass
+class Request:
+    """One request and what became of it. Times in seconds, measured at the user."""
+
+    seed: int
+    prompt: list[int]
+    slo: Slo
+    device: int
+    arrived: float
+    max_tokens: int
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+    ended: float | None = None
+    ok: bool = True
+    refused: bool = False
+
+    def served(self) -> Served:
+        """As `core.slo` counts it."""
+        return Served(self.arrived, self.first, self.last, self.tokens, self.slo, self.ended, self.ok)
+
+
+@dataclass
+class Counts:
+    """Of a whole run; times in milliseconds."""
+
+    tokens: int = 0
+    steps: int = 0
+    slices: int = 0
+    rows: int = 0
+    prefill_rows: int = 0
+    drafts: int = 0
+    draft_rows: int = 0
+    accepted: int = 0
+    busy_ms: float = 0.0
+    drafting_ms: float = 0.0
+    wasted_ms: float = 0.0
+    ahead_wasted: int = 0
+    interference_ms: list[float] = field(default_factory=list)
+    prices: list[float] = field(default_factory=list)
+    events: list[tuple[str, float, float, int, int]] = field(default_factory=list)
+
+
+class Cloud:
+    """Does for `core.verifier.Verifier` what `wisp.cloud.host` does, on simulated time."""
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        engine: EmulatedTarget,
+        batching: str,
+        admission: Admission,
+        cost: Coefficients | None,
+        counts: Counts,
+        seed: int,
+        *,
+        drafter_ms: float = 0.0,
+        true_cost: Callable[[Run], float] | None = None,
+    ) -> None:
+        info = engine.info
+        limits = Limits(
+            info.n_vocab, info.eos, info.slots, info.slot_tokens, info.kv_tokens, info.step_tokens, MAX_DRAFT
+        )
+        self.env = env
+        self.engine = engine
+        self.counts = counts
+        self.drafter_ms = drafter_ms
+        self.verifier = Verifier(limits, batching_policy(batching), admission, CostModel(cost))
+        self.senders: dict[int, Callable[[Verdict | Refused], None]] = {}
+        self._noise = random.Random(seed)
+        self._tick_due = False
+        self._timer: object = None
+        self.trace = False
+
+    def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
+        """A message arrives."""
+        self._feed(FromEdge(connection, "", message))
+
+    def lost(self, connection: int) -> None:
+        """A connection is known to be gone."""
+        self._feed(EdgeLost(connection))
+
+    def _feed(self, event: InEvent) -> None:
+        now = self.env.now
+        for action in self.verifier.handle(now, event):
+            if isinstance(action, Send):
+                sender = self.senders.get(action.connection)
+                if sender is not None:
+                    sender(action.message)
+            elif isinstance(action, Run):
+                self._run(action)
+            else:
+                self._wake_at(action.at)
+        if not isinstance(event, Tick) and not self._tick_due and not self.verifier.running:
+            self._tick_due = True
+            self.env.timeout(HOST_S).callbacks.append(self._tick)
+
+    def _tick(self, _: object = None) -> None:
+        self._tick_due = False
+        if not self.verifier.running:
+            self._feed(Tick())
+
+    def _wake_at(self, at: float) -> None:
+        timer = self.env.timeout(max(0.0, at - self.env.now))
+        self._timer = timer
+        timer.callbacks.append(lambda event: self._tick() if event is self._timer and not self._tick_due else None)
+
+    def _run(self, step: Run) -> None:
+        self._timer = None
+        slices, profile, counts = step.slices, self.engine.profile, self.counts
+        load = load_of(slices)
+        ms = profile.noisy(profile.step_ms(len(slices), *load), self._noise)
+        drafts = [s.n_draft for s in slices if s.n_draft]
+        if self.drafter_ms and drafts:  # a drafter beside the target, on the same accelerator
+            ms += max(drafts) * (self.drafter_ms + 0.01 * len(drafts))
+        counts.steps += 1
+        counts.slices += len(slices)
+        counts.rows += load.new
+        counts.prefill_rows += sum(len(s.tokens) - s.n_draft - 1 for s in slices)
+        counts.drafts += len(drafts)
+        counts.draft_rows += sum(drafts)
+        counts.busy_ms += ms
+        results = self.engine.verify(slices)
+        counts.accepted += sum(r.accepted for r in results)
+        counts.tokens += sum(len(r.tokens) for r in results)
+        if self.trace:
+            counts.events.append(("step", self.env.now, ms, len(slices), load.new))
+        done = StepDone(results, ms)
+        self.env.timeout(ms / 1e3).callbacks.append(lambda _: self._feed(done))
+
+
+class Handset:
+    """A device in the field: one generation at a time, a draft engine that is busy or not, a link."""
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        index: int,
+        device: Device,
+        link: Link,
+        cloud: Cloud,
+        scripts: Scripts,
+        policies: Policies | None,
+        ahead: Ahead | None,
+        counts: Counts,
+        seed: int,
+        ended: Callable[[Handset, Request], None],
+    ) -> None:
+        self.env = env
+        self.index = index
+        self.device = device
+        self.link = link
+        self.cloud = cloud
+        self.scripts = scripts
+        self.policies = policies
+        self.ahead = ahead
+        self.counts = counts
+        self.ended = ended
+        self.source = random.Random(seed)
+        self.pace = Pace()
+        self.drafted_ms = 0.0
+        self.gone = False
+        self._busy = False  # a draft step is running
+        self._inbox: list[tuple[float, Verdict | Refused]] = []
+        self._up = self._down = 0.0  # when the last message in each direction arrives: a link keeps order
+        self.request: Request | None = None
+        cloud.senders[index] = self._sent
+
+    def start(self, request: Request) -> None:
+        """Begin a generation."""
+        self.request = request
+        self.script: Script = self.scripts.script(request.seed)
+        policy = self.policies.make(0.0) if self.policies else None
+        task = Task(
+            request.prompt, Sampling(seed=request.seed), request.max_tokens, slo=request.slo
+        )
+        self.pace = self.pace.successor()
+        name = f"{self.index}:{request.seed}"
+        self.drafter = Drafter(
+            name.rjust(8, "."), task, policy, self.scripts.library.eos,
+            ahead=self.ahead if policy else None, pace=self.pace,
+        )  # fmt: skip
+        self._read = False
+        self._carry_out(self.drafter.connected(self.env.now * 1e3, MAX_DRAFT))
+        self._go_on()
+
+    def vanish(self) -> None:
+        """Switched off in mid-sentence."""
+        self.gone = True
+        self.cloud.senders.pop(self.index, None)
+        if self.request is not None:
+            self.request.ok = False
+            self.request.ended = self.env.now
+            self.request = None
+        self.cloud.lost(self.index)
+
+    # --- the link
+
+    def _carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Open | Draft):
+                self._up = max(self._up, self.env.now + self.link.one_way_ms(self.source) / 1e3)
+                message = action
+                self.env.timeout(self._up - self.env.now).callbacks.append(
+                    lambda _, message=message: None if self.gone else self.cloud.receive(self.index, message)
+                )
+            elif isinstance(action, Reopen):
+                self.env.timeout(action.after_s).callbacks.append(self._reopen)
+
+    def _reopen(self, _: object) -> None:
+        if self.request is not None:
+            self._carry_out(self.drafter.connected(self.env.now * 1e3, MAX_DRAFT))
+
+    def _sent(self, message: Verdict | Refused) -> None:
+        self._down = max(self._down, self.env.now + self.link.one_way_ms(self.source) / 1e3)
+        self.env.timeout(self._down - self.env.now).callbacks.append(lambda _: self._heard(message))
+
+    def _heard(self, message: Verdict | Refused) -> None:
+        if self.gone or self.request is None or message.session != self.drafter.session:
+            return
+        if isinstance(message, Verdict):
+            self._seen(self.request, message)
+        self._inbox.append((self.env.now * 1e3, message))
+        if not self._busy:
+            self._go_on()
+
+    def _seen(self, request: Request, verdict: Verdict) -> None:
+        """The user sees tokens as they arrive."""
+        tokens = verdict.base + len(verdict.tokens)
+        if tokens > request.tokens:
+            if request.tokens == 0:
+                request.first = self.env.now
+            request.last, request.tokens = self.env.now, tokens
+        if verdict.finish:
+            request.ended = self.env.now
+
+    # --- the loop of an edge: verdicts first, then the draft engine
+
+    def _go_on(self) -> None:
+        drafter = self.drafter
+        while self.request is not None:
+            if self._inbox:
+                arrived, message = self._inbox.pop(0)
+                self._take(arrived, message)
+            elif drafter.wants_token(self.env.now * 1e3):
+                self._draft()
+                return
+            else:
+                return
+
+    def _take(self, arrived: float, message: Verdict | Refused) -> None:
+        drafter, request, now = self.drafter, self.request, self.env.now * 1e3
+        assert request is not None
+        try:
+            if isinstance(message, Refused):
+                actions = drafter.refused(message)
+            else:
+                actions = drafter.verdict(now, message, arrived)
+        except RequestError as error:
+            request.ok, request.refused, request.ended = False, True, self.env.now
+            self._finish(request, error.retry_after or 1.0)
+            return
+        for action in actions:
+            if isinstance(action, Committed) and action.drafted:
+                wasted = max(0, action.drafted - action.accepted - 1)
+                self.counts.wasted_ms += wasted * self.device.draft_ms(self.drafted_ms / 1e3)
+        self._carry_out(actions)
+        if drafter.phase is Phase.DONE:
+            self._finish(request, 0.0)
+
+    def _finish(self, request: Request, pause: float) -> None:
+        self.counts.ahead_wasted += self.drafter.wasted
+        self.pace = self.drafter.pace
+        self.request = None
+        self._inbox.clear()
+        if pause:
+            self.env.timeout(pause).callbacks.append(lambda _: self.ended(self, request))
+        else:
+            self.ended(self, request)
+
+    def _draft(self) -> None:
+        ms = self.device.draft_ms(self.drafted_ms / 1e3)
+        if not self._read:  # the drafter reads the prompt first
+            ms += ms * len(self.drafter.task.prompt) / READ_AHEAD
+            self._read = True
+        self.drafted_ms += ms
+        self.counts.drafting_ms += ms
+        self._busy = True
+        drafter = self.drafter
+        proposal = self.script.propose(len(drafter.committed), drafter.chain)
+
+        def done(_: object) -> None:
+            self._busy = False
+            if self.gone or drafter is not self.drafter or self.request is None:
+                if self.request is not None:
+                    self._go_on()
+                return
+            token, signal = proposal if proposal is not None else (None, Signal())
+            self._carry_out(drafter.proposed(self.env.now * 1e3, token, signal, ms))
+            self._go_on()
+
+        self.env.timeout(ms / 1e3).callbacks.append(done)
+
+
+READ_AHEAD = 20.0  # prompt tokens that a drafter reads in the time of one draft step
