@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 # Two pools of spinning threads on one machine ruin each other; this must be set before llama.cpp loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -17,6 +18,10 @@ import typer
 
 from wisp import __version__
 from wisp.core.errors import ConfigError, WispError
+
+if TYPE_CHECKING:
+    from wisp.core.cost import Coefficients
+    from wisp.engines.emulated import Written
 
 app = typer.Typer(
     name="wisp",
@@ -36,6 +41,14 @@ Model = Annotated[str, typer.Option(help="A catalogue name, a path, or hf:user/r
 Draft = Annotated[str, typer.Option(help="A model as for --target, ngram, ngram+MODEL, or none.")]
 Drafting = Annotated[str, typer.Option(help="gain[:LONGEST], predictor[:P], confidence:P or fixed:K.")]
 DraftAhead = Annotated[bool, typer.Option(help="Draft on while a draft is in flight; costs energy.")]
+SloClasses = Annotated[
+    Any,
+    typer.Option(
+        parser=lambda given: given,  # a file's name or, from --config, its tables
+        metavar="PATH",
+        help="TOML file of SLO classes for the header x-slo-class: [NAME] with ttft_ms, tpot_ms.",
+    ),
+]
 PredictorFile = Annotated[Path | None, typer.Option(help="From `wisp train` (default: the one that ships).")]
 
 
@@ -79,19 +92,44 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 @app.command()
 def serve(
-    target: Model,
-    engine: Annotated[str, typer.Option(help="llama.cpp.")] = "llama.cpp",
+    target: Annotated[
+        str, typer.Option(help="A catalogue name, a path, hf:user/repo/file.gguf; or hardware, emulated.")
+    ],
+    engine: Annotated[str, typer.Option(help="llama.cpp, or emulated: timing without a model.")] = "llama.cpp",
     mode: Annotated[
         str, typer.Option(help="exact: bit-identical in any batch; fast: quicker, may tie.")
     ] = "exact",
-    batching: Annotated[str, typer.Option(help="continuous or fcfs.")] = "continuous",
+    batching: Annotated[str, typer.Option(help="laxity, wisp, continuous or fcfs.")] = "laxity",
+    cost: Annotated[
+        Path | None, typer.Option(help="Cost profile to start from, written by `wisp profile --target`.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8100,
     api_keys: Annotated[
         Path | None, typer.Option(help="TOML file of API keys; read again when it changes.")
     ] = None,
-    slots: Annotated[int, typer.Option(help="Sequences whose KV is held at once.", min=1, max=256)] = 8,
-    context: Annotated[int, typer.Option(help="Tokens of prompt and output per session.", min=16)] = 2048,
+    slo_classes: SloClasses = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(help="Sequences whose KV is held at once (8; emulated: the hardware's).", min=1, max=4096),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of prompt and output per session (2048; emulated: the hardware's).", min=16),
+    ] = None,
+    kv_tokens: Annotated[
+        int | None, typer.Option(help="Emulated: room for KV, in tokens (default: the hardware's).", min=16)
+    ] = None,
+    traces: Annotated[
+        Path | None, typer.Option(help="Emulated: say what these traces say (default: a hash).")
+    ] = None,
+    output_tokens: Annotated[
+        str, typer.Option(help="With --traces: fewest and most tokens of an answer.")
+    ] = "100-300",
+    acceptance: Annotated[
+        float | None,
+        typer.Option(help="With --traces: share of draft tokens to agree (default: as recorded).", min=0, max=1),
+    ] = None,
     threads: Threads = None,
     max_sessions: Annotated[
         int, typer.Option(help="Open sessions before new ones are refused.", min=1)
@@ -108,11 +146,12 @@ def serve(
     log_json: LogJson = False,
 ) -> None:
     """Run a verifier: edges on a WebSocket, OpenAI clients on HTTP, one port. A single key may be in WISP_API_KEYS."""
+    from wisp.api.attainment import read_slo_classes
     from wisp.api.keys import Keyring
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
     from wisp.cloud.app import CloudApp, Settings
     from wisp.core.batching import batching_policy
-    from wisp.engines.build import ENGINES, load_target, served_name
+    from wisp.engines.build import check_engine, load_target, served_name
     from wisp.engines.models import RichProgress, resolve
 
     set_up_logging(log_level, json_lines=log_json)
@@ -120,19 +159,32 @@ def serve(
     listen = Listen(host, port, tls_cert, tls_key)
     listen.check(keyed=bool(keys))
     batching_policy(batching)
-    if engine not in ENGINES:
-        raise ConfigError(f"unknown engine {engine!r}; choose one of: {', '.join(ENGINES)}")
-    if engine != "null":
+    check_engine(engine, mode=mode, kv_tokens=kv_tokens)
+    start, written = _emulation(target, engine, slots, context, kv_tokens, traces, output_tokens, acceptance)
+    if cost is not None:
+        from wisp.lab.profiling.target import read_cost
+
+        start, measured_on = read_cost(cost)
+        if measured_on not in ("", served_name(target)):
+            logging.getLogger("wisp.serve").warning(
+                "%s was measured on %s, and %s is served: the cost model will have to find its way",
+                cost.name, measured_on, served_name(target),
+            )  # fmt: skip
+    if engine == "llama.cpp":
         with RichProgress() as progress:
             resolve(target, offline=offline, progress=progress)
-    settings = Settings(served_name(target), batching, max_sessions, park_s, drain_s, event_log)
+    settings = Settings(
+        served_name(target), batching, max_sessions, park_s, drain_s, event_log, start,
+        read_slo_classes(slo_classes) if slo_classes else {},
+    )  # fmt: skip
     cloud = CloudApp(
         settings,
         keys,
         lambda: load_target(
-            target, engine=engine, mode=mode, slots=slots, context=context, threads=threads, offline=offline
+            target, engine=engine, mode=mode, slots=slots, context=context, threads=threads, offline=offline,
+            kv_tokens=kv_tokens, written=written,
         ),
-    )
+    )  # fmt: skip
 
     async def run() -> None:
         await run_app(cloud.asgi, listen, cloud.drain, cloud.ended)
@@ -141,6 +193,25 @@ def serve(
 
     with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
         runner.run(run())
+
+
+def _emulation(
+    target: str, engine: str, slots: int | None, context: int | None, kv_tokens: int | None,
+    traces: Path | None, output_tokens: str, acceptance: float | None,
+) -> tuple[Coefficients | None, Written | None]:  # fmt: skip
+    """Where the cost model of an emulated engine starts, and its text if that comes from traces."""
+    if engine != "emulated":
+        if traces is not None or acceptance is not None:
+            raise ConfigError("--traces and --acceptance are for --engine emulated: a model has its own text")
+        return None, None
+    from wisp.engines.build import emulated_hardware
+    from wisp.lab.sim.profiled import profiled
+    from wisp.lab.sim.written import written
+
+    if traces is None and acceptance is not None:
+        raise ConfigError("--acceptance is of what traces say; give --traces too")
+    start = profiled(emulated_hardware(target, slots=slots, context=context, kv_tokens=kv_tokens))
+    return start, written(traces, output_tokens, acceptance) if traces is not None else None
 
 
 @app.command()
@@ -343,15 +414,39 @@ def trace(
 
 @app.command()
 def profile(
-    draft: Annotated[str, typer.Option(help="The draft model to time on this device.")],
+    draft: Annotated[str | None, typer.Option(help="The draft model to time on this device.")] = None,
+    target: Annotated[str | None, typer.Option(help="The target whose steps to time, as for serve.")] = None,
+    engine: Annotated[str, typer.Option(help="Of the target: llama.cpp or emulated.")] = "llama.cpp",
+    mode: Annotated[str, typer.Option(help="Of the target: exact or fast.")] = "exact",
+    slots: Annotated[
+        int | None, typer.Option(help="As for serve: sequences held at once.", min=1, max=4096)
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="As for serve: tokens per session.", min=64)] = None,
+    kv_tokens: Annotated[int | None, typer.Option(help="As for serve --engine emulated.", min=1024)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer kinds of steps, fewer repeats.")] = False,
+    limit_s: Annotated[float, typer.Option(help="Seconds that timing a target may take.", min=1)] = 300.0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the target's cost profile here, for serve --cost.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Draft steps.", min=3)] = 64,
     threads: Threads = None,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
-    """How fast this device drafts, and what the statistics for stopping in time cost beside it."""
-    from wisp.lab.profile import profile_draft
+    """How fast this device drafts (--draft), or how long a target's steps take: the cost model (--target)."""
+    if (draft is None) == (target is None):
+        raise ConfigError("give --draft MODEL or --target MODEL, one of the two")
+    if target is not None:
+        from wisp.lab.profiling.target import profile_target
 
+        profile_target(
+            target, engine=engine, mode=mode, slots=slots, context=context, threads=threads, kv_tokens=kv_tokens,
+            quick=quick, limit_s=limit_s, out=out, offline=offline, as_json=json,
+        )  # fmt: skip
+        return
+    from wisp.lab.profiling.draft import profile_draft
+
+    assert draft is not None
     profile_draft(draft, steps=steps, threads=threads, offline=offline, as_json=json)
 
 
@@ -389,6 +484,49 @@ def replay(
 
     names = [p for p in policies.split(",") if p]
     run_grid(traces, names, predictor, price=price, limit=limit, out=out, as_json=json)
+
+
+@app.command()
+def fleet(
+    scenario: Annotated[str, typer.Argument(help="A scenario that ships, or a TOML file.")],
+    system: Annotated[
+        str, typer.Option(help="ours, central, sled, wisp, ...; with changes: ours,ahead=no.")
+    ] = "ours",
+    server: Annotated[
+        str, typer.Option(help="A verifier that serves the scenario (default: one is started).")
+    ] = "",
+    policies: Annotated[str, typer.Option(help="Batching policies to compare in turn, by comma.")] = "",
+    rate: Annotated[
+        float | None, typer.Option(help="Tokens per second that all users want.", min=0.1)
+    ] = None,
+    devices: Annotated[int | None, typer.Option(help="Devices at work.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Of devices and requests.")] = 1,
+    window: Annotated[float | None, typer.Option(help="Seconds that count.", min=1)] = None,
+    warmup: Annotated[float | None, typer.Option(help="Seconds before them.", min=0)] = None,
+    against_simulator: Annotated[
+        bool, typer.Option("--against-simulator", help="Simulate the same, and compare.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the figures into this JSON file.")] = None,
+    json: Json = False,
+) -> None:
+    """Emulated devices by the hundred against a live verifier, in real time; every token is checked."""
+    from wisp.lab.sim.fleet import run_fleet
+
+    code = run_fleet(
+        scenario,
+        of=system,
+        server=server,
+        policies=[p for p in policies.split(",") if p],
+        rate=rate,
+        devices=devices,
+        seed=seed,
+        window_s=window,
+        warmup_s=warmup,
+        against_simulator=against_simulator,
+        as_json=json,
+        out=out,
+    )
+    raise typer.Exit(code)
 
 
 def main() -> None:

@@ -19,7 +19,9 @@ PROMPT = [50, 51]
 
 
 class Always(Ahead, frozen=True):
-    """Drafts ahead at any price."""
+    """Drafts ahead at any price, and keeps it until the verdict."""
+
+    send: bool = False
 
     def worth(self, view: View) -> bool:
         return True

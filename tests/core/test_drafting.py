@@ -53,7 +53,8 @@ def pace(
     made.draft.add(draft_ms)
     for i in range(70):
         k = i % 7
-        made.verdict(k, wait_ms + token_ms * k, 2.0, 10.0 + token_ms * k, price)
+        made.verdict(k, wait_ms + token_ms * k, 2.0, 10.0 + token_ms * k)
+    made.price = price
     made.acceptance.value = acceptance
     return made
 
@@ -66,7 +67,8 @@ def view(
     now_ms: float = 0.0,
     sent_ms: float = 0.0,
 ) -> View:
-    return View(now_ms, list(p), sent, 64, sent_ms, made or pace())
+    made = made or pace()
+    return View(now_ms, list(p), sent, 64, sent_ms + made.wait_ms(sent), made)
 
 
 def drafted(policy: DraftingPolicy, made: Pace, p: Sequence[float] = (0.8,) * 64) -> list[float]:
@@ -235,9 +237,9 @@ def test_nobody_changes_over_before_anything_is_measured() -> None:
     made = Pace()
     made.draft.add(500.0)
     assert not gain().serve(view([], made))
-    made.verdict(0, 60.0, 0.0, 10.0, 0.0)
+    made.verdict(0, 60.0, 0.0, 10.0)
     assert not gain().serve(view([], made))
-    made.verdict(0, 60.0, 0.0, 10.0, 0.0)
+    made.verdict(0, 60.0, 0.0, 10.0)
     assert gain().serve(view([], made))
 
 

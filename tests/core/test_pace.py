@@ -68,7 +68,7 @@ def measured(draft_ms: float, wait_ms: float, token_ms: float, acceptance: float
     pace.draft.add(draft_ms)
     for i in range(120):
         k = i % 7
-        pace.verdict(k, wait_ms + token_ms * k, 3.0, 15.0 + token_ms * k, 0.0)
+        pace.verdict(k, wait_ms + token_ms * k, 3.0, 15.0 + token_ms * k)
     pace.acceptance.value = acceptance
     return pace
 

@@ -18,6 +18,7 @@ from wisp.core.work import Copy
 ID = "session-1"
 PROMPT = [1, 2, 3]
 TEXT = toy_text(PROMPT, SAMPLING, 40)
+WRONG = next(t for t in range(90) if t not in TEXT)
 
 
 def opening(session: str = ID, epoch: int = 0, **changes: object) -> Open:
@@ -131,11 +132,38 @@ def test_a_later_draft_replaces_one_that_waits(rig: Rig) -> None:
     rig.receive(opening())
     rig.settle()
     rig.verdict()
-    rig.receive(Draft(ID, 1, 1, TEXT[1:2]))
+    rig.receive(Draft(ID, 1, 1, [WRONG]))
     rig.receive(Draft(ID, 2, 1, TEXT[1:4]))
     rig.settle()
     verdict = rig.verdict()
     assert (verdict.round, verdict.tokens) == (2, TEXT[1:5])
+    assert rig.silent
+
+
+def test_a_draft_sent_ahead_waits_for_what_it_bets_on(rig: Rig) -> None:
+    rig.receive(opening())
+    rig.settle()
+    rig.verdict()
+    rig.receive(Draft(ID, 1, 1, TEXT[1:2]))
+    rig.receive(Draft(ID, 2, 1, TEXT[1:4]))  # restates the one that waits, guesses its bonus, and goes on
+    rig.settle()
+    first, second = rig.verdict(), rig.verdict()
+    assert (first.round, first.tokens) == (1, TEXT[1:3])
+    assert (second.round, second.tokens, second.accepted) == (2, TEXT[1:5], 3)
+    assert rig.silent
+
+
+def test_a_draft_sent_ahead_on_a_wrong_bet_costs_no_step(rig: Rig) -> None:
+    rig.receive(opening())
+    rig.settle()
+    rig.verdict()
+    rig.receive(Draft(ID, 1, 1, TEXT[1:2]))
+    rig.receive(Draft(ID, 2, 1, [TEXT[1], WRONG, TEXT[3]]))
+    rig.dispatch()
+    rig.finish()
+    assert rig.verdict().tokens == TEXT[1:3]
+    stale = rig.verdict()
+    assert (stale.round, stale.accepted, stale.tokens) == (2, 1, TEXT[1:3])
     assert rig.silent
 
 

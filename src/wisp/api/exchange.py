@@ -88,6 +88,7 @@ class Exchange:
             gaps_s=output.gaps_s if output else [],
             spec=output.spec if output else SpecStats(),
             slo=ask.slo if ask else None,
+            slo_class=ask.slo_class if ask else "",
         )
 
 

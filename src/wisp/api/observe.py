@@ -20,6 +20,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
     code:       the error's code, "" if there was none
     gaps_s:     between arrivals of committed tokens: the inter-token latencies as a client sees chunks
     spec:       rounds of speculation, draft tokens, accepted draft tokens
+    slo_class:  the named class that its targets come from, "" if none
     """
 
     endpoint: str
@@ -38,6 +39,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
     gaps_s: list[float]
     spec: SpecStats
     slo: Slo | None
+    slo_class: str = ""
 
     def served(self) -> Served:
         """The request as `core.slo` counts it."""

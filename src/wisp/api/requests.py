@@ -18,6 +18,8 @@ from wisp.api.messages import Message, parse_messages, parse_tools
 from wisp.core.sampling import Sampling
 from wisp.core.slo import Slo
 
+SloClasses = Mapping[str, Slo]
+NO_CLASSES: SloClasses = {}
 MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
 _MAX_COUNT = 1 << 31
@@ -85,12 +87,13 @@ class Ask(msgspec.Struct, frozen=True):
     logprobs: int | None = None
     ignore_eos: bool = False
     slo: Slo | None = None
+    slo_class: str = ""
 
 
-def parse_chat(body: dict[str, Any], headers: Mapping[str, str]) -> Ask:
+def parse_chat(body: dict[str, Any], headers: Mapping[str, str], classes: SloClasses = NO_CLASSES) -> Ask:
     """The body of `/v1/chat/completions`. Raises RequestError 400 with `param`."""
     fields = Fields(body)
-    common = _common(fields, headers, _NEUTRAL_CHAT)
+    common = _common(fields, headers, classes, _NEUTRAL_CHAT)
     limit_name = "max_tokens" if fields.get("max_completion_tokens") is None else "max_completion_tokens"
     return Ask(
         chat=True,
@@ -103,10 +106,12 @@ def parse_chat(body: dict[str, Any], headers: Mapping[str, str]) -> Ask:
     )
 
 
-def parse_completion(body: dict[str, Any], headers: Mapping[str, str]) -> Ask:
+def parse_completion(
+    body: dict[str, Any], headers: Mapping[str, str], classes: SloClasses = NO_CLASSES
+) -> Ask:
     """The body of `/v1/completions`. Raises RequestError 400 with `param`."""
     fields = Fields(body)
-    common = _common(fields, headers, _NEUTRAL_COMPLETION)
+    common = _common(fields, headers, classes, _NEUTRAL_COMPLETION)
     max_tokens = fields.integer("max_tokens", 1, _MAX_COUNT)
     return Ask(
         chat=False,
@@ -119,7 +124,7 @@ def parse_completion(body: dict[str, Any], headers: Mapping[str, str]) -> Ask:
 
 
 def _common(
-    fields: Fields, headers: Mapping[str, str], neutral: dict[str, tuple[Any, ...]]
+    fields: Fields, headers: Mapping[str, str], classes: SloClasses, neutral: dict[str, tuple[Any, ...]]
 ) -> dict[str, Any]:
     """The fields of Ask that both endpoints have."""
     model = fields.string("model")
@@ -137,7 +142,8 @@ def _common(
         "stream": stream,
         "include_usage": _include_usage(fields, stream),
         "ignore_eos": ignore_eos,
-        "slo": parse_slo(headers),
+        "slo": parse_slo(headers, classes),
+        "slo_class": headers.get("x-slo-class") or "",
     }
 
 
@@ -211,9 +217,15 @@ def _prompt(prompt: object) -> str | list[int]:
     return refuse("prompt", "expected a string or a list of token ids")
 
 
-def parse_slo(headers: Mapping[str, str]) -> Slo | None:
-    """Targets from `x-slo-ttft-ms` and `x-slo-tpot-ms`; None where neither is given."""
+def parse_slo(headers: Mapping[str, str], classes: SloClasses = NO_CLASSES) -> Slo | None:
+    """Targets from `x-slo-ttft-ms` and `x-slo-tpot-ms`, and where these say nothing from the class that `x-slo-class`
+    names; None where none is given."""
     ttft, tpot = (_target_ms(headers, name) for name in ("x-slo-ttft-ms", "x-slo-tpot-ms"))
+    if name := headers.get("x-slo-class"):
+        if name not in classes:
+            known = f"; this server has {', '.join(sorted(classes))}" if classes else "; this server has none"
+            refuse("x-slo-class", f"no such SLO class{known}")
+        ttft, tpot = ttft or classes[name].ttft_ms, tpot or classes[name].tpot_ms
     return Slo(ttft, tpot) if ttft or tpot else None
 
 

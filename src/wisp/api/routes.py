@@ -33,7 +33,7 @@ from wisp.api.exchange import Exchange
 from wisp.api.observe import Observer
 from wisp.api.output import Delta, Output
 from wisp.api.prepare import prepare
-from wisp.api.requests import Ask, parse_chat, parse_completion
+from wisp.api.requests import NO_CLASSES, Ask, SloClasses, parse_chat, parse_completion
 from wisp.api.responses import ChatShape, CompletionShape, Json, Shape
 from wisp.api.sse import (
     DONE,
@@ -48,7 +48,7 @@ from wisp.api.sse import (
 from wisp.core.errors import EngineError, RequestError
 
 Authorize = Callable[[Request], str]
-Parse = Callable[[dict[str, Any], Mapping[str, str]], Ask]
+Parse = Callable[[dict[str, Any], Mapping[str, str], SloClasses], Ask]
 
 
 def openai_routes(
@@ -57,6 +57,7 @@ def openai_routes(
     keep_alive_s: float = 10.0,
     authorize: Authorize | None = None,
     observer: Observer | None = None,
+    slo_classes: SloClasses = NO_CLASSES,
 ) -> list[Route]:
     """Routes for models, chat completions and completions.
 
@@ -66,7 +67,7 @@ def openai_routes(
     """
 
     def generating(path: str, endpoint: str, parse: Parse, shape: type[Shape]) -> Route:
-        app = _Generating(backend, endpoint, parse, shape, keep_alive_s, authorize, observer)
+        app = _Generating(backend, endpoint, parse, shape, keep_alive_s, authorize, observer, slo_classes)
         return Route(path, app, methods=["POST"], name=endpoint)
 
     return [
@@ -117,6 +118,7 @@ class _Generating:
         keep_alive_s: float,
         authorize: Authorize | None,
         observer: Observer | None,
+        slo_classes: SloClasses,
     ) -> None:
         self._backend = backend
         self._endpoint = endpoint
@@ -125,6 +127,7 @@ class _Generating:
         self._keep_alive_s = keep_alive_s
         self._authorize = authorize
         self._observer = observer
+        self._slo_classes = slo_classes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -147,7 +150,7 @@ class _Generating:
     async def _handle(self, request: Request, exchange: Exchange, stream: EventSender) -> Response:
         if self._authorize is not None:
             exchange.key = self._authorize(request)
-        ask = exchange.ask = self._parse(await read_json(request), request.headers)
+        ask = exchange.ask = self._parse(await read_json(request), request.headers, self._slo_classes)
         return await unless_gone(request.receive, self._answer(ask, exchange, stream))
 
     async def _answer(self, ask: Ask, exchange: Exchange, stream: EventSender) -> Response:

@@ -26,26 +26,31 @@ from starlette.routing import Route, WebSocketRoute
 from wisp.api.backend import Committed, Generation, Target
 from wisp.api.errors import JsonResponse, error_response, exception_handlers, request_id
 from wisp.api.keys import Keyring
+from wisp.api.observe import RequestRecord
 from wisp.api.routes import openai_routes
 from wisp.cloud.host import VerifierHost
 from wisp.cloud.sockets import SessionEndpoint
 from wisp.cloud.thin import ThinBackend
 from wisp.core.admission import Admission
+from wisp.core.cost import Coefficients
 from wisp.core.errors import RequestError, UnavailableError
+from wisp.core.slo import Slo
 from wisp.engines.base import TargetEngine, Tokenizer
 
 log = logging.getLogger("wisp.serve")
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What an operator decides. `model` is the name that clients use."""
+    """What an operator decides. `model` is the name that clients use; `cost` what the cost model starts from."""
 
     model: str
-    batching: str = "continuous"
+    batching: str = "laxity"
     max_sessions: int = 1024
     park_s: float = 60.0
     drain_s: float = 30.0
     event_log: Path | None = None
+    cost: Coefficients | None = None
+    slo_classes: dict[str, Slo] = {}
 
 
 class CloudApp:
@@ -69,7 +74,9 @@ class CloudApp:
                 Route("/metrics", self._metrics),
                 Route("/v1/tokenizers/{fingerprint}", self._tokenizer),
                 WebSocketRoute("/v1/sessions", SessionEndpoint(self.host, keys.authorize)),
-                *openai_routes(backend, authorize=self._authorize),
+                *openai_routes(
+                    backend, authorize=self._authorize, observer=self, slo_classes=settings.slo_classes
+                ),
             ],
             exception_handlers=exception_handlers(),
             lifespan=self._lifespan,
@@ -86,6 +93,11 @@ class CloudApp:
         self.host()
         assert self._thin is not None
         return self._thin
+
+    def request_finished(self, record: RequestRecord) -> None:
+        """A thin client's request has ended (see `api.observe`). Edges count their own, where their users sit."""
+        if self._host is not None:
+            self._host.metrics.attainment.count(record)
 
     async def drain(self) -> None:
         """Take no new sessions and let the present ones end."""
@@ -121,6 +133,7 @@ class CloudApp:
                 Admission(s.max_sessions, self.keys.limits),
                 model=s.model,
                 batching=s.batching,
+                cost=s.cost,
                 park_s=s.park_s,
                 event_log=s.event_log,
             )

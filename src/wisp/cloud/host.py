@@ -11,13 +11,14 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
+from wisp import __version__
 from wisp.cloud.engine_thread import EngineThread
+from wisp.cloud.event_log import EventLog, LogHeader, read_events
 from wisp.cloud.metrics import Metrics
 from wisp.core.admission import Admission
 from wisp.core.batching import batching_policy
-from wisp.core.events import EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
+from wisp.core.cost import Coefficients, CostModel
+from wisp.core.events import Action, EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
 from wisp.core.messages import VERSION as PROTOCOL
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict, Welcome
 from wisp.core.session import State
@@ -39,10 +40,12 @@ class VerifierHost:
         admission: Admission,
         *,
         model: str,
-        batching: str = "continuous",
+        batching: str = "laxity",
+        cost: Coefficients | None = None,
         park_s: float = 60.0,
         event_log: Path | None = None,
     ) -> None:
+        """`cost`: what the cost model starts from; None: it learns from the first step on. Raises ConfigError."""
         info = engine.info
         self.info = info
         self.model = model
@@ -57,10 +60,16 @@ class VerifierHost:
             park_s=park_s,
         )
         self.limits = limits
-        self.verifier = Verifier(limits, batching_policy(batching), admission)
+        self.verifier = Verifier(limits, batching_policy(batching), admission, CostModel(cost))
         self.metrics = Metrics(self.verifier)
         self.draining = False
         self._loop = asyncio.get_running_loop()
+        self._log: EventLog | None = None
+        if event_log is not None:
+            header = LogHeader(
+                __version__, info.engine, model, limits, batching, cost, admission.max_sessions, admission.limits
+            )
+            self._log = EventLog(event_log, header, self._loop.time())
         self._engine = EngineThread(engine, self._loop, self._step_done)
         self._senders: dict[int, Sender] = {}
         self._keys: dict[int, str] = {}
@@ -68,7 +77,6 @@ class VerifierHost:
         self._tick_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._step: Run | None = None
-        self._log = EventLog(event_log) if event_log else None
 
     def welcome(self) -> Welcome:
         """What every edge is told first."""
@@ -99,13 +107,20 @@ class VerifierHost:
         key = self._keys[connection]
         if self.draining and isinstance(message, Open):
             refused = Refused(message.session, "shutting_down", "this verifier is shutting down", 1.0, True)
+            self.metrics.admission(refused.code)
             self._send(connection, refused)
             return
         if isinstance(message, Cancel):
             self.metrics.cancelled(message.session)
-        if isinstance(message, Open):
-            self.metrics.opened(self._loop.time(), message, key)
-        self._feed(FromEdge(connection, key, message))
+        if not isinstance(message, Open):
+            self._feed(FromEdge(connection, key, message))
+            return
+        self.metrics.opened(self._loop.time(), message, key)
+        before = self.n_sessions
+        actions = self._feed(FromEdge(connection, key, message))
+        sent = (a.message for a in actions if isinstance(a, Send))
+        refusal = next((m.code for m in sent if isinstance(m, Refused)), "")
+        self.metrics.admission(refusal or ("admitted" if self.n_sessions > before else "resumed"))
 
     def detach(self, connection: int) -> None:
         """The connection is gone; its sessions are parked."""
@@ -141,22 +156,26 @@ class VerifierHost:
 
     # --- events and actions
 
-    def _feed(self, event: InEvent) -> None:
+    def _feed(self, event: InEvent) -> list[Action]:
+        """Hand over an event and carry out what follows."""
         now = self._loop.time()
         if self._log:
             self._log.write(now, event)
-        for action in self.verifier.handle(now, event):
+        actions = self.verifier.handle(now, event)
+        for action in actions:
             if isinstance(action, Send):
                 self.metrics.sent(now, action.message)
                 self._send(action.connection, action.message)
             elif isinstance(action, Run):
                 self._step = action
+                self.metrics.dispatched(now, action)
                 self._engine.submit(action)
             elif isinstance(action, WakeAt):
                 self._wake_at(action.at)
         if not isinstance(event, Tick) and not self._tick_due and not self.verifier.running:
             self._tick_due = True
             self._loop.call_soon(self._tick)
+        return actions
 
     def _tick(self) -> None:
         self._tick_due = False
@@ -169,7 +188,7 @@ class VerifierHost:
 
     def _step_done(self, done: StepDone) -> None:
         assert self._step is not None
-        self.metrics.step(self._step, done)
+        self.metrics.step(self._loop.time(), self._step, done)
         self._step = None
         self._feed(done)
 
@@ -179,32 +198,4 @@ class VerifierHost:
             sender(message)
 
 
-class EventLog:
-    """Every (now, event) of a run, length-prefixed msgpack: `Verifier` replays it to identical actions."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab")
-        self._encoder = msgspec.msgpack.Encoder()
-
-    def write(self, now: float, event: InEvent) -> None:
-        """Append one event."""
-        data = self._encoder.encode((now, event))
-        self._file.write(len(data).to_bytes(4, "little") + data)
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._file.close()
-
-
-def read_events(path: Path) -> list[tuple[float, InEvent]]:
-    """The (now, event) pairs of an event log, in order; one that a crash cut short at the end is left out."""
-    decoder = msgspec.msgpack.Decoder(tuple[float, InEvent])
-    data = path.read_bytes()
-    events, at = [], 0
-    while at + 4 <= len(data):
-        size = int.from_bytes(data[at : at + 4], "little")
-        if at + 4 + size > len(data):
-            break
-        events.append(decoder.decode(data[at + 4 : at + 4 + size]))
-        at += 4 + size
-    return events
+__all__ = ["EventLog", "Sender", "VerifierHost", "read_events"]

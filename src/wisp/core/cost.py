@@ -15,8 +15,10 @@ safety margin is a quantile of recent errors: measured, not guessed.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import NamedTuple
 
 import msgspec
@@ -26,6 +28,7 @@ import numpy.typing as npt
 from wisp.core.work import Slice
 
 Vector = npt.NDArray[np.float64]
+FORGET_FAST = 0.93
 
 
 class Load(NamedTuple):
@@ -57,8 +60,8 @@ def load_of(slices: Iterable[Slice]) -> Load:
 
 
 class Coefficients(msgspec.Struct, frozen=True):
-    """Milliseconds. step: fixed; token: each new token; beyond: each new token past `knee`, in addition;
-    attention: each pair of `Load.attention`; cached: each cached token."""
+    """Milliseconds. step: fixed; token: each new token; beyond: each new token past `knee`, in addition (knee 0:
+    there is none); attention: each pair of `Load.attention`; cached: each cached token."""
 
     step: float = 20.0
     token: float = 1.0
@@ -69,7 +72,7 @@ class Coefficients(msgspec.Struct, frozen=True):
 
     def ms(self, load: Load) -> float:
         """Predicted time of a step."""
-        beyond = load.new - self.knee
+        beyond = load.new - self.knee if self.knee else 0
         return (
             self.step
             + self.token * load.new
@@ -129,17 +132,23 @@ def fit(loads: Sequence[Load], ms: Sequence[float], *, knee: bool = True) -> Coe
 
 
 def _non_negative(x: Vector) -> Vector:
-    """theta >= 0 that minimises |x theta - 1|, by an active set small enough to be plain."""
+    """theta >= 0 that minimises |x theta - 1|: the best of the least-squares solutions on any choice of columns that
+    has no negative entry, which is exact, and quick for five columns."""
     scale = np.abs(x).max(axis=0)
-    free = [i for i in range(x.shape[1]) if scale[i] > 0]
-    theta = np.zeros(x.shape[1])
-    while free:
-        part, *_ = np.linalg.lstsq(x[:, free] / scale[free], np.ones(len(x)), rcond=None)
-        if part.min() >= 0:
-            theta[free] = part / scale[free]
-            break
-        del free[int(part.argmin())]
-    return theta
+    used = [i for i in range(x.shape[1]) if scale[i] > 0]
+    part = x[:, used] / scale[used]
+    gram, onto = part.T @ part, part.sum(axis=0)
+    best, best_gain = np.zeros(x.shape[1]), 0.0
+    for n in range(1, len(used) + 1):
+        for chosen in itertools.combinations(range(len(used)), n):
+            at = list(chosen)
+            solved, *_ = np.linalg.lstsq(gram[np.ix_(at, at)], onto[at], rcond=None)
+            gain = float(onto[at] @ solved)  # by how much |x theta - 1|^2 falls
+            if solved.min() >= 0.0 and gain > best_gain * (1 + 1e-12):
+                best_gain = gain
+                best = np.zeros(x.shape[1])
+                best[[used[i] for i in at]] = solved / scale[[used[i] for i in at]]
+    return best
 
 
 def _coefficients(theta: Sequence[float] | Vector, knee: int) -> Coefficients:
@@ -175,6 +184,8 @@ class CostModel:
         self._errors: deque[float] = deque(maxlen=window)  # measured / predicted
         self._margin = 1.0
         self._median = 0.05  # of recent relative errors
+        self._spread = 0.05  # of measured / predicted around its middle
+        self._bias = 0.0  # how far off that middle is
 
     def ms(self, load: Load) -> float:
         """Predicted time of a step, without margin."""
@@ -198,32 +209,39 @@ class CostModel:
     def token_ms(self, load: Load) -> float:
         """What one more token adds to a step of this size."""
         now = self.now
-        return now.token + (now.beyond if load.new >= now.knee else 0.0)
+        return now.token + (now.beyond if now.knee and load.new >= now.knee else 0.0)
 
     def observe(self, load: Load, ms: float) -> None:
         """A step took `ms`. Compares it with the prediction, then learns from it."""
-        if ms <= 0.0 or load.new <= 0:
+        if not 1e-3 <= ms < 1e9 or load.new <= 0:
             return
         self.steps += 1
         ratio = ms / max(self.ms(load), 1e-6)
         self._errors.append(ratio)
-        if self.steps < 20 or self.steps % 10 == 0:
+        if self.steps < 20 or self.steps % 5 == 0:
             self._summarise()
         self._learn(np.array(_row(load, self.knee)), ms)
 
     def _summarise(self) -> None:
-        recent = np.array(self._errors)
-        self._margin = float(min(max(np.quantile(recent, 0.9), 1.0), 2.0))
-        self._median = float(np.median(np.abs(recent[-64:] - 1.0)))
+        ratios = list(self._errors)
+        self._margin = min(max(sorted(ratios)[int(0.9 * len(ratios))], 1.0), 2.0)
+        self._median = median(abs(r - 1.0) for r in ratios[-64:])
+        latest = ratios[-24:]
+        middle = max(median(latest), 1e-3)
+        self._spread = median(abs(r - middle) for r in latest) / middle
+        self._bias = abs(1.0 - 1.0 / middle)
 
     def _learn(self, x: Vector, ms: float) -> None:
-        """Recursive least squares on x / ms: relative errors, whose variance is taken from recent ones."""
+        """Recursive least squares on x / ms: relative errors, whose variance is that of recent ones around their own
+        middle. If they are all off to one side, it is not noise: the machine has changed, and the past is forgotten
+        faster."""
         row = x / ms
         error = 1.0 - float(row @ self._theta)
-        usual = max(1.5 * self._median, 0.02)
+        usual = max(1.5 * self._spread, 0.02 + 0.5 / self.steps)
         # Beyond three times what is usual an error counts as three times, no more (Huber).
-        error = max(-3.0 * usual, min(3.0 * usual, error))
-        p = self._p / self.forgetting
+        most = 3.0 * max(usual, self._bias)
+        error = max(-most, min(most, error))
+        p = self._p / (FORGET_FAST if self._bias > 2.0 * usual else self.forgetting)
         gain = p @ row
         gain = gain / (usual * usual + float(row @ gain))
         self._theta = np.maximum(self._theta + gain * error, 0.0)

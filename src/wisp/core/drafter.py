@@ -7,6 +7,10 @@ What is guessed of the text beyond the committed tokens is one chain: its first 
 rest are the draft in the making, or were drafted ahead. A verdict that agrees moves along the chain; one that
 does not clears it.
 
+A draft made ahead may leave before the verdict it bets on (`Ahead.send`): it restates the chain, the tokens in flight
+and the guess at the verdict's own token included. If all that was right, the verifier has the next draft the moment
+its step ends, and no round trip is waited for; otherwise it costs the verifier nothing but a comparison.
+
 The edge owns the truth: prompt and committed tokens live here. Whatever happens to a connection or a verifier,
 `connected` opens the session again from what is committed, and text goes on where it was.
 """
@@ -48,6 +52,19 @@ class Reopen(msgspec.Struct, frozen=True):
 
 
 Action = Open | Draft | Committed | Reopen
+
+
+class Flight(msgspec.Struct):
+    """A draft on its way: `drafted` tokens sent at `sent_ms`, whose verdict is expected at `due_ms`.
+
+    alone: no other was in flight when it was sent, so that its time says how long a round takes
+    """
+
+    round: int
+    drafted: int
+    sent_ms: float
+    due_ms: float
+    alone: bool = True
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -96,8 +113,7 @@ class Drafter:
         self.serve = policy is None  # what the last message asked for
         self._warm = False  # the draft engine has read the prompt
         self._dry = False  # nothing more to propose until the next verdict
-        self._drafted = 0  # tokens in the last draft sent, committed meanwhile or not
-        self._sent_ms = 0.0
+        self._flights: list[Flight] = []  # at most two: the second was sent ahead
         self._began_ms = 0.0  # when this round's clock started: the last verdict
         self._unasked = 0  # tokens that came during this round without having been asked for
         self._reopenings = 0
@@ -132,10 +148,10 @@ class Drafter:
         self._round += 1
         self.serve = self.policy is None
         self.sent = max(0, min(self.sent or len(self.chain), self.max_draft, self._left() - 1))
-        self._drafted = self.sent
-        self._sent_ms = self._began_ms = now_ms
+        self._began_ms = now_ms
         self._dry = False
         self.phase = Phase.SERVED if self.serve else Phase.IN_FLIGHT
+        self._flights = [self._flight(now_ms, self.sent)] if not self.serve else []
         task = self.task
         open_ = Open(
             self.session,
@@ -157,6 +173,7 @@ class Drafter:
         """The connection is gone."""
         if self.phase is not Phase.DONE:
             self.phase = Phase.DETACHED
+            self._flights = []
 
     def proposed(
         self, now_ms: float, token: int | None, signal: Signal, took_ms: float = 0.0
@@ -173,7 +190,7 @@ class Drafter:
             self._warm = True
             self._odds.append(self.policy.judge(signal, [o.p for o in self._odds]))
             self.chain.append(token)
-        return self._go_on(now_ms) if self.phase is Phase.DRAFTING else []
+        return self._go_on(now_ms) if self.phase is Phase.DRAFTING else self._send_ahead(now_ms)
 
     def verdict(self, now_ms: float, verdict: Verdict, arrived_ms: float | None = None) -> list[Action]:
         """Take what is committed since, and go on. It may have arrived earlier, while a draft step was running.
@@ -185,8 +202,9 @@ class Drafter:
             return []
         new = self._new_tokens(verdict)
         self.pace.price = verdict.price
-        settled = self.phase is Phase.IN_FLIGHT and verdict.round == self._round
-        drafted, before = (self._drafted, len(verdict.tokens) - len(new)) if settled else (0, 0)
+        flight = self._landed(verdict.round)
+        settled = flight is not None
+        drafted, before = (flight.drafted, len(verdict.tokens) - len(new)) if flight else (0, 0)
         fresh = Committed(
             tokens=new,
             logprobs=verdict.logprobs[-len(new) :] if new and verdict.logprobs else [],
@@ -195,20 +213,23 @@ class Drafter:
             from_draft=min(len(new), max(0, verdict.accepted - before)) if settled else 0,
             finish=verdict.finish,
         )
-        if settled:
-            self._learn(now_ms, now_ms if arrived_ms is None else arrived_ms, verdict, new)
+        if flight is not None:
+            self._learn(now_ms, now_ms if arrived_ms is None else arrived_ms, flight, verdict, new)
         elif self.serve and new and self.phase is Phase.SERVED:
             self.pace.decoded(len(new), now_ms - self._began_ms)
             self._began_ms = now_ms
         elif not self.serve:
             self._unasked += len(new)
-        self._commit(new, settled)
+        self._commit(new, drafted if settled else self.sent)
         if verdict.finish:
             self.phase = Phase.DONE
             return [fresh]
         deliver: list[Action] = [fresh] if new or drafted else []
-        if settled:
+        if settled or (self.phase is Phase.IN_FLIGHT and not self._flights):  # or what it bet on was wrong
             self._began_ms = now_ms
+            if self._flights:  # its successor is with the verifier already
+                self._flights[0].due_ms = now_ms + self.pace.engine_ms(self.sent)
+                return deliver
             return deliver + self._start_round(now_ms)
         if self.phase is Phase.SERVED and self.policy is not None:
             return deliver + self._start_round(now_ms)
@@ -263,17 +284,45 @@ class Drafter:
     def _send(self, now_ms: float, most: int) -> Draft:
         self._round += 1
         self.sent = max(0, min(most, len(self.chain), self.max_draft, self._left() - 1))
-        self._drafted = self.sent
-        self._sent_ms = now_ms
         self._dry = False
         self.phase = Phase.IN_FLIGHT
+        self._flights.append(self._flight(now_ms, self.sent))
         base, tokens = len(self.committed), self.chain[: self.sent]
         return Draft(self.session, self._round, base, tokens, now_ms - self._began_ms, self.serve)
 
-    def _view(self, now_ms: float) -> View:
-        room = min(self.max_draft, self._left() - 1) - (len(self.chain) - self.sent)
+    def _send_ahead(self, now_ms: float) -> list[Action]:
+        """Send what was drafted ahead before the verdict is here, if it is complete, or there is no time for more."""
+        beyond = len(self.chain) - self.sent - 1  # the first of the rest guesses the verdict's own token
+        if self.ahead is None or not self.ahead.send or len(self._flights) != 1 or self.serve or beyond < 1:
+            return []
+        assert self.policy is not None
+        view = self._view(now_ms, self.sent + 1)
+        last_call = self._flights[0].due_ms - self.pace.line.value - 0.5 * self.pace.wait.deviation
+        late = now_ms + self.pace.draft.value > last_call and not view.opening
+        if not (late or self._dry or self._ended() or not self.policy.more(view) or not self.wants_token(now_ms)):
+            return []
+        n = self.policy.take(view)
+        return [self._send(now_ms, self.sent + 1 + n)] if n > 0 else []
+
+    def _flight(self, now_ms: float, drafted: int) -> Flight:
+        due_ms = now_ms + self.pace.wait_ms(drafted)
+        return Flight(self._round, drafted, now_ms, due_ms, not self._flights)
+
+    def _landed(self, round_: int) -> Flight | None:
+        """The flight that a verdict answers; those before it were replaced by it."""
+        for i, flight in enumerate(self._flights):
+            if flight.round == round_ and self.phase is Phase.IN_FLIGHT:
+                del self._flights[: i + 1]
+                return flight
+        return None
+
+    def _view(self, now_ms: float, sent: int | None = None) -> View:
+        """What the policy sees, if the first `sent` tokens of the chain are in flight (default: those that are)."""
+        sent = self.sent if sent is None else sent
+        room = min(self.max_draft, self._left() - 1) - (len(self.chain) - sent)
         p = [o.p for o in self._odds]
-        return View(now_ms, p, self.sent, room, self._sent_ms, self.pace, opening=self._round == 0)
+        due_ms = self._flights[-1].due_ms if self._flights else 0.0
+        return View(now_ms, p, sent, room, due_ms, self.pace, opening=self._round == 0)
 
     def _left(self) -> int:
         """Tokens still to come; the last of all is always the target's own."""
@@ -283,13 +332,15 @@ class Drafter:
         """Does the chain end with an end of sequence? Nothing comes after that."""
         return bool(self.chain) and self.chain[-1] in self.eos and not self.task.ignore_eos
 
-    def _learn(self, now_ms: float, arrived_ms: float, verdict: Verdict, new: list[int]) -> None:
+    def _learn(
+        self, now_ms: float, arrived_ms: float, flight: Flight, verdict: Verdict, new: list[int]
+    ) -> None:
         """What a settled round tells of pace and acceptance. Its correction or bonus tells of the next guess, too."""
         assert self.policy is not None
-        waited = arrived_ms - self._sent_ms
-        if self._round > 0:  # the first one read the prompt
-            self.pace.verdict(self._drafted, waited, verdict.queue_ms, verdict.engine_ms)
-            self.pace.round(self._drafted, len(new) + self._unasked, now_ms - self._began_ms)
+        if flight.round > 0:  # the first one read the prompt
+            waited = arrived_ms - flight.sent_ms if flight.alone else None
+            self.pace.verdict(flight.drafted, waited, verdict.queue_ms, verdict.engine_ms)
+            self.pace.round(flight.drafted, len(new) + self._unasked, now_ms - self._began_ms)
         self._unasked = 0
         agreed = 0
         while agreed < min(len(new), len(self.chain)) and new[agreed] == self.chain[agreed]:
@@ -306,8 +357,9 @@ class Drafter:
             raise ProtocolError("conflict", "the verifier contradicts what it committed before")
         return verdict.tokens[overlap:]
 
-    def _commit(self, new: list[int], settled: bool) -> None:
-        """Append `new`. The chain keeps what agrees with it, beyond it, and is let go otherwise."""
+    def _commit(self, new: list[int], answered: int) -> None:
+        """Append `new`. The chain keeps what agrees with it, beyond it, and is let go otherwise; then no draft that
+        is still in flight is of any use. `answered`: tokens of the chain that were verified, or will be."""
         if new:
             self._reopenings = 0
             self.committed += new
@@ -315,8 +367,9 @@ class Drafter:
                 gone = min(len(new), len(self.chain))
             else:
                 gone = len(self.chain)
-                self.wasted += len(self.chain) - self.sent
+                self.wasted += max(0, len(self.chain) - answered)
+                self._flights = []
             del self.chain[:gone], self._odds[:gone]
             self.sent = max(0, self.sent - gone)
-        if settled:
+        if not self._flights:
             self.sent = 0

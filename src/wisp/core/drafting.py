@@ -40,7 +40,7 @@ class View(msgspec.Struct, frozen=True):
     p:       acceptance probabilities of the tokens guessed beyond the committed ones, in order
     sent:    how many of them are in flight
     room:    tokens that may still join the draft (limits of protocol, context and max_tokens)
-    sent_ms: when the draft in flight was sent
+    due_ms:  when the verdict on the draft in flight is expected
     opening: the target is reading the prompt
     """
 
@@ -48,7 +48,7 @@ class View(msgspec.Struct, frozen=True):
     p: Sequence[float]
     sent: int
     room: int
-    sent_ms: float
+    due_ms: float
     pace: Pace
     opening: bool = False
 
@@ -245,10 +245,12 @@ class Ahead(msgspec.Struct, frozen=True):
 
     energy:  least chance of being used for which a token is drafted ahead: what the device's energy is worth
     longest: tokens drafted ahead at most
+    send:    send them before the verdict is here, betting that it agrees
     """
 
     energy: float = 0.1
     longest: int = LONGEST
+    send: bool = True
 
     def worth(self, view: View) -> bool:
         """Draft another token ahead, now?"""
@@ -264,7 +266,7 @@ class Ahead(msgspec.Struct, frozen=True):
             return False
         if view.opening or pace.wait.n == 0:
             return True  # reading the prompt takes the target longer than a draft step
-        left = max(0.0, view.sent_ms + pace.wait_ms(view.sent) - view.now_ms) + 0.25 * pace.wait.deviation
+        left = max(0.0, view.due_ms - view.now_ms) + 0.25 * pace.wait.deviation
         late, wrong_late = max(0.0, steps * d - left), max(0.0, d - left)
         if late <= 0.0:
             return True

@@ -59,6 +59,7 @@ class Pace:
         self.wait = Mean(0.0, 0.15)  # from sending a draft to its verdict, less what its size explains
         self.verify = Line()  # engine time against draft tokens
         self.queue = Mean(0.0, 0.15)
+        self.line = Mean(0.0, 0.15)  # the way there and back
         self.served = Mean(0.0, 0.15)  # between tokens that the verifier decodes by itself
         self.acceptance = Mean(TYPICAL, 0.03, prior=10)  # of a draft token whose predecessors were accepted
         self.price = 0.0  # of a draft token, as of the last verdict
@@ -106,15 +107,21 @@ class Pace:
         self._tokens = keep * self._tokens + tokens
         self._time_ms = keep * self._time_ms + elapsed_ms
 
-    def verdict(self, n_draft: int, waited_ms: float, queue_ms: float, engine_ms: float) -> None:
+    def verdict(self, n_draft: int, waited_ms: float | None, queue_ms: float, engine_ms: float) -> None:
         """A draft of `n_draft` tokens came back after `waited_ms`, of which queue and engine took their parts."""
         self.verify.add(n_draft, engine_ms)
         self.queue.add(queue_ms)
-        self.wait.add(max(0.0, waited_ms - self.verify.slope * n_draft))
+        if waited_ms is not None:  # else it waited behind another of this session: that says nothing
+            self.wait.add(max(0.0, waited_ms - self.verify.slope * n_draft))
+            self.line.add(max(0.0, waited_ms - queue_ms - engine_ms))
 
     def wait_ms(self, n_draft: int) -> float:
         """Expected time from sending so many draft tokens to their verdict."""
         return self.wait.value + self.verify.slope * n_draft
+
+    def engine_ms(self, n_draft: int) -> float:
+        """Expected time of a step with so many draft tokens."""
+        return self.verify.intercept + self.verify.slope * n_draft
 
     @property
     def serve_ms(self) -> float:

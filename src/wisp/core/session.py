@@ -238,6 +238,16 @@ class Session:
         away = now - self.answered_at
         self.away_s += (away - self.away_s) * (0.25 if self.away_s else 1.0)
 
+    def extends(self, draft: Draft) -> bool:
+        """Does it go on where the draft that waits for its step ends? (A first draft had better ride along with the
+        prompt; so had one at a time when rows cost nothing.)"""
+        p = self.pending
+        if p is None or not (p.draft or self.price > 0.0):
+            return False
+        known = self.committed_from(draft.base)
+        end = len(known) + len(p.draft)
+        return len(draft.tokens) > end and draft.tokens[:end] == known + p.draft
+
     def answer(
         self,
         round_: int,

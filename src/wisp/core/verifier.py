@@ -53,6 +53,7 @@ class Verifier:
         self._load = Load()
         self._dispatched = 0.0
         self._next_handle = 0
+        self.evicted = 0  # times that a session lost its KV to another
 
     @property
     def running(self) -> bool:
@@ -139,6 +140,9 @@ class Verifier:
             session.inbox = draft
             return None
         session.serve = draft.serve
+        if session.state is State.READY and session.extends(draft):
+            session.inbox = draft  # sent ahead: it is worth its rows once what it bets on has come true
+            return None
         session.returned(now)
         return self._take(now, session, draft.round, draft.base, draft.tokens)
 
@@ -289,6 +293,7 @@ class Verifier:
     def _lose_kv(self, handle: int) -> None:
         session = self.sessions[handle]
         session.slot, session.cached = None, 0
+        self.evicted += 1
         self._file(session)
 
     def _plan(self, now: float) -> tuple[Run | None, float | None]:

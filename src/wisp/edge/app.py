@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -15,6 +15,7 @@ from wisp.api.errors import JsonResponse, exception_handlers
 from wisp.api.keys import Keyring
 from wisp.api.routes import openai_routes
 from wisp.core.drafting import Ahead, Policies
+from wisp.core.slo import Slo
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
 from wisp.edge.metrics import EdgeMetrics
@@ -37,6 +38,7 @@ class EdgeApp:
         ahead: Ahead | None = None,
         give_up_s: float = 30.0,
         keep_alive_s: float = 10.0,
+        slo_classes: Mapping[str, Slo] = {},
     ) -> None:
         """`fingerprint`: of the draft model's vocabulary, "" where none is loaded."""
         self.keys = keys
@@ -48,7 +50,11 @@ class EdgeApp:
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
                 *openai_routes(
-                    self.backend, keep_alive_s=keep_alive_s, authorize=self._authorize, observer=self.metrics
+                    self.backend,
+                    keep_alive_s=keep_alive_s,
+                    authorize=self._authorize,
+                    observer=self.metrics,
+                    slo_classes=slo_classes,
                 ),
             ],
             exception_handlers=exception_handlers(),

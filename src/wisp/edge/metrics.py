@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from wisp.api.attainment import Attainment
 from wisp.api.observe import RequestRecord
-from wisp.core.slo import met
 from wisp.edge.backend import EdgeBackend
 
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
@@ -37,7 +37,7 @@ class EdgeMetrics:
             "wisp:inter_token_latency_seconds", "Between chunks.", buckets=SECONDS, registry=r
         )
         self.requests = Counter("wisp:request", "Requests by outcome.", ["finished_reason"], registry=r)
-        self.slo = Counter("wisp:request_slo", "Requests that had an SLO.", ["outcome"], registry=r)
+        self.attainment = Attainment(r)
         self.tokens = Counter("wisp:generation_tokens", "Tokens committed.", registry=r)
         self.prompt = Counter("wisp:prompt_tokens", "Prompt tokens.", registry=r)
         self.drafts = Counter("wisp:spec_decode_num_drafts", "Drafts verified.", registry=r)
@@ -65,5 +65,4 @@ class EdgeMetrics:
             self.tpot.observe(served.tpot_ms / 1e3)
         for gap in record.gaps_s:
             self.itl.observe(gap)
-        if record.slo is not None:
-            self.slo.labels("met" if met(served, record.ended) else "missed").inc()
+        self.attainment.count(record)

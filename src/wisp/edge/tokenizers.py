@@ -16,7 +16,7 @@ import httpx
 from wisp.core.errors import ModelError, RequestError
 from wisp.edge.link import http_url, is_local
 from wisp.engines.base import Tokenizer
-from wisp.engines.llama.tokenizer import LlamaTokenizer
+from wisp.engines.build import open_tokenizer
 from wisp.engines.models import cache_dir
 
 # No proxy from the environment on the way to this machine; certificates from there still count.
@@ -68,7 +68,7 @@ def _unavailable(message: str) -> RequestError:
 
 def _load(path: Path, fingerprint: str) -> Tokenizer:
     try:
-        tokenizer = LlamaTokenizer.open(path)
+        tokenizer = open_tokenizer(path)
     except ModelError:
         path.unlink(missing_ok=True)
         raise

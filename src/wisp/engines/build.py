@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
+
 from wisp.core.drafting import Policies
 from wisp.core.errors import ConfigError
 from wisp.core.predictor import Predictor
 from wisp.engines.base import DraftEngine, TargetEngine, Tokenizer
+from wisp.engines.emulated import EmulatedTarget, Hardware, Written, hardware
 from wisp.engines.models import Progress, resolve
 
 PREDICTOR = Path(__file__).parent / "data" / "predictor.json"
-ENGINES = ("llama.cpp", "null")
+ENGINES = ("llama.cpp", "emulated", "null")
+SLOTS, CONTEXT = 8, 2048  # where nothing else is asked for
+MOST_SLOTS = 256  # of llama.cpp: sequences in one context
 
 
 def drafting_policies(spec: str, predictor: Path | None = None) -> Policies:
@@ -31,7 +36,7 @@ def read_predictor(path: Path | None = None) -> Predictor:
 
 def served_name(name: str) -> str:
     """What clients call the model: the catalogue's name, or the file's without its ending."""
-    return Path(name.removeprefix("hf:")).name.removesuffix(".gguf")
+    return Path(name.removeprefix("hf:")).name.removesuffix(".gguf").removesuffix(".toml")
 
 
 def load_target(
@@ -39,21 +44,30 @@ def load_target(
     *,
     engine: str = "llama.cpp",
     mode: str = "exact",
-    slots: int = 8,
-    context: int = 2048,
+    slots: int | None = None,
+    context: int | None = None,
     threads: int | None = None,
     offline: bool = False,
     progress: Progress | None = None,
+    kv_tokens: int | None = None,
+    written: Written | None = None,
 ) -> tuple[TargetEngine, Tokenizer]:
-    """The target's engine and tokenizer. Raises ConfigError or ModelError."""
-    if engine == "null":
-        from wisp.engines.null import ByteTokenizer, NullTarget
+    """The target's engine and tokenizer. Raises ConfigError or ModelError.
 
-        return NullTarget(slots=max(slots, 256)), ByteTokenizer()
-    if engine != "llama.cpp":
-        raise ConfigError(f"unknown engine {engine!r}; choose one of: {', '.join(ENGINES)}")
-    if mode not in ("exact", "fast"):
-        raise ConfigError(f"unknown mode {mode!r}; choose exact or fast")
+    kv_tokens, written: of the emulated engine, whose `name` is that of a hardware profile or a TOML file: its room for
+    KV, and its text, if not what the profile says and a hash.
+    """
+    check_engine(engine, mode=mode, kv_tokens=kv_tokens)
+    if engine == "null":
+        from wisp.engines.null import NullTarget
+        from wisp.engines.plain import PlainTokenizer
+
+        return NullTarget(slots=max(slots or SLOTS, 256)), PlainTokenizer()
+    if engine == "emulated":
+        profile = emulated_hardware(name, slots=slots, context=context, kv_tokens=kv_tokens)
+        return _emulated(served_name(name), profile, written)
+    if (slots or SLOTS) > MOST_SLOTS:
+        raise ConfigError(f"llama.cpp holds at most {MOST_SLOTS} slots, not {slots}")
     from wisp.engines.llama.target import LlamaTarget
     from wisp.engines.llama.tokenizer import LlamaTokenizer
 
@@ -62,11 +76,46 @@ def load_target(
         path,
         name=served_name(name),
         mode="exact" if mode == "exact" else "fast",
-        slots=slots,
-        slot_tokens=context,
+        slots=slots or SLOTS,
+        slot_tokens=context or CONTEXT,
         threads=threads,
     )
     return target, LlamaTokenizer.open(path)
+
+
+def check_engine(engine: str, *, mode: str = "exact", kv_tokens: int | None = None) -> None:
+    """Raises ConfigError where there is no such engine or mode, or an option is another engine's."""
+    if engine not in ENGINES:
+        raise ConfigError(f"unknown engine {engine!r}; choose one of: {', '.join(ENGINES)}")
+    if mode not in ("exact", "fast"):
+        raise ConfigError(f"unknown mode {mode!r}; choose exact or fast")
+    if kv_tokens is not None and engine != "emulated":
+        raise ConfigError("--kv-tokens is for --engine emulated; others have room for --slots times --context")
+
+
+def emulated_hardware(
+    name: str, *, slots: int | None = None, context: int | None = None, kv_tokens: int | None = None
+) -> Hardware:
+    """A hardware profile with changes. Raises ConfigError."""
+    asked = {"slots": slots, "slot_tokens": context, "kv_tokens": kv_tokens}
+    return msgspec.structs.replace(hardware(name), **{k: v for k, v in asked.items() if v is not None})
+
+
+def _emulated(name: str, profile: Hardware, written: Written | None) -> tuple[TargetEngine, Tokenizer]:
+    from wisp.engines.plain import NumberTokenizer, PlainTokenizer
+
+    if written is None:
+        return EmulatedTarget(name, profile), PlainTokenizer()
+    target = EmulatedTarget(name, profile, written.text, n_vocab=written.n_vocab, eos=written.eos)
+    return target, NumberTokenizer(written.n_vocab, written.eos)
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a file, as a verifier hands it to its edges. Raises ModelError."""
+    from wisp.engines.llama.tokenizer import LlamaTokenizer
+    from wisp.engines.plain import open_plain
+
+    return open_plain(path) or LlamaTokenizer.open(path)
 
 
 def load_drafter(

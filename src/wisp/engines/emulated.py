@@ -10,8 +10,10 @@ miss:
 
 With p = 1 nothing overlaps (a straight line), with p -> infinity everything does (the textbook roofline). The profiles
 that ship have p = 1.3: with 3 % noise, a straight line fitted to such steps misses by 4 to 5 % (R2 0.99), which is what
-the paper's line missed by on an A100; at p = 1.5 it would miss by 7 %, at p = 2 by 9 %. The text: a *script* by (seed, position), such as a recorded trace, or, without
-one, a hash of (prompt, seed, position). It never depends on drafts.
+the paper's line missed by on an A100; at p = 1.5 it would miss by 7 %, at p = 2 by 9 %.
+
+The text: a *script* by (seed, position), such as a recorded trace, or, without one, a hash of (prompt, seed,
+position). It never depends on drafts.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
-from wisp.core.errors import ConfigError
+from wisp.core.errors import ConfigError, EngineError
 from wisp.core.sampling import hash32
 from wisp.core.work import Copy, Slice, SliceResult
 from wisp.engines.base import EngineInfo
@@ -34,6 +37,10 @@ from wisp.engines.null import N_VOCAB as BYTES
 from wisp.engines.null import null_token
 
 HARDWARE = Path(__file__).parent / "data" / "hardware"
+_POSITIVE = (
+    "parameters", "layers", "heads", "kv_heads", "head_dim", "bandwidth", "tflops", "kv_tokens", "weight_bytes",
+    "kv_bytes", "bandwidth_share", "tflops_share", "overlap", "step_tokens", "slots", "slot_tokens",
+)  # fmt: skip
 Text = Callable[[int, int], int]  # (seed, position) -> token
 
 
@@ -94,7 +101,7 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         worked = 2 * self.parameters * 1e9 * padded + 4 * self.layers * self.heads * self.head_dim * attention
         compute = worked / (self.tflops * 1e12 * self.tflops_share) * 1e3
         high, low = max(memory, compute), min(memory, compute)
-        both = high * (1.0 + (low / high) ** self.overlap) ** (1.0 / self.overlap)
+        both = high * math.pow(1.0 + math.pow(low / high, self.overlap), 1.0 / self.overlap)
         return both + self.launch_ms + self.sequence_ms * sequences
 
     def noisy(self, ms: float, source: random.Random) -> float:
@@ -123,9 +130,15 @@ def hardware(name: str) -> Hardware:
         shipped = ", ".join(sorted(p.stem for p in HARDWARE.glob("*.toml")))
         raise ConfigError(f"unknown hardware profile {name!r}; choose one of {shipped}, or give a TOML file")
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=Hardware)
+        profile = msgspec.toml.decode(path.read_bytes(), type=Hardware)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the hardware profile {path.name}: {error}") from None
+    for field in _POSITIVE:
+        if not getattr(profile, field) > 0:
+            raise ConfigError(f"the hardware profile {path.name}: {field} must be more than 0")
+    if list(profile.graphs) != sorted(set(profile.graphs)):
+        raise ConfigError(f"the hardware profile {path.name}: graphs must be in ascending order")
+    return profile
 
 
 def step_ms(profile: Hardware, slices: Sequence[Slice]) -> float:
@@ -139,10 +152,35 @@ def step_ms(profile: Hardware, slices: Sequence[Slice]) -> float:
     return profile.step_ms(len(slices), new, attention, cached)
 
 
+class Written(NamedTuple):
+    """A target's text from elsewhere: what `Text` says, in a vocabulary of its own."""
+
+    text: Text
+    n_vocab: int
+    eos: frozenset[int]
+
+
+class VirtualClock:
+    """Time that passes only where someone sleeps: measurements of an emulated engine without the waiting."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def now(self) -> float:
+        """Seconds."""
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        """Let them pass."""
+        self.seconds += seconds
+
+
 class EmulatedTarget:
     """TargetEngine of a profile. `text` says the target's tokens; None: a hash of prompt, seed and position.
 
-    `sleep` lets time pass (seconds); a simulator, whose time is its own, asks `verify` and `step_ms` instead.
+    `now` and `sleep` (seconds) are the clock by which `run` takes its time. A simulator, whose time is its own, asks
+    `verify` and `step_ms` instead. What a slot holds is kept as a real engine keeps its KV: a slice that builds on
+    tokens that are not there fails.
     """
 
     def __init__(
@@ -154,13 +192,16 @@ class EmulatedTarget:
         n_vocab: int = BYTES,
         eos: frozenset[int] = frozenset({BYTE_EOS}),
         seed: int = 0,
+        now: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.profile = profile
         self.text = text
+        self._now = now
         self._sleep = sleep
         self._noise = random.Random(seed)
         self._held: list[list[int]] = [[] for _ in range(profile.slots)] if text is None else []
+        self._lengths = [0] * profile.slots  # tokens that each slot holds
         self._folded: dict[int, tuple[int, int, int]] = {}  # slot -> (length of prompt, seed, both folded)
         self._info = EngineInfo(
             engine="emulated",
@@ -181,34 +222,68 @@ class EmulatedTarget:
         return self._info
 
     def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
-        """Choose tokens, and take the time a step would."""
-        started = time.perf_counter()
-        results = self.verify(batch)
+        """Choose tokens, and take the time a step would. Raises EngineError where two slices share a slot."""
+        if len({s.slot for s in batch}) != len(batch):
+            raise EngineError("two slices of one batch use the same slot")
+        started = self._now()
+        results = []
+        for s in batch:
+            problem = self._problem(s)
+            result = SliceResult(s.session, error=problem) if problem else self._verify(s)
+            self._settle(s, result)
+            results.append(result)
         left = self.profile.noisy(step_ms(self.profile, batch), self._noise) / 1e3
-        self._sleep(max(0.0, left - (time.perf_counter() - started)))
+        self._sleep(max(0.0, left - (self._now() - started)))
         return results
 
     def verify(self, batch: Sequence[Slice]) -> list[SliceResult]:
-        """What a step answers, in no time."""
-        if self.text is not None:
-            return [verify(s, self.text, s.sampling.seed) for s in batch]
-        return [self._hashed(s) for s in batch]
+        """What a step answers, in no time and without a look at what slots hold."""
+        return [self._verify(s) for s in batch]
 
     def copy(self, copy: Copy) -> None:
-        """Slots hold token ids here, where the text depends on the prompt."""
+        """The first tokens of one slot into another."""
+        if self._lengths[copy.source] < copy.tokens:
+            raise EngineError(f"slot {copy.source} holds {self._lengths[copy.source]} tokens, not {copy.tokens}")
+        self._lengths[copy.target] = copy.tokens
+        self._folded.pop(copy.target, None)
         if self._held:
             self._held[copy.target] = self._held[copy.source][: copy.tokens]
-            self._folded.pop(copy.target, None)
 
     def close(self) -> None:
         """There is nothing to free."""
 
+    def _problem(self, s: Slice) -> str:
+        info = self._info
+        if not 0 <= s.slot < info.slots:
+            return f"slot {s.slot} is none of {info.slots}"
+        held = self._lengths[s.slot]
+        if s.start > held:
+            return f"slot {s.slot} holds {held} tokens, not {s.start}"
+        if s.start + len(s.tokens) > info.slot_tokens:
+            return f"{s.start + len(s.tokens)} tokens do not fit into a slot of {info.slot_tokens}"
+        return ""
+
+    def _settle(self, s: Slice, result: SliceResult) -> None:
+        """A slot keeps what was fed and not rejected; one whose slice failed is empty."""
+        if not 0 <= s.slot < len(self._lengths):
+            return
+        if result.error:
+            self._lengths[s.slot] = 0
+            if self._held:
+                self._held[s.slot] = []
+        else:
+            self._lengths[s.slot] = s.start + len(s.tokens) - s.n_draft + result.accepted
+
+    def _verify(self, s: Slice) -> SliceResult:
+        return self._hashed(s) if self.text is None else verify(s, self.text, s.sampling.seed)
+
     def _hashed(self, s: Slice) -> SliceResult:
         held = self._held[s.slot]
         del held[s.start :]
-        if len(held) < s.start:
-            return SliceResult(s.session, error=f"slot {s.slot} holds {len(held)} tokens, not {s.start}")
         held += s.tokens
+        known = self._folded.get(s.slot)
+        if known is not None and s.start < known[0]:  # part of that prompt is gone
+            del self._folded[s.slot]
         result = SliceResult(s.session)
         if s.sample:
             n_prompt = len(held) - s.n_draft - s.position
@@ -220,7 +295,7 @@ class EmulatedTarget:
     def _fold(self, s: Slice, held: list[int], n_prompt: int) -> int:
         """Prompt and seed as one seed; worked out once for a prompt."""
         known = self._folded.get(s.slot)
-        if known is None or s.start < n_prompt or known[:2] != (n_prompt, s.sampling.seed):
+        if known is None or known[:2] != (n_prompt, s.sampling.seed):
             known = (n_prompt, s.sampling.seed, fold(held[:n_prompt], s.sampling.seed))
             self._folded[s.slot] = known
         return known[2]

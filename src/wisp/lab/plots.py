@@ -21,7 +21,7 @@ def draw_generation(
     variants: dict[str, Any], trace: Trace, bench: Bench, predictor: Predictor, path: Path
 ) -> None:
     """One lane a policy: above what was committed, below what was drafted in vain."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(len(variants), 1, figsize=(11, 1.05 * len(variants) + 0.9), sharex=True)
     for axis, (label, variant) in zip(axes, variants.items(), strict=True):
         tally = variant.run([trace], bench, predictor)
@@ -59,10 +59,10 @@ def _lane(axis: Any, rounds: list[Round]) -> None:
 
 
 def _cell(axis: Any, x: int, row: int, colour: str) -> None:
-    axis.add_patch(_pyplot().Rectangle((x + 0.05, row + 0.1), 0.9, 0.8, color=colour))
+    axis.add_patch(pyplot().Rectangle((x + 0.05, row + 0.1), 0.9, 0.8, color=colour))
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     try:
         import matplotlib
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,9 @@ from wisp.lab.sim.profiled import profiled
 from wisp.lab.sim.scenario import Scenario, SloClass, pick
 from wisp.lab.sim.scripts import Scripts, library
 from wisp.lab.sim.systems import System
-from wisp.lab.sim.world import Cloud, Counts, Handset, Request
+from wisp.lab.sim.world import Cloud, Counts, Handset, Request, Uplink
 
+CHECK_S = 5.0
 DRAFTER_MS = 2.0  # a step of a 0.6 B model on the target's accelerator: 1.2 GB read, 28 layers launched
 
 
@@ -36,53 +37,53 @@ class Outcome:
     now: float
 
 
-class Simulation:
-    """A scenario under a system, under a seed."""
+class Fleet:
+    """The devices of a scenario and what they ask, whoever lets `env`'s time pass and whatever is behind `cloud`."""
 
-    def __init__(self, scenario: Scenario, system: System, seed: int, *, trace: bool = False) -> None:
+    handset: type[Handset] = Handset
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        system: System,
+        seed: int,
+        env: simpy.Environment,
+        cloud: Uplink,
+        scripts: Scripts,
+        counts: Counts,
+        n_vocab: int = 1 << 31,
+    ) -> None:
         self.scenario = scenario
         self.system = system
-        self.env = simpy.Environment()
-        self.counts = Counts()
+        self.env = env
+        self.cloud = cloud
+        self.scripts = scripts
+        self.counts = counts
+        self.n_vocab = n_vocab
+        self.predictor = scripts.library.foreteller
         self.source = random.Random(seed)
         self.requests: list[Request] = []
-        self.open_in_window = 0
-        lib = library(Path(scenario.traces), scenario.domain)
-        self.scripts = Scripts(lib, scenario.output_tokens, scenario.acceptance or None)
-        profile = hardware(scenario.hardware)
-        if scenario.kv_tokens:
-            profile = msgspec.structs.replace(profile, kv_tokens=scenario.kv_tokens)
-        engine = EmulatedTarget(scenario.hardware, profile, self.scripts.token, n_vocab=1 << 31, eos=lib.eos)
-        self.predictor = lib.foreteller
-        self.cloud = Cloud(
-            self.env,
-            engine,
-            system.batching,
-            Admission(1 << 20),
-            first_guess(profile, scenario.profile_error),
-            self.counts,
-            seed,
-            drafter_ms=DRAFTER_MS if system.beside else 0.0,
-        )
-        self.cloud.trace = trace
         self.handsets: list[Handset] = []
         self.idle: list[Handset] = []
         self.wanted = 0
         self._n = 0
-        self._vanishing: set[int] = set()
 
-    def run(self) -> Outcome:
-        """Warm up, count, drain."""
+    def begin(self) -> None:
+        """Have devices come and go as the scenario says."""
         s = self.scenario
         for at, n in s.population or ((0.0, s.devices_n),):
             self.env.timeout(at).callbacks.append(lambda _, n=n: self._population(n))
-        start, end = s.warmup_s, s.warmup_s + s.window_s
-        self.env.run(until=end)
-        late = end + s.drain_s
-        while self.env.now < late and any(r.ended is None for r in self.requests if start <= r.arrived < end):
-            self.env.run(until=min(late, self.env.now + 1.0))
-        now = self.env.now
-        return Outcome(account([r.served() for r in self.requests], start, end, now), self.requests, self.counts, now)
+
+    def busy(self) -> bool:
+        """Is a request unfinished that arrived in the window?"""
+        start, end = self.scenario.warmup_s, self.scenario.warmup_s + self.scenario.window_s
+        return any(r.ended is None for r in self.requests if start <= r.arrived < end)
+
+    def outcome(self) -> Outcome:
+        """What has come of it, as things stand."""
+        start, end = self.scenario.warmup_s, self.scenario.warmup_s + self.scenario.window_s
+        counted = account([r.served() for r in self.requests], start, end, self.env.now)
+        return Outcome(counted, self.requests, self.counts, self.env.now)
 
     def _population(self, n: int) -> None:
         """From now on `n` devices are at work; those above stop after the answer they are at."""
@@ -99,8 +100,12 @@ class Simulation:
         device, link = kit.build()
         if system.beside:
             device, link = Device("beside", 1e7), Link(0.0)
-        policies = Policies(system.drafting, self.predictor, server_mode=system.server_mode) if system.drafting else None
-        handset = Handset(
+        policies = (
+            Policies(system.drafting, self.predictor, server_mode=system.server_mode)
+            if system.drafting
+            else None
+        )
+        handset = self.handset(
             self.env, index, device, link, self.cloud, self.scripts, policies,
             Ahead() if system.ahead else None, self.counts, self.source.getrandbits(32), self._ended,
         )  # fmt: skip
@@ -120,7 +125,7 @@ class Simulation:
         self._n += 1
         slo: SloClass = pick(source, s.slo, [c.share for c in s.slo])
         seed = self.source.getrandbits(32)
-        prompt = [source.getrandbits(30) for _ in range(source.randint(*s.prompt_tokens))]
+        prompt = [source.getrandbits(30) % self.n_vocab for _ in range(source.randint(*s.prompt_tokens))]
         request = Request(seed, prompt, slo.slo, handset.index, self.env.now, s.most_output)
         self.requests.append(request)
         handset.start(request)
@@ -136,10 +141,53 @@ class Simulation:
             self._ask(handset)
 
 
+class Simulation(Fleet):
+    """A scenario under a system, under a seed, in virtual time."""
+
+    def __init__(self, scenario: Scenario, system: System, seed: int, *, trace: bool = False) -> None:
+        lib = library(Path(scenario.traces), scenario.domain)
+        scripts = Scripts(lib, scenario.output_tokens, scenario.acceptance or None)
+        profile = hardware(scenario.hardware)
+        if scenario.kv_tokens:
+            profile = msgspec.structs.replace(profile, kv_tokens=scenario.kv_tokens)
+        if system.slots:
+            profile = msgspec.structs.replace(profile, slots=system.slots)
+        engine = EmulatedTarget(scenario.hardware, profile, scripts.token, n_vocab=1 << 31, eos=lib.eos)
+        env, counts = simpy.Environment(), Counts()
+        cloud = Cloud(
+            env,
+            engine,
+            system.batching,
+            Admission(1 << 20),
+            first_guess(profile, scenario.profile_error),
+            counts,
+            seed,
+            drafter_ms=DRAFTER_MS if system.beside else 0.0,
+        )
+        counts.traced = trace
+        super().__init__(scenario, system, seed, env, cloud, scripts, counts)
+
+    def run(self, enough: Callable[[Simulation], bool] | None = None) -> Outcome:
+        """Warm up, count, drain. `enough` is asked every few seconds whether to stop: the outcome is clear."""
+        s = self.scenario
+        self.begin()
+        end = s.warmup_s + s.window_s
+        while self.env.now < end:
+            self.env.run(until=min(end, self.env.now + CHECK_S))
+            if enough is not None and enough(self):
+                return self.outcome()
+        late = end + s.drain_s
+        while self.env.now < late and self.busy():
+            self.env.run(until=min(late, self.env.now + 1.0))
+        return self.outcome()
+
+
 def first_guess(profile: Hardware, error: float) -> Coefficients:
     """A cost model as `wisp profile` would have fitted it."""
     c = profiled(profile)
-    return Coefficients(*(getattr(c, f) * error for f in ("step", "token", "cached", "attention", "beyond")), c.knee)
+    return Coefficients(
+        *(getattr(c, f) * error for f in ("step", "token", "cached", "attention", "beyond")), c.knee
+    )
 
 
 def quantile(values: Sequence[float], q: float) -> float:

@@ -8,7 +8,8 @@ from wisp.core.errors import ConfigError
 
 
 class System(msgspec.Struct, frozen=True):
-    """drafting: a drafting policy, or "" for devices that never draft. beside: the drafter runs beside the target."""
+    """drafting: a drafting policy, or "" for devices that never draft; beside: the drafter runs beside the target;
+    slots: sessions whose KV the server holds at once (0: as many as the hardware profile says); others wait."""
 
     name: str
     drafting: str = ""
@@ -17,9 +18,11 @@ class System(msgspec.Struct, frozen=True):
     server_mode: bool = False
     admission: bool = False
     beside: bool = False
+    slots: int = 0
     about: str = ""
 
 
+CHANGEABLE = ("drafting", "batching", "ahead", "server_mode", "admission", "beside", "slots")
 SYSTEMS = {
     s.name: s
     for s in (
@@ -41,8 +44,12 @@ def system(spec: str) -> System:
     found = SYSTEMS[name]
     for change in changes:
         key, _, value = change.partition("=")
-        if key not in ("drafting", "batching", "ahead", "server_mode", "admission", "beside"):
-            raise ConfigError(f"a system has no {key!r}")
-        typed: str | bool = value if key in ("drafting", "batching") else value in ("yes", "true", "1")
+        if key not in CHANGEABLE:
+            raise ConfigError(f"a system has no {key!r}; change {', '.join(CHANGEABLE)}")
+        typed: str | bool | int = value if key in ("drafting", "batching") else value in ("yes", "true", "1")
+        if key == "slots":
+            if not value.isdecimal():
+                raise ConfigError(f"slots={value}: give a number of sessions")
+            typed = int(value)
         found = msgspec.structs.replace(found, **{key: typed, "name": spec})
     return found

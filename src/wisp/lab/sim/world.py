@@ -11,12 +11,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import simpy
 
 from wisp.core.admission import Admission
 from wisp.core.batching import batching_policy
-from wisp.core.cost import Coefficients, CostModel, load_of
+from wisp.core.cost import Coefficients, CostModel, Load, load_of
 from wisp.core.drafter import Action, Drafter, Phase, Reopen, Task
 from wisp.core.drafting import Ahead, Policies
 from wisp.core.errors import RequestError
@@ -52,6 +53,7 @@ class Request:
     ended: float | None = None
     ok: bool = True
     refused: bool = False
+    gaps_ms: list[float] = field(default_factory=list)  # between messages that brought tokens
 
     def served(self) -> Served:
         """As `core.slo` counts it."""
@@ -60,7 +62,12 @@ class Request:
 
 @dataclass
 class Counts:
-    """Of a whole run; times in milliseconds."""
+    """Of a whole run; times in milliseconds.
+
+    interference_ms: by slice, its step's time less the cost model's for it alone
+    prices: what verdicts said a draft token costs; evicted: sessions that lost their KV to others
+    events: where `traced`, (what, second, ms, slices or device, tokens)
+    """
 
     tokens: int = 0
     steps: int = 0
@@ -76,7 +83,24 @@ class Counts:
     ahead_wasted: int = 0
     interference_ms: list[float] = field(default_factory=list)
     prices: list[float] = field(default_factory=list)
+    evicted: int = 0
+    traced: bool = False
     events: list[tuple[str, float, float, int, int]] = field(default_factory=list)
+
+    def note(self, what: str, at: float, ms: float, who: int, tokens: int) -> None:
+        """Something that a trace shows."""
+        if self.traced:
+            self.events.append((what, at, ms, who, tokens))
+
+
+class Uplink(Protocol):
+    """What devices see of a verifier. `senders`: what takes a connection's messages."""
+
+    senders: dict[int, Callable[[Verdict | Refused], None]]
+
+    def receive(self, connection: int, message: Open | Draft | Cancel) -> None: ...
+
+    def lost(self, connection: int) -> None: ...
 
 
 class Cloud:
@@ -108,7 +132,6 @@ class Cloud:
         self._noise = random.Random(seed)
         self._tick_due = False
         self._timer: object = None
-        self.trace = False
 
     def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
         """A message arrives."""
@@ -122,6 +145,8 @@ class Cloud:
         now = self.env.now
         for action in self.verifier.handle(now, event):
             if isinstance(action, Send):
+                if isinstance(action.message, Verdict):
+                    self.counts.prices.append(action.message.price)
                 sender = self.senders.get(action.connection)
                 if sender is not None:
                     sender(action.message)
@@ -161,8 +186,10 @@ class Cloud:
         results = self.engine.verify(slices)
         counts.accepted += sum(r.accepted for r in results)
         counts.tokens += sum(len(r.tokens) for r in results)
-        if self.trace:
-            counts.events.append(("step", self.env.now, ms, len(slices), load.new))
+        alone = self.verifier.cost.ms
+        counts.interference_ms += [ms - alone(Load().plus(len(s.tokens), s.start)) for s in slices]
+        counts.evicted = self.verifier.evicted
+        counts.note("step", self.env.now, ms, len(slices), load.new)
         done = StepDone(results, ms)
         self.env.timeout(ms / 1e3).callbacks.append(lambda _: self._feed(done))
 
@@ -176,7 +203,7 @@ class Handset:
         index: int,
         device: Device,
         link: Link,
-        cloud: Cloud,
+        cloud: Uplink,
         scripts: Scripts,
         policies: Policies | None,
         ahead: Ahead | None,
@@ -199,6 +226,7 @@ class Handset:
         self.drafted_ms = 0.0
         self.gone = False
         self._busy = False  # a draft step is running
+        self._asked = (0.0, 0)  # when the last draft was sent, and its tokens
         self._inbox: list[tuple[float, Verdict | Refused]] = []
         self._up = self._down = 0.0  # when the last message in each direction arrives: a link keeps order
         self.request: Request | None = None
@@ -237,6 +265,7 @@ class Handset:
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Open | Draft):
+                self._asked = (self.env.now, len(action.draft if isinstance(action, Open) else action.tokens))
                 self._up = max(self._up, self.env.now + self.link.one_way_ms(self.source) / 1e3)
                 message = action
                 self.env.timeout(self._up - self.env.now).callbacks.append(
@@ -258,6 +287,9 @@ class Handset:
             return
         if isinstance(message, Verdict):
             self._seen(self.request, message)
+            asked, n = self._asked
+            self.counts.note("wait", asked, (self.env.now - asked) * 1e3, self.index, n)
+            self._asked = (self.env.now, 0)
         self._inbox.append((self.env.now * 1e3, message))
         if not self._busy:
             self._go_on()
@@ -268,6 +300,8 @@ class Handset:
         if tokens > request.tokens:
             if request.tokens == 0:
                 request.first = self.env.now
+            else:
+                request.gaps_ms.append((self.env.now - request.last) * 1e3)
             request.last, request.tokens = self.env.now, tokens
         if verdict.finish:
             request.ended = self.env.now
@@ -323,6 +357,7 @@ class Handset:
             self._read = True
         self.drafted_ms += ms
         self.counts.drafting_ms += ms
+        self.counts.note("draft", self.env.now, ms, self.index, len(self.drafter.chain) + 1)
         self._busy = True
         drafter = self.drafter
         proposal = self.script.propose(len(drafter.committed), drafter.chain)

@@ -1,0 +1,115 @@
+"""The event log of a run: what the verifier was made of, then every (now, event), for replay.
+
+    for header, events in read_runs(path):
+        verifier = header.verifier()
+        for now, event in events:
+            verifier.handle(now, event)     # the same actions as then
+
+Records are msgpack with a length before each. A log that several runs were appended to has a header for each. Limits
+of keys are those at the start: a key file that changed during the run is not in the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from wisp.core.admission import Admission, KeyLimits
+from wisp.core.batching import batching_policy
+from wisp.core.cost import Coefficients, CostModel
+from wisp.core.errors import ConfigError
+from wisp.core.events import EdgeLost, FromEdge, InEvent, Limits, StepDone, Tick
+from wisp.core.verifier import Verifier
+
+FLUSH_S = 1.0
+
+
+class LogHeader(msgspec.Struct, frozen=True, array_like=True, tag="header"):
+    """What a verifier is rebuilt from. cost None: the cost model knew nothing at the start."""
+
+    wisp: str
+    engine: str
+    model: str
+    limits: Limits
+    policy: str
+    cost: Coefficients | None
+    max_sessions: int
+    key_limits: dict[str, KeyLimits]
+
+    def verifier(self) -> Verifier:
+        """As it was when the run began. Raises ConfigError for a policy that this release does not have."""
+        admission = Admission(self.max_sessions, dict(self.key_limits))
+        return Verifier(self.limits, batching_policy(self.policy), admission, CostModel(self.cost))
+
+
+_Record = FromEdge | EdgeLost | StepDone | Tick | LogHeader
+
+
+class EventLog:
+    """Appends to a file. What was written is on its way to the disk within a second. For one event loop."""
+
+    def __init__(self, path: Path, header: LogHeader, now: float) -> None:
+        """Raises ConfigError."""
+        try:
+            self._file = path.open("ab")
+        except OSError as error:
+            raise ConfigError(f"cannot write the event log {path}: {error.strerror or error}") from None
+        self._encoder = msgspec.msgpack.Encoder()
+        self._flush: asyncio.TimerHandle | None = None
+        self._write(now, header)
+
+    def write(self, now: float, event: InEvent) -> None:
+        """Append one event."""
+        self._write(now, event)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._flush is not None:
+            self._flush.cancel()
+        self._file.close()
+
+    def _write(self, now: float, record: InEvent | LogHeader) -> None:
+        data = self._encoder.encode((now, record))
+        self._file.write(len(data).to_bytes(4, "little") + data)
+        if self._flush is None:
+            self._flush = asyncio.get_running_loop().call_later(FLUSH_S, self._flushed)
+
+    def _flushed(self) -> None:
+        self._flush = None
+        self._file.flush()
+
+
+def read_events(path: Path) -> list[tuple[float, InEvent]]:
+    """The (now, event) pairs of an event log, in order; one that a crash cut short at the end is left out."""
+    return [(now, record) for now, record in _records(path) if not isinstance(record, LogHeader)]
+
+
+def read_runs(path: Path) -> list[tuple[LogHeader, list[tuple[float, InEvent]]]]:
+    """The runs in an event log. Raises ConfigError for one without headers, of an earlier release."""
+    runs: list[tuple[LogHeader, list[tuple[float, InEvent]]]] = []
+    for now, record in _records(path):
+        if isinstance(record, LogHeader):
+            runs.append((record, []))
+        elif not runs:
+            raise ConfigError(f"{path} does not begin with a header; it was written by an earlier release")
+        else:
+            runs[-1][1].append((now, record))
+    return runs
+
+
+def _records(path: Path) -> Iterator[tuple[float, _Record]]:
+    decoder = msgspec.msgpack.Decoder(tuple[float, _Record])
+    data = path.read_bytes()
+    at = 0
+    while at + 4 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "little")
+        if at + 4 + size > len(data):
+            break
+        try:
+            yield decoder.decode(data[at + 4 : at + 4 + size])
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{path} is not an event log of this release: {error}") from None
+        at += 4 + size

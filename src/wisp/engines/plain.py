@@ -1,0 +1,83 @@
+"""Tokenizers without a model, for engines without one: a token is a byte, or a number written out.
+
+An edge builds the same tokenizer from `blob`, a line of JSON where a model's would be a GGUF file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from wisp.core.errors import ModelError
+from wisp.core.messages import vocabulary_fingerprint
+from wisp.engines.null import EOS, N_VOCAB, ByteTokenizer
+
+_MAGIC = b'{"wisp.tokenizer": '
+_MOST = 1 << 22  # ids; a file that says more is none of ours
+_WORD = re.compile(rb" (0|[1-9][0-9]{0,6})|(.)", re.DOTALL)
+
+
+class PlainTokenizer(ByteTokenizer):
+    """Bytes, with a blob."""
+
+    def blob(self) -> bytes:
+        """See `open_plain`."""
+        return _MAGIC + b'"bytes"}'
+
+
+class NumberTokenizer:
+    """Ids of someone else's vocabulary, readable: token 1234 is " 1234".
+
+    Text that is written so reads back as the ids; any other character becomes the ids of its bytes.
+    """
+
+    bos_token = ""
+    eos_token = "<|end|>"
+    chat_template = None
+
+    def __init__(self, n_vocab: int, eos: frozenset[int]) -> None:
+        self.n_vocab = n_vocab
+        self.eos = eos
+        self.fingerprint = vocabulary_fingerprint((i, b" %d" % i) for i in range(n_vocab))
+
+    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """Numbers as ids, everything else as bytes."""
+        ids = []
+        for number, byte in _WORD.findall(text.encode("utf-8", "replace")):
+            if byte:
+                ids.append(byte[0])
+            elif int(number) < self.n_vocab:
+                ids.append(int(number))
+            else:
+                ids += b" " + number
+        return ids
+
+    def piece(self, token: int) -> bytes:
+        """The number, behind a space; b"" for ends of sequence."""
+        return b"" if token in self.eos or not 0 <= token < self.n_vocab else b" %d" % token
+
+    def blob(self) -> bytes:
+        """See `open_plain`."""
+        about = json.dumps({"n_vocab": self.n_vocab, "eos": sorted(self.eos)})
+        return _MAGIC + b'"numbers", ' + about[1:].encode()
+
+
+def open_plain(path: Path) -> PlainTokenizer | NumberTokenizer | None:
+    """The tokenizer of a blob in a file; None if it is another kind of file. Raises ModelError."""
+    with path.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            return None
+    try:
+        about = json.loads(path.read_bytes())
+        if about["wisp.tokenizer"] == "bytes":
+            return PlainTokenizer()
+        n_vocab, eos = int(about["n_vocab"]), frozenset(map(int, about["eos"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the tokenizer in {path.name} is damaged: {error!r}") from None
+    if not 256 <= n_vocab <= _MOST:
+        raise ModelError(f"the tokenizer in {path.name} says that it has {n_vocab} tokens")
+    return NumberTokenizer(n_vocab, eos)
+
+
+__all__ = ["EOS", "N_VOCAB", "NumberTokenizer", "PlainTokenizer", "open_plain"]

@@ -1,0 +1,315 @@
+"""A fleet in real time: the simulator's devices, their time kept by an event loop, their verifier behind sockets.
+
+    Handset (core.Drafter, link, script)  --Uplink-->  Sockets  --one WebSocket per device-->  a live `wisp serve`
+                  ^ SimPy environment, advanced by Clock
+
+Devices are the simulator's own objects: only waiting differs. All their timers are one heap (SimPy's), which one timer
+of the event loop follows; a device has no task, and a token costs what its decision costs. What a device does happens
+at the time it was due, not a little later when the loop got there, so that timers of a millisecond do not add up to a
+slower device; how much later is measured (`Clock.lags_ms`), and makes a run invalid if it is much.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import cast
+from urllib.parse import urlsplit
+
+import simpy
+from websockets.client import ClientProtocol
+from websockets.exceptions import InvalidStatus, WebSocketException
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Response
+from websockets.typing import Subprotocol
+from websockets.uri import parse_uri
+
+from wisp import __version__
+from wisp.core.errors import ConfigError, ProtocolError, UnavailableError
+from wisp.core.messages import (
+    MAX_FRAME,
+    SUBPROTOCOL,
+    VERSION,
+    Cancel,
+    Draft,
+    Hello,
+    Open,
+    Refused,
+    Verdict,
+    Welcome,
+    decode_from_cloud,
+    encode,
+)
+from wisp.edge.link import HANDSHAKE_S, SESSION_PATH, http_url
+
+EARLY_S = 5e-4  # an event loop's timers are good to a millisecond: what is due within half of one is done
+AT_ONCE = 32  # connections being opened
+PROBE_S = 0.05  # between measurements of the verifier's loop
+
+
+class Clock:
+    """Lets the time of a SimPy environment pass as an event loop's does. Zero is when it is made."""
+
+    def __init__(self, env: simpy.Environment, failed: Callable[[Exception], None]) -> None:
+        """`failed` hears of the first exception of an event; then time stands still."""
+        self.env = env
+        self.lags_ms: list[float] = []  # how late the loop came to what was due, each time
+        self._loop = asyncio.get_running_loop()
+        self._zero = self._loop.time() - env.now
+        self._failed = failed
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0  # of the timer
+        self._stopped = False
+
+    @property
+    def now(self) -> float:
+        """Seconds, by the event loop's clock."""
+        return self._loop.time() - self._zero
+
+    def stop(self) -> None:
+        """Let no more time pass."""
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def happen(self, what: Callable[[], None]) -> None:
+        """Something happens from outside, now: after all that was due before."""
+        if self._stopped:
+            return
+        try:
+            self._advance(self.now)
+            what()
+        except Exception as error:
+            self._fail(error)
+            return
+        self.arm()
+
+    def arm(self) -> None:
+        """Wake up for what is due next."""
+        due = self.env.peek()
+        if due == float("inf") or (self._timer is not None and self._due <= due):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = due
+        self._timer = self._loop.call_at(self._zero + due, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        now = self.now
+        self.lags_ms.append(max(0.0, now - self._due) * 1e3)
+        try:
+            self._advance(now + EARLY_S)
+        except Exception as error:
+            self._fail(error)
+            return
+        self.arm()
+
+    def _advance(self, to: float) -> None:
+        if to > self.env.now:
+            self.env.run(until=to)
+
+    def _fail(self, error: Exception) -> None:
+        self.stop()
+        self._failed(error)
+
+
+class Sockets:
+    """`world.Uplink` to a live verifier: one WebSocket for each device."""
+
+    def __init__(self, server: str, api_key: str | None = None) -> None:
+        """Raises ConfigError for a bad URL."""
+        self.url = "ws" + http_url(server, SESSION_PATH).removeprefix("http")
+        self.senders: dict[int, Callable[[Verdict | Refused], None]] = {}
+        self.clock: Clock | None = None  # once time passes
+        self.frames_out = self.frames_in = 0
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._wires: dict[int, Wire] = {}
+        self._closing = False
+
+    async def connect(self, devices: int) -> Welcome:
+        """Open the sockets, and say what the verifier is. Raises UnavailableError, ConfigError or ProtocolError."""
+        gate = asyncio.Semaphore(AT_ONCE)
+
+        async def one(index: int) -> Welcome:
+            async with gate:
+                self._wires[index], welcome = await self._wire(lambda frame: self._heard(index, frame))
+                return welcome
+
+        welcomes = await asyncio.gather(*(one(i) for i in range(devices)))
+        return welcomes[0]
+
+    async def probe(self, lags_ms: list[float]) -> None:
+        """Until cancelled, note how long the verifier's event loop takes to answer a ping."""
+        wire, _ = await self._wire(lambda frame: None)
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                started = loop.time()
+                await wire.ping()
+                lags_ms.append((loop.time() - started) * 1e3)
+                await asyncio.sleep(PROBE_S)
+        finally:
+            wire.close()
+
+    # --- Uplink
+
+    def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
+        """A device's message leaves."""
+        self.frames_out += 1
+        self._wires[connection].send(encode(message))
+
+    def lost(self, connection: int) -> None:
+        """A device is switched off: its connection breaks without a word."""
+        self._wires.pop(connection).abort()
+
+    def close(self) -> None:
+        """Close all sockets."""
+        self._closing = True
+        for wire in self._wires.values():
+            wire.close()
+
+    # --- sockets
+
+    async def _wire(self, heard: Callable[[bytes], None]) -> tuple[Wire, Welcome]:
+        parts = urlsplit(self.url)
+        secure = parts.scheme == "wss"
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                _, wire = await loop.create_connection(
+                    lambda: Wire(self.url, self._headers, heard, self._broken),
+                    parts.hostname or "",
+                    parts.port or (443 if secure else 80),
+                    ssl=ssl.create_default_context() if secure else None,
+                )
+                frame = await wire.ready
+        except (OSError, TimeoutError, WebSocketException) as error:
+            if isinstance(error, InvalidStatus) and error.response.status_code in (401, 403):
+                raise ConfigError(f"the verifier at {self.url} refused our key; set WISP_API_KEY") from None
+            raise UnavailableError(f"no verifier at {self.url}: {str(error) or 'no answer'}") from None
+        first = decode_from_cloud(frame)
+        if not isinstance(first, Welcome):
+            raise ProtocolError(getattr(first, "code", "malformed"), getattr(first, "message", "no welcome"))
+        return wire, first
+
+    def _heard(self, index: int, frame: bytes) -> None:
+        self.frames_in += 1
+        clock = self.clock
+        if clock is not None:
+            clock.happen(lambda: self._take(index, decode_from_cloud(frame)))
+
+    def _take(self, index: int, message: Welcome | Verdict | Refused) -> None:
+        if isinstance(message, Refused) and not message.session:
+            raise ProtocolError(message.code, f"the verifier refused a frame: {message.message}")
+        sender = self.senders.get(index)
+        if sender is not None and not isinstance(message, Welcome):
+            sender(message)
+
+    def _broken(self, reason: str) -> None:
+        if not self._closing and self.clock is not None:
+
+            def fail() -> None:
+                raise UnavailableError(f"the verifier closed a connection: {reason}")
+
+            self.clock.happen(fail)
+
+
+class Wire(asyncio.Protocol):
+    """One WebSocket, without tasks or queues: each frame is handed on as it arrives. Says hello by itself.
+
+    ready: the first frame that came
+    """
+
+    def __init__(
+        self, url: str, headers: dict[str, str], heard: Callable[[bytes], None], broken: Callable[[str], None]
+    ) -> None:
+        self.ready: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._heard = heard
+        self._broken = broken
+        self._headers = headers
+        self._socket = ClientProtocol(
+            parse_uri(url), subprotocols=[Subprotocol(SUBPROTOCOL)], max_size=MAX_FRAME
+        )
+        self._pong: asyncio.Future[None] | None = None
+        self._ended = False
+
+    async def ping(self) -> None:
+        """Returns with the answer."""
+        self._pong = asyncio.get_running_loop().create_future()
+        self._socket.send_ping(b"")
+        self._flush()
+        await self._pong
+
+    def send(self, frame: bytes) -> None:
+        """Send a binary frame; nothing, if the connection is gone."""
+        if self._ended:
+            return
+        self._socket.send_binary(frame)
+        self._flush()
+
+    def close(self) -> None:
+        """Say goodbye."""
+        if not self._ended and not self._transport.is_closing():
+            self._ended = True
+            self._socket.send_close(1000)
+            self._flush()
+
+    def abort(self) -> None:
+        """Break it."""
+        self._ended = True
+        self._transport.abort()
+
+    # --- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ask for the upgrade."""
+        self._transport = cast("asyncio.Transport", transport)
+        request = self._socket.connect()
+        for name, value in self._headers.items():
+            request.headers[name] = value
+        self._socket.send_request(request)
+        self._flush()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came."""
+        self._socket.receive_data(data)
+        for event in self._socket.events_received():
+            if isinstance(event, Frame):
+                self._frame(event)
+            elif isinstance(event, Response) and event.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
+                self._socket.send_binary(encode(Hello(VERSION, client=f"wisp-fleet/{__version__}")))
+        self._flush()
+
+    def eof_received(self) -> None:
+        """The peer is done."""
+        self._socket.receive_eof()
+        self._flush()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The connection is gone."""
+        reason = str(self._socket.handshake_exc or error or self._socket.close_reason or "no reason given")
+        if not self.ready.done():
+            self.ready.set_exception(self._socket.handshake_exc or ConnectionError(reason))
+        elif not self._ended:
+            self._ended = True
+            self._broken(reason)
+
+    def _frame(self, frame: Frame) -> None:
+        if frame.opcode is Opcode.PONG:
+            if self._pong is not None and not self._pong.done():
+                self._pong.set_result(None)
+        elif frame.opcode is Opcode.BINARY and not self.ready.done():
+            self.ready.set_result(bytes(frame.data))
+        elif frame.opcode is Opcode.BINARY:
+            self._heard(bytes(frame.data))  # a verifier does not fragment
+
+    def _flush(self) -> None:
+        transport = self._transport
+        for data in self._socket.data_to_send():
+            if data:
+                transport.write(data)
+            elif transport.can_write_eof():
+                transport.write_eof()

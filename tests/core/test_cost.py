@@ -1,0 +1,187 @@
+"""The cost model: what a fit finds, and how it follows a machine that is not what the profile said."""
+
+from __future__ import annotations
+
+import random
+from statistics import median
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wisp.core.cost import Coefficients, CostModel, Load, errors, fit, load_of
+from wisp.core.work import Slice
+from wisp.engines.emulated import hardware
+
+TRUTH = Coefficients(step=40.0, token=0.3, cached=2e-4, attention=2e-5)
+KNEED = Coefficients(step=40.0, token=0.1, cached=2e-4, attention=1e-5, beyond=0.4, knee=96)
+
+
+def steps(n: int, seed: int = 0) -> list[Load]:
+    """Steps as a server runs them: some dozen sessions that verify or decode, and now and then a piece of a prompt."""
+    source = random.Random(seed)
+    loads = []
+    for _ in range(n):
+        load = Load()
+        for _ in range(source.randint(1, 60)):
+            load = load.plus(source.choice((1, 1, 3, 5, 8)), source.randint(20, 600))
+        if source.random() < 0.3:
+            load = load.plus(source.randint(32, 256), source.choice((0, 0, 256)))
+        loads.append(load)
+    return loads
+
+
+def noisy(ms: float, source: random.Random, sigma: float = 0.03) -> float:
+    return ms * float(np.exp(source.gauss(0.0, sigma)))
+
+
+def test_the_load_of_a_step_counts_new_cached_and_attended_tokens() -> None:
+    batch = [Slice(1, 0, 100, [7] * 5, n_draft=4), Slice(2, 1, 0, [7] * 30, sample=False)]
+    assert load_of(batch) == Load(new=35, attention=5 * 105 + 30 * 30, cached=100)
+    assert load_of(batch) == Load().plus(5, 100).plus(30, 0)
+
+
+def test_a_fit_recovers_the_coefficients_that_made_the_times() -> None:
+    loads = steps(200)
+    for truth in (TRUTH, slower(TRUTH, 7.0)):
+        found = fit(loads, [truth.ms(load) for load in loads], knee=False)
+        for name in ("step", "token", "cached", "attention"):
+            assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=1e-6)
+        assert (found.beyond, found.knee) == (0.0, 0)
+
+
+def test_a_fit_through_noise_is_near_and_its_errors_say_so() -> None:
+    source = random.Random(5)
+    loads = steps(400)
+    times = [noisy(TRUTH.ms(load), source) for load in loads]
+    found = fit(loads[:280], times[:280])
+    judged = errors(found, loads[280:], times[280:])
+    assert 0.015 < judged.mape < 0.035  # the noise, no more: the mean of |N(0, 3 %)| is 2.4 %
+    assert judged.r2 > 0.95
+    assert found.step == pytest.approx(TRUTH.step, rel=0.1)
+
+
+def test_the_knee_is_found_where_there_is_one_and_a_line_misses() -> None:
+    loads = steps(300)
+    times = [KNEED.ms(load) for load in loads]
+    with_knee = fit(loads, times)
+    assert abs(with_knee.knee - KNEED.knee) <= 8
+    assert errors(with_knee, loads, times).mape < 0.003
+    assert errors(fit(loads, times, knee=False), loads, times).mape > 0.03
+
+
+def test_without_a_knee_what_is_beyond_does_not_count() -> None:
+    """Prediction and learning must see the same regressors, or learning never ends."""
+    odd = Coefficients(step=1.0, token=1.0, beyond=5.0, knee=0)
+    assert odd.ms(Load(10, 0, 0)) == 11.0
+    model = CostModel(odd)
+    assert model.token_ms(Load(10, 0, 0)) == 1.0
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_profile_wrong_by_a_factor_of_two_heals_within_300_steps(factor: float, seed: int) -> None:
+    profile = hardware("a100-qwen3-32b")
+    source = random.Random(seed)
+    loads = steps(300, seed)
+    truth = [profile.step_ms(30, *load) for load in loads]
+    model = CostModel(slower(fit(loads, truth), factor))
+    off = []
+    for load, ms in zip(loads, truth, strict=True):
+        took = noisy(ms, source)
+        off.append(abs(model.ms(load) / took - 1.0))
+        model.observe(load, took)
+    assert off[0] > 0.3  # it was wrong
+    assert median(off[150:]) < 0.10
+    assert median(off[-50:]) < 0.05
+    assert 1.0 <= model.margin <= 2.0
+
+
+def test_a_machine_that_slows_down_is_followed() -> None:
+    source = random.Random(2)
+    model = CostModel(TRUTH)
+    slow = slower(TRUTH, 1.6)
+    for load in steps(300, 1):
+        model.observe(load, noisy(TRUTH.ms(load), source))
+    for load in steps(300, 2):
+        model.observe(load, noisy(slow.ms(load), source))
+    off = [abs(model.ms(load) / slow.ms(load) - 1.0) for load in steps(100, 3)]
+    assert median(off) < 0.05
+
+
+def test_a_straggler_now_and_then_moves_little() -> None:
+    source = random.Random(3)
+    model = CostModel(TRUTH)
+    for i, load in enumerate(steps(600, 4)):
+        ms = noisy(TRUTH.ms(load), source)
+        model.observe(load, ms * 20 if i % 50 == 49 else ms)
+    off = [abs(model.ms(load) / TRUTH.ms(load) - 1.0) for load in steps(100, 5)]
+    assert median(off) < 0.05
+
+
+def test_the_margin_holds_nine_times_out_of_ten() -> None:
+    source = random.Random(8)
+    model = CostModel(TRUTH)
+    kept = []
+    for i, load in enumerate(steps(2000, 6)):
+        ms = noisy(TRUTH.ms(load), source, 0.1)
+        if i > 500:
+            kept.append(ms <= model.ms(load) * model.margin)
+        model.observe(load, ms)
+    assert 0.85 < sum(kept) / len(kept) < 0.95
+
+
+def test_the_covariance_stays_bounded_over_a_hundred_thousand_steps_of_the_same_kind() -> None:
+    """Forgetting without news would let it grow for ever, and the first odd step would then throw everything over."""
+    source = random.Random(4)
+    model = CostModel(TRUTH, trust=0.3)
+    load = Load().plus(5, 100)
+    most = np.array([40.0, 0.3, 2e-4, 2e-5, 0.0]) ** 2
+    for i in range(100_000):
+        model.observe(load, noisy(TRUTH.ms(load), source))
+        if i % 5000 == 0:
+            assert (model.variances <= np.maximum(most, 1.0) * (1 + 1e-9)).all()
+    assert (model.variances <= np.maximum(most, 1.0) * (1 + 1e-9)).all()
+    assert (model.variances >= 0.0).all()
+    assert model.ms(load) == pytest.approx(TRUTH.ms(load), rel=0.05)
+    big = Load().plus(400, 0)
+    model.observe(big, TRUTH.ms(big))
+    assert model.ms(load) == pytest.approx(TRUTH.ms(load), rel=0.25)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3000), st.integers(0, 100_000), st.floats(-1.0, 1e5)), min_size=1, max_size=80
+    )
+)
+def test_no_coefficient_is_ever_negative_or_not_a_number(seen: list[tuple[int, int, float]]) -> None:
+    for start in (None, TRUTH, KNEED):
+        model = CostModel(start)
+        for new, cached, ms in seen:
+            model.observe(Load().plus(new, cached), ms)
+            now = model.now
+            values = (now.step, now.token, now.cached, now.attention, now.beyond)
+            assert all(0.0 <= v < float("inf") for v in values)
+            assert np.isfinite(model.variances).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 4000), st.floats(0.1, 1e3)), min_size=3, max_size=30))
+def test_a_fit_is_never_negative_and_no_worse_than_its_best_constant(
+    seen: list[tuple[int, int, float]],
+) -> None:
+    loads = [Load().plus(new, cached) for new, cached, _ in seen]
+    ms = np.array([m for *_, m in seen])
+    found = fit(loads, ms.tolist())
+    assert min(found.step, found.token, found.cached, found.attention, found.beyond) >= 0.0
+    relative = np.array([found.ms(load) for load in loads]) / ms - 1.0
+    constant = float((1 / ms).sum() / (1 / ms**2).sum())
+    assert (relative**2).sum() <= ((constant / ms - 1.0) ** 2).sum() * (1 + 1e-6) + 1e-9
+
+
+def slower(c: Coefficients, factor: float) -> Coefficients:
+    """The same machine, `factor` times as slow."""
+    times = (c.step, c.token, c.cached, c.attention, c.beyond)
+    return Coefficients(*(v * factor for v in times), c.knee)
