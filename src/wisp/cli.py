@@ -95,7 +95,9 @@ def serve(
     target: Annotated[
         str, typer.Option(help="A catalogue name, a path, hf:user/repo/file.gguf; or hardware, emulated.")
     ],
-    engine: Annotated[str, typer.Option(help="llama.cpp, or emulated: timing without a model.")] = "llama.cpp",
+    engine: Annotated[
+        str, typer.Option(help="llama.cpp, or emulated: timing without a model.")
+    ] = "llama.cpp",
     mode: Annotated[
         str, typer.Option(help="exact: bit-identical in any batch; fast: quicker, may tie.")
     ] = "exact",
@@ -111,11 +113,15 @@ def serve(
     slo_classes: SloClasses = None,
     slots: Annotated[
         int | None,
-        typer.Option(help="Sequences whose KV is held at once (8; emulated: the hardware's).", min=1, max=4096),
+        typer.Option(
+            help="Sequences whose KV is held at once (8; emulated: the hardware's).", min=1, max=4096
+        ),
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option(help="Tokens of prompt and output per session (2048; emulated: the hardware's).", min=16),
+        typer.Option(
+            help="Tokens of prompt and output per session (2048; emulated: the hardware's).", min=16
+        ),
     ] = None,
     kv_tokens: Annotated[
         int | None, typer.Option(help="Emulated: room for KV, in tokens (default: the hardware's).", min=16)
@@ -128,7 +134,9 @@ def serve(
     ] = "100-300",
     acceptance: Annotated[
         float | None,
-        typer.Option(help="With --traces: share of draft tokens to agree (default: as recorded).", min=0, max=1),
+        typer.Option(
+            help="With --traces: share of draft tokens to agree (default: as recorded).", min=0, max=1
+        ),
     ] = None,
     threads: Threads = None,
     max_sessions: Annotated[
@@ -527,6 +535,92 @@ def fleet(
         out=out,
     )
     raise typer.Exit(code)
+
+
+ScenarioName = Annotated[str, typer.Argument(help="A scenario that ships, or a TOML file.")]
+Rate = Annotated[
+    float | None, typer.Option(help="Tokens per second that users expect (default: the scenario's).", min=0.1)
+]
+Jobs = Annotated[int, typer.Option(help="Processes.", min=1)]
+
+
+@app.command()
+def simulate(
+    scenario: ScenarioName,
+    system: Annotated[
+        str,
+        typer.Option(help="ours, wisp, central, sled, ...; with changes: ours,ahead=no,drafting=fixed:4."),
+    ] = "ours",
+    rate: Rate = None,
+    devices: Annotated[int | None, typer.Option(help="Default: the scenario's.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 1,
+    chrome_trace: Annotated[Path | None, typer.Option(help="Write a trace for chrome://tracing.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+    json: Json = False,
+) -> None:
+    """A fleet and its verifier in virtual time: the live decisions, modelled time."""
+    from wisp.lab.sim.commands import run_simulate
+
+    run_simulate(
+        scenario, system, rate=rate, devices=devices, seed=seed, chrome=chrome_trace, plot=plot, as_json=json
+    )
+
+
+@app.command()
+def capacity(
+    scenario: ScenarioName,
+    policy: Annotated[
+        str,
+        typer.Option(help="ours, central, wisp, sled, central-speculative, central-paper or sled-paper."),
+    ] = "ours",
+    rate: Rate = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Share of requests that may miss their SLO.", min=0.001, max=0.9)
+    ] = 0.1,
+    seeds: Annotated[int, typer.Option(help="Runs per number of devices.", min=1, max=20)] = 3,
+    jobs: Jobs = 2,
+    json: Json = False,
+) -> None:
+    """The most devices that a system serves in time, with its interval, and how far that is from the fluid bound.
+    Baselines are tuned first. Runs are remembered."""
+    from wisp.lab.sim.commands import run_capacity
+
+    run_capacity(scenario, policy, rate=rate, tolerance=tolerance, seeds=seeds, jobs=jobs, as_json=json)
+
+
+@app.command()
+def plan(
+    hardware: Annotated[str, typer.Option(help="Profile of the verifier's engine, or a TOML file.")],
+    devices: Annotated[int, typer.Option(help="How many there are.", min=1)],
+    device: Annotated[str, typer.Option(help="A device profile, or drafted tokens per second.")],
+    rate: Annotated[float, typer.Option(help="Tokens per second that users expect.", min=0.1)],
+    rtt: Annotated[float, typer.Option(help="Round trip, ms.", min=0)] = 20.0,
+    prompt: Annotated[str, typer.Option(help="Fewest and most tokens.")] = "60-200",
+    output: Annotated[str, typer.Option(help="Fewest and most tokens.")] = "100-300",
+    simulate: Annotated[bool, typer.Option("--simulate", help="Confirm by short simulations.")] = False,
+    jobs: Jobs = 2,
+    json: Json = False,
+) -> None:
+    """How many devices to expect a verifier to carry, and whether WISP or serving centrally is the way."""
+    from wisp.lab.sim.plan import run_plan, scenario_for, span
+
+    planned = scenario_for(hardware, devices, device, rtt, rate, span(prompt), span(output))
+    run_plan(planned, simulate=simulate, jobs=jobs, as_json=json)
+
+
+@app.command()
+def experiments(
+    names: Annotated[list[str] | None, typer.Argument(help="Which pages; default: all.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few cells, short runs: does it work at all?")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for pages, data and plots.")] = Path("docs/results"),
+    jobs: Jobs = 2,
+) -> None:
+    """Simulated experiments, each a page with its data and a plot."""
+    from wisp.lab.sim.experiments import run_experiments
+
+    run_experiments(names or [], quick=quick, out=out, jobs=jobs)
 
 
 def main() -> None:

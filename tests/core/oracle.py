@@ -47,7 +47,9 @@ def piece(w: Work, cost: Coefficients) -> Piece:
 
     if w.kind is not Kind.VERIFY:
         return Piece(w.due, (Form(seconds(w.new), w.gain),))
-    return Piece(w.due, tuple(Form(seconds(w.new - w.n_draft + k), value(w, k)) for k in range(w.n_draft + 1)))
+    return Piece(
+        w.due, tuple(Form(seconds(w.new - w.n_draft + k), value(w, k)) for k in range(w.n_draft + 1))
+    )
 
 
 def value(w: Work, kept: int) -> float:
@@ -80,9 +82,7 @@ def best(now: float, fixed: float, pieces: Sequence[Piece]) -> Best:
 def _undominated(
     states: dict[tuple[float, float], list[tuple[float, int]]],
 ) -> dict[tuple[float, float], list[tuple[float, int]]]:
-    flat = sorted(
-        {(end, -bound, -t, -n) for (end, bound), worth in states.items() for t, n in worth}
-    )
+    flat = sorted({(end, -bound, -t, -n) for (end, bound), worth in states.items() for t, n in worth})
     kept: list[tuple[float, float, float, int]] = []
     for s in flat:
         if not any(k[1] <= s[1] and k[2] <= s[2] and k[3] <= s[3] for k in kept):

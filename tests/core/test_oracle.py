@@ -64,7 +64,8 @@ def instance(seed: int) -> Instance:
     whole = cost.ms(load) / 1e3
     early, late = rng.choice([(0.1, 0.8), (0.3, 1.2), (0.5, 1.0), (0.5, 2.5), (1.0, 3.0)])
     work = [
-        msgspec.structs.replace(w, due=max(rng.uniform(early, late) * whole, 1.05 * cost.step / 1e3)) for w in work
+        msgspec.structs.replace(w, due=max(rng.uniform(early, late) * whole, 1.05 * cost.step / 1e3))
+        for w in work
     ]
     return Instance(work, cost)
 

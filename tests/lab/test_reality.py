@@ -113,7 +113,7 @@ def test_the_recording_has_all_there_is_to_see(traces: list[Trace]) -> None:
     assert 0.5 < sum(int(t.accepted.sum()) for t in traces) / sum(map(len, traces)) < 0.9
 
 
-@pytest.mark.parametrize("ahead", [None, Ahead()], ids=["", "ahead"])
+@pytest.mark.parametrize("ahead", [None, Ahead(send=False)], ids=["", "ahead"])
 @pytest.mark.parametrize("spec", ["fixed:1", "fixed:4", "fixed:8"])
 def test_fixed_rounds_are_the_replays(
     server: str, draft: DraftEngine, traces: list[Trace], spec: str, ahead: Ahead | None

@@ -7,13 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from harness import Fleet, Peer
 
-from wisp.cloud.host import read_events
-from wisp.core.admission import Admission
-from wisp.core.batching import batching_policy
-from wisp.core.events import FromEdge, Limits, Run, Send, StepDone
+from wisp.cloud.event_log import read_events, read_runs
+from wisp.core.events import FromEdge, Run, Send, StepDone
 from wisp.core.messages import Cancel, Draft, Verdict
 from wisp.core.sampling import Sampling
-from wisp.core.verifier import Verifier
 from wisp.engines.null import NullTarget, null_token
 
 pytestmark = pytest.mark.slow
@@ -43,13 +40,11 @@ def test_the_event_log_of_a_live_run_replays_to_the_same_actions(fleet: Fleet) -
     server.terminate()
     assert server.wait() == 0
 
-    info = NullTarget(slots=256).info
-    limits = Limits(
-        info.n_vocab, info.eos, info.slots, info.slot_tokens, info.kv_tokens, info.step_tokens, park_s=60.0
-    )
-    verifier = Verifier(limits, batching_policy("continuous"), Admission(50))
+    [(header, events)] = read_runs(path)
+    assert (header.policy, header.max_sessions, header.engine) == ("laxity", 50, "null")
+    assert events == read_events(path)
+    verifier = header.verifier()
     engine = NullTarget(slots=256)
-    events = read_events(path)
     sent: dict[int, list[Verdict]] = {}
     run: Run | None = None
     steps = 0

@@ -6,13 +6,13 @@ piece is delivered when its step ends. A draft may be cut, to nothing if need be
 *Given the pieces and their forms*, if any schedule is in time, then this one is: pieces by due time, each step filled
 as long as it ends by the due time of its first piece. Proof. (Order) If a piece i runs in a step before one with a
 piece j, and j is due no later than i, move i into j's step: the former step and those up to j's end earlier, j's and
-all later ones when they did, and j's ended by the due time of j, which i has at least. So due order loses nothing. (Filling)
-With P(k) the cost of the first k pieces, b steps that run them end at b * fixed + P(k), however the pieces are spread.
-By induction on b, the filled schedule has run at least as many pieces after b steps as any other in time. Say it has
-run k, the other one j <= k, and after the next step j' > k. That step of the other ends at (b + 1) * fixed + P(j'), by the
-due time of its first piece and so by that of piece k + 1, which is due no earlier: the filled schedule may run as far.
-If j' <= k there is nothing to show, except that piece k + 1 can be run at all: the other one runs it in a step c > b
-that ends at c * fixed + P(k + 1) or later, and in time. QED.
+all later ones when they did, and j's ended by the due time of j, which i has at least. So due order loses nothing.
+(Filling) With P(k) the cost of the first k pieces, b steps that run them end at b * fixed + P(k), however the pieces
+are spread. By induction on b, the filled schedule has run at least as many pieces after b steps as any other in time.
+Say it has run k, the other one j <= k, and after the next step j'. If j' > k, that step ends at (b + 1) * fixed +
+P(j'), by the due time of its first piece and so by that of piece k + 1, which is due no earlier: the filled schedule
+may run as far. If j' <= k there is nothing to show, except that piece k + 1 can be run at all: the other one runs it
+in a step c > b that ends at c * fixed + P(k + 1) or later, and in time. QED.
 
 It needs additivity, and steps without a limit on pieces or tokens: with room for two pieces in a step, filling in due
 order can take one step more than pairing a short one with a long one. Limits, and a knee in the costs, are kept to,
@@ -23,7 +23,8 @@ added in due order; when one does not fit, the cheapest repair is made: cut or d
 second until it fits, or drop one piece that is long enough, or one whose due time keeps two steps apart, or the new
 one. At the end whatever fits again is put back. With few pieces a second schedule drops only where cutting does not
 help, and the better one counts. Only the first step is carried out before the next decision, so we look `AHEAD`
-pieces beyond it, and stop early after `REPAIRS` repairs.
+pieces beyond it. With far too many pieces we stop after `REPAIRS` repairs, and see whether more is delivered per second
+by beginning further on, where due times leave room for a long step.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ from wisp.core.batching.base import Grant, Kind, Work
 from wisp.core.cost import Coefficients
 
 AHEAD = 32  # pieces looked at beyond those in the first step
-REPAIRS = 16
+REPAIRS = 12
 PUT_BACK = 300  # pieces placed again in attempts to put something back
+STARTS = 192  # pieces with which the first step might begin, with far too many
 FEW = 12  # pieces, for which a second schedule is made
 KEEP = 1e3  # tokens that delivering a piece at all is worth in that
 EPS = 1e-9  # seconds; sums in another order differ by less
@@ -90,13 +92,20 @@ def first_step(
     soonest = now + (cost.step + cost.token) * margin / 1e3
     hopeless = bisect_left(order, soonest - EPS, key=_due)
     lost = [w.session for w in order[:hopeless]]
+    order = order[hopeless:]
     plan = _Schedule(now, cost, margin, most, 0.0)
-    plan.fill(order, hopeless)
+    plan.fill(order)
     if len(plan.work) <= FEW and plan.repairs and plan.given_up():
         gentle = _Schedule(now, cost, margin, most, KEEP)
-        gentle.fill(order, hopeless)
+        gentle.fill(order)
         if len(gentle.work) == len(plan.work) and gentle.worth > plan.worth:
             plan = gentle
+    elif plan.repairs >= REPAIRS and (start := plan.densest(order)):
+        later = _Schedule(now, cost, margin, most, 0.0)
+        later.fill(order[start:])
+        if later.pace > plan.pace:
+            plan = later
+            lost += [w.session for w in order[:start]]
     return plan.grants(), lost + plan.given_up()
 
 
@@ -115,7 +124,7 @@ class _Schedule:
         self.token = cost.token * scale
         self.cached = cost.cached * scale
         self.attention = cost.attention * scale
-        self.beyond = cost.beyond * scale
+        self.beyond = cost.beyond * scale if cost.knee else 0.0
         self.knee = cost.knee
         self.work: list[Work] = []
         self.forms: list[list[_Form]] = []  # whole first, dropped last; only the first until more are needed
@@ -131,13 +140,42 @@ class _Schedule:
         self.reduced: set[int] = set()
         self.repairs = 0
 
-    def fill(self, order: Sequence[Work], start: int) -> None:
-        """Plan for the pieces from `start` on, as far as we look."""
+    def densest(self, order: Sequence[Work]) -> int:
+        """At which piece, in due order, a first step would have to begin to bring the most tokens per second."""
+        best, at = 0.0, 0
+        seconds, gain, last = self.fixed, 0.0, 0
+        ran: list[tuple[float, float]] = []  # tokens and seconds of pieces, as short as they are worth
+        for first, w in enumerate(order[:STARTS]):
+            while last < len(order):
+                if last == len(ran):
+                    rate, more = self._rate(order[last])
+                    ran.append((rate * more, more))
+                tokens, more = ran[last]
+                if last > first and self.now + seconds + more > w.due:
+                    break
+                seconds, gain, last = seconds + more, gain + tokens, last + 1
+            if gain > best * seconds and self.now + seconds <= w.due:
+                best, at = gain / seconds, first
+            seconds, gain = seconds - ran[first][1], gain - ran[first][0]
+        return at
+
+    def _rate(self, w: Work) -> tuple[float, float]:
+        """Most tokens per second that a piece can bring, and its seconds then."""
+        seconds = self._cost(w, w.new)
+        gain = w.gain
+        if w.kind is Kind.VERIFY:
+            shorter = self._cost(w, w.new - w.n_draft)
+            if seconds > gain * shorter:
+                gain, seconds = 1.0, shorter
+        return gain / max(seconds, 1e-12), seconds
+
+    def fill(self, order: Sequence[Work]) -> None:
+        """Plan for the pieces, as far as we look."""
         ahead = 0
-        for i in range(start, len(order)):
+        for w in order:
             if ahead >= AHEAD or self.repairs >= REPAIRS:
                 break
-            self._add(order[i])
+            self._add(w)
             ahead = ahead + 1 if self.open[4] > 1 else 0
         if self.repairs:
             self._put_back()
@@ -155,6 +193,11 @@ class _Schedule:
     def given_up(self) -> list[int]:
         """Sessions that are dropped."""
         return [self.work[i].session for i in sorted(self.reduced) if not self.new[i]]
+
+    @property
+    def pace(self) -> float:
+        """Tokens delivered per second."""
+        return self.worth / max(self.open[0] - self.now, 1e-9)
 
     @property
     def worth(self) -> float:
@@ -175,12 +218,12 @@ class _Schedule:
         while (late := self._run(i)) < len(self.work):
             i = self._repair(late)
 
-    def _run(self, i: int) -> int:
-        """Fill steps with the pieces from `i` on; the first piece that cannot be in time, or their number."""
+    def _run(self, start: int) -> int:
+        """Fill steps with the pieces from `start` on; the first piece that cannot be in time, or their number."""
         before, news, seconds, steps = self.before, self.new, self.seconds, self.steps
         fixed, most, knee, beyond = self.fixed, self.most, self.knee, self.beyond
-        end, bound, filled, leader, step = before[i]
-        for i in range(i, len(news)):
+        end, bound, filled, leader, step = before[start]
+        for i in range(start, len(news)):
             before[i] = (end, bound, filled, leader, step)
             steps[i] = step
             new = news[i]

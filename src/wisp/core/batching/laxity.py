@@ -1,4 +1,22 @@
-"""Our default batching policy: as many tokens per millisecond as due times allow."""
+"""Our default batching policy: as many committed tokens per millisecond as due times allow.
+
+An answer keeps its pace on average, up to its last token, so lateness in the middle can be made up, and being far ahead
+is of no use. That gives five rules for a step, with `lag` for how far a session is behind its pace:
+
+1. *Earliest due first.* Drafts and decodes that are here take part by due time. Those far ahead yield the engine to the
+   rest, as long as the step stays most of what it could be: fixed cost is shared by many, and speed goes where it is
+   needed, whatever luck a session has with its drafts.
+2. *Nobody depends on an edge.* A session whose edge is still drafting is decoded by a token when its next one is nearly
+   due. Its draft loses nothing: what it says of that token is skipped if it agrees.
+3. *Steps are as long as the fastest can bear*: a session that commits E tokens a round, and one more while its edge is
+   at work, keeps a pace of q if steps take no more than q (E + 1) / 2.
+4. *Prompts just in time.* While all are ahead, prompts are read at once. Otherwise each is read at the rate that its
+   own due time asks for: reading later costs its user nothing, and gives the others the time now.
+5. *Giving up early.* If too many are behind, all would soon be late together. Newcomers, who have cost nothing yet, are
+   then let go, and so is who is too far behind to make up for it. They are finished at half their pace.
+
+Where no pace is running, due times are strict, and `deadlines` decides. Where nobody has a due time, it is `continuous`.
+"""
 
 from __future__ import annotations
 
@@ -7,89 +25,195 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from wisp.core.batching.base import Grant, Kind, Plan, StepLimits, Work
+from wisp.core.batching.deadlines import first_step
+from wisp.core.batching.simple import Continuous
 from wisp.core.cost import Load
+
+AHEAD_S = 0.6  # so far ahead of its due time a session yields
+FULL = 0.6  # but not if the step became shorter than this share of what it could be
+LOOK = 4.0  # steps; an absent edge's session is decoded if its next token is due within so many
+BEARABLE = 0.1  # share of sessions for which a step may be too long
+LEAST = 1.5  # empty steps; a pace that asks for shorter ones cannot be kept anyway
+EASY_S = 0.1  # prompts are read at once if nearly all sessions are ahead by this
+EASY_BUT = 0.1  # nearly all: all but this share
+SAFETY_S = 0.3  # a prompt is to be read so long before its first token is due
+TOO_MANY = 0.4  # share of sessions behind their pace at which newcomers are let go
+HOPELESS = 0.25  # behind by this share of the time that is left to an answer
+PATIENCE_S = 1.0  # who has no due time waits for others no longer than this
 
 _due = attrgetter("due")
 
 
 class Laxity:
+    """Least slack first, in steps as long as can be borne."""
+
     name = "laxity"
     absentees = True
-    look = 4.0
-    drop = 0.4
-    tq = 0.1
-    hopeless = 0.25
-    cushion = 0.0
-    early = 0.3
-    ease = 0.1
-    bank = 0.6
-    few = 0.0
-    phi = 0.6
+
+    def __init__(self) -> None:
+        self.continuous = Continuous()
 
     def plan(self, now: float, work: Sequence[Work], limits: StepLimits) -> Plan:
-        cost = limits.cost
-        ms, margin = cost.now.ms, cost.margin
-        going, absent, prompts, lost = [], [], [], []
-        behind = running = easy = 0
-        ts = []
+        step = _Step(now, limits)
         for w in work:
-            if not w.late and now > w.due and (w.first or now - w.due > self.hopeless * w.room * w.tpot_s):
-                lost.append(w.session)
-            if w.absent:
-                absent.append(w)
-            elif w.kind is Kind.PREFILL:
-                prompts.append(w)
-                continue
-            else:
-                going.append(w)
-            if not w.late:
-                running += 1
-                behind += w.lag_s > self.cushion
-                easy += w.lag_s > -self.ease
-                ts.append(w.tpot_s * (w.usual + 1) / 2)
-        going.sort(key=_due)
-        absent.sort(key=_due)
-        prompts.sort(key=_due)
-        grants: list[Grant] = []
-        load, left = Load(), limits.tokens
-        left_ms = 0.0
-        ts.sort()
-        tmax = ts[int(self.tq * len(ts))] * 1e3 if ts else math.inf
-        al = Load()
-        for w in going: al = al.plus(w.new, w.cached)
-        full = ms(al) / 1e3
-        for w in going:
-            if grants and w.due - now > self.bank and ms(load) > self.phi * full * 1e3:
-                continue
-            m = load.plus(w.new, w.cached)
-            if grants and ms(m) > tmax:
-                left_ms += w.new * cost.token_ms(load)
-                continue
-            grants.append(Grant(w.session, w.new)); load = m; left -= w.new
-        step = ms(load) / 1e3
-        for w in absent:
-            if w.due > now + self.look * step: break
-            m = load.plus(w.new, w.cached)
-            if grants and ms(m) > tmax: break
-            grants.append(Grant(w.session, w.new)); load = m; left -= w.new
-        overloaded = behind > self.drop * running
-        # just in time: each prompt at the rate that its due time asks for
-        budget = 0.0
-        if running == 0 or easy < 0.1 * running:
-            budget = left
+            step.sort_in(w)
+        if step.undue and not (step.going or step.absent or step.prompts):
+            return self.continuous.plan(now, step.undue, limits)
+        if not step.paces:
+            step.strictly()
         else:
-            for w in prompts:
-                if overloaded and not w.late and w.first: continue
-                budget += w.new * min(1.0, step / max(w.due - now - self.early, 1e-3))
-        for w in prompts:
-            t = min(w.new, left, math.ceil(budget))
-            urgent = w.due - now < self.early + 2 * step
-            if overloaded and not w.late and w.first and w.cached == 0: t = 0
-            elif urgent: t = min(w.new, left)
-            if t <= 0:
-                left_ms += w.new * cost.token_ms(load)
+            step.measure()
+            step.present()
+            step.missing()
+            step.read()
+        step.others()
+        return step.plan()
+
+
+class _Step:
+    """One step in the making. Times in milliseconds where a name says so, else in seconds."""
+
+    def __init__(self, now: float, limits: StepLimits) -> None:
+        self.now = now
+        self.limits = limits
+        self.ms = limits.cost.now.ms
+        self.going: list[Work] = []  # drafts and decodes
+        self.absent: list[Work] = []
+        self.prompts: list[Work] = []
+        self.undue: list[Work] = []  # without due times
+        self.paces: list[float] = []  # longest step that each session can bear
+        self.behind = self.easy = 0
+        self.lost: list[int] = []
+        self.grants: list[Grant] = []
+        self.load = Load()
+        self.left = limits.tokens
+        self.left_ms = 0.0
+        self.longest_ms = math.inf
+
+    def sort_in(self, w: Work) -> None:
+        """Put a piece of work where it belongs."""
+        if w.due == math.inf:
+            if not w.absent:
+                self.undue.append(w)
+            return
+        if not w.late and self.now > w.due:
+            if w.first or self.now - w.due > HOPELESS * w.room * w.tpot_s:
+                self.lost.append(w.session)
+        if w.absent:
+            self.absent.append(w)
+        elif w.kind is Kind.PREFILL:
+            self.prompts.append(w)
+            return
+        else:
+            self.going.append(w)
+        if w.tpot_s and not w.late and w.room > w.gain:  # in its last round there is nothing left to make up for it
+            self.paces.append(w.tpot_s * (w.usual + 1.0) / 2.0)
+            self.behind += w.lag_s > 0.0
+            self.easy += w.lag_s < -EASY_S
+
+    def measure(self) -> None:
+        """How long a step can be borne."""
+        self.paces.sort()
+        bearable_ms = self.paces[int(BEARABLE * len(self.paces))] * 1e3
+        self.longest_ms = max(bearable_ms, LEAST * self.ms(Load()))
+
+    def strictly(self) -> None:
+        """Nobody has a pace to make up lateness with: each piece is in time or lost."""
+        pieces = [w for w in (*self.going, *self.prompts) if w.due > self.now]
+        cost = self.limits.cost
+        grants, _ = first_step(self.now, pieces, cost.now, cost.margin, self.left)
+        by_session = {w.session: w for w in pieces}
+        for grant in grants[: self.limits.slices]:
+            self._grant(by_session[grant.session], grant.tokens)
+        for w in sorted((*self.going, *self.prompts, *self.absent), key=_due):
+            if w.due <= self.now or not grants:
+                self._add(w, math.inf)
+
+    def present(self) -> None:
+        """Drafts and decodes that are here, least slack first."""
+        self.going.sort(key=_due)
+        all_of_them = Load()
+        for w in self.going:
+            all_of_them = all_of_them.plus(w.new, w.cached)
+        enough_ms = FULL * self.ms(all_of_them)
+        for w in self.going:
+            ahead = w.due - self.now > AHEAD_S and self.ms(self.load) > enough_ms
+            if not (self.grants and ahead) and not self._add(w, self.longest_ms):
+                self._leave(w.new)
+
+    def missing(self) -> None:
+        """Sessions whose edge is drafting, and whose next token cannot wait for it."""
+        self.absent.sort(key=_due)
+        until = self.now + LOOK * self.ms(self.load) / 1e3
+        for w in self.absent:
+            if w.due > until or not self._add(w, self.longest_ms):
+                break
+
+    def read(self) -> None:
+        """Prompts: at once while there is time, else at the rate that due times ask for."""
+        self.prompts.sort(key=_due)
+        n = len(self.paces)
+        overloaded = self.behind > TOO_MANY * n
+        at_once = self.easy >= (1.0 - EASY_BUT) * n or not self.grants
+        step_s = self.ms(self.load) / 1e3
+        budget = 0.0
+        for w in self.prompts:
+            if overloaded and w.first and not w.late and not w.cached:
+                self._leave(w.new)
                 continue
-            m = load.plus(t, w.cached)
-            grants.append(Grant(w.session, t)); load = m; left -= t; budget -= t
-            if t < w.new: left_ms += (w.new - t) * cost.token_ms(load)
-        return Plan(grants, now + 0.01 if not grants else None, left_ms, lost)
+            time = w.due - self.now - SAFETY_S
+            budget += w.new * min(1.0, step_s / max(time, step_s))
+            urgent = time < 2.0 * step_s
+            tokens = w.new if at_once or urgent else min(w.new, math.ceil(budget))
+            read = self._chunk(w, tokens, self.longest_ms * (2.0 if urgent else 1.0))
+            budget -= read
+            if read < w.new:
+                self._leave(w.new - read)
+
+    def others(self) -> None:
+        """Who has no due time comes last, and is not made to wait for ever."""
+        for w in sorted(self.undue, key=lambda w: (w.kind is Kind.PREFILL, w.since, w.session)):
+            patient = self.now - w.since < PATIENCE_S
+            longest_ms = self.longest_ms if patient else math.inf
+            if w.kind is Kind.PREFILL:
+                self._chunk(w, w.new, longest_ms)
+            else:
+                self._add(w, longest_ms)
+
+    def plan(self) -> Plan:
+        """The step, or when to look again."""
+        wake_at = None
+        if not self.grants and self.absent:
+            lead = LOOK * self.ms(Load()) / 1e3
+            wake_at = max(self.now + 1e-3, min(w.due for w in self.absent) - lead)
+        return Plan(self.grants, wake_at, self.left_ms, self.lost)
+
+    def _add(self, w: Work, longest_ms: float) -> bool:
+        """Take it in whole, if there is room and the step does not become too long."""
+        if self.grants and (w.new > self.left or len(self.grants) >= self.limits.slices):
+            return False
+        if self.grants and self.ms(self.load.plus(w.new, w.cached)) > longest_ms:
+            return False
+        self._grant(w, w.new)
+        return True
+
+    def _chunk(self, w: Work, tokens: int, longest_ms: float) -> int:
+        """Take in as much of a prompt as there is room and time for, up to `tokens`; returns how much."""
+        if len(self.grants) >= self.limits.slices:
+            return 0
+        tokens = min(tokens, self.left)
+        time_ms = longest_ms - self.ms(self.load)
+        if self.grants and time_ms < math.inf:
+            tokens = min(tokens, int(time_ms / max(self.limits.cost.token_ms(self.load), 1e-6)))
+        if tokens <= 0:
+            return 0
+        self._grant(w, tokens)
+        return tokens
+
+    def _grant(self, w: Work, tokens: int) -> None:
+        self.grants.append(Grant(w.session, tokens))
+        self.load = self.load.plus(tokens, w.cached)
+        self.left -= tokens
+
+    def _leave(self, tokens: int) -> None:
+        self.left_ms += tokens * self.limits.cost.token_ms(self.load)

@@ -22,6 +22,7 @@ from wisp.lab.profiling.grid import Cell
 
 Tell = Callable[[str, int, int], None]
 TOO_FEW = 12  # steps: no fit from fewer
+FEWEST = 3  # repeats
 DISAGREE = 0.25  # relative spread from which the repeats of a step say nothing
 
 
@@ -91,14 +92,14 @@ class Bench:
             until = self._now() + left / (len(levels) - i)
             timed = [Timed(cell) for cell in level]
             self._random.shuffle(timed)
-            for at, (repeat, step) in enumerate(self._rounds(timed, repeats, until)):
-                if not repeat and not at:
+            for at, step in enumerate(self._rounds(timed, repeats, until)):
+                if at == 0:
                     self._run(step.cell)  # the first of a level is not counted
                 step.times.append(self._run(step.cell) * 1e3)
                 tell("timing steps", len(done) * repeats + at + 1, len(cells) * repeats)
             cut = cut or any(len(t.times) < repeats for t in timed)
             done += timed
-        enough = [t for t in done if len(t.times) >= min(repeats, 3)]
+        enough = [t for t in done if len(t.times) >= min(repeats, FEWEST)]
         steady = [t for t in enough if t.spread <= DISAGREE]
         if len(steady) < TOO_FEW:
             raise ConfigError(
@@ -107,15 +108,20 @@ class Bench:
             )
         return Measured(steady, [t for t in enough if t.spread > DISAGREE], cut, self._now() - began)
 
-    def _rounds(self, timed: list[Timed], repeats: int, until: float) -> Iterator[tuple[int, Timed]]:
-        """Every step of a level, again and again. Filling slots counts towards the level's time."""
-        largest = max(t.cell.slices for t in timed)
-        self._fill(timed[0].cell.cached, largest, until)
-        for repeat in range(repeats):
-            for step in timed:
-                if self._now() > until:
+    def _rounds(self, timed: list[Timed], repeats: int, until: float) -> Iterator[Timed]:
+        """Every step of a level, again and again. Filling slots counts towards the level's time. Steps that the first
+        round does not get to in its share of the time are given up, so that the others have their repeats."""
+        self._fill(timed[0].cell.cached, max(t.cell.slices for t in timed), until)
+        first = self._now() + (until - self._now()) / FEWEST
+        for step in timed:
+            if self._now() > first:
+                break
+            yield step
+        for repeat in range(1, repeats):
+            for step in (t for t in timed if t.times):
+                if self._now() > until and repeat >= FEWEST:
                     return
-                yield repeat, step
+                yield step
 
     def _warm_up(self, cells: Sequence[Cell]) -> None:
         """Smallest and largest steps on empty slots: buffers are allocated, code and weights are read."""

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from time import perf_counter
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -39,7 +38,7 @@ class Capacity(msgspec.Struct, frozen=True):
     variant:     the system as tuned
     capacity:    devices; low, high: its confidence interval
     goodput, violation_rate, violators_tpot_p99_ms: at capacity, means over seeds
-    strict:      capacity at 1 % violations
+    capacity_at_1_percent: the same with a tolerance of 1 %
     bound:       the fluid bound for what this system may do (drafts or none), all devices being served
     bound_waiting: with devices that wait for a first token as long as they may
     fraction, fraction_waiting: capacity over these
@@ -57,7 +56,7 @@ class Capacity(msgspec.Struct, frozen=True):
     goodput: float
     violation_rate: float
     violators_tpot_p99_ms: float
-    strict: int
+    capacity_at_1_percent: int
     bound: float
     fraction: float
     bound_waiting: float
@@ -65,11 +64,6 @@ class Capacity(msgspec.Struct, frozen=True):
     runs: int = 0
     seconds: float = 0.0
     about: str = ""
-
-    def data(self) -> dict[str, Any]:
-        """As one JSON object."""
-        found: dict[str, Any] = msgspec.to_builtins(self)
-        return found | {"capacity_at_1_percent": self.strict}
 
 
 def variants(policy: str, scenario: Scenario) -> list[System]:
@@ -96,6 +90,7 @@ class Search:
     seeds: Sequence[int]
     runs: Runs
     give_up: float
+    grain: float = GRAIN
     known: dict[int, dict[int, Report]] = field(default_factory=dict)  # by devices, by seed
 
     def rate(self, n: int, seeds: int) -> float:
@@ -110,7 +105,7 @@ class Search:
     def crossing(self, start: int, tolerance: float, seeds: int, stride: float = 0.12) -> int:
         """The most devices within tolerance: a bracket around `start`, then bisection. 0 if not even one is."""
         low, high, n = 0, MOST, max(start, 1)
-        while high - low > max(1, int(GRAIN * low)):
+        while high - low > max(1, int(self.grain * low)):
             if self.rate(n, seeds) <= tolerance:
                 low = n
                 n = min(math.ceil(n * (1 + stride)), MOST) if high == MOST else (low + high) // 2
@@ -157,8 +152,9 @@ def capacity(
     seeds: Sequence[int] = (1, 2, 3),
     runs: Runs | None = None,
     strict: bool = True,
+    grain: float = GRAIN,
 ) -> Capacity:
-    """Search. `strict`: also at 1 %. Raises ConfigError."""
+    """Search. strict: also at 1 %; grain: to one device or this share of them. Raises ConfigError."""
     began = perf_counter()
     if policy in PAPER_MODELS:
         return _by_paper(scenario, policy, tolerance)
@@ -168,11 +164,11 @@ def capacity(
     best: tuple[int, Search] | None = None
     searched: list[Search] = []
     for tuned in variants(policy, scenario):
-        search = Search(scenario, tuned, seeds, runs, give_up)
+        search = Search(scenario, tuned, seeds, runs, give_up, grain)
         searched.append(search)
         start = max(1, round(_guess(policy) * limit.devices))
         if best is not None:
-            start = best[0] + max(1, int(GRAIN * best[0]))
+            start = best[0] + max(1, int(grain * best[0]))
             if search.rate(start, 1) > tolerance:
                 continue
         found = search.crossing(start, tolerance, 1)
@@ -181,7 +177,7 @@ def capacity(
     assert best is not None
     at, search = best
     if len(seeds) > 1 and at:
-        at = search.crossing(at, tolerance, len(seeds), GRAIN)
+        at = search.crossing(at, tolerance, len(seeds), grain)
     strictly = 0
     if strict and at:
         strictly = min(at, search.crossing(max(1, int(0.93 * at)), STRICT, len(seeds), 0.06))
@@ -200,7 +196,7 @@ def capacity(
         goodput=fmean([r.goodput for r in found_at] or [0.0]),
         violation_rate=fmean([r.violation_rate for r in found_at] or [0.0]),
         violators_tpot_p99_ms=max([r.violators_tpot_p99_ms for r in found_at] or [0.0]),
-        strict=strictly,
+        capacity_at_1_percent=strictly,
         bound=_round(limit.devices),
         fraction=_share(at, limit.devices),
         bound_waiting=_round(limit.waiting),
@@ -242,7 +238,7 @@ def _by_paper(scenario: Scenario, policy: str, tolerance: float) -> Capacity:
         goodput=at * rate,
         violation_rate=0.0,
         violators_tpot_p99_ms=0.0,
-        strict=at,
+        capacity_at_1_percent=at,
         bound=_round(limit.devices),
         fraction=_share(at, limit.devices),
         bound_waiting=_round(limit.waiting),

@@ -153,6 +153,7 @@ class Machine(msgspec.Struct):
 
     loop_lag_ms_p99:   how late the fleet's loop came to what was due
     server_lag_ms_p99: how long the verifier's loop took to answer a ping
+    stalled:           share of the time by which one of them was later than a busy loop is: the machine stood still
     """
 
     fleet_cpu: float
@@ -161,6 +162,7 @@ class Machine(msgspec.Struct):
     loop_lag_ms_p99: float
     server_lag_ms_p50: float
     server_lag_ms_p99: float
+    stalled: float
     frames_per_s: float
     problems: list[str] = []
 

@@ -43,8 +43,11 @@ from wisp.lab.sim.world import Counts
 
 LOOP_LAG_MS = 10.0  # p99 above which a run does not count: a draft step of a fast device
 SERVER_LAG_MS = 50.0  # likewise
+STALL_MS = 10.0  # lateness that is more than timers and a busy loop
+STALLED = 0.02  # share of the time that may be lost to it
 AIMS = {"goodput": 0.05, "median_tpot_ms": 0.05, "p99_tpot_ms": 0.15}  # live against simulated, relative
 ATTAINMENT_AIM = 0.05  # absolute
+MOST_SESSIONS = 100_000  # of our own server: the fleet's own number is the limit
 CLOSE_S = 0.2  # for goodbyes
 
 
@@ -79,7 +82,7 @@ async def run_live(
     Raises ConfigError where that verifier does not serve the scenario's scripts, UnavailableError if it goes away.
     """
     check_live(scenario, of)
-    lib = library(Path(scenario.traces), scenario.domain)
+    lib = library(Path(scenario.traces))
     scripts = Scripts(lib, scenario.output_tokens, scenario.acceptance or None)
     sockets = Sockets(url, api_key)
     most = max(n for _, n in scenario.population or ((0.0, scenario.devices_n),))
@@ -145,6 +148,10 @@ def check_live(scenario: Scenario, of: System) -> None:
         raise ConfigError(
             f"system {of.name} drafts on the verifier's accelerator: only the simulator has that"
         )
+    if scenario.domain:
+        raise ConfigError(
+            "`wisp serve` says what all traces say: a scenario with a domain is for the simulator"
+        )
     for kit in scenario.devices:
         kit.build()
 
@@ -169,6 +176,7 @@ def _machine(a: Mark, b: Mark, lags_ms: list[float], pings_ms: list[float]) -> M
         loop_lag_ms_p99=quantile(lags, 0.99),
         server_lag_ms_p50=quantile(pings, 0.5),
         server_lag_ms_p99=quantile(pings, 0.99),
+        stalled=max(sum(x - STALL_MS for x in found if x > STALL_MS) for found in (lags, pings)) / 1e3 / wall,
         frames_per_s=(b.frames - a.frames) / wall,
     )
     for who, lag, most in (
@@ -177,6 +185,10 @@ def _machine(a: Mark, b: Mark, lags_ms: list[float], pings_ms: list[float]) -> M
     ):
         if not lag <= most:
             found.problems.append(f"{who} was late by {lag:.0f} ms (p99); up to {most:g} ms counts as valid")
+    if found.stalled > STALLED:
+        found.problems.append(
+            f"the machine stood still for {found.stalled:.1%} of the time; up to {STALLED:.0%} is valid"
+        )
     return found
 
 
@@ -231,8 +243,6 @@ def verifier(scenario: Scenario, of: System) -> Iterator[Child]:
 def serve_arguments(scenario: Scenario, of: System, port: int, folder: Path) -> list[str]:
     """The command that serves a scenario. `folder` is for files that it reads."""
     profile = hardware(scenario.hardware)
-    cost = folder / "cost.json"
-    cost.write_bytes(msgspec.json.encode(first_guess(profile, scenario.profile_error)))
     flags = {
         "engine": "emulated",
         "target": scenario.hardware,
@@ -240,12 +250,15 @@ def serve_arguments(scenario: Scenario, of: System, port: int, folder: Path) -> 
         "output-tokens": "-".join(map(str, scenario.output_tokens)),
         "kv-tokens": str(scenario.kv_tokens or profile.kv_tokens),
         "batching": of.batching,
-        "cost": str(cost),
-        "max-sessions": "100000",
+        "max-sessions": str(MOST_SESSIONS),
         "drain-s": "0",
         "log-level": "warning",
         "port": str(port),
     }
+    if scenario.profile_error != 1.0:
+        cost = folder / "cost.json"
+        cost.write_bytes(msgspec.json.encode(first_guess(profile, scenario.profile_error)))
+        flags["cost"] = str(cost)
     if of.slots:
         flags["slots"] = str(of.slots)
     if scenario.acceptance:
@@ -393,6 +406,7 @@ _ROWS: list[tuple[str, Callable[[Figures], str]]] = [
     ("CPU of fleet / server, cores",
      _on_machine(lambda m: f"{m.fleet_cpu:.2f} / " + ("?" if m.server_cpu is None else f"{m.server_cpu:.2f}"))),
     ("lag of fleet p50 / p99, ms", _on_machine(lambda m: f"{m.loop_lag_ms_p50:.1f} / {m.loop_lag_ms_p99:.1f}")),
+    ("stood still, share of time", _on_machine(lambda m: f"{m.stalled:.1%}")),
     ("lag of server p50 / p99, ms", _on_machine(lambda m: f"{m.server_lag_ms_p50:.1f} / {m.server_lag_ms_p99:.1f}")),
 ]  # fmt: skip
 

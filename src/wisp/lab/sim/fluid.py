@@ -26,10 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from wisp.core.predictor import sigmoid
-from wisp.engines.emulated import Hardware, hardware
+from wisp.engines.emulated import Hardware
 from wisp.lab.sim.scenario import Kit, Scenario, SloClass
 from wisp.lab.sim.scripts import RECENT, Library, Script, Scripts, library
 
@@ -167,12 +165,6 @@ def _devices(profile: Hardware, t: float, round_ms: float, rows_a_round: float, 
     return low
 
 
-def profile_of(scenario: Scenario) -> Hardware:
-    """The hardware profile with the scenario's room for KV."""
-    profile = hardware(scenario.hardware)
-    return msgspec.structs.replace(profile, kv_tokens=scenario.kv_tokens or profile.kv_tokens)
-
-
 @functools.lru_cache(maxsize=256)
 def bound(scenario: Scenario, *, central: bool = False) -> Bound:
     """The bound of a scenario, `central`: of serving it without drafts.
@@ -185,7 +177,7 @@ def bound(scenario: Scenario, *, central: bool = False) -> Bound:
         points = operating_points(
             library(Path(scenario.traces), scenario.domain), scenario.acceptance or None
         )
-    profile = profile_of(scenario)
+    profile = scenario.profile
     taken = taken_waiting = 0.0
     of_most: tuple[float, Bound] | None = None
     kits = sum(k.share for k in scenario.devices)

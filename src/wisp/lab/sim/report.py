@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -234,7 +234,7 @@ def chrome_trace(simulation: Simulation) -> str:
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
-def draw(simulation: Simulation, path: str) -> None:
+def draw(simulation: Simulation, path: Path) -> None:
     """Plot each request of a traced run at its arrival, and the sizes of steps over time."""
     from wisp.lab.plots import ACCEPTED, OWN, REJECTED, pyplot
 
@@ -269,8 +269,3 @@ def missed_for_sure(request: Request, now: float) -> bool:
         return True
     longest = (request.max_tokens - 1) * served.slo.tpot_ms
     return bool(longest) and (now - served.first) * 1e3 > longest
-
-
-def rate_text(rate: float) -> str:
-    """A violation rate for people."""
-    return "-" if math.isnan(rate) else f"{rate:.1%}"

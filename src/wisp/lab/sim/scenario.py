@@ -11,6 +11,7 @@ import msgspec
 
 from wisp.core.errors import ConfigError
 from wisp.core.slo import Slo
+from wisp.engines.emulated import Hardware, hardware
 from wisp.lab.devices import Device, Link, device
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ class Kit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is asked of a system.
 
-    hardware:      profile of the verifier's engine; kv_tokens: its room, if other than the profile's
+    hardware:      profile of the verifier's engine; kv_tokens, overlap: if other than the profile's
     prompt_tokens, output_tokens: fewest and most, evenly between; the server learns an answer's end from its
                    end-of-sequence token, as it would live
     max_output:    `max_tokens` of the requests
@@ -67,6 +68,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slo: tuple[SloClass, ...]
     devices: tuple[Kit, ...] = (Kit("100"),)
     kv_tokens: int = 0
+    overlap: float = 0.0
     prompt_tokens: tuple[int, int] = (60, 200)
     output_tokens: tuple[int, int] = (100, 300)
     max_output: int = 0
@@ -87,11 +89,25 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def at_rate(self, rate: float) -> Scenario:
         """With one class of users at this rate."""
-        return msgspec.structs.replace(self, slo=(msgspec.structs.replace(self.slo[0], rate=rate, share=1.0),))
+        return msgspec.structs.replace(
+            self, slo=(msgspec.structs.replace(self.slo[0], rate=rate, share=1.0),)
+        )
 
     def with_devices(self, n: int) -> Scenario:
         """With so many devices at work all the time."""
         return msgspec.structs.replace(self, devices_n=n, population=())
+
+    def brief(self, warmup_s: float, window_s: float, drain_s: float) -> Scenario:
+        """With other times."""
+        return msgspec.structs.replace(self, warmup_s=warmup_s, window_s=window_s, drain_s=drain_s)
+
+    @property
+    def profile(self) -> Hardware:
+        """The hardware profile, as changed. Raises ConfigError."""
+        found = hardware(self.hardware)
+        return msgspec.structs.replace(
+            found, kv_tokens=self.kv_tokens or found.kv_tokens, overlap=self.overlap or found.overlap
+        )
 
     @property
     def most_output(self) -> int:

@@ -194,5 +194,7 @@ def library(traces: Path, domain: str = "") -> Library:
     """
     from wisp.engines.build import read_predictor
 
-    found = [t for t in TraceSet.load(trace_folder(traces)) if t.split != "train" and domain in ("", t.domain)]
+    found = [
+        t for t in TraceSet.load(trace_folder(traces)) if t.split != "train" and domain in ("", t.domain)
+    ]
     return Library(found, read_predictor())

@@ -15,7 +15,7 @@ from wisp.core.admission import Admission
 from wisp.core.cost import Coefficients
 from wisp.core.drafting import Ahead, Policies
 from wisp.core.slo import Account, account
-from wisp.engines.emulated import EmulatedTarget, Hardware, hardware
+from wisp.engines.emulated import EmulatedTarget, Hardware
 from wisp.lab.devices import Device, Link
 from wisp.lab.sim.profiled import profiled
 from wisp.lab.sim.scenario import Scenario, SloClass, pick
@@ -147,9 +147,7 @@ class Simulation(Fleet):
     def __init__(self, scenario: Scenario, system: System, seed: int, *, trace: bool = False) -> None:
         lib = library(Path(scenario.traces), scenario.domain)
         scripts = Scripts(lib, scenario.output_tokens, scenario.acceptance or None)
-        profile = hardware(scenario.hardware)
-        if scenario.kv_tokens:
-            profile = msgspec.structs.replace(profile, kv_tokens=scenario.kv_tokens)
+        profile = scenario.profile
         if system.slots:
             profile = msgspec.structs.replace(profile, slots=system.slots)
         engine = EmulatedTarget(scenario.hardware, profile, scripts.token, n_vocab=1 << 31, eos=lib.eos)

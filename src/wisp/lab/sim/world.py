@@ -166,7 +166,9 @@ class Cloud:
     def _wake_at(self, at: float) -> None:
         timer = self.env.timeout(max(0.0, at - self.env.now))
         self._timer = timer
-        timer.callbacks.append(lambda event: self._tick() if event is self._timer and not self._tick_due else None)
+        timer.callbacks.append(
+            lambda event: self._tick() if event is self._timer and not self._tick_due else None
+        )
 
     def _run(self, step: Run) -> None:
         self._timer = None
@@ -237,9 +239,7 @@ class Handset:
         self.request = request
         self.script: Script = self.scripts.script(request.seed)
         policy = self.policies.make(0.0) if self.policies else None
-        task = Task(
-            request.prompt, Sampling(seed=request.seed), request.max_tokens, slo=request.slo
-        )
+        task = Task(request.prompt, Sampling(seed=request.seed), request.max_tokens, slo=request.slo)
         self.pace = self.pace.successor()
         name = f"{self.index}:{request.seed}"
         self.drafter = Drafter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def written(traces: Path, output_tokens: str = "100-300", acceptance: float | No
 def n_vocab(found: Library) -> int:
     """Ids of target and drafter, and at least those of bytes, in which prompts are written."""
     off = (token for path in found.off.values() for token, _ in path)
-    return max(255, max(found.target), max(found.draft), max(off, default=0)) + 1
+    return max(itertools.chain((255,), found.target, found.draft, off)) + 1
 
 
 def read_range(text: str) -> tuple[int, int]:

@@ -1,0 +1,97 @@
+"""`wisp simulate` and `wisp capacity`: the simulator on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from wisp.lab.sim.capacity import Capacity, capacity
+from wisp.lab.sim.report import chrome_trace, draw, report, table
+from wisp.lab.sim.runs import Runs
+from wisp.lab.sim.scenario import Scenario, load_scenario
+from wisp.lab.sim.simulate import Simulation
+from wisp.lab.sim.systems import system
+
+
+def chosen(name: str, rate: float | None, devices: int | None) -> Scenario:
+    """A scenario by name, with other users or another number of devices. Raises ConfigError."""
+    scenario = load_scenario(name)
+    if rate is not None:
+        scenario = scenario.at_rate(rate)
+    return scenario if devices is None else scenario.with_devices(devices)
+
+
+@contextmanager
+def _bar(what: str, total: float) -> Iterator[tuple[Progress, TaskID]]:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        yield progress, progress.add_task(what, total=total)
+
+
+def run_simulate(
+    name: str,
+    spec: str,
+    *,
+    rate: float | None,
+    devices: int | None,
+    seed: int,
+    chrome: Path | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """One run. Raises ConfigError."""
+    scenario = chosen(name, rate, devices)
+    simulation = Simulation(scenario, system(spec), seed, trace=chrome is not None or plot is not None)
+    with _bar("simulating", scenario.warmup_s + scenario.window_s) as (progress, task):
+
+        def step(running: Simulation) -> bool:
+            progress.update(task, completed=running.env.now)
+            return False
+
+        simulation.run(step)
+    found = report(simulation, seed)
+    if chrome is not None:
+        chrome.write_text(chrome_trace(simulation))
+    if plot is not None:
+        draw(simulation, plot)
+    if as_json:
+        print(json.dumps(found.benchmark()))
+    else:
+        Console().print(table(found))
+
+
+def run_capacity(
+    name: str, policy: str, *, rate: float | None, tolerance: float, seeds: int, jobs: int, as_json: bool
+) -> None:
+    """A search. Raises ConfigError."""
+    scenario = chosen(name, rate, None)
+    with Runs(jobs) as runs, Console(stderr=True).status("searching"):
+        found = capacity(scenario, policy, tolerance=tolerance, seeds=range(1, seeds + 1), runs=runs)
+    if as_json:
+        print(json.dumps(msgspec.to_builtins(found)))
+    else:
+        Console().print(_shown(found))
+
+
+def _shown(c: Capacity) -> Table:
+    out = Table(title=f"{c.scenario}, {c.rate:g} tokens/s: {c.system}", show_header=False)
+    out.add_column()
+    out.add_column(justify="right")
+    out.add_row(f"devices with {c.tolerance:.0%} violations (95 %)", f"{c.capacity} ({c.low} to {c.high})")
+    out.add_row("devices with 1 % violations", str(c.capacity_at_1_percent))
+    out.add_row("goodput at capacity", f"{c.goodput:.0f} tokens/s")
+    out.add_row("violations; their p99 TPOT", f"{c.violation_rate:.1%}; {c.violators_tpot_p99_ms:.0f} ms")
+    out.add_row("fluid bound, and our share", f"{c.bound:g}, {c.fraction:.0%}")
+    out.add_row("  waiting for a first token counted", f"{c.bound_waiting:g}, {c.fraction_waiting:.0%}")
+    if c.variant != c.system:
+        out.add_row("tuned to", c.variant)
+    if c.about:
+        out.add_row("what it is", c.about)
+    out.add_row("runs, seeds, seconds", f"{c.runs}, {len(c.seeds)}, {c.seconds:.0f}")
+    return out

@@ -1,0 +1,46 @@
+"""The experiments on simulated time: `wisp experiments` writes a page, its data and a plot for each.
+
+Each module has three functions:
+
+    run(quick, runs) -> data            what to simulate; `runs` spreads it over processes and remembers it
+    lines(data)      -> Markdown        what came out
+    draw(data, path)                    and a picture of it
+
+How well the simulator foretells a live server is measured by `wisp fleet --against-simulator`, which is no part of
+this: it needs real time. To show it beside these, add its module here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+from rich.console import Console
+
+from wisp.core.errors import ConfigError
+from wisp.lab.sim.experiments import ablations, bursts, regimes, table
+from wisp.lab.sim.experiments.page import write
+from wisp.lab.sim.runs import Runs
+
+EXPERIMENTS: dict[str, ModuleType] = {
+    "table": table,
+    "regimes": regimes,
+    "bursts": bursts,
+    "ablations": ablations,
+}
+
+
+def run_experiments(names: list[str], *, quick: bool, out: Path, jobs: int) -> None:
+    """Run some, or all, and write their pages into the folder `out`. Raises ConfigError."""
+    for name in names:
+        if name not in EXPERIMENTS:
+            raise ConfigError(f"unknown experiment {name!r}; choose from {', '.join(EXPERIMENTS)}")
+    console = Console(stderr=True)
+    with Runs(jobs) as runs:
+        for name in names or EXPERIMENTS:
+            with console.status(name):
+                seconds = write(name, EXPERIMENTS[name], quick=quick, runs=runs, out=out)
+            console.print(f"{out / name}.md: {seconds:.0f} s", highlight=False)
+
+
+__all__ = ["EXPERIMENTS", "run_experiments"]

@@ -1,0 +1,293 @@
+"""`wisp fleet`: emulated devices against a live verifier. Every run here is a few seconds of real time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import simpy
+from typer.testing import CliRunner
+
+from wisp.api.process import event_loop_factory
+from wisp.cli import app
+from wisp.core.errors import ConfigError, UnavailableError
+from wisp.engines.emulated import HARDWARE
+from wisp.lab.children import Child
+from wisp.lab.sim import figures, fleet
+from wisp.lab.sim.figures import Figures, Watching
+from wisp.lab.sim.fleet import check_live, run_live, verifier
+from wisp.lab.sim.live import Clock, Sockets
+from wisp.lab.sim.scenario import Kit, Scenario, SloClass
+from wisp.lab.sim.scripts import library
+from wisp.lab.sim.systems import system
+
+DEVICES = 12
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
+    """Short answers from hardware ten times as fast as an A100, for two classes of users on two kinds of devices."""
+    profile = (HARDWARE / "a100-qwen3-32b.toml").read_text()
+    lines = [
+        line for line in profile.splitlines() if not line.startswith(("bandwidth ", "tflops ", "launch_ms"))
+    ]
+    fast = tmp_path_factory.mktemp("hardware") / "fast.toml"
+    fast.write_text("\n".join([*lines, "bandwidth = 20000.0", "tflops = 3000.0", "launch_ms = 0.5", ""]))
+    return Scenario(
+        title="a quick one",
+        hardware=str(fast),
+        slo=(SloClass(20.0, share=0.5, name="fast"), SloClass(10.0, share=0.5, name="slow")),
+        devices=(Kit("200", rtt_ms=10.0, share=0.5), Kit("100", rtt_ms=20.0, jitter_ms=4.0, share=0.5)),
+        prompt_tokens=(10, 40),
+        output_tokens=(8, 24),
+        devices_n=DEVICES,
+        warmup_s=0.5,
+        window_s=2.0,
+        drain_s=3.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def server(quick: Scenario):
+    """`wisp serve` as a child process; not all tests need one of their own."""
+    with verifier(quick, system("ours")) as child:
+        yield child
+
+
+def written(s: Scenario, folder: Path) -> str:
+    """The scenario as a file: msgspec reads TOML by itself, but does not write it."""
+    tables = [f"[[slo]]\nname = '{c.name}'\nrate = {c.rate}\nshare = {c.share}" for c in s.slo]
+    tables += [
+        f"[[devices]]\ndevice = '{k.device}'\nrtt_ms = {k.rtt_ms}\nshare = {k.share}" for k in s.devices
+    ]
+    lines = [f"title = '{s.title}'", f"hardware = '{s.hardware}'", f"devices_n = {s.devices_n}"]
+    lines += [f"{name} = {list(getattr(s, name))}" for name in ("prompt_tokens", "output_tokens")]
+    lines += [f"{name} = {getattr(s, name)}" for name in ("warmup_s", "window_s", "drain_s")]
+    path = folder / "scenario.toml"
+    path.write_text("\n".join([*lines, *tables, ""]))
+    return str(path)
+
+
+def play(scenario: Scenario, name: str, server: Child, seed: int = 1) -> Figures:
+    with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
+        return runner.run(run_live(scenario, system(name), seed, server.url, child=server))
+
+
+@pytest.mark.parametrize("name", ["ours", "central", "sled", "wisp"])
+def test_every_token_that_devices_see_is_the_scripts(name: str, quick: Scenario, server: Child) -> None:
+    found = play(quick, name, server)
+    assert found.mismatches == 0
+    assert found.tokens_checked >= found.total_output_tokens > 100
+    assert found.completed + found.failed + found.unfinished == found.arrived > DEVICES
+    assert found.failed == found.unfinished == 0
+    assert (found.drafting_busy > 0) == (name != "central")
+
+
+def test_the_report_has_what_benchmark_tools_look_for(quick: Scenario, server: Child) -> None:
+    found = json.loads(msgspec.json.encode(play(quick, "ours", server)))
+    for latency in ("ttft", "tpot", "itl", "e2el"):
+        three = [found[f"{which}_{latency}_ms"] for which in ("mean", "median", "p99")]
+        assert 0 < three[1] <= three[2]
+        assert three[0] <= three[2]
+    assert found["goodput"] <= found["output_throughput"]
+    assert found["request_goodput"] <= found["request_throughput"]
+    assert found["violation_rate"] == pytest.approx(1 - found["met"] / found["arrived"])
+    assert [c["name"] for c in found["by_class"]] == ["fast", "slow"]
+    assert sum(c["arrived"] for c in found["by_class"]) == found["arrived"]
+    assert 0 < found["engine"]["utilisation"] <= 1.05
+    assert found["engine"]["tokens_per_s"] > 0
+    machine = found["machine"]
+    assert machine["fleet_cpu"] > 0
+    assert machine["server_cpu"] > 0
+    assert machine["loop_lag_ms_p99"] >= machine["loop_lag_ms_p50"] >= 0
+
+
+def test_a_wrong_token_is_counted(quick: Scenario, server: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = figures.Watched.start
+
+    def start(self: figures.Watched, request: figures.Request) -> None:
+        begin(self, request)
+        if self.index == 3:
+            self.script.tokens[5] += 1  # this device believes in another text
+
+    monkeypatch.setattr(figures.Watched, "start", start)
+    assert play(quick, "central", server).mismatches > 0
+
+
+def test_devices_come_go_and_vanish(quick: Scenario, server: Child) -> None:
+    scenario = msgspec.structs.replace(
+        quick, population=((0.0, 4), (1.0, 10), (1.5, 6)), vanish=0.4, think_s=0.05
+    )
+    found = play(scenario, "ours", server)
+    assert found.devices == 10
+    assert found.mismatches == 0
+    assert found.failed > 0
+    assert found.completed > 0
+
+
+def test_a_full_verifier_is_asked_again_later(quick: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that are refused count as missed, and their devices wait as they are told."""
+    monkeypatch.setattr(fleet, "MOST_SESSIONS", 3)
+    with verifier(quick, system("ours")) as child:
+        found = play(quick, "ours", child)
+    assert found.refused > 0
+    assert found.refused <= DEVICES * (quick.warmup_s + quick.window_s + 1)
+    assert found.completed > 0
+    assert found.mismatches == 0
+
+
+def test_simulator_and_fleet_ask_the_same(quick: Scenario, server: Child) -> None:
+    """The same seed makes the same first requests, whoever keeps time."""
+    live, simulated = play(quick, "ours", server), Watching(quick, system("ours"), 1).figures(1)
+    assert simulated.mismatches == 0
+    assert simulated.tokens_checked > 0
+    assert simulated.engine is not None
+    assert live.arrived == pytest.approx(simulated.arrived, rel=0.5)
+
+
+# --- what goes wrong
+
+
+def test_a_verifier_that_says_something_else_is_refused(
+    quick: Scenario, server: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library(Path(quick.traces)), "eos", frozenset({1}))
+    with pytest.raises(ConfigError, match="does not say what the devices expect"):
+        play(quick, "ours", server)
+
+
+def test_nobody_there() -> None:
+    with (
+        asyncio.Runner(loop_factory=event_loop_factory()) as runner,
+        pytest.raises(UnavailableError, match="no verifier at"),
+    ):
+        runner.run(Sockets("http://127.0.0.1:9").connect(2))
+
+
+def test_a_verifier_that_dies_ends_the_run(quick: Scenario) -> None:
+    scenario = msgspec.structs.replace(quick, window_s=30.0)
+    with verifier(quick, system("ours")) as child:
+
+        async def run() -> None:
+            asyncio.get_running_loop().call_later(1.5, child.process.kill)
+            await run_live(scenario, system("ours"), 1, child.url)
+
+        with asyncio.Runner(loop_factory=event_loop_factory()) as runner, pytest.raises(UnavailableError):
+            runner.run(run())
+
+
+@pytest.mark.parametrize(
+    ("change", "of"),
+    [({"arrivals_per_s": 2.0}, "ours"), ({"domain": "code"}, "ours"), ({}, "central-speculative")],
+)
+def test_what_only_the_simulator_has_is_refused_by_name(
+    change: dict[str, object], of: str, quick: Scenario
+) -> None:
+    with pytest.raises(ConfigError, match="simulator"):
+        check_live(msgspec.structs.replace(quick, **change), system(of))
+
+
+# --- the clock
+
+
+def on_a_loop(what: Callable[[simpy.Environment, Clock], None], seconds: float) -> simpy.Environment:
+    """Let `what` set things up, and time pass."""
+    env = simpy.Environment()
+
+    async def run() -> None:
+        clock = Clock(env, failures.append)
+        clock.happen(lambda: what(env, clock))
+        await asyncio.sleep(seconds)
+        clock.stop()
+
+    failures: list[Exception] = []
+    with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
+        runner.run(run())
+    if failures:
+        raise failures[0]
+    return env
+
+
+def test_timers_that_follow_each_other_do_not_drift() -> None:
+    """A device that drafts for 3.3 ms a token drafts 30 tokens in 99 ms, though a loop's timers are of whole ms."""
+    times: list[float] = []
+
+    def what(env: simpy.Environment, clock: Clock) -> None:
+        began = env.now
+
+        def step(_: object) -> None:
+            times.append(env.now - began)
+            if len(times) < 30:
+                env.timeout(0.0033).callbacks.append(step)
+
+        env.timeout(0.0033).callbacks.append(step)
+
+    on_a_loop(what, 0.5)
+    assert times == pytest.approx([0.0033 * (i + 1) for i in range(30)])
+
+
+def test_an_exception_in_a_device_stops_the_clock() -> None:
+    def what(env: simpy.Environment, clock: Clock) -> None:
+        def fail(_: object) -> None:
+            raise ZeroDivisionError
+
+        env.timeout(0.01).callbacks.append(fail)
+        env.timeout(0.02).callbacks.append(lambda _: seen.append(1))
+
+    seen: list[int] = []
+    with pytest.raises(ZeroDivisionError):
+        on_a_loop(what, 0.1)
+    assert not seen
+
+
+# --- the command
+
+
+def test_the_command_prints_one_json_object_and_writes_it(
+    quick: Scenario, server: Child, tmp_path: Path
+) -> None:
+    path, out = written(quick, tmp_path), tmp_path / "out" / "figures.json"
+    flags = [
+        "--server",
+        server.url,
+        "--devices",
+        "5",
+        "--window",
+        "1.5",
+        "--rate",
+        "12",
+        "--json",
+        "--out",
+        str(out),
+    ]
+    result = CliRunner().invoke(app, ["fleet", path, *flags])
+    assert result.exit_code in (0, 1), result.output  # 1: this machine did not keep up
+    found = json.loads(result.stdout)
+    assert (found["devices"], found["rates"], found["mismatches"]) == (5, [12.0], 0)
+    assert json.loads(out.read_text()) == found
+
+
+def test_policies_are_compared_and_held_against_the_simulator(quick: Scenario, tmp_path: Path) -> None:
+    path = written(msgspec.structs.replace(quick, devices_n=5, window_s=1.5), tmp_path)
+    result = CliRunner().invoke(
+        app, ["fleet", path, "--policies", "fcfs,laxity", "--against-simulator", "--json"]
+    )
+    assert result.exit_code in (0, 1), result.output
+    runs = json.loads(result.stdout)
+    assert [(r["batching"], r["where"]) for r in runs] == [
+        ("fcfs", "live"), ("fcfs", "simulator"), ("laxity", "live"), ("laxity", "simulator"),
+    ]  # fmt: skip
+    assert all(r["mismatches"] == 0 and r["tokens_checked"] > 0 for r in runs)
+
+
+def test_policies_need_servers_of_their_own(quick: Scenario, tmp_path: Path) -> None:
+    path = written(quick, tmp_path)
+    result = CliRunner().invoke(
+        app, ["fleet", path, "--policies", "fcfs,wisp", "--server", "http://127.0.0.1:9"]
+    )
+    assert isinstance(result.exception, ConfigError)
+    assert "leave out --server" in str(result.exception)
