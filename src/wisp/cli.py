@@ -385,6 +385,17 @@ def bench_overhead(
     raise typer.Exit(run_bench(sessions=sessions, seconds=seconds, as_json=json))
 
 
+@app.command(name="bench-policy")
+def bench_policy(
+    pending: Annotated[int, typer.Option(help="Pieces of work, and sessions of a server.", min=1)] = 1000,
+    json: Json = False,
+) -> None:
+    """What one decision of each batching policy costs, how that grows, and what a server pays for a step."""
+    from wisp.lab.bench_policy import run_bench_policy
+
+    run_bench_policy(pending, as_json=json)
+
+
 @app.command(name="bench-ahead")
 def bench_ahead(
     out: Annotated[Path | None, typer.Option(help="Write a page and its data into this folder.")] = None,
@@ -432,6 +443,9 @@ def profile(
     context: Annotated[int | None, typer.Option(help="As for serve: tokens per session.", min=64)] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="As for serve --engine emulated.", min=1024)] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer kinds of steps, fewer repeats.")] = False,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="Count a core's time: where others keep the machine busy.")
+    ] = False,
     limit_s: Annotated[float, typer.Option(help="Seconds that timing a target may take.", min=1)] = 300.0,
     out: Annotated[
         Path | None, typer.Option(help="Write the target's cost profile here, for serve --cost.")
@@ -449,7 +463,7 @@ def profile(
 
         profile_target(
             target, engine=engine, mode=mode, slots=slots, context=context, threads=threads, kv_tokens=kv_tokens,
-            quick=quick, limit_s=limit_s, out=out, offline=offline, as_json=json,
+            quick=quick, cpu_time=cpu_time, limit_s=limit_s, out=out, offline=offline, as_json=json,
         )  # fmt: skip
         return
     from wisp.lab.profiling.draft import profile_draft

@@ -71,6 +71,16 @@ def test_the_knee_is_found_where_there_is_one_and_a_line_misses() -> None:
     assert errors(fit(loads, times, knee=False), loads, times).mape > 0.03
 
 
+def test_no_knee_is_seen_in_a_little_noise() -> None:
+    """A dozen noisy times always have some kink that fits them better; on others it would be a disaster."""
+    for seed in range(10):
+        source = random.Random(seed)
+        loads = steps(13, seed)
+        few = fit(loads, [noisy(TRUTH.ms(load), source, 0.2) for load in loads])
+        others = steps(100, 99)
+        assert errors(few, others, [TRUTH.ms(load) for load in others]).mape < 0.22
+
+
 def test_without_a_knee_what_is_beyond_does_not_count() -> None:
     """Prediction and learning must see the same regressors, or learning never ends."""
     odd = Coefficients(step=1.0, token=1.0, beyond=5.0, knee=0)
@@ -153,7 +163,9 @@ def test_the_covariance_stays_bounded_over_a_hundred_thousand_steps_of_the_same_
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(0, 3000), st.integers(0, 100_000), st.floats(-1.0, 1e5)), min_size=1, max_size=80
+        st.tuples(st.integers(0, 3000), st.integers(0, 100_000), st.floats(-1.0, 1e5)),
+        min_size=1,
+        max_size=80,
     )
 )
 def test_no_coefficient_is_ever_negative_or_not_a_number(seen: list[tuple[int, int, float]]) -> None:
@@ -168,7 +180,11 @@ def test_no_coefficient_is_ever_negative_or_not_a_number(seen: list[tuple[int, i
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 4000), st.floats(0.1, 1e3)), min_size=3, max_size=30))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 500), st.integers(0, 4000), st.floats(0.1, 1e3)), min_size=3, max_size=30
+    )
+)
 def test_a_fit_is_never_negative_and_no_worse_than_its_best_constant(
     seen: list[tuple[int, int, float]],
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import msgspec
 import oracle
@@ -15,6 +16,7 @@ from wisp.core.batching.deadlines import first_step
 from wisp.core.cost import Coefficients, CostModel, Load
 
 MOST = 4096
+INSTANCES = 300
 Decide = Callable[[float, Sequence[Work], Coefficients], list[Grant]]
 
 
@@ -95,23 +97,28 @@ def drive(decide: Decide, it: Instance) -> tuple[float, int]:
     return tokens, kept
 
 
-@pytest.mark.parametrize(
-    "decide",
-    [strict, pytest.param(laxity, marks=pytest.mark.xfail(strict=False, reason="not wired in yet"))],
-)
+@cache
+def optima() -> list[tuple[Instance, oracle.Best]]:
+    """Instances, and the best that could be done with each."""
+    out = []
+    for seed in range(INSTANCES):
+        it = instance(seed)
+        out.append((it, best(0.0, it.cost.step / 1e3, [oracle.piece(w, it.cost) for w in it.work])))
+    return out
+
+
+@pytest.mark.parametrize("decide", [strict, laxity])
 def test_a_policy_delivers_most_of_what_could_be_delivered(decide: Decide) -> None:
     shares, all_kept = [], []
-    for seed in range(300):
-        it = instance(seed)
-        optimum = best(0.0, it.cost.step / 1e3, [oracle.piece(w, it.cost) for w in it.work])
+    for it, optimum in optima():
         tokens, kept = drive(decide, it)
-        assert tokens <= optimum.tokens * (1 + 1e-6) + 1e-6 or decide is laxity  # may cut prompts
+        assert tokens <= optimum.tokens * (1 + 1e-6) + 1e-6
         if optimum.tokens:
             shares.append(tokens / optimum.tokens)
         if optimum.pieces == len(it.work):
             all_kept.append(kept == len(it.work))
-    assert len(shares) > 250
-    assert len(all_kept) > 50
+    assert len(shares) > 0.8 * INSTANCES
+    assert len(all_kept) > 0.3 * INSTANCES
     assert sum(shares) / len(shares) >= 0.95
     assert sum(all_kept) / len(all_kept) >= 0.98
 
@@ -158,3 +165,11 @@ def test_a_prompt_longer_than_a_step_is_cut() -> None:
     cost = Coefficients(step=10.0, token=0.1)
     work = [Work(1, Kind.PREFILL, 500, 0, 0, 0.0, 0.0, due=1.0)]
     assert first_step(0.0, work, cost, 1.0, 200) == ([Grant(1, 200)], [])
+
+
+@pytest.mark.xfail(strict=False, reason="what is late joins the step whatever that costs the others")
+def test_what_is_late_already_makes_nobody_late() -> None:
+    cost = Coefficients(step=10.0, token=1.0)
+    late = Work(1, Kind.PREFILL, 100, 0, 0, 0.0, 0.0, due=0.9, first=True, late=True)
+    soon = Work(2, Kind.DECODE, 1, 9, 0, 0.9, 0.0, due=1.05, room=1, tpot_s=0.1)
+    assert laxity(1.0, [late, soon], cost) == [Grant(2, 1)]

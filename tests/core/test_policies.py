@@ -23,7 +23,9 @@ def limits(tokens: int, slices: int) -> StepLimits:
 
 
 @st.composite
-def pieces(draw: st.DrawFn, *, hurry: bool = True, absent: bool = True, most: int = 24, longest: int = 900) -> list[Work]:
+def pieces(
+    draw: st.DrawFn, *, hurry: bool = True, absent: bool = True, most: int = 16, longest: int = 900
+) -> list[Work]:
     """Up to `most` sessions, as a verifier describes them. Without `hurry`, nobody has an SLO."""
     out = []
     for session in range(draw(st.integers(0, most))):
@@ -76,7 +78,7 @@ def planned(name: str, work: Sequence[Work], step: StepLimits) -> Plan:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_grants_are_for_what_was_asked_and_fit(name: str, data: st.DataObject) -> None:
     work = seen(name, data.draw(pieces()))
@@ -100,7 +102,7 @@ def test_grants_are_for_what_was_asked_and_fit(name: str, data: st.DataObject) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_the_same_work_gives_the_same_plan(name: str, data: st.DataObject) -> None:
     work = seen(name, data.draw(pieces()))
@@ -108,14 +110,14 @@ def test_the_same_work_gives_the_same_plan(name: str, data: st.DataObject) -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(work=pieces(absent=False))
 def test_where_there_is_work_something_runs_or_a_time_is_named(name: str, work: list[Work]) -> None:
     plan = planned(name, work, limits(200, 16))
     assert plan.grants or plan.wake_at is not None or not work
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(work=pieces(hurry=False, absent=False), tokens=st.integers(1, 600), slices=st.integers(1, 32))
 def test_without_due_times_laxity_is_continuous_batching(work: list[Work], tokens: int, slices: int) -> None:
     ours, theirs = (planned(name, work, limits(tokens, slices)).grants for name in ("laxity", "continuous"))
@@ -123,7 +125,7 @@ def test_without_due_times_laxity_is_continuous_batching(work: list[Work], token
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(work=pieces(most=6, absent=False, longest=40), slack=st.floats(2.0, 10.0))
 def test_an_idle_server_runs_everything_at_once(name: str, work: list[Work], slack: float) -> None:
     """Few pieces, nobody behind, and all together take no longer than anybody can wait between two tokens."""

@@ -24,13 +24,16 @@ def engine(profile: Hardware = QUIET, **options: object) -> tuple[EmulatedTarget
     return EmulatedTarget("a100", profile, now=clock.now, sleep=clock.sleep, **options), clock  # type: ignore[arg-type]
 
 
-def decoded(target: EmulatedTarget, n: int, *, slot: int = 0, seed: int = 5, prompt: list[int] = PROMPT) -> list[int]:
+def decoded(
+    target: EmulatedTarget, n: int, *, slot: int = 0, seed: int = 5, prompt: list[int] = PROMPT
+) -> list[int]:
     """The target alone, token by token."""
     sampling = Sampling(seed=seed)
     tokens = target.run([Slice(1, slot, 0, prompt, sampling=sampling)])[0].tokens
     while len(tokens) < n:
         at = len(prompt) + len(tokens) - 1
-        tokens += target.run([Slice(1, slot, at, tokens[-1:], position=len(tokens), sampling=sampling)])[0].tokens
+        step = Slice(1, slot, at, tokens[-1:], position=len(tokens), sampling=sampling)
+        tokens += target.run([step])[0].tokens
     return tokens
 
 
@@ -185,5 +188,6 @@ def test_text_from_elsewhere_is_written_in_numbers() -> None:
     target, tokenizer = load_target("a100-qwen3-32b", engine="emulated", written=written)
     assert decoded(target, 4, seed=3) == [1003, 1004, 1005, 1006]  # type: ignore[arg-type]
     assert b"".join(map(tokenizer.piece, [1003, 17, 1999])) == b" 1003 17"
-    assert tokenizer.encode(" 1003 17x 5000", add_bos=False, parse_special=False) == [1003, 17, 120, *b" 5000"]
+    ids = tokenizer.encode(" 1003 17x 5000", add_bos=False, parse_special=False)
+    assert ids == [1003, 17, 120, *b" 5000"]
     assert (target.info.n_vocab, tokenizer.n_vocab, tokenizer.eos) == (2000, 2000, frozenset({1999}))

@@ -73,7 +73,7 @@ def test_a_thin_client_is_answered_and_its_slo_is_counted(fleet: Fleet, hardware
     prompt_seed = fold(b"abc", 7)
     expected = bytes(null_token(prompt_seed, i) for i in range(20)).decode("utf-8", "replace")
     assert texts == {expected}
-    with pytest.raises(Exception, match="x-slo-class.*this server has impossible, patient"):
+    with pytest.raises(Exception, match=r"x-slo-class.*this server has impossible, patient"):
         complete(x_slo_class="nobody")
     wire.close()
 
@@ -158,4 +158,3 @@ def test_slo_classes_may_be_tables_of_the_config(fleet: Fleet, hardware: str) ->
     body = {"model": NAME, "prompt": "abc", "max_tokens": 5}
     assert httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, **HTTP).status_code == 200
     assert server.metrics()['wisp:request_slo_total{outcome="met",slo_class="hurry"}'] == 1
-

@@ -43,7 +43,9 @@ def read_slo_classes(given: Path | str | Mapping[str, Any]) -> dict[str, Slo]:
     classes: dict[str, Slo] = {}
     for name, table in given.items():
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"{where}: {name!r} is no name for an SLO class; take letters, digits, _ . and -")
+            raise ConfigError(
+                f"{where}: {name!r} is no name for an SLO class; take letters, digits, _ . and -"
+            )
         try:
             found = msgspec.convert(table, _Class)
         except msgspec.ValidationError as error:

@@ -67,7 +67,14 @@ class VerifierHost:
         self._log: EventLog | None = None
         if event_log is not None:
             header = LogHeader(
-                __version__, info.engine, model, limits, batching, cost, admission.max_sessions, admission.limits
+                __version__,
+                info.engine,
+                model,
+                limits,
+                batching,
+                cost,
+                admission.max_sessions,
+                admission.limits,
             )
             self._log = EventLog(event_log, header, self._loop.time())
         self._engine = EngineThread(engine, self._loop, self._step_done)

@@ -174,9 +174,7 @@ class Metrics:
         slices = Histogram(
             "wisp:engine_step_slices", "Slices of a step.", ["kind"], buckets=SLICES, registry=r
         )
-        rows = Histogram(
-            "wisp:engine_step_rows", "Tokens fed in a step.", ["kind"], buckets=ROWS, registry=r
-        )
+        rows = Histogram("wisp:engine_step_rows", "Tokens fed in a step.", ["kind"], buckets=ROWS, registry=r)
         self.step_slices = [slices.labels(kind) for kind in KINDS]
         self.step_rows = [rows.labels(kind) for kind in KINDS]
         self.admissions = Counter(

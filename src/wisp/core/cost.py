@@ -116,19 +116,29 @@ def errors(coefficients: Coefficients, loads: Sequence[Load], ms: Sequence[float
 def fit(loads: Sequence[Load], ms: Sequence[float], *, knee: bool = True) -> Coefficients:
     """Least squares on relative errors, no coefficient negative. `knee` False: the paper's form.
 
-    The knee is the one, out of a grid over the sizes seen, with the least error.
+    The knee is the one, out of a grid over the sizes seen, with the least error; there is none unless it pays for its
+    two parameters (Bayesian information criterion), and has four loads or more on either side.
     """
     y = np.asarray(ms, np.float64)
-    sizes = sorted({load.new for load in loads})
-    candidates = [0, *sizes[1:-1]] if knee else [0]
-    best, best_error = Coefficients(), np.inf
-    for at in candidates:
-        x = rows(loads, at) / y[:, None]
-        theta = _non_negative(x)
-        error = float(((x @ theta - 1.0) ** 2).sum())
-        if error < best_error * (1 - 1e-9):
-            best, best_error = _coefficients(theta, at), error
+    best, least = _fitted(loads, y, 0)
+    if not knee:
+        return best
+    least *= len(y) ** (-2.0 / len(y))
+    sizes = np.array([load.new for load in loads])
+    for at in np.unique(sizes).tolist():
+        if min(int((sizes <= at).sum()), int((sizes > at).sum())) < 4:
+            continue
+        found, error = _fitted(loads, y, at)
+        if error < least * (1 - 1e-9):
+            best, least = found, error
     return best
+
+
+def _fitted(loads: Sequence[Load], ms: Vector, knee: int) -> tuple[Coefficients, float]:
+    """With this knee, and the mean square of its relative errors."""
+    x = rows(loads, knee) / ms[:, None]
+    theta = _non_negative(x)
+    return _coefficients(theta, knee), float(((x @ theta - 1.0) ** 2).mean()) + 1e-15
 
 
 def _non_negative(x: Vector) -> Vector:

@@ -90,7 +90,9 @@ def check_engine(engine: str, *, mode: str = "exact", kv_tokens: int | None = No
     if mode not in ("exact", "fast"):
         raise ConfigError(f"unknown mode {mode!r}; choose exact or fast")
     if kv_tokens is not None and engine != "emulated":
-        raise ConfigError("--kv-tokens is for --engine emulated; others have room for --slots times --context")
+        raise ConfigError(
+            "--kv-tokens is for --engine emulated; others have room for --slots times --context"
+        )
 
 
 def emulated_hardware(

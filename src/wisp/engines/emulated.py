@@ -243,7 +243,9 @@ class EmulatedTarget:
     def copy(self, copy: Copy) -> None:
         """The first tokens of one slot into another."""
         if self._lengths[copy.source] < copy.tokens:
-            raise EngineError(f"slot {copy.source} holds {self._lengths[copy.source]} tokens, not {copy.tokens}")
+            raise EngineError(
+                f"slot {copy.source} holds {self._lengths[copy.source]} tokens, not {copy.tokens}"
+            )
         self._lengths[copy.target] = copy.tokens
         self._folded.pop(copy.target, None)
         if self._held:

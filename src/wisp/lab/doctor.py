@@ -173,6 +173,18 @@ def event_loop() -> Check:
     return Check("event loop", "ok", f"uvloop {version}")
 
 
+def emulated() -> Check:
+    """The engine without a model: its hardware profiles."""
+    from wisp.engines.emulated import HARDWARE, hardware
+
+    names = sorted(path.stem for path in HARDWARE.glob("*.toml"))
+    for name in names:
+        hardware(name)  # raises where one is damaged
+    return Check(
+        "emulated", "ok", f"an engine for fleets and tests, timing without a model: {', '.join(names)}"
+    )
+
+
 # --- the machine
 
 
@@ -298,6 +310,7 @@ SYSTEM: dict[str, Callable[[], Check]] = {
     "packages": packages,
     "extras": extras,
     "event loop": event_loop,
+    "emulated": emulated,
     "cores": cores,
     "idle threads": wait_policy,
     "memory": memory,

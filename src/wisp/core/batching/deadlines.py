@@ -42,8 +42,8 @@ from wisp.core.cost import Coefficients
 
 AHEAD = 32  # pieces looked at beyond those in the first step
 REPAIRS = 12
-PUT_BACK = 300  # pieces placed again in attempts to put something back
-STARTS = 192  # pieces with which the first step might begin, with far too many
+PUT_BACK = 150  # pieces placed again in attempts to put something back
+STARTS = 128  # pieces with which the first step might begin, with far too many
 FEW = 12  # pieces, for which a second schedule is made
 KEEP = 1e3  # tokens that delivering a piece at all is worth in that
 EPS = 1e-9  # seconds; sums in another order differ by less
@@ -98,6 +98,8 @@ def first_step(
     if len(plan.work) <= FEW and plan.repairs and plan.given_up():
         gentle = _Schedule(now, cost, margin, most, KEEP)
         gentle.fill(order)
+        plan.put_back()
+        gentle.put_back()
         if len(gentle.work) == len(plan.work) and gentle.worth > plan.worth:
             plan = gentle
     elif plan.repairs >= REPAIRS and (start := plan.densest(order)):
@@ -106,6 +108,8 @@ def first_step(
         if later.pace > plan.pace:
             plan = later
             lost += [w.session for w in order[:start]]
+    if plan.repairs:
+        plan.put_back()
     return plan.grants(), lost + plan.given_up()
 
 
@@ -177,8 +181,6 @@ class _Schedule:
                 break
             self._add(w)
             ahead = ahead + 1 if self.open[4] > 1 else 0
-        if self.repairs:
-            self._put_back()
 
     def grants(self) -> list[Grant]:
         """Of the first step."""
@@ -277,6 +279,8 @@ class _Schedule:
         for i in self._leaders(j):  # one that keeps steps apart
             if self.gains[i] < least and self._fits_without(i, j):
                 least, choice = self.gains[i], [(i, len(self.forms[i]) - 1)]
+        if not choice:  # beyond the knee, costs do not quite add up
+            choice = [(j, dropped)]
         for i, form in choice:
             self._set(i, form)
         return min(i for i, _ in choice)
@@ -330,7 +334,7 @@ class _Schedule:
         self.before[i : j + 1], self.steps[i : j + 1] = before, steps
         return fits
 
-    def _put_back(self) -> None:
+    def put_back(self) -> None:
         """Give back what was cut or dropped and fits again, most tokens per second first."""
         n = len(self.work)
         left = PUT_BACK

@@ -34,7 +34,7 @@ FULL = 0.6  # but not if the step became shorter than this share of what it coul
 LOOK = 4.0  # steps; an absent edge's session is decoded if its next token is due within so many
 BEARABLE = 0.1  # share of sessions for which a step may be too long
 LEAST = 1.5  # empty steps; a pace that asks for shorter ones cannot be kept anyway
-EASY_S = 0.1  # prompts are read at once if nearly all sessions are ahead by this
+EASY_S = 0.1  # nobody yields, and prompts are read at once, if nearly all sessions are ahead by this
 EASY_BUT = 0.1  # nearly all: all but this share
 SAFETY_S = 0.3  # a prompt is to be read so long before its first token is due
 TOO_MANY = 0.4  # share of sessions behind their pace at which newcomers are let go
@@ -59,7 +59,7 @@ class Laxity:
             step.sort_in(w)
         if step.undue and not (step.going or step.absent or step.prompts):
             return self.continuous.plan(now, step.undue, limits)
-        if not step.paces:
+        if not (step.paces or step.late_paces):
             step.strictly()
         else:
             step.measure()
@@ -82,6 +82,7 @@ class _Step:
         self.prompts: list[Work] = []
         self.undue: list[Work] = []  # without due times
         self.paces: list[float] = []  # longest step that each session can bear
+        self.late_paces: list[float] = []  # likewise, of those whose SLO is lost
         self.behind = self.easy = 0
         self.lost: list[int] = []
         self.grants: list[Grant] = []
@@ -89,6 +90,7 @@ class _Step:
         self.left = limits.tokens
         self.left_ms = 0.0
         self.longest_ms = math.inf
+        self.at_ease = True
 
     def sort_in(self, w: Work) -> None:
         """Put a piece of work where it belongs."""
@@ -106,16 +108,22 @@ class _Step:
             return
         else:
             self.going.append(w)
-        if w.tpot_s and not w.late and w.room > w.gain:  # in its last round there is nothing left to make up for it
-            self.paces.append(w.tpot_s * (w.usual + 1.0) / 2.0)
+        if not w.tpot_s or w.room <= w.gain:
+            return  # in its last round there is nothing left to make up for lateness
+        bearable = w.tpot_s * (w.usual + 1.0) / 2.0
+        if w.late:
+            self.late_paces.append(2.0 * bearable)
+        else:
+            self.paces.append(bearable)
             self.behind += w.lag_s > 0.0
             self.easy += w.lag_s < -EASY_S
 
     def measure(self) -> None:
         """How long a step can be borne."""
-        self.paces.sort()
-        bearable_ms = self.paces[int(BEARABLE * len(self.paces))] * 1e3
+        paces = sorted(self.paces or self.late_paces)
+        bearable_ms = paces[int(BEARABLE * len(paces))] * 1e3
         self.longest_ms = max(bearable_ms, LEAST * self.ms(Load()))
+        self.at_ease = self.easy >= (1.0 - EASY_BUT) * len(self.paces)
 
     def strictly(self) -> None:
         """Nobody has a pace to make up lateness with: each piece is in time or lost."""
@@ -137,7 +145,7 @@ class _Step:
             all_of_them = all_of_them.plus(w.new, w.cached)
         enough_ms = FULL * self.ms(all_of_them)
         for w in self.going:
-            ahead = w.due - self.now > AHEAD_S and self.ms(self.load) > enough_ms
+            ahead = not self.at_ease and w.due - self.now > AHEAD_S and self.ms(self.load) > enough_ms
             if not (self.grants and ahead) and not self._add(w, self.longest_ms):
                 self._leave(w.new)
 
@@ -154,7 +162,7 @@ class _Step:
         self.prompts.sort(key=_due)
         n = len(self.paces)
         overloaded = self.behind > TOO_MANY * n
-        at_once = self.easy >= (1.0 - EASY_BUT) * n or not self.grants
+        at_once = self.at_ease or not self.grants
         step_s = self.ms(self.load) / 1e3
         budget = 0.0
         for w in self.prompts:

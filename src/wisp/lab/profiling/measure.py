@@ -2,8 +2,9 @@
 
 One slot is filled by pieces of a prompt and copied into the others; a step is then timed again and again from the same
 cached tokens, since an engine drops whatever lies beyond a slice's `start`. Repeats go round and round over all steps
-of a level, so that a spell of noise falls on many steps a little and not on one. A step's time is the median of its
-repeats without those far off; a step whose repeats do not agree at all is left out, and counted.
+of a level, so that a spell of noise falls on many steps a little and not on one. Drafts are what the target itself says
+next, found beforehand: an engine may stop at the first token that it rejects, and a step is to be timed whole. A step's
+time is the median of its repeats without those far off; one whose repeats do not agree at all is left out, and counted.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from itertools import groupby
 from statistics import median
 
 from wisp.core.errors import ConfigError, EngineError
-from wisp.core.work import Copy, Slice
+from wisp.core.work import Copy, Slice, SliceResult
 from wisp.engines.base import TargetEngine
 from wisp.lab.profiling.grid import Cell
 
 Tell = Callable[[str, int, int], None]
 TOO_FEW = 12  # steps: no fit from fewer
 FEWEST = 3  # repeats
+LONGEST_DRAFT = 16  # tokens, with the one before it; slices of more are pieces of prompts
 DISAGREE = 0.25  # relative spread from which the repeats of a step say nothing
 
 
@@ -62,17 +64,24 @@ class Measured:
 
 
 class Bench:
-    """An engine under the clock. `now` is in seconds."""
+    """An engine under the clock: steps are timed by `timer`, limits kept by `now`, both in seconds."""
 
     def __init__(
-        self, engine: TargetEngine, *, now: Callable[[], float] = time.perf_counter, seed: int = 0
+        self,
+        engine: TargetEngine,
+        *,
+        now: Callable[[], float] = time.perf_counter,
+        timer: Callable[[], float] | None = None,
+        seed: int = 0,
     ) -> None:
         self.engine = engine
         self._now = now
+        self._timer = timer or now
         self._random = random.Random(seed)
         ids = engine.info.n_vocab - 1
         self._vocabulary = [i for i in range(min(ids, 4096)) if i not in engine.info.eos]
         self._filled = 0  # tokens of a prompt in slot 0
+        self._text: list[int] = []  # a token, and what the target says after it
 
     def measure(
         self, cells: Sequence[Cell], repeats: int, limit_s: float, tell: Tell = lambda *_: None
@@ -112,6 +121,9 @@ class Bench:
         """Every step of a level, again and again. Filling slots counts towards the level's time. Steps that the first
         round does not get to in its share of the time are given up, so that the others have their repeats."""
         self._fill(timed[0].cell.cached, max(t.cell.slices for t in timed), until)
+        if self._filled == timed[0].cell.cached:
+            drafts = (t.cell.new for t in timed if t.cell.new <= LONGEST_DRAFT)
+            self._foretell(self._filled, max(drafts, default=1))
         first = self._now() + (until - self._now()) / FEWEST
         for step in timed:
             if self._now() > first:
@@ -126,6 +138,7 @@ class Bench:
     def _warm_up(self, cells: Sequence[Cell]) -> None:
         """Smallest and largest steps on empty slots: buffers are allocated, code and weights are read."""
         empty = sorted((c for c in cells if c.cached == 0), key=lambda c: c.load.new)
+        self._foretell(0, LONGEST_DRAFT)
         for cell in (*empty[:1], *empty[-1:], *empty[:1]):
             self._run(cell)
         self._filled = 0
@@ -142,23 +155,35 @@ class Bench:
         for slot in range(1, slots if tokens else 0):
             self.engine.copy(Copy(0, slot, tokens))
 
+    def _foretell(self, cached: int, tokens: int) -> None:
+        """Decode the text that drafts are made of. All slots hold the same, so it is the same in all."""
+        self._text = self._tokens(1)
+        while len(self._text) < tokens:
+            n = len(self._text) - 1
+            [result] = self._checked([Slice(0, 0, cached + n, self._text[-1:], position=n)])
+            self._text += result.tokens
+
     def _run(self, cell: Cell) -> float:
         """Seconds that a step took."""
         n, new, cached, chunk = cell
-        batch = [
-            Slice(i, i, cached, self._tokens(new), n_draft=new - 1 if new <= 16 else 0, sample=new <= 16)
-            for i in range(n)
-        ]
+        batch = []
+        for i in range(n):
+            if new <= LONGEST_DRAFT:
+                batch.append(Slice(i, i, cached, self._text[:new], n_draft=new - 1))
+            else:
+                batch.append(Slice(i, i, cached, self._tokens(new), sample=False))
         if chunk:
             batch.append(Slice(n, n, cached, self._tokens(chunk), sample=False))
-        started = self._now()
+        started = self._timer()
         self._checked(batch)
-        return self._now() - started
+        return self._timer() - started
 
-    def _checked(self, batch: list[Slice]) -> None:
-        for result in self.engine.run(batch):
+    def _checked(self, batch: list[Slice]) -> list[SliceResult]:
+        results = self.engine.run(batch)
+        for result in results:
             if result.error:
                 raise EngineError(f"the engine could not run a step of the profile: {result.error}")
+        return results
 
     def _tokens(self, n: int) -> list[int]:
         return self._random.choices(self._vocabulary, k=n)

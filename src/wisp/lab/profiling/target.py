@@ -32,6 +32,7 @@ from wisp.lab.profiling.measure import Bench, Measured, Tell, Timed
 
 FORMAT = "wisp.cost.v1"
 KEPT_APART = 0.3
+NOISY = 0.1  # spread of repeats from which a profile is not to be relied on
 REPEATS, QUICK_REPEATS = 5, 3
 
 
@@ -85,7 +86,9 @@ def read_cost(path: Path) -> tuple[Coefficients, str]:
         if "format" not in whole:
             known = {field.name for field in msgspec.structs.fields(Coefficients)}
             if unknown := sorted(whole.keys() - known) or sorted({"step", "token"} - whole.keys()):
-                raise ConfigError(f"{path} is no cost profile: look at {unknown[0]!r}; `wisp profile` writes one")
+                raise ConfigError(
+                    f"{path} is no cost profile: look at {unknown[0]!r}; `wisp profile` writes one"
+                )
             c, model = msgspec.convert(whole, Coefficients), ""
         elif whole["format"] != FORMAT:
             raise ConfigError(f"{path} has the format {whole['format']!r}; this release reads {FORMAT}")
@@ -95,7 +98,9 @@ def read_cost(path: Path) -> tuple[Coefficients, str]:
     except OSError as error:
         raise ConfigError(f"cannot read the cost profile {path}: {error.strerror or error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no cost profile, as `wisp profile --target` writes it: {error}") from None
+        raise ConfigError(
+            f"{path} is no cost profile, as `wisp profile --target` writes it: {error}"
+        ) from None
     if min(c.step, c.token, c.cached, c.attention, c.beyond, c.knee) < 0 or c.step + c.token <= 0:
         raise ConfigError(f"{path}: coefficients must not be negative, and a step must take time")
     return c, model
@@ -111,6 +116,7 @@ def profile_target(
     threads: int | None,
     kv_tokens: int | None,
     quick: bool,
+    cpu_time: bool,
     limit_s: float,
     out: Path | None,
     offline: bool,
@@ -120,9 +126,13 @@ def profile_target(
     check_engine(engine, mode=mode, kv_tokens=kv_tokens)
     if engine == "null":
         raise ConfigError("the null engine takes no time: there is nothing to profile")
+    if cpu_time and (engine != "llama.cpp" or threads != 1):
+        raise ConfigError(
+            "--cpu-time counts what a step takes of one core: it needs llama.cpp and --threads 1"
+        )
     command = _command(
         target=served_name(target), engine=engine, mode=mode, slots=slots, context=context, threads=threads,
-        kv_tokens=kv_tokens, quick=quick, limit_s=limit_s,
+        kv_tokens=kv_tokens, quick=quick, cpu_time=cpu_time, limit_s=limit_s,
     )  # fmt: skip
     now = time.perf_counter
     with RichProgress() as progress:
@@ -140,10 +150,10 @@ def profile_target(
                 offline=offline, progress=progress,
             )  # fmt: skip
         try:
-            measured = measure(loaded, now, quick=quick, limit_s=limit_s)
+            measured = measure(loaded, now, quick=quick, limit_s=limit_s, cpu_time=cpu_time)
         finally:
             loaded.close()
-    profile = judge(measured, loaded.info, command, threads)
+    profile = judge(measured, loaded.info, command, threads, "cpu" if cpu_time else "wall")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(_readable(profile))
@@ -153,19 +163,23 @@ def profile_target(
         _show(profile, measured, out)
 
 
-def measure(engine: TargetEngine, now: Callable[[], float], *, quick: bool, limit_s: float) -> Measured:
-    """Time the grid of an engine, with a bar."""
+def measure(
+    engine: TargetEngine, now: Callable[[], float], *, quick: bool, limit_s: float, cpu_time: bool = False
+) -> Measured:
+    """Time the grid of an engine, with a bar. `cpu_time`: by what a step takes of a core, whoever else is using it."""
     info = engine.info
     room = Room(info.step_tokens, info.slots, info.kv_tokens, info.slot_tokens)
     # On a clock of its own nothing is waited for, so nothing needs to be cut short.
     limit = limit_s if now is time.perf_counter else float("inf")
     with _Bar() as tell:
-        return Bench(engine, now=now).measure(
+        return Bench(engine, now=now, timer=time.process_time if cpu_time else now).measure(
             cells(room, quick=quick), QUICK_REPEATS if quick else REPEATS, limit, tell
         )
 
 
-def judge(measured: Measured, info: EngineInfo, command: str, threads: int | None = None) -> CostProfile:
+def judge(
+    measured: Measured, info: EngineInfo, command: str, threads: int | None = None, clock: str = "wall"
+) -> CostProfile:
     """Fit both forms to seven steps in ten, and say how well they do on the others."""
     fitted, apart = split(measured.steps)
     loads = [t.cell.load for t in fitted]
@@ -182,7 +196,7 @@ def judge(measured: Measured, info: EngineInfo, command: str, threads: int | Non
         __version__,
         datetime.now(UTC).strftime("%Y-%m-%d"),
         command,
-        {} if info.engine == "emulated" else machine(threads),
+        {} if info.engine == "emulated" else {**machine(threads), "clock": clock},
         Judged.of(ours),
         Judged.of(line),
         round(measured.noise, 5),
@@ -275,5 +289,10 @@ def _show(profile: CostProfile, measured: Measured, out: Path | None) -> None:
         token = f"{c.token:.3g}" + (f", {c.token + c.beyond:.3g} from {c.knee} on" if c.beyond else "")
         table.add_row(name, f"{j.r2:.4f}", f"{j.mae_ms:.2f}", f"{j.mape:.2%}", f"{c.step:.3g}", token)
     console.print(table)
+    if profile.noise > NOISY:
+        console.print(
+            "This machine was busy with other things: the same step took "
+            f"{profile.noise:.0%} longer or shorter from one time to the next. Try again when it is quiet."
+        )
     if out is not None:
         console.print(f"Written to {out}; for `wisp serve --cost {out}`.", soft_wrap=True)

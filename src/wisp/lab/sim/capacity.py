@@ -104,18 +104,19 @@ class Search:
 
     def crossing(self, start: int, tolerance: float, seeds: int, stride: float = 0.12) -> int:
         """The most devices within tolerance: a bracket around `start`, then bisection. 0 if not even one is."""
-        low, high, n = 0, MOST, max(start, 1)
+        low, high, n = 0, MOST + 1, max(start, 1)
         while high - low > max(1, int(self.grain * low)):
             if self.rate(n, seeds) <= tolerance:
                 low = n
-                n = min(math.ceil(n * (1 + stride)), MOST) if high == MOST else (low + high) // 2
             else:
                 high = n
-                n = max(int(n * (1 - stride)), 1) if low == 0 else (low + high) // 2
-            if high == 1 or low == MOST:
-                break
-            if low == 0:
-                stride = min(2 * stride, 0.5)
+            if low and high <= MOST:
+                n = (low + high) // 2
+            elif low:
+                n = min(math.ceil(n * (1 + stride)), MOST)
+            else:
+                n = max(int(n * (1 - stride)), 1)
+            stride = min(1.5 * stride, 0.5)
         return low
 
     def interval(self, at: int, tolerance: float) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from wisp.api.process import event_loop_factory
 from wisp.core.batching import batching_policy
-from wisp.core.errors import ConfigError
+from wisp.core.errors import ConfigError, UnavailableError
 from wisp.core.messages import Cancel, Welcome
 from wisp.edge.link import http_url
 from wisp.engines.emulated import hardware
@@ -48,7 +48,6 @@ STALLED = 0.02  # share of the time that may be lost to it
 AIMS = {"goodput": 0.05, "median_tpot_ms": 0.05, "p99_tpot_ms": 0.15}  # live against simulated, relative
 ATTAINMENT_AIM = 0.05  # absolute
 MOST_SESSIONS = 100_000  # of our own server: the fleet's own number is the limit
-CLOSE_S = 0.2  # for goodbyes
 
 
 class Live(Fleet):
@@ -87,7 +86,11 @@ async def run_live(
     sockets = Sockets(url, api_key)
     most = max(n for _, n in scenario.population or ((0.0, scenario.devices_n),))
     welcome = await sockets.connect(most)
-    _check_verifier(welcome, lib, url)
+    try:
+        _check_verifier(welcome, lib, url)
+    except ConfigError:
+        await sockets.close()
+        raise
     gc.collect()
     gc.freeze()  # a collection that went through all positions would hold the loop up
     env = simpy.Environment()
@@ -130,12 +133,13 @@ async def run_live(
     finally:
         gc.unfreeze()
         clock.stop()
+        if broken.done():
+            broken.exception()  # whatever else has gone wrong, this has been seen
         probe.cancel()
         for device in fleet.handsets:
             if device.request is not None:
                 sockets.receive(device.index, Cancel(device.drafter.session))
-        sockets.close()
-        await asyncio.sleep(CLOSE_S)
+        await sockets.close()
 
 
 def check_live(scenario: Scenario, of: System) -> None:
@@ -193,9 +197,12 @@ def _machine(a: Mark, b: Mark, lags_ms: list[float], pings_ms: list[float]) -> M
 
 
 async def _scrape(url: str) -> Totals:
-    """A verifier's counters, from its metrics."""
-    async with httpx.AsyncClient(trust_env=False) as client:
-        lines = (await client.get(url)).text.splitlines()
+    """A verifier's counters, from its metrics. Raises UnavailableError."""
+    try:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            lines = (await client.get(url)).text.splitlines()
+    except httpx.HTTPError as error:
+        raise UnavailableError(f"no metrics at {url}: {str(error) or 'no answer'}") from None
     values: dict[str, float] = {}
     for line in lines:
         name, _, value = line.rpartition(" ")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import cast
@@ -46,6 +47,7 @@ from wisp.edge.link import HANDSHAKE_S, SESSION_PATH, http_url
 
 EARLY_S = 5e-4  # an event loop's timers are good to a millisecond: what is due within half of one is done
 AT_ONCE = 32  # connections being opened
+CLOSE_S = 0.2  # for goodbyes
 PROBE_S = 0.05  # between measurements of the verifier's loop
 
 
@@ -57,7 +59,7 @@ class Clock:
         self.env = env
         self.lags_ms: list[float] = []  # how late the loop came to what was due, each time
         self._loop = asyncio.get_running_loop()
-        self._zero = self._loop.time() - env.now
+        self._zero = time.monotonic() - env.now
         self._failed = failed
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0  # of the timer
@@ -65,8 +67,8 @@ class Clock:
 
     @property
     def now(self) -> float:
-        """Seconds, by the event loop's clock."""
-        return self._loop.time() - self._zero
+        """Seconds. (A loop's own time may be of whole milliseconds, and stands still while callbacks run.)"""
+        return time.monotonic() - self._zero
 
     def stop(self) -> None:
         """Let no more time pass."""
@@ -94,7 +96,7 @@ class Clock:
         if self._timer is not None:
             self._timer.cancel()
         self._due = due
-        self._timer = self._loop.call_at(self._zero + due, self._wake)
+        self._timer = self._loop.call_later(max(0.0, due - self.now), self._wake)
 
     def _wake(self) -> None:
         self._timer = None
@@ -127,6 +129,7 @@ class Sockets:
         self.frames_out = self.frames_in = 0
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._wires: dict[int, Wire] = {}
+        self._open: list[Wire] = []  # all that were opened
         self._closing = False
 
     async def connect(self, devices: int) -> Welcome:
@@ -144,12 +147,11 @@ class Sockets:
     async def probe(self, lags_ms: list[float]) -> None:
         """Until cancelled, note how long the verifier's event loop takes to answer a ping."""
         wire, _ = await self._wire(lambda frame: None)
-        loop = asyncio.get_running_loop()
         try:
             while True:
-                started = loop.time()
+                started = time.monotonic()
                 await wire.ping()
-                lags_ms.append((loop.time() - started) * 1e3)
+                lags_ms.append((time.monotonic() - started) * 1e3)
                 await asyncio.sleep(PROBE_S)
         finally:
             wire.close()
@@ -165,11 +167,15 @@ class Sockets:
         """A device is switched off: its connection breaks without a word."""
         self._wires.pop(connection).abort()
 
-    def close(self) -> None:
-        """Close all sockets."""
+    async def close(self) -> None:
+        """Close all sockets, whatever state they are in."""
         self._closing = True
-        for wire in self._wires.values():
+        for wire in self._open:
             wire.close()
+        await asyncio.sleep(CLOSE_S)
+        for wire in self._open:
+            wire.abort()
+        await asyncio.sleep(0)
 
     # --- sockets
 
@@ -180,13 +186,14 @@ class Sockets:
         try:
             async with asyncio.timeout(HANDSHAKE_S):
                 _, wire = await loop.create_connection(
-                    lambda: Wire(self.url, self._headers, heard, self._broken),
+                    lambda: self._opened(heard),
                     parts.hostname or "",
                     parts.port or (443 if secure else 80),
                     ssl=ssl.create_default_context() if secure else None,
                 )
                 frame = await wire.ready
         except (OSError, TimeoutError, WebSocketException) as error:
+            await self.close()
             if isinstance(error, InvalidStatus) and error.response.status_code in (401, 403):
                 raise ConfigError(f"the verifier at {self.url} refused our key; set WISP_API_KEY") from None
             raise UnavailableError(f"no verifier at {self.url}: {str(error) or 'no answer'}") from None
@@ -194,6 +201,11 @@ class Sockets:
         if not isinstance(first, Welcome):
             raise ProtocolError(getattr(first, "code", "malformed"), getattr(first, "message", "no welcome"))
         return wire, first
+
+    def _opened(self, heard: Callable[[bytes], None]) -> Wire:
+        wire = Wire(self.url, self._headers, heard, self._broken)
+        self._open.append(wire)
+        return wire
 
     def _heard(self, index: int, frame: bytes) -> None:
         self.frames_in += 1
@@ -234,6 +246,9 @@ class Wire(asyncio.Protocol):
             parse_uri(url), subprotocols=[Subprotocol(SUBPROTOCOL)], max_size=MAX_FRAME
         )
         self._pong: asyncio.Future[None] | None = None
+        self._transport: asyncio.Transport | None = (
+            None  # before the connection is made, and after it is lost
+        )
         self._ended = False
 
     async def ping(self) -> None:
@@ -252,15 +267,20 @@ class Wire(asyncio.Protocol):
 
     def close(self) -> None:
         """Say goodbye."""
-        if not self._ended and not self._transport.is_closing():
-            self._ended = True
+        if self._ended:
+            return
+        self._ended = True
+        if self._transport is None or not self.ready.done():
+            self.abort()
+        else:
             self._socket.send_close(1000)
             self._flush()
 
     def abort(self) -> None:
         """Break it."""
         self._ended = True
-        self._transport.abort()
+        if self._transport is not None:
+            self._transport.abort()
 
     # --- asyncio.Protocol
 
@@ -290,6 +310,7 @@ class Wire(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """The connection is gone."""
+        self._transport = None
         reason = str(self._socket.handshake_exc or error or self._socket.close_reason or "no reason given")
         if not self.ready.done():
             self.ready.set_exception(self._socket.handshake_exc or ConnectionError(reason))
@@ -308,6 +329,8 @@ class Wire(asyncio.Protocol):
 
     def _flush(self) -> None:
         transport = self._transport
+        if transport is None:
+            return
         for data in self._socket.data_to_send():
             if data:
                 transport.write(data)

@@ -30,7 +30,7 @@ def trouble(quick: bool) -> dict[str, Scenario]:
     """What goes wrong, at 12 tokens/s."""
     plain = load_scenario("a100-qwen3-32b").at_rate(12.0)
     if quick:
-        return {"loss of packets": load_scenario("jitter-loss")}
+        return {"loss of packets": load_scenario("jitter-loss").at_rate(20.0)}
     return {
         "nothing": plain,
         **{f"acceptance {a:g}": msgspec.structs.replace(plain, acceptance=a) for a in ACCEPTANCES},
@@ -68,7 +68,7 @@ def run(quick: bool, runs: Runs) -> Data:
 
 def _cell(scenario: Scenario, policy: str, quick: bool) -> Cell:
     if quick:
-        return Cell(scenario.brief(8.0, 10.0, 20.0), policy, grain=0.15)
+        return Cell(scenario.brief(6.0, 8.0, 15.0), policy, grain=0.2)
     return Cell(scenario.brief(25.0, 60.0, 45.0), policy, (1, 2), grain=0.03)
 
 

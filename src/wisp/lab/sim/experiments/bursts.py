@@ -1,4 +1,4 @@
-"""Bursts: who keeps their pace while a server is asked for several times what it is used to, and how soon it is over."""
+"""Bursts: who keeps their pace while several times the usual load is asked for, and how soon it is over."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def _systems(quick: bool) -> tuple[str, ...]:
 def _main(policy: str, rate: float, quick: bool) -> Cell:
     scenario = load_scenario(MAIN).at_rate(rate)
     if quick:
-        return Cell(scenario.brief(10.0, 12.0, 20.0), policy, grain=0.1)
+        return Cell(scenario.brief(8.0, 8.0, 15.0), policy, grain=0.2)
     tuned = policy not in ("ours", "wisp", "central")
     return Cell(scenario.brief(30.0, 90.0, 60.0), policy, (1,) if tuned else (1, 2, 3), strict=not tuned)
 

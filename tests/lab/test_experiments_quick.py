@@ -1,0 +1,75 @@
+"""Every experiment in its quick form: a page with its command, its data and a picture, and the bound in its tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from wisp.core.errors import ConfigError
+from wisp.lab.sim.capacity import Capacity
+from wisp.lab.sim.experiments import EXPERIMENTS, run_experiments, table
+from wisp.lab.sim.experiments.bursts import spikes
+from wisp.lab.sim.paper import PAPER, RATES
+from wisp.lab.sim.scenario import load_scenario
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_page_comes_with_its_command_data_and_picture(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WISP_CACHE", str(tmp_path / "cache"))
+    run_experiments([name], quick=True, out=tmp_path, jobs=1)
+    page = (tmp_path / f"{name}.md").read_text()
+    assert f"`wisp experiments {name} --quick`" in page
+    assert "Time is modelled" in page
+    assert "bound" in page
+    assert f"({name}.png)" in page
+    assert json.loads((tmp_path / f"{name}.json").read_text())["command"] in page
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unknown_experiment_is_refused_before_any_is_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="regimes"):
+        run_experiments(["table", "colours"], quick=True, out=tmp_path, jobs=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_spikes_of_the_shipped_scenario() -> None:
+    assert [n for _, _, n in spikes(load_scenario("bursts"))] == [110, 155, 215]
+
+
+def test_the_papers_wisp_row_is_predicted_from_its_centralised_row() -> None:
+    found = table._predictions()
+    for predicted, published in zip(found["wisp"], PAPER[table.MAIN]["wisp"].capacity, strict=True):
+        assert 0.5 < predicted / published < 2.0
+
+
+def test_the_whole_page_of_the_table_from_made_up_capacities() -> None:
+    def made(system: str, rate: float) -> dict[str, object]:
+        n = round(800 / rate) if system == "ours" else round(400 / rate)
+        found = Capacity(
+            "made up", system, system, rate, 0.1, (1,), n, n - 1, n + 1, n * rate, 0.09, 130.0, n - 3, 1.2 * n, 0.83,
+            1.4 * n, 0.71,
+        )  # fmt: skip
+        return dict(msgspec.to_builtins(found))
+
+    data = {
+        "main": [made(s, r) for r in table.MAIN_RATES for s in table.SYSTEMS],
+        "paper": [
+            {"target": t, **made(s, r)} for t in table.TARGETS for r in RATES for s in ("ours", *table.THEIRS)
+        ],
+        "overlap": [
+            {"overlap": o, **made(s, r)}
+            for o in table.OVERLAPS
+            for s in ("ours", "wisp", "central")
+            for r in (8.0, 16.0)
+        ],
+        "predicted": table._predictions(),
+    }
+    page = "\n".join(table.lines(data))
+    assert "| 8 | ours | **100** (99–101) |" in page
+    assert "| a100-qwen3-32b | wisp | 200 / 100 / 67 / 50 | 164 / 142 / 103 / 86 |" in page
+    assert "| a100-qwen3-32b | ours / central | 2.00 / 2.00 / 1.99 / 2.00 | 1.94 |" in page

@@ -1,0 +1,162 @@
+"""The simulator: the same run under the same seed, and never a token that the script does not say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+from typer.testing import CliRunner
+
+from wisp.cli import app
+from wisp.core.errors import ConfigError
+from wisp.lab.sim.report import Report, chrome_trace, report
+from wisp.lab.sim.scenario import SHIPPED, Kit, Scenario, SloClass, load_scenario
+from wisp.lab.sim.simulate import Outcome, Simulation
+from wisp.lab.sim.systems import SYSTEMS, system
+from wisp.lab.sim.world import Handset, Request
+
+SMALL = load_scenario("a100-qwen3-32b").at_rate(12.0).with_devices(8).brief(3.0, 8.0, 30.0)
+BAD_LINE = msgspec.structs.replace(SMALL, devices=(Kit("40", 60.0, 20.0, 0.02), Kit("pi5", 10.0, share=0.5)))
+
+
+class Kept(Handset):
+    """A device that holds what it has committed against its script."""
+
+    finished = 0
+
+    def _finish(self, request: Request, pause: float) -> None:
+        assert self.drafter.committed == self.script.tokens
+        assert request.tokens == len(self.script)
+        Kept.finished += 1
+        super()._finish(request, pause)
+
+
+def ran(
+    scenario: Scenario, spec: str = "ours", seed: int = 1, *, trace: bool = False
+) -> tuple[Simulation, Outcome]:
+    simulation = Simulation(scenario, system(spec), seed, trace=trace)
+    return simulation, simulation.run()
+
+
+def reported(scenario: Scenario, spec: str = "ours", seed: int = 1) -> Report:
+    simulation, _ = ran(scenario, spec, seed)
+    return report(simulation, seed)
+
+
+@pytest.mark.parametrize("spec", SYSTEMS)
+def test_every_token_committed_is_the_scripts(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Simulation, "handset", Kept)
+    monkeypatch.setattr(Kept, "finished", 0)
+    _, outcome = ran(BAD_LINE, spec)
+    assert Kept.finished == sum(r.ended is not None for r in outcome.requests) > 0
+    assert outcome.counts.tokens >= sum(r.tokens for r in outcome.requests)
+
+
+@pytest.mark.parametrize("spec", ["ours", "wisp", "central"])
+def test_a_seed_decides_everything(spec: str) -> None:
+    assert reported(BAD_LINE, spec) == reported(BAD_LINE, spec)
+    assert reported(BAD_LINE, spec).e2el_ms != reported(BAD_LINE, spec, seed=2).e2el_ms
+
+
+def test_tokens_are_the_same_whatever_kv_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Simulation, "handset", Kept)
+    tight = msgspec.structs.replace(SMALL.with_devices(12), kv_tokens=1500)
+    simulation, _ = ran(tight)
+    assert simulation.counts.evicted > 0
+
+
+def test_devices_that_vanish_are_missed_and_the_others_go_on() -> None:
+    simulation, outcome = ran(msgspec.structs.replace(SMALL, vanish=0.5))
+    gone = [h for h in simulation.handsets if h.gone]
+    assert 0 < len(gone) < 8
+    assert sum(not r.ok for r in outcome.requests) == len(gone)
+    late = [r for r in outcome.requests if 5.0 < r.arrived < 11.0]
+    assert all(r.ended is not None for r in late)
+
+
+def test_a_population_comes_and_goes() -> None:
+    changing = msgspec.structs.replace(
+        SMALL, population=((0.0, 2), (4.0, 6), (8.0, 1)), warmup_s=0.0, window_s=40.0
+    )
+    _, outcome = ran(changing)
+    assert {r.device for r in outcome.requests if r.arrived < 4.0} <= {0, 1}
+    assert len({r.device for r in outcome.requests}) == 6
+    assert len({r.device for r in outcome.requests if r.arrived > 35.0}) == 1
+
+
+def test_no_more_sessions_run_at_once_than_there_are_slots() -> None:
+    simulation, _ = ran(SMALL, "central,slots=3", trace=True)
+    steps = [e for e in simulation.counts.events if e[0] == "step"]
+    assert max(sessions for _, _, _, sessions, _ in steps) == 3
+
+
+def test_users_of_each_class_are_counted_apart() -> None:
+    two = msgspec.structs.replace(SMALL, slo=(SloClass(1.0, name="calm"), SloClass(1000.0, name="hopeless")))
+    found = {c.name: c for c in reported(two).classes}
+    assert found["calm"].attainment == 1.0
+    assert found["hopeless"].attainment == 0.0
+    assert found["hopeless"].goodput == 0.0
+
+
+def test_alone_on_a_server_there_is_no_interference_beyond_noise() -> None:
+    alone, crowd = (reported(SMALL.with_devices(n), "central") for n in (1, 30))
+    assert abs(alone.interference_ms.mean) < 2.0
+    assert crowd.interference_ms.mean > alone.interference_ms.mean + 5.0
+
+
+def test_a_chrome_trace_shows_one_step_at_a_time_and_one_draft_step_per_device() -> None:
+    simulation, outcome = ran(SMALL, trace=True)
+    events = json.loads(chrome_trace(simulation))["traceEvents"]
+    steps = [e for e in events if e["name"] == "step"]
+    assert len(steps) == outcome.counts.steps
+    drafts = [e for e in events if e["name"] == "draft" and e["tid"] == 3]
+    for track in (steps, drafts):
+        assert len(track) > 20
+        assert all(a["ts"] + a["dur"] <= b["ts"] + 1 for a, b in itertools.pairwise(track))
+
+
+def test_untraced_runs_keep_no_events() -> None:
+    assert ran(SMALL)[0].counts.events == []
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda p: p.stem)
+def test_every_shipped_scenario_runs_and_says_what_it_is(path: Path) -> None:
+    assert path.read_text().startswith("# ")
+    scenario = load_scenario(path.stem)
+    few = scenario.with_devices(3).brief(1.0, 4.0, 40.0)
+    assert reported(few).arrived > 0
+
+
+def test_a_system_with_changes_or_refused_with_what_can_be_changed() -> None:
+    changed = system("ours,ahead=no,drafting=fixed:4,slots=7")
+    assert (changed.ahead, changed.drafting, changed.slots, changed.batching) == (
+        False,
+        "fixed:4",
+        7,
+        "laxity",
+    )
+    with pytest.raises(ConfigError, match="drafting, batching"):
+        system("ours,colour=red")
+    with pytest.raises(ConfigError, match="number of sessions"):
+        system("central,slots=many")
+    with pytest.raises(ConfigError, match="central"):
+        system("theirs")
+
+
+def test_the_command_reports_under_the_names_of_benchmarks(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_bytes(msgspec.toml.encode(msgspec.to_builtins(SMALL.with_devices(3))))
+    trace, plot = tmp_path / "trace.json", tmp_path / "plot.png"
+    options = ["--json", "--chrome-trace", str(trace), "--plot", str(plot), "--rate", "5"]
+    found = CliRunner().invoke(app, ["simulate", str(path), *options])
+    assert found.exit_code == 0, found.output
+    data = json.loads(found.stdout)
+    assert data["classes"][0]["name"] == "5 tok/s"
+    assert data["completed"] == data["arrived"] > 0
+    for name in ("mean_ttft_ms", "median_tpot_ms", "p99_itl_ms", "p99_e2el_ms", "request_goodput"):
+        assert data[name] > 0
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
