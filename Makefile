@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test check format lock bench-overhead bench-drafting check-lossless clean
+.PHONY: setup demo test check format lock bench bench-overhead bench-drafting check-lossless clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +30,9 @@ check-lossless: setup
 
 bench-overhead: setup  ## what a verification costs beside the engine
 	$(BIN)/wisp bench-overhead
+
+bench: setup  ## every simulated experiment: pages, data and plots, in two processes
+	$(BIN)/wisp experiments --out docs/results --jobs 2
 
 bench-drafting: setup  ## drafting policies over a grid of devices, links and verifiers, on the shipped traces
 	$(BIN)/wisp replay --out docs/results

@@ -167,7 +167,6 @@ def test_a_prompt_longer_than_a_step_is_cut() -> None:
     assert first_step(0.0, work, cost, 1.0, 200) == ([Grant(1, 200)], [])
 
 
-@pytest.mark.xfail(strict=False, reason="what is late joins the step whatever that costs the others")
 def test_what_is_late_already_makes_nobody_late() -> None:
     cost = Coefficients(step=10.0, token=1.0)
     late = Work(1, Kind.PREFILL, 100, 0, 0, 0.0, 0.0, due=0.9, first=True, late=True)

@@ -22,6 +22,17 @@ from wisp.lab.sim.systems import system
 
 SCENARIO = load_scenario("a100-qwen3-32b").at_rate(16.0)
 SMALL = SCENARIO.with_devices(3).brief(2.0, 6.0, 30.0)
+TIGHT = """
+title = "tiny"
+hardware = "a100-qwen3-32b"
+kv_tokens = 3000
+devices_n = 3
+warmup_s = 2.0
+window_s = 8.0
+drain_s = 40.0
+[[slo]]
+rate = 12.0
+"""
 Curve = Callable[[Job], float]
 
 
@@ -83,9 +94,9 @@ def test_a_slope_is_crossed_at_both_tolerances_with_an_interval_by_its_seeds(bla
 
 
 def test_seeds_that_agree_give_the_least_interval(blank: Report) -> None:
-    runs = Made(blank, lambda job: 0.005 * max(0, job.scenario.devices_n - 38))
+    runs = Made(blank, lambda job: 0.005 * max(0.0, job.scenario.devices_n - 37.5))
     found = capacity(SCENARIO, "ours", runs=runs, grain=0.0)
-    assert (found.low, found.capacity, found.high) == (57, 58, 59)
+    assert (found.low, found.capacity, found.high) == (56, 57, 58)
 
 
 def test_a_baseline_is_given_its_best_and_the_others_one_run_each(blank: Report) -> None:
@@ -203,12 +214,11 @@ def test_two_processes_find_what_one_does(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WISP_CACHE", str(tmp_path))
     path = tmp_path / "tiny.toml"
-    tight = msgspec.structs.replace(SMALL, kv_tokens=1200)
-    path.write_bytes(msgspec.toml.encode(msgspec.to_builtins(tight)))
+    path.write_text(TIGHT)
     options = ["--policy", "wisp", "--seeds", "2", "--jobs", "1", "--json"]
     found = CliRunner().invoke(app, ["capacity", str(path), *options])
     assert found.exit_code == 0, found.output
     data = json.loads(found.stdout)
-    assert 0 < data["low"] < data["capacity"] < data["high"]
+    assert 0 <= data["low"] < data["capacity"] < data["high"]
     assert data["bound"] > 0
     assert data["goodput"] > 0

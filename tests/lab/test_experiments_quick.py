@@ -65,7 +65,7 @@ def test_the_whole_page_of_the_table_from_made_up_capacities() -> None:
             {"overlap": o, **made(s, r)}
             for o in table.OVERLAPS
             for s in ("ours", "wisp", "central")
-            for r in (8.0, 16.0)
+            for r in table.OVERLAP_RATES
         ],
         "predicted": table._predictions(),
     }

@@ -169,6 +169,11 @@ class VerifierHost:
         if self._log:
             self._log.write(now, event)
         actions = self.verifier.handle(now, event)
+        if isinstance(event, StepDone):  # the engine's next step before anything else: it costs more than a socket
+            if self._log:
+                self._log.write(now, Tick())
+            then = self.verifier.handle(now, Tick())
+            actions = [a for a in then if isinstance(a, Run)] + actions + [a for a in then if not isinstance(a, Run)]
         for action in actions:
             if isinstance(action, Send):
                 self.metrics.sent(now, action.message)
@@ -179,7 +184,7 @@ class VerifierHost:
                 self._engine.submit(action)
             elif isinstance(action, WakeAt):
                 self._wake_at(action.at)
-        if not isinstance(event, Tick) and not self._tick_due and not self.verifier.running:
+        if not isinstance(event, Tick | StepDone) and not self._tick_due and not self.verifier.running:
             self._tick_due = True
             self._loop.call_soon(self._tick)
         return actions

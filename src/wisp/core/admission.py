@@ -91,6 +91,10 @@ class Admission:
         usage.requests += 1
         self._open += 1
 
+    def turned_away(self, key: str) -> None:
+        """A session was refused before its key's limits were asked."""
+        self.usage.setdefault(key, KeyUsage()).refused += 1
+
     def closed(self, key: str) -> None:
         """A session of that key has ended."""
         self.usage[key].sessions -= 1

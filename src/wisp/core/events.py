@@ -12,7 +12,7 @@ class Limits(msgspec.Struct, frozen=True):
     """What this verifier takes. Tokens, except where a unit is given.
 
     park_s: a session outlives its connection this long. idle_s: a session that has kept its edge's silence
-    this long may lose its KV to one that has work.
+    this long may lose its KV to one that has work. forecast: refuse sessions whose SLO could not be kept.
     """
 
     n_vocab: int
@@ -24,6 +24,7 @@ class Limits(msgspec.Struct, frozen=True):
     max_draft: int = 64
     park_s: float = 60.0
     idle_s: float = 1.0
+    forecast: bool = False
 
 
 # --- events

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+from wisp.core import forecast
 from wisp.core.admission import Admission, Refusal
 from wisp.core.batching import BatchingPolicy, Grant, Kind, StepLimits, Work
 from wisp.core.cost import CostModel, Load, load_of
@@ -41,6 +42,7 @@ class Verifier:
         self.admission = admission
         self.cost = cost or CostModel()
         self.pressure = Pressure()
+        self.flow = forecast.Flow()
         self.kv = KvPool(limits.slots, limits.slot_tokens, limits.kv_tokens)
         self.sessions: dict[int, Session] = {}
         self._by_id: dict[str, Session] = {}
@@ -100,14 +102,24 @@ class Verifier:
         self._check_open(open_)
         session = self._by_id.get(open_.session)
         if session is None:
+            session = Session(self._next_handle + 1, key, connection, open_, now)
+            if self.limits.forecast and open_.slo is not None and not open_.committed:
+                self._forecast(session)
             self.admission.opened(now, key)
             self._next_handle += 1
-            session = Session(self._next_handle, key, connection, open_, now)
             self.sessions[session.handle] = self._by_id[session.id] = session
         else:
             self._resume(session, connection, key, open_)
         self._by_connection.setdefault(connection, set()).add(session.handle)
         return self._take(now, session, open_.round, len(open_.committed), open_.draft)
+
+    def _forecast(self, newcomer: Session) -> None:
+        """Raises Refusal where another session could not be served in time."""
+        try:
+            forecast.check(self.sessions.values(), newcomer, self.cost, self.limits.kv_tokens, self.flow)
+        except Refusal:
+            self.admission.turned_away(newcomer.key)
+            raise
 
     def _resume(self, session: Session, connection: int, key: str, open_: Open) -> None:
         if session.key != key:
@@ -342,7 +354,7 @@ class Verifier:
     def _that_fit(self, now: float, grants: list[Grant]) -> list[Grant]:
         """As many of the grants, in order, as there is KV for; if for none, somebody's KV is taken away."""
         while grants:
-            evicted = self.kv.fit(sum(map(self._needs, grants)), self._keepers(now, grants))
+            evicted = self.kv.fit(sum(g.tokens for g in grants), self._keepers(now, grants))
             if evicted is not None:
                 for handle in evicted:
                     self._lose_kv(handle)
@@ -352,11 +364,6 @@ class Verifier:
             else:
                 grants = grants[:-1]
         return grants
-
-    def _needs(self, grant: Grant) -> int:
-        """KV tokens: a draft behind the end of a prompt is never cut."""
-        s = self.sessions[grant.session]
-        return grant.tokens + (len(s.pending.draft) if s.pending else 0)
 
     def _keepers(self, now: float, grants: list[Grant]) -> Callable[[int], bool]:
         chosen, idle = {g.session for g in grants}, self._evictable(now)
@@ -380,7 +387,7 @@ class Verifier:
         self._file(s)
         end = min(s.cached + grant.tokens, len(s.chain))
         last = end == len(s.chain)
-        draft = s.pending.draft if last and s.pending else []
+        draft = s.pending.draft[: grant.tokens - (end - s.cached)] if last and s.pending else []
         self.kv.grow(now, s.slot, [])
         return Slice(
             session=s.handle,
@@ -448,6 +455,8 @@ class Verifier:
         connection = -1 if s.state is State.DOOMED else s.connection
         more = not slice_.sample or (s.serve and not finish)
         self._settle(now, s, cached=min(fed, len(s.chain)), more=more)
+        if finish:
+            self.flow.ended(s.n_committed, now - s.opened)
         if finish and s.state is not State.ENDED:
             s.go(Event.CANCEL if s.state is State.PARKED else Event.FINISHED)
             self._end(s)

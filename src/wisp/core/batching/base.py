@@ -77,7 +77,7 @@ class StepLimits(msgspec.Struct, frozen=True):
 
 
 class Grant(msgspec.Struct, frozen=True):
-    """`session` takes part with its first `tokens` new tokens (fewer than `Work.new` only for PREFILL)."""
+    """`session` takes part with its first `tokens` new tokens: less than `Work.new` cuts a prompt, or a draft."""
 
     session: int
     tokens: int

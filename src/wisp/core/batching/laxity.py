@@ -3,8 +3,8 @@
 An answer keeps its pace on average, up to its last token, so lateness in the middle can be made up, and being far ahead
 is of no use. That gives five rules for a step, with `lag` for how far a session is behind its pace:
 
-1. *Earliest due first.* Drafts and decodes that are here take part by due time. Those far ahead yield the engine to the
-   rest, as long as the step stays most of what it could be: fixed cost is shared by many, and speed goes where it is
+1. *Earliest due first.* Drafts and decodes that are here take part by due time. Those far ahead yield the engine to
+   the rest, as long as the step stays most of what it could be: fixed cost is shared by many, and speed goes where it is
    needed, whatever luck a session has with its drafts.
 2. *Nobody depends on an edge.* A session whose edge is still drafting is decoded by a token when its next one is nearly
    due. Its draft loses nothing: what it says of that token is skipped if it agrees.
@@ -55,8 +55,7 @@ class Laxity:
 
     def plan(self, now: float, work: Sequence[Work], limits: StepLimits) -> Plan:
         step = _Step(now, limits)
-        for w in work:
-            step.sort_in(w)
+        step.sort(work)
         if step.undue and not (step.going or step.absent or step.prompts):
             return self.continuous.plan(now, step.undue, limits)
         if not (step.paces or step.late_paces):
@@ -87,36 +86,43 @@ class _Step:
         self.lost: list[int] = []
         self.grants: list[Grant] = []
         self.load = Load()
+        self.step_ms = self.ms(self.load)
         self.left = limits.tokens
         self.left_ms = 0.0
         self.longest_ms = math.inf
         self.at_ease = True
 
-    def sort_in(self, w: Work) -> None:
-        """Put a piece of work where it belongs."""
-        if w.due == math.inf:
-            if not w.absent:
-                self.undue.append(w)
-            return
-        if not w.late and self.now > w.due:
-            if w.first or self.now - w.due > HOPELESS * w.room * w.tpot_s:
+    def sort(self, work: Sequence[Work]) -> None:
+        """Put each piece of work where it belongs."""
+        now = self.now
+        going, absent, prompts, undue, paces = self.going, self.absent, self.prompts, self.undue, self.paces
+        behind = easy = 0
+        for w in work:
+            due = w.due
+            if due == math.inf:
+                if not w.absent:
+                    undue.append(w)
+                continue
+            late = w.late
+            if now > due and not late and (w.first or now - due > HOPELESS * w.room * w.tpot_s):
                 self.lost.append(w.session)
-        if w.absent:
-            self.absent.append(w)
-        elif w.kind is Kind.PREFILL:
-            self.prompts.append(w)
-            return
-        else:
-            self.going.append(w)
-        if not w.tpot_s or w.room <= w.gain:
-            return  # in its last round there is nothing left to make up for lateness
-        bearable = w.tpot_s * (w.usual + 1.0) / 2.0
-        if w.late:
-            self.late_paces.append(2.0 * bearable)
-        else:
-            self.paces.append(bearable)
-            self.behind += w.lag_s > 0.0
-            self.easy += w.lag_s < -EASY_S
+            if w.absent:
+                absent.append(w)
+            elif w.kind is Kind.PREFILL:
+                prompts.append(w)
+                continue
+            else:
+                going.append(w)
+            if not w.tpot_s or w.room <= w.n_draft + 1:
+                continue  # in its last round there is nothing left to make up for lateness
+            bearable = w.tpot_s * (w.usual + 1.0) / 2.0
+            if late:
+                self.late_paces.append(2.0 * bearable)
+            else:
+                paces.append(bearable)
+                behind += w.lag_s > 0.0
+                easy += w.lag_s < -EASY_S
+        self.behind, self.easy = behind, easy
 
     def measure(self) -> None:
         """How long a step can be borne."""
@@ -133,21 +139,42 @@ class _Step:
         by_session = {w.session: w for w in pieces}
         for grant in grants[: self.limits.slices]:
             self._grant(by_session[grant.session], grant.tokens)
-        for w in sorted((*self.going, *self.prompts, *self.absent), key=_due):
-            if w.due <= self.now or not grants:
-                self._add(w, math.inf)
+        if grants and len(grants) < len(pieces):
+            return
+        # What is late already goes along only where it makes nobody late.
+        bound = min((by_session[g.session].due for g in grants), default=math.inf)
+        longest_ms = (bound - self.now) * 1e3 / cost.margin
+        late = [w for w in (*self.going, *self.prompts, *self.absent) if w.due <= self.now or not grants]
+        for w in sorted(late, key=_due):
+            if self._full(longest_ms):
+                break
+            self._add(w, longest_ms)
 
     def present(self) -> None:
         """Drafts and decodes that are here, least slack first."""
         self.going.sort(key=_due)
-        all_of_them = Load()
-        for w in self.going:
-            all_of_them = all_of_them.plus(w.new, w.cached)
-        enough_ms = FULL * self.ms(all_of_them)
-        for w in self.going:
-            ahead = not self.at_ease and w.due - self.now > AHEAD_S and self.ms(self.load) > enough_ms
+        enough_ms = 0.0 if self.at_ease else FULL * self._all_ms()
+        reserved = min(self.limits.tokens // 4, sum(w.new for w in self.prompts))  # or drafts could lock them out
+        self.left -= reserved
+        for i, w in enumerate(self.going):
+            yielding = not self.at_ease and self.step_ms > enough_ms
+            if self._full(self.longest_ms):
+                until = self.now + AHEAD_S if yielding else math.inf
+                self._leave(sum(w.new for w in self.going[i:] if w.due <= until))
+                break
+            ahead = yielding and w.due - self.now > AHEAD_S
             if not (self.grants and ahead) and not self._add(w, self.longest_ms):
                 self._leave(w.new)
+        self.left += reserved
+
+    def _all_ms(self) -> float:
+        """Time of a step of all that is here."""
+        new = attention = cached = 0
+        for w in self.going:
+            new += w.new
+            cached += w.cached
+            attention += w.new * (w.cached + w.new)
+        return self.ms(Load(new, attention, cached))
 
     def missing(self) -> None:
         """Sessions whose edge is drafting, and whose next token cannot wait for it."""
@@ -165,7 +192,10 @@ class _Step:
         at_once = self.at_ease or not self.grants
         step_s = self.ms(self.load) / 1e3
         budget = 0.0
-        for w in self.prompts:
+        for i, w in enumerate(self.prompts):
+            if self._full(2.0 * self.longest_ms):
+                self._leave(sum(w.new for w in self.prompts[i:]))
+                break
             if overloaded and w.first and not w.late and not w.cached:
                 self._leave(w.new)
                 continue
@@ -181,6 +211,8 @@ class _Step:
     def others(self) -> None:
         """Who has no due time comes last, and is not made to wait for ever."""
         for w in sorted(self.undue, key=lambda w: (w.kind is Kind.PREFILL, w.since, w.session)):
+            if self._full(math.inf):
+                break
             patient = self.now - w.since < PATIENCE_S
             longest_ms = self.longest_ms if patient else math.inf
             if w.kind is Kind.PREFILL:
@@ -196,13 +228,25 @@ class _Step:
             wake_at = max(self.now + 1e-3, min(w.due for w in self.absent) - lead)
         return Plan(self.grants, wake_at, self.left_ms, self.lost)
 
+    def _full(self, longest_ms: float) -> bool:
+        """Is there no room for a single token more?"""
+        return bool(self.grants) and (
+            self.left <= 0
+            or len(self.grants) >= self.limits.slices
+            or self.step_ms + self.limits.cost.now.token > longest_ms
+        )
+
     def _add(self, w: Work, longest_ms: float) -> bool:
         """Take it in whole, if there is room and the step does not become too long."""
         if self.grants and (w.new > self.left or len(self.grants) >= self.limits.slices):
             return False
-        if self.grants and self.ms(self.load.plus(w.new, w.cached)) > longest_ms:
+        more = self.load.plus(w.new, w.cached)
+        step_ms = self.ms(more)
+        if self.grants and step_ms > longest_ms:
             return False
-        self._grant(w, w.new)
+        self.grants.append(Grant(w.session, w.new))
+        self.load, self.step_ms = more, step_ms
+        self.left -= w.new
         return True
 
     def _chunk(self, w: Work, tokens: int, longest_ms: float) -> int:
@@ -210,7 +254,7 @@ class _Step:
         if len(self.grants) >= self.limits.slices:
             return 0
         tokens = min(tokens, self.left)
-        time_ms = longest_ms - self.ms(self.load)
+        time_ms = longest_ms - self.step_ms
         if self.grants and time_ms < math.inf:
             tokens = min(tokens, int(time_ms / max(self.limits.cost.token_ms(self.load), 1e-6)))
         if tokens <= 0:
@@ -221,6 +265,7 @@ class _Step:
     def _grant(self, w: Work, tokens: int) -> None:
         self.grants.append(Grant(w.session, tokens))
         self.load = self.load.plus(tokens, w.cached)
+        self.step_ms = self.ms(self.load)
         self.left -= tokens
 
     def _leave(self, tokens: int) -> None:

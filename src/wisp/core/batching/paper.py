@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from wisp.core.batching.base import Grant, Kind, Plan, StepLimits, Work
-from wisp.core.cost import Load
 
 _due = attrgetter("due")
 
@@ -24,33 +23,43 @@ class Wisp:
     absentees = False
 
     def plan(self, now: float, work: Sequence[Work], limits: StepLimits) -> Plan:
-        cost = limits.cost
-        ms, margin = cost.now.ms, cost.margin
+        c, scale = limits.cost.now, limits.cost.margin / 1e3
+        # The cost model spelled out: a thousand pieces are to be judged within a millisecond.
+        step, token, per_cached, attention = c.step, c.token, c.cached, c.attention
+        beyond, knee = (c.beyond, c.knee) if c.knee else (0.0, 0)
         urgent: list[Work] = []
-        rest: list[tuple[float, Work]] = []
+        rest: list[tuple[float, int, Work]] = []
         for w in work:
-            alone = ms(Load().plus(w.new, w.cached))
+            new, cached = w.new, w.cached
+            alone = step + new * (token + attention * (cached + new)) + per_cached * cached
+            if beyond and new > knee:
+                alone += beyond * (new - knee)
             # Started after a step like its own, it would be late.
-            if now + 2.0 * alone * margin / 1e3 > w.due:
+            if now + 2.0 * alone * scale > w.due:
                 urgent.append(w)
             else:
-                rest.append((-w.gain / alone, w))
+                rest.append((-w.gain / alone, w.session, w))
         urgent.sort(key=_due)
-        rest.sort(key=lambda pair: (pair[0], pair[1].session))
+        rest.sort()
         grants: list[Grant] = []
-        load, earliest, left = Load(), math.inf, limits.tokens
-        for w in (*urgent, *(w for _, w in rest)):
+        filled, flat_ms, earliest, left = 0, step, math.inf, limits.tokens  # flat: without what lies beyond the knee
+        for w in (*urgent, *(w for *_, w in rest)):
             if len(grants) >= limits.slices or left <= 0:
                 break
-            tokens = min(w.new, left) if w.kind is Kind.PREFILL else w.new
-            if grants and tokens > left:
+            if now + (flat_ms + token) * scale > earliest:
+                break  # not even one token more
+            tokens, cached = w.new, w.cached
+            if tokens > left and grants and w.kind is not Kind.PREFILL:
                 continue
-            more = load.plus(tokens, w.cached)
-            end = now + ms(more) * margin / 1e3
-            if grants and end > min(earliest, w.due if w.due > now else math.inf):
+            if w.kind is Kind.PREFILL:
+                tokens = min(tokens, left)
+            more_ms = flat_ms + tokens * (token + attention * (cached + tokens)) + per_cached * cached
+            over = filled + tokens - knee if beyond else 0
+            end = now + (more_ms + (beyond * over if over > 0 else 0.0)) * scale
+            if grants and (end > earliest or end > w.due > now):
                 continue
             grants.append(Grant(w.session, tokens))
-            load, left = more, left - tokens
+            filled, flat_ms, left = filled + tokens, more_ms, left - tokens
             if w.due >= end:  # what is late whatever happens binds nobody
                 earliest = min(earliest, w.due)
         return Plan(grants)

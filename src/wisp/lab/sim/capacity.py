@@ -113,7 +113,7 @@ class Search:
             if low and high <= MOST:
                 n = (low + high) // 2
             elif low:
-                n = min(math.ceil(n * (1 + stride)), MOST)
+                n = min(max(n + 1, int(n * (1 + stride))), MOST)
             else:
                 n = max(int(n * (1 - stride)), 1)
             stride = min(1.5 * stride, 0.5)
@@ -178,7 +178,7 @@ def capacity(
     assert best is not None
     at, search = best
     if len(seeds) > 1 and at:
-        at = search.crossing(at, tolerance, len(seeds), grain)
+        at = search.crossing(at, tolerance, len(seeds), max(grain, GRAIN))
     strictly = 0
     if strict and at:
         strictly = min(at, search.crossing(max(1, int(0.93 * at)), STRICT, len(seeds), 0.06))

@@ -59,7 +59,7 @@ class Clock:
         self.env = env
         self.lags_ms: list[float] = []  # how late the loop came to what was due, each time
         self._loop = asyncio.get_running_loop()
-        self._zero = time.monotonic() - env.now
+        self._zero = self._loop.time() - env.now
         self._failed = failed
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0  # of the timer
@@ -67,8 +67,8 @@ class Clock:
 
     @property
     def now(self) -> float:
-        """Seconds. (A loop's own time may be of whole milliseconds, and stands still while callbacks run.)"""
-        return time.monotonic() - self._zero
+        """Seconds, by the loop's clock: uvloop's is of whole milliseconds, and so its timers come when they are due."""
+        return self._loop.time() - self._zero
 
     def stop(self) -> None:
         """Let no more time pass."""
@@ -96,7 +96,7 @@ class Clock:
         if self._timer is not None:
             self._timer.cancel()
         self._due = due
-        self._timer = self._loop.call_later(max(0.0, due - self.now), self._wake)
+        self._timer = self._loop.call_at(self._zero + due, self._wake)
 
     def _wake(self) -> None:
         self._timer = None

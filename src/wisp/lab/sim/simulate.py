@@ -161,6 +161,7 @@ class Simulation(Fleet):
             counts,
             seed,
             drafter_ms=DRAFTER_MS if system.beside else 0.0,
+            forecast=system.admission,
         )
         counts.traced = trace
         super().__init__(scenario, system, seed, env, cloud, scripts, counts)

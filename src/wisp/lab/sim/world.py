@@ -117,12 +117,14 @@ class Cloud:
         seed: int,
         *,
         drafter_ms: float = 0.0,
+        forecast: bool = False,
         true_cost: Callable[[Run], float] | None = None,
     ) -> None:
         info = engine.info
         limits = Limits(
-            info.n_vocab, info.eos, info.slots, info.slot_tokens, info.kv_tokens, info.step_tokens, MAX_DRAFT
-        )
+            info.n_vocab, info.eos, info.slots, info.slot_tokens, info.kv_tokens, info.step_tokens, MAX_DRAFT,
+            forecast=forecast,
+        )  # fmt: skip
         self.env = env
         self.engine = engine
         self.counts = counts

@@ -46,8 +46,8 @@ def _cell(policy: str, rate: float, speed: str, rtt_ms: float, context: str, qui
     kit = Kit(speed, rtt_ms) if policy != "central" else Kit("100", 20.0)
     scenario = msgspec.structs.replace(scenario, devices=(kit,), prompt_tokens=CONTEXTS[context])
     answer_s = 200.0 / rate
-    brief = (6.0, 8.0, 15.0) if quick else (min(25.0, answer_s), 30.0, min(45.0, 1.5 * answer_s))
-    return Cell(scenario.brief(*brief), policy, grain=0.2 if quick else 0.06)
+    brief = (6.0, 8.0, 15.0) if quick else (min(20.0, answer_s), 25.0, min(45.0, 1.5 * answer_s))
+    return Cell(scenario.brief(*brief), policy, grain=0.2 if quick else 0.08)
 
 
 def lines(data: Data) -> list[str]:
@@ -75,7 +75,7 @@ def lines(data: Data) -> list[str]:
     return [
         "Where drafting on devices pays",
         f"Ours carries more devices than strong centralised serving in **{wins} of {len(body)}** combinations. One "
-        "A100 with Qwen3-32B; one seed and a window of 30 s a cell, capacities to 6 %: good for the shape of the map, "
+        "A100 with Qwen3-32B; one seed and a window of 25 s a cell, capacities to 8 %: good for the shape of the map, "
         "not for its last digit. Short context: prompts of 60 to 200 tokens; long: 500 to 1,100.",
         "",
         *markdown((*head, "ours: bound", "central: bound"), body),

@@ -26,6 +26,7 @@ SYSTEMS = ("ours", "wisp", "central", "central-speculative", "sled")
 TARGETS = {"a100-qwen3-32b": MAIN, "a100-qwen3-14b": "a100-qwen3-14b", "a100-llama-70b": "a100-llama-70b-w4"}
 THEIRS = ("wisp", "central", "sled")
 OVERLAPS = (1.0, 1.3, 2.0)
+OVERLAP_RATES = (8.0, 16.0)
 
 
 def run(quick: bool, runs: Runs) -> Data:
@@ -45,7 +46,7 @@ def run(quick: bool, runs: Runs) -> Data:
         (s, o, r): _overlap(s, o, r)
         for o in ([] if quick else OVERLAPS)
         for s in ("ours", "wisp", "central")
-        for r in (8.0, 16.0)
+        for r in OVERLAP_RATES
     }
     cells = [*main.values(), *paper.values(), *overlap.values()]
     found = dict(zip(cells, search_all(cells, runs), strict=True))
@@ -66,17 +67,18 @@ def _main(policy: str, rate: float, quick: bool) -> Cell:
     if quick:
         return Cell(scenario.brief(8.0, 8.0, 15.0), policy, grain=0.2)
     tuned = policy not in ("ours", "wisp", "central")
-    return Cell(scenario.brief(30.0, 90.0, 60.0), policy, (1,) if tuned else (1, 2, 3), strict=not tuned)
+    return Cell(scenario.brief(30.0, 75.0, 60.0), policy, (1,) if tuned else (1, 2, 3), strict=not tuned)
 
 
 def _paper(target: str, policy: str, rate: float) -> Cell:
     answer_s = 200.0 / rate
-    scenario = load_scenario(target).at_rate(rate).brief(min(40.0, answer_s), 40.0, min(80.0, 1.5 * answer_s))
-    return Cell(scenario, policy, grain=0.05)
+    scenario = load_scenario(target).at_rate(rate)
+    brief = scenario.brief(min(30.0, answer_s), 30.0, min(60.0, 1.2 * answer_s))
+    return Cell(brief, policy, grain=0.07)
 
 
 def _overlap(policy: str, overlap: float, rate: float) -> Cell:
-    scenario = load_scenario(MAIN).at_rate(rate).brief(25.0, 50.0, 45.0)
+    scenario = load_scenario(MAIN).at_rate(rate).brief(20.0, 40.0, 40.0)
     return Cell(msgspec.structs.replace(scenario, overlap=overlap), policy, grain=0.04)
 
 
@@ -256,7 +258,7 @@ def _paper_lines(data: Data) -> list[str]:
 def _overlap_lines(data: Data) -> list[str]:
     rows = {(c["overlap"], c["system"], c["rate"]): c for c in data["overlap"]}
     body = []
-    for rate in (8.0, 16.0):
+    for rate in OVERLAP_RATES:
         for overlap in OVERLAPS:
             at = {s: rows[overlap, s, rate] for s in ("ours", "wisp", "central")}
             body.append(

@@ -1,0 +1,73 @@
+"""Would one more session keep its pace? Admission by what the cost model says, not by counting sessions.
+
+Tokens that all sessions are owed per second, times the rows that a token takes, must fit into the rows that steps of
+a bearable length do per second. Rows per token are taken as they are under pressure, when the price of drafts has
+made edges careful; below that load nobody is refused anyway. What the forecast cannot know (luck with drafts, users
+who leave) shows in how many are behind their pace, which counts too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from wisp.core.admission import Refusal
+from wisp.core.cost import CostModel, Load
+from wisp.core.session import Session
+
+ROWS_A_TOKEN = 1.25  # drafts and the target's own, per committed token, under pressure
+OVERBOOKING = 1.05  # sessions that wait for their first token ask for nothing yet
+TOO_MANY = 0.6  # share of sessions that are behind
+
+
+class Flow:
+    """Smoothed: what an answer looks like here."""
+
+    def __init__(self) -> None:
+        self.answer_tokens = 200.0
+        self.answer_s = 10.0
+
+    def ended(self, tokens: int, seconds: float) -> None:
+        """An answer is complete."""
+        self.answer_tokens += 0.05 * (tokens - self.answer_tokens)
+        self.answer_s += 0.05 * (seconds - self.answer_s)
+
+
+def check(sessions: Iterable[Session], newcomer: Session, cost: CostModel, kv_tokens: int, flow: Flow) -> None:
+    """Raises Refusal where `newcomer`, which has an SLO, would be late or make others late."""
+    asked = kv = 0.0  # rows per second; tokens
+    running = behind = 0
+    paces = []
+    for s in (*sessions, newcomer):
+        tokens = min(s.max_tokens, flow.answer_tokens)
+        kv += s.n_prompt + tokens / 2
+        if not s.tpot_s:
+            continue
+        asked += (ROWS_A_TOKEN + s.n_prompt / tokens) / s.tpot_s
+        paces.append(s.tpot_s * (s.usual + 1.0) / 2.0)
+        if s.n_committed and not s.late:
+            running += 1
+            behind += s.lag_s > 0.0
+    wait_s = min(30.0, max(1.0, flow.answer_s / 4))
+    if kv > OVERBOOKING * kv_tokens:
+        raise Refusal("overloaded", "this verifier has no room for another context now", wait_s)
+    if not paces:
+        return
+    if running >= 4 and behind > TOO_MANY * running:
+        raise Refusal("overloaded", "this verifier is behind with the sessions that it has", wait_s)
+    paces.sort()
+    longest_ms = paces[len(paces) // 10] * 1e3
+    offered = rows_in(cost, longest_ms) / longest_ms * 1e3
+    if asked > OVERBOOKING * offered and len(paces) > 1:
+        raise Refusal("overloaded", "this verifier could not keep the pace asked for", wait_s)
+
+
+def rows_in(cost: CostModel, step_ms: float) -> float:
+    """Tokens that fit into a step of so long."""
+    now = cost.now
+    left = step_ms - cost.ms(Load())
+    if left <= 0.0:
+        return 0.0
+    flat = left / max(now.token, 1e-9)
+    if not now.knee or flat <= now.knee:
+        return flat
+    return now.knee + (left - now.token * now.knee) / (now.token + now.beyond)
