@@ -154,7 +154,9 @@ class _Step:
         """Drafts and decodes that are here, least slack first."""
         self.going.sort(key=_due)
         enough_ms = 0.0 if self.at_ease else FULL * self._all_ms()
-        reserved = min(self.limits.tokens // 4, sum(w.new for w in self.prompts))  # or drafts could lock them out
+        reserved = min(
+            self.limits.tokens // 4, sum(w.new for w in self.prompts)
+        )  # or drafts could lock them out
         self.left -= reserved
         for i, w in enumerate(self.going):
             yielding = not self.at_ease and self.step_ms > enough_ms
