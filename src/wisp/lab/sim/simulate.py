@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -75,7 +76,7 @@ class Fleet:
             self._next_arrival(self._arrivals())
             return
         for at, n in s.population or ((0.0, s.devices_n),):
-            self.env.timeout(at).callbacks.append(lambda _, n=n: self._population(n))
+            self.env.timeout(at).callbacks.append(functools.partial(self._population, n))
 
     def busy(self) -> bool:
         """Is a request unfinished that arrived in the window?"""
@@ -88,7 +89,7 @@ class Fleet:
         counted = account([r.served() for r in self.requests], start, end, self.env.now)
         return Outcome(counted, self.requests, self.counts, self.env.now)
 
-    def _population(self, n: int) -> None:
+    def _population(self, n: int, _: object = None) -> None:
         """From now on `n` devices are at work; those above stop after the answer they are at."""
         self.wanted = n
         while len(self.handsets) < n:
@@ -223,9 +224,8 @@ class Simulation(Fleet):
 def first_guess(profile: Hardware, error: float) -> Coefficients:
     """A cost model as `wisp profile` would have fitted it."""
     c = profiled(profile)
-    return Coefficients(
-        *(getattr(c, f) * error for f in ("step", "token", "cached", "attention", "beyond")), c.knee
-    )
+    step, token, cached = c.step * error, c.token * error, c.cached * error
+    return Coefficients(step, token, cached, c.attention * error, c.beyond * error, c.knee)
 
 
 def quantile(values: Sequence[float], q: float) -> float:

@@ -8,6 +8,7 @@ Text comes from scripts, so every verification is decided as it would be live. U
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -272,12 +273,14 @@ class Handset:
             if isinstance(action, Open | Draft):
                 self._asked = (self.env.now, len(action.draft if isinstance(action, Open) else action.tokens))
                 self._up = max(self._up, self.env.now + self.link.one_way_ms(self.source) / 1e3)
-                message = action
-                self.env.timeout(self._up - self.env.now).callbacks.append(
-                    lambda _, message=message: None if self.gone else self.cloud.receive(self.index, message)
-                )
+                arrival = self.env.timeout(self._up - self.env.now)
+                arrival.callbacks.append(functools.partial(self._arrived, action))
             elif isinstance(action, Reopen):
                 self.env.timeout(action.after_s).callbacks.append(self._reopen)
+
+    def _arrived(self, message: Open | Draft, _: object) -> None:
+        if not self.gone:
+            self.cloud.receive(self.index, message)
 
     def _reopen(self, _: object) -> None:
         if self.request is not None:
