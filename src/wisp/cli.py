@@ -103,6 +103,11 @@ def serve(
     event_log: Annotated[
         Path | None, typer.Option(help="Record every event, for replay. Holds prompts!")
     ] = None,
+    replicas: Annotated[int, typer.Option(help="Verifiers behind this address.", min=1, max=64)] = 1,
+    launcher: Annotated[
+        str | None, typer.Option(help="Where replicas run: local (on the ports above) or ray.")
+    ] = None,
+    gpus_per_replica: Annotated[float, typer.Option(help="GPUs that Ray gives each.", min=0)] = 0.0,
     offline: Offline = False,
     log_level: LogLevel = "info",
     log_json: LogJson = False,
@@ -126,13 +131,25 @@ def serve(
         with RichProgress() as progress:
             resolve(target, offline=offline, progress=progress)
     settings = Settings(served_name(target), batching, max_sessions, park_s, drain_s, event_log)
-    cloud = CloudApp(
-        settings,
-        keys,
-        lambda: load_target(
-            target, engine=engine, mode=mode, slots=slots, context=context, threads=threads, offline=offline
-        ),
-    )
+    of_engine: dict[str, Any] = {
+        "engine": engine,
+        "mode": mode,
+        "slots": slots,
+        "context": context,
+        "threads": threads,
+        "offline": offline,
+    }
+    if replicas > 1 or launcher is not None:
+        from wisp.front.command import serve_replicas
+        from wisp.front.replica import ReplicaSpec
+
+        secret = os.environ.get("WISP_API_KEYS")
+        spec = ReplicaSpec("", target, of_engine, settings, listen, "", api_keys, secret, log_level, log_json)
+        serve_replicas(spec, keys, replicas, launcher or "local", gpus_per_replica)
+        return
+    if gpus_per_replica:
+        raise ConfigError("--gpus-per-replica goes with --launcher ray")
+    cloud = CloudApp(settings, keys, lambda: load_target(target, **of_engine))
 
     async def run() -> None:
         await run_app(cloud.asgi, listen, cloud.drain, cloud.ended)
@@ -141,6 +158,50 @@ def serve(
 
     with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
         runner.run(run())
+
+
+replicas_app = typer.Typer(
+    help="Look at the replicas of a front, drain, restart and scale them.", no_args_is_help=True
+)
+app.add_typer(replicas_app, name="replicas")
+Front = Annotated[str, typer.Option(help="Address of the front; its key is taken from WISP_API_KEY.")]
+Name = Annotated[str, typer.Argument(help="As `wisp replicas list` calls it.")]
+
+
+@replicas_app.command(name="list")
+def list_replicas(server: Front = "http://127.0.0.1:8100", json: Json = False) -> None:
+    """Show them."""
+    from wisp.front.admin import ask, show
+
+    show(ask(server), as_json=json)
+
+
+@replicas_app.command()
+def drain(name: Name, server: Front = "http://127.0.0.1:8100", json: Json = False) -> None:
+    """Move a replica's sessions to the others, and end it."""
+    from wisp.front.admin import ask, show
+
+    show(ask(server, f"/{name}/drain", {}), as_json=json)
+
+
+@replicas_app.command()
+def restart(name: Name, server: Front = "http://127.0.0.1:8100", json: Json = False) -> None:
+    """Move a replica's sessions to the others, and start it afresh: with what is installed now."""
+    from wisp.front.admin import ask, show
+
+    show(ask(server, f"/{name}/restart", {}), as_json=json)
+
+
+@replicas_app.command()
+def scale(
+    count: Annotated[int, typer.Argument(help="How many there shall be.", min=1)],
+    server: Front = "http://127.0.0.1:8100",
+    json: Json = False,
+) -> None:
+    """Start more replicas, or drain the youngest."""
+    from wisp.front.admin import ask, show
+
+    show(ask(server, "/scale", {"replicas": count}), as_json=json)
 
 
 @app.command()

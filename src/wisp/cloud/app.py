@@ -27,6 +27,7 @@ from wisp.api.backend import Committed, Generation, Target
 from wisp.api.errors import JsonResponse, error_response, exception_handlers, request_id
 from wisp.api.keys import Keyring
 from wisp.api.routes import openai_routes
+from wisp.cloud.control import control_routes
 from wisp.cloud.host import VerifierHost
 from wisp.cloud.sockets import SessionEndpoint
 from wisp.cloud.thin import ThinBackend
@@ -70,6 +71,7 @@ class CloudApp:
                 Route("/v1/tokenizers/{fingerprint}", self._tokenizer),
                 WebSocketRoute("/v1/sessions", SessionEndpoint(self.host, keys.authorize)),
                 *openai_routes(backend, authorize=self._authorize),
+                *(control_routes(self.host, keys, settings.drain_s) if keys.front else []),
             ],
             exception_handlers=exception_handlers(),
             lifespan=self._lifespan,
