@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -74,11 +75,13 @@ async def run_app(
     stopped: Callable[[], Awaitable[None]] | None = None,
     signals: bool = True,
     at_once: Callable[[], None] = lambda: None,
+    bound: socket.socket | None = None,
 ) -> None:
     """Serve until SIGTERM, SIGINT or `ended`, then `drain`, then stop. Raises ConfigError if the port is taken.
 
     stopped: returns when a stop is wanted for another reason than a signal. `at_once` is called before an end
-    without a drain. Without `signals` none are looked at: then this may run in any thread.
+    without a drain. Without `signals` none are looked at: then this may run in any thread. `bound` is a socket that
+    listens at `listen` already.
     """
     config = uvicorn.Config(
         app,
@@ -130,7 +133,7 @@ async def run_app(
     if watcher is not None:
         watcher.add_done_callback(lambda _: setattr(server, "should_exit", True))
     try:
-        await server.serve()
+        await server.serve([bound] if bound is not None else None)
         if asked is not None:
             asked.cancel()
     except SystemExit:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import sys
 from typing import Protocol
 
-from wisp.front.replica import ReplicaSpec, free_port_above
+from wisp.front.replica import ReplicaSpec, listen_above
+
+log = logging.getLogger("wisp.front")
 
 
 class Running(Protocol):
@@ -65,7 +68,8 @@ class LocalLauncher:
         self._children = [child for child in self._children if child.process.returncode is None]
         host = spec.listen.host
         taken = self._starting | {child.port for child in self._children}
-        port = free_port_above(host, spec.listen.port, taken)
+        with listen_above(host, spec.listen.port, taken) as probe:
+            port = int(probe.getsockname()[1])
         self._starting.add(port)  # until it is a child's
         try:
             child = await self._start(spec.on(host, port))
@@ -85,7 +89,9 @@ class LocalLauncher:
         assert process.stdin is not None
         process.stdin.write(spec.encode())  # and it stays open for as long as we live
         listen = spec.listen
-        return _Child(process, listen.host, listen.port, tls=listen.cert is not None)
+        child = _Child(process, listen.host, listen.port, tls=listen.cert is not None)
+        log.info("replica %s is process %d, at %s", spec.name, process.pid, child.url)
+        return child
 
     def close(self) -> None:
         """Kill whatever is left."""

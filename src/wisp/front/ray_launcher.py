@@ -15,7 +15,7 @@ from typing import Any
 from wisp.api.process import event_loop_factory, is_loopback, set_up_logging
 from wisp.core.errors import ConfigError
 from wisp.front.launch import Running, own_url
-from wisp.front.replica import ReplicaSpec, free_port_above, run_replica
+from wisp.front.replica import ReplicaSpec, listen_above, run_replica
 
 log = logging.getLogger("wisp.front")
 
@@ -42,7 +42,8 @@ class ReplicaActor:
             host = ip
         self._ip = ip
         self._tls = spec.listen.cert is not None
-        self._spec = spec.on(host, free_port_above(host, spec.listen.port))
+        self._bound = listen_above(host, spec.listen.port)  # held, or another replica might take it
+        self._spec = spec.on(host, int(self._bound.getsockname()[1]))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._over = asyncio.Event()
         self._done = threading.Event()
@@ -75,7 +76,7 @@ class ReplicaActor:
             async def stopped() -> None:
                 await self._over.wait()
 
-            await run_replica(self._spec, stopped, signals=False)
+            await run_replica(self._spec, stopped, signals=False, bound=self._bound)
 
         try:
             with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
@@ -95,6 +96,7 @@ class RayLauncher:
     def __init__(self, gpus: float = 0.0) -> None:
         """`gpus` for each replica. Raises ConfigError where Ray is not installed, or its cluster not there."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         try:
             import ray
         except ImportError:

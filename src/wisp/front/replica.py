@@ -7,6 +7,7 @@ drains and ends when that input does: so it does not outlive its front, and a fr
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 import sys
@@ -58,29 +59,35 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
 
 
 async def run_replica(
-    spec: ReplicaSpec, stopped: Callable[[], Awaitable[None]], *, signals: bool = True
+    spec: ReplicaSpec,
+    stopped: Callable[[], Awaitable[None]],
+    *,
+    signals: bool = True,
+    bound: socket.socket | None = None,
 ) -> None:
     """Serve until `stopped` returns. Raises what kept the model from loading."""
     keys = Keyring(spec.key_file, spec.secret, spec.token)
     cloud = CloudApp(spec.settings, keys, lambda: load_target(spec.target, **spec.engine))
-    await run_app(cloud.asgi, spec.listen, cloud.drain, cloud.ended, stopped=stopped, signals=signals)
+    run = functools.partial(run_app, stopped=stopped, signals=signals, bound=bound)
+    await run(cloud.asgi, spec.listen, cloud.drain, cloud.ended)
     if cloud.failed is not None:
         raise cloud.failed
 
 
-def free_port_above(host: str, port: int, taken: Collection[int] = ()) -> int:
-    """The first port above `port` on which one can listen now. Raises ConfigError if there is none near."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def listen_above(host: str, port: int, taken: Collection[int] = ()) -> socket.socket:
+    """A socket that listens on the first free port above `port`. Raises ConfigError if there is none near."""
     for candidate in range(port + 1, min(port + 1 + PORTS, 65536)):
         if candidate in taken:
             continue
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, candidate))
-            except OSError:
-                continue
-            return candidate
+        probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, candidate))
+            probe.listen(1024)
+        except OSError:
+            probe.close()
+            continue
+        return probe
     raise ConfigError(f"no free port for a replica in the {PORTS} above {port}; choose another --port")
 
 
