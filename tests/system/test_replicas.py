@@ -6,16 +6,32 @@ The same scenarios with replicas as child processes and, marked `ray`, as Ray ac
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
-from harness import DRAFT, HTTP, Answer, Fleet, Peer, Process, Stream, ask, eventually, opening
+from harness import (
+    DRAFT,
+    HTTP,
+    TARGET,
+    Answer,
+    Fleet,
+    Peer,
+    Process,
+    Stream,
+    ask,
+    eventually,
+    free_port,
+    opening,
+)
 
 from wisp.api.backend import Generation
 from wisp.core.drafting import Policies
@@ -24,6 +40,7 @@ from wisp.core.sampling import Sampling
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
 from wisp.engines.base import Tokenizer
+from wisp.engines.models import resolve
 from wisp.engines.null import null_token
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_pair")]
@@ -70,10 +87,13 @@ class Front:
     def wait_up(self, count: int) -> None:
         eventually(lambda: len(self.up()) == count, 90)
 
+    def pid(self, name: str) -> int:
+        """Of the replica's process."""
+        return int(re.findall(rf"replica {name} is process (\d+)", self.process.log())[-1])
+
     def kill(self, name: str) -> None:
-        """kill -9 of the replica's process."""
-        pids = re.findall(rf"replica {name} is process (\d+)", self.process.log())
-        os.kill(int(pids[-1]), signal.SIGKILL)
+        """kill -9."""
+        os.kill(self.pid(name), signal.SIGKILL)
 
     def placed(self, **labels: str) -> dict[str, float]:
         """Placements by replica, of those with these labels."""
@@ -324,6 +344,116 @@ def test_limits_of_a_key_hold_for_all_replicas_together(fleet: Fleet) -> None:
     answers = [ask(front.url, "Hi", key="key-a", max_tokens=2) for _ in range(5)]
     assert [a.status for a in answers] == [200] * 3 + [429] * 2
     assert int(answers[-1].headers["retry-after"]) >= 1
+
+
+def test_a_key_has_its_sessions_over_all_replicas_and_each_as_soon_as_another_ends(fleet: Fleet) -> None:
+    keys = fleet.folder / "keys.toml"
+    keys.write_text('[keys.a]\nsecret = "key-a"\nsessions = 2\n')
+    front = fleet.serve("--replicas", "2", "--api-keys", str(keys))
+    eventually(lambda: httpx.get(f"{front.url}/health", **HTTP).json()["replicas"]["up"] == 2)
+    with (
+        Stream(front.url, "Tell me a story.", key="key-a", **LONG) as one,
+        Stream(front.url, "Tell me another.", key="key-a", **LONG) as two,
+    ):
+        for stream in (one, two):
+            stream.until(lambda answer: bool(answer.text))
+        third = ask(front.url, "Hi", key="key-a", max_tokens=2)
+        assert (third.status, third.error["code"]) == (429, "rate_limit_exceeded")
+        assert one.rest().finish == "length"
+        assert ask(front.url, "Hi", key="key-a", max_tokens=2).status == 200
+    for _ in range(6):  # one after the other is two at a time at most
+        assert ask(front.url, "Hi", key="key-a", max_tokens=2).status == 200
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_tls_from_edges_to_front_and_replicas(fleet: Fleet) -> None:
+    cert, key = fleet.folder / "cert.pem", fleet.folder / "key.pem"
+    subject = [
+        "-subj",
+        "/CN=front",
+        "-addext",
+        "subjectAltName=DNS:localhost",
+    ]  # not what the front itself dials
+    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", str(key)]
+    subprocess.run([*new, "-out", str(cert), *subject], check=True, capture_output=True)
+    front = fleet.serve("--replicas", "2", "--tls-cert", str(cert), "--tls-key", str(key), ready=False)
+    front.scheme = "https"
+    front.wait_ready()
+    url = f"https://localhost:{front.port}"
+    edge = fleet.edge(url, draft="ngram", env={"SSL_CERT_FILE": str(cert)})
+    answers = [ask(at, "Tell me a story about Belomi.", stream=True) for at in (edge.url, url)]
+    assert [a.status for a in answers] == [200, 200]
+    assert answers[0].text == answers[1].text != ""
+
+
+def test_a_replica_that_does_not_answer_gets_nothing_new(fleet: Fleet) -> None:
+    front = Front(fleet, **NULL)
+    os.kill(front.pid("r1"), signal.SIGSTOP)
+    eventually(lambda: front.replicas()["r1"]["state"] == "silent", 30)
+    before = front.placed()
+    with RedirectedPeer(front.url) as peer:
+        for n in range(10):
+            peer.say(opening(f"session-{n}"))
+            assert isinstance(peer.hear(), Redirect)
+    assert front.placed().get("r1") == before.get("r1")
+    os.kill(front.pid("r1"), signal.SIGCONT)
+    front.wait_up(2)
+    os.kill(front.pid("r1"), signal.SIGSTOP)
+    eventually(lambda: front.replicas()["r1"]["state"] == "silent", 30)
+    assert front.admin("/r1/restart", {}).status_code == 200  # which does not wait for what does not hear
+    front.wait_up(2)
+
+
+def test_ctrl_c_reaches_the_front_alone_and_answers_finish(fleet: Fleet, launcher: str) -> None:
+    """A terminal sends it to every process of the group."""
+    single = fleet.serve()
+    truth = alone(single, [("Tell me a story.", LONG)])
+    front = Front(fleet, launcher=launcher)
+    edge = fleet.edge(front.url, draft="ngram")
+    with Stream(edge.url, "Tell me a story.", **LONG) as s:
+        s.until(lambda answer: bool(answer.text))
+        os.killpg(front.process.pid, signal.SIGINT)
+        assert [s.rest().text] == truth
+    assert front.process.wait(30) == 0
+
+
+def test_what_cannot_start_ends_with_advice(fleet: Fleet) -> None:
+    torn = fleet.folder / "torn.gguf"
+    torn.write_bytes(resolve(TARGET).read_bytes()[:50_000])
+    port = str(free_port())
+    null = ("serve", "--target", "null", "--engine", "null")
+    for words, advice in (
+        (("serve", "--target", str(torn), "--replicas", "2", "--port", port), "could not start"),
+        ((*null, "--replicas", "2", "--port", "0"), "--port"),
+        ((*null, "--replicas", "2", "--host", "0.0.0.0"), "without an API key"),
+        ((*null, "--launcher", "abacus"), "choose one of: local, ray"),
+        ((*null, "--gpus-per-replica", "1"), "--launcher ray"),
+        ((*null, "--replicas", "2", "--gpus-per-replica", "1"), "--launcher ray"),
+    ):
+        ended = fleet.run(*words)
+        assert ended.returncode == 2, ended.stderr
+        assert advice in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+def test_operators_are_told_what_is_wrong(fleet: Fleet) -> None:
+    plain, front = fleet.serve(**NULL), Front(fleet, **NULL)
+    shown = fleet.run("replicas", "list", "--server", front.url)
+    assert shown.returncode == 0
+    assert "r1" in shown.stdout
+    assert "r2" in shown.stdout
+    for words, advice in (
+        (("list", "--server", plain.url), "--replicas"),
+        (("list", "--server", "http://127.0.0.1:1"), "wisp serve"),
+        (("drain", "r7", "--server", front.url), "r1, r2"),
+        (("scale", "99", "--server", front.url), "from 1 to 64"),
+    ):
+        ended = fleet.run("replicas", *words)
+        assert ended.returncode == 2, ended.stderr
+        assert advice in ended.stderr
+        assert "Traceback" not in ended.stderr
+    ended = fleet.run("replicas", "scale", "3", "--server", front.url, "--json")
+    assert len(json.loads(ended.stdout)["replicas"]) == 3
 
 
 def test_an_edge_that_does_not_know_redirects_is_told_so(fleet: Fleet) -> None:

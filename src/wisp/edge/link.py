@@ -178,7 +178,7 @@ class VerifierLink:
             subprotocols=[Subprotocol(SUBPROTOCOL)],
             additional_headers=headers,
             proxy=None if is_local(self.url) else True,
-            ssl=self._tls,
+            ssl=self._tls or (True if self.url.startswith("wss") else None),
             compression=None,  # token ids do not compress enough to pay for it
             max_size=MAX_FRAME,
             open_timeout=HANDSHAKE_S,

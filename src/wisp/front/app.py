@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -57,7 +58,7 @@ class FrontApp:
         self.metrics = FrontMetrics(lambda: self.fleet)
         self.fleet = Fleet(
             launcher,
-            lambda name, token: _named(spec, name, token),
+            functools.partial(_named, spec),
             placement,
             tls,
             drain_s=spec.settings.drain_s,
@@ -187,10 +188,10 @@ class FrontApp:
         await self.fleet.restart(request.path_params["name"])
 
 
-def _named(spec: ReplicaSpec, name: str, token: str) -> ReplicaSpec:
-    settings = spec.settings
-    if settings.event_log is not None:
-        log_ = settings.event_log.with_name(f"{settings.event_log.name}.{name}")
+def _named(spec: ReplicaSpec, replica: Replica) -> ReplicaSpec:
+    name, token, settings = replica.name, replica.token, spec.settings
+    if settings.event_log is not None:  # a log is of one life: that is what replays
+        log_ = settings.event_log.with_name(f"{settings.event_log.name}.{name}.{replica.lives}")
         settings = msgspec.structs.replace(settings, event_log=log_)
     return msgspec.structs.replace(spec, name=name, token=token, settings=settings)
 

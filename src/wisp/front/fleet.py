@@ -57,6 +57,7 @@ class Replica:
         self.name = name
         self.state = State.STARTING
         self.running: Running | None = None
+        self.lives = 0
         self.token = ""  # of this life: so nobody is taken for another
         self.report: Report | None = None
         self.heard = 0.0
@@ -80,13 +81,13 @@ class View(msgspec.Struct, frozen=True):
 
 
 class Fleet:
-    """The replicas. `spec` makes one's from its name and token. `changed` is called whenever one has come up or
+    """The replicas. `spec` says what to start for one. `changed` is called whenever one has come up or
     gone, `heard` after each report."""
 
     def __init__(
         self,
         launcher: Launcher,
-        spec: Callable[[str, str], ReplicaSpec],
+        spec: Callable[[Replica], ReplicaSpec],
         placement: Placement,
         tls: ssl.SSLContext | None,
         *,
@@ -202,6 +203,10 @@ class Fleet:
         """Those that take sessions."""
         return [r for r in self.replicas.values() if r.state is State.UP]
 
+    async def look(self) -> None:
+        """Hear from every replica now."""
+        await asyncio.gather(*(self._look(r, r.running) for r in self.up() if r.running is not None))
+
     def address(self, name: str) -> str:
         """Where edges find a replica that is up."""
         running = self.replicas[name].running
@@ -261,7 +266,8 @@ class Fleet:
     async def _one_life(self, r: Replica) -> str:
         r.state = State.STARTING
         r.token = secrets.token_hex(32)
-        running = r.running = await self.launcher.start(self._spec(r.name, r.token))
+        r.lives += 1
+        running = r.running = await self.launcher.start(self._spec(r))
         ended = asyncio.ensure_future(running.ended())
         try:
             while not ended.done():
@@ -340,6 +346,9 @@ class Fleet:
             else:
                 r.planned = False
                 r.over.set()
+            return
+        if r.state is State.SILENT:
+            running.kill()  # it would not hear us
             return
         self._become(r, State.DRAINING)
         began = time.monotonic()

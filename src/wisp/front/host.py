@@ -7,7 +7,7 @@ report; each replica enforces the same limits again for itself, so that going ar
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 import msgspec
@@ -17,11 +17,9 @@ from wisp.cloud.sockets import Sender
 from wisp.core.admission import Admission, KeyUsage, Refusal
 from wisp.core.errors import ProtocolError, UnavailableError
 from wisp.core.messages import Cancel, Draft, Hello, Open, Redirect, Refused, Welcome, check_hello
-from wisp.core.placement import Choice, Placement
+from wisp.core.placement import SETTLE_S, Choice, Placement
 from wisp.front.fleet import Fleet, Replica
 from wisp.front.metrics import FrontMetrics
-
-UNSEEN_S = 1.0  # a session placed this long ago is in the reports, if it goes on
 
 
 class _Connection(msgspec.Struct, frozen=True):
@@ -43,7 +41,8 @@ class FrontHost:
         self._metrics = metrics
         self._connections: dict[int, _Connection] = {}
         self._next = 0
-        self._recent: deque[tuple[float, str]] = deque()  # (when, key) of sessions placed
+        self._recent: dict[str, deque[tuple[float, str]]] = {}  # (when, key) of placements, not yet reported
+        self._waiting: set[asyncio.Task[None]] = set()
         self._usage: dict[str, dict[str, KeyUsage]] = {}  # as last reported, by replica
 
     @property
@@ -97,14 +96,33 @@ class FrontHost:
             text = "this is a front, which verifies nothing; open the session again with what is committed"
             c.send(Refused(message.session, "unknown_session", text))
             return
+        if self._has_all(c.key) and not self._placement.knows(message.session):
+            task = asyncio.ensure_future(self._look_twice(c, message))
+            self._waiting.add(task)
+            task.add_done_callback(self._waiting.discard)
+        else:
+            self._open(c, message)
+
+    def _has_all(self, key: str) -> bool:
+        """Has this key as many sessions as it may have, as far as is known?"""
+        limits, usage = self.admission.limits.get(key), self.admission.usage.get(key)
+        return bool(limits and usage and limits.sessions and usage.sessions >= limits.sessions)
+
+    async def _look_twice(self, c: _Connection, open_: Open) -> None:
+        """One of its sessions may have ended this moment: ask the replicas before refusing."""
+        await asyncio.sleep(SETTLE_S)
+        await self.fleet.look()
+        self._open(c, open_)
+
+    def _open(self, c: _Connection, open_: Open) -> None:
         try:
-            choice = self._place(c.key, message)
+            choice = self._place(c.key, open_)
         except Refusal as error:
             self._metrics.refused.labels(error.code).inc()
-            c.send(Refused(message.session, error.code, str(error), error.retry_after, fatal=True))
+            c.send(Refused(open_.session, error.code, str(error), error.retry_after, fatal=True))
             return
         self._metrics.placed(choice)
-        c.send(Redirect(message.session, self.fleet.address(choice.replica)))
+        c.send(Redirect(open_.session, self.fleet.address(choice.replica)))
 
     def _place(self, key: str, open_: Open) -> Choice:
         if self.draining:
@@ -122,7 +140,7 @@ class FrontHost:
             if not known:
                 self.admission.closed(key)
             raise
-        self._recent.append((now, key))
+        self._recent.setdefault(choice.replica, deque()).append((now, key))
         return choice
 
     def _prompt(self, open_: Open) -> list[int]:
@@ -146,8 +164,9 @@ class FrontHost:
         now = asyncio.get_running_loop().time()
         before = self._usage.get(replica.name, {})
         self._usage[replica.name] = report.keys
-        while self._recent and self._recent[0][0] < now - UNSEEN_S:
-            self._recent.popleft()
+        recent = self._recent.get(replica.name, deque())
+        while recent and recent[0][0] < now - SETTLE_S:
+            recent.popleft()
         for key, usage in report.keys.items():
             old = before.get(key, KeyUsage())
             if usage.requests < old.requests:  # it was started again since
@@ -156,8 +175,9 @@ class FrontHost:
             prompt, output = usage.prompt_tokens - old.prompt_tokens, usage.output_tokens - old.output_tokens
             if prompt or output:
                 self.admission.served(now, key, prompt, output)
-        self._usage = {name: keys for name, keys in self._usage.items() if name in self.fleet.replicas}
+        up = {r.name for r in self.fleet.replicas.values() if r.report is not None}
+        self._usage = {name: keys for name, keys in self._usage.items() if name in up}
+        self._recent = {name: placed for name, placed in self._recent.items() if name in up}
+        coming = Counter(key for placed in self._recent.values() for _, key in placed)
         for key, usage in self.admission.usage.items():
-            live = sum(keys[key].sessions for keys in self._usage.values() if key in keys)
-            for _ in range(usage.sessions - live - sum(k == key for _, k in self._recent)):
-                self.admission.closed(key)
+            usage.sessions = coming[key] + sum(k[key].sessions for k in self._usage.values() if key in k)
