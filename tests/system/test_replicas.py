@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -203,6 +204,57 @@ def test_a_drain_moves_sessions_and_a_scale_up_takes_new_ones(fleet: Fleet, laun
     front.process.terminate()
     assert front.process.wait(30) == 0
     assert "Traceback" not in front.process.log()
+
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+
+node = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 << 20}
+cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+other = cluster.add_node(**node)
+print(cluster.address, flush=True)
+sys.stdin.readline()
+cluster.remove_node(other, allow_graceful=False)
+sys.stdin.readline()
+cluster.add_node(**node)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.ray
+def test_a_machine_of_a_cluster_dies_and_another_takes_its_place(fleet: Fleet) -> None:
+    """Two nodes on this machine, which claim a GPU each."""
+    jobs = jobs_of(12)
+    single = fleet.serve()
+    truth = alone(single, jobs)
+    single.terminate()
+    environment = fleet.environment({"RAY_USAGE_STATS_ENABLED": "0"})
+    command = [sys.executable, "-c", CLUSTER]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen(command, **pipes, stderr=subprocess.DEVNULL, env=environment) as cluster:
+        assert cluster.stdin is not None
+        assert cluster.stdout is not None
+        try:
+            address = cluster.stdout.readline().strip()
+            flags = ("--gpus-per-replica", "1")
+            front = Front(fleet, *flags, launcher="ray", env={"RAY_ADDRESS": address})
+            edge = fleet.edge(front.url)
+
+            def meanwhile() -> None:
+                eventually(lambda: sum(front.placed().values()) >= 12, 60)
+                cluster.stdin.write("\n")  # type: ignore[union-attr]
+                eventually(lambda: len(front.up()) == 1, 30)
+
+            assert all_of([edge.url, front.url], jobs, meanwhile) == truth
+            cluster.stdin.write("\n")
+            front.wait_up(2)
+            front.process.terminate()
+            assert front.process.wait(30) == 0
+        finally:
+            cluster.stdin.close()
+            cluster.wait(30)
 
 
 def test_restarting_every_replica_in_turn_disturbs_nobody(fleet: Fleet) -> None:

@@ -16,8 +16,9 @@ import logging
 import secrets
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from enum import Enum
+from typing import Any
 
 import httpx
 import msgspec
@@ -108,6 +109,7 @@ class Fleet:
         self._changed = changed
         self._heard = heard
         self._next = 1
+        self._looking: asyncio.Future[None] | None = None
         self._client = httpx.AsyncClient(timeout=SILENT_S, trust_env=False, verify=tls or True)
 
     # --- what operators do
@@ -204,8 +206,11 @@ class Fleet:
         return [r for r in self.replicas.values() if r.state is State.UP]
 
     async def look(self) -> None:
-        """Hear from every replica now."""
-        await asyncio.gather(*(self._look(r, r.running) for r in self.up() if r.running is not None))
+        """Hear from every replica now. Who asks meanwhile waits for the same answers."""
+        if self._looking is None or self._looking.done():
+            looks = [self._look(r, r.running) for r in self.up() if r.running is not None]
+            self._looking = asyncio.ensure_future(_all(looks))
+        await asyncio.shield(self._looking)
 
     def address(self, name: str) -> str:
         """Where edges find a replica that is up."""
@@ -235,7 +240,7 @@ class Fleet:
                 began = time.monotonic()
                 try:
                     r.was = await self._one_life(r)
-                except WispError as error:
+                except (WispError, OSError) as error:
                     r.was = str(error)
                 planned, r.planned = r.planned, False
                 r.over.set()
@@ -377,6 +382,10 @@ class Fleet:
         log.warning("replica %s did not end in time, and is killed", r.name)
         if r.running is not None:
             r.running.kill()
+
+
+async def _all(looks: list[Coroutine[Any, Any, None]]) -> None:
+    await asyncio.gather(*looks)
 
 
 def _us(r: Replica) -> dict[str, str]:

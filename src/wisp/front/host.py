@@ -115,6 +115,8 @@ class FrontHost:
         self._open(c, open_)
 
     def _open(self, c: _Connection, open_: Open) -> None:
+        if not (self.here or self.draining):
+            return  # this connection is being closed, and its edge will come back
         try:
             choice = self._place(c.key, open_)
         except Refusal as error:
@@ -122,6 +124,8 @@ class FrontHost:
             c.send(Refused(open_.session, error.code, str(error), error.retry_after, fatal=True))
             return
         self._metrics.placed(choice)
+        if c.close is not None:
+            self._metrics.redirects.inc()
         c.send(Redirect(open_.session, self.fleet.address(choice.replica)))
 
     def _place(self, key: str, open_: Open) -> Choice:

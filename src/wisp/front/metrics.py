@@ -24,6 +24,7 @@ class FrontMetrics:
         self.prefix_tokens = Counter(
             "wisp:placement_prefix_tokens", "Prompt tokens placed where they are cached.", registry=r
         )
+        self.redirects = Counter("wisp:redirects", "Edges' sessions among the placements.", registry=r)
         self.refused = Counter("wisp:request_refused", "Sessions refused.", ["code"], registry=r)
         r.register(_Replicas(fleet))
 

@@ -20,6 +20,7 @@ from wisp.front.replica import ReplicaSpec, listen_above, run_replica
 log = logging.getLogger("wisp.front")
 
 WAIT_S = 20.0  # between complaints that there is no room in the cluster
+LINE = 200  # characters of what Ray says
 STORE = 80 << 20  # bytes; nothing goes through Ray's object store
 
 
@@ -165,6 +166,7 @@ async def _result(reference: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Ray's errors carry whole tracebacks; the first and the last line say it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{lines[0]} {lines[-1]}" if len(lines) > 1 else "".join(lines) or type(error).__name__
+    """Ray's errors carry whole tracebacks, whose last line says it; the others their reason in the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = lines[-1] if any(line.startswith("File ") for line in lines) else lines[0]
+    return said if len(said) <= LINE else f"{said[:LINE]}..."
