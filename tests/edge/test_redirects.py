@@ -8,13 +8,14 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import msgspec
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from wisp.api.backend import Generation
 from wisp.core.drafting import Policies
-from wisp.core.errors import ProtocolError, UnavailableError
+from wisp.core.errors import ProtocolError, RequestError, UnavailableError
 from wisp.core.messages import (
     VERSION,
     Cancel,
@@ -43,6 +44,7 @@ class Listener:
     """Something that listens for edges on a port of its own. `said` is all that they said."""
 
     def __init__(self) -> None:
+        self.welcome = WELCOME
         self.said: list[Message] = []
         self.connections = 0
         self.closed = 0
@@ -60,7 +62,7 @@ class Listener:
             hello = decode_from_edge(await peer.recv(decode=False))
             assert isinstance(hello, Hello)
             assert hello.redirects
-            await peer.send(encode(WELCOME))
+            await peer.send(encode(self.welcome))
             async for frame in peer:
                 assert isinstance(frame, bytes)
                 message = decode_from_edge(frame)
@@ -198,6 +200,36 @@ def test_a_front_that_only_sends_astray_is_given_up_in_time(address: str) -> Non
                 await answer(edge)
             assert 0.4 < time.monotonic() - started < 5
         assert 2 <= len(front.opens) < 12  # and it is not stormed meanwhile
+
+    run(scenario())
+
+
+def test_a_request_that_kills_every_verifier_does_not_go_round_for_ever() -> None:
+    async def scenario() -> None:
+        verifiers = [FakeVerifier(0, "hang up") for _ in range(2)]
+        front = FakeFront(lambda open_: verifiers[open_.epoch % 2].address)
+        async with contextlib.AsyncExitStack() as stack:
+            for verifier in verifiers:
+                await stack.enter_async_context(verifier.listening())
+            url = await stack.enter_async_context(front.listening())
+            edge = await stack.enter_async_context(device(url))
+            with pytest.raises(RequestError, match="6 verifiers in a row") as error:
+                await answer(edge)
+            assert (error.value.status, error.value.code) == (502, "verifiers_lost")
+        assert sum(len(v.opens) for v in verifiers) == 6
+
+    run(scenario())
+
+
+def test_a_replica_of_another_model_is_not_let_go_on() -> None:
+    async def scenario() -> None:
+        verifier = FakeVerifier()
+        verifier.welcome = msgspec.structs.replace(WELCOME, model="other")
+        front = FakeFront(lambda _: verifier.address)
+        async with verifier.listening(), front.listening() as url, device(url) as edge:
+            with pytest.raises(RequestError, match="now serves other"):
+                await answer(edge)
+        assert verifier.opens == []
 
     run(scenario())
 

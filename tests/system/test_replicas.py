@@ -389,6 +389,28 @@ class RedirectedPeer(Peer):
         super().__init__(url, key=key, hello=Hello(VERSION, redirects=True))
 
 
+def test_a_chats_turns_are_read_once_though_there_are_three_replicas(fleet: Fleet) -> None:
+    front = Front(fleet, replicas=3)
+    edge = fleet.edge(front.url, draft="none")
+    messages: list[dict[str, str]] = []
+    read = 0
+    for turn in range(6):
+        messages.append({"role": "user", "content": f"Tell me {turn} of Belomi, who lives by the sea."})
+        answer = ask((edge, front)[turn % 2].url, "", messages=messages, max_tokens=24)
+        messages.append({"role": "assistant", "content": answer.text})
+        read += answer.usage["prompt_tokens"]
+        eventually(front.idle)
+    assert sum(front.placed(reason="prefix").values()) == 5
+    assert len([n for n in front.placed().values() if n]) == 1
+    computed = 0.0
+    for replica in front.replicas().values():
+        lines = httpx.get(f"http://127.0.0.1{replica['address']}/metrics", **HTTP).text.splitlines()
+        computed += sum(
+            float(line.split()[1]) for line in lines if line.startswith("wisp:prompt_tokens_total")
+        )
+    assert computed < 0.5 * read
+
+
 def test_limits_of_a_key_hold_for_all_replicas_together(fleet: Fleet) -> None:
     keys = fleet.folder / "keys.toml"
     keys.write_text('[keys.a]\nsecret = "key-a"\nrequests_per_minute = 3\n')

@@ -37,6 +37,7 @@ log = logging.getLogger("wisp.edge")
 ELSEWHERE = frozenset(
     {"shutting_down", "overloaded"}
 )  # refusals of one verifier that say nothing of the others
+MAX_LOSSES = 5  # a request that kills what serves it must not go round the whole fleet for ever
 BOUNCE_S = (0.05, 2.0)  # shortest and longest wait at home, where a redirect could not be followed twice
 
 
@@ -143,6 +144,7 @@ class _Session:
         self.avoid = ""
         self.failures = 0  # redirects that could not be followed, since the last verdict
         self.failing_since = 0.0
+        self.losses = 0  # verifiers lost while they had this session, since the last verdict
         self.came_home = 0.0
 
     async def run(self) -> AsyncIterator[Committed]:
@@ -207,7 +209,7 @@ class _Session:
             return drafter.proposed(now, token, signal, now - started)
         event, arrived = await self._event()
         if isinstance(event, Verdict):
-            self.failures, self.avoid = 0, ""
+            self.failures, self.losses, self.avoid = 0, 0, ""
             try:
                 return drafter.verdict(_now_ms(), event, arrived)
             except ProtocolError as error:
@@ -224,25 +226,21 @@ class _Session:
         if away and not isinstance(event, Welcome):
             self._go_home(drafter)
             return []
+        if isinstance(event, Welcome) and event.model != self.model:
+            message = f"the verifier now serves {event.model}; this answer was begun by {self.model}"
+            raise RequestError(502, message, code="model_changed", type="server_error")
         if away and self.opening is not None:  # redirected: say the same to this one
             self.link.send(self.opening)
             self.opening = None
             return []
         drafter.lost()
-        if not isinstance(event, Welcome):
-            return []
-        if event.model != self.model:
-            message = f"the verifier now serves {event.model}; this answer was begun by {self.model}"
-            raise RequestError(502, message, code="model_changed", type="server_error")
-        return drafter.connected(_now_ms(), event.max_draft)
+        return drafter.connected(_now_ms(), event.max_draft) if isinstance(event, Welcome) else []
 
     async def _event(self) -> tuple[FromLink, float]:
         """The next event and when it came; gives up when there has been no verifier for the stated time."""
         while True:
             link = self.link
-            if (
-                link.welcome is not None or link is not self.home
-            ):  # one that was redirected to fails by itself
+            if link.welcome is not None or link is not self.home:  # one redirected to fails by itself
                 timeout = None
             else:
                 if link.fatal is not None:
@@ -290,6 +288,13 @@ class _Session:
                 raise UnavailableError(f"{message}; is that port open to this device?")
             else:
                 wait = min(BOUNCE_S[0] * 2**self.failures, BOUNCE_S[1]) * random.uniform(0.5, 1.0)
+        else:
+            self.losses += 1
+            if self.losses > MAX_LOSSES:
+                message = (
+                    f"{self.losses} verifiers in a row were lost over this request; it is not tried again"
+                )
+                raise RequestError(502, message, code="verifiers_lost", type="server_error")
         self.opening = None
         self._move(self.home)
         asyncio.get_running_loop().call_later(wait, self._reopen)
