@@ -38,7 +38,7 @@ ELSEWHERE = frozenset(
     {"shutting_down", "overloaded"}
 )  # refusals of one verifier that say nothing of the others
 MAX_LOSSES = 5  # a request that kills what serves it must not go round the whole fleet for ever
-BOUNCE_S = (0.05, 2.0)  # shortest and longest wait at home, where a redirect could not be followed twice
+BOUNCE_S = (0.05, 2.0)  # shortest and longest wait at home, from the second trip in vain
 
 
 class Link(Protocol):
@@ -142,9 +142,8 @@ class _Session:
         self.opening: Open | None = None  # said to a front, and to be said again where it redirects to
         self.address = ""  # of `link`, where a front sent us
         self.avoid = ""
-        self.failures = 0  # redirects that could not be followed, since the last verdict
-        self.failing_since = 0.0
-        self.losses = 0  # verifiers lost while they had this session, since the last verdict
+        self.trips = 0  # back home from where a front sent us, since the last verdict
+        self.astray_since = 0.0
         self.came_home = 0.0
 
     async def run(self) -> AsyncIterator[Committed]:
@@ -209,7 +208,7 @@ class _Session:
             return drafter.proposed(now, token, signal, now - started)
         event, arrived = await self._event()
         if isinstance(event, Verdict):
-            self.failures, self.losses, self.avoid = 0, 0, ""
+            self.trips, self.avoid = 0, ""
             try:
                 return drafter.verdict(_now_ms(), event, arrived)
             except ProtocolError as error:
@@ -273,31 +272,29 @@ class _Session:
     def _go_home(self, drafter: Drafter, *, refused: str = "") -> None:
         """The verifier at the redirected address is gone, full, drained or out of reach: ask the front again."""
         drafter.lost()
+        unheard = bool(refused) or self.opening is not None
         wait, now = 0.0, time.monotonic()
         self.came_home = now
-        if refused or self.opening is not None:  # there it was not wanted, or nobody heard it
-            self.avoid = self.address
-            self.failures += 1
-            if self.failures == 1:
-                self.failing_since = now
-            elif now > self.failing_since + self.home.give_up_s:
-                problem = refused or self.link.problem
-                message = (
-                    f"the front sends sessions to {self.address}, which is of no use from here ({problem})"
-                )
-                raise UnavailableError(f"{message}; is that port open to this device?")
-            else:
-                wait = min(BOUNCE_S[0] * 2**self.failures, BOUNCE_S[1]) * random.uniform(0.5, 1.0)
+        self.trips += 1
+        if self.trips == 1:
+            self.astray_since = now
         else:
-            self.losses += 1
-            if self.losses > MAX_LOSSES:
-                message = (
-                    f"{self.losses} verifiers in a row were lost over this request; it is not tried again"
-                )
-                raise RequestError(502, message, code="verifiers_lost", type="server_error")
+            wait = min(BOUNCE_S[0] * 2**self.trips, BOUNCE_S[1]) * random.uniform(0.5, 1.0)
+            if now > self.astray_since + self.home.give_up_s and (unheard or self.trips > MAX_LOSSES):
+                raise self._went_astray(refused, unheard)
+        if unheard:
+            self.avoid = self.address
         self.opening = None
         self._move(self.home)
         asyncio.get_running_loop().call_later(wait, self._reopen)
+
+    def _went_astray(self, refused: str, unheard: bool) -> RequestError:
+        if unheard:
+            why = refused or self.link.problem
+            message = f"the front sends sessions to {self.address}, which is of no use from here ({why})"
+            return UnavailableError(f"{message}; is that port open to this device?")
+        message = f"{self.trips} verifiers in a row were lost over this request; it is not tried again"
+        return RequestError(502, message, code="verifiers_lost", type="server_error")
 
     def _end(self) -> None:
         if not self.finished:  # left, failed or refused: the verifier need not keep it
