@@ -99,8 +99,7 @@ class Fleet:
         self.launcher = launcher
         self.replicas: dict[str, Replica] = {}
         self.welcome: Welcome | None = None  # of the first that was up
-        self.first_up = asyncio.Event()
-        self.failed: WispError | None = None  # none was ever up, and one could not start
+        self.failed: WispError | None = None  # none could start
         self.stopping = False
         self._ended = asyncio.Event()
         self._spec = spec
@@ -240,13 +239,14 @@ class Fleet:
                 began = time.monotonic()
                 try:
                     r.was = await self._one_life(r)
-                except (WispError, OSError) as error:
-                    r.was = str(error)
+                except Exception as error:  # whatever it is, the others go on, and this one is tried again
+                    r.was = str(error) or repr(error)
+                    log.debug("replica %s", r.name, exc_info=error)
                 planned, r.planned = r.planned, False
                 r.over.set()
                 if not r.wanted:
                     return
-                if self.welcome is None:
+                if self.welcome is None and all(other.was for other in self.replicas.values()):
                     self._fail(r)
                     return
                 if planned:
@@ -299,6 +299,8 @@ class Fleet:
         except (httpx.HTTPError, msgspec.MsgspecError) as error:
             log.debug("replica %s: no report: %r", r.name, error)
             report = None
+        if r.running is not running:
+            return  # it ended meanwhile
         now = time.monotonic()
         if report is None:
             if r.state is State.UP and now > r.heard + SILENT_S:
@@ -307,16 +309,27 @@ class Fleet:
             return
         r.heard, r.report = now, report
         if r.state is State.STARTING:
+            if not self._is_alike(r, report.welcome):
+                running.kill()
+                return
             self._placement.up(r.name, Room(report.slots, report.kv_tokens, report.max_sessions))
-            self.welcome = self.welcome or report.welcome
+            self.welcome = report.welcome
             log.info("replica %s is up at %s", r.name, running.url)
             self._become(r, State.UP)
-            self.first_up.set()
         elif r.state is State.SILENT:
             log.info("replica %s answers again", r.name)
             self._become(r, State.UP)
         self._placement.reported(asyncio.get_running_loop().time(), r.name, report.sessions)
         self._heard(r, report)
+
+    def _is_alike(self, r: Replica, welcome: Welcome) -> bool:
+        """Would the others have written the same? The model's file may have been replaced under way."""
+        ours = self.welcome
+        if ours is None or (ours.model, ours.fingerprint) == (welcome.model, welcome.fingerprint):
+            return True
+        message = "replica %s serves %s (vocabulary %.12s), the others %s (%.12s); it is ended"
+        log.error(message, r.name, welcome.model, welcome.fingerprint, ours.model, ours.fingerprint)
+        return False
 
     def _become(self, r: Replica, state: State) -> None:
         r.state = state
