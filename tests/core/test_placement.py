@@ -87,6 +87,14 @@ def test_what_a_replica_has_no_room_for_is_forgotten_oldest_first() -> None:
     assert p.place(2.0, "later", "key", fresh(0)).reason is Reason.ROOM
 
 
+def test_of_a_long_prompt_the_end_is_forgotten_first() -> None:
+    """What is left of it is of use only with all that is before."""
+    p = fleet("a", room=Room(8, kv_tokens=5 * BLOCK, max_sessions=1000))
+    p.place(0.0, "s1", "key", SYSTEM)  # four blocks
+    p.place(0.0, "s2", "key", fresh(1))  # two
+    assert p.place(0.0, "s3", "key", SYSTEM).shared == 3 * BLOCK
+
+
 def test_a_bigger_replica_gets_more() -> None:
     p = fleet("small")
     p.up("big", Room(slots=24, kv_tokens=1 << 20, max_sessions=1000))

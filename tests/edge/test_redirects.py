@@ -7,6 +7,7 @@ import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from unittest.mock import patch
 
 import msgspec
 import pytest
@@ -52,7 +53,8 @@ class Listener:
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator[str]:
-        async with serve(self._talk, "127.0.0.1", 0, compression=None) as server:
+        port = int(self.address[1:] or 0)  # the same as before, if it listened before
+        async with serve(self._talk, "127.0.0.1", port, compression=None) as server:
             self.address = f":{server.sockets[0].getsockname()[1]}"
             yield f"http://127.0.0.1{self.address}"
 
@@ -253,6 +255,52 @@ def test_a_session_that_is_redirected_does_not_need_the_front() -> None:
                 await front_is_gone.wait()
                 await stack.aclose()
                 assert await answering == TRUTH
+
+    run(scenario())
+
+
+def test_what_the_front_says_after_a_redirect_is_no_longer_listened_to() -> None:
+    class TalkativeFront(FakeFront):
+        async def opened(self, peer: ServerConnection, message: Open) -> None:
+            with patch.object(peer.transport, "write") as write:  # both in one packet
+                await super().opened(peer, message)
+                await peer.send(encode(Refused(message.session, "overloaded", "or not", fatal=True)))
+            peer.transport.write(b"".join(call.args[0] for call in write.call_args_list))
+
+    async def scenario() -> None:
+        verifier = FakeVerifier()
+        front = TalkativeFront(lambda _: verifier.address)
+        async with verifier.listening(), front.listening() as url, device(url) as edge:
+            assert await answer(edge) == TRUTH
+        assert len(front.opens) == 1
+
+    run(scenario())
+
+
+def test_the_wait_for_a_front_begins_when_it_is_needed() -> None:
+    """It was away for longer than anyone waits, and nobody minded."""
+
+    class PatientVerifier(FakeVerifier):
+        async def opened(self, peer: ServerConnection, message: Open) -> None:
+            working.set()
+            await asyncio.sleep(1.0)
+            await super().opened(peer, message)
+
+    working = asyncio.Event()
+
+    async def scenario() -> None:
+        first, second = PatientVerifier(3, "hang up"), FakeVerifier()
+        front = FakeFront(lambda open_: second.address if open_.epoch else first.address)
+        async with first.listening(), second.listening(), contextlib.AsyncExitStack() as stack:
+            url = await stack.enter_async_context(front.listening())
+            async with device(url, give_up_s=0.7) as edge:
+                answering = asyncio.ensure_future(answer(edge))
+                await working.wait()
+                await stack.aclose()
+                while not first.closed:
+                    await asyncio.sleep(0.01)
+                async with front.listening():
+                    assert await answering == TRUTH
 
     run(scenario())
 
