@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test check format lock bench bench-overhead bench-drafting check-lossless clean
+.PHONY: setup demo test test-replicas check format lock bench bench-overhead bench-drafting check-lossless clean
 
 setup: $(VENV)/.ready
 
@@ -19,6 +19,13 @@ demo: setup  ## edge and verifier as two processes, on the real pair; every text
 
 test: setup  ## offline, on the tiny pair
 	$(BIN)/python -m pytest
+
+test-replicas: setup $(VENV)/.ray  ## several verifiers as Ray actors, killed, drained and scaled
+	$(BIN)/python -m pytest -m ray
+
+$(VENV)/.ray: requirements/ray.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/ray.txt
+	@touch $@
 
 check: setup  ## format, lint, types
 	$(BIN)/ruff format --check src tests
@@ -48,6 +55,7 @@ lock: setup
 	$(BIN)/pip install --quiet uv
 	$(LOCK) -o requirements/base.txt
 	$(LOCK) --extra dev --extra lab -o requirements/dev.txt
+	$(LOCK) --extra ray --constraint requirements/dev.txt -o requirements/ray.txt
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

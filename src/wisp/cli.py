@@ -149,6 +149,11 @@ def serve(
     event_log: Annotated[
         Path | None, typer.Option(help="Record every event, for replay. Holds prompts!")
     ] = None,
+    replicas: Annotated[int, typer.Option(help="Verifiers behind this address.", min=1, max=64)] = 1,
+    launcher: Annotated[
+        str | None, typer.Option(help="Where replicas run: local (on the ports above) or ray.")
+    ] = None,
+    gpus_per_replica: Annotated[float, typer.Option(help="GPUs that Ray gives each.", min=0)] = 0.0,
     offline: Offline = False,
     log_level: LogLevel = "info",
     log_json: LogJson = False,
@@ -185,14 +190,28 @@ def serve(
         served_name(target), batching, max_sessions, park_s, drain_s, event_log, start,
         read_slo_classes(slo_classes) if slo_classes else {},
     )  # fmt: skip
-    cloud = CloudApp(
-        settings,
-        keys,
-        lambda: load_target(
-            target, engine=engine, mode=mode, slots=slots, context=context, threads=threads, offline=offline,
-            kv_tokens=kv_tokens, written=written,
-        ),
-    )  # fmt: skip
+    of_engine: dict[str, Any] = {
+        "engine": engine,
+        "mode": mode,
+        "slots": slots,
+        "context": context,
+        "threads": threads,
+        "offline": offline,
+        "kv_tokens": kv_tokens,
+    }
+    if replicas > 1 or launcher is not None:
+        from wisp.front.command import serve_replicas
+        from wisp.front.replica import ReplicaSpec
+
+        if written is not None:
+            raise ConfigError("--traces does not go with replicas: leave out --replicas and --launcher")
+        secret = os.environ.get("WISP_API_KEYS")
+        spec = ReplicaSpec("", target, of_engine, settings, listen, "", api_keys, secret, log_level, log_json)
+        serve_replicas(spec, keys, replicas, launcher or "local", gpus_per_replica)
+        return
+    if gpus_per_replica:
+        raise ConfigError("--gpus-per-replica goes with --launcher ray")
+    cloud = CloudApp(settings, keys, lambda: load_target(target, **of_engine, written=written))
 
     async def run() -> None:
         await run_app(cloud.asgi, listen, cloud.drain, cloud.ended)
@@ -220,6 +239,50 @@ def _emulation(
         raise ConfigError("--acceptance is of what traces say; give --traces too")
     start = profiled(emulated_hardware(target, slots=slots, context=context, kv_tokens=kv_tokens))
     return start, written(traces, output_tokens, acceptance) if traces is not None else None
+
+
+replicas_app = typer.Typer(
+    help="Look at the replicas of a front, drain, restart and scale them.", no_args_is_help=True
+)
+app.add_typer(replicas_app, name="replicas")
+Front = Annotated[str, typer.Option(help="Address of the front; its key is taken from WISP_API_KEY.")]
+Name = Annotated[str, typer.Argument(help="As `wisp replicas list` calls it.")]
+
+
+@replicas_app.command(name="list")
+def list_replicas(server: Front = "http://127.0.0.1:8100", json: Json = False) -> None:
+    """Show them."""
+    from wisp.front.admin import ask, show
+
+    show(ask(server), as_json=json)
+
+
+@replicas_app.command()
+def drain(name: Name, server: Front = "http://127.0.0.1:8100", json: Json = False) -> None:
+    """Move a replica's sessions to the others, and end it."""
+    from wisp.front.admin import ask, show
+
+    show(ask(server, f"/{name}/drain", {}), as_json=json)
+
+
+@replicas_app.command()
+def restart(name: Name, server: Front = "http://127.0.0.1:8100", json: Json = False) -> None:
+    """Move a replica's sessions to the others, and start it afresh: with what is installed now."""
+    from wisp.front.admin import ask, show
+
+    show(ask(server, f"/{name}/restart", {}), as_json=json)
+
+
+@replicas_app.command()
+def scale(
+    count: Annotated[int, typer.Argument(help="How many there shall be.", min=1)],
+    server: Front = "http://127.0.0.1:8100",
+    json: Json = False,
+) -> None:
+    """Start more replicas, or drain the youngest."""
+    from wisp.front.admin import ask, show
+
+    show(ask(server, "/scale", {"replicas": count}), as_json=json)
 
 
 @app.command()

@@ -86,10 +86,15 @@ class Process:
         self.start()
 
     def start(self) -> None:
-        """Start (again, with the same flags)."""
+        """Start (again, with the same flags), in a process group of its own."""
         with self.log_path.open("ab") as log:
             self.popen = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._env
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._env,
+                process_group=0,
             )
 
     @property

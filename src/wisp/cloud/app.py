@@ -28,6 +28,7 @@ from wisp.api.errors import JsonResponse, error_response, exception_handlers, re
 from wisp.api.keys import Keyring
 from wisp.api.observe import RequestRecord
 from wisp.api.routes import openai_routes
+from wisp.cloud.control import control_routes
 from wisp.cloud.host import VerifierHost
 from wisp.cloud.sockets import SessionEndpoint
 from wisp.cloud.thin import ThinBackend
@@ -77,6 +78,7 @@ class CloudApp:
                 *openai_routes(
                     backend, authorize=self._authorize, observer=self, slo_classes=settings.slo_classes
                 ),
+                *(control_routes(self.host, keys, settings.drain_s) if keys.front else []),
             ],
             exception_handlers=exception_handlers(),
             lifespan=self._lifespan,
