@@ -15,8 +15,9 @@ from wisp.core.cost import CostModel, Load
 from wisp.core.session import Session
 
 ROWS_A_TOKEN = 1.25  # drafts and the target's own, per committed token, under pressure
-OVERBOOKING = 1.05  # sessions that wait for their first token ask for nothing yet
+OVERBOOKING = 1.1  # sessions that wait for their first token ask for nothing yet
 TOO_MANY = 0.6  # share of sessions that are behind
+READING = 0.5  # share of the rows until a first token is due that prompts may ask for
 
 
 class Flow:
@@ -34,12 +35,13 @@ class Flow:
 
 def check(sessions: Iterable[Session], newcomer: Session, cost: CostModel, kv_tokens: int, flow: Flow) -> None:
     """Raises Refusal where `newcomer`, which has an SLO, would be late or make others late."""
-    asked = kv = 0.0  # rows per second; tokens
+    asked = kv = unread = 0.0  # rows per second; tokens; prompt tokens of those without a first token
     running = behind = 0
     paces = []
     for s in (*sessions, newcomer):
         tokens = min(s.max_tokens, flow.answer_tokens)
         kv += s.n_prompt + tokens / 2
+        unread += 0 if s.n_committed else s.n_prompt
         if not s.tpot_s:
             continue
         asked += (ROWS_A_TOKEN + s.n_prompt / tokens) / s.tpot_s
@@ -59,6 +61,9 @@ def check(sessions: Iterable[Session], newcomer: Session, cost: CostModel, kv_to
     offered = rows_in(cost, longest_ms) / longest_ms * 1e3
     if asked > OVERBOOKING * offered and len(paces) > 1:
         raise Refusal("overloaded", "this verifier could not keep the pace asked for", wait_s)
+    ttft_s = newcomer.slo.ttft_ms / 1e3 if newcomer.slo else 0.0
+    if ttft_s and running and unread > READING * offered * ttft_s:
+        raise Refusal("overloaded", "too many prompts wait to be read", 1.0)
 
 
 def rows_in(cost: CostModel, step_ms: float) -> float:
