@@ -80,19 +80,37 @@ def _read_config(path: Path) -> dict[str, Any]:
 @app.command()
 def serve(
     target: Model,
-    engine: Annotated[str, typer.Option(help="llama.cpp.")] = "llama.cpp",
+    engine: Annotated[str, typer.Option(help="llama.cpp or vllm (docs/vllm.md).")] = "llama.cpp",
     mode: Annotated[
-        str, typer.Option(help="exact: bit-identical in any batch; fast: quicker, may tie.")
-    ] = "exact",
+        str | None,
+        typer.Option(
+            help="exact: bit-identical in any batch (llama.cpp's default); fast: quicker, may tie (vLLM's only one).",
+            show_default=False,
+        ),
+    ] = None,
     batching: Annotated[str, typer.Option(help="continuous or fcfs.")] = "continuous",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8100,
     api_keys: Annotated[
         Path | None, typer.Option(help="TOML file of API keys; read again when it changes.")
     ] = None,
-    slots: Annotated[int, typer.Option(help="Sequences whose KV is held at once.", min=1, max=256)] = 8,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            help="Sequences whose KV is held at once (default: 8, with vllm 64).",
+            min=1,
+            max=1024,
+            show_default=False,
+        ),
+    ] = None,
     context: Annotated[int, typer.Option(help="Tokens of prompt and output per session.", min=16)] = 2048,
     threads: Threads = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="vllm: accelerators to split the target over.", min=1)
+    ] = 1,
+    gpu_memory: Annotated[
+        float, typer.Option(help="vllm: share of an accelerator's memory to take.", min=0.1, max=1.0)
+    ] = 0.9,
     max_sessions: Annotated[
         int, typer.Option(help="Open sessions before new ones are refused.", min=1)
     ] = 1024,
@@ -112,25 +130,30 @@ def serve(
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
     from wisp.cloud.app import CloudApp, Settings
     from wisp.core.batching import batching_policy
-    from wisp.engines.build import ENGINES, load_target, served_name
-    from wisp.engines.models import RichProgress, resolve
+    from wisp.engines.build import fetch_target, load_target, served_name
+    from wisp.engines.models import RichProgress
 
     set_up_logging(log_level, json_lines=log_json)
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
     listen = Listen(host, port, tls_cert, tls_key)
     listen.check(keyed=bool(keys))
     batching_policy(batching)
-    if engine not in ENGINES:
-        raise ConfigError(f"unknown engine {engine!r}; choose one of: {', '.join(ENGINES)}")
-    if engine != "null":
-        with RichProgress() as progress:
-            resolve(target, offline=offline, progress=progress)
+    with RichProgress() as progress:
+        fetch_target(target, engine=engine, offline=offline, progress=progress)
     settings = Settings(served_name(target), batching, max_sessions, park_s, drain_s, event_log)
     cloud = CloudApp(
         settings,
         keys,
         lambda: load_target(
-            target, engine=engine, mode=mode, slots=slots, context=context, threads=threads, offline=offline
+            target,
+            engine=engine,
+            mode=mode,
+            slots=slots,
+            context=context,
+            threads=threads,
+            tensor_parallel=tensor_parallel,
+            memory=gpu_memory,
+            offline=offline,
         ),
     )
 
@@ -280,7 +303,11 @@ def doctor(offline: Offline = False, json: Json = False) -> None:
 @app.command(name="check-lossless")
 def check_lossless(
     pair: Annotated[str, typer.Option(help="tiny or qwen2.5-coder.")] = "tiny",
-    mode: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
+    engine: Annotated[str, typer.Option(help="llama.cpp, or vllm with the tiny pair.")] = "llama.cpp",
+    mode: Annotated[
+        str | None,
+        typer.Option(help="exact or fast (default: llama.cpp's exact, vLLM's fast).", show_default=False),
+    ] = None,
     cases: Annotated[
         int | None, typer.Option(help="How many cases (default: 320 tiny, 12 otherwise).", min=1)
     ] = None,
@@ -291,7 +318,9 @@ def check_lossless(
     """Hold the speculative path against a slow reference decoder, under interleaving, eviction and resumption."""
     from wisp.lab.lossless import run_check
 
-    raise typer.Exit(run_check(pair, mode=mode, cases=cases, seed=seed, offline=offline, as_json=json))
+    raise typer.Exit(
+        run_check(pair, engine=engine, mode=mode, cases=cases, seed=seed, offline=offline, as_json=json)
+    )
 
 
 @app.command(name="bench-overhead")

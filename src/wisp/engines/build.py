@@ -12,7 +12,8 @@ from wisp.engines.base import DraftEngine, TargetEngine, Tokenizer
 from wisp.engines.models import Progress, resolve
 
 PREDICTOR = Path(__file__).parent / "data" / "predictor.json"
-ENGINES = ("llama.cpp", "null")
+ENGINES = ("llama.cpp", "vllm", "null")
+SLOTS = {"llama.cpp": 8, "vllm": 64}  # where none are asked for
 
 
 def drafting_policies(spec: str, predictor: Path | None = None) -> Policies:
@@ -34,34 +35,70 @@ def served_name(name: str) -> str:
     return Path(name.removeprefix("hf:")).name.removesuffix(".gguf")
 
 
+def fetch_target(
+    name: str, *, engine: str = "llama.cpp", offline: bool = False, progress: Progress | None = None
+) -> Path | None:
+    """What there is to find out and to fetch before a target is loaded: where it is. Raises ConfigError or ModelError."""
+    if engine not in ENGINES:
+        raise ConfigError(f"unknown engine {engine!r}; choose one of: {', '.join(ENGINES)}")
+    if engine == "null":
+        return None
+    if engine == "vllm":
+        from wisp.engines.vllm.models import fetched
+        from wisp.engines.vllm.starting import require
+
+        require()
+        return fetched(name, offline=offline, progress=progress)
+    return resolve(name, offline=offline, progress=progress)
+
+
 def load_target(
     name: str,
     *,
     engine: str = "llama.cpp",
-    mode: str = "exact",
-    slots: int = 8,
+    mode: str | None = None,
+    slots: int | None = None,
     context: int = 2048,
     threads: int | None = None,
+    tensor_parallel: int = 1,
+    memory: float = 0.9,
     offline: bool = False,
     progress: Progress | None = None,
 ) -> tuple[TargetEngine, Tokenizer]:
-    """The target's engine and tokenizer. Raises ConfigError or ModelError."""
-    if engine == "null":
+    """The target's engine and tokenizer. `tensor_parallel` and `memory` are vLLM's. Raises ConfigError or ModelError."""
+    path = fetch_target(name, engine=engine, offline=offline, progress=progress)
+    if path is None:
         from wisp.engines.null import ByteTokenizer, NullTarget
 
-        return NullTarget(slots=max(slots, 256)), ByteTokenizer()
-    if engine != "llama.cpp":
-        raise ConfigError(f"unknown engine {engine!r}; choose one of: {', '.join(ENGINES)}")
-    if mode not in ("exact", "fast"):
+        return NullTarget(slots=max(slots or 0, 256)), ByteTokenizer()
+    slots = slots or SLOTS[engine]
+    if mode not in (None, "exact", "fast"):
         raise ConfigError(f"unknown mode {mode!r}; choose exact or fast")
+    if engine == "vllm":
+        if mode == "exact":
+            raise ConfigError("--engine vllm has no exact mode: its kernels round differently from batch to batch")
+        from wisp.engines.vllm.models import ends, tokenizer_of
+        from wisp.engines.vllm.target import VllmTarget
+
+        tokenizer = tokenizer_of(path)
+        return VllmTarget(
+            str(path),
+            name=served_name(name),
+            eos=ends(path, tokenizer),
+            slots=slots,
+            slot_tokens=context,
+            tensor_parallel=tensor_parallel,
+            threads=threads,
+            memory=memory,
+            offline=offline,
+        ), tokenizer
     from wisp.engines.llama.target import LlamaTarget
     from wisp.engines.llama.tokenizer import LlamaTokenizer
 
-    path = resolve(name, offline=offline, progress=progress)
     target = LlamaTarget(
         path,
         name=served_name(name),
-        mode="exact" if mode == "exact" else "fast",
+        mode="fast" if mode == "fast" else "exact",
         slots=slots,
         slot_tokens=context,
         threads=threads,
