@@ -231,20 +231,28 @@ class VllmTarget:
 
     def _place(self, task: _Task, budget: int, tasks: list[_Task], *, anyone: bool) -> Part | None:
         """The task's next part, with blocks for it; None if it has to wait for another step of vLLM."""
-        slot, scheduler = task.slot, self._started.scheduler
-        if slot.sequence is None:
+        slot = task.slot
+        begun = slot.sequence is None
+        if begun:
             self._begin(task)
         part = self._part(task, budget)
-        if part is None:
-            return None
-        assert slot.sequence is not None
-        scheduler.firm(slot.sequence, task.chain[scheduler.length(slot.sequence) : part.firm])
-        while not scheduler.add(slot.sequence, part):
+        if part is not None and self._added(task, part, tasks, anyone=anyone):
+            return part
+        if begun:  # what the prefix cache was found to have is taken now or may be gone later
+            self._drop_blocks(slot)
+        if anyone:
+            self._fail(task, "the KV cache is too small for this context")
+        return None
+
+    def _added(self, task: _Task, part: Part, tasks: list[_Task], *, anyone: bool) -> bool:
+        """Is the part in the next step of vLLM? Others give up their blocks for it where they must."""
+        sequence, scheduler = task.slot.sequence, self._started.scheduler
+        assert sequence is not None
+        scheduler.firm(sequence, task.chain[scheduler.length(sequence) : part.firm])
+        while not scheduler.add(sequence, part):
             if not self._make_room(task, tasks, anyone=anyone):
-                if anyone:
-                    self._fail(task, "the KV cache is too small for this context")
-                return None
-        return part
+                return False
+        return True
 
     def _part(self, task: _Task, budget: int) -> Part | None:
         """What to feed next: up to the end, or a chunk that leaves all sampled rows for a later one."""
