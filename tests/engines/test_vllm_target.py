@@ -89,9 +89,7 @@ def test_held_slots_are_not_stepped_and_the_order_is_the_batchs(engine: Any, ans
     engine.run([verify(slot, answer[:3]) for slot in range(8)])
     with steps_of(engine) as steps:
         for order in ([5, 2, 7], [0], [7, 6, 5, 4, 3, 2, 1, 0]):
-            work = [
-                Slice(1, slot, 8, answer[3:5], 1, position=4, sampling=SAMPLING) for slot in order
-            ]
+            work = [Slice(1, slot, 8, answer[3:5], 1, position=4, sampling=SAMPLING) for slot in order]
             results = engine.run(work)
             assert [r.tokens for r in results] == [answer[4:6]] * len(order)
     assert [[name.split(".")[0] for name in step] for step in steps] == [
@@ -122,9 +120,7 @@ def test_a_slice_wider_than_a_step_becomes_several(engine: Any, monkeypatch: pyt
     said = reference(long, Sampling(), 6)
     monkeypatch.setattr(engine.started, "step_tokens", 32)
     with steps_of(engine) as steps:
-        results = engine.run(
-            [Slice(1, 0, 0, long + said[:5], 5), Slice(2, 1, 0, PROMPT, sampling=SAMPLING)]
-        )
+        results = engine.run([Slice(1, 0, 0, long + said[:5], 5), Slice(2, 1, 0, PROMPT, sampling=SAMPLING)])
     assert results[0].tokens == said[:6]
     assert results[1].tokens == reference(PROMPT, SAMPLING, 24)[:1]
     assert all(sum(step.values()) <= 32 for step in steps)
@@ -166,7 +162,9 @@ def test_a_follow_up_in_the_same_slot_reuses_what_it_can(engine: Any) -> None:
     assert result.tokens == said[:1]
 
 
-@pytest.mark.parametrize("copy", [Copy(0, 0, 1), Copy(1, 0, 1), Copy(0, 8, 1), Copy(-1, 0, 0), Copy(0, 1, -1)])
+@pytest.mark.parametrize(
+    "copy", [Copy(0, 0, 1), Copy(1, 0, 1), Copy(0, 8, 1), Copy(-1, 0, 0), Copy(0, 1, -1)]
+)
 def test_impossible_copies_are_refused(engine: Any, copy: Copy) -> None:
     engine.run([Slice(1, 0, 0, PROMPT, sample=False)])
     with pytest.raises(EngineError, match="slot"):
@@ -261,5 +259,8 @@ def test_a_closed_engine_says_so(tmp_path_factory: pytest.TempPathFactory) -> No
 
 @pytest.mark.parametrize(("slots", "slot_tokens"), [(0, 100), (1, 31)])
 def test_an_engine_without_room_is_refused(slots: int, slot_tokens: int, tmp_path_factory: Any) -> None:
-    with pytest.raises(EngineError, match="at least one"), engine_of(tmp_path_factory.mktemp("x"), slots=slots, slot_tokens=slot_tokens):
+    with (
+        pytest.raises(EngineError, match="at least one"),
+        engine_of(tmp_path_factory.mktemp("x"), slots=slots, slot_tokens=slot_tokens),
+    ):
         pass

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from wisp.engines.llama.reference import reference_tokens
 
 TINY = Path(wisp.engines.__file__).parent / "data" / "tiny-target.gguf"
 EOS = 511
+GREEDY = Sampling()
 BLOCK_BYTES = 5 * 2 * 2 * 32 * 4 * 32  # layers, K and V, heads, their size, float32, tokens a block
 
 with_vllm = [
@@ -137,6 +138,29 @@ def prompts(n: int, rng: random.Random, longest: int = 90) -> list[list[int]]:
     """`n` prompts; some share their beginning."""
     common = [rng.randrange(256) for _ in range(40)]
     return [
-        (common if rng.random() < 0.5 else []) + [rng.randrange(256) for _ in range(rng.randint(2, longest - 40))]
+        (common if rng.random() < 0.5 else [])
+        + [rng.randrange(256) for _ in range(rng.randint(2, longest - 40))]
         for _ in range(n)
     ]
+
+
+def drive(engine: Any, devices: list[Device], rng: random.Random, mishap: Callable[[Device], None]) -> None:
+    """Random ones of them take part in each step, in random order, until all are done."""
+    while going := [d for d in devices if not d.done]:
+        some = rng.sample(going, rng.randint(1, len(going)))
+        work = [d.next() for d in some]
+        for device, slice_, result in zip(some, work, engine.run(work), strict=True):
+            device.take(slice_, result)
+            mishap(device)
+
+
+def fleet(rng: random.Random, samplings: list[Sampling], n: int = 40) -> list[Device]:
+    return [
+        Device(slot, prompt, samplings[slot % len(samplings)], n, rng)
+        for slot, prompt in enumerate(prompts(8, rng))
+    ]
+
+
+def check_all(devices: list[Device]) -> None:
+    for device in devices:
+        assert device.said[: device.n] == reference(device.prompt, device.sampling, device.n + 8)[: device.n]

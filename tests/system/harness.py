@@ -48,6 +48,7 @@ TARGET = os.environ.get("WISP_TEST_TARGET", "tiny-target")
 DRAFT = os.environ.get("WISP_TEST_DRAFT", "tiny-draft")
 MODEL = served_name(TARGET)
 ENGINE = os.environ.get("WISP_TEST_ENGINE", "llama.cpp")  # `make test-vllm` runs the same tests on vLLM
+MODE = "exact" if ENGINE == "llama.cpp" else "fast"
 
 START_S = 30.0 if ENGINE == "llama.cpp" else 120.0
 T = TypeVar("T")

@@ -38,7 +38,7 @@ def served_name(name: str) -> str:
 def fetch_target(
     name: str, *, engine: str = "llama.cpp", offline: bool = False, progress: Progress | None = None
 ) -> Path | None:
-    """What there is to find out and to fetch before a target is loaded: where it is. Raises ConfigError or ModelError."""
+    """Where the target is, after fetching what is missing. Raises ConfigError or ModelError."""
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine!r}; choose one of: {', '.join(ENGINES)}")
     if engine == "null":
@@ -65,7 +65,10 @@ def load_target(
     offline: bool = False,
     progress: Progress | None = None,
 ) -> tuple[TargetEngine, Tokenizer]:
-    """The target's engine and tokenizer. `tensor_parallel` and `memory` are vLLM's. Raises ConfigError or ModelError."""
+    """The target's engine and tokenizer. Raises ConfigError or ModelError.
+
+    tensor_parallel, memory: of vLLM (see VllmTarget)
+    """
     path = fetch_target(name, engine=engine, offline=offline, progress=progress)
     if path is None:
         from wisp.engines.null import ByteTokenizer, NullTarget
@@ -76,7 +79,9 @@ def load_target(
         raise ConfigError(f"unknown mode {mode!r}; choose exact or fast")
     if engine == "vllm":
         if mode == "exact":
-            raise ConfigError("--engine vllm has no exact mode: its kernels round differently from batch to batch")
+            raise ConfigError(
+                "--engine vllm has no exact mode: its kernels round differently from batch to batch"
+            )
         from wisp.engines.vllm.models import ends, tokenizer_of
         from wisp.engines.vllm.target import VllmTarget
 

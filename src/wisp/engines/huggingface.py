@@ -1,4 +1,4 @@
-"""Tokenizers in Hugging Face's format (`tokenizer.json`), behind our protocol: for models that come without a GGUF file.
+"""Tokenizers in Hugging Face's format (`tokenizer.json`), behind our protocol: for models without a GGUF file.
 
 Ids and bytes are the same as those of a GGUF file of the same model, and so is the fingerprint: real tokens with
 their bytes, added ones (control tokens among them) with their text. Two kinds of vocabulary are known: byte-level
@@ -68,7 +68,9 @@ class HfTokenizer:
         try:
             definition = json.loads((folder / FILE).read_text())
         except (OSError, ValueError) as error:
-            raise ModelError(f"{folder} has no readable {FILE} ({error}); other tokenizers are not known") from None
+            raise ModelError(
+                f"{folder} has no readable {FILE} ({error}); other tokenizers are not known"
+            ) from None
         settings = _read(folder / "tokenizer_config.json")
         about = {
             "format": FORMAT,

@@ -33,7 +33,9 @@ def _draw(logits: torch.Tensor, asked: Sequence[tuple[Sampling, int]]) -> torch.
     size = scores.shape[1]
     if any(0 < s.top_k < size or s.top_p < 1.0 or s.min_p > 0.0 for s, _ in asked):
         counts = column([s.top_k if 0 < s.top_k < size else size for s, _ in asked])
-        scores = _kept(scores, counts, column([s.top_p for s, _ in asked]), column([s.min_p for s, _ in asked]))
+        scores = _kept(
+            scores, counts, column([s.top_p for s, _ in asked]), column([s.min_p for s, _ in asked])
+        )
     keys = torch.tensor([_signed(_key(s.seed, p)) for s, p in asked], dtype=torch.int64, device=logits.device)
     return torch.argmax(scores + _gumbels(keys, size), dim=1)
 

@@ -20,7 +20,6 @@ from wisp.core.errors import ConfigError, ModelError
 from wisp.engines.llama.gguf import header_only
 from wisp.engines.vllm.models import TOKENIZER
 
-
 _FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -59,7 +58,9 @@ def convert(source: Path, folder: Path) -> None:
         import gguf  # type: ignore[import-not-found, unused-ignore]
         from safetensors.numpy import save_file  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
-        raise ConfigError(f"converting a GGUF file needs {error.name}: pip install gguf safetensors") from None
+        raise ConfigError(
+            f"converting a GGUF file needs {error.name}: pip install gguf safetensors"
+        ) from None
     reader = gguf.GGUFReader(source)
 
     def value(key: str, default: Any = None) -> Any:
@@ -76,7 +77,9 @@ def convert(source: Path, folder: Path) -> None:
         data = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         name = _renamed(tensor.name)
         if name is None:
-            raise ModelError(f"{source.name} has a tensor {tensor.name}, which is not known of the family {family}")
+            raise ModelError(
+                f"{source.name} has a tensor {tensor.name}, which is not known of the family {family}"
+            )
         if family == "llama" and tensor.name.endswith((".attn_q.weight", ".attn_k.weight")):
             data = _halves(data, heads if "attn_q" in tensor.name else groups)
         tensors[name] = np.ascontiguousarray(data)

@@ -1,8 +1,8 @@
 """From the name of a target to a folder that vLLM loads, and its tokenizer.
 
-    Qwen/Qwen3-32B       a model of the Hugging Face hub, through its own client
-    ./folder             a model in Hugging Face format
-    name, ./my.gguf      as for llama.cpp: turned into such a folder, in the cache (float32: for trying things out)
+Qwen/Qwen3-32B       a model of the Hugging Face hub, through its own client
+./folder             a model in Hugging Face format
+name, ./my.gguf      as for llama.cpp: turned into such a folder, in the cache (float32: for trying things out)
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def _n_vocab(folder: Path) -> int:
         config = json.loads((folder / "config.json").read_text())
         return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / 'config.json'} does not tell the size of the vocabulary ({error!r})") from None
+        raise ModelError(
+            f"{folder / 'config.json'} does not tell the size of the vocabulary ({error!r})"
+        ) from None
 
 
 def _from_hub(name: str, offline: bool) -> Path:

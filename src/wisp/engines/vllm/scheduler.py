@@ -27,6 +27,8 @@ from wisp.engines.vllm.parts import Chosen, Part
 class StepScheduler(Scheduler):
     """See above. The target sets `hasher` once the engine is there."""
 
+    finished_req_ids: set[str]  # of sequences that the workers may forget
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.hasher: Callable[[Request], list[Any]] | None = None
@@ -121,7 +123,11 @@ class StepScheduler(Scheduler):
         finished, self.finished_req_ids = self.finished_req_ids, set()
         counts = {sequence: len(part.tokens) for sequence, part in parts.items()}
         old = [sequence for sequence in parts if sequence in self._known]
-        new = [self._introduction(sequence, part) for sequence, part in parts.items() if sequence not in self._known]
+        new = [
+            self._introduction(sequence, part)
+            for sequence, part in parts.items()
+            if sequence not in self._known
+        ]
         self._known.update(parts)
         total = sum(counts.values())
         self.rows += total

@@ -97,7 +97,11 @@ class Started:
             "worker_extension_cls": "wisp.engines.vllm.worker.Extension",
         }
         if cpu:
-            settings |= {"enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": kv_bytes or CPU_KV_BYTES}
+            settings |= {
+                "enforce_eager": True,
+                "block_size": 32,
+                "kv_cache_memory_bytes": kv_bytes or CPU_KV_BYTES,
+            }
             if threads:
                 import torch
 
@@ -151,12 +155,15 @@ class Started:
         if not all(devices):
             raise ConfigError(f"vLLM {self.version} runs {model.model} in a way that is not known: {INSTALL}")
         self.device = str(devices[0])
+        log.info("vLLM %s on %s, %d KV tokens", self.version, self.device, self.kv_tokens)
 
 
 def _environment(offline: bool) -> None:
     """Settings that vLLM reads from the environment once, on import. What the operator has set stays."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: workers of their own only for several devices
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+        "0"  # one process: workers of their own only for several devices
+    )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads

@@ -101,7 +101,9 @@ class VllmTarget:
         offline: bool = False,
     ) -> None:
         if slots < 1 or slot_tokens < 32:
-            raise EngineError(f"{slots} slots of {slot_tokens} tokens: an engine needs at least one, of at least 32")
+            raise EngineError(
+                f"{slots} slots of {slot_tokens} tokens: an engine needs at least one, of at least 32"
+            )
         self._thread = ThreadPoolExecutor(1, "vllm")
         self._closed = False
         self._slot_tokens = slot_tokens
@@ -262,7 +264,14 @@ class VllmTarget:
             draft = work.tokens[len(work.tokens) - work.n_draft :]
             tokens = task.chain[start:]
             return Part(
-                start, tokens, draft, work.sample, work.position, work.sampling, work.logprobs, self._observing
+                start,
+                tokens,
+                draft,
+                work.sample,
+                work.position,
+                work.sampling,
+                work.logprobs,
+                self._observing,
             )
         count = min(budget, end - rows - start)
         if count <= 0:
@@ -377,5 +386,4 @@ class VllmTarget:
             kv_tokens=min(started.kv_tokens, len(self._slots) * self._slot_tokens),
             step_tokens=started.step_tokens,
             flip_gap=gap,
-            notes=(f"vLLM {started.version} on {started.device}",),
         )

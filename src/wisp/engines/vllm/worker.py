@@ -112,7 +112,9 @@ def choose(logits: torch.Tensor, parts: Sequence[Part]) -> list[Chosen]:
         first += part.rows
         tokens: list[int] = []
         for i, row in enumerate(here):
-            token = said[row] if said is not None else target_token(rows[row], part.sampling, part.position + i)
+            token = (
+                said[row] if said is not None else target_token(rows[row], part.sampling, part.position + i)
+            )
             tokens.append(token)
             if i >= len(part.draft) or token != part.draft[i]:
                 break
