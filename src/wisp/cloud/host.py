@@ -42,7 +42,9 @@ class VerifierHost:
         batching: str = "continuous",
         park_s: float = 60.0,
         event_log: Path | None = None,
+        died: Callable[[Exception], None] = lambda error: None,
     ) -> None:
+        """`died` is called once the engine will not run again, after its sessions have heard of it."""
         info = engine.info
         self.info = info
         self.model = model
@@ -62,6 +64,7 @@ class VerifierHost:
         self.draining = False
         self._loop = asyncio.get_running_loop()
         self._engine = EngineThread(engine, self._loop, self._step_done)
+        self._died = died
         self._senders: dict[int, Sender] = {}
         self._keys: dict[int, str] = {}
         self._next_connection = 0
@@ -172,6 +175,8 @@ class VerifierHost:
         self.metrics.step(self._step, done)
         self._step = None
         self._feed(done)
+        if self._engine.dead is not None:
+            self._died(self._engine.dead)
 
     def _send(self, connection: int, message: Verdict | Refused) -> None:
         sender = self._senders.get(connection)

@@ -27,6 +27,10 @@ class Part(NamedTuple):
     logprobs: int | None = None
     observed: bool = False
 
+    def __repr__(self) -> str:
+        """Without the tokens: vLLM logs a step that failed, and logs hold no prompts."""
+        return f"Part(start={self.start}, tokens={len(self.tokens)}, draft={len(self.draft)}, sample={self.sample})"
+
     @property
     def rows(self) -> int:
         """How many of the last rows need logits."""

@@ -70,6 +70,7 @@ class Started:
         offline: bool = False,
     ) -> None:
         self.version = require()
+        self.dead = False
         _environment(offline)
         try:
             from vllm.engine.arg_utils import EngineArgs
@@ -144,6 +145,10 @@ class Started:
         """End the workers and free the model."""
         self.core.shutdown()
 
+    def _died(self) -> None:
+        """A worker process is gone."""
+        self.dead = True
+
     def _check(self) -> None:
         model = self.core.vllm_config.model_config
         if self.scheduler.has_mamba_layers:
@@ -151,6 +156,7 @@ class Started:
         if model.is_encoder_decoder or model.uses_mrope or model.runner_type != "generate":
             raise ModelError(f"{model.model} is not a plain decoder of text, and nothing else is verified")
         self.scheduler.hasher = self.core.request_block_hasher
+        self.core.model_executor.register_failure_callback(self._died)
         devices = self.core.collective_rpc("wisp_install")
         if not all(devices):
             raise ConfigError(f"vLLM {self.version} runs {model.model} in a way that is not known: {INSTALL}")
@@ -166,6 +172,7 @@ def _environment(offline: bool) -> None:
     )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from wisp.core.errors import EngineError
+from wisp.core.errors import EngineDeadError, EngineError
 from wisp.core.work import Copy, Slice, SliceResult
 from wisp.engines.base import EngineInfo
 from wisp.engines.vllm import selftest
@@ -192,6 +192,7 @@ class VllmTarget:
         slots = [work.slot for work in batch]
         if len(set(slots)) != len(slots):
             raise EngineError("two slices of one batch use the same slot")
+        self._require_life()
         return self._call(lambda: self._steps(batch))
 
     def _call(self, function: Callable[[], T]) -> T:
@@ -208,9 +209,14 @@ class VllmTarget:
         except EngineError:
             raise
         except Exception as error:
+            self._require_life()
             self._clear()
             raise EngineError(f"vLLM failed: {str(error).strip() or repr(error)}") from error
         return tasks
+
+    def _require_life(self) -> None:
+        if self._started.dead:
+            raise EngineDeadError("a worker process of vLLM has died; start the verifier again")
 
     def _step(self, tasks: list[_Task]) -> None:
         """One step of vLLM with as much of the unfinished tasks as fits."""
