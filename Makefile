@@ -36,7 +36,7 @@ test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, then wh
 	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest tests/system
 
 bench-vllm: $(VLLM)/.ready  ## what our scheduling costs beside vLLM's own
-	$(WITH_VLLM) -m wisp.lab.vllm_overhead --out docs/results/vllm-overhead.json
+	$(WITH_VLLM) -m wisp.cli bench-vllm --out docs/results/vllm-overhead.json
 
 check: setup  ## format, lint, types
 	$(BIN)/ruff format --check src tests

@@ -335,6 +335,19 @@ def bench_overhead(
     raise typer.Exit(run_bench(sessions=sessions, seconds=seconds, as_json=json))
 
 
+@app.command(name="bench-vllm")
+def bench_vllm(
+    target: Annotated[str, typer.Option(help="As for `wisp serve --engine vllm`.")] = "tiny-target",
+    out: Annotated[Path | None, typer.Option(help="Write the figures into this JSON file.")] = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """What it costs that WISP decides the steps of vLLM: decode steps beside vLLM's own, in turn."""
+    from wisp.lab.vllm_overhead import run_bench
+
+    run_bench(target, out, as_json=json, offline=offline)
+
+
 @app.command(name="bench-ahead")
 def bench_ahead(
     out: Annotated[Path | None, typer.Option(help="Write a page and its data into this folder.")] = None,

@@ -71,44 +71,22 @@ class Started:
     ) -> None:
         self.version = require()
         self.dead = False
-        _environment(offline)
-        try:
-            from vllm.engine.arg_utils import EngineArgs
-            from vllm.platforms import current_platform
-            from vllm.v1.engine.core import EngineCore
-            from vllm.v1.executor.abstract import Executor
-        except ImportError as error:
-            raise ConfigError(f"vLLM {self.version} cannot be loaded ({error}): {INSTALL}") from None
-        cpu = current_platform.is_cpu()
-        self.step_tokens = max(CPU_STEP if cpu else ACCELERATOR_STEP, slots)
-        settings: dict[str, Any] = {
-            "model": model,
-            "skip_tokenizer_init": True,
-            "max_num_seqs": slots,
-            "max_model_len": slot_tokens,
-            "max_num_batched_tokens": self.step_tokens,
-            "tensor_parallel_size": tensor_parallel,
-            "distributed_executor_backend": "uni" if tensor_parallel == 1 else "mp",
-            "gpu_memory_utilization": memory,
-            "dtype": "float32" if cpu and dtype == "auto" else dtype,
-            "enable_prefix_caching": True,
-            "async_scheduling": False,
-            "generation_config": "vllm",
-            "scheduler_cls": "wisp.engines.vllm.scheduler.StepScheduler",
-            "worker_extension_cls": "wisp.engines.vllm.worker.Extension",
-        }
-        if cpu:
-            settings |= {
-                "enforce_eager": True,
-                "block_size": 32,
-                "kv_cache_memory_bytes": kv_bytes or CPU_KV_BYTES,
-            }
-            if threads:
-                import torch
+        settings = settings_for(
+            model,
+            slots=slots,
+            slot_tokens=slot_tokens,
+            tensor_parallel=tensor_parallel,
+            threads=threads,
+            memory=memory,
+            kv_bytes=kv_bytes,
+            dtype=dtype,
+            offline=offline,
+        )
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.core import EngineCore
+        from vllm.v1.executor.abstract import Executor
 
-                torch.set_num_threads(threads)
-        elif kv_bytes:
-            settings["kv_cache_memory_bytes"] = kv_bytes
+        self.step_tokens: int = settings["max_num_batched_tokens"]
         try:
             config = EngineArgs(**settings).create_engine_config()
             self.core: Any = EngineCore(config, Executor.get_class(config), log_stats=False)
@@ -162,6 +140,56 @@ class Started:
             raise ConfigError(f"vLLM {self.version} runs {model.model} in a way that is not known: {INSTALL}")
         self.device = str(devices[0])
         log.info("vLLM %s on %s, %d KV tokens", self.version, self.device, self.kv_tokens)
+
+
+def settings_for(
+    model: str,
+    *,
+    slots: int,
+    slot_tokens: int,
+    tensor_parallel: int = 1,
+    threads: int | None = None,
+    memory: float = 0.9,
+    kv_bytes: int | None = None,
+    dtype: str = "auto",
+    offline: bool = False,
+) -> dict[str, Any]:
+    """What vLLM is started with (see VllmTarget for the arguments). Loads vLLM. Raises ConfigError."""
+    _environment(offline)
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise ConfigError(f"vLLM cannot be loaded ({error}): {INSTALL}") from None
+    cpu = current_platform.is_cpu()
+    settings: dict[str, Any] = {
+        "model": model,
+        "skip_tokenizer_init": True,
+        "max_num_seqs": slots,
+        "max_model_len": slot_tokens,
+        "max_num_batched_tokens": max(CPU_STEP if cpu else ACCELERATOR_STEP, slots),
+        "tensor_parallel_size": tensor_parallel,
+        "distributed_executor_backend": "uni" if tensor_parallel == 1 else "mp",
+        "gpu_memory_utilization": memory,
+        "dtype": "float32" if cpu and dtype == "auto" else dtype,
+        "enable_prefix_caching": True,
+        "async_scheduling": False,
+        "generation_config": "vllm",
+        "scheduler_cls": "wisp.engines.vllm.scheduler.StepScheduler",
+        "worker_extension_cls": "wisp.engines.vllm.worker.Extension",
+    }
+    if cpu:
+        settings |= {
+            "enforce_eager": True,
+            "block_size": 32,
+            "kv_cache_memory_bytes": kv_bytes or CPU_KV_BYTES,
+        }
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+    elif kv_bytes:
+        settings["kv_cache_memory_bytes"] = kv_bytes
+    return settings
 
 
 def _environment(offline: bool) -> None:

@@ -48,7 +48,7 @@ class _Slot:
 
 @dataclass
 class _Task:
-    """A slice on its way through a step. `chain`: all that the slot holds once the slice is fed, drafts included."""
+    """A slice on its way through a step. `chain`: the slot's own tokens, with the slice's behind them meanwhile."""
 
     work: Slice
     slot: _Slot
@@ -313,11 +313,11 @@ class VllmTarget:
         if slot.computed < len(task.chain):
             return
         task.chosen, task.done = chosen, True
-        self._cut(slot, len(task.chain) - task.work.n_draft + task.accepted, task.chain)
+        self._cut(slot, len(task.chain) - task.work.n_draft + task.accepted)
 
-    def _cut(self, slot: _Slot, tokens: int, chain: list[int]) -> None:
-        """The slot holds the first `tokens` of `chain`, of which not all need be computed."""
-        slot.tokens = chain[:tokens]
+    def _cut(self, slot: _Slot, tokens: int) -> None:
+        """The slot holds its first `tokens` tokens, of which not all need be computed."""
+        del slot.tokens[tokens:]
         slot.computed = min(slot.computed, tokens)
         if slot.sequence is None:
             return
@@ -340,8 +340,9 @@ class VllmTarget:
         if work.start == 0:
             self._drop_blocks(slot)
             slot.salt = str(work.session)
-        self._cut(slot, work.start, slot.tokens)
-        return _Task(work, slot, slot.tokens + work.tokens)
+        self._cut(slot, work.start)
+        slot.tokens += work.tokens
+        return _Task(work, slot, slot.tokens)
 
     def _problem(self, work: Slice) -> str:
         """What is wrong with a slice, in words, or ""."""

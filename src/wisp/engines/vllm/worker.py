@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -68,14 +69,8 @@ class _Hooks:
         prepared = self._prepare(scheduler_output, counts)
         if not self.parts:  # a dummy run
             return prepared
-        ends = np.cumsum(counts)
-        wanted = [
-            np.arange(end - part.rows, end)
-            for end, part in zip(ends, self._in_order(), strict=True)
-            if part.rows
-        ]
-        rows = np.concatenate(wanted) if wanted else ends[-1:] - 1  # of no use, but models like to have one
-        return torch.from_numpy(rows.astype(np.int64)).to(self.runner.device, non_blocking=True), None, 1
+        rows = sampled_rows(counts, [part.rows for part in self._in_order()])
+        return torch.from_numpy(rows).to(self.runner.device, non_blocking=True), None, 1
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -96,11 +91,25 @@ class _Hooks:
         return (self.parts[name] for name in self.runner.input_batch.req_ids)
 
 
+def sampled_rows(counts: Any, wanted: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Indices of the last `wanted` rows of each of the sequences, which have `counts` rows each.
+
+    If none is wanted the very last one, which is of no use, but models like to have one.
+    """
+    ends, per = np.cumsum(counts, dtype=np.int64), np.asarray(wanted, np.int64)
+    total = int(per.sum())
+    if total == 0:
+        return ends[-1:] - 1
+    return np.arange(total) + np.repeat(ends - np.cumsum(per), per)
+
+
 def choose(logits: torch.Tensor, parts: Sequence[Part]) -> list[Chosen]:
     """The target's tokens along each part; `logits` [rows of all parts in order, vocabulary]."""
     if logits.device.type == "cpu":
         rows = logits.float().numpy()
         said: list[int] | None = None
+        if all(part.sampling.temperature <= 0.0 for part in parts if part.rows):
+            said = rows.argmax(axis=1).tolist()  # of equal ones the first
     else:
         asked = [(part.sampling, part.position + i) for part in parts for i in range(part.rows)]
         said = target_tokens(logits[: len(asked)], asked)

