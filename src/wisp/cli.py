@@ -281,6 +281,7 @@ def pull(
 @app.command()
 def demo(
     pair: Annotated[str, typer.Option(help="qwen2.5-coder or tiny.")] = "qwen2.5-coder",
+    engine: Annotated[str, typer.Option(help="The verifier's: llama.cpp or vllm.")] = "llama.cpp",
     drafting: Drafting = "fixed:4",
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer.", min=2)] = 48,
     offline: Offline = False,
@@ -289,7 +290,9 @@ def demo(
     """Start a verifier and an edge, and show that speculative text is the target's own, token for token."""
     from wisp.lab.demo import run_demo
 
-    raise typer.Exit(run_demo(pair, drafting=drafting, max_tokens=max_tokens, offline=offline, as_json=json))
+    raise typer.Exit(
+        run_demo(pair, engine=engine, drafting=drafting, max_tokens=max_tokens, offline=offline, as_json=json)
+    )
 
 
 @app.command()
