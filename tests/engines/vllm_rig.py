@@ -83,7 +83,17 @@ def steps_of(engine: Any) -> Iterator[list[dict[str, int]]]:
 class Device:
     """An edge without a network: it drafts well, badly or not at all, and checks nothing."""
 
-    def __init__(self, slot: int, prompt: list[int], sampling: Sampling, n: int, rng: random.Random) -> None:
+    def __init__(
+        self,
+        slot: int,
+        prompt: list[int],
+        sampling: Sampling,
+        n: int,
+        rng: random.Random,
+        ahead: list[int] | None = None,
+    ) -> None:
+        """`ahead`: what it will be told, where that is not the reference's."""
+        self._ahead = ahead
         self.slot, self.prompt, self.sampling, self.n, self.rng = slot, prompt, sampling, n, rng
         self.said: list[int] = []
         self.held = 0
@@ -111,7 +121,8 @@ class Device:
         )
 
     def _draft(self) -> list[int]:
-        ahead = reference(self.prompt, self.sampling, self.n + 8)[len(self.said) :][: self.rng.randint(0, 6)]
+        whole = self._ahead or reference(self.prompt, self.sampling, self.n + 8)
+        ahead = whole[len(self.said) :][: self.rng.randint(0, 6)]
         kind = self.rng.choice(("right", "wrong", "garbage", "stale", "empty"))
         if kind == "wrong" and ahead:
             at = self.rng.randrange(len(ahead))

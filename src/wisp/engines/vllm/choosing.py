@@ -12,7 +12,7 @@ import torch
 
 from wisp.core.sampling import _GOLDEN, _MASK, Sampling, _key
 
-ROWS = 32  # at a time: 8 bytes * vocabulary * a dozen temporaries each
+ROWS = 16  # at a time: 8 bytes * vocabulary * a dozen temporaries each
 
 
 def target_tokens(logits: torch.Tensor, asked: Sequence[tuple[Sampling, int]]) -> list[int]:

@@ -131,6 +131,11 @@ class Started:
         model = self.core.vllm_config.model_config
         if self.scheduler.has_mamba_layers:
             raise ModelError(f"{model.model} has recurrent layers: rejected drafts cannot be rolled back")
+        scheduler = self.scheduler
+        if scheduler.hash_block_size != scheduler.block_size or scheduler.prefix_replay_tokens:
+            raise ModelError(
+                f"{model.model} has layers with KV blocks of several kinds, which is not known here"
+            )
         if model.is_encoder_decoder or model.uses_mrope or model.runner_type != "generate":
             raise ModelError(f"{model.model} is not a plain decoder of text, and nothing else is verified")
         self.scheduler.hasher = self.core.request_block_hasher
