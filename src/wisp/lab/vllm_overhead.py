@@ -2,7 +2,8 @@
 
 Two processes hold the same model with the same settings: vLLM's engine core as it comes, and the same core under our
 verifier, scheduler and sampling. Nobody drafts; every session decodes one token a step. They take turns, round by
-round, because machines are noisy; medians and tenths over all steps of all rounds are reported.
+round, because machines are noisy; medians over all steps of all rounds are reported, of the time on the wall and
+of the CPU's, which neighbours on the machine disturb less.
 
     stock     one step of vLLM's engine core
     engine    one `VllmTarget.run`
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import platform
@@ -25,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import msgspec
 from rich.console import Console
@@ -38,24 +40,23 @@ SESSIONS = (8, 64, 256)
 PROMPT, STEPS, ROUNDS = 8, 100, 6
 CONTEXT = 256
 TOKENS = CONTEXT - PROMPT  # nobody ends before the last step that is timed
+T = TypeVar("T")
+Times = tuple[float, float]  # milliseconds of one step: on the wall, of the CPU
 _MARK = "result: "  # what a child says for us; vLLM writes on standard output, too
 
 
 class Row(msgspec.Struct):
-    """Milliseconds a step: medians, and the fastest tenth, which neighbours on the machine disturb less.
-
-    `added`: engine - stock, of the fastest tenth.
-    """
+    """Milliseconds a step, medians. `added`: verifier - stock, of the CPU's time."""
 
     sessions: int
     stock_ms: float
     engine_ms: float
     verifier_ms: float
-    stock_p10_ms: float
-    engine_p10_ms: float
-    verifier_p10_ms: float
-    added_ms: float
-    added_us_per_session: float
+    stock_cpu_ms: float
+    engine_cpu_ms: float
+    verifier_cpu_ms: float
+    added_cpu_ms: float
+    added_cpu_us_per_session: float
 
 
 class Result(msgspec.Struct):
@@ -102,37 +103,38 @@ def run_bench(target: str, out: Path | None, *, as_json: bool, offline: bool) ->
 
 
 def _compare(folder: Path, sessions: int) -> Row:
-    times: dict[str, list[float]] = {"stock": [], "engine": [], "verifier": []}
+    times: dict[str, list[Times]] = {"stock": [], "engine": [], "verifier": []}
     with _Child("stock", folder, sessions) as stock, _Child("wisp", folder, sessions) as ours:
         for child in (stock, ours):
             child.round()  # to warm up
         for _ in range(ROUNDS):
-            times["stock"] += stock.round()["stock"]
-            for name, values in ours.round().items():
-                times[name] += values
-    return _row(sessions, times["stock"], times["engine"], times["verifier"])
-
-
-def _row(sessions: int, stock: list[float], engine: list[float], verifier: list[float]) -> Row:
-    def tenth(values: list[float]) -> float:
-        return round(statistics.quantiles(values, n=10)[0], 3)
-
-    added = tenth(engine) - tenth(stock)
+            for child in (stock, ours):
+                for name, values in child.round().items():
+                    times[name] += values
+    (stock_ms, stock_cpu), (engine_ms, engine_cpu), (verifier_ms, verifier_cpu) = map(
+        _medians, times.values()
+    )
+    added = verifier_cpu - stock_cpu
     return Row(
         sessions,
-        stock_ms=round(statistics.median(stock), 3),
-        engine_ms=round(statistics.median(engine), 3),
-        verifier_ms=round(statistics.median(verifier), 3),
-        stock_p10_ms=tenth(stock),
-        engine_p10_ms=tenth(engine),
-        verifier_p10_ms=tenth(verifier),
-        added_ms=round(added, 3),
-        added_us_per_session=round(added * 1e3 / sessions, 1),
+        stock_ms,
+        engine_ms,
+        verifier_ms,
+        stock_cpu,
+        engine_cpu,
+        verifier_cpu,
+        added_cpu_ms=round(added, 3),
+        added_cpu_us_per_session=round(added * 1e3 / sessions, 1),
     )
 
 
+def _medians(times: list[Times]) -> tuple[float, float]:
+    wall, cpu = zip(*times, strict=True)
+    return round(statistics.median(wall), 3), round(statistics.median(cpu), 3)
+
+
 def _show(result: Result) -> None:
-    table = Table("sessions", "stock ms", "engine ms", "verifier ms", "p10: stock", "engine", "verifier")
+    table = Table("sessions", "stock ms", "engine ms", "verifier ms", "CPU: stock", "engine", "verifier")
     for row in result.rows:
         table.add_row(*(str(value) for value in msgspec.structs.astuple(row)[:7]))
     Console().print(table)
@@ -160,13 +162,13 @@ class _Child:
             self._pipe(self._process.stdin).close()
         self._process.wait()
 
-    def round(self) -> dict[str, list[float]]:
+    def round(self) -> dict[str, list[Times]]:
         """One more round: milliseconds of each step, by what was measured."""
         self._pipe(self._process.stdin).write("go\n")
         self._pipe(self._process.stdin).flush()
         for line in self._pipe(self._process.stdout):
             if line.startswith(_MARK):
-                found: dict[str, list[float]] = json.loads(line.removeprefix(_MARK))
+                found: dict[str, list[Times]] = json.loads(line.removeprefix(_MARK))
                 return found
         raise WispError(f"a process of the benchmark ended with {self._process.wait()}; its errors are above")
 
@@ -183,7 +185,7 @@ def _prompt(session: int, turn: int) -> list[int]:
     return [(session * 31 + turn * 17 + i * 7) % 256 for i in range(PROMPT)]
 
 
-def _stock(folder: Path, sessions: int) -> Iterator[dict[str, list[float]]]:
+def _stock(folder: Path, sessions: int) -> Iterator[dict[str, list[Times]]]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.core import EngineCore
@@ -207,13 +209,13 @@ def _stock(folder: Path, sessions: int) -> Iterator[dict[str, list[float]]]:
             )
         while any(r.num_output_tokens < 2 for r in core.scheduler.requests.values()):
             core.step()
-        times = [_timed(core.step) for _ in range(STEPS)]
+        times = [_timed(core.step)[1] for _ in range(STEPS)]
         core.abort_requests(names)
         core.step()
         yield {"stock": times}
 
 
-def _ours(folder: Path, sessions: int) -> Iterator[dict[str, list[float]]]:
+def _ours(folder: Path, sessions: int) -> Iterator[dict[str, list[Times]]]:
     from wisp.core.admission import Admission
     from wisp.core.batching import batching_policy
     from wisp.core.events import FromEdge, Limits, Run, StepDone, Tick
@@ -226,7 +228,7 @@ def _ours(folder: Path, sessions: int) -> Iterator[dict[str, list[float]]]:
     limits = Limits(info.n_vocab, info.eos, info.slots, info.slot_tokens, info.kv_tokens, info.step_tokens)
     verifier = Verifier(limits, batching_policy("continuous"), Admission(sessions + 1))
     now, turn = 0.0, 0
-    inner: list[float] = []
+    inner: list[Times] = []
 
     def step() -> None:
         nonlocal now
@@ -235,10 +237,9 @@ def _ours(folder: Path, sessions: int) -> Iterator[dict[str, list[float]]]:
             if isinstance(action, Run):
                 for copy in action.copies:
                     engine.copy(copy)
-                begun = time.perf_counter()
-                results = engine.run(action.slices)
-                inner.append((time.perf_counter() - begun) * 1e3)
-                verifier.handle(now, StepDone(results, inner[-1]))
+                results, took = _timed(functools.partial(engine.run, action.slices))
+                inner.append(took)
+                verifier.handle(now, StepDone(results, took[0]))
 
     while True:
         turn += 1
@@ -249,17 +250,17 @@ def _ours(folder: Path, sessions: int) -> Iterator[dict[str, list[float]]]:
         while any(s.n_committed < 2 for s in verifier.sessions.values()):
             step()
         inner.clear()
-        times = [_timed(step) for _ in range(STEPS)]
+        times = [_timed(step)[1] for _ in range(STEPS)]
         measured = list(inner)
         for name in names:
             verifier.handle(now, FromEdge(1, "", Cancel(name)))
         yield {"engine": measured, "verifier": times}
 
 
-def _timed(step: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
-    step()
-    return (time.perf_counter() - begun) * 1e3
+def _timed(step: Callable[[], T]) -> tuple[T, Times]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = step()
+    return result, ((time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3)
 
 
 def _main(side: str, folder: str, sessions: str) -> None:
