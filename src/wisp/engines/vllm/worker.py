@@ -85,6 +85,9 @@ class _Hooks:
         # Where only one rank is given the logits, the others' answers are not read.
         chosen = choose(state.logits, list(self._in_order())) if state.logits is not None else []
         output.wisp_chosen = dict(zip(names, chosen, strict=False))
+        # A step that chose nothing has not waited for the device, whose copies of its inputs may not be made yet;
+        # the next step writes into the same memory.
+        runner._sync_device()
         return output
 
     def _in_order(self) -> Iterator[Part]:
