@@ -175,8 +175,9 @@ class VerifierHost:
         self.metrics.step(self._step, done)
         self._step = None
         self._feed(done)
-        if self._engine.dead is not None:
-            self._died(self._engine.dead)
+        dead, self._engine.dead = self._engine.dead, None
+        if dead is not None:
+            self._died(dead)
 
     def _send(self, connection: int, message: Verdict | Refused) -> None:
         sender = self._senders.get(connection)
