@@ -59,3 +59,35 @@ def test_logits_in_half_precision_are_widened_first() -> None:
     assert target_tokens(rows, asked) == [
         target_token(row.float().numpy(), *how) for row, how in zip(rows, asked, strict=True)
     ]
+
+
+def test_a_device_accepts_and_reports_what_the_cpu_does() -> None:
+    import torch
+
+    from wisp.engines.vllm.parts import Part
+    from wisp.engines.vllm.worker import choose, sampled_rows
+
+    rng = np.random.default_rng(5)
+    rows = torch.from_numpy((2.0 * rng.standard_normal((60, 40))).astype(np.float32))
+    parts, first = [], 0
+    while first < 50:
+        n, sampling, position = (
+            int(rng.integers(0, 6)),
+            SAMPLINGS[first % len(SAMPLINGS)],
+            int(rng.integers(0, 9)),
+        )
+        right = [target_token(rows[first + i].numpy(), sampling, position + i) for i in range(n)]
+        draft = [t if rng.random() < 0.8 else (t + 1) % 40 for t in right]
+        parts.append(Part(3, [7, *draft], draft, True, position, sampling, [None, 0, 3][n % 3], n == 4))
+        parts.append(Part(0, [1, 2], [], False, 0, sampling))  # prefill: no rows
+        first += n + 1
+    one, other = (choose(rows, parts, here=here) for here in (True, False))
+    for part, a, b in zip(parts, one, other, strict=True):
+        assert (a.tokens, a.logprobs) == (b.tokens, b.logprobs)
+        assert (a.logits is not None) == (b.logits is not None) == part.observed
+        assert a.logits is None or np.array_equal(a.logits, b.logits)
+        assert a.tokens[:-1] == part.draft[: max(0, len(a.tokens) - 1)]
+        assert bool(a.tokens) == part.sample
+    assert {len(c.tokens) for c in one} >= {0, 1, 2, 3}
+    assert sampled_rows([3, 2, 4], [2, 0, 1]).tolist() == [1, 2, 8]
+    assert sampled_rows([3, 2], [0, 0]).tolist() == [4]

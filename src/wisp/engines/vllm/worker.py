@@ -83,7 +83,10 @@ class _Hooks:
         names = list(runner.input_batch.req_ids)
         output = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)})
         # Where only one rank is given the logits, the others' answers are not read.
-        chosen = choose(state.logits, list(self._in_order())) if state.logits is not None else []
+        chosen: list[Chosen] = []
+        if state.logits is not None:
+            here = state.logits.device.type == "cpu"
+            chosen = choose(state.logits, list(self._in_order()), here=here)
         output.wisp_chosen = dict(zip(names, chosen, strict=False))
         # A step that chose nothing has not waited for the device, whose copies of its inputs may not be made yet;
         # the next step writes into the same memory.
@@ -106,9 +109,12 @@ def sampled_rows(counts: Any, wanted: Sequence[int]) -> npt.NDArray[np.int64]:
     return np.arange(total) + np.repeat(ends - np.cumsum(per), per)
 
 
-def choose(logits: torch.Tensor, parts: Sequence[Part]) -> list[Chosen]:
-    """The target's tokens along each part; `logits` [rows of all parts in order, vocabulary]."""
-    if logits.device.type == "cpu":
+def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> list[Chosen]:
+    """The target's tokens along each part; `logits` [rows of all parts in order, vocabulary].
+
+    here: by the rule itself, on the CPU; otherwise by its counterpart for devices, all rows at once
+    """
+    if here:
         rows = logits.float().numpy()
         said: list[int] | None = None
         if all(part.sampling.temperature <= 0.0 for part in parts if part.rows):
@@ -120,10 +126,10 @@ def choose(logits: torch.Tensor, parts: Sequence[Part]) -> list[Chosen]:
     chosen: list[Chosen] = []
     first = 0
     for part in parts:
-        here = range(first, first + part.rows)
+        span = range(first, first + part.rows)
         first += part.rows
         tokens: list[int] = []
-        for i, row in enumerate(here):
+        for i, row in enumerate(span):
             token = (
                 said[row] if said is not None else target_token(rows[row], part.sampling, part.position + i)
             )
@@ -132,7 +138,7 @@ def choose(logits: torch.Tensor, parts: Sequence[Part]) -> list[Chosen]:
                 break
         reported: FloatArray | None = None
         if part.observed or part.logprobs is not None:
-            some = here if part.observed else here[: len(tokens)]
+            some = span if part.observed else span[: len(tokens)]
             reported = logits[some.start : some.stop].float().cpu().numpy().copy()
         entries = [] if part.logprobs is None else list(_entries(reported, tokens, part.logprobs))
         chosen.append(Chosen(tokens, entries, reported if part.observed else None))
