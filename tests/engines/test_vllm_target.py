@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from vllm_rig import EOS, engine_of, folder_of_tiny, reference, steps_of, with_vllm
 
-from wisp.core.errors import EngineError
+from wisp.core.errors import ConfigError, EngineError
 from wisp.core.sampling import Sampling
 from wisp.core.work import Copy, Slice
+from wisp.engines.vllm import selftest
 
 pytestmark = with_vllm
 PROMPT = [11, 12, 13, 14, 15]
@@ -247,6 +249,33 @@ def test_logprobs_are_the_targets_own(engine: Any, answer: list[int]) -> None:
     assert math.fsum(math.exp(top.logprob) for top in entry.top) == pytest.approx(1.0)
     assert [t.logprob for t in entry.top] == sorted((t.logprob for t in entry.top), reverse=True)
     assert entry.logprob == next(t.logprob for t in entry.top if t.token == entry.token)
+
+
+class Broken:
+    """An engine whose drafts do harm, in a way that `harm` says."""
+
+    def __init__(self, engine: Any, harm: Any) -> None:
+        self.engine, self.harm, self.info, self.clear = engine, harm, engine.info, engine.clear
+
+    def observe(self, batch: list[Slice]) -> Any:
+        found = self.engine.observe(batch)
+        return [self.harm(result, rows) if work.n_draft else (result, rows)
+                for work, (result, rows) in zip(batch, found, strict=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda result, rows: (msgspec.structs.replace(result, tokens=[7] * len(result.tokens)), rows),
+        lambda result, rows: (result, rows[::-1].copy()),
+        lambda result, rows: (msgspec.structs.replace(result, error="for testing"), rows),
+    ],
+    ids=["other tokens", "other logits", "an error"],
+)
+def test_the_self_test_notices_what_drafts_may_not_do(engine: Any, harm: Any) -> None:
+    assert 0 < selftest.check(engine) < 0.1
+    with pytest.raises(ConfigError, match="self-test of --engine vllm failed"):
+        selftest.check(Broken(engine, harm))
 
 
 def test_a_closed_engine_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
