@@ -96,11 +96,16 @@ def serve(
         str, typer.Option(help="A catalogue name, a path, hf:user/repo/file.gguf; or hardware, emulated.")
     ],
     engine: Annotated[
-        str, typer.Option(help="llama.cpp, or emulated: timing without a model.")
+        str,
+        typer.Option(help="llama.cpp, vllm (docs/vllm.md), or emulated: timing without a model."),
     ] = "llama.cpp",
     mode: Annotated[
-        str, typer.Option(help="exact: bit-identical in any batch; fast: quicker, may tie.")
-    ] = "exact",
+        str | None,
+        typer.Option(
+            help="exact: bit-identical in any batch (llama.cpp's default); fast: quicker, may tie (vLLM's only one).",
+            show_default=False,
+        ),
+    ] = None,
     batching: Annotated[str, typer.Option(help="laxity, wisp, continuous or fcfs.")] = "laxity",
     cost: Annotated[
         Path | None, typer.Option(help="Cost profile to start from, written by `wisp profile --target`.")
@@ -114,7 +119,10 @@ def serve(
     slots: Annotated[
         int | None,
         typer.Option(
-            help="Sequences whose KV is held at once (8; emulated: the hardware's).", min=1, max=4096
+            help="Sequences whose KV is held at once (8; vllm: 64; emulated: the hardware's).",
+            min=1,
+            max=4096,
+            show_default=False,
         ),
     ] = None,
     context: Annotated[
@@ -139,6 +147,12 @@ def serve(
         ),
     ] = None,
     threads: Threads = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="vllm: accelerators to split the target over.", min=1)
+    ] = 1,
+    gpu_memory: Annotated[
+        float, typer.Option(help="vllm: share of an accelerator's memory to take.", min=0.1, max=1.0)
+    ] = 0.9,
     max_sessions: Annotated[
         int, typer.Option(help="Open sessions before new ones are refused.", min=1)
     ] = 1024,
@@ -164,8 +178,8 @@ def serve(
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
     from wisp.cloud.app import CloudApp, Settings
     from wisp.core.batching import batching_policy
-    from wisp.engines.build import check_engine, load_target, served_name
-    from wisp.engines.models import RichProgress, resolve
+    from wisp.engines.build import check_engine, fetch_target, load_target, served_name
+    from wisp.engines.models import RichProgress
 
     set_up_logging(log_level, json_lines=log_json)
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
@@ -183,9 +197,8 @@ def serve(
                 "%s was measured on %s, and %s is served: the cost model will have to find its way",
                 cost.name, measured_on, served_name(target),
             )  # fmt: skip
-    if engine == "llama.cpp":
-        with RichProgress() as progress:
-            resolve(target, offline=offline, progress=progress)
+    with RichProgress() as progress:
+        fetch_target(target, engine=engine, offline=offline, progress=progress)
     settings = Settings(
         served_name(target), batching, max_sessions, park_s, drain_s, event_log, start,
         read_slo_classes(slo_classes) if slo_classes else {},
@@ -196,6 +209,8 @@ def serve(
         "slots": slots,
         "context": context,
         "threads": threads,
+        "tensor_parallel": tensor_parallel,
+        "memory": gpu_memory,
         "offline": offline,
         "kv_tokens": kv_tokens,
     }
@@ -400,6 +415,7 @@ def pull(
 @app.command()
 def demo(
     pair: Annotated[str, typer.Option(help="qwen2.5-coder or tiny.")] = "qwen2.5-coder",
+    engine: Annotated[str, typer.Option(help="The verifier's: llama.cpp or vllm.")] = "llama.cpp",
     drafting: Drafting = "fixed:4",
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer.", min=2)] = 48,
     offline: Offline = False,
@@ -408,7 +424,9 @@ def demo(
     """Start a verifier and an edge, and show that speculative text is the target's own, token for token."""
     from wisp.lab.demo import run_demo
 
-    raise typer.Exit(run_demo(pair, drafting=drafting, max_tokens=max_tokens, offline=offline, as_json=json))
+    raise typer.Exit(
+        run_demo(pair, engine=engine, drafting=drafting, max_tokens=max_tokens, offline=offline, as_json=json)
+    )
 
 
 @app.command()
@@ -422,7 +440,11 @@ def doctor(offline: Offline = False, json: Json = False) -> None:
 @app.command(name="check-lossless")
 def check_lossless(
     pair: Annotated[str, typer.Option(help="tiny or qwen2.5-coder.")] = "tiny",
-    mode: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
+    engine: Annotated[str, typer.Option(help="llama.cpp, or vllm with the tiny pair.")] = "llama.cpp",
+    mode: Annotated[
+        str | None,
+        typer.Option(help="exact or fast (default: llama.cpp's exact, vLLM's fast).", show_default=False),
+    ] = None,
     cases: Annotated[
         int | None, typer.Option(help="How many cases (default: 320 tiny, 12 otherwise).", min=1)
     ] = None,
@@ -433,7 +455,9 @@ def check_lossless(
     """Hold the speculative path against a slow reference decoder, under interleaving, eviction and resumption."""
     from wisp.lab.lossless import run_check
 
-    raise typer.Exit(run_check(pair, mode=mode, cases=cases, seed=seed, offline=offline, as_json=json))
+    raise typer.Exit(
+        run_check(pair, engine=engine, mode=mode, cases=cases, seed=seed, offline=offline, as_json=json)
+    )
 
 
 @app.command(name="bench-overhead")
@@ -457,6 +481,19 @@ def bench_policy(
     from wisp.lab.bench_policy import run_bench_policy
 
     run_bench_policy(pending, as_json=json)
+
+
+@app.command(name="bench-vllm")
+def bench_vllm(
+    target: Annotated[str, typer.Option(help="As for `wisp serve --engine vllm`.")] = "tiny-target",
+    out: Annotated[Path | None, typer.Option(help="Write the figures into this JSON file.")] = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """What it costs that WISP decides the steps of vLLM: decode steps beside vLLM's own, in turn."""
+    from wisp.lab.vllm_overhead import run_bench
+
+    run_bench(target, out, as_json=json, offline=offline)
 
 
 @app.command(name="bench-ahead")
@@ -498,8 +535,10 @@ def trace(
 def profile(
     draft: Annotated[str | None, typer.Option(help="The draft model to time on this device.")] = None,
     target: Annotated[str | None, typer.Option(help="The target whose steps to time, as for serve.")] = None,
-    engine: Annotated[str, typer.Option(help="Of the target: llama.cpp or emulated.")] = "llama.cpp",
-    mode: Annotated[str, typer.Option(help="Of the target: exact or fast.")] = "exact",
+    engine: Annotated[str, typer.Option(help="Of the target: llama.cpp, vllm or emulated.")] = "llama.cpp",
+    mode: Annotated[
+        str | None, typer.Option(help="Of the target, as for serve: exact or fast.", show_default=False)
+    ] = None,
     slots: Annotated[
         int | None, typer.Option(help="As for serve: sequences held at once.", min=1, max=4096)
     ] = None,

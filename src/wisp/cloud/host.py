@@ -44,8 +44,11 @@ class VerifierHost:
         cost: Coefficients | None = None,
         park_s: float = 60.0,
         event_log: Path | None = None,
+        died: Callable[[Exception], None] = lambda error: None,
     ) -> None:
-        """`cost`: what the cost model starts from; None: it learns from the first step on. Raises ConfigError."""
+        """`cost`: what the cost model starts from; None: it learns from the first step on. `died` is called once the
+        engine will not run again, after its sessions have heard of it. Raises ConfigError.
+        """
         info = engine.info
         self.info = info
         self.model = model
@@ -78,6 +81,7 @@ class VerifierHost:
             )
             self._log = EventLog(event_log, header, self._loop.time())
         self._engine = EngineThread(engine, self._loop, self._step_done)
+        self._died = died
         self._senders: dict[int, Sender] = {}
         self._keys: dict[int, str] = {}
         self._sockets: dict[int, bool] = {}  # connections of edges: can their sessions go elsewhere?
@@ -229,7 +233,10 @@ class VerifierHost:
         assert self._step is not None
         self.metrics.step(self._loop.time(), self._step, done)
         self._step = None
+        dead, self._engine.dead = self._engine.dead, None  # before the next step can say so, too
         self._feed(done)
+        if dead is not None:
+            self._died(dead)
 
     def _send(self, connection: int, message: Verdict | Refused) -> None:
         sender = self._senders.get(connection)

@@ -20,7 +20,7 @@ from wisp.core.messages import Cancel, Draft, Message, Open, Redirect, Refused, 
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import LOST, Listener, Redirects, VerifierLink
 from wisp.engines.base import Tokenizer
-from wisp.engines.llama.tokenizer import LlamaTokenizer
+from wisp.engines.build import read_tokenizer
 from wisp.engines.null import ByteTokenizer
 from wisp.front.host import FrontHost
 
@@ -171,5 +171,5 @@ class FrontTokenizers:
 
 
 def _load(data: bytes) -> Tokenizer:
-    # Only the null engine has nothing to say of its tokenizer
-    return LlamaTokenizer.from_blob(data) if data else ByteTokenizer()
+    # Only the null engine may have nothing to say of its tokenizer
+    return read_tokenizer(data) if data else ByteTokenizer()
