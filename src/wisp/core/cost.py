@@ -252,10 +252,22 @@ class CostModel:
         most = 3.0 * max(usual, self._bias)
         error = max(-most, min(most, error))
         p = self._p / (FORGET_FAST if self._bias > 2.0 * usual else self.forgetting)
-        gain = p @ row
-        gain = gain / (usual * usual + float(row @ gain))
-        self._theta = np.maximum(self._theta + gain * error, 0.0)
-        p = p - np.outer(gain, row @ p)
+        # No coefficient may become negative. Cutting one off at 0 would leave the others with the part of the step
+        # that was meant for them all together, so one that reaches 0 stays there and the rest share the error anew.
+        free = np.ones(len(row), bool)
+        while True:
+            onto = np.where(free, p @ np.where(free, row, 0.0), 0.0)
+            gain = onto / (usual * usual + float(row @ onto))
+            theta = self._theta + gain * error
+            below = free & (theta < 0.0)
+            if not below.any():
+                break
+            error += float(row[below] @ self._theta[below])
+            self._theta = np.where(below, 0.0, self._theta)
+            free &= ~below
+        self._theta = theta
+        apart = np.outer(free, free) | np.eye(len(row), dtype=bool)
+        p = np.where(apart, p, 0.0) - np.outer(gain, onto)
         grown = np.diag(p) > self._most
         if grown.any():  # keep the correlations, bound the variances
             shrink = np.where(grown, np.sqrt(self._most / np.maximum(np.diag(p), 1e-300)), 1.0)

@@ -15,7 +15,8 @@ from wisp.core.cost import CostModel, Load
 from wisp.core.session import Session
 
 ROWS_A_TOKEN = 1.25  # drafts and the target's own, per committed token, under pressure
-OVERBOOKING = 1.1  # sessions that wait for their first token ask for nothing yet
+FILLED = 0.93  # of what the cost model offers; the rest is for chance
+KV_OVERBOOKING = 1.1  # contexts of sessions that wait for their first token are not there yet
 TOO_MANY = 0.6  # share of sessions that are behind
 READING = 0.5  # share of the rows until a first token is due that prompts may ask for
 
@@ -50,7 +51,7 @@ def check(sessions: Iterable[Session], newcomer: Session, cost: CostModel, kv_to
             running += 1
             behind += s.lag_s > 0.0
     wait_s = min(30.0, max(1.0, flow.answer_s / 4))
-    if kv > OVERBOOKING * kv_tokens:
+    if kv > KV_OVERBOOKING * kv_tokens:
         raise Refusal("overloaded", "this verifier has no room for another context now", wait_s)
     if not paces:
         return
@@ -59,9 +60,11 @@ def check(sessions: Iterable[Session], newcomer: Session, cost: CostModel, kv_to
     paces.sort()
     longest_ms = paces[len(paces) // 10] * 1e3
     offered = rows_in(cost, longest_ms) / longest_ms * 1e3
-    if asked > OVERBOOKING * offered and len(paces) > 1:
-        raise Refusal("overloaded", "this verifier could not keep the pace asked for", wait_s)
     ttft_s = newcomer.slo.ttft_ms / 1e3 if newcomer.slo else 0.0
+    waiting = ttft_s / (flow.answer_tokens * newcomer.tpot_s) if newcomer.tpot_s else 0.0
+    # Who waits for a first token asks for nothing yet, and so many may wait at a time.
+    if asked > FILLED * (1.0 + waiting) * offered and len(paces) > 1:
+        raise Refusal("overloaded", "this verifier could not keep the pace asked for", wait_s)
     if ttft_s and running and unread > READING * offered * ttft_s:
         raise Refusal("overloaded", "too many prompts wait to be read", 1.0)
 

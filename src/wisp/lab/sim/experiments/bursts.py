@@ -98,11 +98,16 @@ def _share(requests: list[Request], now: float) -> float:
 
 
 def _recovery(requests: list[Request], since: float, end: float, now: float) -> float:
-    """Seconds after `since` until enough meets its SLO of what arrives in each of three spans in a row."""
+    """Seconds after `since` until enough meets its SLO of what arrives in each of three spans in a row.
+
+    While the server works off what the spike left, nobody may arrive: such spans are not well.
+    """
     at = since
     while at < end:
-        spans = (at, at + SPAN_S, at + 2 * SPAN_S)
-        if all(_share([r for r in requests if t <= r.arrived < t + SPAN_S], now) >= WELL for t in spans):
+        spans = [
+            [r for r in requests if t <= r.arrived < t + SPAN_S] for t in (at, at + SPAN_S, at + 2 * SPAN_S)
+        ]
+        if all(of and _share(of, now) >= WELL for of in spans):
             return at - since
         at += SPAN_S
     return end - since
@@ -132,8 +137,8 @@ def lines(data: Data) -> list[str]:
         "Classes of 2, 4, 6 and 8 tokens/s, a quarter of the requests each, on one A100 with Qwen3-32B; a few dozen "
         "devices, and spikes far beyond what the server can carry: the fluid bound for this mix is "
         f"{data['bound']:.0f} devices with drafts and {data['bound_central']:.0f} without, and both are limits of KV "
-        "where that is scarce. `central` has its best cap on running sequences. Means over seeds. A refused request counts as "
-        "missed, and its device asks again a second later: refusing many costs attainment, not goodput.",
+        "where that is scarce. `central` has its best cap on running sequences. Means over seeds. A refused request "
+        "counts as missed, and its device asks again a second later: refusing many costs attainment, not goodput.",
         "",
         "## SLO attainment of all requests, by class",
         "",
