@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -10,19 +11,57 @@ import httpx
 import msgspec
 import pytest
 
+import wisp.engines
 from wisp.api.process import Listen
 from wisp.cloud.app import Settings
 from wisp.cloud.control import MOVE_PATH, Report
-from wisp.core.errors import ConfigError, RequestError
+from wisp.core.cost import Coefficients
+from wisp.core.errors import ConfigError, ModelError, RequestError
 from wisp.core.messages import VERSION, Welcome
 from wisp.core.placement import Placement
+from wisp.core.slo import Slo
+from wisp.engines.huggingface import HfTokenizer
+from wisp.engines.plain import NumberTokenizer, PlainTokenizer
 from wisp.front import fleet as module
 from wisp.front.fleet import Fleet, Replica
 from wisp.front.launch import Running
 from wisp.front.replica import ReplicaSpec, listen_above
+from wisp.front.thin import _load
 
 WELCOME = Welcome(VERSION, "m", "f" * 64, 100, [1], 512, 64)
 SPEC = ReplicaSpec("r1", "target", {"slots": 4}, Settings("m"), Listen(port=8100), "token")
+
+
+def test_a_replica_is_told_all_that_its_front_was() -> None:
+    """As text: engine arguments, and settings with what a cost model starts from."""
+    settings = Settings(
+        "m",
+        "wisp",
+        event_log=Path("events"),
+        cost=Coefficients(3.0, 0.5),
+        slo_classes={"hurry": Slo(1.0, 2.0)},
+    )
+    engine = {"engine": "vllm", "mode": None, "slots": None, "memory": 0.9, "kv_tokens": 100}
+    spec = msgspec.structs.replace(SPEC, settings=settings, engine=engine)
+    assert ReplicaSpec.decode(spec.encode()) == spec
+
+
+@pytest.mark.parametrize("kind", [PlainTokenizer(), NumberTokenizer(300, frozenset({299}))])
+def test_a_front_reads_tokenizers_that_are_no_gguf_file(kind: PlainTokenizer | NumberTokenizer) -> None:
+    tokenizer = _load(kind.blob())
+    assert tokenizer.fingerprint == kind.fingerprint
+    assert type(tokenizer) is type(kind)
+
+
+def test_a_front_reads_hugging_faces_tokenizers(tmp_path: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "engines"))
+    from hf_files import tokenizer_files
+
+    tokenizer_files(Path(wisp.engines.__file__).parent / "data" / "tiny-target.gguf", tmp_path)
+    theirs = HfTokenizer.open(tmp_path, 512)
+    assert _load(theirs.blob()).fingerprint == theirs.fingerprint
+    with pytest.raises(ModelError):
+        _load(b"{}")
 
 
 class Pretended:

@@ -21,6 +21,7 @@ import httpx
 import pytest
 from harness import (
     DRAFT,
+    ENGINE,
     HTTP,
     TARGET,
     Answer,
@@ -44,7 +45,11 @@ from wisp.engines.base import Tokenizer
 from wisp.engines.models import resolve
 from wisp.engines.null import null_token
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_pair")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("tiny_pair"),
+    pytest.mark.skipif(ENGINE != "llama.cpp", reason="another engine is under test, which starts too slowly"),
+]
 
 LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
 NULL: dict[str, Any] = {"target": "null", "engine": "null"}

@@ -58,3 +58,16 @@ def test_a_folder_of_the_hub_split_over_two_workers(fleet: Fleet, folder: Path) 
     assert server.popen.returncode == 2
     assert "wisp: a worker process of vLLM has died; start the verifier again" in server.log()
     assert "Belomi" not in server.log()
+
+
+def test_replicas_of_it_behind_a_front(fleet: Fleet, folder: Path) -> None:
+    """The front reads the hub's kind of tokenizer, and engine options reach the replicas."""
+    flags = ("--replicas", "2", "--gpu-memory", "0.8")
+    front = fleet.serve(*flags, target=str(folder), ready=False)
+    eventually(lambda: front.health() == 200, 240.0)
+    edge = fleet.edge(front.url)
+    for parameters in ({}, {"temperature": 0.9, "top_p": 0.9, "seed": 3}):
+        prompt = "Tell me a story about Belomi."
+        drafted, thin = ask(edge.url, prompt, **parameters), ask(front.url, prompt, **parameters)
+        assert drafted.spec["num_accepted_draft_tokens"] > 0
+        assert drafted.text == thin.text

@@ -78,7 +78,10 @@ class FrontApp:
                 Route("/v1/replicas/{name}/drain", self._admin(self._drain), methods=["POST"]),
                 Route("/v1/replicas/{name}/restart", self._admin(self._restart), methods=["POST"]),
                 *openai_routes(
-                    self.backend, authorize=self._authorize, slo_classes=spec.settings.slo_classes
+                    self.backend,
+                    authorize=self._authorize,
+                    observer=self.metrics,
+                    slo_classes=spec.settings.slo_classes,
                 ),
             ],
             exception_handlers=exception_handlers(),

@@ -8,6 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from wisp.api.attainment import Attainment
+from wisp.api.observe import RequestRecord
 from wisp.core.placement import Choice
 from wisp.front.fleet import Fleet
 
@@ -26,6 +28,7 @@ class FrontMetrics:
         )
         self.redirects = Counter("wisp:redirects", "Edges' sessions among the placements.", registry=r)
         self.refused = Counter("wisp:request_refused", "Sessions refused.", ["code"], registry=r)
+        self.attainment = Attainment(r)
         r.register(_Replicas(fleet))
 
     def exposition(self) -> bytes:
@@ -36,6 +39,10 @@ class FrontMetrics:
         """A session was placed."""
         self.placements.labels(choice.replica, choice.reason.value).inc()
         self.prefix_tokens.inc(choice.shared)
+
+    def request_finished(self, record: RequestRecord) -> None:
+        """A thin client's request has ended (see `api.observe`): this is its edge."""
+        self.attainment.count(record)
 
 
 class _Replicas(Collector):
