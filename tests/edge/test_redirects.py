@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from unittest.mock import patch
 
 import msgspec
@@ -15,11 +15,12 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from wisp.api.backend import Generation
-from wisp.core.drafting import Policies
+from wisp.core.drafting import Ahead, Policies
 from wisp.core.errors import ProtocolError, RequestError, UnavailableError
 from wisp.core.messages import (
     VERSION,
     Cancel,
+    Draft,
     Hello,
     Message,
     Open,
@@ -31,10 +32,11 @@ from wisp.core.messages import (
     encode,
 )
 from wisp.core.sampling import Sampling
+from wisp.core.signals import Signal
 from wisp.edge import link as link_module
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink, redirected_url
-from wisp.engines.base import Tokenizer
+from wisp.engines.base import DraftEngine, Proposal, Tokenizer
 
 WELCOME = Welcome(VERSION, "m", "f", 1000, [999], 512, 64)
 TOKENS = 8
@@ -71,6 +73,8 @@ class Listener:
                 self.said.append(message)
                 if isinstance(message, Open):
                     await self.opened(peer, message)
+                elif isinstance(message, Draft):
+                    await self.drafted(peer, message)
         self.closed += 1
 
     @property
@@ -79,6 +83,9 @@ class Listener:
 
     async def opened(self, peer: ServerConnection, message: Open) -> None:
         raise NotImplementedError
+
+    async def drafted(self, peer: ServerConnection, message: Draft) -> None:
+        pass
 
 
 class FakeFront(Listener):
@@ -119,11 +126,30 @@ class NoTokenizers:
         raise AssertionError("token ids are enough here")
 
 
+class Prophet:
+    """Drafts the truth."""
+
+    name = "prophet"
+
+    def propose(
+        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+    ) -> Proposal | None:
+        return Proposal(TRUTH[position], Signal(confidence=1.0)) if position < TOKENS else None
+
+    def forget(self, session: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 @contextlib.asynccontextmanager
-async def device(url: str, give_up_s: float = 5.0) -> AsyncIterator[EdgeBackend]:
-    """An edge that never drafts."""
+async def device(
+    url: str, give_up_s: float = 5.0, drafter: DraftEngine | None = None
+) -> AsyncIterator[EdgeBackend]:
+    """An edge that never drafts, but for one with a drafter: that one drafts ahead."""
     link = VerifierLink(url, give_up_s=give_up_s)
-    backend = EdgeBackend(link, NoTokenizers(), None, Policies("fixed:1"))
+    backend = EdgeBackend(link, NoTokenizers(), drafter, Policies("fixed:2"), Ahead(0.0))
     link.start()
     try:
         yield backend
@@ -219,6 +245,63 @@ def test_a_request_that_kills_every_verifier_does_not_go_round_for_ever() -> Non
                 await answer(edge)
             assert (error.value.status, error.value.code) == (502, "verifiers_lost")
         assert sum(len(v.opens) for v in verifiers) == 6  # neither fewer, nor a storm of them
+
+    run(scenario())
+
+
+class StrictVerifier(FakeVerifier):
+    """Answers each Open and each Draft once, and decodes nothing by itself. It dies before its `dies`th answer."""
+
+    def __init__(self, dies: int = 1000) -> None:
+        super().__init__()
+        self.answers = dies
+
+    async def opened(self, peer: ServerConnection, message: Open) -> None:
+        await self._answer(peer, message.session, message.round, len(message.committed), message.draft)
+
+    async def drafted(self, peer: ServerConnection, message: Draft) -> None:
+        assert self.opens, "a draft before the Open"
+        await self._answer(peer, message.session, message.round, message.base, message.tokens)
+
+    async def _answer(
+        self, peer: ServerConnection, session: str, round_: int, base: int, draft: list[int]
+    ) -> None:
+        self.answers -= 1
+        if not self.answers:
+            await peer.close()
+            return
+        assert draft == TRUTH[base : base + len(draft)]
+        tokens = TRUTH[base : base + len(draft) + 1]
+        finish = "length" if base + len(tokens) == TOKENS else ""
+        await peer.send(encode(Verdict(session, round_, base, len(draft), tokens, finish)))
+
+
+@pytest.mark.parametrize("dies", [1000, 2])
+def test_a_draft_made_ahead_of_the_answer_to_an_open_goes_where_the_session_goes(dies: int) -> None:
+    """Nobody else would decode what it bet on: the session would wait for ever."""
+
+    class LateFront(FakeFront):
+        """Redirects when the draft that was sent ahead is here."""
+
+        async def opened(self, peer: ServerConnection, message: Open) -> None:
+            if message.epoch:
+                await super().opened(peer, message)
+
+        async def drafted(self, peer: ServerConnection, message: Draft) -> None:
+            if not self.opens[-1].epoch:
+                await super().opened(peer, self.opens[-1])
+
+    async def scenario() -> None:
+        first, second = StrictVerifier(dies), StrictVerifier()
+        front = LateFront(lambda open_: second.address if open_.epoch else first.address)
+        async with first.listening(), second.listening(), contextlib.AsyncExitStack() as stack:
+            url = await stack.enter_async_context(front.listening())
+            edge = await stack.enter_async_context(device(url, drafter=Prophet()))
+            assert await answer(edge) == TRUTH
+        assert len(front.opens) == (1 if dies > 2 else 2)
+        ahead = next(m for m in first.said if isinstance(m, Draft))
+        assert ahead == next(m for m in front.said if isinstance(m, Draft))
+        assert first.said.index(ahead) == 1  # right behind the Open
 
     run(scenario())
 

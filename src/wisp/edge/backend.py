@@ -140,6 +140,7 @@ class _Session:
         self.pace = backend.pace.successor()
         self.warm: asyncio.Task[object] | None = None
         self.opening: Open | None = None  # said to a front, and to be said again where it redirects to
+        self.since: list[Draft] = []  # sent ahead of the answer to it: to be said again, too
         self.address = ""  # of `link`, where a front sent us
         self.avoid = ""
         self.trips = 0  # back home from where a front sent us, since the last verdict
@@ -186,8 +187,13 @@ class _Session:
     def _carry_out(self, action: Action) -> None:
         if isinstance(action, Open) and self.link is self.home:
             self.opening = msgspec.structs.replace(action, avoid=self.avoid) if self.avoid else action
+            self.since = []
             self.link.send(self.opening)
         elif isinstance(action, Open | Draft):
+            if self.opening is not None and isinstance(action, Draft):
+                self.since.append(action)
+                if self.link is not self.home:
+                    return  # nothing before the Open
             self.link.send(action)
         elif isinstance(action, Reopen):
             loop = asyncio.get_running_loop()
@@ -208,7 +214,7 @@ class _Session:
             return drafter.proposed(now, token, signal, now - started)
         event, arrived = await self._event()
         if isinstance(event, Verdict):
-            self.trips, self.avoid = 0, ""
+            self.trips, self.avoid, self.opening = 0, "", None
             try:
                 return drafter.verdict(_now_ms(), event, arrived)
             except ProtocolError as error:
@@ -229,7 +235,8 @@ class _Session:
             message = f"the verifier now serves {event.model}; this answer was begun by {self.model}"
             raise RequestError(502, message, code="model_changed", type="server_error")
         if away and self.opening is not None:  # redirected: say the same to this one
-            self.link.send(self.opening)
+            for message in (self.opening, *self.since):
+                self.link.send(message)
             self.opening = None
             return []
         drafter.lost()
