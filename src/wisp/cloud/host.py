@@ -200,11 +200,17 @@ class VerifierHost:
         if self._log:
             self._log.write(now, event)
         actions = self.verifier.handle(now, event)
-        if isinstance(event, StepDone):  # the engine's next step before anything else: it costs more than a socket
+        if isinstance(
+            event, StepDone
+        ):  # the engine's next step before anything else: it costs more than a socket
             if self._log:
                 self._log.write(now, Tick())
             then = self.verifier.handle(now, Tick())
-            actions = [a for a in then if isinstance(a, Run)] + actions + [a for a in then if not isinstance(a, Run)]
+            actions = (
+                [a for a in then if isinstance(a, Run)]
+                + actions
+                + [a for a in then if not isinstance(a, Run)]
+            )
         for action in actions:
             if isinstance(action, Send):
                 self.metrics.sent(now, action.message)

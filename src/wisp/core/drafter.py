@@ -299,7 +299,9 @@ class Drafter:
         view = self._view(now_ms, self.sent + 1)
         last_call = self._flights[0].due_ms - self.pace.line.value - 0.5 * self.pace.wait.deviation
         late = now_ms + self.pace.draft.value > last_call and not view.opening
-        if not (late or self._dry or self._ended() or not self.policy.more(view) or not self.wants_token(now_ms)):
+        if not (
+            late or self._dry or self._ended() or not self.policy.more(view) or not self.wants_token(now_ms)
+        ):
             return []
         n = self.policy.take(view)
         return [self._send(now_ms, self.sent + 1 + n)] if n > 0 else []

@@ -34,7 +34,9 @@ class Flow:
         self.answer_s += 0.05 * (seconds - self.answer_s)
 
 
-def check(sessions: Iterable[Session], newcomer: Session, cost: CostModel, kv_tokens: int, flow: Flow) -> None:
+def check(
+    sessions: Iterable[Session], newcomer: Session, cost: CostModel, kv_tokens: int, flow: Flow
+) -> None:
     """Raises Refusal where `newcomer`, which has an SLO, would be late or make others late."""
     asked = kv = unread = 0.0  # rows per second; tokens; prompt tokens of those without a first token
     running = behind = 0
@@ -50,7 +52,7 @@ def check(sessions: Iterable[Session], newcomer: Session, cost: CostModel, kv_to
         if s.n_committed and not s.late:
             running += 1
             behind += s.lag_s > 0.0
-    wait_s = min(30.0, max(1.0, flow.answer_s / 4))
+    wait_s = min(30.0, max(1.0, flow.answer_s / 2))
     if kv > KV_OVERBOOKING * kv_tokens:
         raise Refusal("overloaded", "this verifier has no room for another context now", wait_s)
     if not paces:
@@ -66,7 +68,7 @@ def check(sessions: Iterable[Session], newcomer: Session, cost: CostModel, kv_to
     if asked > FILLED * (1.0 + waiting) * offered and len(paces) > 1:
         raise Refusal("overloaded", "this verifier could not keep the pace asked for", wait_s)
     if ttft_s and running and unread > READING * offered * ttft_s:
-        raise Refusal("overloaded", "too many prompts wait to be read", 1.0)
+        raise Refusal("overloaded", "too many prompts wait to be read", wait_s)
 
 
 def rows_in(cost: CostModel, step_ms: float) -> float:

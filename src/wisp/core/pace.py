@@ -135,7 +135,7 @@ class Pace:
         """
         a = min(self.acceptance.value, 0.99)
         wait, each = self.wait.value, self.draft.value + self.verify.slope
-        given = (longest, a, wait, each)
+        given: tuple[float, ...] = (longest, a, wait, each)
         if self._best[0] == given:
             return self._best[1]
         best, gain, power, time = 0.0, 0.0, 1.0, wait

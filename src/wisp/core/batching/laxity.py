@@ -4,8 +4,8 @@ An answer keeps its pace on average, up to its last token, so lateness in the mi
 is of no use. That gives five rules for a step, with `lag` for how far a session is behind its pace:
 
 1. *Earliest due first.* Drafts and decodes that are here take part by due time. Those far ahead yield the engine to
-   the rest, as long as the step stays most of what it could be: fixed cost is shared by many, and speed goes where it is
-   needed, whatever luck a session has with its drafts.
+   the rest, as long as the step stays most of what it could be: fixed cost is shared by many, and speed goes where it
+   is needed, whatever luck a session has with its drafts.
 2. *Nobody depends on an edge.* A session whose edge is still drafting is decoded by a token when its next one is nearly
    due. Its draft loses nothing: what it says of that token is skipped if it agrees.
 3. *Steps are as long as the fastest can bear*: a session that commits E tokens a round, and one more while its edge is
@@ -15,7 +15,8 @@ is of no use. That gives five rules for a step, with `lag` for how far a session
 5. *Giving up early.* If too many are behind, all would soon be late together. Newcomers, who have cost nothing yet, are
    then let go, and so is who is too far behind to make up for it. They are finished at half their pace.
 
-Where no pace is running, due times are strict, and `deadlines` decides. Where nobody has a due time, it is `continuous`.
+Where no pace is running, due times are strict, and `deadlines` decides. Where nobody has a due time, it is
+`continuous`.
 """
 
 from __future__ import annotations
@@ -154,7 +155,9 @@ class _Step:
         """Drafts and decodes that are here, least slack first."""
         self.going.sort(key=_due)
         enough_ms = 0.0 if self.at_ease else FULL * self._all_ms()
-        reserved = min(self.limits.tokens // 4, sum(w.new for w in self.prompts))  # or drafts could lock them out
+        reserved = min(
+            self.limits.tokens // 4, sum(w.new for w in self.prompts)
+        )  # or drafts could lock them out
         self.left -= reserved
         for i, w in enumerate(self.going):
             yielding = not self.at_ease and self.step_ms > enough_ms

@@ -42,7 +42,12 @@ class Wisp:
         urgent.sort(key=_due)
         rest.sort()
         grants: list[Grant] = []
-        filled, flat_ms, earliest, left = 0, step, math.inf, limits.tokens  # flat: without what lies beyond the knee
+        filled, flat_ms, earliest, left = (
+            0,
+            step,
+            math.inf,
+            limits.tokens,
+        )  # flat: without what lies beyond the knee
         for w in (*urgent, *(w for *_, w in rest)):
             if len(grants) >= limits.slices or left <= 0:
                 break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -59,6 +59,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     arrivals:      file of recorded arrivals instead (JSON lines: at_s, prompt_tokens; optional rate)
     traces, domain, acceptance: what target and drafter say; acceptance states a share instead of the recorded one
     warmup_s, window_s, drain_s: only requests that arrive in the window count
+    retries:       times that a refused request is sent again after Retry-After (OpenAI's SDK does so twice); its time
+                   to the first token counts from the first attempt
     vanish:        share of devices that are switched off in mid-sentence, at random times of the window
     profile_error: factor on the cost model that the server starts with
     """
@@ -83,6 +85,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warmup_s: float = 40.0
     window_s: float = 120.0
     drain_s: float = 60.0
+    retries: int = 0
     vanish: float = 0.0
     profile_error: float = 1.0
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -117,6 +120,23 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def pick(source: random.Random, items: Sequence[T], shares: Sequence[float]) -> T:
     """One of the items, by share."""
     return source.choices(items, shares)[0]
+
+
+class _Arrival(msgspec.Struct, frozen=True):
+    at_s: float
+    prompt_tokens: int
+    rate: float = 0.0
+
+
+def recorded_arrivals(path: Path, usual: SloClass) -> Iterator[tuple[float, int, SloClass]]:
+    """(second, tokens of the prompt, class) of each line of a file of arrivals. Raises ConfigError."""
+    try:
+        lines = msgspec.json.Decoder(_Arrival).decode_lines(path.read_bytes())
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"cannot read the arrivals {path}: {error}") from None
+    for line in sorted(lines, key=lambda line: line.at_s):
+        slo = msgspec.structs.replace(usual, rate=line.rate) if line.rate else usual
+        yield line.at_s, line.prompt_tokens, slo
 
 
 def load_scenario(name: str) -> Scenario:

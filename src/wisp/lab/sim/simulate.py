@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from wisp.core.slo import Account, account
 from wisp.engines.emulated import EmulatedTarget, Hardware
 from wisp.lab.devices import Device, Link
 from wisp.lab.sim.profiled import profiled
-from wisp.lab.sim.scenario import Scenario, SloClass, pick
+from wisp.lab.sim.scenario import Scenario, SloClass, pick, recorded_arrivals
 from wisp.lab.sim.scripts import Scripts, library
 from wisp.lab.sim.systems import System
 from wisp.lab.sim.world import Cloud, Counts, Handset, Request, Uplink
@@ -66,13 +67,16 @@ class Fleet:
         self.handsets: list[Handset] = []
         self.idle: list[Handset] = []
         self.wanted = 0
-        self._n = 0
+        self.seed = seed
 
     def begin(self) -> None:
         """Have devices come and go as the scenario says."""
         s = self.scenario
+        if s.arrivals or s.arrivals_per_s:
+            self._next_arrival(self._arrivals())
+            return
         for at, n in s.population or ((0.0, s.devices_n),):
-            self.env.timeout(at).callbacks.append(lambda _, n=n: self._population(n))
+            self.env.timeout(at).callbacks.append(functools.partial(self._population, n))
 
     def busy(self) -> bool:
         """Is a request unfinished that arrived in the window?"""
@@ -85,7 +89,7 @@ class Fleet:
         counted = account([r.served() for r in self.requests], start, end, self.env.now)
         return Outcome(counted, self.requests, self.counts, self.env.now)
 
-    def _population(self, n: int) -> None:
+    def _population(self, n: int, _: object = None) -> None:
         """From now on `n` devices are at work; those above stop after the answer they are at."""
         self.wanted = n
         while len(self.handsets) < n:
@@ -93,7 +97,8 @@ class Fleet:
         while self.idle and len(self.handsets) - len(self.idle) < n:
             self._ask(self.idle.pop())
 
-    def _join(self) -> None:
+    def _make(self) -> Handset:
+        """Another device."""
         s, system = self.scenario, self.system
         index = len(self.handsets)
         kit = pick(random.Random(index * 7919 + 17), s.devices, [k.share for k in s.devices])
@@ -109,7 +114,12 @@ class Fleet:
             self.env, index, device, link, self.cloud, self.scripts, policies,
             Ahead() if system.ahead else None, self.counts, self.source.getrandbits(32), self._ended,
         )  # fmt: skip
+        handset.retries = s.retries
         self.handsets.append(handset)
+        return handset
+
+    def _join(self) -> None:
+        s, handset = self.scenario, self._make()
         # Devices do not all begin at once.
         wait = self.source.uniform(0.0, min(10.0, s.warmup_s / 2)) if self.env.now == 0 else 0.0
         self.env.timeout(wait).callbacks.append(lambda _: self._ask(handset))
@@ -121,18 +131,48 @@ class Fleet:
         if handset.gone:
             return
         s = self.scenario
-        source = random.Random((self._n << 20) ^ self.source.getrandbits(20))
-        self._n += 1
+        # A device's n-th request is the same under every system.
+        source = random.Random(f"{self.seed}/{handset.index}/{handset.asked}")
+        handset.asked += 1
         slo: SloClass = pick(source, s.slo, [c.share for c in s.slo])
-        seed = self.source.getrandbits(32)
-        prompt = [source.getrandbits(30) % self.n_vocab for _ in range(source.randint(*s.prompt_tokens))]
-        request = Request(seed, prompt, slo.slo, handset.index, self.env.now, s.most_output)
+        self._request(handset, slo, source.randint(*s.prompt_tokens), source)
+
+    def _request(self, handset: Handset, slo: SloClass, n_prompt: int, source: random.Random) -> None:
+        prompt = [source.getrandbits(30) % self.n_vocab for _ in range(n_prompt)]
+        request = Request(
+            source.getrandbits(32), prompt, slo.slo, handset.index, self.env.now, self.scenario.most_output
+        )
         self.requests.append(request)
         handset.start(request)
 
+    def _arrivals(self) -> Iterator[tuple[float, int, SloClass]]:
+        """Of an open loop: second, tokens of the prompt, class."""
+        s, source = self.scenario, random.Random(f"{self.seed}/arrivals")
+        if s.arrivals:
+            yield from recorded_arrivals(Path(s.arrivals), s.slo[0])
+            return
+        at = 0.0
+        while True:
+            at += source.expovariate(s.arrivals_per_s)
+            yield at, source.randint(*s.prompt_tokens), pick(source, s.slo, [c.share for c in s.slo])
+
+    def _next_arrival(self, arrivals: Iterator[tuple[float, int, SloClass]]) -> None:
+        """Wait for the next arrival; each comes from a device that is free, or from a new one."""
+        found = next(arrivals, None)
+        if found is None:
+            return
+        at, n_prompt, slo = found
+
+        def arrive(_: object) -> None:
+            handset = self.idle.pop() if self.idle else self._make()
+            self._request(handset, slo, n_prompt, random.Random(f"{self.seed}/{at}"))
+            self._next_arrival(arrivals)
+
+        self.env.timeout(max(0.0, at - self.env.now)).callbacks.append(arrive)
+
     def _ended(self, handset: Handset, request: Request) -> None:
         at_work = len(self.handsets) - len(self.idle)
-        if at_work > self.wanted:
+        if at_work > self.wanted:  # in an open loop, everyone
             self.idle.append(handset)
         elif self.scenario.think_s:
             pause = self.source.expovariate(1.0 / self.scenario.think_s)
@@ -184,9 +224,8 @@ class Simulation(Fleet):
 def first_guess(profile: Hardware, error: float) -> Coefficients:
     """A cost model as `wisp profile` would have fitted it."""
     c = profiled(profile)
-    return Coefficients(
-        *(getattr(c, f) * error for f in ("step", "token", "cached", "attention", "beyond")), c.knee
-    )
+    step, token, cached = c.step * error, c.token * error, c.cached * error
+    return Coefficients(step, token, cached, c.attention * error, c.beyond * error, c.knee)
 
 
 def quantile(values: Sequence[float], q: float) -> float:
