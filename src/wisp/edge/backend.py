@@ -235,8 +235,8 @@ class _Session:
             message = f"the verifier now serves {event.model}; this answer was begun by {self.model}"
             raise RequestError(502, message, code="model_changed", type="server_error")
         if away and self.opening is not None:  # redirected: say the same to this one
-            for message in (self.opening, *self.since):
-                self.link.send(message)
+            for said in (self.opening, *self.since):
+                self.link.send(said)
             self.opening = None
             return []
         drafter.lost()
