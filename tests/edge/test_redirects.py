@@ -360,8 +360,9 @@ def test_what_the_front_says_after_a_redirect_is_no_longer_listened_to() -> None
     run(scenario())
 
 
-def test_the_wait_for_a_front_begins_when_it_is_needed() -> None:
+def test_the_wait_for_a_front_begins_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was away for longer than anyone waits, and nobody minded."""
+    monkeypatch.setattr(link_module, "BACKOFF_S", (0.05, 0.1))  # it is found again well within that time
 
     class PatientVerifier(FakeVerifier):
         async def opened(self, peer: ServerConnection, message: Open) -> None:
