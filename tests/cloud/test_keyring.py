@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from wisp.api import keys as module
-from wisp.api.keys import ANONYMOUS, Keyring
+from wisp.api.keys import ANONYMOUS, Keyring, on_behalf
 from wisp.core.admission import KeyLimits
 from wisp.core.errors import ConfigError, RequestError
 
@@ -106,3 +106,29 @@ def test_a_changed_file_is_taken_up_and_trouble_is_logged_once(
     assert changes == [1]
     refused(ring, "Bearer old")
     assert ring.authorize("Bearer newer") == "a"
+
+
+def test_a_front_speaks_for_keys_by_its_token_and_nobody_else_does(path: Path) -> None:
+    path.write_text('[keys."älice/1"]\nsecret = "open"\n')
+    ring = Keyring(path, front="token")
+    shown = on_behalf("token", "älice/1")
+    assert shown.isascii()
+    assert ring.authorize(f"Bearer {shown}") == ring.speaks_for(f"Bearer {shown}") == "älice/1"
+    assert ring.authorize("Bearer open") == "älice/1"
+    for header in (None, "", "Bearer open", "Bearer /x", "Bearer tok/x", "Bearer token2/x"):
+        assert ring.speaks_for(header) is None
+    refused(ring, f"Bearer {on_behalf('tokem', 'älice/1')}")
+    for other in (Keyring(path), Keyring(path, "fixed")):
+        assert other.speaks_for(f"Bearer {on_behalf('', 'x')}") is None
+        refused(other, f"Bearer {shown}")
+        refused(other, "Bearer /x")
+
+
+def test_who_may_manage_replicas(path: Path) -> None:
+    path.write_text(
+        '[keys.a]\nsecret = "1"\nadmin = true\n[keys.b]\nsecret = "2"\n[keys.default]\nsecret = "3"\n'
+    )
+    ring = Keyring(path)
+    assert [ring.is_admin(name) for name in ("a", "b", "default", ANONYMOUS)] == [True, False, False, False]
+    assert Keyring(None, "secret").is_admin("default")
+    assert Keyring().is_admin(ANONYMOUS)

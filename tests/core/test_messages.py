@@ -16,6 +16,7 @@ from wisp.core.messages import (
     Hello,
     Message,
     Open,
+    Redirect,
     Refused,
     Verdict,
     Welcome,
@@ -29,7 +30,8 @@ from wisp.core.slo import Slo
 from wisp.core.work import TokenLogprob, TopLogprob
 
 GOLDEN = {
-    "94a568656c6c6f01a26162a163": Hello(1, "ab", "c"),
+    "95a568656c6c6f01a26162a163c3": Hello(1, "ab", "c", True),
+    "93a87265646972656374a173a53a38313031": Redirect("s", ":8101"),
     "97a56472616674a17307" + "02" + "920304" + "cb3ff8000000000000" + "c3": Draft(
         "s", 7, 2, [3, 4], 1.5, True
     ),
@@ -37,6 +39,7 @@ GOLDEN = {
     "96a772656675736564a173a163a16dcb3ff0000000000000c2": Refused("s", "c", "m", 1.0, False),
 }
 OPEN = Open("s", 1, [5], Sampling(0.5, 1, 0.25, 0.0, 9), 4, 2, [6], [7], 0.5, False, True, 3, Slo(1.0, 2.0))
+EARLIER = {"94a568656c6c6f01a26162a163": Hello(1, "ab", "c")}  # frames of releases with fewer fields
 VERDICT = Verdict(
     "s", 1, 2, 1, [3, 4], "stop", [TokenLogprob(3, -0.5, [TopLogprob(1, -0.25)])], 0.5, 1.0, 0.0
 )
@@ -46,8 +49,13 @@ WELCOME = Welcome(1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0)
 @pytest.mark.parametrize(("frame", "message"), GOLDEN.items())
 def test_golden_frames(frame: str, message: Message) -> None:
     assert encode(message).hex() == frame
-    decode = decode_from_cloud if isinstance(message, Refused) else decode_from_edge
+    decode = decode_from_cloud if isinstance(message, Refused | Redirect) else decode_from_edge
     assert decode(bytes.fromhex(frame)) == message
+
+
+@pytest.mark.parametrize(("frame", "message"), EARLIER.items())
+def test_frames_of_earlier_releases_are_understood(frame: str, message: Message) -> None:
+    assert decode_from_edge(bytes.fromhex(frame)) == message
 
 
 def test_every_message_survives_the_wire() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import wisp.engines
 from wisp.core.errors import RequestError
 from wisp.edge.tokenizers import TokenizerCache
+from wisp.engines.huggingface import HfTokenizer
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 
 MODEL = Path(wisp.engines.__file__).parent / "data" / "tiny-target.gguf"
@@ -93,3 +95,27 @@ def test_a_verifier_that_does_not_answer_is_named() -> None:
     with pytest.raises(RequestError, match=NOWHERE) as error:
         asyncio.run(TokenizerCache(NOWHERE).get("1" * 64))
     assert (error.value.status, error.value.code) == (502, "tokenizer_unavailable")
+
+
+def test_a_tokenizer_in_hugging_faces_format_will_do_as_well(original: LlamaTokenizer, folder: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "engines"))
+    from hf_files import tokenizer_files
+
+    (folder / "model").mkdir()
+    tokenizer_files(MODEL, folder / "model")
+    theirs = HfTokenizer.open(folder / "model", original.n_vocab)
+    assert theirs.fingerprint == original.fingerprint
+
+    async def scenario() -> None:
+        await Fetched(theirs.blob()).get(theirs.fingerprint)
+        later = Fetched(b"")
+        tokenizer = await later.get(theirs.fingerprint)
+        assert later.fetches == 0
+        text = "Tell me a story, ünï ✨"
+        ids = tokenizer.encode(text, add_bos=True, parse_special=False)
+        assert ids == original.encode(text, add_bos=True, parse_special=False)
+
+    asyncio.run(scenario())
+    assert [f.name for f in files(folder)] == [f"{original.fingerprint}.json"]
+    with pytest.raises(RequestError, match="not the one asked for"):
+        asyncio.run(Fetched(theirs.blob()).get("0" * 64))

@@ -158,3 +158,10 @@ def test_a_difference_is_shown_and_ends_with_status_1(
     shown = capsys.readouterr().out
     assert "DIFFERENT at token 2" in shown
     assert "1 of 2 answers are identical" in shown
+
+
+def test_an_unknown_engine_is_named() -> None:
+    with pytest.raises(
+        ConfigError, match=r"no engine 'sglang' for the demo; choose one of: llama\.cpp, vllm"
+    ):
+        run_demo("tiny", engine="sglang", drafting="fixed:3", max_tokens=2, offline=True, as_json=True)

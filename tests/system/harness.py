@@ -47,8 +47,10 @@ from wisp.engines.build import served_name
 TARGET = os.environ.get("WISP_TEST_TARGET", "tiny-target")
 DRAFT = os.environ.get("WISP_TEST_DRAFT", "tiny-draft")
 MODEL = served_name(TARGET)
+ENGINE = os.environ.get("WISP_TEST_ENGINE", "llama.cpp")  # `make test-vllm` runs the same tests on vLLM
+MODE = "exact" if ENGINE == "llama.cpp" else "fast"
 
-START_S = 30.0
+START_S = 30.0 if ENGINE == "llama.cpp" else 120.0
 T = TypeVar("T")
 # Without `verify`: certificates are for the edges to check, and loading them for each request takes long.
 HTTP: dict[str, Any] = {"trust_env": False, "timeout": 60.0, "verify": False}
@@ -86,10 +88,15 @@ class Process:
         self.start()
 
     def start(self) -> None:
-        """Start (again, with the same flags)."""
+        """Start (again, with the same flags), in a process group of its own."""
         with self.log_path.open("ab") as log:
             self.popen = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._env
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._env,
+                process_group=0,
             )
 
     @property
@@ -160,7 +167,7 @@ class Fleet:
         self,
         *flags: str,
         target: str = TARGET,
-        engine: str = "llama.cpp",
+        engine: str = ENGINE,
         port: int = 0,
         env: Mapping[str, str] | None = None,
         ready: bool = True,

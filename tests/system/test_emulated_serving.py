@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -97,6 +98,27 @@ def test_a_thin_client_is_answered_and_its_slo_is_counted(fleet: Fleet, hardware
     assert "wisp:draft_token_price" in seen
 
 
+def test_a_front_hands_engine_and_slo_classes_to_its_replicas(fleet: Fleet, hardware: str) -> None:
+    classes = fleet.folder / "classes.toml"
+    classes.write_text(CLASSES)
+    flags = ("--replicas", "2", "--slo-classes", str(classes), "--kv-tokens", "5000")
+    front = fleet.serve(*flags, target=hardware, engine="emulated", ready=False)
+    eventually(lambda: front.health() == 200, 60.0)
+    edge = fleet.edge(front.url, draft="ngram")
+    job: dict[str, Any] = {"seed": 7, "model": NAME, "max_tokens": 20}
+    thin, drafted = ask(front.url, "abc", **job), ask(edge.url, "abc", **job)
+    assert thin.text == drafted.text
+    assert thin.usage["completion_tokens"] == 20
+    body = {"model": NAME, "prompt": "abc", "max_tokens": 5}
+
+    def status(of: str) -> int:
+        url = f"{front.url}/v1/completions"
+        return httpx.post(url, json=body, headers={"x-slo-class": of}, **HTTP).status_code
+
+    assert [status("patient"), status("nobody")] == [200, 400]
+    assert front.metrics()['wisp:request_slo_total{outcome="met",slo_class="patient"}'] == 1
+
+
 def test_an_edge_with_ngrams_says_what_the_verifier_alone_says(fleet: Fleet, hardware: str) -> None:
     server = fleet.serve(target=hardware, engine="emulated")
     edge = fleet.edge(server.url, draft="ngram")
@@ -138,6 +160,8 @@ def test_mistakes_are_named(fleet: Fleet, hardware: str) -> None:
     emulated = ("--target", hardware, "--engine", "emulated")
     assert "give --traces too" in said(*emulated, "--acceptance", "0.5")
     assert "--output-tokens 9-3" in said(*emulated, "--traces", "data/traces", "--output-tokens", "9-3")
+    from_traces = (*emulated, "--traces", str(Path(__file__).parents[2] / "data" / "traces"))
+    assert "--traces does not go with replicas" in said(*from_traces, "--replicas", "2")
     bad = fleet.folder / "cost.json"
     bad.write_text('{"step": 1.0}')
     assert "no cost profile: look at 'token'" in said(*emulated, "--cost", str(bad))

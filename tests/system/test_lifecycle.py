@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from harness import HTTP, MODEL, TARGET, Fleet, Process, Stream, ask, eventually, free_port
+from harness import HTTP, MODE, MODEL, TARGET, Fleet, Process, Stream, ask, eventually, free_port
 
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 from wisp.engines.models import resolve
@@ -33,7 +33,7 @@ def test_health_is_200_only_once_the_model_is_loaded(fleet: Fleet) -> None:
         assert len(seen) < 20_000
     assert set(seen) <= {0, 503, 200}
     body = httpx.get(f"{server.url}/health", **HTTP).json()
-    assert (body["status"], body["model"], body["mode"]) == ("ok", MODEL, "exact")
+    assert (body["status"], body["model"], body["mode"]) == ("ok", MODEL, MODE)
 
 
 def test_an_edge_is_healthy_once_its_verifier_is(fleet: Fleet) -> None:

@@ -5,6 +5,7 @@
     sessions = 8              # limits; leave out for none
     requests_per_minute = 60
     tokens_per_minute = 20000
+    admin = true              # may drain and scale replicas; the one secret may, too
 
 Removing a table revokes its key at the next look at the file, a few seconds later. Secrets are kept and
 compared as digests.
@@ -20,6 +21,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote, unquote
 
 import msgspec
 
@@ -38,14 +40,20 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sessions: Annotated[int, msgspec.Meta(ge=0)] = 0
     requests_per_minute: Annotated[int, msgspec.Meta(ge=0)] = 0
     tokens_per_minute: Annotated[int, msgspec.Meta(ge=0)] = 0
+    admin: bool = False
 
 
 class Keyring:
     """Names and limits by secret. Empty: everyone is let in as `anonymous`."""
 
-    def __init__(self, path: Path | None = None, secret: str | None = None) -> None:
-        """`secret` is a single key named "default" (from the environment); `path` a file of keys."""
+    def __init__(self, path: Path | None = None, secret: str | None = None, front: str = "") -> None:
+        """`secret` is a single key named "default" (from the environment); `path` a file of keys.
+
+        front: what the front of this replica shows, to speak for a key that it has checked (`on_behalf`).
+        """
         self.path = path
+        self.front = front
+        self._admins: set[str] = set()
         self.limits: dict[str, KeyLimits] = {}
         self._fixed = {_digest(secret): "default"} if secret else {}
         self._names: dict[str, str] = dict(self._fixed)
@@ -68,9 +76,10 @@ class Keyring:
             document = tomllib.loads(self.path.read_text())
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"cannot read the API keys in {self.path}: {error}") from None
-        names, limits = _parse(document, self.path)
+        names, limits, admins = _parse(document, self.path)
         self._names = self._fixed | names
         self.limits = limits
+        self._admins = admins
         self._stamp = stamp
         return True
 
@@ -91,6 +100,8 @@ class Keyring:
 
     def authorize(self, header: str | None) -> str:
         """The name of the key in an Authorization header. Raises RequestError(401)."""
+        if (name := self.speaks_for(header)) is not None:
+            return name
         if not self:
             return ANONYMOUS
         scheme, _, secret = (header or "").partition(" ")
@@ -102,6 +113,22 @@ class Keyring:
                 return name
         raise _unauthorized("this API key is not known here")
 
+    def speaks_for(self, header: str | None) -> str | None:
+        """The key that our front names in an Authorization header; None if it is not our front's."""
+        token, _, name = (header or "").removeprefix("Bearer ").partition("/")
+        if not self.front or not hmac.compare_digest(_digest(token), _digest(self.front)):
+            return None
+        return unquote(name)
+
+    def is_admin(self, name: str) -> bool:
+        """May this key manage replicas? Where there are no keys, everyone on this machine may."""
+        return not self or name in self._admins or (name == "default" and bool(self._fixed))
+
+
+def on_behalf(token: str, name: str) -> str:
+    """The secret by which a front that holds `token` speaks for the key `name`."""
+    return f"{token}/{quote(name, safe='')}"
+
 
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
@@ -111,8 +138,9 @@ def _unauthorized(message: str) -> RequestError:
     return RequestError(401, message, code="invalid_api_key", type="authentication_error")
 
 
-def _parse(document: dict[str, Any], path: Path) -> tuple[dict[str, str], dict[str, KeyLimits]]:
+def _parse(document: dict[str, Any], path: Path) -> tuple[dict[str, str], dict[str, KeyLimits], set[str]]:
     names: dict[str, str] = {}
+    admins: set[str] = set()
     limits: dict[str, KeyLimits] = {}
     tables = document.get("keys")
     if not isinstance(tables, dict):
@@ -127,4 +155,6 @@ def _parse(document: dict[str, Any], path: Path) -> tuple[dict[str, str], dict[s
             raise ConfigError(f"{path}: [keys.{name}] needs a secret or a sha256 of its own")
         names[digest] = name
         limits[name] = KeyLimits(entry.sessions, entry.requests_per_minute, entry.tokens_per_minute)
-    return names, limits
+        if entry.admin:
+            admins.add(name)
+    return names, limits, admins

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ class Listen(msgspec.Struct, frozen=True):
 
     def check(self, *, keyed: bool) -> None:
         """Raises ConfigError where others could reach this process without a key, or a file is missing."""
-        if not keyed and not _is_loopback(self.host):
+        if not keyed and not is_loopback(self.host):
             raise ConfigError(
                 f"refusing to listen on {self.host} without an API key: others could use this machine. "
                 "Give --api-keys FILE (or WISP_API_KEYS), or listen on 127.0.0.1"
@@ -47,7 +48,8 @@ class Listen(msgspec.Struct, frozen=True):
                 raise ConfigError(f"no such TLS file: {file}")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Can only this machine reach what listens there?"""
     if host == "localhost":
         return True
     try:
@@ -69,8 +71,18 @@ async def run_app(
     listen: Listen,
     drain: Callable[[], Awaitable[None]],
     ended: Callable[[], Awaitable[None]] | None = None,
+    *,
+    stopped: Callable[[], Awaitable[None]] | None = None,
+    signals: bool = True,
+    at_once: Callable[[], None] = lambda: None,
+    bound: socket.socket | None = None,
 ) -> None:
-    """Serve until SIGTERM, SIGINT or `ended`, then `drain`, then stop. Raises ConfigError if the port is taken."""
+    """Serve until SIGTERM, SIGINT or `ended`, then `drain`, then stop. Raises ConfigError if the port is taken.
+
+    stopped: returns when a stop is wanted for another reason than a signal. `at_once` is called before an end
+    without a drain. Without `signals` none are looked at: then this may run in any thread. `bound` is a socket that
+    listens at `listen` already.
+    """
     config = uvicorn.Config(
         app,
         host=listen.host,
@@ -95,10 +107,15 @@ async def run_app(
     server = _Server(config)
     stopping = False
 
+    def stop_once() -> None:
+        if not stopping:
+            stop()
+
     def stop() -> None:
         nonlocal stopping
         if stopping:
             log.warning("ending at once, with whatever is open")
+            at_once()
             logging.shutdown()
             os._exit(1)  # a step of the engine may take long yet, and cannot be interrupted
         stopping = True
@@ -107,13 +124,18 @@ async def run_app(
         task.add_done_callback(lambda _: setattr(server, "should_exit", True))
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT) if signals else ():
         loop.add_signal_handler(number, stop)
+    asked = asyncio.ensure_future(stopped()) if stopped is not None else None
+    if asked is not None:
+        asked.add_done_callback(lambda task: None if task.cancelled() else stop_once())
     watcher = asyncio.ensure_future(ended()) if ended is not None else None
     if watcher is not None:
         watcher.add_done_callback(lambda _: setattr(server, "should_exit", True))
     try:
-        await server.serve()
+        await server.serve([bound] if bound is not None else None)
+        if asked is not None:
+            asked.cancel()
     except SystemExit:
         raise ConfigError(
             f"cannot listen on {listen.host}:{listen.port}; is it taken? choose another with --port"
@@ -122,6 +144,10 @@ async def run_app(
 
 class _JsonLines(logging.Formatter):
     """One JSON object a line: time, level, logger, message, and whatever `extra` holds. Never prompts."""
+
+    def __init__(self, who: str) -> None:
+        super().__init__()
+        self._who = {"replica": who} if who else {}
 
     _known = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -132,20 +158,21 @@ class _JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        line |= self._who
         line |= {k: v for k, v in vars(record).items() if k not in self._known}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
 
 
-def set_up_logging(level: str = "info", *, json_lines: bool = False) -> None:
-    """Log to standard error. Raises ConfigError for a level that there is not."""
+def set_up_logging(level: str = "info", *, json_lines: bool = False, who: str = "") -> None:
+    """Log to standard error, with `who` before each line's logger. Raises ConfigError for a level that there is not."""
     if level.lower() not in LEVELS:
         raise ConfigError(f"unknown log level {level!r}; choose one of: {', '.join(LEVELS)}")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        _JsonLines() if json_lines else logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    )
+    prefix = f"{who} " if who else ""
+    plain = logging.Formatter(f"%(asctime)s %(levelname)-7s {prefix}%(name)s: %(message)s")
+    handler.setFormatter(_JsonLines(who) if json_lines else plain)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -28,6 +28,7 @@ from wisp.api.errors import JsonResponse, error_response, exception_handlers, re
 from wisp.api.keys import Keyring
 from wisp.api.observe import RequestRecord
 from wisp.api.routes import openai_routes
+from wisp.cloud.control import control_routes
 from wisp.cloud.host import VerifierHost
 from wisp.cloud.sockets import SessionEndpoint
 from wisp.cloud.thin import ThinBackend
@@ -77,6 +78,7 @@ class CloudApp:
                 *openai_routes(
                     backend, authorize=self._authorize, observer=self, slo_classes=settings.slo_classes
                 ),
+                *(control_routes(self.host, keys, settings.drain_s) if keys.front else []),
             ],
             exception_handlers=exception_handlers(),
             lifespan=self._lifespan,
@@ -105,7 +107,7 @@ class CloudApp:
             await self._host.drain(self.settings.drain_s)
 
     async def ended(self) -> None:
-        """Returns when this server can never serve: its model did not load, and `failed` says why."""
+        """Returns when this server cannot serve (any more): `failed` says why its engine does not run."""
         await self._ended.wait()
 
     # --- start and stop
@@ -136,18 +138,22 @@ class CloudApp:
                 cost=s.cost,
                 park_s=s.park_s,
                 event_log=s.event_log,
+                died=self._fail,
             )
             self._thin = ThinBackend(host)
             self._host = host
         except Exception as error:
-            self.failed = error
-            self._ended.set()
+            self._fail(error)
             return
         info = engine.info
         log.info("serving %s: %s, %s mode, %d slots of %d tokens, %s batching",
                  s.model, info.engine, info.mode, info.slots, info.slot_tokens, s.batching)  # fmt: skip
         for note in info.notes:
             log.warning("%s", note)
+
+    def _fail(self, error: Exception) -> None:
+        self.failed = error
+        self._ended.set()
 
     def _keys_changed(self) -> None:
         if self._host is not None:

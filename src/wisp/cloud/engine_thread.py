@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from wisp.core.errors import EngineDeadError
 from wisp.core.events import Run, StepDone
 from wisp.engines.base import TargetEngine
 
@@ -16,7 +17,10 @@ log = logging.getLogger("wisp.engine")
 
 
 class EngineThread:
-    """Runs one step at a time. `done` is called on the loop with what became of it."""
+    """Runs one step at a time. `done` is called on the loop with what became of it.
+
+    dead: why the engine will not run again, once that is so
+    """
 
     def __init__(
         self, engine: TargetEngine, loop: asyncio.AbstractEventLoop, done: Callable[[StepDone], None]
@@ -24,6 +28,7 @@ class EngineThread:
         self.engine = engine
         self._loop = loop
         self._done = done
+        self.dead: EngineDeadError | None = None
         self._steps: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
@@ -54,5 +59,7 @@ class EngineThread:
             results = self.engine.run(step.slices)
         except Exception as error:  # whatever it is, sessions must hear of it and the server go on
             log.exception("a step of %d slices failed", len(step.slices))
+            if isinstance(error, EngineDeadError):
+                self.dead = error
             return StepDone([], (time.perf_counter() - started) * 1e3, error=str(error) or repr(error))
         return StepDone(results, (time.perf_counter() - started) * 1e3)

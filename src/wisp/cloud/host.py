@@ -20,7 +20,7 @@ from wisp.core.batching import batching_policy
 from wisp.core.cost import Coefficients, CostModel
 from wisp.core.events import Action, EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
 from wisp.core.messages import VERSION as PROTOCOL
-from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict, Welcome
+from wisp.core.messages import Cancel, Draft, Hello, Open, Refused, Verdict, Welcome, check_hello
 from wisp.core.session import State
 from wisp.core.verifier import Verifier
 from wisp.engines.base import TargetEngine, Tokenizer
@@ -44,8 +44,11 @@ class VerifierHost:
         cost: Coefficients | None = None,
         park_s: float = 60.0,
         event_log: Path | None = None,
+        died: Callable[[Exception], None] = lambda error: None,
     ) -> None:
-        """`cost`: what the cost model starts from; None: it learns from the first step on. Raises ConfigError."""
+        """`cost`: what the cost model starts from; None: it learns from the first step on. `died` is called once the
+        engine will not run again, after its sessions have heard of it. Raises ConfigError.
+        """
         info = engine.info
         self.info = info
         self.model = model
@@ -78,8 +81,10 @@ class VerifierHost:
             )
             self._log = EventLog(event_log, header, self._loop.time())
         self._engine = EngineThread(engine, self._loop, self._step_done)
+        self._died = died
         self._senders: dict[int, Sender] = {}
         self._keys: dict[int, str] = {}
+        self._sockets: dict[int, bool] = {}  # connections of edges: can their sessions go elsewhere?
         self._next_connection = 0
         self._tick_due = False
         self._timer: asyncio.TimerHandle | None = None
@@ -102,9 +107,21 @@ class VerifierHost:
 
     # --- connections
 
-    def attach(self, key: str, send: Sender) -> int:
-        """A new connection of `key`; `send` is called with its messages and must not block."""
+    def check(self, hello: Hello) -> None:
+        """May this edge come in? Raises ProtocolError."""
+        check_hello(hello, self.tokenizer.fingerprint, self.model)
+
+    def attach(
+        self, key: str, send: Sender, *, movable: bool = False, close: Callable[[], None] | None = None
+    ) -> int:
+        """A new connection of `key`; `send` is called with its messages and must not block.
+
+        movable: its sessions can open again elsewhere. `close` ends the connection, where it is a socket.
+        """
         self._next_connection += 1
+        if close is not None:
+            self._sockets[self._next_connection] = movable
+            self.metrics.connections.inc()
         self._senders[self._next_connection] = send
         self._keys[self._next_connection] = key
         return self._next_connection
@@ -133,6 +150,8 @@ class VerifierHost:
         """The connection is gone; its sessions are parked."""
         self._senders.pop(connection, None)
         self._keys.pop(connection, None)
+        if self._sockets.pop(connection, None) is not None:
+            self.metrics.connections.dec()
         self._feed(EdgeLost(connection))
 
     @property
@@ -152,6 +171,18 @@ class VerifierHost:
         sessions = self.verifier.sessions
         while any(s.state is not State.PARKED for s in sessions.values()) and self._loop.time() < deadline:
             await asyncio.sleep(0.05)
+
+    def move(self) -> int:
+        """Take no new sessions, and send those away that can open again elsewhere. Returns how many."""
+        self.draining = True
+        leaving = [s for s in self.verifier.sessions.values() if self._sockets.get(s.connection)]
+        for s in leaving:
+            message = "this verifier is being drained; open the session again at the front"
+            refused = Refused(s.id, "shutting_down", message, fatal=True)
+            self.metrics.sent(self._loop.time(), refused)
+            self._send(s.connection, refused)
+            self._feed(FromEdge(s.connection, s.key, Cancel(s.id)))
+        return len(leaving)
 
     def stop(self) -> None:
         """End the engine thread (after its step) and free the engine. Blocks."""
@@ -208,7 +239,10 @@ class VerifierHost:
         assert self._step is not None
         self.metrics.step(self._loop.time(), self._step, done)
         self._step = None
+        dead, self._engine.dead = self._engine.dead, None  # before the next step can say so, too
         self._feed(done)
+        if dead is not None:
+            self._died(dead)
 
     def _send(self, connection: int, message: Verdict | Refused) -> None:
         sender = self._senders.get(connection)

@@ -10,21 +10,23 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 from starlette.types import Receive, Scope, Send
 
-from wisp.cloud.host import VerifierHost
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.messages import (
     MAX_FRAME,
     SUBPROTOCOL,
-    VERSION,
     Cancel,
     Draft,
     Hello,
     Message,
     Open,
+    Redirect,
     Refused,
+    Verdict,
+    Welcome,
     decode_from_edge,
     encode,
 )
@@ -35,11 +37,26 @@ MAX_BACKLOG = 8 << 20  # bytes not yet taken by the peer
 HELLO_TIMEOUT_S = 10.0
 
 
+Sender = Callable[[Verdict | Refused | Redirect], None]
+
+
+class SessionHost(Protocol):
+    """What is behind a session socket: a verifier (`cloud.host`), or a front of several."""
+
+    def check(self, hello: Hello) -> None: ...
+    def welcome(self) -> Welcome: ...
+    def attach(
+        self, key: str, send: Sender, *, movable: bool = False, close: Callable[[], None] | None = None
+    ) -> int: ...
+    def receive(self, connection: int, message: Open | Draft | Cancel) -> None: ...
+    def detach(self, connection: int) -> None: ...
+
+
 class SessionSocket:
     """One edge's connection."""
 
     def __init__(
-        self, host: VerifierHost, key: str, receive: Receive, send: Send, authorize: Callable[[], str]
+        self, host: SessionHost, key: str, receive: Receive, send: Send, authorize: Callable[[], str]
     ) -> None:
         """`authorize` raises RequestError once the key has been revoked."""
         self.host = host
@@ -55,10 +72,10 @@ class SessionSocket:
     async def run(self) -> None:
         """Handshake, then read until the peer is gone."""
         host = self.host
-        if not await self._handshake():
+        hello = await self._handshake()
+        if hello is None:
             return
-        connection = host.attach(self.key, self.post)
-        host.metrics.connections.inc()
+        connection = host.attach(self.key, self.post, movable=hello.redirects, close=self.close)
         writer = asyncio.create_task(self._write())
         try:
             while (frame := await self._frame()) is not None and not self._overrun:
@@ -75,7 +92,6 @@ class SessionSocket:
                 host.receive(connection, message)
         finally:
             host.detach(connection)
-            host.metrics.connections.dec()
             writer.cancel()
 
     def _revoked(self) -> bool:
@@ -94,35 +110,29 @@ class SessionSocket:
         self._out.append(frame)
         self._more.set()
 
-    async def _handshake(self) -> bool:
+    def close(self) -> None:
+        """Send what is queued, then close: for now there is nobody here to talk to."""
+        self._out.append(b"")
+        self._more.set()
+
+    async def _handshake(self) -> Hello | None:
         await self._receive()  # websocket.connect
         await self._send({"type": "websocket.accept", "subprotocol": SUBPROTOCOL})
         try:
             frame = await asyncio.wait_for(self._frame(), HELLO_TIMEOUT_S)
             if frame is None:
-                return False
-            self._check(decode_from_edge(frame))
+                return None
+            hello = decode_from_edge(frame)
+            if not isinstance(hello, Hello):
+                raise ProtocolError("out_of_turn", "the first frame must be a hello")
+            self.host.check(hello)
         except (ProtocolError, TimeoutError) as error:
             code = error.code if isinstance(error, ProtocolError) else "timeout"
             await self._bytes(encode(Refused("", code, str(error) or "no hello in time", fatal=True)))
             await self._send({"type": "websocket.close", "code": 4400, "reason": code})
-            return False
+            return None
         await self._bytes(encode(self.host.welcome()))
-        return True
-
-    def _check(self, hello: Hello | Open | Draft | Cancel) -> None:
-        if not isinstance(hello, Hello):
-            raise ProtocolError("out_of_turn", "the first frame must be a hello")
-        if hello.version != VERSION:
-            message = f"this verifier speaks version {VERSION} of the protocol, the edge {hello.version}"
-            raise ProtocolError("version_mismatch", f"{message}; install the same release on both")
-        ours = self.host.tokenizer.fingerprint
-        if hello.fingerprint and hello.fingerprint != ours:
-            raise ProtocolError(
-                "vocabulary_mismatch",
-                f"the edge's vocabulary {hello.fingerprint[:12]} is not that of {self.host.model} ({ours[:12]}); "
-                "draft with a model of the same family, or with ngram or none",
-            )
+        return hello
 
     async def _frame(self) -> bytes | None:
         """The next binary frame, or None at the end."""
@@ -139,6 +149,11 @@ class SessionSocket:
                 self._more.clear()
                 while self._out:
                     frame = self._out.popleft()
+                    if not frame:
+                        await self._send(
+                            {"type": "websocket.close", "code": 1012, "reason": "come back later"}
+                        )
+                        return
                     await self._bytes(frame)
                     self._backlog -= len(frame)
                     if self._overrun:
@@ -158,7 +173,7 @@ class SessionSocket:
 class SessionEndpoint:
     """ASGI application for the session path. `authorize` maps an Authorization header to a key's name."""
 
-    def __init__(self, host: Callable[[], VerifierHost], authorize: Callable[[str | None], str]) -> None:
+    def __init__(self, host: Callable[[], SessionHost], authorize: Callable[[str | None], str]) -> None:
         self.host = host
         self.authorize = authorize
 

@@ -4,6 +4,7 @@ WispError
 ├── ConfigError          a flag, a file or an environment that cannot work
 ├── ModelError           a model that cannot be found, fetched, checked or loaded
 ├── EngineError          the engine failed, or was asked for something it cannot do
+│   └── EngineDeadError  it will not run again in this process
 ├── ProtocolError        the other side sent something it may not send
 ├── RequestError         a generation that cannot be served as asked (carries an OpenAI error shape)
 └── UnavailableError     no verifier within the stated time
@@ -26,6 +27,10 @@ class ModelError(WispError):
 
 class EngineError(WispError):
     """The engine failed, or was asked for something it cannot do."""
+
+
+class EngineDeadError(EngineError):
+    """The engine will not run again: this process is of no more use as a verifier."""
 
 
 class ProtocolError(WispError):

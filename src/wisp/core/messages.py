@@ -5,11 +5,12 @@ cross the wire: no text, no probabilities of drafts. Fields are only ever added 
 so that a peer of the same version skips what it does not know.
 
     edge  -> cloud   Hello, then Open, Draft, Cancel
-    cloud -> edge    Welcome, then Verdict, Refused
+    cloud -> edge    Welcome, then Verdict, Refused, Redirect
 
 `base` counts generated tokens of the session: 0 is the first token after the prompt. `round` grows by one
 per draft and is the idempotency key. Every Open and every Draft is answered by one Verdict or one Refused,
-unless a later round replaced it first; in server mode more Verdicts come unasked.
+unless a later round replaced it first; in server mode more Verdicts come unasked. A front, which has several
+verifiers behind it, answers each Open with a Redirect or a Refused and nothing else.
 """
 
 from __future__ import annotations
@@ -37,11 +38,15 @@ class Message(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """First frame. `fingerprint` is the vocabulary that the edge will use, "" if it has none yet."""
+    """First frame. `fingerprint` is the vocabulary that the edge will use, "" if it has none yet.
+
+    `redirects`: the edge knows what to do with a Redirect. A front refuses those that do not.
+    """
 
     version: int
     fingerprint: str = ""
     client: str = ""
+    redirects: bool = False
 
 
 class Open(Message, frozen=True, tag="open"):
@@ -50,7 +55,7 @@ class Open(Message, frozen=True, tag="open"):
     The first draft rides along as `round`; `draft` may be empty. `committed` are generated tokens that the
     edge already has. `serve`: after answering, go on decoding without drafts until the next one comes.
     `logprobs`: None, or how many alternatives to report per token. `max_tokens` counts from the start of
-    the session, `committed` included.
+    the session, `committed` included. `avoid` is the address of a Redirect that the edge could not follow.
     """
 
     session: str
@@ -66,6 +71,7 @@ class Open(Message, frozen=True, tag="open"):
     ignore_eos: bool = False
     logprobs: int | None = None
     slo: Slo | None = None
+    avoid: str = ""
 
 
 class Draft(Message, frozen=True, tag="draft"):
@@ -136,8 +142,19 @@ class Refused(Message, frozen=True, tag="refused"):
     fatal: bool = False
 
 
+class Redirect(Message, frozen=True, tag="redirect"):
+    """Say the same Open to the verifier at `address`, and whatever follows in this session, too.
+
+    `address` is "HOST:PORT", or ":PORT" on the host that sent this. Scheme and key stay as they were, so that
+    nobody is redirected from TLS to plain text. When that verifier is lost or shuts down, open here again.
+    """
+
+    session: str
+    address: str
+
+
 FromEdge = Hello | Open | Draft | Cancel
-FromCloud = Welcome | Verdict | Refused
+FromCloud = Welcome | Verdict | Refused | Redirect
 
 _encoder = msgspec.msgpack.Encoder()
 _from_edge: msgspec.msgpack.Decoder[FromEdge] = msgspec.msgpack.Decoder(FromEdge)
@@ -163,6 +180,19 @@ def decode_from_cloud(frame: bytes) -> FromCloud:
         return _from_cloud.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError("malformed", f"not a {SUBPROTOCOL} message from a verifier: {error}") from None
+
+
+def check_hello(hello: Hello, fingerprint: str, model: str) -> None:
+    """Do both sides speak the same language? Raises ProtocolError."""
+    if hello.version != VERSION:
+        message = f"this verifier speaks version {VERSION} of the protocol, the edge {hello.version}"
+        raise ProtocolError("version_mismatch", f"{message}; install the same release on both")
+    if hello.fingerprint and hello.fingerprint != fingerprint:
+        raise ProtocolError(
+            "vocabulary_mismatch",
+            f"the edge's vocabulary {hello.fingerprint[:12]} is not that of {model} ({fingerprint[:12]}); "
+            "draft with a model of the same family, or with ngram or none",
+        )
 
 
 def vocabulary_fingerprint(pieces: Iterable[tuple[int, bytes]]) -> str:

@@ -3,6 +3,9 @@
 while not done:
     if it is the draft engine's turn:  propose a token
     else:                              wait for the verifier, or for the connection
+
+A session begins on its home link. If a front is there, it is redirected to a verifier and says its Open again to
+that one; when that verifier is lost or shuts down, the session comes home and opens from what is committed.
 """
 
 from __future__ import annotations
@@ -10,23 +13,57 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import msgspec
 
 from wisp.api.backend import Committed, Generation, Target
 from wisp.core.drafter import Action, Drafter, Phase, Reopen, Task
 from wisp.core.drafting import Ahead, Policies
-from wisp.core.errors import ProtocolError, RequestError
-from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict, Welcome
+from wisp.core.errors import ProtocolError, RequestError, UnavailableError
+from wisp.core.messages import Cancel, Draft, Message, Open, Redirect, Refused, Verdict, Welcome
 from wisp.core.pace import Pace
 from wisp.core.signals import Signal
-from wisp.edge.link import FromLink, VerifierLink
-from wisp.edge.tokenizers import TokenizerCache
-from wisp.engines.base import DraftEngine, Proposal
+from wisp.edge.link import FromLink, Listener, Redirects
+from wisp.engines.base import DraftEngine, Proposal, Tokenizer
 
 log = logging.getLogger("wisp.edge")
+
+ELSEWHERE = frozenset(
+    {"shutting_down", "overloaded"}
+)  # refusals of one verifier that say nothing of the others
+MAX_LOSSES = 5  # a request that kills what serves it must not go round the whole fleet for ever
+BOUNCE_S = (0.05, 2.0)  # shortest and longest wait at home, from the second trip in vain
+
+
+class Link(Protocol):
+    """Where sessions live: the way to a verifier or to a front (`VerifierLink` documents it)."""
+
+    reconnects: int
+    lost_at: float
+    give_up_s: float
+    problem: str
+    fatal: RequestError | None
+    redirects: Redirects
+
+    @property
+    def welcome(self) -> Welcome | None: ...
+    async def connected(self) -> Welcome: ...
+    def gave_up(self) -> UnavailableError: ...
+    def listen(self, session: str, listener: Listener) -> None: ...
+    def unlisten(self, session: str) -> None: ...
+    def send(self, message: Message) -> None: ...
+
+
+class Tokenizers(Protocol):
+    """Tokenizers by fingerprint."""
+
+    async def get(self, fingerprint: str) -> Tokenizer: ...
 
 
 class EdgeBackend:
@@ -38,8 +75,8 @@ class EdgeBackend:
 
     def __init__(
         self,
-        link: VerifierLink,
-        tokenizers: TokenizerCache,
+        link: Link,
+        tokenizers: Tokenizers,
         drafter: DraftEngine | None,
         policies: Policies,
         ahead: Ahead | None = None,
@@ -92,17 +129,26 @@ class _Session:
 
     def __init__(self, backend: EdgeBackend, generation: Generation) -> None:
         self.backend = backend
-        self.link = backend.link
+        self.home: Link = backend.link
+        self.link: Link = backend.link
         self.generation = generation
         self.id = secrets.token_hex(16)
         self.model = ""
         self.finished = False
-        self.events: asyncio.Queue[tuple[FromLink, float]] = asyncio.Queue()  # with the time of arrival, ms
+        # What was heard, where, and when (ms)
+        self.events: asyncio.Queue[tuple[Link, FromLink, float]] = asyncio.Queue()
         self.pace = backend.pace.successor()
         self.warm: asyncio.Task[object] | None = None
+        self.opening: Open | None = None  # said to a front, and to be said again where it redirects to
+        self.since: list[Draft] = []  # sent ahead of the answer to it: to be said again, too
+        self.address = ""  # of `link`, where a front sent us
+        self.avoid = ""
+        self.trips = 0  # back home from where a front sent us, since the last verdict
+        self.astray_since = 0.0
+        self.came_home = 0.0
 
     async def run(self) -> AsyncIterator[Committed]:
-        welcome = await self.link.connected()
+        welcome = await self.home.connected()
         self.model = welcome.model
         g = self.generation
         task = Task(g.prompt, g.sampling, g.max_tokens, g.ignore_eos, g.logprobs, g.slo)
@@ -110,7 +156,7 @@ class _Session:
         policy = backend.policies.make(g.sampling.temperature) if backend.drafter is not None else None
         ahead = backend.ahead if policy is not None else None
         drafter = Drafter(self.id, task, policy, frozenset(welcome.eos), ahead=ahead, pace=self.pace)
-        self.link.listen(self.id, self._heard)
+        self._move(self.home)
         self.backend.sessions += 1
         try:
             actions = drafter.connected(_now_ms(), welcome.max_draft)
@@ -129,11 +175,25 @@ class _Session:
         finally:
             self._end()
 
-    def _heard(self, event: FromLink) -> None:
-        self.events.put_nowait((event, _now_ms()))
+    def _heard(self, link: Link, event: FromLink) -> None:
+        self.events.put_nowait((link, event, _now_ms()))
+
+    def _move(self, link: Link) -> None:
+        """Listen there from now on, and nowhere else."""
+        self.link.unlisten(self.id)
+        self.link = link
+        link.listen(self.id, functools.partial(self._heard, link))
 
     def _carry_out(self, action: Action) -> None:
-        if isinstance(action, Open | Draft):
+        if isinstance(action, Open) and self.link is self.home:
+            self.opening = msgspec.structs.replace(action, avoid=self.avoid) if self.avoid else action
+            self.since = []
+            self.link.send(self.opening)
+        elif isinstance(action, Open | Draft):
+            if self.opening is not None and isinstance(action, Draft):
+                self.since.append(action)
+                if self.link is not self.home:
+                    return  # nothing before the Open
             self.link.send(action)
         elif isinstance(action, Reopen):
             loop = asyncio.get_running_loop()
@@ -141,7 +201,7 @@ class _Session:
 
     def _reopen(self) -> None:
         if self.link.welcome is not None:  # otherwise the next connection will do it
-            self._heard(self.link.welcome)
+            self._heard(self.link, self.link.welcome)
 
     async def _step(self, drafter: Drafter) -> list[Action]:
         """Wait for the next thing to happen, and say what follows from it."""
@@ -154,35 +214,94 @@ class _Session:
             return drafter.proposed(now, token, signal, now - started)
         event, arrived = await self._event()
         if isinstance(event, Verdict):
+            self.trips, self.avoid, self.opening = 0, "", None
             try:
                 return drafter.verdict(_now_ms(), event, arrived)
             except ProtocolError as error:
                 raise RequestError(502, str(error), code=error.code, type="server_error") from None
-        if isinstance(event, Refused):
-            return drafter.refused(event)
-        drafter.lost()
-        if not isinstance(event, Welcome):
+        if isinstance(event, Redirect):
+            self._follow(event, drafter)
             return []
-        if event.model != self.model:
+        away = self.link is not self.home
+        if isinstance(event, Refused):
+            if away and event.code in ELSEWHERE:
+                self._go_home(drafter, refused=event.message)
+                return []
+            return drafter.refused(event)
+        if away and not isinstance(event, Welcome):
+            self._go_home(drafter)
+            return []
+        if isinstance(event, Welcome) and event.model != self.model:
             message = f"the verifier now serves {event.model}; this answer was begun by {self.model}"
             raise RequestError(502, message, code="model_changed", type="server_error")
-        return drafter.connected(_now_ms(), event.max_draft)
+        if away and self.opening is not None:  # redirected: say the same to this one
+            for said in (self.opening, *self.since):
+                self.link.send(said)
+            self.opening = None
+            return []
+        drafter.lost()
+        return drafter.connected(_now_ms(), event.max_draft) if isinstance(event, Welcome) else []
 
     async def _event(self) -> tuple[FromLink, float]:
         """The next event and when it came; gives up when there has been no verifier for the stated time."""
         while True:
-            if self.link.welcome is not None:
+            link = self.link
+            if link.welcome is not None or link is not self.home:  # one redirected to fails by itself
                 timeout = None
             else:
-                if self.link.fatal is not None:
-                    raise self.link.fatal
-                timeout = self.link.lost_at + self.link.give_up_s - time.monotonic()
+                if link.fatal is not None:
+                    raise link.fatal
+                timeout = max(link.lost_at, self.came_home) + link.give_up_s - time.monotonic()
                 if timeout <= 0:
-                    raise self.link.gave_up()
+                    raise link.gave_up()
             try:
-                return await asyncio.wait_for(self.events.get(), timeout)
+                where, event, arrived = await asyncio.wait_for(self.events.get(), timeout)
             except TimeoutError:
                 continue
+            if where is link:  # otherwise it was said before the session moved
+                return event, arrived
+
+    # --- where a front is
+
+    def _follow(self, redirect: Redirect, drafter: Drafter) -> None:
+        """Open at the verifier that the front named."""
+        if self.link is not self.home or self.opening is None:
+            return  # an answer to an Open that was overtaken
+        self.address = redirect.address
+        try:
+            link = self.home.redirects.link(redirect.address)
+        except ProtocolError as error:
+            self._go_home(drafter, refused=str(error))
+            return
+        self._move(link)
+        self._reopen()
+
+    def _go_home(self, drafter: Drafter, *, refused: str = "") -> None:
+        """The verifier at the redirected address is gone, full, drained or out of reach: ask the front again."""
+        drafter.lost()
+        unheard = bool(refused) or self.opening is not None
+        wait, now = 0.0, time.monotonic()
+        self.came_home = now
+        self.trips += 1
+        if self.trips == 1:
+            self.astray_since = now
+        else:
+            wait = min(BOUNCE_S[0] * 2**self.trips, BOUNCE_S[1]) * random.uniform(0.5, 1.0)
+            if now > self.astray_since + self.home.give_up_s and (unheard or self.trips > MAX_LOSSES):
+                raise self._went_astray(refused, unheard)
+        if unheard:
+            self.avoid = self.address
+        self.opening = None
+        self._move(self.home)
+        asyncio.get_running_loop().call_later(wait, self._reopen)
+
+    def _went_astray(self, refused: str, unheard: bool) -> RequestError:
+        if unheard:
+            why = refused or self.link.problem
+            message = f"the front sends sessions to {self.address}, which is of no use from here ({why})"
+            return UnavailableError(f"{message}; is that port open to this device?")
+        message = f"{self.trips} verifiers in a row were lost over this request; it is not tried again"
+        return RequestError(502, message, code="verifiers_lost", type="server_error")
 
     def _end(self) -> None:
         if not self.finished:  # left, failed or refused: the verifier need not keep it

@@ -3,6 +3,9 @@
 When it breaks, every session is told, and told again when it is back; what to do about it is theirs
 (`core.drafter`). Reconnecting backs off exponentially, with jitter, so that a restarted verifier is not
 stormed by a fleet.
+
+Where the server is a front, it redirects sessions to other addresses. Each of these gets one more link, which
+many sessions share; it is tried once, and when it ends its sessions go back to the front (`edge.backend`).
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
+import ssl
 import time
 from collections.abc import Callable
 from urllib.parse import urlsplit, urlunsplit
@@ -26,6 +31,7 @@ from wisp.core.messages import (
     VERSION,
     Hello,
     Message,
+    Redirect,
     Refused,
     Verdict,
     Welcome,
@@ -38,6 +44,8 @@ log = logging.getLogger("wisp.link")
 SESSION_PATH = "/v1/sessions"
 BACKOFF_S = (0.05, 5.0)  # first and longest wait between attempts
 HANDSHAKE_S = 10.0
+IDLE_S = 30.0  # a link to a redirected address is kept this long after its last session
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*):[0-9]{1,5}")
 
 
 class Lost:
@@ -45,7 +53,7 @@ class Lost:
 
 
 LOST = Lost()
-FromLink = Welcome | Verdict | Refused | Lost
+FromLink = Welcome | Verdict | Refused | Redirect | Lost
 Listener = Callable[[FromLink], None]
 
 
@@ -53,9 +61,19 @@ class VerifierLink:
     """Keeps one connection to `server`. Sessions register a listener and `send`."""
 
     def __init__(
-        self, server: str, api_key: str | None = None, *, fingerprint: str = "", give_up_s: float = 30.0
+        self,
+        server: str,
+        api_key: str | None = None,
+        *,
+        fingerprint: str = "",
+        give_up_s: float = 30.0,
+        once: bool = False,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        """`fingerprint`: of the draft model's vocabulary, "" if there is none. Raises ConfigError for a bad URL."""
+        """`fingerprint`: of the draft model's vocabulary, "" if there is none. Raises ConfigError for a bad URL.
+
+        once: try to connect a single time, and end with the connection.
+        """
         self.url = _websocket_url(server)
         self.api_key = _checked(api_key)
         self.fingerprint = fingerprint
@@ -65,6 +83,10 @@ class VerifierLink:
         self.problem: str = ""  # why it is not connected
         self.fatal: RequestError | None = None  # trying again will not help
         self.reconnects = 0
+        self.once = once
+        self.ended = False  # a link of one attempt has had it
+        self.redirects = Redirects(self._redirected)
+        self._tls = tls
         self._closing = False
         self._changed = asyncio.Event()
         self._listeners: dict[str, Listener] = {}
@@ -76,8 +98,9 @@ class VerifierLink:
         self._task = asyncio.create_task(self._keep_connected())
 
     async def close(self) -> None:
-        """Close the connection and stop trying."""
+        """Close the connection, and those to redirected addresses, and stop trying."""
         self._closing = True
+        await self.redirects.close()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -109,19 +132,30 @@ class VerifierLink:
         self._listeners[session] = listener
 
     def unlisten(self, session: str) -> None:
-        """The session is over."""
+        """The session is over, or elsewhere."""
         self._listeners.pop(session, None)
+        if self.once and not self._listeners and self._task is not None and not self.ended:
+            asyncio.get_running_loop().call_later(IDLE_S, self._end_if_idle)
 
     def send(self, message: Message) -> None:
         """Send, if connected; otherwise drop it: sessions open again when the connection is back."""
         if self.welcome is not None:
             self._out.put_nowait(encode(message))
 
+    def _end_if_idle(self) -> None:
+        if not self._listeners and self._task is not None:
+            self._closing = True
+            self._task.cancel()
+
+    def _redirected(self, address: str) -> VerifierLink:
+        url = redirected_url(self.url, address)
+        return VerifierLink(url, self.api_key, fingerprint=self.fingerprint, once=True)
+
     # --- the connection
 
     async def _keep_connected(self) -> None:
         wait = BACKOFF_S[0]
-        while True:
+        while not self.ended:
             try:
                 welcomed = await self._one_connection()
                 wait = BACKOFF_S[0] if welcomed else wait
@@ -130,7 +164,10 @@ class VerifierLink:
                 if self.welcome is not None:
                     wait = BACKOFF_S[0]
             finally:
+                self.ended = self.once
                 self._lose()
+            if self.ended:
+                return
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))
             wait = min(wait * 2, BACKOFF_S[1])
 
@@ -141,6 +178,7 @@ class VerifierLink:
             subprotocols=[Subprotocol(SUBPROTOCOL)],
             additional_headers=headers,
             proxy=None if is_local(self.url) else True,
+            ssl=self._tls or (True if self.url.startswith("wss") else None),
             compression=None,  # token ids do not compress enough to pay for it
             max_size=MAX_FRAME,
             open_timeout=HANDSHAKE_S,
@@ -148,7 +186,7 @@ class VerifierLink:
             ping_timeout=20,
             close_timeout=1,
         ) as socket:
-            await socket.send(encode(Hello(VERSION, self.fingerprint, f"wisp/{__version__}")))
+            await socket.send(encode(Hello(VERSION, self.fingerprint, f"wisp/{__version__}", True)))
             first = decode_from_cloud(await asyncio.wait_for(socket.recv(decode=False), HANDSHAKE_S))
             if not isinstance(first, Welcome):
                 raise ProtocolError(
@@ -172,7 +210,7 @@ class VerifierLink:
         message = decode_from_cloud(frame if isinstance(frame, bytes) else b"\xc1")
         if isinstance(message, Refused) and not message.session:
             log.warning("the verifier refused a frame: %s (%s)", message.message, message.code)
-        elif isinstance(message, Verdict | Refused):
+        elif isinstance(message, Verdict | Refused | Redirect):
             listener = self._listeners.get(message.session)
             if listener is not None:
                 listener(message)
@@ -217,6 +255,40 @@ class VerifierLink:
             )
 
 
+class Redirects:
+    """Links to the addresses that a front names: one each, for as long as sessions use it. `make` may raise
+    ProtocolError."""
+
+    def __init__(self, make: Callable[[str], VerifierLink]) -> None:
+        self._make = make
+        self._links: dict[str, VerifierLink] = {}
+
+    def link(self, address: str) -> VerifierLink:
+        """A link to `address`, started; the session has to listen before anything else happens."""
+        self._links = {a: link for a, link in self._links.items() if not link.ended}
+        link = self._links.get(address)
+        if link is None:
+            link = self._links[address] = self._make(address)
+            link.start()
+        return link
+
+    async def close(self) -> None:
+        """End all of them."""
+        links, self._links = self._links, {}
+        await asyncio.gather(*(link.close() for link in links.values()))
+
+
+def redirected_url(url: str, address: str) -> str:
+    """The session socket at another host and port, by the same scheme. Raises ProtocolError if `address` is none."""
+    if not _ADDRESS.fullmatch(address):
+        raise ProtocolError("malformed", f"the front redirected to {address!r}, which is not HOST:PORT")
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    own = f"[{host}]" if ":" in host else host
+    netloc = own + address if address[0] == ":" else address
+    return urlunsplit((parts.scheme, netloc, SESSION_PATH, "", ""))
+
+
 def _checked(key: str | None) -> str | None:
     """The key without white space around it. Raises ConfigError if it cannot stand in a header."""
     key = (key or "").strip()
@@ -236,7 +308,7 @@ def _websocket_url(server: str) -> str:
     schemes = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
     if parts.scheme not in schemes or not parts.hostname:
         raise ConfigError(f"server {server!r} is not an address such as http://127.0.0.1:8100")
-    path = parts.path.rstrip("/").removesuffix("/v1") + SESSION_PATH
+    path = parts.path.rstrip("/").removesuffix(SESSION_PATH).removesuffix("/v1") + SESSION_PATH
     return urlunsplit((schemes[parts.scheme], parts.netloc, path, "", ""))
 
 

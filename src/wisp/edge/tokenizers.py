@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from wisp.core.errors import ModelError, RequestError
+from wisp.core.errors import ModelError, RequestError, WispError
 from wisp.edge.link import http_url, is_local
 from wisp.engines.base import Tokenizer
 from wisp.engines.build import open_tokenizer
@@ -41,14 +41,23 @@ class TokenizerCache:
             raise RequestError(502, message, code="tokenizer_unavailable", type="server_error")
         async with self._lock:
             if fingerprint not in self._loaded:
-                path = cache_dir() / "tokenizers" / f"{fingerprint}.gguf"
-                if not path.exists():
-                    _write(path, await self._fetch(fingerprint))
+                path = await self._file(fingerprint)
                 try:
                     self._loaded[fingerprint] = await asyncio.to_thread(_load, path, fingerprint)
-                except ModelError as error:
+                except WispError as error:
                     raise _unavailable(f"the target's tokenizer is of no use: {error}") from None
             return self._loaded[fingerprint]
+
+    async def _file(self, fingerprint: str) -> Path:
+        """Where it is on disk, after fetching it if need be."""
+        paths = [cache_dir() / "tokenizers" / f"{fingerprint}{ending}" for ending in (".gguf", ".json")]
+        for path in paths:
+            if path.exists():
+                return path
+        data = await self._fetch(fingerprint)
+        path = paths[0 if data.startswith(b"GGUF") else 1]
+        _write(path, data)
+        return path
 
     async def _fetch(self, fingerprint: str) -> bytes:
         url = http_url(self.server, f"{TOKENIZER_PATH}/{fingerprint}")
@@ -67,6 +76,7 @@ def _unavailable(message: str) -> RequestError:
 
 
 def _load(path: Path, fingerprint: str) -> Tokenizer:
+    tokenizer: Tokenizer
     try:
         tokenizer = open_tokenizer(path)
     except ModelError:

@@ -14,10 +14,12 @@ from wisp.engines.base import DraftEngine, TargetEngine, Tokenizer
 from wisp.engines.emulated import EmulatedTarget, Hardware, Written, hardware
 from wisp.engines.models import Progress, resolve
 
+_GGUF = b"GGUF"
 PREDICTOR = Path(__file__).parent / "data" / "predictor.json"
-ENGINES = ("llama.cpp", "emulated", "null")
-SLOTS, CONTEXT = 8, 2048  # where nothing else is asked for
-MOST_SLOTS = 256  # of llama.cpp: sequences in one context
+ENGINES = ("llama.cpp", "vllm", "emulated", "null")
+SLOTS = {"llama.cpp": 8, "vllm": 64, "null": 256}  # where none are asked for
+MOST_SLOTS = {"llama.cpp": 256, "vllm": 1024}  # llama.cpp: sequences in one context
+CONTEXT = 2048  # where nothing else is asked for
 
 
 def drafting_policies(spec: str, predictor: Path | None = None) -> Policies:
@@ -39,14 +41,32 @@ def served_name(name: str) -> str:
     return Path(name.removeprefix("hf:")).name.removesuffix(".gguf").removesuffix(".toml")
 
 
+def fetch_target(
+    name: str, *, engine: str = "llama.cpp", offline: bool = False, progress: Progress | None = None
+) -> Path | None:
+    """Where the target is, once what is missing is fetched; None: no model is needed. Raises WispError."""
+    check_engine(engine)
+    if engine in ("emulated", "null"):
+        return None
+    if engine == "vllm":
+        from wisp.engines.vllm.models import fetched
+        from wisp.engines.vllm.starting import require
+
+        require()
+        return fetched(name, offline=offline, progress=progress)
+    return resolve(name, offline=offline, progress=progress)
+
+
 def load_target(
     name: str,
     *,
     engine: str = "llama.cpp",
-    mode: str = "exact",
+    mode: str | None = None,
     slots: int | None = None,
     context: int | None = None,
     threads: int | None = None,
+    tensor_parallel: int = 1,
+    memory: float = 0.9,
     offline: bool = False,
     progress: Progress | None = None,
     kv_tokens: int | None = None,
@@ -54,41 +74,63 @@ def load_target(
 ) -> tuple[TargetEngine, Tokenizer]:
     """The target's engine and tokenizer. Raises ConfigError or ModelError.
 
+    tensor_parallel, memory: of vLLM (see VllmTarget)
     kv_tokens, written: of the emulated engine, whose `name` is that of a hardware profile or a TOML file: its room for
     KV, and its text, if not what the profile says and a hash.
     """
     check_engine(engine, mode=mode, kv_tokens=kv_tokens)
-    if engine == "null":
-        from wisp.engines.null import NullTarget
-        from wisp.engines.plain import PlainTokenizer
-
-        return NullTarget(slots=max(slots or SLOTS, 256)), PlainTokenizer()
     if engine == "emulated":
         profile = emulated_hardware(name, slots=slots, context=context, kv_tokens=kv_tokens)
         return _emulated(served_name(name), profile, written)
-    if (slots or SLOTS) > MOST_SLOTS:
-        raise ConfigError(f"llama.cpp holds at most {MOST_SLOTS} slots, not {slots}")
+    slots = slots or SLOTS[engine]
+    if slots > MOST_SLOTS.get(engine, slots):
+        raise ConfigError(f"{engine} holds at most {MOST_SLOTS[engine]} slots, not {slots}")
+    path = fetch_target(name, engine=engine, offline=offline, progress=progress)
+    if path is None:
+        from wisp.engines.null import NullTarget
+        from wisp.engines.plain import PlainTokenizer
+
+        return NullTarget(slots=max(slots, SLOTS["null"])), PlainTokenizer()
+    if engine == "vllm":
+        from wisp.engines.vllm.models import ends, tokenizer_of
+        from wisp.engines.vllm.target import VllmTarget
+
+        tokenizer = tokenizer_of(path)
+        return VllmTarget(
+            str(path),
+            name=served_name(name),
+            eos=ends(path, tokenizer),
+            slots=slots,
+            slot_tokens=context or CONTEXT,
+            tensor_parallel=tensor_parallel,
+            threads=threads,
+            memory=memory,
+            offline=offline,
+        ), tokenizer
     from wisp.engines.llama.target import LlamaTarget
     from wisp.engines.llama.tokenizer import LlamaTokenizer
 
-    path = resolve(name, offline=offline, progress=progress)
     target = LlamaTarget(
         path,
         name=served_name(name),
-        mode="exact" if mode == "exact" else "fast",
-        slots=slots or SLOTS,
+        mode="fast" if mode == "fast" else "exact",
+        slots=slots,
         slot_tokens=context or CONTEXT,
         threads=threads,
     )
     return target, LlamaTokenizer.open(path)
 
 
-def check_engine(engine: str, *, mode: str = "exact", kv_tokens: int | None = None) -> None:
+def check_engine(engine: str, *, mode: str | None = None, kv_tokens: int | None = None) -> None:
     """Raises ConfigError where there is no such engine or mode, or an option is another engine's."""
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine!r}; choose one of: {', '.join(ENGINES)}")
-    if mode not in ("exact", "fast"):
+    if mode not in (None, "exact", "fast"):
         raise ConfigError(f"unknown mode {mode!r}; choose exact or fast")
+    if engine == "vllm" and mode == "exact":
+        raise ConfigError(
+            "--engine vllm has no exact mode: its kernels round differently from batch to batch"
+        )
     if kv_tokens is not None and engine != "emulated":
         raise ConfigError(
             "--kv-tokens is for --engine emulated; others have room for --slots times --context"
@@ -113,11 +155,29 @@ def _emulated(name: str, profile: Hardware, written: Written | None) -> tuple[Ta
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a file, as a verifier hands it to its edges. Raises ModelError."""
-    from wisp.engines.llama.tokenizer import LlamaTokenizer
-    from wisp.engines.plain import open_plain
+    """The tokenizer in a file, as a verifier hands it to its edges. Raises ModelError or ConfigError."""
+    with path.open("rb") as file:
+        start = file.read(len(_GGUF))
+    if start == _GGUF:
+        from wisp.engines.llama.tokenizer import LlamaTokenizer
 
-    return open_plain(path) or LlamaTokenizer.open(path)
+        return LlamaTokenizer.open(path)
+    return read_tokenizer(path.read_bytes())
+
+
+def read_tokenizer(blob: bytes) -> Tokenizer:
+    """The tokenizer that a verifier hands over as `blob`. Raises ModelError or ConfigError."""
+    from wisp.engines.plain import read_plain
+
+    if blob.startswith(_GGUF):
+        from wisp.engines.llama.tokenizer import LlamaTokenizer
+
+        return LlamaTokenizer.from_blob(blob)
+    if (plain := read_plain(blob)) is not None:
+        return plain
+    from wisp.engines.huggingface import HfTokenizer
+
+    return HfTokenizer(blob)
 
 
 def load_drafter(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 from wisp.core.errors import ModelError
 from wisp.core.messages import vocabulary_fingerprint
@@ -22,7 +21,7 @@ class PlainTokenizer(ByteTokenizer):
     """Bytes, with a blob."""
 
     def blob(self) -> bytes:
-        """See `open_plain`."""
+        """See `read_plain`."""
         return _MAGIC + b'"bytes"}'
 
 
@@ -58,26 +57,25 @@ class NumberTokenizer:
         return b"" if token in self.eos or not 0 <= token < self.n_vocab else b" %d" % token
 
     def blob(self) -> bytes:
-        """See `open_plain`."""
+        """See `read_plain`."""
         about = json.dumps({"n_vocab": self.n_vocab, "eos": sorted(self.eos)})
         return _MAGIC + b'"numbers", ' + about[1:].encode()
 
 
-def open_plain(path: Path) -> PlainTokenizer | NumberTokenizer | None:
-    """The tokenizer of a blob in a file; None if it is another kind of file. Raises ModelError."""
-    with path.open("rb") as file:
-        if file.read(len(_MAGIC)) != _MAGIC:
-            return None
+def read_plain(blob: bytes) -> PlainTokenizer | NumberTokenizer | None:
+    """The tokenizer of a blob; None if it is another kind of blob. Raises ModelError."""
+    if not blob.startswith(_MAGIC):
+        return None
     try:
-        about = json.loads(path.read_bytes())
+        about = json.loads(blob)
         if about["wisp.tokenizer"] == "bytes":
             return PlainTokenizer()
         n_vocab, eos = int(about["n_vocab"]), frozenset(map(int, about["eos"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"the tokenizer in {path.name} is damaged: {error!r}") from None
+        raise ModelError(f"this tokenizer is damaged: {error!r}") from None
     if not 256 <= n_vocab <= _MOST:
-        raise ModelError(f"the tokenizer in {path.name} says that it has {n_vocab} tokens")
+        raise ModelError(f"this tokenizer says that it has {n_vocab} tokens")
     return NumberTokenizer(n_vocab, eos)
 
 
-__all__ = ["EOS", "N_VOCAB", "NumberTokenizer", "PlainTokenizer", "open_plain"]
+__all__ = ["EOS", "N_VOCAB", "NumberTokenizer", "PlainTokenizer", "read_plain"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _TRIFLING_MS = 10.0  # a step of a model that is of any use takes longer on a CPU
+_GAIN = 1.5  # times as fast: too much to explain away
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,10 @@ def remark(cost: Cost) -> str:
     )
     if cost.step_ms < _TRIFLING_MS:
         why = "These models are so small that a round costs the way there and back, which says nothing about others."
+    elif cost.speedup > _GAIN:
+        why = (
+            "Here a step costs hardly more with more tokens, as where reading the weights is what takes time."
+        )
     else:
         why = (
             "On a CPU the cost of a step grows with its tokens: verifying k of them costs about k decode steps, so "

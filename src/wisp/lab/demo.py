@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wisp.core.errors import ConfigError
-from wisp.engines.build import drafting_policies
+from wisp.engines.build import drafting_policies, fetch_target
 from wisp.engines.models import PAIRS, pull
 from wisp.lab.children import Child, ChildError, Children, free_ports
 from wisp.lab.comparison import Answer, Comparison, Token, measure, remark, short
@@ -30,6 +30,8 @@ from wisp.lab.comparison import Answer, Comparison, Token, measure, remark, shor
 _ANSWER_TIMEOUT = httpx.Timeout(
     180.0, connect=5.0
 )  # between two tokens; the first waits for the prompt to be read
+
+_LOAD_S = {"llama.cpp": 120.0, "vllm": 300.0}
 
 PROMPTS = {
     "tiny": (
@@ -51,17 +53,23 @@ SAMPLINGS: dict[str, dict[str, float]] = {
 }
 
 
-def run_demo(pair: str, *, drafting: str, max_tokens: int, offline: bool, as_json: bool) -> int:
+def run_demo(
+    pair: str, *, engine: str = "llama.cpp", drafting: str, max_tokens: int, offline: bool, as_json: bool
+) -> int:
     """Run the demo; 0 if every answer is identical, else 1. Raises WispError, e.g. where a process dies."""
     if pair not in PAIRS:
         raise ConfigError(f"there is no pair {pair!r}; choose one of: {', '.join(PAIRS)}")
+    if engine not in _LOAD_S:
+        raise ConfigError(f"there is no engine {engine!r} for the demo; choose one of: {', '.join(_LOAD_S)}")
     drafting_policies(drafting)
     console = Console(quiet=as_json, highlight=False)
     for name in PAIRS[pair]:
         pull(name, offline=offline)
+    with console.status("fetching the target..."):
+        fetch_target(PAIRS[pair][0], engine=engine, offline=offline)  # for vLLM, turned into another format
     began = time.monotonic()
     with Children() as children, httpx.Client(timeout=_ANSWER_TIMEOUT, trust_env=False) as client:
-        server, edge, health = _start(children, client, console, pair, drafting, max_tokens)
+        server, edge, health = _start(children, client, console, pair, engine, drafting, max_tokens)
         try:
             compared = _compare_all(client, console, server, edge, health["model"], pair, max_tokens)
         except httpx.TransportError as error:
@@ -72,10 +80,16 @@ def run_demo(pair: str, *, drafting: str, max_tokens: int, offline: bool, as_jso
     wall_s = time.monotonic() - began
     ok = all(c.differs_at is None for c in compared)
     if as_json:
-        about = {"pair": pair, "drafting": drafting, "max_tokens": max_tokens, "mode": health["mode"]}
+        about = {
+            "pair": pair,
+            "engine": engine,
+            "drafting": drafting,
+            "max_tokens": max_tokens,
+            "mode": health["mode"],
+        }
         print(json.dumps(_report(about, compared, ok, wall_s)))
     else:
-        _conclude(console, compared, pair, health, wall_s)
+        _conclude(console, compared, pair, engine, health, wall_s)
     return 0 if ok else 1
 
 
@@ -93,7 +107,13 @@ def _explained(children: Children, edge: Child, error: Exception) -> ChildError:
 
 
 def _start(
-    children: Children, client: httpx.Client, console: Console, pair: str, drafting: str, max_tokens: int
+    children: Children,
+    client: httpx.Client,
+    console: Console,
+    pair: str,
+    engine: str,
+    drafting: str,
+    max_tokens: int,
 ) -> tuple[Child, Child, dict[str, Any]]:
     """A verifier and an edge, ready, and what the verifier says of itself."""
     target, draft = PAIRS[pair]
@@ -103,10 +123,10 @@ def _start(
     common = ["--threads", "1", "--offline"]  # more threads than cores ruin both; and the models are here
     ports = free_ports(2)
     context = str(512 + max_tokens)
-    serve = ["-m", "wisp.cli", "serve", "--target", target, "--mode", "exact", "--port", str(ports[0])]
+    serve = ["-m", "wisp.cli", "serve", "--target", target, "--engine", engine, "--port", str(ports[0])]
     server = children.start("verifier", [*serve, "--slots", "4", "--context", context, *common], ports[0])
-    with console.status("loading the target and checking that exact mode is exact..."):
-        health = server.wait_healthy(client)
+    with console.status("loading the target and checking that it does what it promises..."):
+        health = server.wait_healthy(client, _LOAD_S[engine])
     address = ["--server", server.url, "--port", str(ports[1]), "--give-up-s", "5"]
     # Two processes on the same cores: what the edge drafts ahead would be taken from the verifier.
     guess = ["-m", "wisp.cli", "edge", "--draft", draft, "--drafting", drafting, "--no-ahead"]
@@ -234,7 +254,12 @@ def _verdict(comparison: Comparison) -> Text:
 
 
 def _conclude(
-    console: Console, compared: list[Comparison], pair: str, health: dict[str, Any], wall_s: float
+    console: Console,
+    compared: list[Comparison],
+    pair: str,
+    engine: str,
+    health: dict[str, Any],
+    wall_s: float,
 ) -> None:
     """The table, what it means, and what to do next."""
     console.print()
@@ -249,13 +274,13 @@ def _conclude(
     console.print(
         f"\n{same} of {len(compared)} answers are identical, token for token. ({wall_s:.0f} s)", style=style
     )
-    if health["mode"] != "exact":
+    if health["mode"] != "exact" and engine == "llama.cpp":
         console.print(
             "This model or machine does not pass the check for exact mode: see `wisp doctor`.", style="red"
         )
     console.print(f"\n{remark(measure(compared))}")
     console.print(
-        f"\n[bold]Next[/], each in a terminal of its own:\n{_next_steps(pair, health['model'])}",
+        f"\n[bold]Next[/], each in a terminal of its own:\n{_next_steps(pair, engine, health['model'])}",
         soft_wrap=True,
     )
 
@@ -283,10 +308,11 @@ def _table(compared: list[Comparison]) -> Table:
     return table
 
 
-def _next_steps(pair: str, model: str) -> str:
+def _next_steps(pair: str, engine: str, model: str) -> str:
     target, draft = PAIRS[pair]
+    how = "" if engine == "llama.cpp" else f" --engine {engine}"
     return f"""\
-  wisp serve --target {target}
+  wisp serve --target {target}{how}
   wisp edge --draft {draft} --server http://127.0.0.1:8100
   wisp generate "Hello!" --draft {draft}
 

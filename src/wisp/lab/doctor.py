@@ -39,6 +39,7 @@ Status = Literal["ok", "warn", "fail"]
 _DISTRIBUTION = "wisp-serve"
 _PORTS = {"wisp serve": 8100, "wisp edge": 8200}
 _ENGINE_S = 60.0  # the engine's checks take two or three seconds
+_VLLM_S = 240.0  # importing it takes long, and an accelerator's kernels are compiled first
 _HUB_S = 3.0
 _OVERHEAD = 1.2  # memory of a model over the size of its file: KV cache, buffers, Python
 _REINSTALL = f"pip install --force-reinstall {_DISTRIBUTION}"
@@ -69,9 +70,11 @@ def examine(*, offline: bool) -> list[Check]:
     """All checks. The slow ones, engine and network, run beside the others."""
     hub = _InBackground("model hub", lambda: hub_reachable(offline))
     engine = _InBackground("engine", engine_checks)
+    vllm = _InBackground("vllm", vllm_checks)
     system = [_guarded(name, check) for name, check in SYSTEM.items()]
     models = [_guarded(f"model {card.name}", functools.partial(model_cached, card)) for card in catalogue()]
-    return [*system, *engine.result(_ENGINE_S + 5), *models, *hub.result(_HUB_S + 1)]
+    engines = [*engine.result(_ENGINE_S + 5), *vllm.result(_VLLM_S + 5)]
+    return [*system, *engines, *models, *hub.result(_HUB_S + 1)]
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
@@ -89,13 +92,15 @@ class _InBackground:
 
     def __init__(self, name: str, check: Callable[[], Check | list[Check]]) -> None:
         self._name, self._check = name, check
-        self._found: list[Check] = []
+        self._found: list[Check] | None = None
         self._thread = threading.Thread(target=self._run, name=f"doctor-{name}", daemon=True)
         self._thread.start()
 
     def result(self, timeout_s: float) -> list[Check]:
         self._thread.join(timeout_s)
-        return self._found or [Check(self._name, "warn", f"no result after {timeout_s:.0f} s", "Try again.")]
+        if self._found is None:
+            return [Check(self._name, "warn", f"no result after {timeout_s:.0f} s", "Try again.")]
+        return self._found
 
     def _run(self) -> None:
         try:
@@ -377,6 +382,49 @@ def engine_checks() -> list[Check]:
     return [*checks, _died(name, done.returncode, done.stderr)]
 
 
+def vllm_checks() -> list[Check]:
+    """Where vLLM is installed: its version, and then its engine's self-test on the tiny target, in a child."""
+    from wisp.engines.vllm.starting import installed, require
+
+    if not installed():
+        return []
+    try:
+        require()
+    except WispError as error:
+        return [Check("vllm", "warn", str(error), "Without --engine vllm, this does not matter.")]
+    command = [sys.executable, "-m", "wisp.lab.doctor", "vllm"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_VLLM_S, check=False)
+    except subprocess.TimeoutExpired:
+        finding = f"the self-test did not end within {_VLLM_S:.0f} s"
+        return [Check("vllm", "fail", finding, "Is the machine overloaded? Try again.")]
+    found = [Check(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    if found:
+        return found
+    last = (done.stderr.strip().splitlines() or ["nothing on standard error"])[-1]
+    return [
+        Check(
+            "vllm", "fail", f"vLLM ended its process (status {done.returncode}): {last}", "See docs/vllm.md."
+        )
+    ]
+
+
+def vllm_self_test() -> Check:
+    """vLLM starts with our scheduler and hooks, and drafts do not change what the tiny target says."""
+    from wisp.engines.build import load_target
+
+    try:
+        engine, _ = load_target("tiny-target", engine="vllm", slots=2, context=128, offline=True)
+    except WispError as error:
+        return Check("vllm", "fail", str(error), "See docs/vllm.md.")
+    gap = engine.info.flip_gap
+    engine.close()
+    finding = (
+        f"the self-test passed: with and without drafts the same tokens (but for scores within {gap:.2g})"
+    )
+    return Check("vllm", "ok", finding)
+
+
 def _died(name: str, code: int, stderr: str) -> Check:
     if code == -getattr(signal, "SIGILL", 0):
         finding = "llama.cpp uses instructions that this CPU does not have (the wheel is built for AVX2)"
@@ -453,4 +501,7 @@ def _show(checks: list[Check]) -> None:
 
 
 if __name__ == "__main__":
-    _report_engine()
+    if sys.argv[1:] == ["vllm"]:
+        print(json.dumps(asdict(_guarded("vllm", vllm_self_test))), flush=True)
+    else:
+        _report_engine()

@@ -31,11 +31,21 @@ from wisp.lab.lossless.check import Bench, Report, Tell, check
 SHOWN = 20  # findings printed in full
 
 
-def run_check(pair: str, *, mode: str, cases: int | None, seed: int, offline: bool, as_json: bool) -> int:
+def run_check(
+    pair: str,
+    *,
+    engine: str = "llama.cpp",
+    mode: str | None = None,
+    cases: int | None,
+    seed: int,
+    offline: bool,
+    as_json: bool,
+) -> int:
     """Check, print, and return the exit status: 0 if nothing was found (and, in exact mode, no tie)."""
     scale = TINY if pair == "tiny" else REAL
+    mode = mode or ("exact" if engine == "llama.cpp" else "fast")
     with RichProgress() as progress:
-        bench = Bench(pair, mode, scale, offline=offline, progress=progress)
+        bench = Bench(pair, mode, scale, engine=engine, offline=offline, progress=progress)
     try:
         if as_json:
             report = check(bench, mode=mode, cases=cases or scale.cases, seed=seed)

@@ -103,9 +103,19 @@ class Bench:
     """A loaded pair, and the reference beside it."""
 
     def __init__(
-        self, pair: str, mode: str, scale: Scale, *, offline: bool = False, progress: Progress | None = None
+        self,
+        pair: str,
+        mode: str,
+        scale: Scale,
+        *,
+        engine: str = "llama.cpp",
+        offline: bool = False,
+        progress: Progress | None = None,
     ) -> None:
-        """Raises ModelError for a pair that is not there."""
+        """Raises ModelError for a pair that is not there.
+
+        The reference is llama.cpp's whatever the engine, so other engines need a target in float32.
+        """
         target, draft = _models(pair)
         threads = scale.threads or physical_cores()
         path = resolve(target, offline=offline, progress=progress)
@@ -115,6 +125,7 @@ class Bench:
         self.tokenizer: Tokenizer
         self.engine, self.tokenizer = load_target(
             str(path),
+            engine=engine,
             mode=mode,
             slots=2 * scale.slots,
             context=scale.slot_tokens,
@@ -131,7 +142,7 @@ class Bench:
             name=served_name(draft),
         )
         self.drafts = Drafts({"model": model, "ngram": NgramDraft()}, self.info.n_vocab)
-        exact = self.info.mode == "exact"
+        exact = self.info.mode == "exact" or self.info.engine != "llama.cpp"
         self.reference = Reference(
             Path(path), self.info.eos, exact=exact, length=scale.length, threads=threads
         )

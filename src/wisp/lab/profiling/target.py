@@ -110,7 +110,7 @@ def profile_target(
     target: str,
     *,
     engine: str,
-    mode: str,
+    mode: str | None,
     slots: int | None,
     context: int | None,
     threads: int | None,

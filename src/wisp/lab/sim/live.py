@@ -35,8 +35,10 @@ from wisp.core.messages import (
     VERSION,
     Cancel,
     Draft,
+    FromCloud,
     Hello,
     Open,
+    Redirect,
     Refused,
     Verdict,
     Welcome,
@@ -213,7 +215,9 @@ class Sockets:
         if clock is not None:
             clock.happen(lambda: self._take(index, decode_from_cloud(frame)))
 
-    def _take(self, index: int, message: Welcome | Verdict | Refused) -> None:
+    def _take(self, index: int, message: FromCloud) -> None:
+        if isinstance(message, Redirect):
+            raise ProtocolError("malformed", "redirected; give the address of one verifier, not of a front")
         if isinstance(message, Refused) and not message.session:
             raise ProtocolError(message.code, f"the verifier refused a frame: {message.message}")
         sender = self.senders.get(index)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch  # type: ignore[import-not-found]
-from torch.nn import functional as fn  # type: ignore[import-not-found]
+import torch
+from torch.nn import functional as fn
 
 Tensor = Any  # torch is no dependency of the project, so its types are unknown to it
 Weights = dict[str, Tensor]

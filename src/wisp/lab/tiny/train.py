@@ -10,8 +10,8 @@ import argparse
 from itertools import islice
 from pathlib import Path
 
-import gguf  # type: ignore[import-not-found]
-import torch  # type: ignore[import-not-found]
+import gguf
+import torch
 
 from wisp.lab.tiny.model import EPSILON, ROPE_BASE, Phase, Shape, Weights, train
 from wisp.lab.tiny.text import CHAT_TEMPLATE, END, SPECIALS, STOP, documents

@@ -1,0 +1,14 @@
+"""The verifier's vLLM engine: WISP decides who takes part in a step, vLLM runs it.
+
+    target.py     TargetEngine: slots, slices, and the loop that turns them into vLLM steps
+    scheduler.py  a subclass of vLLM's scheduler that schedules exactly the parts of the step at hand
+    worker.py     hooks in vLLM's worker: which tokens go in, which rows come out, what is chosen there
+    choosing.py   `core.sampling` for many rows at once on an accelerator
+    selftest.py   what it asks of itself at every start
+    starting.py   the supported versions, vLLM's settings, and its engine
+    models.py     from the name of a target to its folder and tokenizer
+    converting.py a GGUF file as a folder in Hugging Face format, for tests and the demo
+
+Only `scheduler.py`, `worker.py`, `choosing.py` and `starting.py` import vLLM or torch, and nothing imports them until
+an engine is started.
+"""

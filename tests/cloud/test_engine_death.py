@@ -1,0 +1,64 @@
+"""An engine that will not run again: its sessions hear of it, and then the process is asked to end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from wisp.cloud.host import VerifierHost
+from wisp.core.admission import Admission
+from wisp.core.errors import EngineDeadError, EngineError
+from wisp.core.messages import Open, Refused, Verdict
+from wisp.core.sampling import Sampling
+from wisp.core.work import Slice, SliceResult
+from wisp.engines.null import ByteTokenizer, NullTarget
+
+
+class Failing(NullTarget):
+    """Fails as it is told to, once for each error; then it works."""
+
+    def __init__(self, *errors: Exception) -> None:
+        super().__init__(slots=4)
+        self.errors = list(errors)
+
+    def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
+        if self.errors:
+            raise self.errors.pop(0)
+        return super().run(batch)
+
+
+def history(*errors: Exception) -> list[str]:
+    """What one session hears, and when the host says that its engine has died, for two attempts."""
+
+    async def scenario() -> list[str]:
+        heard: list[str] = []
+
+        def said(message: Verdict | Refused) -> None:
+            heard.append(message.code if isinstance(message, Refused) else "verdict")
+
+        host = VerifierHost(
+            Failing(*errors),
+            ByteTokenizer(),
+            Admission(10),
+            model="m",
+            died=lambda error: heard.append(f"died: {error}"),
+        )
+        connection = host.attach("key", said)
+        for number in range(2):
+            before = len(heard)
+            host.receive(connection, Open(f"session-{number}", 1, [1, 2], Sampling(), 8, draft=[3]))
+            while len(heard) == before:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.01)
+        host.stop()
+        return heard
+
+    return asyncio.run(scenario())
+
+
+def test_a_step_that_fails_ends_its_sessions_and_nothing_else() -> None:
+    assert history(EngineError("for testing")) == ["engine_error", "verdict"]
+
+
+def test_a_dead_engine_is_told_of_once_and_after_its_sessions() -> None:
+    assert history(EngineDeadError("gone")) == ["engine_error", "died: gone", "verdict"]

@@ -1,0 +1,220 @@
+"""Who gets which session: by prefix where that is fair, by room otherwise, and never where it cannot be served."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wisp.core.admission import Refusal
+from wisp.core.placement import BLOCK, SETTLE_S, Choice, Placement, Reason, Room
+
+ROOM = Room(slots=8, kv_tokens=1 << 20, max_sessions=1000)
+SYSTEM = list(range(100, 100 + 4 * BLOCK))  # what many prompts begin with
+
+
+def fleet(*names: str, room: Room = ROOM) -> Placement:
+    placement = Placement()
+    for name in names:
+        placement.up(name, room)
+    return placement
+
+
+def fresh(n: int) -> list[int]:
+    """A prompt like no other."""
+    return [10_000 + n] * (2 * BLOCK)
+
+
+def test_sessions_that_have_nothing_in_common_take_turns() -> None:
+    p = fleet("a", "b", "c")
+    choices = [p.place(0.0, f"s{n}", "key", fresh(n)) for n in range(9)]
+    assert [c.replica for c in choices] == ["a", "b", "c"] * 3
+    assert {c.reason for c in choices} == {Reason.ROOM}
+
+
+def test_a_chats_next_turn_goes_where_the_last_one_was() -> None:
+    p = fleet("a", "b")
+    p.place(0.0, "other", "key", fresh(0))
+    chat = SYSTEM
+    assert p.place(0.0, "turn-1", "key", chat).replica == "b"
+    for turn in range(2, 9):
+        for replica in ("a", "b"):  # what went before has ended
+            p.reported(float(turn), replica, 0)
+        chat = [*chat, *fresh(turn)]
+        choice = p.place(float(turn), f"turn-{turn}", "key", chat)
+        assert (choice.replica, choice.reason) == ("b", Reason.PREFIX)
+        assert choice.shared == len(chat) - 2 * BLOCK
+
+
+def test_a_prefix_that_all_share_does_not_crowd_one_replica() -> None:
+    p = fleet("a", "b", "c")
+    for n in range(300):
+        p.place(0.0, f"s{n}", "key", [*SYSTEM, *fresh(n)])
+    assert all(80 <= p.sessions(name) <= 120 for name in "abc")
+
+
+def test_what_another_key_has_cached_draws_nobody() -> None:
+    p = fleet("a", "b")
+    p.place(0.0, "s1", "alice", SYSTEM)
+    p.place(0.0, "s2", "bob", fresh(1))
+    for name in ("a", "b"):
+        p.reported(1.0, name, 0)
+    p.place(1.0, "s3", "bob", fresh(2))  # a, which is level with b but comes first
+    assert p.place(1.0, "s4", "bob", SYSTEM) == Choice("b", Reason.ROOM, 0)
+
+
+def test_short_prefixes_count_for_nothing_and_only_whole_blocks_count() -> None:
+    p = fleet("a", "b")
+    p.place(0.0, "s1", "key", SYSTEM)
+    p.reported(1.0, "a", 0)
+    assert p.place(1.0, "s2", "key", [*SYSTEM[: BLOCK - 1], *fresh(1)]).reason is Reason.ROOM
+    p.reported(2.0, "b", 0)
+    choice = p.place(2.0, "s3", "key", [*SYSTEM[: 2 * BLOCK - 1], *fresh(2)])
+    assert (choice.replica, choice.reason, choice.shared) == ("a", Reason.PREFIX, BLOCK)
+
+
+def test_what_a_replica_has_no_room_for_is_forgotten_oldest_first() -> None:
+    p = fleet("a", "b", room=Room(8, kv_tokens=4 * BLOCK, max_sessions=1000))
+    for n in range(6):  # each replica sees three prompts of two blocks, and holds two
+        p.place(0.0, f"s{n}", "key", fresh(n))
+    for name in ("a", "b"):
+        p.reported(1.0, name, 0)
+    assert p.place(1.0, "late", "key", fresh(4)).shared == 2 * BLOCK
+    for name in ("a", "b"):
+        p.reported(2.0, name, 0)
+    assert p.place(2.0, "later", "key", fresh(0)).reason is Reason.ROOM
+
+
+def test_of_a_long_prompt_the_end_is_forgotten_first() -> None:
+    """What is left of it is of use only with all that is before."""
+    p = fleet("a", room=Room(8, kv_tokens=5 * BLOCK, max_sessions=1000))
+    p.place(0.0, "s1", "key", SYSTEM)  # four blocks
+    p.place(0.0, "s2", "key", fresh(1))  # two
+    assert p.place(0.0, "s3", "key", SYSTEM).shared == 3 * BLOCK
+
+
+def test_a_bigger_replica_gets_more() -> None:
+    p = fleet("small")
+    p.up("big", Room(slots=24, kv_tokens=1 << 20, max_sessions=1000))
+    for n in range(80):
+        p.place(0.0, f"s{n}", "key", fresh(n))
+    assert (p.sessions("small"), p.sessions("big")) == (20, 60)
+
+
+def test_reports_replace_what_was_guessed() -> None:
+    p = fleet("a", "b")
+    for n in range(10):
+        p.place(0.0, f"s{n}", "key", fresh(n))
+    p.reported(SETTLE_S / 2, "a", 0)  # too early to tell of them
+    assert p.sessions("a") == 5
+    p.reported(1.0, "a", 1)
+    p.reported(1.0, "b", 5)
+    assert [p.place(1.0, f"t{n}", "key", fresh(20 + n)).replica for n in range(4)] == ["a"] * 4
+
+
+def test_a_session_that_comes_back_goes_where_it_was_unless_that_did_not_do() -> None:
+    p = fleet("a", "b", "c")
+    first = p.place(0.0, "session", "key", fresh(0)).replica
+    for n in range(5):
+        p.place(0.0, f"s{n}", "key", fresh(n + 1))
+    again = p.place(1.0, "session", "key", fresh(0))
+    assert (again.replica, again.reason) == (first, Reason.RESUME)
+    elsewhere = p.place(2.0, "session", "key", fresh(0), avoid=first).replica
+    assert elsewhere != first
+    assert p.place(3.0, "session", "key", fresh(0)).replica == elsewhere
+
+
+def test_the_only_replica_is_tried_again_even_if_it_did_not_do() -> None:
+    assert fleet("a").place(0.0, "session", "key", [1], avoid="a").replica == "a"
+
+
+def test_nothing_goes_to_a_replica_that_is_shut_or_gone_or_full() -> None:
+    p = fleet("a", "b", "c", room=Room(8, 1024, max_sessions=3))
+    p.place(0.0, "session", "key", SYSTEM)
+    p.shut("a")
+    p.gone("b")
+    assert [p.place(0.0, f"s{n}", "key", SYSTEM).replica for n in range(3)] == ["c"] * 3
+    with pytest.raises(Refusal, match="all 3 sessions") as refused:
+        p.place(0.0, "s4", "key", SYSTEM)
+    assert (refused.value.code, refused.value.retry_after) == ("overloaded", 1.0)
+    assert not p.knows("s4")
+    p.shut("a", shut=False)
+    assert p.place(0.0, "s4", "key", SYSTEM).replica == "a"
+
+
+def test_a_replica_that_started_again_has_nothing_cached() -> None:
+    p = fleet("a", "b")
+    p.place(0.0, "s1", "key", SYSTEM)
+    p.gone("a")
+    p.up("a", ROOM)
+    assert p.place(1.0, "s2", "key", SYSTEM).reason is Reason.ROOM
+
+
+def test_late_news_of_a_replica_that_is_gone_changes_nothing() -> None:
+    p = fleet("a")
+    p.gone("a")
+    p.reported(1.0, "a", 5)
+    p.shut("a", shut=False)
+    p.gone("a")
+    assert not p.any_open
+    with pytest.raises(Refusal):
+        p.place(1.0, "s", "key", [1])
+
+
+prompts = st.lists(st.sampled_from([0, 1]), min_size=0, max_size=4).map(
+    lambda blocks: [token for b in blocks for token in [b] * BLOCK]
+)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("kl"), prompts), max_size=120),
+    st.lists(st.integers(1, 16), min_size=1, max_size=5),
+)
+def test_no_replica_ever_gets_much_more_than_its_share(
+    asked: list[tuple[str, list[int]]], slots: list[int]
+) -> None:
+    """Whatever begins alike: 20 % above its share, or one session."""
+    p = Placement()
+    for i, n in enumerate(slots):
+        p.up(f"r{i}", Room(n, 1 << 20, 10_000))
+    for n, (key, prompt) in enumerate(asked):
+        name = p.place(0.0, f"s{n}", key, prompt).replica
+        share = (n + 1) * slots[int(name[1:])] / sum(slots)
+        assert p.sessions(name) <= max(1.2 * share, share + 1)
+
+
+@given(st.lists(st.tuples(st.sampled_from("kl"), prompts), max_size=60))
+def test_it_remembers_what_a_search_through_all_that_was_placed_would_find(
+    asked: list[tuple[str, list[int]]],
+) -> None:
+    p = fleet("a", "b", "c")
+    placed: list[tuple[str, str, list[int]]] = []
+
+    def common(a: list[int], b: list[int]) -> int:
+        n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        return n - n % BLOCK
+
+    for n, (key, prompt) in enumerate(asked):
+        for name in "abc":  # each ends before the next: only prefixes count
+            p.reported(float(n), name, 0)
+        best = {
+            name: max((common(prompt, old) for r, k, old in placed if (r, k) == (name, key)), default=0)
+            for name in "abc"
+        }
+        choice = p.place(float(n), f"s{n}", key, prompt)
+        assert choice.shared == best[choice.replica]
+        assert choice.shared == max(best.values())
+        assert (choice.reason is Reason.PREFIX) == (choice.shared > 0)
+        placed.append((choice.replica, key, prompt))
+
+
+@given(st.integers(1, 500), st.integers(1, 6))
+def test_room_alone_spreads_as_evenly_as_can_be(sessions: int, replicas: int) -> None:
+    p = fleet(*(f"r{i}" for i in range(replicas)))
+    for n in range(sessions):
+        p.place(0.0, f"s{n}", "key", [])
+    counts = [p.sessions(f"r{i}") for i in range(replicas)]
+    assert max(counts) == math.ceil(sessions / replicas)
+    assert min(counts) == sessions // replicas

@@ -1,0 +1,447 @@
+"""An edge behind a front that is a script: it follows redirects, comes back, goes on from what is committed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from unittest.mock import patch
+
+import msgspec
+import pytest
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+
+from wisp.api.backend import Generation
+from wisp.core.drafting import Ahead, Policies
+from wisp.core.errors import ProtocolError, RequestError, UnavailableError
+from wisp.core.messages import (
+    VERSION,
+    Cancel,
+    Draft,
+    Hello,
+    Message,
+    Open,
+    Redirect,
+    Refused,
+    Verdict,
+    Welcome,
+    decode_from_edge,
+    encode,
+)
+from wisp.core.sampling import Sampling
+from wisp.core.signals import Signal
+from wisp.edge import link as link_module
+from wisp.edge.backend import EdgeBackend
+from wisp.edge.link import VerifierLink, redirected_url
+from wisp.engines.base import DraftEngine, Proposal, Tokenizer
+
+WELCOME = Welcome(VERSION, "m", "f", 1000, [999], 512, 64)
+TOKENS = 8
+TRUTH = [100 + position for position in range(TOKENS)]
+
+
+class Listener:
+    """Something that listens for edges on a port of its own. `said` is all that they said."""
+
+    def __init__(self) -> None:
+        self.welcome = WELCOME
+        self.said: list[Message] = []
+        self.connections = 0
+        self.closed = 0
+        self.address = ""
+
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator[str]:
+        port = int(self.address[1:] or 0)  # the same as before, if it listened before
+        async with serve(self._talk, "127.0.0.1", port, compression=None) as server:
+            self.address = f":{server.sockets[0].getsockname()[1]}"
+            yield f"http://127.0.0.1{self.address}"
+
+    async def _talk(self, peer: ServerConnection) -> None:
+        self.connections += 1
+        with contextlib.suppress(ConnectionClosed):
+            hello = decode_from_edge(await peer.recv(decode=False))
+            assert isinstance(hello, Hello)
+            assert hello.redirects
+            await peer.send(encode(self.welcome))
+            async for frame in peer:
+                assert isinstance(frame, bytes)
+                message = decode_from_edge(frame)
+                self.said.append(message)
+                if isinstance(message, Open):
+                    await self.opened(peer, message)
+                elif isinstance(message, Draft):
+                    await self.drafted(peer, message)
+        self.closed += 1
+
+    @property
+    def opens(self) -> list[Open]:
+        return [m for m in self.said if isinstance(m, Open)]
+
+    async def opened(self, peer: ServerConnection, message: Open) -> None:
+        raise NotImplementedError
+
+    async def drafted(self, peer: ServerConnection, message: Draft) -> None:
+        pass
+
+
+class FakeFront(Listener):
+    """Sends every session to what `where` says of its Open."""
+
+    def __init__(self, where: Callable[[Open], str]) -> None:
+        super().__init__()
+        self.where = where
+
+    async def opened(self, peer: ServerConnection, message: Open) -> None:
+        await peer.send(encode(Redirect(message.session, self.where(message))))
+
+
+class FakeVerifier(Listener):
+    """Decodes TRUTH, but does `stumble` once it has said `tokens` of an answer."""
+
+    def __init__(self, tokens: int = TOKENS, stumble: str = "") -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.stumble = stumble
+
+    async def opened(self, peer: ServerConnection, message: Open) -> None:
+        for at in range(len(message.committed), TOKENS):
+            if self.stumble and at >= self.tokens:
+                break
+            finish = "length" if at == TOKENS - 1 else ""
+            await peer.send(encode(Verdict(message.session, message.round, at, 0, [TRUTH[at]], finish)))
+        else:
+            return
+        if self.stumble == "hang up":
+            await peer.close()
+        else:
+            await peer.send(encode(Refused(message.session, self.stumble, "not here", fatal=True)))
+
+
+class NoTokenizers:
+    async def get(self, fingerprint: str) -> Tokenizer:
+        raise AssertionError("token ids are enough here")
+
+
+class Prophet:
+    """Drafts the truth."""
+
+    name = "prophet"
+
+    def propose(
+        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+    ) -> Proposal | None:
+        return Proposal(TRUTH[position], Signal(confidence=1.0)) if position < TOKENS else None
+
+    def forget(self, session: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@contextlib.asynccontextmanager
+async def device(
+    url: str, give_up_s: float = 5.0, drafter: DraftEngine | None = None
+) -> AsyncIterator[EdgeBackend]:
+    """An edge that never drafts, but for one with a drafter: that one drafts ahead."""
+    link = VerifierLink(url, give_up_s=give_up_s)
+    backend = EdgeBackend(link, NoTokenizers(), drafter, Policies("fixed:2"), Ahead(0.0))
+    link.start()
+    try:
+        yield backend
+    finally:
+        await link.close()
+        backend.close()
+
+
+async def answer(backend: EdgeBackend) -> list[int]:
+    generation = Generation([1, 2, 3], Sampling(seed=7), TOKENS)
+    return [token async for item in backend.generate(generation) for token in item.tokens]
+
+
+def run(scenario: Awaitable[None]) -> None:
+    async def main() -> None:
+        await asyncio.wait_for(scenario, 20)
+
+    asyncio.run(main())
+
+
+def free_address() -> str:
+    """A port where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f":{probe.getsockname()[1]}"
+
+
+def test_a_session_says_the_same_where_it_is_redirected_to_and_all_share_one_connection() -> None:
+    async def scenario() -> None:
+        verifier = FakeVerifier()
+        front = FakeFront(lambda _: verifier.address)
+        async with verifier.listening(), front.listening() as url, device(url) as edge:
+            assert await asyncio.gather(*(answer(edge) for _ in range(5))) == [TRUTH] * 5
+        assert verifier.connections == 1
+        assert sorted(front.opens, key=str) == sorted(verifier.opens, key=str)
+        assert not any(isinstance(m, Cancel) for m in verifier.said + front.said)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("stumble", ["hang up", "shutting_down", "overloaded"])
+def test_a_session_whose_verifier_goes_is_continued_by_another(stumble: str) -> None:
+    async def scenario() -> None:
+        first, second = FakeVerifier(3, stumble), FakeVerifier()
+        front = FakeFront(lambda open_: second.address if open_.epoch else first.address)
+        async with first.listening(), second.listening(), front.listening() as url, device(url) as edge:
+            assert await answer(edge) == TRUTH
+        assert [o.committed for o in front.opens] == [[], TRUTH[:3]]
+        assert [o.committed for o in second.opens] == [TRUTH[:3]]
+        assert second.opens[0].avoid == ("" if stumble == "hang up" else first.address)
+
+    run(scenario())
+
+
+def test_the_front_is_told_which_address_was_of_no_use() -> None:
+    async def scenario() -> None:
+        dead, verifier = free_address(), FakeVerifier()
+        front = FakeFront(lambda open_: verifier.address if open_.avoid == dead else dead)
+        async with verifier.listening(), front.listening() as url, device(url) as edge:
+            started = time.monotonic()
+            assert await answer(edge) == TRUTH
+            assert time.monotonic() - started < 2
+        assert [o.avoid for o in front.opens] == ["", dead]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("address", ["dead", "http://example.org", "a b:80", ""])
+def test_a_front_that_only_sends_astray_is_given_up_in_time(address: str) -> None:
+    async def scenario() -> None:
+        astray = free_address() if address == "dead" else address
+        front = FakeFront(lambda _: astray)
+        async with front.listening() as url, device(url, give_up_s=0.5) as edge:
+            started = time.monotonic()
+            with pytest.raises(UnavailableError, match="is that port open"):
+                await answer(edge)
+            assert 0.4 < time.monotonic() - started < 5
+        assert 2 <= len(front.opens) < 12  # and it is not stormed meanwhile
+
+    run(scenario())
+
+
+def test_a_request_that_kills_every_verifier_does_not_go_round_for_ever() -> None:
+    async def scenario() -> None:
+        verifiers = [FakeVerifier(0, "hang up") for _ in range(2)]
+        front = FakeFront(lambda open_: verifiers[open_.epoch % 2].address)
+        async with contextlib.AsyncExitStack() as stack:
+            for verifier in verifiers:
+                await stack.enter_async_context(verifier.listening())
+            url = await stack.enter_async_context(front.listening())
+            edge = await stack.enter_async_context(device(url, give_up_s=1.0))
+            with pytest.raises(RequestError, match="6 verifiers in a row") as error:
+                await answer(edge)
+            assert (error.value.status, error.value.code) == (502, "verifiers_lost")
+        assert sum(len(v.opens) for v in verifiers) == 6  # neither fewer, nor a storm of them
+
+    run(scenario())
+
+
+class StrictVerifier(FakeVerifier):
+    """Answers each Open and each Draft once, and decodes nothing by itself. It dies before its `dies`th answer."""
+
+    def __init__(self, dies: int = 1000) -> None:
+        super().__init__()
+        self.answers = dies
+
+    async def opened(self, peer: ServerConnection, message: Open) -> None:
+        await self._answer(peer, message.session, message.round, len(message.committed), message.draft)
+
+    async def drafted(self, peer: ServerConnection, message: Draft) -> None:
+        assert self.opens, "a draft before the Open"
+        await self._answer(peer, message.session, message.round, message.base, message.tokens)
+
+    async def _answer(
+        self, peer: ServerConnection, session: str, round_: int, base: int, draft: list[int]
+    ) -> None:
+        self.answers -= 1
+        if not self.answers:
+            await peer.close()
+            return
+        assert draft == TRUTH[base : base + len(draft)]
+        tokens = TRUTH[base : base + len(draft) + 1]
+        finish = "length" if base + len(tokens) == TOKENS else ""
+        await peer.send(encode(Verdict(session, round_, base, len(draft), tokens, finish)))
+
+
+@pytest.mark.parametrize("dies", [1000, 2])
+def test_a_draft_made_ahead_of_the_answer_to_an_open_goes_where_the_session_goes(dies: int) -> None:
+    """Nobody else would decode what it bet on: the session would wait for ever."""
+
+    class LateFront(FakeFront):
+        """Redirects when the draft that was sent ahead is here."""
+
+        async def opened(self, peer: ServerConnection, message: Open) -> None:
+            if message.epoch:
+                await super().opened(peer, message)
+
+        async def drafted(self, peer: ServerConnection, message: Draft) -> None:
+            if not self.opens[-1].epoch:
+                await super().opened(peer, self.opens[-1])
+
+    async def scenario() -> None:
+        first, second = StrictVerifier(dies), StrictVerifier()
+        front = LateFront(lambda open_: second.address if open_.epoch else first.address)
+        async with first.listening(), second.listening(), contextlib.AsyncExitStack() as stack:
+            url = await stack.enter_async_context(front.listening())
+            edge = await stack.enter_async_context(device(url, drafter=Prophet()))
+            assert await answer(edge) == TRUTH
+        assert len(front.opens) == (1 if dies > 2 else 2)
+        ahead = next(m for m in first.said if isinstance(m, Draft))
+        assert ahead == next(m for m in front.said if isinstance(m, Draft))
+        assert first.said.index(ahead) == 1  # right behind the Open
+
+    run(scenario())
+
+
+def test_a_replica_of_another_model_is_not_let_go_on() -> None:
+    async def scenario() -> None:
+        verifier = FakeVerifier()
+        verifier.welcome = msgspec.structs.replace(WELCOME, model="other")
+        front = FakeFront(lambda _: verifier.address)
+        async with verifier.listening(), front.listening() as url, device(url) as edge:
+            with pytest.raises(RequestError, match="now serves other"):
+                await answer(edge)
+        assert verifier.opens == []
+
+    run(scenario())
+
+
+def test_a_session_that_is_redirected_does_not_need_the_front() -> None:
+    class SlowVerifier(FakeVerifier):
+        async def opened(self, peer: ServerConnection, message: Open) -> None:
+            front_is_gone.set()
+            await asyncio.sleep(0.3)
+            await super().opened(peer, message)
+
+    front_is_gone = asyncio.Event()
+
+    async def scenario() -> None:
+        verifier = SlowVerifier()
+        front = FakeFront(lambda _: verifier.address)
+        async with verifier.listening(), contextlib.AsyncExitStack() as stack:
+            url = await stack.enter_async_context(front.listening())
+            async with device(url, give_up_s=0.1) as edge:
+                answering = asyncio.ensure_future(answer(edge))
+                await front_is_gone.wait()
+                await stack.aclose()
+                assert await answering == TRUTH
+
+    run(scenario())
+
+
+def test_what_the_front_says_after_a_redirect_is_no_longer_listened_to() -> None:
+    class TalkativeFront(FakeFront):
+        async def opened(self, peer: ServerConnection, message: Open) -> None:
+            with patch.object(peer.transport, "write") as write:  # both in one packet
+                await super().opened(peer, message)
+                await peer.send(encode(Refused(message.session, "overloaded", "or not", fatal=True)))
+            peer.transport.write(b"".join(call.args[0] for call in write.call_args_list))
+
+    async def scenario() -> None:
+        verifier = FakeVerifier()
+        front = TalkativeFront(lambda _: verifier.address)
+        async with verifier.listening(), front.listening() as url, device(url) as edge:
+            assert await answer(edge) == TRUTH
+        assert len(front.opens) == 1
+
+    run(scenario())
+
+
+def test_the_wait_for_a_front_begins_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was away for longer than anyone waits, and nobody minded."""
+    monkeypatch.setattr(link_module, "BACKOFF_S", (0.05, 0.1))  # it is found again well within that time
+
+    class PatientVerifier(FakeVerifier):
+        async def opened(self, peer: ServerConnection, message: Open) -> None:
+            working.set()
+            await asyncio.sleep(1.0)
+            await super().opened(peer, message)
+
+    working = asyncio.Event()
+
+    async def scenario() -> None:
+        first, second = PatientVerifier(3, "hang up"), FakeVerifier()
+        front = FakeFront(lambda open_: second.address if open_.epoch else first.address)
+        async with first.listening(), second.listening(), contextlib.AsyncExitStack() as stack:
+            url = await stack.enter_async_context(front.listening())
+            async with device(url, give_up_s=0.7) as edge:
+                answering = asyncio.ensure_future(answer(edge))
+                await working.wait()
+                await stack.aclose()
+                while not first.closed:
+                    await asyncio.sleep(0.01)
+                async with front.listening():
+                    assert await answering == TRUTH
+
+    run(scenario())
+
+
+def test_a_user_that_leaves_cancels_where_the_session_is() -> None:
+    class SilentVerifier(FakeVerifier):
+        async def opened(self, peer: ServerConnection, message: Open) -> None:
+            pass
+
+    async def scenario() -> None:
+        verifier = SilentVerifier()
+        front = FakeFront(lambda _: verifier.address)
+        async with verifier.listening(), front.listening() as url, device(url) as edge:
+            answering = asyncio.ensure_future(answer(edge))
+            while not verifier.opens:
+                await asyncio.sleep(0.01)
+            answering.cancel()
+            while not any(isinstance(m, Cancel) for m in verifier.said):
+                await asyncio.sleep(0.01)
+        assert not any(isinstance(m, Cancel) for m in front.said)
+
+    run(scenario())
+
+
+def test_a_connection_without_sessions_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "IDLE_S", 0.05)
+
+    async def scenario() -> None:
+        verifier = FakeVerifier()
+        front = FakeFront(lambda _: verifier.address)
+        async with verifier.listening(), front.listening() as url, device(url) as edge:
+            assert await answer(edge) == TRUTH
+            while not verifier.closed:
+                await asyncio.sleep(0.01)
+            assert front.closed == 0
+            assert await answer(edge) == TRUTH  # by a new one
+        assert verifier.connections == 2
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("server", "address", "url"),
+    [
+        ("http://h:8100", ":8101", "ws://h:8101/v1/sessions"),
+        ("http://h:8100/proxied/v1", ":8101", "ws://h:8101/v1/sessions"),
+        ("https://h", "10.0.0.7:8101", "wss://10.0.0.7:8101/v1/sessions"),
+        ("http://[::1]:8100", ":8101", "ws://[::1]:8101/v1/sessions"),
+        ("http://h:8100", "[fd00::7]:8101", "ws://[fd00::7]:8101/v1/sessions"),
+    ],
+)
+def test_addresses_keep_scheme_and_where_none_is_given_host(server: str, address: str, url: str) -> None:
+    assert redirected_url(VerifierLink(server).url, address) == url
+    assert VerifierLink(url).url == url
+
+
+@pytest.mark.parametrize("address", ["", "h", "h:", ":x", "http://h:1", "h:1/x", "u@h:1", ":123456", "h :1"])
+def test_what_is_no_address_is_not_followed(address: str) -> None:
+    with pytest.raises(ProtocolError, match="HOST:PORT"):
+        redirected_url("ws://h/v1/sessions", address)

@@ -1,0 +1,618 @@
+"""Several verifiers behind one front: every text is the target's own, whatever becomes of the replicas.
+
+The same scenarios with replicas as child processes and, marked `ray`, as Ray actors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from harness import (
+    DRAFT,
+    ENGINE,
+    HTTP,
+    TARGET,
+    Answer,
+    Fleet,
+    Peer,
+    Process,
+    Stream,
+    ask,
+    eventually,
+    free_port,
+    opening,
+)
+
+from wisp.api.backend import Generation
+from wisp.core.drafting import Policies
+from wisp.core.messages import VERSION, Cancel, Draft, Hello, Redirect, Refused
+from wisp.core.sampling import Sampling
+from wisp.edge.backend import EdgeBackend
+from wisp.edge.link import VerifierLink
+from wisp.engines.base import Tokenizer
+from wisp.engines.models import resolve
+from wisp.engines.null import null_token
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("tiny_pair"),
+    pytest.mark.skipif(ENGINE != "llama.cpp", reason="another engine is under test, which starts too slowly"),
+]
+
+LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
+NULL: dict[str, Any] = {"target": "null", "engine": "null"}
+TOKENS = 1500  # of a session without a model: seconds of work for them all
+LAUNCHERS = ["local", pytest.param("ray", marks=pytest.mark.ray)]
+
+
+@pytest.fixture(params=LAUNCHERS)
+def launcher(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+class Front:
+    """A front and what one does to it."""
+
+    def __init__(
+        self, fleet: Fleet, *flags: str, replicas: int = 2, launcher: str = "local", **more: Any
+    ) -> None:
+        words = ("--replicas", str(replicas), "--launcher", launcher)
+        self.process: Process = fleet.serve(*words, *flags, ready=False, **more)
+        eventually(lambda: self.process.health() == 200, 90)
+        self.wait_up(replicas)
+
+    @property
+    def url(self) -> str:
+        return self.process.url
+
+    def admin(self, action: str = "", body: dict[str, Any] | None = None, key: str = "") -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        url = f"{self.url}/v1/replicas{action}"
+        if body is None:
+            return httpx.get(url, headers=headers, **HTTP)
+        return httpx.post(url, json=body, headers=headers, **HTTP)
+
+    def replicas(self) -> dict[str, dict[str, Any]]:
+        return {r["name"]: r for r in self.admin().json()["replicas"]}
+
+    def up(self) -> list[str]:
+        return [name for name, r in self.replicas().items() if r["state"] == "up"]
+
+    def wait_up(self, count: int) -> None:
+        eventually(lambda: len(self.up()) == count, 90)
+
+    def pid(self, name: str) -> int:
+        """Of the replica's process."""
+        return int(re.findall(rf"replica {name} is process (\d+)", self.process.log())[-1])
+
+    def kill(self, name: str) -> None:
+        """kill -9."""
+        os.kill(self.pid(name), signal.SIGKILL)
+
+    def placed(self, **labels: str) -> dict[str, float]:
+        """Placements by replica, of those with these labels."""
+        found: dict[str, float] = {}
+        for sample, value in self.process.metrics().items():
+            if sample.startswith("wisp:placements_total") and all(
+                f'{k}="{v}"' in sample for k, v in labels.items()
+            ):
+                replica = re.findall(r'replica="(\w+)"', sample)[0]
+                found[replica] = found.get(replica, 0.0) + value
+        return found
+
+    def idle(self) -> bool:
+        return all(r["sessions"] == 0 for r in self.replicas().values())
+
+
+def jobs_of(count: int) -> list[tuple[str, dict[str, Any]]]:
+    sampling = [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.9}]
+    return [
+        (f"Tell me {i} of Tavoku.", {"max_tokens": 120, "seed": i, "ignore_eos": True, **sampling[i % 3]})
+        for i in range(count)
+    ]
+
+
+def alone(server: Process, jobs: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """What a single verifier says."""
+    with ThreadPoolExecutor(4) as pool:
+        return [a.text for a in pool.map(lambda job: ask(server.url, job[0], **job[1]), jobs)]
+
+
+def all_of(
+    urls: list[str], jobs: list[tuple[str, dict[str, Any]]], meanwhile: Callable[[], None]
+) -> list[str]:
+    """Every job as a stream, all at once, while something happens."""
+    streams = [Stream(urls[i % len(urls)], prompt, **p) for i, (prompt, p) in enumerate(jobs)]
+
+    def rest(stream: Stream) -> Answer:
+        return stream.rest()
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        answers = [pool.submit(rest, stream) for stream in streams]
+        meanwhile()
+        done = [answer.result(120) for answer in answers]
+    assert [a.status for a in done] == [200] * len(jobs)
+    assert all(a.done and not a.error for a in done), [a.error for a in done if a.error]
+    return [a.text for a in done]
+
+
+def balanced(counts: dict[str, float]) -> bool:
+    """Within 20 % of the mean."""
+    mean = sum(counts.values()) / len(counts)
+    return all(0.8 * mean <= n <= 1.2 * mean for n in counts.values())
+
+
+def test_a_replica_killed_in_the_middle_costs_no_session_and_no_token(fleet: Fleet, launcher: str) -> None:
+    jobs = jobs_of(20)
+    single = fleet.serve()
+    truth = alone(single, jobs)
+    single.terminate()
+    front = Front(fleet, launcher=launcher)
+    edges = [fleet.edge(front.url, draft=kind) for kind in (DRAFT, "ngram", "none")]
+
+    def meanwhile() -> None:
+        eventually(lambda: sum(front.placed().values()) >= 12, 60)
+        assert balanced(front.placed()), front.placed()
+        front.kill("r1")
+
+    texts = all_of([*(edge.url for edge in edges), front.url], jobs, meanwhile)  # the last are thin clients
+    assert texts == truth
+    front.wait_up(2)
+    assert front.replicas()["r1"]["restarts"] == 1
+    assert front.process.metrics()['wisp:replica_restarts_total{replica="r1"}'] == 1
+    assert sum(front.placed().values()) > len(jobs)  # some were placed twice
+    eventually(front.idle)
+    assert ask(edges[0].url, "Hi", max_tokens=3).status == 200
+
+
+def test_a_drain_moves_sessions_and_a_scale_up_takes_new_ones(fleet: Fleet, launcher: str) -> None:
+    jobs = jobs_of(16)
+    single = fleet.serve()
+    truth = alone(single, jobs)
+    single.terminate()
+    front = Front(fleet, launcher=launcher)
+    edges = [fleet.edge(front.url, draft=kind) for kind in (DRAFT, "ngram")]
+
+    def meanwhile() -> None:
+        eventually(lambda: sum(front.placed().values()) >= 12, 60)
+        assert front.admin("/scale", {"replicas": 3}).status_code == 200
+        front.wait_up(3)
+        drained = front.admin("/r1/drain", {})
+        assert [r["name"] for r in drained.json()["replicas"]] == ["r2", "r3"]
+
+    assert all_of([*(edge.url for edge in edges), front.url], jobs, meanwhile) == truth
+    moved = re.findall(r"replica r1: (\d+) sessions moved in ([\d.]+) s", front.process.log())
+    assert len(moved) == 1
+    assert float(moved[0][1]) < 5
+    before = front.placed()
+    assert all_of([edges[0].url], jobs[:6], lambda: None) == truth[:6]
+    gained = {name: n - before.get(name, 0) for name, n in front.placed().items()}
+    assert gained["r1"] == 0
+    assert min(gained["r2"], gained["r3"]) > 0
+    assert front.admin("/scale", {"replicas": 1}).status_code == 200
+    assert len(front.replicas()) == 1
+    last = front.up()[0]
+    refused = front.admin(f"/{last}/drain", {})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "last_replica")
+    front.process.terminate()
+    assert front.process.wait(30) == 0
+    assert "Traceback" not in front.process.log()
+
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+
+node = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 << 20}
+cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+other = cluster.add_node(**node)
+print(cluster.address, flush=True)
+sys.stdin.readline()
+cluster.remove_node(other, allow_graceful=False)
+sys.stdin.readline()
+cluster.add_node(**node)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.ray
+def test_a_machine_of_a_cluster_dies_and_another_takes_its_place(fleet: Fleet) -> None:
+    """Two nodes on this machine, which claim a GPU each."""
+    jobs = jobs_of(12)
+    single = fleet.serve()
+    truth = alone(single, jobs)
+    single.terminate()
+    environment = fleet.environment({"RAY_USAGE_STATS_ENABLED": "0"})
+    command = [sys.executable, "-c", CLUSTER]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen(command, **pipes, stderr=subprocess.DEVNULL, env=environment) as cluster:
+        assert cluster.stdin is not None
+        assert cluster.stdout is not None
+        try:
+            address = cluster.stdout.readline().strip()
+            flags = ("--gpus-per-replica", "1")
+            front = Front(fleet, *flags, launcher="ray", env={"RAY_ADDRESS": address})
+            edge = fleet.edge(front.url)
+
+            def meanwhile() -> None:
+                eventually(lambda: sum(front.placed().values()) >= 12, 60)
+                cluster.stdin.write("\n")  # type: ignore[union-attr]
+                eventually(lambda: len(front.up()) == 1, 30)
+
+            assert all_of([edge.url, front.url], jobs, meanwhile) == truth
+            cluster.stdin.write("\n")
+            front.wait_up(2)
+            front.process.terminate()
+            assert front.process.wait(30) == 0
+        finally:
+            cluster.stdin.close()
+            cluster.wait(30)
+
+
+def test_restarting_every_replica_in_turn_disturbs_nobody(fleet: Fleet) -> None:
+    jobs = jobs_of(10)
+    single = fleet.serve()
+    truth = alone(single, jobs)
+    front = Front(fleet)
+    edge = fleet.edge(front.url)
+
+    def meanwhile() -> None:
+        for name in ("r1", "r2"):
+            assert front.admin(f"/{name}/restart", {}).status_code == 200
+            front.wait_up(2)
+
+    assert all_of([edge.url, front.url], jobs, meanwhile) == truth
+    assert [r["restarts"] for r in front.replicas().values()] == [0, 0]  # none of them died
+    assert [r["last_end"] for r in front.replicas().values()] == ["exit status 0"] * 2
+
+
+def test_without_any_replica_edges_and_thin_clients_wait_for_one(fleet: Fleet) -> None:
+    jobs = jobs_of(4)
+    single = fleet.serve()
+    truth = alone(single, jobs)
+    front = Front(fleet)
+    edge = fleet.edge(front.url)
+
+    def meanwhile() -> None:
+        eventually(lambda: sum(front.placed().values()) >= 4, 60)
+        front.kill("r1")
+        front.kill("r2")
+        eventually(lambda: front.process.health() == 503)
+
+    assert all_of([edge.url, front.url], jobs, meanwhile) == truth
+    front.wait_up(2)
+
+
+def test_sessions_outlive_a_front_that_is_killed(fleet: Fleet) -> None:
+    prompt, parameters = "Tell me a story.", {**LONG, "temperature": 0.8, "seed": 3}
+    single = fleet.serve()
+    truth = alone(single, [(prompt, parameters)])
+    front = Front(fleet)
+    edge = fleet.edge(front.url)
+    with Stream(edge.url, prompt, **parameters) as s:
+        s.until(lambda answer: len(answer.text) > 10)
+        front.process.kill()  # its replicas finish what they have, and end
+        assert s.rest().text == truth[0]
+    front.process.start()
+    edge.wait_ready()
+    assert alone(edge, [(prompt, parameters)]) == truth
+
+
+def test_a_front_that_is_asked_to_stop_lets_answers_finish(fleet: Fleet) -> None:
+    single = fleet.serve()
+    truth = alone(single, [("Tell me a story.", LONG)])
+    front = Front(fleet)
+    edge = fleet.edge(front.url, draft="ngram")
+    with (
+        Stream(edge.url, "Tell me a story.", **LONG) as e,
+        Stream(front.url, "Tell me a story.", **LONG) as s,
+    ):
+        e.until(lambda answer: bool(answer.text))
+        s.until(lambda answer: bool(answer.text))
+        front.process.terminate()
+        eventually(lambda: front.process.health() == 503)
+        refused = ask(front.url, "Hi")
+        assert (refused.status, refused.error["type"]) == (503, "server_error")
+        assert [e.rest().text, s.rest().text] == truth * 2
+    assert front.process.wait() == 0
+    assert "Traceback" not in front.process.log()
+
+
+def test_a_thin_client_that_leaves_takes_its_work_along(fleet: Fleet) -> None:
+    front = Front(fleet)
+    with Stream(front.url, "Tell me a story.", **LONG) as s:
+        s.until(lambda answer: len(answer.text) > 5)
+        eventually(lambda: not front.idle())
+    eventually(front.idle)
+
+
+def test_what_begins_alike_goes_where_it_is_cached_but_only_within_one_key(fleet: Fleet) -> None:
+    keys = fleet.folder / "keys.toml"
+    keys.write_text('[keys.a]\nsecret = "key-a"\n[keys.b]\nsecret = "key-b"\nadmin = true\n')
+    flags = ("--api-keys", str(keys))
+    process = fleet.serve("--replicas", "3", *flags, ready=False, **NULL)
+    eventually(lambda: process.health() == 200, 90)
+
+    def up() -> int:
+        return int(httpx.get(f"{process.url}/health", **HTTP).json()["replicas"]["up"])
+
+    eventually(lambda: up() == 3, 60)
+    same = list(range(64))
+
+    def where(peer: Peer, n: int) -> str:
+        peer.say(opening(f"session-{peer.key}-{n}", prompt=[*same, n]))
+        redirect = peer.hear()
+        assert isinstance(redirect, Redirect)
+        return redirect.address
+
+    a, b = (RedirectedPeer(process.url, key=key) for key in ("key-a", "key-b"))
+    with a, b:
+        first = where(a, 0)
+        eventually(lambda: not any(v for k, v in process.metrics().items() if "replica_sessions" in k))
+        assert where(a, 1) == first  # drawn there, though the others are empty
+        assert where(b, 2) != first  # and this one knows of nothing
+        m = process.metrics()
+        assert sum(v for k, v in m.items() if k.startswith("wisp:placements_total") and "prefix" in k) == 1
+        assert m["wisp:placement_prefix_tokens_total"] == 64
+        places = [where(a, n) for n in range(3, 30)]
+    assert len(set(places)) == 3  # nor does it crowd one replica
+    response = httpx.get(f"{process.url}/v1/replicas", headers={"Authorization": "Bearer key-a"}, **HTTP)
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "not_admin")
+    assert httpx.get(f"{process.url}/v1/replicas", **HTTP).status_code == 401
+    allowed = httpx.get(f"{process.url}/v1/replicas", headers={"Authorization": "Bearer key-b"}, **HTTP)
+    assert allowed.status_code == 200
+    for replica in allowed.json()["replicas"]:
+        direct = f"http://127.0.0.1{replica['address']}"
+        assert httpx.get(f"{direct}/v1/models", **HTTP).status_code == 401
+        assert httpx.get(f"{direct}/v1/replica", **HTTP).status_code == 404
+        assert (
+            httpx.post(
+                f"{direct}/v1/replica/move", headers={"Authorization": "Bearer key-b"}, **HTTP
+            ).status_code
+            == 404
+        )
+
+
+class RedirectedPeer(Peer):
+    """One that follows redirects, or says so."""
+
+    def __init__(self, url: str, *, key: str = "") -> None:
+        self.key = key
+        super().__init__(url, key=key, hello=Hello(VERSION, redirects=True))
+
+
+def test_a_chats_turns_are_read_once_though_there_are_three_replicas(fleet: Fleet) -> None:
+    front = Front(fleet, replicas=3)
+    edge = fleet.edge(front.url, draft="none")
+    messages: list[dict[str, str]] = []
+    read = 0
+    for turn in range(6):
+        messages.append({"role": "user", "content": f"Tell me {turn} of Belomi, who lives by the sea."})
+        answer = ask((edge, front)[turn % 2].url, "", messages=messages, max_tokens=24)
+        messages.append({"role": "assistant", "content": answer.text})
+        read += answer.usage["prompt_tokens"]
+        eventually(front.idle)
+    assert sum(front.placed(reason="prefix").values()) == 5
+    assert len([n for n in front.placed().values() if n]) == 1
+    computed = 0.0
+    for replica in front.replicas().values():
+        lines = httpx.get(f"http://127.0.0.1{replica['address']}/metrics", **HTTP).text.splitlines()
+        computed += sum(
+            float(line.split()[1]) for line in lines if line.startswith("wisp:prompt_tokens_total")
+        )
+    assert computed < 0.5 * read
+
+
+def test_limits_of_a_key_hold_for_all_replicas_together(fleet: Fleet) -> None:
+    keys = fleet.folder / "keys.toml"
+    keys.write_text('[keys.a]\nsecret = "key-a"\nrequests_per_minute = 3\n')
+    front = fleet.serve("--replicas", "2", "--api-keys", str(keys))
+    answers = [ask(front.url, "Hi", key="key-a", max_tokens=2) for _ in range(5)]
+    assert [a.status for a in answers] == [200] * 3 + [429] * 2
+    assert int(answers[-1].headers["retry-after"]) >= 1
+
+
+def test_a_key_has_its_sessions_over_all_replicas_and_each_as_soon_as_another_ends(fleet: Fleet) -> None:
+    keys = fleet.folder / "keys.toml"
+    keys.write_text('[keys.a]\nsecret = "key-a"\nsessions = 2\n')
+    front = fleet.serve("--replicas", "2", "--api-keys", str(keys))
+    eventually(lambda: httpx.get(f"{front.url}/health", **HTTP).json()["replicas"]["up"] == 2)
+    with (
+        Stream(front.url, "Tell me a story.", key="key-a", **LONG) as one,
+        Stream(front.url, "Tell me another.", key="key-a", **LONG) as two,
+    ):
+        for stream in (one, two):
+            stream.until(lambda answer: bool(answer.text))
+        third = ask(front.url, "Hi", key="key-a", max_tokens=2)
+        assert (third.status, third.error["code"]) == (429, "rate_limit_exceeded")
+        assert one.rest().finish == "length"
+        assert ask(front.url, "Hi", key="key-a", max_tokens=2).status == 200
+    for _ in range(6):  # one after the other is two at a time at most
+        assert ask(front.url, "Hi", key="key-a", max_tokens=2).status == 200
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_tls_from_edges_to_front_and_replicas(fleet: Fleet) -> None:
+    cert, key = fleet.folder / "cert.pem", fleet.folder / "key.pem"
+    subject = [
+        "-subj",
+        "/CN=front",
+        "-addext",
+        "subjectAltName=DNS:localhost",
+    ]  # not what the front itself dials
+    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", str(key)]
+    subprocess.run([*new, "-out", str(cert), *subject], check=True, capture_output=True)
+    front = fleet.serve("--replicas", "2", "--tls-cert", str(cert), "--tls-key", str(key), ready=False)
+    front.scheme = "https"
+    front.wait_ready()
+    url = f"https://localhost:{front.port}"
+    edge = fleet.edge(url, draft="ngram", env={"SSL_CERT_FILE": str(cert)})
+    answers = [ask(at, "Tell me a story about Belomi.", stream=True) for at in (edge.url, url)]
+    assert [a.status for a in answers] == [200, 200]
+    assert answers[0].text == answers[1].text != ""
+
+
+def test_a_replica_that_does_not_answer_gets_nothing_new(fleet: Fleet) -> None:
+    front = Front(fleet, **NULL)
+    os.kill(front.pid("r1"), signal.SIGSTOP)
+    eventually(lambda: front.replicas()["r1"]["state"] == "silent", 30)
+    before = front.placed()
+    with RedirectedPeer(front.url) as peer:
+        for n in range(10):
+            peer.say(opening(f"session-{n}"))
+            assert isinstance(peer.hear(), Redirect)
+    assert front.placed().get("r1") == before.get("r1")
+    os.kill(front.pid("r1"), signal.SIGCONT)
+    front.wait_up(2)
+    os.kill(front.pid("r1"), signal.SIGSTOP)
+    eventually(lambda: front.replicas()["r1"]["state"] == "silent", 30)
+    assert front.admin("/r1/restart", {}).status_code == 200  # which does not wait for what does not hear
+    front.wait_up(2)
+
+
+def test_ctrl_c_reaches_the_front_alone_and_answers_finish(fleet: Fleet, launcher: str) -> None:
+    """A terminal sends it to every process of the group."""
+    single = fleet.serve()
+    truth = alone(single, [("Tell me a story.", LONG)])
+    front = Front(fleet, launcher=launcher)
+    edge = fleet.edge(front.url, draft="ngram")
+    with Stream(edge.url, "Tell me a story.", **LONG) as s:
+        s.until(lambda answer: bool(answer.text))
+        os.killpg(front.process.pid, signal.SIGINT)
+        assert [s.rest().text] == truth
+    assert front.process.wait(30) == 0
+
+
+def test_what_cannot_start_ends_with_advice(fleet: Fleet) -> None:
+    torn = fleet.folder / "torn.gguf"
+    torn.write_bytes(resolve(TARGET).read_bytes()[:50_000])
+    port = str(free_port())
+    null = ("serve", "--target", "null", "--engine", "null")
+    for words, advice in (
+        (("serve", "--target", str(torn), "--replicas", "2", "--port", port), "could not start"),
+        ((*null, "--replicas", "2", "--port", "0"), "--port"),
+        ((*null, "--replicas", "2", "--host", "0.0.0.0"), "without an API key"),
+        ((*null, "--launcher", "abacus"), "choose one of: local, ray"),
+        ((*null, "--gpus-per-replica", "1"), "--launcher ray"),
+        ((*null, "--replicas", "2", "--gpus-per-replica", "1"), "--launcher ray"),
+    ):
+        ended = fleet.run(*words)
+        assert ended.returncode == 2, ended.stderr
+        assert advice in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+def test_operators_are_told_what_is_wrong(fleet: Fleet) -> None:
+    plain, front = fleet.serve(**NULL), Front(fleet, **NULL)
+    shown = fleet.run("replicas", "list", "--server", front.url)
+    assert shown.returncode == 0
+    assert "r1" in shown.stdout
+    assert "r2" in shown.stdout
+    for words, advice in (
+        (("list", "--server", plain.url), "--replicas"),
+        (("list", "--server", "http://127.0.0.1:1"), "wisp serve"),
+        (("drain", "r7", "--server", front.url), "r1, r2"),
+        (("scale", "99", "--server", front.url), "from 1 to 64"),
+    ):
+        ended = fleet.run("replicas", *words)
+        assert ended.returncode == 2, ended.stderr
+        assert advice in ended.stderr
+        assert "Traceback" not in ended.stderr
+    ended = fleet.run("replicas", "scale", "3", "--server", front.url, "--json")
+    assert len(json.loads(ended.stdout)["replicas"]) == 3
+
+
+def test_an_edge_that_does_not_know_redirects_is_told_so(fleet: Fleet) -> None:
+    front = Front(fleet, **NULL)
+    with Peer(front.url, hello=None) as old:
+        old.say(Hello(VERSION))
+        refused = old.refused()
+    assert (refused.code, refused.fatal) == ("version_mismatch", True)
+    assert "same release" in refused.message
+
+
+def test_the_front_itself_verifies_nothing_and_survives_nonsense(fleet: Fleet) -> None:
+    front = Front(fleet, **NULL)
+    with RedirectedPeer(front.url) as peer:
+        peer.say(Draft("session-1", 1, 0, [5]))
+        assert peer.refused().code == "unknown_session"
+        peer.say(Cancel("session-1"))
+        peer.say(b"\xc1")
+        assert peer.refused().code == "malformed"
+        for prompt in ([], [-1], [2**63], [10**6] * 10):
+            peer.say(opening("session-2", prompt=prompt))
+            redirect = peer.hear()
+            assert isinstance(redirect, Redirect)
+            with RedirectedPeer(f"http://127.0.0.1{redirect.address}") as replica:
+                replica.say(opening("session-2", prompt=prompt))
+                assert isinstance(replica.hear(), Refused)
+    for body in ({}, {"replicas": 0}, {"replicas": 65}, {"replicas": "2"}, {"replicas": True}):
+        assert front.admin("/scale", body).status_code == 400
+    assert front.admin("/r9/drain", {}).status_code == 404
+    page = httpx.post(f"{front.url}/v1/replicas/r1/drain", content="{}", **HTTP)
+    assert page.status_code == 415  # a web page could send that
+    assert len(front.up()) == 2
+
+
+# --- load, without a model
+
+
+class _NoTokenizers:
+    async def get(self, fingerprint: str) -> Tokenizer:
+        raise AssertionError("token ids are enough here")
+
+
+async def _load(url: str, sessions: int, tokens: int, meanwhile: Callable[[], None]) -> list[list[int]]:
+    """Sessions of three devices without drafters, all at once: their tokens."""
+    links = [VerifierLink(url) for _ in range(3)]
+    devices = [EdgeBackend(link, _NoTokenizers(), None, Policies("fixed:1")) for link in links]
+    for link in links:
+        link.start()
+
+    async def one(n: int) -> list[int]:
+        prompt = [n % 256, n // 256, *range(30)]
+        generation = Generation(prompt, Sampling(seed=n), tokens)
+        return [t async for item in devices[n % 3].generate(generation) for t in item.tokens]
+
+    try:
+        happening = asyncio.ensure_future(asyncio.to_thread(meanwhile))
+        found = await asyncio.gather(*(one(n) for n in range(sessions)))
+        await happening
+    finally:
+        await asyncio.gather(*(link.close() for link in links))
+        for device in devices:
+            device.close()
+    return found
+
+
+def test_three_replicas_share_three_hundred_sessions_evenly_and_lose_none(
+    fleet: Fleet, launcher: str
+) -> None:
+    front = Front(fleet, replicas=3, launcher=launcher, **NULL)
+    seen: dict[str, float] = {}
+
+    def meanwhile() -> None:
+        eventually(lambda: sum(front.placed().values()) >= 300, 60)
+        seen.update(front.placed())
+        front.kill("r2")
+        front.wait_up(3)
+        assert front.admin("/r1/drain", {}).status_code == 200
+        assert front.admin("/scale", {"replicas": 3}).status_code == 200
+
+    found = asyncio.run(_load(front.url, 300, TOKENS, meanwhile))
+    assert found == [[null_token(n, position) for position in range(TOKENS)] for n in range(300)]
+    assert balanced(seen), seen
+    assert front.placed()["r3"] > seen["r3"]  # it took over from the others
