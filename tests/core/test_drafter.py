@@ -339,7 +339,9 @@ def test_an_old_verdict_after_reopening_settles_nothing() -> None:
     assert made.committed == [10, 11, 12, 13]
     assert made.phase is Phase.IN_FLIGHT
     settled = made.verdict(520.0, Verdict("s", 2, 1, 2, [11, 12, 13]))
-    assert not any(isinstance(a, Committed) for a in settled)  # nothing new, and nothing that was verified again
+    assert not any(
+        isinstance(a, Committed) for a in settled
+    )  # nothing new, and nothing that was verified again
     assert made.committed == [10, 11, 12, 13]
     assert made.phase is Phase.DRAFTING
 

@@ -302,8 +302,9 @@ class Drafter:
             return []
         assert self.policy is not None
         view = self._view(now_ms, self.sent + 1)
-        last_call = self._flights[0].due_ms - self.pace.line.value - 0.5 * self.pace.wait.deviation
-        late = now_ms + self.pace.draft.value > last_call and not view.opening
+        pace = self.pace
+        last_call = self._flights[0].due_ms - pace.line.value - 0.5 * pace.wait.deviation
+        late = pace.wait.n > 0 and now_ms + pace.draft.value > last_call and not view.opening
         if not (
             late or self._dry or self._ended() or not self.policy.more(view) or not self.wants_token(now_ms)
         ):
