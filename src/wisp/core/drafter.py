@@ -204,17 +204,22 @@ class Drafter:
         self.pace.price = verdict.price
         flight = self._landed(verdict.round)
         settled = flight is not None
-        drafted, before = (flight.drafted, len(verdict.tokens) - len(new)) if flight else (0, 0)
+        before = len(verdict.tokens) - len(new)  # of the draft, settled earlier
+        drafted = accepted = 0
+        if flight is not None and new:  # else it was stale, and nothing was verified
+            drafted = max(0, flight.drafted - before)
+            accepted = max(0, verdict.accepted - before)
         fresh = Committed(
             tokens=new,
             logprobs=verdict.logprobs[-len(new) :] if new and verdict.logprobs else [],
             drafted=drafted,
-            accepted=verdict.accepted if settled else 0,
-            from_draft=min(len(new), max(0, verdict.accepted - before)) if settled else 0,
+            accepted=accepted,
+            from_draft=min(len(new), accepted),
             finish=verdict.finish,
         )
         if flight is not None:
-            self._learn(now_ms, now_ms if arrived_ms is None else arrived_ms, flight, verdict, new)
+            arrived = now_ms if arrived_ms is None else arrived_ms
+            self._learn(now_ms, arrived, flight, drafted, verdict, new)
         elif self.serve and new and self.phase is Phase.SERVED:
             self.pace.decoded(len(new), now_ms - self._began_ms)
             self._began_ms = now_ms
@@ -297,8 +302,9 @@ class Drafter:
             return []
         assert self.policy is not None
         view = self._view(now_ms, self.sent + 1)
-        last_call = self._flights[0].due_ms - self.pace.line.value - 0.5 * self.pace.wait.deviation
-        late = now_ms + self.pace.draft.value > last_call and not view.opening
+        pace = self.pace
+        last_call = self._flights[0].due_ms - pace.line.value - 0.5 * pace.wait.deviation
+        late = pace.wait.n > 0 and now_ms + pace.draft.value > last_call and not view.opening
         if not (
             late or self._dry or self._ended() or not self.policy.more(view) or not self.wants_token(now_ms)
         ):
@@ -335,14 +341,15 @@ class Drafter:
         return bool(self.chain) and self.chain[-1] in self.eos and not self.task.ignore_eos
 
     def _learn(
-        self, now_ms: float, arrived_ms: float, flight: Flight, verdict: Verdict, new: list[int]
+        self, now_ms: float, arrived_ms: float, flight: Flight, drafted: int, verdict: Verdict, new: list[int]
     ) -> None:
         """What a settled round tells of pace and acceptance. Its correction or bonus tells of the next guess, too."""
         assert self.policy is not None
         if flight.round > 0:  # the first one read the prompt
             waited = arrived_ms - flight.sent_ms if flight.alone else None
-            self.pace.verdict(flight.drafted, waited, verdict.queue_ms, verdict.engine_ms)
-            self.pace.round(flight.drafted, len(new) + self._unasked, now_ms - self._began_ms)
+            if new:
+                self.pace.verdict(drafted, waited, verdict.queue_ms, verdict.engine_ms)
+            self.pace.round(drafted, len(new) + self._unasked, now_ms - self._began_ms)
         self._unasked = 0
         agreed = 0
         while agreed < min(len(new), len(self.chain)) and new[agreed] == self.chain[agreed]:
