@@ -157,6 +157,9 @@ def serve(
         int, typer.Option(help="Open sessions before new ones are refused.", min=1)
     ] = 1024,
     park_s: Annotated[float, typer.Option(help="Seconds that a session outlives its edge.", min=0)] = 60.0,
+    forecast: Annotated[
+        bool, typer.Option(help="Refuse at once, with Retry-After, a request whose SLO could not be kept.")
+    ] = True,
     drain_s: Annotated[float, typer.Option(help="Seconds to finish sessions on SIGTERM.", min=0)] = 30.0,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM key.")] = None,
@@ -201,7 +204,7 @@ def serve(
         fetch_target(target, engine=engine, offline=offline, progress=progress)
     settings = Settings(
         served_name(target), batching, max_sessions, park_s, drain_s, event_log, start,
-        read_slo_classes(slo_classes) if slo_classes else {},
+        read_slo_classes(slo_classes) if slo_classes else {}, forecast,
     )  # fmt: skip
     of_engine: dict[str, Any] = {
         "engine": engine,

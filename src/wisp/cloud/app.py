@@ -52,6 +52,7 @@ class Settings(msgspec.Struct, frozen=True):
     event_log: Path | None = None
     cost: Coefficients | None = None
     slo_classes: dict[str, Slo] = {}
+    forecast: bool = True
 
 
 class CloudApp:
@@ -137,6 +138,7 @@ class CloudApp:
                 batching=s.batching,
                 cost=s.cost,
                 park_s=s.park_s,
+                forecast=s.forecast,
                 event_log=s.event_log,
                 died=self._fail,
             )

@@ -43,6 +43,7 @@ class VerifierHost:
         batching: str = "laxity",
         cost: Coefficients | None = None,
         park_s: float = 60.0,
+        forecast: bool = True,
         event_log: Path | None = None,
         died: Callable[[Exception], None] = lambda error: None,
     ) -> None:
@@ -61,6 +62,7 @@ class VerifierHost:
             kv_tokens=info.kv_tokens,
             step_tokens=info.step_tokens,
             park_s=park_s,
+            forecast=forecast,
         )
         self.limits = limits
         self.verifier = Verifier(limits, batching_policy(batching), admission, CostModel(cost))

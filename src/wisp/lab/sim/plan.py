@@ -78,7 +78,7 @@ def scenario_for(
         prompt_tokens=prompt,
         output_tokens=output,
         devices_n=devices,
-        warmup_s=15.0,
+        warmup_s=30.0,
         window_s=30.0,
         drain_s=45.0,
     )
