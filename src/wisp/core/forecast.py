@@ -15,21 +15,26 @@ from wisp.core.cost import CostModel, Load
 from wisp.core.session import Session
 
 ROWS_A_TOKEN = 1.25  # drafts and the target's own, per committed token, under pressure
-FILLED = 0.95  # of what the cost model offers; the rest is for chance
+FILLED = 0.95  # at most, of what the cost model offers; the rest is for chance
+LEAST_FILLED = 0.65
 KV_OVERBOOKING = 1.1  # contexts of sessions that wait for their first token are not there yet
 TOO_MANY = 0.6  # share of sessions that are behind
 READING = 0.5  # share of the rows until a first token is due that prompts may ask for
 
 
 class Flow:
-    """Smoothed: what an answer looks like here."""
+    """What answers look like here, smoothed, and how much of what the cost model offers can be promised: less with
+    each answer that was late, a little more with each that was not. One in twenty may be late."""
 
     def __init__(self) -> None:
         self.answer_tokens = 200.0
         self.answer_s = 10.0
+        self.filled = FILLED
 
-    def ended(self, tokens: int, seconds: float) -> None:
+    def ended(self, tokens: int, seconds: float, in_time: bool) -> None:
         """An answer is complete."""
+        self.filled += 0.002 if in_time else -0.038
+        self.filled = min(max(self.filled, LEAST_FILLED), FILLED)
         self.answer_tokens += 0.05 * (tokens - self.answer_tokens)
         self.answer_s += 0.05 * (seconds - self.answer_s)
 
@@ -65,7 +70,7 @@ def check(
     ttft_s = newcomer.slo.ttft_ms / 1e3 if newcomer.slo else 0.0
     waiting = ttft_s / (flow.answer_tokens * newcomer.tpot_s) if newcomer.tpot_s else 0.0
     # Who waits for a first token asks for nothing yet, and so many may wait at a time.
-    if asked > FILLED * (1.0 + waiting) * offered and len(paces) > 1:
+    if asked > flow.filled * (1.0 + waiting) * offered and len(paces) > 1:
         raise Refusal("overloaded", "this verifier could not keep the pace asked for", wait_s)
     if ttft_s and running and unread > READING * offered * ttft_s:
         raise Refusal("overloaded", "too many prompts wait to be read", wait_s)

@@ -213,6 +213,15 @@ class Session:
         # One token of the room is the target's own, so a longer draft could not be used.
         return Pending(round_, base, head, tokens[head : head + max(self.room - 1, 0)], now)
 
+    def in_time(self, now: float) -> bool:
+        """Would it have met its SLO, seen from here, if it ended now?"""
+        slo = self.slo
+        if slo is None:
+            return True
+        if self.late or (slo.ttft_ms and self.first_at - self.opened > slo.ttft_ms / 1e3):
+            return False
+        return not slo.tpot_ms or now - self.first_at <= max(1, self.n_committed - 1) * slo.tpot_ms / 1e3
+
     def relax(self, now: float) -> None:
         """Its SLO can no longer be met: from now on half the pace will do."""
         self.late = True

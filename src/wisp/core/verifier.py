@@ -456,7 +456,7 @@ class Verifier:
         more = not slice_.sample or (s.serve and not finish)
         self._settle(now, s, cached=min(fed, len(s.chain)), more=more)
         if finish:
-            self.flow.ended(s.n_committed, now - s.opened)
+            self.flow.ended(s.n_committed, now - s.opened, s.in_time(now))
         if finish and s.state is not State.ENDED:
             s.go(Event.CANCEL if s.state is State.PARKED else Event.FINISHED)
             self._end(s)
