@@ -17,8 +17,6 @@ from wisp.engines.llama.tokenizer import LlamaTokenizer
 MODEL = Path(wisp.engines.__file__).parent / "data" / "tiny-target.gguf"
 NOWHERE = "http://127.0.0.1:1"
 
-pytestmark = pytest.mark.skipif(not MODEL.is_file(), reason="tiny-target is not there")
-
 
 class Fetched(TokenizerCache):
     """Counts fetches and answers them with `data`."""

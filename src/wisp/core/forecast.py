@@ -16,7 +16,7 @@ from wisp.core.session import Session
 
 ROWS_A_TOKEN = 1.25  # drafts and the target's own, per committed token, under pressure
 FILLED = 0.95  # at most, of what the cost model offers; the rest is for chance
-LEAST_FILLED = 0.65
+LEAST_FILLED = 0.65  # however many were late
 KV_OVERBOOKING = 1.1  # contexts of sessions that wait for their first token are not there yet
 TOO_MANY = 0.6  # share of sessions that are behind
 READING = 0.5  # share of the rows until a first token is due that prompts may ask for

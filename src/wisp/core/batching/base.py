@@ -17,7 +17,7 @@ from wisp.core.cost import CostModel
 
 
 class Kind(IntEnum):
-    """What a piece of work is. PREFILL may be cut into chunks; the others are run whole."""
+    """What a piece of work is. PREFILL may be cut into chunks, VERIFY to fewer draft tokens."""
 
     PREFILL = 0
     VERIFY = 1

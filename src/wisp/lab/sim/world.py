@@ -120,7 +120,6 @@ class Cloud:
         *,
         drafter_ms: float = 0.0,
         forecast: bool = False,
-        true_cost: Callable[[Run], float] | None = None,
     ) -> None:
         info = engine.info
         limits = Limits(
