@@ -20,7 +20,9 @@ from wisp.engines.base import DraftEngine
 from wisp.engines.build import read_predictor
 from wisp.engines.llama.draft import LlamaDraft
 from wisp.lab.devices import Device, Link, Server
-from wisp.lab.reality import DelayedLine, Edge, Event, PacedDraft, Proposed, Story, Told, fed_back, verifier
+from wisp.lab.reality.distance import DelayedLine, PacedDraft
+from wisp.lab.reality.edge import Edge, Event, Proposed, Story, Told, verifier
+from wisp.lab.reality.feeding import fed_back
 from wisp.lab.replay import MAX_DRAFT, Bench, replay
 from wisp.lab.traces import Trace
 from wisp.lab.traces.format import as_signal

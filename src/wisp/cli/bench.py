@@ -49,6 +49,6 @@ def bench_ahead(
     json: Json = False,
 ) -> None:
     """Drafting ahead on real processes over a delayed line, and what a replay predicts of it. Takes minutes."""
-    from wisp.lab.reality import run_ahead
+    from wisp.lab.reality.ahead import run_ahead
 
     run_ahead(out, repeats=repeats, as_json=json)
