@@ -159,7 +159,7 @@ class CloudApp:
 
     def _keys_changed(self) -> None:
         if self._host is not None:
-            self._host.verifier.admission.set_limits(self.keys.limits)
+            self._host.limit(self.keys.limits)
 
     # --- endpoints
 

@@ -21,7 +21,18 @@ from wisp.core.admission import Admission, Refusal
 from wisp.core.batching import BatchingPolicy, Grant, Kind, StepLimits, Work
 from wisp.core.cost import CostModel, Load, load_of
 from wisp.core.errors import ProtocolError
-from wisp.core.events import Action, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
+from wisp.core.events import (
+    Action,
+    FromEdge,
+    InEvent,
+    KeyLimitsChanged,
+    Limits,
+    Run,
+    Send,
+    StepDone,
+    Tick,
+    WakeAt,
+)
 from wisp.core.kv import KvPool
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.pressure import Pressure
@@ -75,6 +86,9 @@ class Verifier:
             return list(self._step_done(now, event))
         if isinstance(event, Tick):
             return self._tick(now)
+        if isinstance(event, KeyLimitsChanged):
+            self.admission.set_limits(event.limits)
+            return []
         for handle in sorted(self._by_connection.pop(event.connection, ())):
             self._park(now, self.sessions[handle])
         return []
