@@ -20,6 +20,7 @@ from wisp.cli.options import (
     Offline,
     PredictorFile,
     Server,
+    SloClasses,
     Threads,
 )
 
@@ -37,6 +38,7 @@ def edge(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8200,
     api_keys: Annotated[Path | None, typer.Option(help="TOML file of keys for this endpoint.")] = None,
+    slo_classes: SloClasses = None,
     threads: Threads = None,
     give_up_s: Annotated[
         float, typer.Option(help="Seconds without a verifier before answers fail.", min=0)
@@ -50,6 +52,7 @@ def edge(
 ) -> None:
     """Run an edge: an OpenAI endpoint on this device. Its key to the verifier is taken from WISP_API_KEY; a single
     key for its own endpoint may be in WISP_API_KEYS."""
+    from wisp.api.attainment import read_slo_classes
     from wisp.api.keys import Keyring
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
     from wisp.core.drafting import Ahead
@@ -62,6 +65,7 @@ def edge(
     listen = Listen(host, port, tls_cert, tls_key)
     listen.check(keyed=bool(keys))
     policies = drafting_policies(drafting, predictor)
+    classes = read_slo_classes(slo_classes) if slo_classes else {}
     with RichProgress() as progress:
         drafter, fingerprint = load_drafter(
             draft, slots=slots, threads=threads, offline=offline, progress=progress
@@ -78,6 +82,7 @@ def edge(
             ahead=Ahead(energy) if ahead else None,
             give_up_s=give_up_s,
             keep_alive_s=keep_alive_s,
+            slo_classes=classes,
         )
         await run_app(device.asgi, listen, device.drain)
 
