@@ -102,7 +102,8 @@ def serve(
     log_level: LogLevel = "info",
     log_json: LogJson = False,
 ) -> None:
-    """Run a verifier: edges on a WebSocket, OpenAI clients on HTTP, one port. A single key may be in WISP_API_KEYS."""
+    """Run a verifier: edges on a WebSocket, OpenAI clients on HTTP, one port. Keys may also be in
+    WISP_API_KEYS, separated by commas."""
     from wisp.api.attainment import read_slo_classes
     from wisp.api.keys import Keyring
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
@@ -150,9 +151,9 @@ def serve(
 
         if written is not None:
             raise ConfigError("--traces does not go with replicas: leave out --replicas and --launcher")
-        secret = os.environ.get("WISP_API_KEYS")
+        secrets = os.environ.get("WISP_API_KEYS")
         spec = ReplicaSpec(
-            "", target, of_engine, settings, listen, "", api_keys, secret, log_level, log_json
+            "", target, of_engine, settings, listen, "", api_keys, secrets, log_level, log_json
         )
         serve_replicas(spec, keys, replicas, launcher or "local", gpus_per_replica)
         return
