@@ -20,17 +20,14 @@ VLLM_S = 240.0  # importing it takes long, and an accelerator's kernels are comp
 
 def engine_checks() -> list[Check]:
     """What the child found; and if it was killed, by what, in which check."""
-    command = [sys.executable, "-m", "wisp.lab.doctor"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ENGINE_S, check=False)
-    except subprocess.TimeoutExpired:
-        finding = f"the engine's checks did not end within {ENGINE_S:.0f} s"
-        return [Check("engine", "fail", finding, "Is the machine overloaded? Try again.")]
-    checks = [Check(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
+    done = _child([], ENGINE_S)
+    if done is None:
+        return [_too_long("engine", ENGINE_S)]
+    checks = _reported(done)
     if done.returncode == 0:
         return checks
     name = list(ENGINE)[min(len(checks), len(ENGINE) - 1)]
-    return [*checks, _died(name, done.returncode, done.stderr)]
+    return [*checks, _died(name, done)]
 
 
 def vllm_checks() -> list[Check]:
@@ -43,21 +40,33 @@ def vllm_checks() -> list[Check]:
         require()
     except WispError as error:
         return [Check("vllm", "warn", str(error), "Without --engine vllm, this does not matter.")]
-    command = [sys.executable, "-m", "wisp.lab.doctor", "vllm"]
+    done = _child(["vllm"], VLLM_S)
+    if done is None:
+        return [_too_long("vllm", VLLM_S)]
+    finding = f"vLLM ended its process (status {done.returncode}): {_last_words(done)}"
+    return _reported(done) or [Check("vllm", "fail", finding, "See docs/vllm.md.")]
+
+
+def _child(words: list[str], limit_s: float) -> subprocess.CompletedProcess[str] | None:
+    """`python -m wisp.lab.doctor` to its end; None if that takes too long."""
+    command = [sys.executable, "-m", "wisp.lab.doctor", *words]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=VLLM_S, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
-        finding = f"the self-test did not end within {VLLM_S:.0f} s"
-        return [Check("vllm", "fail", finding, "Is the machine overloaded? Try again.")]
-    found = [Check(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith('{"name"')]
-    if found:
-        return found
-    last = (done.stderr.strip().splitlines() or ["nothing on standard error"])[-1]
-    return [
-        Check(
-            "vllm", "fail", f"vLLM ended its process (status {done.returncode}): {last}", "See docs/vllm.md."
-        )
-    ]
+        return None
+
+
+def _reported(done: subprocess.CompletedProcess[str]) -> list[Check]:
+    return [Check(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+
+
+def _too_long(name: str, limit_s: float) -> Check:
+    finding = f"the checks did not end within {limit_s:.0f} s"
+    return Check(name, "fail", finding, "Is the machine overloaded? Try again.")
+
+
+def _last_words(done: subprocess.CompletedProcess[str]) -> str:
+    return (done.stderr.strip().splitlines() or ["nothing on standard error"])[-1]
 
 
 def vllm_self_test() -> Check:
@@ -76,15 +85,15 @@ def vllm_self_test() -> Check:
     return Check("vllm", "ok", finding)
 
 
-def _died(name: str, code: int, stderr: str) -> Check:
+def _died(name: str, done: subprocess.CompletedProcess[str]) -> Check:
+    code = done.returncode
     if code == -getattr(signal, "SIGILL", 0):
         finding = "llama.cpp uses instructions that this CPU does not have (the wheel is built for AVX2)"
         return Check(
             name, "fail", finding, "Run the verifier on a newer machine; an edge can do with --draft ngram."
         )
     how = signal.Signals(-code).name if code < 0 else f"status {code}"
-    last = (stderr.strip().splitlines() or ["nothing on standard error"])[-1]
-    return Check(name, "fail", f"the engine ended its process ({how}): {last}", REINSTALL)
+    return Check(name, "fail", f"the engine ended its process ({how}): {_last_words(done)}", REINSTALL)
 
 
 def library() -> Check:

@@ -27,7 +27,7 @@ from wisp.api.process import event_loop_factory
 from wisp.lab.overhead.client import measure
 from wisp.lab.overhead.report import Load, LongContext, Percentiles, Report, show
 from wisp.lab.overhead.script import Round, Script, scripts
-from wisp.lab.overhead.servers import Server, echo, ready, steps, verifier
+from wisp.lab.overhead.servers import Server, echo, steps, verifier
 
 REPEATS = 3  # of A and of B
 LONG = 2000  # tokens committed before the long sessions go on
@@ -36,7 +36,7 @@ Case = tuple[Server, Sequence[Script]]
 
 
 def run_bench(*, sessions: int, seconds: float, as_json: bool) -> int:
-    """Measure and print. Returns the exit code: 0. Raises UnavailableError if a server does not start."""
+    """Measure and print. Returns the exit code: 0. Raises ChildError if a server does not start."""
     with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
         report = runner.run(measure_all(sessions, seconds))
     if as_json:
@@ -50,13 +50,11 @@ async def measure_all(sessions: int, seconds: float) -> Report:
     """Verifier and echo in turn. Takes about (2 * REPEATS + 2) * `seconds`."""
     plan = scripts(sessions)
     with verifier(sessions) as ours:
-        await ready(ours)
         await measure(ours, plan[:1], seconds / 4)  # warm-up
         single, seen = await measure(ours, plan[:1], seconds / 2)
         sizes = {"draft": seen.bytes_out // seen.rounds, "verdict": seen.bytes_in // seen.rounds}
         frame = Script([Round(bytes(sizes["draft"]))])
         with echo(sizes["verdict"]) as theirs:
-            await ready(theirs)
             echo_single, _ = await measure(theirs, [frame], seconds / 2)
             before = await steps(ours)
             a, b = await _in_turn((ours, plan), (theirs, [frame] * sessions), seconds)

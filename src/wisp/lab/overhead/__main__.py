@@ -21,7 +21,7 @@ async def serve_echo(port: int, reply_bytes: int) -> None:
             await peer.send(reply)
 
     def health(peer: ServerConnection, request: Request) -> Response | None:
-        return peer.respond(HTTPStatus.OK, "ok") if request.path == "/health" else None
+        return peer.respond(HTTPStatus.OK, "{}") if request.path == "/health" else None
 
     async with serve(answer, "127.0.0.1", port, compression=None, process_request=health) as server:
         await server.serve_forever()
