@@ -31,7 +31,8 @@ from wisp.lab.traces.record import Recording, Settings
 
 TINY = Path(wisp.engines.__file__).parent / "data"
 MAX_TOKENS = 40
-SETTINGS = Settings(max_tokens=MAX_TOKENS, depth=16, mode="exact", group=4)
+# Recorded as deep as an edge can draft ahead while its verifier is held up.
+SETTINGS = Settings(max_tokens=MAX_TOKENS, depth=MAX_TOKENS + MAX_DRAFT, mode="exact", group=4)
 TEXTS = (
     "Tell me a story about Belomi.",
     "What happened at the river?",
