@@ -16,7 +16,7 @@ from wisp.core.session import Session
 
 ROWS_A_TOKEN = 1.25  # drafts and the target's own, per committed token, under pressure
 FILLED = 0.95  # at most, of what the cost model offers; the rest is for chance
-LEAST_FILLED = 0.65  # however many were late
+LEAST_FILLED = 0.7  # however many were late
 KV_OVERBOOKING = 1.1  # contexts of sessions that wait for their first token are not there yet
 TOO_MANY = 0.6  # share of sessions that are behind
 READING = 0.5  # share of the rows until a first token is due that prompts may ask for
@@ -33,7 +33,7 @@ class Flow:
 
     def ended(self, tokens: int, seconds: float, in_time: bool) -> None:
         """An answer is complete."""
-        self.filled += 0.002 if in_time else -0.038
+        self.filled += 0.0005 if in_time else -0.0095
         self.filled = min(max(self.filled, LEAST_FILLED), FILLED)
         self.answer_tokens += 0.05 * (tokens - self.answer_tokens)
         self.answer_s += 0.05 * (seconds - self.answer_s)

@@ -132,7 +132,10 @@ class Pace:
         """Tokens per millisecond of the best fixed draft length at the present measurements.
 
         With acceptance a, k draft tokens commit (1 - a^(k+1)) / (1 - a) on average (Leviathan et al. 2023).
+        0 while no round has been timed: not knowing what a round takes must not look like taking no time.
         """
+        if not self.wait.n:
+            return 0.0
         a = min(self.acceptance.value, 0.99)
         wait, each = self.wait.value, self.draft.value + self.verify.slope
         given: tuple[float, ...] = (longest, a, wait, each)

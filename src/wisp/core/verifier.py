@@ -409,7 +409,8 @@ class Verifier:
         if event.error:
             yield from self._step_failed(now, step, event.error)
             return
-        self.cost.observe(self._load, event.engine_ms)
+        # From dispatch to dispatch: what the host does between steps takes time from everybody, too.
+        self.cost.observe(self._load, max(event.engine_ms, (now - self._dispatched) * 1e3))
         self.pressure.stepped(sum(len(r.tokens) for r in event.results), event.engine_ms)
         for result in event.results:
             session = self.sessions[result.session]

@@ -177,7 +177,7 @@ class _Step:
             new += w.new
             cached += w.cached
             attention += w.new * (w.cached + w.new)
-        return self.ms(Load(new, attention, cached))
+        return self.ms(Load(new, attention, cached, len(self.going)))
 
     def missing(self) -> None:
         """Sessions whose edge is drafting, and whose next token cannot wait for it."""

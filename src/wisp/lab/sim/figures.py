@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from wisp.core.cost import Load
 from wisp.core.drafter import Action
 from wisp.core.errors import ProtocolError
 from wisp.core.messages import Draft, Open, Refused, Verdict
@@ -235,7 +236,7 @@ def figures(fleet: Fleet, *, where: str, seed: int) -> Figures:
     gaps = [ms for d in devices for r, ms in d.gaps if start <= r.arrived < end]
     profile = hardware(s.hardware)
     interference = [
-        p.engine_ms - profile.step_ms(1, p.new, p.new * (p.cached + p.new), p.cached)
+        p.engine_ms - profile.step_ms(Load().plus(p.new, p.cached))
         for d in devices
         for p in d.passes
         if start <= p.at < end

@@ -159,7 +159,7 @@ class Cloud:
                 self._wake_at(action.at)
         if not isinstance(event, Tick) and not self._tick_due and not self.verifier.running:
             self._tick_due = True
-            self.env.timeout(HOST_S).callbacks.append(self._tick)
+            self.env.timeout(0.0).callbacks.append(self._tick)
 
     def _tick(self, _: object = None) -> None:
         self._tick_due = False
@@ -177,7 +177,7 @@ class Cloud:
         self._timer = None
         slices, profile, counts = step.slices, self.engine.profile, self.counts
         load = load_of(slices)
-        ms = profile.noisy(profile.step_ms(len(slices), *load), self._noise)
+        ms = profile.noisy(profile.step_ms(load), self._noise)
         drafts = [s.n_draft for s in slices if s.n_draft]
         if self.drafter_ms and drafts:  # a drafter beside the target, on the same accelerator
             ms += max(drafts) * (self.drafter_ms + 0.01 * len(drafts))
@@ -196,7 +196,7 @@ class Cloud:
         counts.evicted = self.verifier.evicted
         counts.note("step", self.env.now, ms, len(slices), load.new)
         done = StepDone(results, ms)
-        self.env.timeout(ms / 1e3).callbacks.append(lambda _: self._feed(done))
+        self.env.timeout(ms / 1e3 + HOST_S).callbacks.append(lambda _: self._feed(done))
 
 
 class Handset:
