@@ -15,6 +15,7 @@ from wisp.core.cost import CostModel, Load
 from wisp.core.session import Session
 
 ROWS_A_TOKEN = 1.25  # drafts and the target's own, per committed token, under pressure
+ROWS_A_SLICE = 2.5  # what a session brings to a step
 FILLED = 1.05  # of what the cost model offers, to begin with
 LEAST_FILLED, MOST_FILLED = 0.7, 1.15  # however many were late, or in time
 IN_TIME, LATE = 0.0006, -0.0094  # what an answer changes: at rest, six in a hundred are late
@@ -83,7 +84,8 @@ def rows_in(cost: CostModel, step_ms: float) -> float:
     left = step_ms - cost.ms(Load())
     if left <= 0.0:
         return 0.0
-    flat = left / max(now.token, 1e-9)
+    token = max(now.token + now.slice / ROWS_A_SLICE, 1e-9)
+    flat = left / token
     if not now.knee or flat <= now.knee:
         return flat
-    return now.knee + (left - now.token * now.knee) / (now.token + now.beyond)
+    return now.knee + (left - token * now.knee) / (token + now.beyond)
