@@ -108,6 +108,7 @@ class Drafter:
         self.wasted = 0  # tokens drafted and never sent
         self.max_draft = 0
         self._odds: list[Odds] = []  # of the chain
+        self._p: list[float] = []  # their probabilities alone, as policies read them
         self._round = -1
         self._epoch = -1
         self.serve = policy is None  # what the last message asked for
@@ -188,7 +189,9 @@ class Drafter:
             if self._warm:  # the first step reads the prompt
                 self.pace.drafted(took_ms)
             self._warm = True
-            self._odds.append(self.policy.judge(signal, [o.p for o in self._odds]))
+            odds = self.policy.judge(signal, self._p)
+            self._odds.append(odds)
+            self._p.append(odds.p)
             self.chain.append(token)
         return self._go_on(now_ms) if self.phase is Phase.DRAFTING else self._send_ahead(now_ms)
 
@@ -326,11 +329,15 @@ class Drafter:
 
     def _view(self, now_ms: float, sent: int | None = None) -> View:
         """What the policy sees, if the first `sent` tokens of the chain are in flight (default: those that are)."""
-        sent = self.sent if sent is None else sent
-        room = min(self.max_draft, self._left() - 1) - (len(self.chain) - sent)
-        p = [o.p for o in self._odds]
+        if sent is None:
+            sent = self.sent
+        room, left = self.max_draft, self.task.max_tokens - len(self.committed) - 1
+        if left < room:
+            room = left
         due_ms = self._flights[-1].due_ms if self._flights else 0.0
-        return View(now_ms, p, sent, room, due_ms, self.pace, opening=self._round == 0)
+        return View(
+            now_ms, self._p, sent, room - len(self.chain) + sent, due_ms, self.pace, self._round == 0
+        )
 
     def _left(self) -> int:
         """Tokens still to come; the last of all is always the target's own."""
@@ -378,7 +385,7 @@ class Drafter:
                 gone = len(self.chain)
                 self.wasted += max(0, len(self.chain) - answered)
                 self._flights = []
-            del self.chain[:gone], self._odds[:gone]
+            del self.chain[:gone], self._odds[:gone], self._p[:gone]
             self.sent = max(0, self.sent - gone)
         if not self._flights:
             self.sent = 0

@@ -14,6 +14,8 @@ TYPICAL = 0.8  # acceptance, before anything is known of it
 class Mean:
     """Exponentially weighted mean and mean absolute deviation. `start` is worth `prior` measurements."""
 
+    __slots__ = ("deviation", "n", "prior", "value", "weight")
+
     def __init__(self, start: float, weight: float, prior: int = 0) -> None:
         self.value = start
         self.deviation = 0.0
@@ -23,10 +25,14 @@ class Mean:
 
     def add(self, x: float) -> None:
         """Take in a measurement."""
-        self.n += 1
-        w = max(self.weight, 1.0 / (self.n + self.prior))
-        self.deviation += w * (abs(x - self.value) - self.deviation) if self.n > 1 else 0.0
-        self.value += w * (x - self.value)
+        self.n = n = self.n + 1
+        w = 1.0 / (n + self.prior)
+        if w < self.weight:
+            w = self.weight
+        off = x - self.value
+        if n > 1:
+            self.deviation += w * (abs(off) - self.deviation)
+        self.value += w * off
 
 
 class Line:
@@ -65,7 +71,8 @@ class Pace:
         self.price = 0.0  # of a draft token, as of the last verdict
         self._tokens = 0.0
         self._time_ms = 0.0
-        self._best: tuple[tuple[float, ...], float] = ((), 0.0)  # what `best_speed` last said, and of what
+        self._best_of: tuple[float, ...] = ()  # of what `best_speed` last spoke, and what it said
+        self._best = 0.0
 
     def successor(self) -> Pace:
         """Where the next session of this device starts: what was measured, and a little of how fast that one went."""
@@ -80,7 +87,8 @@ class Pace:
         or as the best fixed length would give by the measurements, if that is more. (A policy that went by its own
         speed alone would find a bad habit justified by the slowness it causes.)"""
         measured = self._tokens / self._time_ms if self._tokens > 5.0 and self._time_ms > 0 else 0.0
-        return max(measured, self.best_speed(longest))
+        best = self.best_speed(longest)
+        return measured if measured > best else best
 
     def drafted(self, took_ms: float) -> None:
         """A draft step took so long. One that had to read a prompt first, or was held up, counts as slow, no more."""
@@ -133,11 +141,11 @@ class Pace:
 
         With acceptance a, k draft tokens commit (1 - a^(k+1)) / (1 - a) on average (Leviathan et al. 2023).
         """
+        given = (longest, self.acceptance.value, self.wait.value, self.draft.value, self.verify.slope)
+        if given == self._best_of:
+            return self._best
         a = min(self.acceptance.value, 0.99)
         wait, each = self.wait.value, self.draft.value + self.verify.slope
-        given: tuple[float, ...] = (longest, a, wait, each)
-        if self._best[0] == given:
-            return self._best[1]
         best, gain, power, time = 0.0, 0.0, 1.0, wait
         for _ in range(longest + 1):
             gain += power
@@ -147,5 +155,5 @@ class Pace:
             best = speed
             power *= a
             time += each
-        self._best = (given, best)
+        self._best_of, self._best = given, best
         return best
