@@ -141,7 +141,13 @@ class Pace:
 
         With acceptance a, k draft tokens commit (1 - a^(k+1)) / (1 - a) on average (Leviathan et al. 2023).
         """
-        given = (longest, self.acceptance.value, self.wait.value, self.draft.value, self.verify.slope)
+        given: tuple[float, ...] = (
+            longest,
+            self.acceptance.value,
+            self.wait.value,
+            self.draft.value,
+            self.verify.slope,
+        )
         if given == self._best_of:
             return self._best
         a = min(self.acceptance.value, 0.99)
