@@ -335,9 +335,7 @@ class Drafter:
         if left < room:
             room = left
         due_ms = self._flights[-1].due_ms if self._flights else 0.0
-        return View(
-            now_ms, self._p, sent, room - len(self.chain) + sent, due_ms, self.pace, self._round == 0
-        )
+        return View(now_ms, self._p, sent, room - len(self.chain) + sent, due_ms, self.pace, self._round == 0)
 
     def _left(self) -> int:
         """Tokens still to come; the last of all is always the target's own."""

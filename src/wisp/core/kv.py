@@ -4,6 +4,9 @@ An engine has `slots` sequences of `slot_tokens` each, and `kv_tokens` in all. A
 session or is a *leftover*: the tokens of an ended session, kept because a follow-up turn may begin with them.
 A KV cache is only a cache: any slot may be taken from anyone, at the price of computing it again.
 
+Who comes is placed without a look at every slot: those that nobody owns are kept apart, and a prefix is looked for
+among slots whose tokens begin like it.
+
 Prefixes are shared only within one API key: across keys, the time to the first token would tell one
 customer what another has asked.
 """
@@ -58,6 +61,8 @@ class KvPool:
         self.kv_tokens = kv_tokens
         self.slots = [Slot(i) for i in range(slots)]
         self.held = 0  # tokens in all slots, leftovers included
+        self._free = {s.index: s for s in self.slots}  # without an owner
+        self._beginnings: dict[tuple[str, int], set[int]] = {}  # key and first token -> slots
 
     def acquire(
         self,
@@ -83,8 +88,9 @@ class KvPool:
         elif source is not None and shared >= COPY_FROM:
             copy_from, start = source.index, shared
         evicted = victim.owner
-        self._set(victim, list(chain[:start]))
-        victim.owner, victim.key, victim.used = session, key, now
+        self._set(victim, list(chain[:start]), key)
+        victim.owner, victim.used = session, now
+        self._free.pop(victim.index, None)
         return Placement(victim.index, start, copy_from, evicted)
 
     def fit(self, new_tokens: int, keep: Callable[[int], bool]) -> list[int] | None:
@@ -113,20 +119,25 @@ class KvPool:
 
     def record(self, now: float, slot: int, tokens: list[int]) -> None:
         """The slot now holds the KV of exactly `tokens`."""
-        self._set(self.slots[slot], tokens)
+        self._set(self.slots[slot], tokens, self.slots[slot].key)
         self.slots[slot].used = now
 
     def grow(self, now: float, slot: int, tokens: list[int]) -> None:
         """The slot now holds the KV of `tokens` too, behind what it held. Costs nothing for what it held."""
-        self.held += len(tokens)
-        self.slots[slot].tokens += tokens
-        self.slots[slot].used = now
+        held = self.slots[slot]
+        held.used = now
+        if not held.tokens:
+            self._set(held, list(tokens), held.key)
+        elif tokens:
+            self.held += len(tokens)
+            held.tokens += tokens
 
     def release(self, slot: int, *, keep: bool) -> None:
         """The owner is done. `keep` leaves the tokens for a follow-up turn."""
-        self.slots[slot].owner = None
+        free = self._free[slot] = self.slots[slot]
+        free.owner = None
         if not keep:
-            self._set(self.slots[slot], [])
+            self._set(free, [], free.key)
 
     def drop(self, slot: int) -> None:
         """Forget what the slot holds, and its owner."""
@@ -140,33 +151,33 @@ class KvPool:
     @property
     def owned_slots(self) -> int:
         """Slots of live sessions."""
-        return sum(s.owner is not None for s in self.slots)
+        return len(self.slots) - len(self._free)
 
-    def _set(self, slot: Slot, tokens: list[int]) -> None:
+    def _set(self, slot: Slot, tokens: list[int], key: str) -> None:
         self.held += len(tokens) - len(slot.tokens)
-        slot.tokens = tokens
+        if slot.tokens:
+            beginning = (slot.key, slot.tokens[0])
+            self._beginnings[beginning].remove(slot.index)
+            if not self._beginnings[beginning]:
+                del self._beginnings[beginning]
+        if tokens:
+            self._beginnings.setdefault((key, tokens[0]), set()).add(slot.index)
+        slot.tokens, slot.key = tokens, key
 
     def _victim(self, evictable: Callable[[int], bool]) -> Slot | None:
         """The slot to give away: an empty one, else the oldest leftover, else the oldest evictable owner's."""
-        best: Slot | None = None
-        best_rank: tuple[int, float] = (3, 0.0)
-        for slot in self.slots:
-            if slot.owner is None:
-                rank = (1 if slot.tokens else 0, slot.used)
-            elif best_rank[0] >= 2 and evictable(slot.owner):
-                rank = (2, slot.used)
-            else:
-                continue
-            if rank < best_rank:
-                best, best_rank = slot, rank
-        return best
+        if self._free:
+            return min(self._free.values(), key=lambda s: (len(s.tokens) > 0, s.used, s.index))
+        idle = (s for s in self.slots if s.owner is not None and evictable(s.owner))
+        return min(idle, key=lambda s: (s.used, s.index), default=None)
 
     def _longest_prefix(self, key: str, chain: Sequence[int]) -> tuple[Slot | None, int]:
         best: Slot | None = None
         shared = 0
-        for slot in self.slots:
+        alike = self._beginnings.get((key, chain[0]), ()) if chain else ()
+        for slot in map(self.slots.__getitem__, sorted(alike)):
             tokens = slot.tokens
-            if len(tokens) <= shared or slot.key != key:
+            if len(tokens) <= shared:
                 continue
             if shared < len(chain) and tokens[shared] == chain[shared]:  # else it cannot be longer
                 n = common_prefix(tokens, chain)
