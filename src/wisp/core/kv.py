@@ -132,6 +132,10 @@ class KvPool:
             self.held += len(tokens)
             held.tokens += tokens
 
+    def touch(self, now: float, slot: int) -> None:
+        """The slot takes part in a step."""
+        self.slots[slot].used = now
+
     def release(self, slot: int, *, keep: bool) -> None:
         """The owner is done. `keep` leaves the tokens for a follow-up turn."""
         free = self._free[slot] = self.slots[slot]

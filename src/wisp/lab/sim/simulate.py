@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+
 from wisp.core.admission import Admission
 from wisp.core.cost import Coefficients
 from wisp.core.drafting import Ahead, Policies
