@@ -114,6 +114,8 @@ class Drafter:
         self.serve = policy is None  # what the last message asked for
         self._warm = False  # the draft engine has read the prompt
         self._dry = False  # nothing more to propose until the next verdict
+        self._ended = False  # the chain ends with an end of sequence: nothing comes after that
+        self._goes_on_ms = -1.0  # when it was last found worth while to draft on ahead
         self._flights: list[Flight] = []  # at most two: the second was sent ahead
         self._began_ms = 0.0  # when this round's clock started: the last verdict
         self._unasked = 0  # tokens that came during this round without having been asked for
@@ -134,7 +136,9 @@ class Drafter:
             return True
         if self.phase is not Phase.IN_FLIGHT or self.ahead is None or self.policy is None:
             return False
-        if self._dry or self.serve or self._ended() or len(self.chain) >= self._left() - 1:
+        if self._goes_on_ms == now_ms:  # found just now, and nothing has happened since
+            return True
+        if self._dry or self.serve or self._ended or len(self.chain) >= self._left() - 1:
             return False
         return self.ahead.worth(self._view(now_ms))
 
@@ -193,6 +197,7 @@ class Drafter:
             self._odds.append(odds)
             self._p.append(odds.p)
             self.chain.append(token)
+            self._ended = token in self.eos and not self.task.ignore_eos
         return self._go_on(now_ms) if self.phase is Phase.DRAFTING else self._send_ahead(now_ms)
 
     def verdict(self, now_ms: float, verdict: Verdict, arrived_ms: float | None = None) -> list[Action]:
@@ -203,6 +208,7 @@ class Drafter:
         """
         if self.phase is Phase.DONE:
             return []
+        self._goes_on_ms = -1.0
         new = self._new_tokens(verdict)
         self.pace.price = verdict.price
         flight = self._landed(verdict.round)
@@ -285,7 +291,7 @@ class Drafter:
         """Draft another token, or send what there is."""
         assert self.policy is not None
         view = self._view(now_ms)
-        if view.room > 0 and not self._dry and not self._ended() and self.policy.more(view):
+        if view.room > 0 and not self._dry and not self._ended and self.policy.more(view):
             return []
         return [self._send(now_ms, self.policy.take(view))]
 
@@ -301,16 +307,16 @@ class Drafter:
     def _send_ahead(self, now_ms: float) -> list[Action]:
         """Send what was drafted ahead before the verdict is here, if it is complete, or there is no time for more."""
         beyond = len(self.chain) - self.sent - 1  # the first of the rest guesses the verdict's own token
-        if self.ahead is None or not self.ahead.send or len(self._flights) != 1 or self.serve or beyond < 1:
+        if beyond < 1 or len(self._flights) != 1 or self.ahead is None or not self.ahead.send or self.serve:
             return []
         assert self.policy is not None
         view = self._view(now_ms, self.sent + 1)
         pace = self.pace
         last_call = self._flights[0].due_ms - pace.line.value - 0.5 * pace.wait.deviation
         late = pace.wait.n > 0 and now_ms + pace.draft.value > last_call and not view.opening
-        if not (
-            late or self._dry or self._ended() or not self.policy.more(view) or not self.wants_token(now_ms)
-        ):
+        complete = late or self._dry or self._ended or not self.policy.more(view)
+        if not complete and self.wants_token(now_ms):
+            self._goes_on_ms = now_ms
             return []
         n = self.policy.take(view)
         return [self._send(now_ms, self.sent + 1 + n)] if n > 0 else []
@@ -340,10 +346,6 @@ class Drafter:
     def _left(self) -> int:
         """Tokens still to come; the last of all is always the target's own."""
         return self.task.max_tokens - len(self.committed)
-
-    def _ended(self) -> bool:
-        """Does the chain end with an end of sequence? Nothing comes after that."""
-        return bool(self.chain) and self.chain[-1] in self.eos and not self.task.ignore_eos
 
     def _learn(
         self, now_ms: float, arrived_ms: float, flight: Flight, drafted: int, verdict: Verdict, new: list[int]
@@ -385,5 +387,6 @@ class Drafter:
                 self._flights = []
             del self.chain[:gone], self._odds[:gone], self._p[:gone]
             self.sent = max(0, self.sent - gone)
+            self._ended = self._ended and bool(self.chain)
         if not self._flights:
             self.sent = 0

@@ -189,9 +189,9 @@ class Planner:
 
 def work_of(s: Session) -> Work:
     """What a session could do. Kept with it, until it is filed anew."""
-    pending, due, cached = s.pending, s.due, s.cached
+    pending, due, cached, length = s.pending, s.due, s.cached, len(s.chain)
     n_draft = len(pending.draft) if pending else 0
-    missing, first = len(s.chain) - cached, s.first_at == math.inf
+    missing, first = length - cached, s.first_at == math.inf
     # In the order of Work's fields, which makes a struct of so many in a fraction of the time.
     s.work = work = Work(
         session=s.handle,
@@ -206,7 +206,7 @@ def work_of(s: Session) -> Work:
         tpot_s=s.tpot_s,
         gain=s.expected(n_draft),
         usual=s.usual,
-        room=s.room,
+        room=s.max_tokens - length + s.n_prompt,
         absent=s.state is State.WAITING,
         first=first,
         lag_s=0.0 if first else s.lag_s_if(due),

@@ -185,10 +185,11 @@ class Session:
         slo = self.slo
         if slo is None:
             return math.inf
+        committed = len(self.chain) - self.n_prompt
         if self.late:
-            return self.late_from + self.n_committed * 2 * self.tpot_s
+            return self.late_from + committed * 2 * self.tpot_s
         if self.first_at < math.inf:
-            return self.first_at + self.n_committed * self.tpot_s if slo.tpot_ms else math.inf
+            return self.first_at + committed * self.tpot_s if slo.tpot_ms else math.inf
         return self.opened + slo.ttft_ms / 1e3 * TTFT_HERE if slo.ttft_ms else math.inf
 
     def committed_from(self, base: int) -> list[int]:

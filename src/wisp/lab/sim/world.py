@@ -188,8 +188,10 @@ class Cloud:
         results = self.engine.verify(slices)
         counts.accepted += sum(r.accepted for r in results)
         counts.tokens += sum(len(r.tokens) for r in results)
-        alone = self.verifier.cost.ms
-        counts.interference_ms += [ms - alone(Load().plus(len(s.tokens), s.start)) for s in slices]
+        alone = self.verifier.cost.now.ms
+        for s in slices:
+            n, start = len(s.tokens), s.start
+            counts.interference_ms.append(ms - alone(Load(n, n * (start + n), start)))
         counts.evicted = self.verifier.evicted
         if counts.traced:
             counts.note("step", self.env.now, ms, len(slices), load.new)
