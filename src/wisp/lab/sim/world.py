@@ -323,16 +323,12 @@ class Handset:
     # --- the loop of an edge: verdicts first, then the draft engine
 
     def _go_on(self) -> None:
-        drafter = self.drafter
-        while self.request is not None:
-            if self._inbox:
-                arrived, message = self._inbox.pop(0)
-                self._take(arrived, message)
-            elif drafter.wants_token(self.env.now * 1e3):
-                self._draft()
-                return
-            else:
-                return
+        drafter = self.drafter  # another, once this one's answer is complete: that has gone on by itself
+        while self._inbox and self.request is not None:
+            arrived, message = self._inbox.pop(0)
+            self._take(arrived, message)
+        if self.request is not None and drafter.wants_token(self.env.now * 1e3):
+            self._draft()
 
     def _take(self, arrived: float, message: Verdict | Refused) -> None:
         drafter, request, now = self.drafter, self.request, self.env.now * 1e3
