@@ -38,6 +38,8 @@ class Mean:
 class Line:
     """y = a + b x by exponentially weighted least squares, b never negative."""
 
+    __slots__ = ("forgetting", "n", "slope", "x", "xx", "xy", "y")
+
     def __init__(self, forgetting: float = 0.97) -> None:
         self.forgetting = forgetting
         self.n = self.x = self.y = self.xx = self.xy = 0.0
@@ -46,10 +48,12 @@ class Line:
     def add(self, x: float, y: float) -> None:
         """Take in a point."""
         f = self.forgetting
-        self.n, self.x, self.y = f * self.n + 1, f * self.x + x, f * self.y + y
-        self.xx, self.xy = f * self.xx + x * x, f * self.xy + x * y
-        spread = self.xx - self.x * self.x / self.n
-        self.slope = max(0.0, (self.xy - self.x * self.y / self.n) / (spread + 1.0))
+        self.n = n = f * self.n + 1
+        self.x = sx = f * self.x + x
+        self.y = sy = f * self.y + y
+        self.xx = xx = f * self.xx + x * x
+        self.xy = xy = f * self.xy + x * y
+        self.slope = max(0.0, (xy - sx * sy / n) / (xx - sx * sx / n + 1.0))
 
     @property
     def intercept(self) -> float:
@@ -76,7 +80,9 @@ class Pace:
 
     def successor(self) -> Pace:
         """Where the next session of this device starts: what was measured, and a little of how fast that one went."""
-        pace = copy.deepcopy(self)
+        pace = copy.copy(self)
+        for part in ("draft", "wait", "verify", "queue", "line", "served", "acceptance"):
+            setattr(pace, part, copy.copy(getattr(self, part)))
         pace.price = 0.0
         pace._tokens *= 0.2
         pace._time_ms *= 0.2
