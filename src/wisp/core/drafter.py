@@ -141,7 +141,9 @@ class Drafter:
             return False
         if self._goes_on_ms == now_ms:  # found just now, and nothing has happened since
             return True
-        if self._dry or self.serve or self._ended or len(self.chain) >= self._left() - 1:
+        if self._dry or self.serve or self._ended:
+            return False
+        if len(self.committed) + len(self.chain) >= self.task.max_tokens - 1:
             return False
         return self.ahead.worth(self._view(now_ms))
 

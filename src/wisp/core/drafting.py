@@ -55,7 +55,7 @@ class View(msgspec.Struct, frozen=True):
     @property
     def unsent(self) -> Sequence[float]:
         """Probabilities of the tokens that could be sent now."""
-        return self.p[self.sent :]
+        return self.p[self.sent :] if self.sent else self.p
 
 
 class DraftingPolicy(Protocol):

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import lru_cache
+from itertools import accumulate, repeat
+from operator import mul
 
 TYPICAL = 0.8  # acceptance, before anything is known of it
 
@@ -156,16 +159,18 @@ class Pace:
         )
         if given == self._best_of:
             return self._best
-        a = min(self.acceptance.value, 0.99)
-        wait, each = self.wait.value, self.draft.value + self.verify.slope
-        best, gain, power, time = 0.0, 0.0, 1.0, wait
-        for _ in range(longest + 1):
-            gain += power
+        best, time, each = 0.0, self.wait.value, self.draft.value + self.verify.slope
+        for gain in _gains(min(self.acceptance.value, 0.99), longest):
             speed = gain / time if time > 0 else math.inf
             if speed < best:
                 break  # a concave gain over a time that grows evenly has one peak
             best = speed
-            power *= a
             time += each
         self._best_of, self._best = given, best
         return best
+
+
+@lru_cache(maxsize=4096)
+def _gains(acceptance: float, longest: int) -> list[float]:
+    """Tokens that a draft of 0, 1, ... `longest` commits."""
+    return list(accumulate(accumulate(repeat(acceptance, longest), mul, initial=1.0)))
