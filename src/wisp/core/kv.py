@@ -14,6 +14,7 @@ customer what another has asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 
 import msgspec
 
@@ -61,7 +62,10 @@ class KvPool:
         self.kv_tokens = kv_tokens
         self.slots = [Slot(i) for i in range(slots)]
         self.held = 0  # tokens in all slots, leftovers included
-        self._free = {s.index: s for s in self.slots}  # without an owner
+        self._empty = [
+            (0.0, i) for i in range(slots)
+        ]  # nobody's, and hold nothing: a heap of (last use, slot)
+        self._left: dict[int, Slot] = {}  # leftovers
         self._beginnings: dict[tuple[str, int], set[int]] = {}  # key and first token -> slots
 
     def acquire(
@@ -88,9 +92,10 @@ class KvPool:
         elif source is not None and shared >= COPY_FROM:
             copy_from, start = source.index, shared
         evicted = victim.owner
+        if evicted is None and self._left.pop(victim.index, None) is None:
+            heappop(self._empty)  # it was the first of them
         self._set(victim, list(chain[:start]), key)
         victim.owner, victim.used = session, now
-        self._free.pop(victim.index, None)
         return Placement(victim.index, start, copy_from, evicted)
 
     def fit(self, new_tokens: int, keep: Callable[[int], bool]) -> list[int] | None:
@@ -98,7 +103,7 @@ class KvPool:
 
         Returns the sessions evicted, or None (nothing done) if there can be no room.
         """
-        missing = self.held + new_tokens - self.kv_tokens
+        missing = new_tokens - self.unused
         if missing <= 0:
             return []
         order = sorted(
@@ -116,6 +121,16 @@ class KvPool:
                 evicted.append(slot.owner)
             self.drop(slot.index)
         return evicted
+
+    @property
+    def unused(self) -> int:
+        """Tokens that nobody holds."""
+        return self.kv_tokens - self.held
+
+    def room(self, keep: Callable[[int], bool]) -> int:
+        """Tokens that `fit` could make room for."""
+        owned = (s for s in self.slots if s.owner is not None and not keep(s.owner))
+        return self.unused + sum(len(s.tokens) for s in (*self._left.values(), *owned))
 
     def record(self, now: float, slot: int, tokens: list[int]) -> None:
         """The slot now holds the KV of exactly `tokens`."""
@@ -138,10 +153,17 @@ class KvPool:
 
     def release(self, slot: int, *, keep: bool) -> None:
         """The owner is done. `keep` leaves the tokens for a follow-up turn."""
-        free = self._free[slot] = self.slots[slot]
+        free = self.slots[slot]
+        if free.owner is None and slot not in self._left:
+            return  # already, and nothing left
         free.owner = None
         if not keep:
             self._set(free, [], free.key)
+        if free.tokens:
+            self._left[slot] = free
+        else:
+            self._left.pop(slot, None)
+            heappush(self._empty, (free.used, slot))
 
     def drop(self, slot: int) -> None:
         """Forget what the slot holds, and its owner."""
@@ -155,7 +177,7 @@ class KvPool:
     @property
     def owned_slots(self) -> int:
         """Slots of live sessions."""
-        return len(self.slots) - len(self._free)
+        return len(self.slots) - len(self._left) - len(self._empty)
 
     def _set(self, slot: Slot, tokens: list[int], key: str) -> None:
         self.held += len(tokens) - len(slot.tokens)
@@ -170,8 +192,10 @@ class KvPool:
 
     def _victim(self, evictable: Callable[[int], bool]) -> Slot | None:
         """The slot to give away: an empty one, else the oldest leftover, else the oldest evictable owner's."""
-        if self._free:
-            return min(self._free.values(), key=lambda s: (len(s.tokens) > 0, s.used, s.index))
+        if self._empty:
+            return self.slots[self._empty[0][1]]
+        if self._left:
+            return min(self._left.values(), key=lambda s: (s.used, s.index))
         idle = (s for s in self.slots if s.owner is not None and evictable(s.owner))
         return min(idle, key=lambda s: (s.used, s.index), default=None)
 

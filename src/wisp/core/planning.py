@@ -135,29 +135,46 @@ class Planner:
 
     def _that_fit(self, now: float, grants: list[Grant]) -> list[Grant]:
         """As many of the grants, in order, as there is KV for; if for none, somebody's KV is taken away."""
-        while grants:
-            evicted = self.kv.fit(sum([g.tokens for g in grants]), self._keepers(now, grants))
-            if evicted is not None:
-                for handle in evicted:
-                    self._lose_kv(handle)
-                return grants
-            if len(grants) == 1:
-                self._preempt(grants[0].session)
-            else:
-                grants = grants[:-1]
+        needed = sum([g.tokens for g in grants])
+        if needed <= self.kv.unused:
+            return grants
+        grants = list(grants)
+        idle = self._evictable(now)
+        room = self.kv.room(self._keepers(idle, grants))
+        while needed > room and len(grants) > 1:
+            last = grants.pop()
+            needed -= last.tokens
+            if idle(last.session):  # now it may have to give up its own
+                room += self._held(last.session)
+        if needed > room:
+            room += self._preempt(grants[0].session, needed - room, idle)
+        for handle in self.kv.fit(needed, self._keepers(idle, grants)) or ():
+            self._lose_kv(handle)
         return grants
 
-    def _keepers(self, now: float, grants: list[Grant]) -> Callable[[int], bool]:
-        chosen, idle = {g.session for g in grants}, self._evictable(now)
+    def _keepers(self, idle: Callable[[int], bool], grants: list[Grant]) -> Callable[[int], bool]:
+        chosen = {g.session for g in grants}
         return lambda handle: handle in chosen or not idle(handle)
 
-    def _preempt(self, chosen: int) -> None:
-        """Take the KV of the youngest other session. There is one: alone, a session fits by its limits."""
+    def _held(self, handle: int) -> int:
+        """Tokens of a session's KV."""
+        slot = self.files.sessions[handle].slot
+        return len(self.kv.slots[slot].tokens) if slot is not None else 0
+
+    def _preempt(self, chosen: int, missing: int, idle: Callable[[int], bool]) -> int:
+        """Take the KV of other sessions, the youngest first, until so many tokens more could be had; returns how
+        many. There are enough: alone, a session fits by its limits."""
         owners = [s for s in self.files.sessions.values() if s.slot is not None and s.handle != chosen]
-        victim = max(owners, key=lambda s: (s.opened, s.handle))
-        assert victim.slot is not None
-        self.kv.drop(victim.slot)
-        self._lose_kv(victim.handle)
+        owners.sort(key=lambda s: (s.opened, s.handle))
+        got = 0
+        while got < missing:
+            victim = owners.pop()
+            assert victim.slot is not None
+            if not idle(victim.handle):  # else they could be had already
+                got += self._held(victim.handle)
+            self.kv.drop(victim.slot)
+            self._lose_kv(victim.handle)
+        return got
 
     # --- slices
 
