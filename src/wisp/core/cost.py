@@ -171,7 +171,7 @@ def _non_negative(x: Vector) -> Vector:
 
 
 def _coefficients(theta: Sequence[float] | Vector, knee: int) -> Coefficients:
-    step, token, cached, attention, beyond, each = (float(v) for v in theta)
+    step, token, cached, attention, beyond, each = theta.tolist() if isinstance(theta, np.ndarray) else theta
     return Coefficients(step, token, cached, attention, beyond, knee, each)
 
 
@@ -265,23 +265,27 @@ class CostModel:
         p = self._p / (FORGET_FAST if self._bias > 2.0 * usual else self.forgetting)
         # No coefficient may become negative. Cutting one off at 0 would leave the others with the part of the step
         # that was meant for them all together, so one that reaches 0 stays there and the rest share the error anew.
-        free = np.ones(len(row), bool)
-        while True:
+        onto = p @ row
+        gain = onto / (usual * usual + float(row @ onto))
+        theta = self._theta + gain * error
+        below = theta < 0.0
+        free = ~below
+        while below.any():
+            error += float(row[below] @ self._theta[below])
+            self._theta = np.where(below, 0.0, self._theta)
             onto = np.where(free, p @ np.where(free, row, 0.0), 0.0)
             gain = onto / (usual * usual + float(row @ onto))
             theta = self._theta + gain * error
             below = free & (theta < 0.0)
-            if not below.any():
-                break
-            error += float(row[below] @ self._theta[below])
-            self._theta = np.where(below, 0.0, self._theta)
             free &= ~below
         self._theta = theta
-        apart = np.outer(free, free) | np.eye(len(row), dtype=bool)
-        p = np.where(apart, p, 0.0) - np.outer(gain, onto)
-        grown = np.diag(p) > self._most
+        if not free.all():
+            p = np.where(np.outer(free, free) | np.eye(len(row), dtype=bool), p, 0.0)
+        p = p - gain[:, None] * onto
+        variances = p.diagonal()
+        grown = variances > self._most
         if grown.any():  # keep the correlations, bound the variances
-            shrink = np.where(grown, np.sqrt(self._most / np.maximum(np.diag(p), 1e-300)), 1.0)
+            shrink = np.where(grown, np.sqrt(self._most / np.maximum(variances, 1e-300)), 1.0)
             p = p * np.outer(shrink, shrink)
         self._p = (p + p.T) / 2
         self.now = _coefficients(self._theta, self.knee)
