@@ -89,6 +89,18 @@ def test_best_speed_is_that_of_the_best_fixed_length(
     assert pace.best_speed(longest) == pytest.approx(brute, rel=0.03)
 
 
+def test_before_a_round_was_timed_no_speed_is_promised() -> None:
+    """A wait of 0 because none was measured would promise an infinite speed, next to which no draft is worth its time;
+    and without drafts none would ever be measured."""
+    pace = Pace()
+    for _ in range(50):
+        pace.drafted(10.0)
+        pace.verdict(3, None, 2.0, 60.0)  # sent ahead, so its wait says nothing
+        pace.round(3, 2, 70.0)
+    assert pace.best_speed(16) == 0.0
+    assert pace.speed(16) == pytest.approx(2 / 70.0, rel=0.01)
+
+
 def test_certain_acceptance_gives_a_finite_speed() -> None:
     pace = measured(10.0, 60.0, 0.0, 1.0)
     assert math.isfinite(pace.best_speed(16))

@@ -11,6 +11,7 @@ from wisp.core.admission import Admission, KeyLimits
 from wisp.core.batching import Kind, batching_policy
 from wisp.core.events import InEvent, Run, Send
 from wisp.core.messages import Cancel, Draft, Open
+from wisp.core.planning import work_of
 from wisp.core.session import TRANSITIONS, Event, State
 from wisp.core.verifier import Verifier
 from wisp.core.work import Copy
@@ -490,7 +491,7 @@ def test_kinds_of_work_are_told_apart() -> None:
     rig = Rig(step_tokens=4)
     rig.receive(opening(prompt=[1] * 12, draft=[1, 2]))
     session = rig.verifier.sessions[1]
-    assert rig.verifier._work(session).kind is Kind.PREFILL
+    assert work_of(session).kind is Kind.PREFILL
 
 
 def test_an_edge_that_returns_in_the_last_step_hears_the_whole_end(rig: Rig) -> None:

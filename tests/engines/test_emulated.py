@@ -9,11 +9,12 @@ from statistics import median
 import msgspec
 import pytest
 
+from wisp.core.cost import Load, load_of
 from wisp.core.errors import ConfigError, EngineError
 from wisp.core.sampling import Sampling
 from wisp.core.work import Copy, Slice
 from wisp.engines.build import load_target
-from wisp.engines.emulated import HARDWARE, EmulatedTarget, Hardware, VirtualClock, Written, hardware, step_ms
+from wisp.engines.emulated import HARDWARE, EmulatedTarget, Hardware, VirtualClock, Written, hardware
 
 QUIET = msgspec.structs.replace(hardware("a100-qwen3-32b"), noise=0.0, straggle=0.0, slots=8)
 PROMPT = list(range(40, 70))
@@ -129,7 +130,7 @@ def test_a_step_takes_the_time_of_its_profile() -> None:
     target, clock = engine()
     batch = [Slice(i, i, 0, [1] * 5, n_draft=4) for i in range(4)]
     target.run(batch)
-    assert clock.now() * 1e3 == pytest.approx(step_ms(QUIET, batch))
+    assert clock.now() * 1e3 == pytest.approx(QUIET.step_ms(load_of(batch)))
     # the weights of a 32 B model in bf16 cannot be read faster than that from an A100's memory
     assert clock.now() > 65.6e9 / 2039e9
     assert clock.now() < 0.06
@@ -139,7 +140,7 @@ def test_noise_and_stragglers_are_those_of_the_profile() -> None:
     profile = msgspec.structs.replace(QUIET, noise=0.03, straggle=0.05, straggle_factor=2.0)
     target, clock = engine(profile, text=lambda seed, position: 7)
     batch = [Slice(0, 0, 0, [1] * 5, n_draft=4)]
-    alone, ratios = step_ms(profile, batch), []
+    alone, ratios = profile.step_ms(load_of(batch)), []
     for _ in range(2000):
         before = clock.now()
         target.run(batch)
@@ -153,9 +154,9 @@ def test_noise_and_stragglers_are_those_of_the_profile() -> None:
 @pytest.mark.parametrize("name", [path.stem for path in sorted(HARDWARE.glob("*.toml"))])
 def test_every_profile_that_ships_loads_and_makes_sense(name: str) -> None:
     profile = hardware(name)
-    decode = profile.step_ms(1, 1, 100, 100)
+    decode = profile.step_ms(Load(1, 100, 100, 1))
     assert 8.0 < decode < 80.0
-    times = [profile.step_ms(16, 16 * n, 16 * n * 200, 16 * 200) for n in (1, 4, 16, 64)]
+    times = [profile.step_ms(Load(16 * n, 16 * n * 200, 16 * 200, 16)) for n in (1, 4, 16, 64)]
     assert times == sorted(times)
     assert times[1] < 2.5 * times[0]  # a few tokens more hide behind the weights
     assert profile.kv_tokens > 10_000

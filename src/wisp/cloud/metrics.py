@@ -20,8 +20,9 @@ from wisp.api.scrape import add_gauges
 from wisp.core.cost import Load, load_of
 from wisp.core.events import Run, StepDone
 from wisp.core.messages import Open, Refused, Verdict
+from wisp.core.planning import SHORT
 from wisp.core.session import State
-from wisp.core.verifier import SHORT, Verifier
+from wisp.core.verifier import Verifier
 from wisp.core.work import Slice
 
 # vLLM's bucket edges, seconds.

@@ -4,9 +4,10 @@ The paper's form is linear in what a step holds,
 
     T = a * sum(new) + b * sum(new * total) + c * sum(cached) + d        (milliseconds; total = cached + new)
 
-and a line is wrong in a known way: hardware hides arithmetic behind reading the weights until a step has some number
-of tokens, the *knee*, and not beyond. So there is one term more, e * max(0, sum(new) - knee), and with e = 0 it is
-the paper's. Everything stays linear in the coefficients.
+and it is wrong in two known ways. Hardware hides arithmetic behind reading the weights until a step has some number of
+tokens, the *knee*, and not beyond: e * max(0, sum(new) - knee). And an engine may have to do something for each slice
+by itself, up to a pass over the weights where results must not depend on who else is in the step: f * slices. With
+e = f = 0 it is the paper's. Everything stays linear in the coefficients.
 
 Coefficients come from a profile (`wisp profile`) and follow the steps that are run by recursive least squares on
 relative errors, with forgetting, with outliers held back, and with a covariance that cannot grow without bound. The
@@ -37,31 +38,36 @@ class Load(NamedTuple):
     new:       tokens fed
     attention: sum over slices of new * total, total being the slice's cached and new tokens
     cached:    tokens of KV there before
+    slices:    their number
     """
 
     new: int = 0
     attention: int = 0
     cached: int = 0
+    slices: int = 0
 
     def plus(self, new: int, cached: int) -> Load:
         """With one more slice of `new` tokens behind `cached`."""
-        return Load(self.new + new, self.attention + new * (cached + new), self.cached + cached)
+        return Load(
+            self.new + new, self.attention + new * (cached + new), self.cached + cached, self.slices + 1
+        )
 
 
 def load_of(slices: Iterable[Slice]) -> Load:
     """The load of a step."""
-    new = attention = cached = 0
+    new = attention = cached = n_slices = 0
     for s in slices:
         n = len(s.tokens)
         new += n
         attention += n * (s.start + n)
         cached += s.start
-    return Load(new, attention, cached)
+        n_slices += 1
+    return Load(new, attention, cached, n_slices)
 
 
 class Coefficients(msgspec.Struct, frozen=True):
     """Milliseconds. step: fixed; token: each new token; beyond: each new token past `knee`, in addition (knee 0:
-    there is none); attention: each pair of `Load.attention`; cached: each cached token."""
+    there is none); attention: each pair of `Load.attention`; cached: each cached token; slice: each slice."""
 
     step: float = 20.0
     token: float = 1.0
@@ -69,6 +75,7 @@ class Coefficients(msgspec.Struct, frozen=True):
     attention: float = 0.0
     beyond: float = 0.0
     knee: int = 0
+    slice: float = 0.0
 
     def ms(self, load: Load) -> float:
         """Predicted time of a step."""
@@ -78,20 +85,22 @@ class Coefficients(msgspec.Struct, frozen=True):
             + self.token * load.new
             + self.cached * load.cached
             + self.attention * load.attention
+            + self.slice * load.slices
             + (self.beyond * beyond if beyond > 0 else 0.0)
         )
 
 
 def rows(loads: Sequence[Load], knee: int) -> Vector:
-    """Regressors, shape [n, 5]: step, token, cached, attention, beyond."""
-    out = np.empty((len(loads), 5))
+    """Regressors, shape [n, 6]: step, token, cached, attention, beyond, slice."""
+    out = np.empty((len(loads), 6))
     for i, load in enumerate(loads):
         out[i] = _row(load, knee)
     return out
 
 
 def _row(load: Load, knee: int) -> tuple[float, ...]:
-    return (1.0, load.new, load.cached, load.attention, max(0, load.new - knee) if knee else 0)
+    beyond = max(0, load.new - knee) if knee else 0
+    return (1.0, load.new, load.cached, load.attention, beyond, load.slices)
 
 
 class Fit(msgspec.Struct, frozen=True):
@@ -113,16 +122,16 @@ def errors(coefficients: Coefficients, loads: Sequence[Load], ms: Sequence[float
     return Fit(coefficients, r2, float(off.mean()), float((off / y).mean()))
 
 
-def fit(loads: Sequence[Load], ms: Sequence[float], *, knee: bool = True) -> Coefficients:
-    """Least squares on relative errors, no coefficient negative. `knee` False: the paper's form.
+def fit(loads: Sequence[Load], ms: Sequence[float], *, paper: bool = False) -> Coefficients:
+    """Least squares on relative errors, no coefficient negative. `paper`: the paper's form, without our two terms.
 
     The knee is the one, out of a grid over the sizes seen, with the least error; there is none unless it pays for its
     two parameters (Bayesian information criterion), and has four loads or more on either side.
     """
     y = np.asarray(ms, np.float64)
+    if paper:
+        return _fitted([load._replace(slices=0) for load in loads], y, 0)[0]
     best, least = _fitted(loads, y, 0)
-    if not knee:
-        return best
     least *= len(y) ** (-2.0 / len(y))
     sizes = np.array([load.new for load in loads])
     for at in np.unique(sizes).tolist():
@@ -143,7 +152,7 @@ def _fitted(loads: Sequence[Load], ms: Vector, knee: int) -> tuple[Coefficients,
 
 def _non_negative(x: Vector) -> Vector:
     """theta >= 0 that minimises |x theta - 1|: the best of the least-squares solutions on any choice of columns that
-    has no negative entry, which is exact, and quick for five columns."""
+    has no negative entry, which is exact, and quick for six columns."""
     scale = np.abs(x).max(axis=0)
     used = [i for i in range(x.shape[1]) if scale[i] > 0]
     part = x[:, used] / scale[used]
@@ -162,8 +171,8 @@ def _non_negative(x: Vector) -> Vector:
 
 
 def _coefficients(theta: Sequence[float] | Vector, knee: int) -> Coefficients:
-    step, token, cached, attention, beyond = (float(v) for v in theta)
-    return Coefficients(step, token, cached, attention, beyond, knee)
+    step, token, cached, attention, beyond, each = theta.tolist() if isinstance(theta, np.ndarray) else theta
+    return Coefficients(step, token, cached, attention, beyond, knee, each)
 
 
 class CostModel:
@@ -187,8 +196,10 @@ class CostModel:
         self.knee = start.knee
         self.forgetting = forgetting
         self.steps = 0  # observed
-        self._theta = np.array([start.step, start.token, start.cached, start.attention, start.beyond])
-        floor = np.array([1.0, 1e-2, 1e-6, 1e-7, 1e-2 if start.knee else 0.0])
+        self._theta = np.array(
+            [start.step, start.token, start.cached, start.attention, start.beyond, start.slice]
+        )
+        floor = np.array([1.0, 1e-2, 1e-6, 1e-7, 1e-2 if start.knee else 0.0, 1e-2 if coefficients else 1.0])
         self._most = (np.maximum(self._theta, floor) * max(trust, 1.0)) ** 2  # variances never exceed this
         self._p = np.diag((np.maximum(self._theta, floor) * trust) ** 2)
         self._errors: deque[float] = deque(maxlen=window)  # measured / predicted
@@ -254,23 +265,27 @@ class CostModel:
         p = self._p / (FORGET_FAST if self._bias > 2.0 * usual else self.forgetting)
         # No coefficient may become negative. Cutting one off at 0 would leave the others with the part of the step
         # that was meant for them all together, so one that reaches 0 stays there and the rest share the error anew.
-        free = np.ones(len(row), bool)
-        while True:
+        onto = p @ row
+        gain = onto / (usual * usual + float(row @ onto))
+        theta = self._theta + gain * error
+        below = theta < 0.0
+        free = ~below
+        while below.any():
+            error += float(row[below] @ self._theta[below])
+            self._theta = np.where(below, 0.0, self._theta)
             onto = np.where(free, p @ np.where(free, row, 0.0), 0.0)
             gain = onto / (usual * usual + float(row @ onto))
             theta = self._theta + gain * error
             below = free & (theta < 0.0)
-            if not below.any():
-                break
-            error += float(row[below] @ self._theta[below])
-            self._theta = np.where(below, 0.0, self._theta)
             free &= ~below
         self._theta = theta
-        apart = np.outer(free, free) | np.eye(len(row), dtype=bool)
-        p = np.where(apart, p, 0.0) - np.outer(gain, onto)
-        grown = np.diag(p) > self._most
+        if not free.all():
+            p = np.where(np.outer(free, free) | np.eye(len(row), dtype=bool), p, 0.0)
+        p = p - gain[:, None] * onto
+        variances = p.diagonal()
+        grown = variances > self._most
         if grown.any():  # keep the correlations, bound the variances
-            shrink = np.where(grown, np.sqrt(self._most / np.maximum(np.diag(p), 1e-300)), 1.0)
+            shrink = np.where(grown, np.sqrt(self._most / np.maximum(variances, 1e-300)), 1.0)
             p = p * np.outer(shrink, shrink)
         self._p = (p + p.T) / 2
         self.now = _coefficients(self._theta, self.knee)

@@ -45,6 +45,9 @@ class Phase(Enum):
     DONE = auto()
 
 
+DETACHED, DRAFTING, IN_FLIGHT, SERVED, DONE = Phase  # found sooner than through their class
+
+
 class Reopen(msgspec.Struct, frozen=True):
     """Call `connected` again: at once on this connection, or after `after_s`."""
 
@@ -101,18 +104,21 @@ class Drafter:
         self.ahead = ahead
         self.eos = eos
         self.pace = pace or Pace()
-        self.phase = Phase.DETACHED
+        self.phase = DETACHED
         self.committed: list[int] = []
         self.chain: list[int] = []  # guesses beyond the committed tokens
         self.sent = 0  # how many of them are in flight
         self.wasted = 0  # tokens drafted and never sent
         self.max_draft = 0
         self._odds: list[Odds] = []  # of the chain
+        self._p: list[float] = []  # their probabilities alone, as policies read them
         self._round = -1
         self._epoch = -1
         self.serve = policy is None  # what the last message asked for
         self._warm = False  # the draft engine has read the prompt
         self._dry = False  # nothing more to propose until the next verdict
+        self._ended = False  # the chain ends with an end of sequence: nothing comes after that
+        self._goes_on_ms = -1.0  # when it was last found worth while to draft on ahead
         self._flights: list[Flight] = []  # at most two: the second was sent ahead
         self._began_ms = 0.0  # when this round's clock started: the last verdict
         self._unasked = 0  # tokens that came during this round without having been asked for
@@ -129,11 +135,15 @@ class Drafter:
 
     def wants_token(self, now_ms: float) -> bool:
         """Is it the draft engine's turn?"""
-        if self.phase is Phase.DRAFTING:
+        if self.phase is DRAFTING:
             return True
-        if self.phase is not Phase.IN_FLIGHT or self.ahead is None or self.policy is None:
+        if self.phase is not IN_FLIGHT or self.ahead is None or self.policy is None:
             return False
-        if self._dry or self.serve or self._ended() or len(self.chain) >= self._left() - 1:
+        if self._goes_on_ms == now_ms:  # found just now, and nothing has happened since
+            return True
+        if self._dry or self.serve or self._ended:
+            return False
+        if len(self.committed) + len(self.chain) >= self.task.max_tokens - 1:
             return False
         return self.ahead.worth(self._view(now_ms))
 
@@ -141,7 +151,7 @@ class Drafter:
 
     def connected(self, now_ms: float, max_draft: int) -> list[Action]:
         """A verifier is there and takes drafts up to `max_draft`: open the session, or open it again."""
-        if self.phase is Phase.DONE:
+        if self.phase is DONE:
             return []
         self.max_draft = max_draft
         self._epoch += 1
@@ -150,7 +160,7 @@ class Drafter:
         self.sent = max(0, min(self.sent or len(self.chain), self.max_draft, self._left() - 1))
         self._began_ms = now_ms
         self._dry = False
-        self.phase = Phase.SERVED if self.serve else Phase.IN_FLIGHT
+        self.phase = SERVED if self.serve else IN_FLIGHT
         self._flights = [self._flight(now_ms, self.sent)] if not self.serve else []
         task = self.task
         open_ = Open(
@@ -171,15 +181,15 @@ class Drafter:
 
     def lost(self) -> None:
         """The connection is gone."""
-        if self.phase is not Phase.DONE:
-            self.phase = Phase.DETACHED
+        if self.phase is not DONE:
+            self.phase = DETACHED
             self._flights = []
 
     def proposed(
         self, now_ms: float, token: int | None, signal: Signal, took_ms: float = 0.0
     ) -> list[Action]:
         """The draft engine, in `took_ms`, proposes `token` after `context` (None: it has nothing to propose)."""
-        if self.phase not in (Phase.DRAFTING, Phase.IN_FLIGHT):
+        if self.phase not in (DRAFTING, IN_FLIGHT):
             return []  # a broken connection came first
         assert self.policy is not None
         if token is None:
@@ -188,9 +198,12 @@ class Drafter:
             if self._warm:  # the first step reads the prompt
                 self.pace.drafted(took_ms)
             self._warm = True
-            self._odds.append(self.policy.judge(signal, [o.p for o in self._odds]))
+            odds = self.policy.judge(signal, self._p)
+            self._odds.append(odds)
+            self._p.append(odds.p)
             self.chain.append(token)
-        return self._go_on(now_ms) if self.phase is Phase.DRAFTING else self._send_ahead(now_ms)
+            self._ended = token in self.eos and not self.task.ignore_eos
+        return self._go_on(now_ms) if self.phase is DRAFTING else self._send_ahead(now_ms)
 
     def verdict(self, now_ms: float, verdict: Verdict, arrived_ms: float | None = None) -> list[Action]:
         """Take what is committed since, and go on. It may have arrived earlier, while a draft step was running.
@@ -198,8 +211,9 @@ class Drafter:
         Raises ProtocolError where the verdict contradicts what was committed before: then the text up to
         here stands, and this verifier is not to be trusted with the rest.
         """
-        if self.phase is Phase.DONE:
+        if self.phase is DONE:
             return []
+        self._goes_on_ms = -1.0
         new = self._new_tokens(verdict)
         self.pace.price = verdict.price
         flight = self._landed(verdict.round)
@@ -220,23 +234,23 @@ class Drafter:
         if flight is not None:
             arrived = now_ms if arrived_ms is None else arrived_ms
             self._learn(now_ms, arrived, flight, drafted, verdict, new)
-        elif self.serve and new and self.phase is Phase.SERVED:
+        elif self.serve and new and self.phase is SERVED:
             self.pace.decoded(len(new), now_ms - self._began_ms)
             self._began_ms = now_ms
         elif not self.serve:
             self._unasked += len(new)
         self._commit(new, drafted if settled else self.sent)
         if verdict.finish:
-            self.phase = Phase.DONE
+            self.phase = DONE
             return [fresh]
         deliver: list[Action] = [fresh] if new or drafted else []
-        if settled or (self.phase is Phase.IN_FLIGHT and not self._flights):  # or what it bet on was wrong
+        if settled or (self.phase is IN_FLIGHT and not self._flights):  # or what it bet on was wrong
             self._began_ms = now_ms
             if self._flights:  # its successor is with the verifier already
                 self._flights[0].due_ms = now_ms + self.pace.engine_ms(self.sent)
                 return deliver
             return deliver + self._start_round(now_ms)
-        if self.phase is Phase.SERVED and self.policy is not None:
+        if self.phase is SERVED and self.policy is not None:
             return deliver + self._start_round(now_ms)
         return deliver
 
@@ -250,7 +264,7 @@ class Drafter:
         if busy and self.committed:  # admitted before, so only the verifier has changed: insist
             self.lost()
             return [Reopen(max(refused.retry_after, 0.1))]
-        self.phase = Phase.DONE
+        self.phase = DONE
         if busy:
             kind = "rate_limit_error" if refused.code == "rate_limit_exceeded" else "server_error"
             after = max(refused.retry_after, 1.0)
@@ -267,14 +281,14 @@ class Drafter:
 
     def _start_round(self, now_ms: float) -> list[Action]:
         assert self.policy is not None
-        if self.serve and self.phase is Phase.IN_FLIGHT:  # the verifier has taken over, as it was asked to
-            self.phase = Phase.SERVED
+        if self.serve and self.phase is IN_FLIGHT:  # the verifier has taken over, as it was asked to
+            self.phase = SERVED
             return []
         better_served = self.policy.serve(self._view(now_ms))
-        if better_served and self.phase is Phase.SERVED:
+        if better_served and self.phase is SERVED:
             return []
         self.serve = better_served
-        self.phase = Phase.DRAFTING
+        self.phase = DRAFTING
         self._dry = False
         return [self._send(now_ms, 0)] if self.serve else self._go_on(now_ms)
 
@@ -282,7 +296,7 @@ class Drafter:
         """Draft another token, or send what there is."""
         assert self.policy is not None
         view = self._view(now_ms)
-        if view.room > 0 and not self._dry and not self._ended() and self.policy.more(view):
+        if view.room > 0 and not self._dry and not self._ended and self.policy.more(view):
             return []
         return [self._send(now_ms, self.policy.take(view))]
 
@@ -290,7 +304,7 @@ class Drafter:
         self._round += 1
         self.sent = max(0, min(most, len(self.chain), self.max_draft, self._left() - 1))
         self._dry = False
-        self.phase = Phase.IN_FLIGHT
+        self.phase = IN_FLIGHT
         self._flights.append(self._flight(now_ms, self.sent))
         base, tokens = len(self.committed), self.chain[: self.sent]
         return Draft(self.session, self._round, base, tokens, self.serve)
@@ -298,16 +312,16 @@ class Drafter:
     def _send_ahead(self, now_ms: float) -> list[Action]:
         """Send what was drafted ahead before the verdict is here, if it is complete, or there is no time for more."""
         beyond = len(self.chain) - self.sent - 1  # the first of the rest guesses the verdict's own token
-        if self.ahead is None or not self.ahead.send or len(self._flights) != 1 or self.serve or beyond < 1:
+        if beyond < 1 or len(self._flights) != 1 or self.ahead is None or not self.ahead.send or self.serve:
             return []
         assert self.policy is not None
         view = self._view(now_ms, self.sent + 1)
         pace = self.pace
         last_call = self._flights[0].due_ms - pace.line.value - 0.5 * pace.wait.deviation
         late = pace.wait.n > 0 and now_ms + pace.draft.value > last_call and not view.opening
-        if not (
-            late or self._dry or self._ended() or not self.policy.more(view) or not self.wants_token(now_ms)
-        ):
+        complete = late or self._dry or self._ended or not self.policy.more(view)
+        if not complete and self.wants_token(now_ms):
+            self._goes_on_ms = now_ms
             return []
         n = self.policy.take(view)
         return [self._send(now_ms, self.sent + 1 + n)] if n > 0 else []
@@ -319,26 +333,24 @@ class Drafter:
     def _landed(self, round_: int) -> Flight | None:
         """The flight that a verdict answers; those before it were replaced by it."""
         for i, flight in enumerate(self._flights):
-            if flight.round == round_ and self.phase is Phase.IN_FLIGHT:
+            if flight.round == round_ and self.phase is IN_FLIGHT:
                 del self._flights[: i + 1]
                 return flight
         return None
 
     def _view(self, now_ms: float, sent: int | None = None) -> View:
         """What the policy sees, if the first `sent` tokens of the chain are in flight (default: those that are)."""
-        sent = self.sent if sent is None else sent
-        room = min(self.max_draft, self._left() - 1) - (len(self.chain) - sent)
-        p = [o.p for o in self._odds]
+        if sent is None:
+            sent = self.sent
+        room, left = self.max_draft, self.task.max_tokens - len(self.committed) - 1
+        if left < room:
+            room = left
         due_ms = self._flights[-1].due_ms if self._flights else 0.0
-        return View(now_ms, p, sent, room, due_ms, self.pace, opening=self._round == 0)
+        return View(now_ms, self._p, sent, room - len(self.chain) + sent, due_ms, self.pace, self._round == 0)
 
     def _left(self) -> int:
         """Tokens still to come; the last of all is always the target's own."""
         return self.task.max_tokens - len(self.committed)
-
-    def _ended(self) -> bool:
-        """Does the chain end with an end of sequence? Nothing comes after that."""
-        return bool(self.chain) and self.chain[-1] in self.eos and not self.task.ignore_eos
 
     def _learn(
         self, now_ms: float, arrived_ms: float, flight: Flight, drafted: int, verdict: Verdict, new: list[int]
@@ -378,7 +390,8 @@ class Drafter:
                 gone = len(self.chain)
                 self.wasted += max(0, len(self.chain) - answered)
                 self._flights = []
-            del self.chain[:gone], self._odds[:gone]
+            del self.chain[:gone], self._odds[:gone], self._p[:gone]
             self.sent = max(0, self.sent - gone)
+            self._ended = self._ended and bool(self.chain)
         if not self._flights:
             self.sent = 0

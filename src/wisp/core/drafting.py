@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -23,7 +23,7 @@ LONGEST = 16  # tokens in one draft, unless told otherwise
 MOST = 64  # tokens in one draft that can be asked for
 
 
-class Odds(NamedTuple):
+class Odds(msgspec.Struct, frozen=True, gc=False):
     """A policy's judgement of one token: probability of acceptance, and the log odds it was made from.
 
     counted: the token is an n-gram's (`Signal.counted`).
@@ -55,7 +55,7 @@ class View(msgspec.Struct, frozen=True):
     @property
     def unsent(self) -> Sequence[float]:
         """Probabilities of the tokens that could be sent now."""
-        return self.p[self.sent :]
+        return self.p[self.sent :] if self.sent else self.p
 
 
 class DraftingPolicy(Protocol):
@@ -175,11 +175,11 @@ class Judgement:
 
     def observe(self, odds: Sequence[Odds], accepted: int) -> None:
         """Learn from a verdict: successes, and the first failure if there was one."""
-        for i, (_, z, counted) in enumerate(odds[: accepted + 1]):
+        for i, each in enumerate(odds[: accepted + 1]):
             self.recent.add(1.0 if i < accepted else 0.0)
-            calibration = self.counts if counted else self.calibration
+            calibration = self.counts if each.counted else self.calibration
             if calibration is not None:
-                calibration.learn(z, i < accepted)
+                calibration.learn(each.z, i < accepted)
 
 
 class Gain:
@@ -209,11 +209,12 @@ class Gain:
         if len(unsent) >= self.longest:
             return False
         pace = view.pace
+        speed = pace.speed(self.longest)
         chance = math.prod(unsent) * pace.acceptance.value
-        return chance > pace.draft.value * pace.speed(self.longest) + self._verify_cost(pace)
+        return chance > pace.draft.value * speed + self._verify_cost(pace, speed)
 
     def take(self, view: View) -> int:
-        cost = self._verify_cost(view.pace)
+        cost = self._verify_cost(view.pace, view.pace.speed(self.longest))
         survival, n = 1.0, 0
         for p in view.unsent[: self.longest]:
             survival *= p
@@ -232,10 +233,10 @@ class Gain:
         self._serving = served > drafted * (1.0 if self._serving else 1.1)
         return self._serving
 
-    def _verify_cost(self, pace: Pace) -> float:
+    def _verify_cost(self, pace: Pace, speed: float) -> float:
         """What verifying one more token costs, in committed tokens: our own time, and the price others pay."""
         slope = pace.verify.slope
-        return (slope * pace.speed(self.longest) if slope else 0.0) + pace.price
+        return (slope * speed if slope else 0.0) + pace.price
 
 
 class Ahead(msgspec.Struct, frozen=True):
@@ -257,12 +258,10 @@ class Ahead(msgspec.Struct, frozen=True):
         pace = view.pace
         d, a = pace.draft.value, pace.acceptance.value
         right = math.prod(view.p)
-        steps = 1
-        if (
-            len(view.p) == view.sent
-        ):  # the next guess is of the verdict's own token: only one beyond it is of use
+        steps, beyond = 1, len(view.p) - view.sent
+        if not beyond:  # the next guess is of the verdict's own token: only one beyond it is of use
             right, steps = right * a, 2
-        if len(view.p) - view.sent >= self.longest or right * a < self.energy:
+        if beyond >= self.longest or right * a < self.energy:
             return False
         if view.opening or pace.wait.n == 0:
             return True  # reading the prompt takes the target longer than a draft step

@@ -15,8 +15,10 @@ from wisp.core.cost import CostModel, Load
 from wisp.core.session import Session
 
 ROWS_A_TOKEN = 1.25  # drafts and the target's own, per committed token, under pressure
-FILLED = 0.95  # at most, of what the cost model offers; the rest is for chance
-LEAST_FILLED = 0.65  # however many were late
+ROWS_A_SLICE = 2.5  # what a session brings to a step
+FILLED = 1.05  # of what the cost model offers, to begin with
+LEAST_FILLED, MOST_FILLED = 0.7, 1.15  # however many were late, or in time
+IN_TIME, LATE = 0.0006, -0.0094  # what an answer changes: at rest, six in a hundred are late
 KV_OVERBOOKING = 1.1  # contexts of sessions that wait for their first token are not there yet
 TOO_MANY = 0.6  # share of sessions that are behind
 READING = 0.5  # share of the rows until a first token is due that prompts may ask for
@@ -24,7 +26,7 @@ READING = 0.5  # share of the rows until a first token is due that prompts may a
 
 class Flow:
     """What answers look like here, smoothed, and how much of what the cost model offers can be promised: less with
-    each answer that was late, a little more with each that was not. One in twenty may be late."""
+    each answer that was late, a little more with each that was not."""
 
     def __init__(self) -> None:
         self.answer_tokens = 200.0
@@ -33,8 +35,8 @@ class Flow:
 
     def ended(self, tokens: int, seconds: float, in_time: bool) -> None:
         """An answer is complete."""
-        self.filled += 0.002 if in_time else -0.038
-        self.filled = min(max(self.filled, LEAST_FILLED), FILLED)
+        self.filled += IN_TIME if in_time else LATE
+        self.filled = min(max(self.filled, LEAST_FILLED), MOST_FILLED)
         self.answer_tokens += 0.05 * (tokens - self.answer_tokens)
         self.answer_s += 0.05 * (seconds - self.answer_s)
 
@@ -82,7 +84,8 @@ def rows_in(cost: CostModel, step_ms: float) -> float:
     left = step_ms - cost.ms(Load())
     if left <= 0.0:
         return 0.0
-    flat = left / max(now.token, 1e-9)
+    token = max(now.token + now.slice / ROWS_A_SLICE, 1e-9)
+    flat = left / token
     if not now.knee or flat <= now.knee:
         return flat
-    return now.knee + (left - now.token * now.knee) / (now.token + now.beyond)
+    return now.knee + (left - token * now.knee) / (token + now.beyond)

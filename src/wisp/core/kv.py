@@ -4,6 +4,9 @@ An engine has `slots` sequences of `slot_tokens` each, and `kv_tokens` in all. A
 session or is a *leftover*: the tokens of an ended session, kept because a follow-up turn may begin with them.
 A KV cache is only a cache: any slot may be taken from anyone, at the price of computing it again.
 
+Who comes is placed without a look at every slot: those that nobody owns are kept apart, and a prefix is looked for
+among slots whose tokens begin like it.
+
 Prefixes are shared only within one API key: across keys, the time to the first token would tell one
 customer what another has asked.
 """
@@ -11,6 +14,7 @@ customer what another has asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 
 import msgspec
 
@@ -58,6 +62,11 @@ class KvPool:
         self.kv_tokens = kv_tokens
         self.slots = [Slot(i) for i in range(slots)]
         self.held = 0  # tokens in all slots, leftovers included
+        self._empty = [
+            (0.0, i) for i in range(slots)
+        ]  # nobody's, and hold nothing: a heap of (last use, slot)
+        self._left: dict[int, Slot] = {}  # leftovers
+        self._beginnings: dict[tuple[str, int], set[int]] = {}  # key and first token -> slots
 
     def acquire(
         self,
@@ -83,8 +92,10 @@ class KvPool:
         elif source is not None and shared >= COPY_FROM:
             copy_from, start = source.index, shared
         evicted = victim.owner
-        self._set(victim, list(chain[:start]))
-        victim.owner, victim.key, victim.used = session, key, now
+        if evicted is None and self._left.pop(victim.index, None) is None:
+            heappop(self._empty)  # it was the first of them
+        self._set(victim, list(chain[:start]), key)
+        victim.owner, victim.used = session, now
         return Placement(victim.index, start, copy_from, evicted)
 
     def fit(self, new_tokens: int, keep: Callable[[int], bool]) -> list[int] | None:
@@ -92,7 +103,7 @@ class KvPool:
 
         Returns the sessions evicted, or None (nothing done) if there can be no room.
         """
-        missing = self.held + new_tokens - self.kv_tokens
+        missing = new_tokens - self.unused
         if missing <= 0:
             return []
         order = sorted(
@@ -111,22 +122,48 @@ class KvPool:
             self.drop(slot.index)
         return evicted
 
+    @property
+    def unused(self) -> int:
+        """Tokens that nobody holds."""
+        return self.kv_tokens - self.held
+
+    def room(self, keep: Callable[[int], bool]) -> int:
+        """Tokens that `fit` could make room for."""
+        owned = (s for s in self.slots if s.owner is not None and not keep(s.owner))
+        return self.unused + sum(len(s.tokens) for s in (*self._left.values(), *owned))
+
     def record(self, now: float, slot: int, tokens: list[int]) -> None:
         """The slot now holds the KV of exactly `tokens`."""
-        self._set(self.slots[slot], tokens)
+        self._set(self.slots[slot], tokens, self.slots[slot].key)
         self.slots[slot].used = now
 
     def grow(self, now: float, slot: int, tokens: list[int]) -> None:
         """The slot now holds the KV of `tokens` too, behind what it held. Costs nothing for what it held."""
-        self.held += len(tokens)
-        self.slots[slot].tokens += tokens
+        held = self.slots[slot]
+        held.used = now
+        if not held.tokens:
+            self._set(held, list(tokens), held.key)
+        elif tokens:
+            self.held += len(tokens)
+            held.tokens += tokens
+
+    def touch(self, now: float, slot: int) -> None:
+        """The slot takes part in a step."""
         self.slots[slot].used = now
 
     def release(self, slot: int, *, keep: bool) -> None:
         """The owner is done. `keep` leaves the tokens for a follow-up turn."""
-        self.slots[slot].owner = None
+        free = self.slots[slot]
+        if free.owner is None and slot not in self._left:
+            return  # already, and nothing left
+        free.owner = None
         if not keep:
-            self._set(self.slots[slot], [])
+            self._set(free, [], free.key)
+        if free.tokens:
+            self._left[slot] = free
+        else:
+            self._left.pop(slot, None)
+            heappush(self._empty, (free.used, slot))
 
     def drop(self, slot: int) -> None:
         """Forget what the slot holds, and its owner."""
@@ -140,33 +177,35 @@ class KvPool:
     @property
     def owned_slots(self) -> int:
         """Slots of live sessions."""
-        return sum(s.owner is not None for s in self.slots)
+        return len(self.slots) - len(self._left) - len(self._empty)
 
-    def _set(self, slot: Slot, tokens: list[int]) -> None:
+    def _set(self, slot: Slot, tokens: list[int], key: str) -> None:
         self.held += len(tokens) - len(slot.tokens)
-        slot.tokens = tokens
+        if slot.tokens:
+            beginning = (slot.key, slot.tokens[0])
+            self._beginnings[beginning].remove(slot.index)
+            if not self._beginnings[beginning]:
+                del self._beginnings[beginning]
+        if tokens:
+            self._beginnings.setdefault((key, tokens[0]), set()).add(slot.index)
+        slot.tokens, slot.key = tokens, key
 
     def _victim(self, evictable: Callable[[int], bool]) -> Slot | None:
         """The slot to give away: an empty one, else the oldest leftover, else the oldest evictable owner's."""
-        best: Slot | None = None
-        best_rank: tuple[int, float] = (3, 0.0)
-        for slot in self.slots:
-            if slot.owner is None:
-                rank = (1 if slot.tokens else 0, slot.used)
-            elif best_rank[0] >= 2 and evictable(slot.owner):
-                rank = (2, slot.used)
-            else:
-                continue
-            if rank < best_rank:
-                best, best_rank = slot, rank
-        return best
+        if self._empty:
+            return self.slots[self._empty[0][1]]
+        if self._left:
+            return min(self._left.values(), key=lambda s: (s.used, s.index))
+        idle = (s for s in self.slots if s.owner is not None and evictable(s.owner))
+        return min(idle, key=lambda s: (s.used, s.index), default=None)
 
     def _longest_prefix(self, key: str, chain: Sequence[int]) -> tuple[Slot | None, int]:
         best: Slot | None = None
         shared = 0
-        for slot in self.slots:
+        alike = self._beginnings.get((key, chain[0]), ()) if chain else ()
+        for slot in map(self.slots.__getitem__, sorted(alike)):
             tokens = slot.tokens
-            if len(tokens) <= shared or slot.key != key:
+            if len(tokens) <= shared:
                 continue
             if shared < len(chain) and tokens[shared] == chain[shared]:  # else it cannot be longer
                 n = common_prefix(tokens, chain)

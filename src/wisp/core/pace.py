@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import lru_cache
+from itertools import accumulate, repeat
+from operator import mul
 
 TYPICAL = 0.8  # acceptance, before anything is known of it
 
 
 class Mean:
     """Exponentially weighted mean and mean absolute deviation. `start` is worth `prior` measurements."""
+
+    __slots__ = ("deviation", "n", "prior", "value", "weight")
 
     def __init__(self, start: float, weight: float, prior: int = 0) -> None:
         self.value = start
@@ -23,14 +28,20 @@ class Mean:
 
     def add(self, x: float) -> None:
         """Take in a measurement."""
-        self.n += 1
-        w = max(self.weight, 1.0 / (self.n + self.prior))
-        self.deviation += w * (abs(x - self.value) - self.deviation) if self.n > 1 else 0.0
-        self.value += w * (x - self.value)
+        self.n = n = self.n + 1
+        w = 1.0 / (n + self.prior)
+        if w < self.weight:
+            w = self.weight
+        off = x - self.value
+        if n > 1:
+            self.deviation += w * (abs(off) - self.deviation)
+        self.value += w * off
 
 
 class Line:
     """y = a + b x by exponentially weighted least squares, b never negative."""
+
+    __slots__ = ("forgetting", "n", "slope", "x", "xx", "xy", "y")
 
     def __init__(self, forgetting: float = 0.97) -> None:
         self.forgetting = forgetting
@@ -40,10 +51,12 @@ class Line:
     def add(self, x: float, y: float) -> None:
         """Take in a point."""
         f = self.forgetting
-        self.n, self.x, self.y = f * self.n + 1, f * self.x + x, f * self.y + y
-        self.xx, self.xy = f * self.xx + x * x, f * self.xy + x * y
-        spread = self.xx - self.x * self.x / self.n
-        self.slope = max(0.0, (self.xy - self.x * self.y / self.n) / (spread + 1.0))
+        self.n = n = f * self.n + 1
+        self.x = sx = f * self.x + x
+        self.y = sy = f * self.y + y
+        self.xx = xx = f * self.xx + x * x
+        self.xy = xy = f * self.xy + x * y
+        self.slope = max(0.0, (xy - sx * sy / n) / (xx - sx * sx / n + 1.0))
 
     @property
     def intercept(self) -> float:
@@ -65,11 +78,14 @@ class Pace:
         self.price = 0.0  # of a draft token, as of the last verdict
         self._tokens = 0.0
         self._time_ms = 0.0
-        self._best: tuple[tuple[float, ...], float] = ((), 0.0)  # what `best_speed` last said, and of what
+        self._best_of: tuple[float, ...] = ()  # of what `best_speed` last spoke, and what it said
+        self._best = 0.0
 
     def successor(self) -> Pace:
         """Where the next session of this device starts: what was measured, and a little of how fast that one went."""
-        pace = copy.deepcopy(self)
+        pace = copy.copy(self)
+        for part in ("draft", "wait", "verify", "queue", "line", "served", "acceptance"):
+            setattr(pace, part, copy.copy(getattr(self, part)))
         pace.price = 0.0
         pace._tokens *= 0.2
         pace._time_ms *= 0.2
@@ -80,7 +96,8 @@ class Pace:
         or as the best fixed length would give by the measurements, if that is more. (A policy that went by its own
         speed alone would find a bad habit justified by the slowness it causes.)"""
         measured = self._tokens / self._time_ms if self._tokens > 5.0 and self._time_ms > 0 else 0.0
-        return max(measured, self.best_speed(longest))
+        best = self.best_speed(longest)
+        return measured if measured > best else best
 
     def drafted(self, took_ms: float) -> None:
         """A draft step took so long. One that had to read a prompt first, or was held up, counts as slow, no more."""
@@ -132,20 +149,31 @@ class Pace:
         """Tokens per millisecond of the best fixed draft length at the present measurements.
 
         With acceptance a, k draft tokens commit (1 - a^(k+1)) / (1 - a) on average (Leviathan et al. 2023).
+        0 while no round has been timed: not knowing what a round takes must not look like taking no time.
         """
-        a = min(self.acceptance.value, 0.99)
-        wait, each = self.wait.value, self.draft.value + self.verify.slope
-        given: tuple[float, ...] = (longest, a, wait, each)
-        if self._best[0] == given:
-            return self._best[1]
-        best, gain, power, time = 0.0, 0.0, 1.0, wait
-        for _ in range(longest + 1):
-            gain += power
+        if not self.wait.n:
+            return 0.0
+        given: tuple[float, ...] = (
+            longest,
+            self.acceptance.value,
+            self.wait.value,
+            self.draft.value,
+            self.verify.slope,
+        )
+        if given == self._best_of:
+            return self._best
+        best, time, each = 0.0, self.wait.value, self.draft.value + self.verify.slope
+        for gain in _gains(min(self.acceptance.value, 0.99), longest):
             speed = gain / time if time > 0 else math.inf
             if speed < best:
                 break  # a concave gain over a time that grows evenly has one peak
             best = speed
-            power *= a
             time += each
-        self._best = (given, best)
+        self._best_of, self._best = given, best
         return best
+
+
+@lru_cache(maxsize=4096)
+def _gains(acceptance: float, longest: int) -> list[float]:
+    """Tokens that a draft of 0, 1, ... `longest` commits."""
+    return list(accumulate(accumulate(repeat(acceptance, longest), mul, initial=1.0)))

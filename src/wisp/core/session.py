@@ -125,6 +125,8 @@ class Session:
         self.ignore_eos = open_.ignore_eos
         self.logprobs = open_.logprobs
         self.slo = open_.slo
+        # Seconds per token that are kept here (0: no target).
+        self.tpot_s = open_.slo.tpot_ms / 1e3 * PACE_HERE if open_.slo else 0.0
         self.serve = open_.serve
         self.n_prompt = len(open_.prompt)
         self.chain: list[int] = [*open_.prompt, *open_.committed]
@@ -165,17 +167,16 @@ class Session:
     @property
     def room(self) -> int:
         """Generated tokens still allowed."""
-        return self.max_tokens - self.n_committed
-
-    @property
-    def tpot_s(self) -> float:
-        """Seconds per token that are kept here (0: no target)."""
-        return self.slo.tpot_ms / 1e3 * PACE_HERE if self.slo else 0.0
+        return self.max_tokens - len(self.chain) + self.n_prompt
 
     @property
     def lag_s(self) -> float:
         """How far behind its pace it was when it was last answered; negative: ahead."""
-        return self.answered_at + self.tpot_s - self.due if self.first_at < math.inf else 0.0
+        return self.lag_s_if(self.due) if self.first_at < math.inf else 0.0
+
+    def lag_s_if(self, due: float) -> float:
+        """The same, where `due` is known."""
+        return self.answered_at + self.tpot_s - due
 
     @property
     def due(self) -> float:
@@ -184,10 +185,11 @@ class Session:
         slo = self.slo
         if slo is None:
             return math.inf
+        committed = len(self.chain) - self.n_prompt
         if self.late:
-            return self.late_from + self.n_committed * 2 * self.tpot_s
+            return self.late_from + committed * 2 * self.tpot_s
         if self.first_at < math.inf:
-            return self.first_at + self.n_committed * self.tpot_s if slo.tpot_ms else math.inf
+            return self.first_at + committed * self.tpot_s if slo.tpot_ms else math.inf
         return self.opened + slo.ttft_ms / 1e3 * TTFT_HERE if slo.ttft_ms else math.inf
 
     def committed_from(self, base: int) -> list[int]:

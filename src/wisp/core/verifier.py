@@ -3,7 +3,7 @@
 The whole system in a few lines:
 
     FromEdge(open | draft | cancel)  ->  session table, perhaps an answer at once
-    Tick                             ->  place sessions in KV slots, let the policy choose, Run(step)
+    Tick                             ->  place sessions in KV slots, let the policy choose, Run(step)   (`planning`)
     StepDone(results)                ->  commit, Verdicts
 
 One step is in the engine at a time. Its host (live server or simulator) feeds events with `now`, carries out
@@ -13,13 +13,12 @@ structs: a recorded list of (now, event) replays to identical actions.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from wisp.core import forecast
 from wisp.core.admission import Admission, Refusal
-from wisp.core.batching import BatchingPolicy, Grant, Kind, StepLimits, Work
-from wisp.core.cost import CostModel, Load, load_of
+from wisp.core.batching import BatchingPolicy
+from wisp.core.cost import CostModel, Load
 from wisp.core.errors import ProtocolError
 from wisp.core.events import (
     Action,
@@ -27,19 +26,15 @@ from wisp.core.events import (
     InEvent,
     KeyLimitsChanged,
     Limits,
-    Run,
     Send,
     StepDone,
     Tick,
     WakeAt,
 )
-from wisp.core.kv import KvPool
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
-from wisp.core.pressure import Pressure
+from wisp.core.planning import Files, Planner
 from wisp.core.session import IN_ENGINE, Event, Pending, Session, State
-from wisp.core.work import Copy, Slice, SliceResult
-
-SHORT = 8  # tokens; a session that has no more than this to catch up on need not be cut into chunks
+from wisp.core.work import Slice, SliceResult
 
 
 class Verifier:
@@ -52,21 +47,18 @@ class Verifier:
         self.policy = policy
         self.admission = admission
         self.cost = cost or CostModel()
-        self.pressure = Pressure()
         self.flow = forecast.Flow()
-        self.kv = KvPool(limits.slots, limits.slot_tokens, limits.kv_tokens)
-        self.sessions: dict[int, Session] = {}
+        self.files = Files()
+        self.sessions = self.files.sessions
+        self.planner = Planner(limits, policy, admission, self.cost, self.files)
+        self.pressure = self.planner.pressure
+        self.kv = self.planner.kv
         self._by_id: dict[str, Session] = {}
         self._by_connection: dict[int, set[int]] = {}
-        self._ready: dict[int, Session] = {}
-        self._absent: dict[int, Session] = {}  # have KV, and their edge is at work on a draft
-        self._parked: dict[int, Session] = {}  # oldest first
-        self._copies: list[Copy] = []  # placed, not yet carried out
         self._step: dict[int, Slice] | None = None  # what the engine is running
         self._load = Load()
         self._dispatched = 0.0
         self._next_handle = 0
-        self.evicted = 0  # times that a session lost its KV to another
 
     @property
     def running(self) -> bool:
@@ -76,12 +68,17 @@ class Verifier:
     @property
     def n_waiting(self) -> int:
         """Sessions that have work but no KV slot."""
-        return sum(s.slot is None for s in self._ready.values())
+        return sum(s.slot is None for s in self.files.ready.values())
+
+    @property
+    def evicted(self) -> int:
+        """Times that a session lost its KV to another."""
+        return self.planner.evicted
 
     def handle(self, now: float, event: InEvent) -> list[Action]:
         """What to do about `event`. `now` is in seconds and never goes back."""
         if isinstance(event, FromEdge):
-            return list(self._from_edge(now, event))
+            return self._from_edge(now, event)
         if isinstance(event, StepDone):
             return list(self._step_done(now, event))
         if isinstance(event, Tick):
@@ -95,7 +92,7 @@ class Verifier:
 
     # --- messages
 
-    def _from_edge(self, now: float, event: FromEdge) -> Iterable[Action]:
+    def _from_edge(self, now: float, event: FromEdge) -> list[Action]:
         message = event.message
         answer: Verdict | None = None
         try:
@@ -146,7 +143,7 @@ class Verifier:
         session.go(Event.RESUMED)
         self._by_connection.get(session.connection, set()).discard(session.handle)
         session.connection, session.epoch = connection, open_.epoch
-        self._file(session)
+        self.files.put(session)
 
     def _draft(self, now: float, connection: int, draft: Draft) -> Verdict | None:
         session = self._owned(connection, draft.session)
@@ -190,20 +187,8 @@ class Verifier:
             session.go(Event.DRAFT)
         elif session.state is State.READY:
             session.go(Event.VERDICT)
-        self._file(session)
+        self.files.put(session)
         return answer
-
-    def _file(self, s: Session) -> None:
-        """Put a session where those in its state are, and forget what was worked out for another."""
-        s.work = None
-        for table in (self._ready, self._absent, self._parked):
-            table.pop(s.handle, None)
-        if s.state is State.READY:
-            self._ready[s.handle] = s
-        elif s.state is State.WAITING and s.slot is not None and s.connection >= 0:
-            self._absent[s.handle] = s
-        elif s.state is State.PARKED:
-            self._parked[s.handle] = s
 
     def _cancel(self, connection: int, cancel: Cancel) -> None:
         session = self._by_id.get(cancel.session)
@@ -258,11 +243,11 @@ class Verifier:
         session.since = now
         session.pending = session.inbox = None
         session.serve = False
-        self._file(session)
+        self.files.put(session)
 
     def _expire(self, now: float) -> None:
-        while self._parked:
-            session = next(iter(self._parked.values()))
+        while self.files.parked:
+            session = next(iter(self.files.parked.values()))
             if session.since + self.limits.park_s > now:
                 break
             session.go(Event.CANCEL)
@@ -272,150 +257,25 @@ class Verifier:
         """Forget a session. Its KV stays in the slot for a follow-up turn, until someone needs the room."""
         if session.slot is not None:
             self.kv.release(session.slot, keep=True)
-        for table in (self.sessions, self._ready, self._absent, self._parked):
-            table.pop(session.handle, None)
+        self.files.remove(session)
         del self._by_id[session.id]
         self._by_connection.get(session.connection, set()).discard(session.handle)
         self.admission.closed(session.key)
 
-    # --- planning a step
+    # --- steps
 
     def _tick(self, now: float) -> list[Action]:
         self._expire(now)
-        wakes = [next(iter(self._parked.values())).since + self.limits.park_s] if self._parked else []
-        if self._step is None and (self._ready or (self._absent and self.policy.absentees)):
-            self._place(now)
-            step, wake_at = self._plan(now)
+        files = self.files
+        wakes = [next(iter(files.parked.values())).since + self.limits.park_s] if files.parked else []
+        if self._step is None and (files.ready or (files.absent and self.policy.absentees)):
+            step, wake_at = self.planner.step(now)
             if step is not None:
+                self._step = {s.session: s for s in step.slices}
+                self._load, self._dispatched = self.planner.load, now
                 return [step]
             wakes.append(wake_at if wake_at is not None else now + self.limits.idle_s)
         return [WakeAt(min(wakes))] if wakes else []
-
-    def _place(self, now: float) -> None:
-        """Give KV slots to sessions that have work and none: the least served key's first, then the oldest."""
-        queue = [s for s in self._ready.values() if s.slot is None]
-        shares = self.admission.shares
-        for session in sorted(queue, key=lambda s: (shares.get(s.key, 0.0), s.opened, s.handle)):
-            placement = self.kv.acquire(now, session.handle, session.key, session.chain, self._evictable(now))
-            if placement is None:
-                return
-            if placement.evicted is not None:
-                self._lose_kv(placement.evicted)
-            if placement.copy_from >= 0:
-                self._copies.append(Copy(placement.copy_from, placement.slot, placement.start))
-            session.slot, session.cached = placement.slot, placement.start
-            session.work = None
-
-    def _evictable(self, now: float) -> Callable[[int], bool]:
-        """May a session lose its KV now? Parked ones may, and those whose edge has long been silent."""
-        sessions, silent_since = self.sessions, now - self.limits.idle_s
-
-        def evictable(handle: int) -> bool:
-            s = sessions[handle]
-            return s.state is State.PARKED or (s.state is State.WAITING and s.since <= silent_since)
-
-        return evictable
-
-    def _lose_kv(self, handle: int) -> None:
-        session = self.sessions[handle]
-        session.slot, session.cached = None, 0
-        self.evicted += 1
-        self._file(session)
-
-    def _plan(self, now: float) -> tuple[Run | None, float | None]:
-        work = [s.work or self._work(s) for s in self._ready.values() if s.slot is not None]
-        if self.policy.absentees:
-            work += [s.work or self._work(s) for s in self._absent.values()]
-        limits = StepLimits(self.limits.step_tokens, self.limits.slots, self.admission.shares, self.cost)
-        plan = self.policy.plan(now, work, limits)
-        for handle in plan.lost:
-            self.sessions[handle].relax(now)
-        grants = self._that_fit(now, plan.grants)
-        if not grants:
-            return None, plan.wake_at
-        slices = [self._slice(now, grant) for grant in grants]
-        self._load = load_of(slices)
-        self.pressure.planned(self.cost.ms(self._load), plan.left_ms)
-        self._step = {s.session: s for s in slices}
-        self._dispatched = now
-        copies, self._copies = self._copies, []
-        return Run(copies, slices), None
-
-    def _work(self, s: Session) -> Work:
-        n_draft = len(s.pending.draft) if s.pending else 0
-        missing = len(s.chain) - s.cached
-        s.work = Work(
-            session=s.handle,
-            kind=Kind.PREFILL if missing > SHORT else Kind.VERIFY if n_draft else Kind.DECODE,
-            new=missing + n_draft,
-            cached=s.cached,
-            n_draft=n_draft,
-            since=s.pending.since if s.pending else s.since,
-            opened=s.opened,
-            key=s.key,
-            due=s.due,
-            tpot_s=s.tpot_s,
-            gain=s.expected(n_draft),
-            room=s.room,
-            absent=s.state is State.WAITING,
-            first=s.first_at == math.inf,
-            usual=s.usual,
-            lag_s=s.lag_s,
-            late=s.late,
-        )
-        return s.work
-
-    def _that_fit(self, now: float, grants: list[Grant]) -> list[Grant]:
-        """As many of the grants, in order, as there is KV for; if for none, somebody's KV is taken away."""
-        while grants:
-            evicted = self.kv.fit(sum(g.tokens for g in grants), self._keepers(now, grants))
-            if evicted is not None:
-                for handle in evicted:
-                    self._lose_kv(handle)
-                return grants
-            if len(grants) == 1:
-                self._preempt(grants[0].session)
-            else:
-                grants = grants[:-1]
-        return grants
-
-    def _keepers(self, now: float, grants: list[Grant]) -> Callable[[int], bool]:
-        chosen, idle = {g.session for g in grants}, self._evictable(now)
-        return lambda handle: handle in chosen or not idle(handle)
-
-    def _preempt(self, chosen: int) -> None:
-        """Take the KV of the youngest other session. There is one: alone, a session fits by its limits."""
-        owners = [s for s in self.sessions.values() if s.slot is not None and s.handle != chosen]
-        victim = max(owners, key=lambda s: (s.opened, s.handle))
-        assert victim.slot is not None
-        self.kv.drop(victim.slot)
-        self._lose_kv(victim.handle)
-
-    def _slice(self, now: float, grant: Grant) -> Slice:
-        """Its share of the step: the next tokens of its chain and, if they reach the end, its draft."""
-        s = self.sessions[grant.session]
-        assert s.slot is not None
-        if s.state is State.WAITING:  # decode for an edge that is still drafting
-            s.go(Event.DRAFT)
-        s.go(Event.PICKED)
-        self._file(s)
-        end = min(s.cached + grant.tokens, len(s.chain))
-        last = end == len(s.chain)
-        draft = s.pending.draft[: grant.tokens - (end - s.cached)] if last and s.pending else []
-        self.kv.grow(now, s.slot, [])
-        return Slice(
-            session=s.handle,
-            slot=s.slot,
-            start=s.cached,
-            tokens=s.chain[s.cached : end] + draft,
-            n_draft=len(draft),
-            sample=last,
-            position=s.n_committed,
-            sampling=s.sampling,
-            logprobs=s.logprobs,
-        )
-
-    # --- results
 
     def _step_done(self, now: float, event: StepDone) -> Iterable[Action]:
         assert self._step is not None
@@ -423,7 +283,8 @@ class Verifier:
         if event.error:
             yield from self._step_failed(now, step, event.error)
             return
-        self.cost.observe(self._load, event.engine_ms)
+        # From dispatch to dispatch: what the host does between steps takes time from everybody, too.
+        self.cost.observe(self._load, max(event.engine_ms, (now - self._dispatched) * 1e3))
         self.pressure.stepped(sum(len(r.tokens) for r in event.results), event.engine_ms)
         for result in event.results:
             session = self.sessions[result.session]
@@ -476,17 +337,17 @@ class Verifier:
             self._end(s)
         if verdict is not None and connection >= 0:
             yield Send(connection, verdict)
-        if s.state is not State.ENDED:
+        if s.inbox is not None and s.state is not State.ENDED:
             yield from self._next(now, s)
 
     def _cut(self, s: Session, tokens: list[int]) -> tuple[list[int], str]:
         """The tokens up to an end of sequence or the length limit, and the reason if there is one."""
-        tokens = tokens[: s.room]
-        if not s.ignore_eos:
-            for i, token in enumerate(tokens):
-                if token in self.limits.eos:
-                    return tokens[: i + 1], "stop"
-        return tokens, "length" if len(tokens) == s.room else ""
+        room = s.room
+        tokens = tokens[:room]
+        if not (s.ignore_eos or self.limits.eos.isdisjoint(tokens)):
+            end = next(i for i, token in enumerate(tokens) if token in self.limits.eos)
+            return tokens[: end + 1], "stop"
+        return tokens, "length" if len(tokens) == room else ""
 
     def _settle(self, now: float, s: Session, *, cached: int, more: bool) -> None:
         """The step is over for `s`: note what its slot holds, and let it go on, wait, park or end."""
@@ -500,7 +361,7 @@ class Verifier:
         if s.state is State.ENDED:
             self._end(s)
         else:
-            self._file(s)
+            self.files.put(s)
 
     def _next(self, now: float, s: Session) -> Iterable[Action]:
         """A draft that arrived during the step is taken up now."""
@@ -511,11 +372,7 @@ class Verifier:
                 yield Send(s.connection, answer)
 
     def _step_failed(self, now: float, step: dict[int, Slice], error: str) -> Iterable[Action]:
-        for session in self.sessions.values():
-            session.slot, session.cached = None, 0
-        for slot in self.kv.slots:
-            self.kv.drop(slot.index)
-        self._copies.clear()
+        self.planner.failed()
         for handle in step:
             yield from self._fail(self.sessions[handle], "engine_error", error)
 

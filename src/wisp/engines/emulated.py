@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from wisp.core.cost import Load, load_of
 from wisp.core.errors import ConfigError, EngineError
 from wisp.core.sampling import hash32
 from wisp.core.work import Copy, Slice, SliceResult
@@ -91,9 +92,9 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """KV bytes of one token."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.kv_bytes
 
-    def step_ms(self, sequences: int, new: int, attention: int, cached: int) -> float:
-        """Time of a step without noise, ms: `new` tokens in so many `sequences`, behind `cached` tokens of KV;
-        `attention` is the sum over sequences of new * (cached + new)."""
+    def step_ms(self, load: Load) -> float:
+        """Time of a step without noise, ms."""
+        new, attention, cached, sequences = load
         padded = self._padded(new)
         weights = self.parameters * 1e9 * self.weight_bytes
         moved = weights + (cached + new) * self.kv_token_bytes
@@ -139,17 +140,6 @@ def hardware(name: str) -> Hardware:
     if list(profile.graphs) != sorted(set(profile.graphs)):
         raise ConfigError(f"the hardware profile {path.name}: graphs must be in ascending order")
     return profile
-
-
-def step_ms(profile: Hardware, slices: Sequence[Slice]) -> float:
-    """Time of a step of these slices, without noise."""
-    new = attention = cached = 0
-    for s in slices:
-        n = len(s.tokens)
-        new += n
-        attention += n * (s.start + n)
-        cached += s.start
-    return profile.step_ms(len(slices), new, attention, cached)
 
 
 class Written(NamedTuple):
@@ -232,7 +222,7 @@ class EmulatedTarget:
             result = SliceResult(s.session, error=problem) if problem else self._verify(s)
             self._settle(s, result)
             results.append(result)
-        left = self.profile.noisy(step_ms(self.profile, batch), self._noise) / 1e3
+        left = self.profile.noisy(self.profile.step_ms(load_of(batch)), self._noise) / 1e3
         self._sleep(max(0.0, left - (self._now() - started)))
         return results
 

@@ -24,7 +24,7 @@ class Kind(IntEnum):
     DECODE = 2
 
 
-class Work(msgspec.Struct, frozen=True):
+class Work(msgspec.Struct, frozen=True, gc=False):
     """What one session could do in the next step.
 
     new:     tokens to feed (for PREFILL all that is left of the prompt, and a first draft behind it)
@@ -76,7 +76,7 @@ class StepLimits(msgspec.Struct, frozen=True):
     cost: CostModel = CostModel()
 
 
-class Grant(msgspec.Struct, frozen=True):
+class Grant(msgspec.Struct, frozen=True, gc=False):
     """`session` takes part with its first `tokens` new tokens: less than `Work.new` cuts a prompt, or a draft."""
 
     session: int

@@ -89,7 +89,7 @@ def first_step(
     steps, anything else runs alone. Who is neither granted nor given up does not have to run now.
     """
     order = sorted(pieces, key=_due)
-    soonest = now + (cost.step + cost.token) * margin / 1e3
+    soonest = now + (cost.step + cost.slice + cost.token) * margin / 1e3
     hopeless = bisect_left(order, soonest - EPS, key=_due)
     lost = [w.session for w in order[:hopeless]]
     order = order[hopeless:]
@@ -128,6 +128,7 @@ class _Schedule:
         self.token = cost.token * scale
         self.cached = cost.cached * scale
         self.attention = cost.attention * scale
+        self.slice = cost.slice * scale
         self.beyond = cost.beyond * scale if cost.knee else 0.0
         self.knee = cost.knee
         self.work: list[Work] = []
@@ -364,9 +365,9 @@ class _Schedule:
 
     def _cost(self, w: Work, new: int) -> float:
         """What a piece adds to a step."""
-        seconds = new * (self.token + self.attention * (w.cached + new)) + self.cached * w.cached
+        seconds = new * (self.token + self.attention * (w.cached + new)) + self.cached * w.cached + self.slice
         if new > self.most and w.kind is Kind.PREFILL:
-            seconds += self.fixed * ((new - 1) // self.most)
+            seconds += (self.fixed + self.slice) * ((new - 1) // self.most)
         return seconds
 
     def _forms(self, w: Work) -> list[_Form]:

@@ -32,10 +32,10 @@ from wisp.core.cost import Load
 
 AHEAD_S = 0.6  # so far ahead of its due time a session yields
 FULL = 0.6  # but not if the step became shorter than this share of what it could be
-LOOK = 4.0  # steps; an absent edge's session is decoded if its next token is due within so many
+LOOK = 6.0  # steps; an absent edge's session is decoded if its next token is due within so many
 BEARABLE = 0.1  # share of sessions for which a step may be too long
 LEAST = 1.5  # empty steps; a pace that asks for shorter ones cannot be kept anyway
-EASY_S = 0.1  # nobody yields, and prompts are read at once, if nearly all sessions are ahead by this
+EASY_S = 0.3  # nobody yields, and prompts are read at once, if nearly all sessions are ahead by this
 EASY_BUT = 0.15  # nearly all: all but this share
 SAFETY_S = 0.3  # a prompt is to be read so long before its first token is due
 TOO_MANY = 0.4  # share of sessions behind their pace at which newcomers are let go
@@ -177,7 +177,7 @@ class _Step:
             new += w.new
             cached += w.cached
             attention += w.new * (w.cached + w.new)
-        return self.ms(Load(new, attention, cached))
+        return self.ms(Load(new, attention, cached, len(self.going)))
 
     def missing(self) -> None:
         """Sessions whose edge is drafting, and whose next token cannot wait for it."""

@@ -42,7 +42,7 @@ class Cell(NamedTuple):
     def load(self) -> Load:
         """What the cost model sees of it."""
         n, new, cached, chunk = self
-        load = Load(n * new, n * new * (cached + new), n * cached)
+        load = Load(n * new, n * new * (cached + new), n * cached, n)
         return load.plus(chunk, cached) if chunk else load
 
     def fits(self, room: Room) -> bool:

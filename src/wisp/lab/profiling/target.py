@@ -101,7 +101,7 @@ def read_cost(path: Path) -> tuple[Coefficients, str]:
         raise ConfigError(
             f"{path} is no cost profile, as `wisp profile --target` writes it: {error}"
         ) from None
-    if min(c.step, c.token, c.cached, c.attention, c.beyond, c.knee) < 0 or c.step + c.token <= 0:
+    if min(c.step, c.token, c.cached, c.attention, c.beyond, c.knee, c.slice) < 0 or c.step + c.token <= 0:
         raise ConfigError(f"{path}: coefficients must not be negative, and a step must take time")
     return c, model
 
@@ -185,8 +185,8 @@ def judge(
     loads = [t.cell.load for t in fitted]
     ms = [t.ms for t in fitted]
     ours, line = (
-        errors(fit(loads, ms, knee=knee), [t.cell.load for t in apart], [t.ms for t in apart])
-        for knee in (True, False)
+        errors(fit(loads, ms, paper=paper), [t.cell.load for t in apart], [t.ms for t in apart])
+        for paper in (False, True)
     )
     return CostProfile(
         FORMAT,
@@ -284,10 +284,11 @@ def _show(profile: CostProfile, measured: Measured, out: Path | None) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for name in (f"on {steps['kept_apart']} kept apart", "R2", "MAE ms", "MAPE", "ms a step", "ms a token"):
         table.add_column(name)
-    for name, j in (("with a knee", profile.fit), ("the paper's line", profile.line)):
+    for name, j in (("ours", profile.fit), ("the paper's line", profile.line)):
         c = j.coefficients
         token = f"{c.token:.3g}" + (f", {c.token + c.beyond:.3g} from {c.knee} on" if c.beyond else "")
-        table.add_row(name, f"{j.r2:.4f}", f"{j.mae_ms:.2f}", f"{j.mape:.2%}", f"{c.step:.3g}", token)
+        step = f"{c.step:.3g}" + (f" and {c.slice:.3g} a slice" if c.slice >= 1e-3 else "")
+        table.add_row(name, f"{j.r2:.4f}", f"{j.mae_ms:.2f}", f"{j.mape:.2%}", step, token)
     console.print(table)
     if profile.noise > NOISY:
         console.print(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from wisp.core.cost import Load
 from wisp.core.drafter import Action
 from wisp.core.errors import ProtocolError
 from wisp.core.messages import Draft, Open, Refused, Verdict
@@ -235,7 +236,7 @@ def figures(fleet: Fleet, *, where: str, seed: int) -> Figures:
     gaps = [ms for d in devices for r, ms in d.gaps if start <= r.arrived < end]
     profile = hardware(s.hardware)
     interference = [
-        p.engine_ms - profile.step_ms(1, p.new, p.new * (p.cached + p.new), p.cached)
+        p.engine_ms - profile.step_ms(Load().plus(p.new, p.cached))
         for d in devices
         for p in d.passes
         if start <= p.at < end
@@ -315,7 +316,7 @@ class Watching(Simulation):
         s = self.scenario
         marks: list[Totals] = []
         for at in (s.warmup_s, s.warmup_s + s.window_s - 1e-6):
-            self.env.timeout(at).callbacks.append(lambda _: marks.append(self._totals()))
+            self.env.after(at, lambda _: marks.append(self._totals()))
         self.run()
         found = figures(self, where="simulator", seed=seed)
         found.engine = Engine.between(marks[0], marks[1], s.window_s)

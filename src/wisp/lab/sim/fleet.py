@@ -21,7 +21,6 @@ from pathlib import Path
 
 import httpx
 import msgspec
-import simpy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -39,6 +38,7 @@ from wisp.lab.sim.scenario import Scenario, load_scenario
 from wisp.lab.sim.scripts import Library, Scripts, library
 from wisp.lab.sim.simulate import Fleet, first_guess, quantile
 from wisp.lab.sim.systems import System, system
+from wisp.lab.sim.timeline import Timeline
 from wisp.lab.sim.world import Counts
 
 LOOP_LAG_MS = 10.0  # p99 above which a run does not count: a draft step of a fast device
@@ -93,7 +93,7 @@ async def run_live(
         raise
     gc.collect()
     gc.freeze()  # a collection that went through all positions would hold the loop up
-    env = simpy.Environment()
+    env = Timeline()
     broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     clock = sockets.clock = Clock(env, lambda error: None if broken.done() else broken.set_exception(error))
     fleet = Live(scenario, of, seed, env, sockets, scripts, Counts(), welcome.n_vocab)

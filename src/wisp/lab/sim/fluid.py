@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from wisp.core.cost import Load
 from wisp.core.predictor import sigmoid
 from wisp.engines.emulated import Hardware
 from wisp.lab.sim.scenario import Kit, Scenario, SloClass
@@ -155,9 +156,8 @@ def _devices(profile: Hardware, t: float, round_ms: float, rows_a_round: float, 
         n = (low + high) / 2
         sessions = n * t / round_ms  # in a step
         rows = sessions * rows_a_round
-        ms = profile.step_ms(
-            math.ceil(sessions), max(1, round(rows)), int(rows * context), int(sessions * context)
-        )
+        load = Load(max(1, round(rows)), int(rows * context), int(sessions * context), math.ceil(sessions))
+        ms = profile.step_ms(load)
         if ms <= t and rows <= profile.step_tokens:
             low = n
         else:

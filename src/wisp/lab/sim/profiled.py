@@ -15,4 +15,4 @@ def profiled(profile: Hardware) -> Coefficients:
     room = Room(profile.step_tokens, profile.slots, profile.kv_tokens, profile.slot_tokens)
     grid = cells(room)
     loads = [c.load for c in grid]
-    return fit(loads, [profile.step_ms(c.slices, *load) for c, load in zip(grid, loads, strict=True)])
+    return fit(loads, [profile.step_ms(load) for load in loads])

@@ -126,19 +126,16 @@ class Script:
 
     def propose(self, base: int, chain: Sequence[int]) -> tuple[int, Foretold] | None:
         """What the drafter says after `base` committed tokens and the guesses in `chain`."""
-        tokens, library = self.tokens, self.library
-        n = len(chain)
-        if base + n <= len(tokens) and tokens[base : base + n] == chain:
-            if base + n == len(tokens):
+        library, end = self.library, base + len(chain)
+        said = self.tokens[base:end]
+        if said == chain:
+            if end == len(self.tokens):
                 return None
-            position = self.positions[base + n]
+            position = self.positions[end]
             return library.draft[position], library.signals[position]
-        for i, token in enumerate(chain):
-            if base + i >= len(tokens):
-                return None
-            if token != tokens[base + i]:
-                path = library.off.get(self.positions[base + i])
-                depth = n - i - 1
+        for at, token in enumerate(said, base):
+            if token != chain[at - base]:
+                path, depth = library.off.get(self.positions[at]), end - at - 1
                 return path[depth] if path is not None and depth < len(path) else None
         return None
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import simpy
 
 from wisp.core.admission import Admission
 from wisp.core.cost import Coefficients
@@ -22,6 +21,7 @@ from wisp.lab.sim.profiled import profiled
 from wisp.lab.sim.scenario import Scenario, SloClass, pick, recorded_arrivals
 from wisp.lab.sim.scripts import Scripts, library
 from wisp.lab.sim.systems import System
+from wisp.lab.sim.timeline import Timeline
 from wisp.lab.sim.world import Cloud, Counts, Handset, Request, Uplink
 
 CHECK_S = 5.0
@@ -48,7 +48,7 @@ class Fleet:
         scenario: Scenario,
         system: System,
         seed: int,
-        env: simpy.Environment,
+        env: Timeline,
         cloud: Uplink,
         scripts: Scripts,
         counts: Counts,
@@ -76,7 +76,7 @@ class Fleet:
             self._next_arrival(self._arrivals())
             return
         for at, n in s.population or ((0.0, s.devices_n),):
-            self.env.timeout(at).callbacks.append(functools.partial(self._population, n))
+            self.env.after(at, functools.partial(self._population, n))
 
     def busy(self) -> bool:
         """Is a request unfinished that arrived in the window?"""
@@ -122,10 +122,10 @@ class Fleet:
         s, handset = self.scenario, self._make()
         # Devices do not all begin at once.
         wait = self.source.uniform(0.0, min(10.0, s.warmup_s / 2)) if self.env.now == 0 else 0.0
-        self.env.timeout(wait).callbacks.append(lambda _: self._ask(handset))
+        self.env.after(wait, lambda _: self._ask(handset))
         if s.vanish and self.source.random() < s.vanish:
             at = s.warmup_s + self.source.random() * s.window_s
-            self.env.timeout(max(0.0, at - self.env.now)).callbacks.append(lambda _: handset.vanish())
+            self.env.after(max(0.0, at - self.env.now), lambda _: handset.vanish())
 
     def _ask(self, handset: Handset) -> None:
         if handset.gone:
@@ -168,7 +168,7 @@ class Fleet:
             self._request(handset, slo, n_prompt, random.Random(f"{self.seed}/{at}"))
             self._next_arrival(arrivals)
 
-        self.env.timeout(max(0.0, at - self.env.now)).callbacks.append(arrive)
+        self.env.after(max(0.0, at - self.env.now), arrive)
 
     def _ended(self, handset: Handset, request: Request) -> None:
         at_work = len(self.handsets) - len(self.idle)
@@ -176,7 +176,7 @@ class Fleet:
             self.idle.append(handset)
         elif self.scenario.think_s:
             pause = self.source.expovariate(1.0 / self.scenario.think_s)
-            self.env.timeout(pause).callbacks.append(lambda _: self._ask(handset))
+            self.env.after(pause, lambda _: self._ask(handset))
         else:
             self._ask(handset)
 
@@ -191,7 +191,7 @@ class Simulation(Fleet):
         if system.slots:
             profile = msgspec.structs.replace(profile, slots=system.slots)
         engine = EmulatedTarget(scenario.hardware, profile, scripts.token, n_vocab=1 << 31, eos=lib.eos)
-        env, counts = simpy.Environment(), Counts()
+        env, counts = Timeline(), Counts()
         cloud = Cloud(
             env,
             engine,

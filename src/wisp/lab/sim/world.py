@@ -8,13 +8,10 @@ Text comes from scripts, so every verification is decided as it would be live. U
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
-
-import simpy
 
 from wisp.core.admission import Admission
 from wisp.core.batching import batching_policy
@@ -33,6 +30,7 @@ from wisp.core.work import Committed
 from wisp.engines.emulated import EmulatedTarget
 from wisp.lab.devices import Device, Link
 from wisp.lab.sim.scripts import Script, Scripts
+from wisp.lab.sim.timeline import Timeline
 
 HOST_S = 2e-3  # what the server itself takes between steps of some 50 sequences: measured, on 2 slow cores
 MAX_DRAFT = 32
@@ -90,9 +88,8 @@ class Counts:
     events: list[tuple[str, float, float, int, int]] = field(default_factory=list)
 
     def note(self, what: str, at: float, ms: float, who: int, tokens: int) -> None:
-        """Something that a trace shows."""
-        if self.traced:
-            self.events.append((what, at, ms, who, tokens))
+        """Something that a trace shows. To be asked only where `traced`."""
+        self.events.append((what, at, ms, who, tokens))
 
 
 class Uplink(Protocol):
@@ -110,7 +107,7 @@ class Cloud:
 
     def __init__(
         self,
-        env: simpy.Environment,
+        env: Timeline,
         engine: EmulatedTarget,
         batching: str,
         admission: Admission,
@@ -159,7 +156,7 @@ class Cloud:
                 self._wake_at(action.at)
         if not isinstance(event, Tick) and not self._tick_due and not self.verifier.running:
             self._tick_due = True
-            self.env.timeout(HOST_S).callbacks.append(self._tick)
+            self.env.after(0.0, self._tick)
 
     def _tick(self, _: object = None) -> None:
         self._tick_due = False
@@ -167,17 +164,17 @@ class Cloud:
             self._feed(Tick())
 
     def _wake_at(self, at: float) -> None:
-        timer = self.env.timeout(max(0.0, at - self.env.now))
-        self._timer = timer
-        timer.callbacks.append(
-            lambda event: self._tick() if event is self._timer and not self._tick_due else None
-        )
+        self._timer = self.env.after(max(0.0, at - self.env.now), self._woken)
+
+    def _woken(self, timer: object) -> None:
+        if timer is self._timer and not self._tick_due:
+            self._tick()
 
     def _run(self, step: Run) -> None:
         self._timer = None
         slices, profile, counts = step.slices, self.engine.profile, self.counts
         load = load_of(slices)
-        ms = profile.noisy(profile.step_ms(len(slices), *load), self._noise)
+        ms = profile.noisy(profile.step_ms(load), self._noise)
         drafts = [s.n_draft for s in slices if s.n_draft]
         if self.drafter_ms and drafts:  # a drafter beside the target, on the same accelerator
             ms += max(drafts) * (self.drafter_ms + 0.01 * len(drafts))
@@ -191,12 +188,15 @@ class Cloud:
         results = self.engine.verify(slices)
         counts.accepted += sum(r.accepted for r in results)
         counts.tokens += sum(len(r.tokens) for r in results)
-        alone = self.verifier.cost.ms
-        counts.interference_ms += [ms - alone(Load().plus(len(s.tokens), s.start)) for s in slices]
+        alone = self.verifier.cost.now.ms
+        for s in slices:
+            n, start = len(s.tokens), s.start
+            counts.interference_ms.append(ms - alone(Load(n, n * (start + n), start, 1)))
         counts.evicted = self.verifier.evicted
-        counts.note("step", self.env.now, ms, len(slices), load.new)
+        if counts.traced:
+            counts.note("step", self.env.now, ms, len(slices), load.new)
         done = StepDone(results, ms)
-        self.env.timeout(ms / 1e3).callbacks.append(lambda _: self._feed(done))
+        self.env.after(ms / 1e3 + HOST_S, lambda _: self._feed(done))
 
 
 class Handset:
@@ -204,7 +204,7 @@ class Handset:
 
     def __init__(
         self,
-        env: simpy.Environment,
+        env: Timeline,
         index: int,
         device: Device,
         link: Link,
@@ -232,7 +232,8 @@ class Handset:
         self.asked = 0  # requests so far
         self.retries = 0  # times that a refused request is sent again after Retry-After
         self.gone = False
-        self._busy = False  # a draft step is running
+        self._busy = False  # a draft step is running: for whom, what it will propose, and its milliseconds
+        self._drafting: tuple[Drafter, tuple[int, Signal] | None, float]
         self._asked = (0.0, 0)  # when the last draft was sent, and its tokens
         self._inbox: list[tuple[float, Verdict | Refused]] = []
         self._up = self._down = 0.0  # when the last message in each direction arrives: a link keeps order
@@ -269,63 +270,65 @@ class Handset:
 
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
-            if isinstance(action, Open | Draft):
-                self._asked = (self.env.now, len(action.draft if isinstance(action, Open) else action.tokens))
-                self._up = max(self._up, self.env.now + self.link.one_way_ms(self.source) / 1e3)
-                arrival = self.env.timeout(self._up - self.env.now)
-                arrival.callbacks.append(functools.partial(self._arrived, action))
+            if isinstance(action, Draft):
+                self._send(action, len(action.tokens))
+            elif isinstance(action, Open):
+                self._send(action, len(action.draft))
             elif isinstance(action, Reopen):
-                self.env.timeout(action.after_s).callbacks.append(self._reopen)
+                self.env.after(action.after_s, self._reopen)
 
-    def _arrived(self, message: Open | Draft, _: object) -> None:
-        if not self.gone:
-            self.cloud.receive(self.index, message)
+    def _send(self, message: Open | Draft, drafted: int) -> None:
+        now = self.env.now
+        self._asked = (now, drafted)
+        self._up = max(self._up, now + self.link.one_way_ms(self.source) / 1e3)
+        self.env.after(
+            self._up - now, lambda _: None if self.gone else self.cloud.receive(self.index, message)
+        )
 
     def _reopen(self, _: object) -> None:
         if self.request is not None:
             self._carry_out(self.drafter.connected(self.env.now * 1e3, MAX_DRAFT))
 
     def _sent(self, message: Verdict | Refused) -> None:
-        self._down = max(self._down, self.env.now + self.link.one_way_ms(self.source) / 1e3)
-        self.env.timeout(self._down - self.env.now).callbacks.append(lambda _: self._heard(message))
+        now = self.env.now
+        self._down = max(self._down, now + self.link.one_way_ms(self.source) / 1e3)
+        self.env.after(self._down - now, lambda _: self._heard(message))
 
     def _heard(self, message: Verdict | Refused) -> None:
         if self.gone or self.request is None or message.session != self.drafter.session:
             return
+        now = self.env.now
         if isinstance(message, Verdict):
             self._seen(self.request, message)
-            asked, n = self._asked
-            self.counts.note("wait", asked, (self.env.now - asked) * 1e3, self.index, n)
-            self._asked = (self.env.now, 0)
-        self._inbox.append((self.env.now * 1e3, message))
+            if self.counts.traced:
+                asked, n = self._asked
+                self.counts.note("wait", asked, (now - asked) * 1e3, self.index, n)
+            self._asked = (now, 0)
+        self._inbox.append((now * 1e3, message))
         if not self._busy:
             self._go_on()
 
     def _seen(self, request: Request, verdict: Verdict) -> None:
         """The user sees tokens as they arrive."""
-        tokens = verdict.base + len(verdict.tokens)
+        tokens, now = verdict.base + len(verdict.tokens), self.env.now
         if tokens > request.tokens:
             if request.tokens == 0:
-                request.first = self.env.now
+                request.first = now
             else:
-                request.gaps_ms.append((self.env.now - request.last) * 1e3)
-            request.last, request.tokens = self.env.now, tokens
+                request.gaps_ms.append((now - request.last) * 1e3)
+            request.last, request.tokens = now, tokens
         if verdict.finish:
-            request.ended = self.env.now
+            request.ended = now
 
     # --- the loop of an edge: verdicts first, then the draft engine
 
     def _go_on(self) -> None:
-        drafter = self.drafter
-        while self.request is not None:
-            if self._inbox:
-                arrived, message = self._inbox.pop(0)
-                self._take(arrived, message)
-            elif drafter.wants_token(self.env.now * 1e3):
-                self._draft()
-                return
-            else:
-                return
+        drafter = self.drafter  # another, once this one's answer is complete: that has gone on by itself
+        while self._inbox and self.request is not None:
+            arrived, message = self._inbox.pop(0)
+            self._take(arrived, message)
+        if self.request is not None and drafter.wants_token(self.env.now * 1e3):
+            self._draft()
 
     def _take(self, arrived: float, message: Verdict | Refused) -> None:
         drafter, request, now = self.drafter, self.request, self.env.now * 1e3
@@ -340,7 +343,7 @@ class Handset:
             pause = error.retry_after or 1.0
             if request.refusals <= self.retries:
                 self.request = None
-                self.env.timeout(pause).callbacks.append(lambda _: None if self.gone else self.start(request))
+                self.env.after(pause, lambda _: None if self.gone else self.start(request))
                 return
             request.ok, request.refused, request.ended = False, True, self.env.now
             self._finish(request, pause)
@@ -349,7 +352,8 @@ class Handset:
             if isinstance(action, Committed) and action.drafted:
                 wasted = max(0, action.drafted - action.accepted - 1)
                 self.counts.wasted_ms += wasted * self.device.draft_ms(self.drafted_ms / 1e3)
-        self._carry_out(actions)
+        if actions:
+            self._carry_out(actions)
         if drafter.phase is Phase.DONE:
             self._finish(request, 0.0)
 
@@ -359,33 +363,37 @@ class Handset:
         self.request = None
         self._inbox.clear()
         if pause:
-            self.env.timeout(pause).callbacks.append(lambda _: self.ended(self, request))
+            self.env.after(pause, lambda _: self.ended(self, request))
         else:
             self.ended(self, request)
 
     def _draft(self) -> None:
+        """A draft step. What it will propose is known at its start, and said at its end."""
+        drafter, counts = self.drafter, self.counts
         ms = self.device.draft_ms(self.drafted_ms / 1e3)
         if not self._read:  # the drafter reads the prompt first
-            ms += ms * len(self.drafter.task.prompt) / READ_AHEAD
+            ms += ms * len(drafter.task.prompt) / READ_AHEAD
             self._read = True
         self.drafted_ms += ms
-        self.counts.drafting_ms += ms
-        self.counts.note("draft", self.env.now, ms, self.index, len(self.drafter.chain) + 1)
+        counts.drafting_ms += ms
+        if counts.traced:
+            counts.note("draft", self.env.now, ms, self.index, len(drafter.chain) + 1)
         self._busy = True
-        drafter = self.drafter
-        proposal = self.script.propose(len(drafter.committed), drafter.chain)
+        self._drafting = (drafter, self.script.propose(len(drafter.committed), drafter.chain), ms)
+        self.env.after(ms / 1e3, self._drafted)
 
-        def done(_: object) -> None:
-            self._busy = False
-            if self.gone or drafter is not self.drafter or self.request is None:
-                if self.request is not None:
-                    self._go_on()
-                return
-            token, signal = proposal if proposal is not None else (None, Signal())
-            self._carry_out(drafter.proposed(self.env.now * 1e3, token, signal, ms))
-            self._go_on()
+    def _drafted(self, _: object) -> None:
+        self._busy = False
+        if self.request is None:
+            return
+        drafter, proposal, ms = self._drafting
+        if not self.gone and drafter is self.drafter:
+            token, signal = proposal or NOTHING
+            actions = drafter.proposed(self.env.now * 1e3, token, signal, ms)
+            if actions:
+                self._carry_out(actions)
+        self._go_on()
 
-        self.env.timeout(ms / 1e3).callbacks.append(done)
 
-
+NOTHING = (None, Signal())
 READ_AHEAD = 20.0  # prompt tokens that a drafter reads in the time of one draft step

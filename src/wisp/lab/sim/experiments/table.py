@@ -13,6 +13,7 @@ from statistics import geometric_mean
 
 import msgspec
 
+from wisp.core.cost import Load
 from wisp.lab.sim.capacity import Capacity
 from wisp.lab.sim.experiments.page import BOUND, Cell, Data, interval, markdown, of_bound, ratio, search_all
 from wisp.lab.sim.fluid import demand_of, operating_points
@@ -123,7 +124,7 @@ def _throughput(scenario: Scenario, sessions: int, *, drafts: bool, k: int = 0) 
     for p in points:
         rows = sessions * (p.sent + 1 + p.committed * demand.prompt / demand.output)
         cached = int(sessions * demand.context)
-        ms = scenario.profile.step_ms(sessions, round(rows), int(rows * demand.context), cached)
+        ms = scenario.profile.step_ms(Load(round(rows), int(rows * demand.context), cached, sessions))
         best = max(best, sessions * p.committed / ms * 1e3)
     return best
 

@@ -1,0 +1,232 @@
+"""Planning a step: sessions get KV slots, the policy chooses among what they could do, and slices are cut.
+
+    ready sessions without a slot  ->  placed: the least served key's first, then the oldest
+    ready, and absent ones         ->  Work  ->  policy  ->  grants  ->  as many as there is KV for  ->  Run
+
+A session's Work is kept until it is filed anew: a tick looks at all that wait, and most of them have not changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from wisp.core.admission import Admission
+from wisp.core.batching import BatchingPolicy, Grant, Kind, StepLimits, Work
+from wisp.core.cost import CostModel, Load, load_of
+from wisp.core.events import Limits, Run
+from wisp.core.kv import KvPool
+from wisp.core.pressure import Pressure
+from wisp.core.session import Event, Session, State
+from wisp.core.work import Copy, Slice
+
+SHORT = 8  # tokens; a session that has no more than this to catch up on need not be cut into chunks
+
+
+class Files:
+    """All sessions, and by handle those that wait: for the engine, for an edge at work on a draft, for any edge."""
+
+    def __init__(self) -> None:
+        self.sessions: dict[int, Session] = {}
+        self.ready: dict[int, Session] = {}
+        self.absent: dict[int, Session] = {}  # have KV, and their edge is at work on a draft
+        self.parked: dict[int, Session] = {}  # oldest first
+
+    def put(self, s: Session) -> None:
+        """Put a session where those in its state are, and forget what was worked out for another."""
+        s.work = None
+        handle, state = s.handle, s.state
+        self._take_out(handle)
+        if state is State.READY:
+            self.ready[handle] = s
+        elif state is State.WAITING:
+            if s.slot is not None and s.connection >= 0:
+                self.absent[handle] = s
+        elif state is State.PARKED:
+            self.parked[handle] = s
+
+    def remove(self, s: Session) -> None:
+        """It has ended."""
+        self._take_out(s.handle)
+        del self.sessions[s.handle]
+
+    def _take_out(self, handle: int) -> None:
+        if self.ready.pop(handle, None) is None and self.absent.pop(handle, None) is None:
+            self.parked.pop(handle, None)
+
+
+class Planner:
+    """Decides about the next step."""
+
+    def __init__(
+        self, limits: Limits, policy: BatchingPolicy, admission: Admission, cost: CostModel, files: Files
+    ) -> None:
+        self.limits = limits
+        self.policy = policy
+        self.admission = admission
+        self.cost = cost
+        self.files = files
+        self.pressure = Pressure()
+        self.kv = KvPool(limits.slots, limits.slot_tokens, limits.kv_tokens)
+        self.load = Load()  # of the last step
+        self.evicted = 0  # times that a session lost its KV to another
+        self._copies: list[Copy] = []  # placed, not yet carried out
+
+    def step(self, now: float) -> tuple[Run | None, float | None]:
+        """The step to run now, or none and when to ask again."""
+        files = self.files
+        self._place(now)
+        work = [s.work or work_of(s) for s in files.ready.values() if s.slot is not None]
+        if self.policy.absentees:
+            work += [s.work or work_of(s) for s in files.absent.values()]
+        limits = StepLimits(self.limits.step_tokens, self.limits.slots, self.admission.shares, self.cost)
+        plan = self.policy.plan(now, work, limits)
+        for handle in plan.lost:
+            files.sessions[handle].relax(now)
+        grants = self._that_fit(now, plan.grants)
+        if not grants:
+            return None, plan.wake_at
+        slices = [self._slice(now, grant) for grant in grants]
+        self.load = load_of(slices)
+        self.pressure.planned(self.cost.ms(self.load), plan.left_ms)
+        copies, self._copies = self._copies, []
+        return Run(copies, slices), None
+
+    def failed(self) -> None:
+        """The engine has lost everything."""
+        for session in self.files.sessions.values():
+            session.slot, session.cached = None, 0
+        for slot in self.kv.slots:
+            self.kv.drop(slot.index)
+        self._copies.clear()
+
+    # --- slots
+
+    def _place(self, now: float) -> None:
+        """Give KV slots to sessions that have work and none: the least served key's first, then the oldest."""
+        queue = [s for s in self.files.ready.values() if s.slot is None]
+        shares = self.admission.shares
+        for session in sorted(queue, key=lambda s: (shares.get(s.key, 0.0), s.opened, s.handle)):
+            placement = self.kv.acquire(now, session.handle, session.key, session.chain, self._evictable(now))
+            if placement is None:
+                return
+            if placement.evicted is not None:
+                self._lose_kv(placement.evicted)
+            if placement.copy_from >= 0:
+                self._copies.append(Copy(placement.copy_from, placement.slot, placement.start))
+            session.slot, session.cached = placement.slot, placement.start
+            session.work = None
+
+    def _evictable(self, now: float) -> Callable[[int], bool]:
+        """May a session lose its KV now? Parked ones may, and those whose edge has long been silent."""
+        sessions, silent_since = self.files.sessions, now - self.limits.idle_s
+
+        def evictable(handle: int) -> bool:
+            s = sessions[handle]
+            return s.state is State.PARKED or (s.state is State.WAITING and s.since <= silent_since)
+
+        return evictable
+
+    def _lose_kv(self, handle: int) -> None:
+        session = self.files.sessions[handle]
+        session.slot, session.cached = None, 0
+        self.evicted += 1
+        self.files.put(session)
+
+    def _that_fit(self, now: float, grants: list[Grant]) -> list[Grant]:
+        """As many of the grants, in order, as there is KV for; if for none, somebody's KV is taken away."""
+        needed = sum([g.tokens for g in grants])
+        if needed <= self.kv.unused:
+            return grants
+        grants = list(grants)
+        idle = self._evictable(now)
+        room = self.kv.room(self._keepers(idle, grants))
+        while needed > room and len(grants) > 1:
+            last = grants.pop()
+            needed -= last.tokens
+            if idle(last.session):  # now it may have to give up its own
+                room += self._held(last.session)
+        if needed > room:
+            room += self._preempt(grants[0].session, needed - room, idle)
+        for handle in self.kv.fit(needed, self._keepers(idle, grants)) or ():
+            self._lose_kv(handle)
+        return grants
+
+    def _keepers(self, idle: Callable[[int], bool], grants: list[Grant]) -> Callable[[int], bool]:
+        chosen = {g.session for g in grants}
+        return lambda handle: handle in chosen or not idle(handle)
+
+    def _held(self, handle: int) -> int:
+        """Tokens of a session's KV."""
+        slot = self.files.sessions[handle].slot
+        return len(self.kv.slots[slot].tokens) if slot is not None else 0
+
+    def _preempt(self, chosen: int, missing: int, idle: Callable[[int], bool]) -> int:
+        """Take the KV of other sessions, the youngest first, until so many tokens more could be had; returns how
+        many. There are enough: alone, a session fits by its limits."""
+        owners = [s for s in self.files.sessions.values() if s.slot is not None and s.handle != chosen]
+        owners.sort(key=lambda s: (s.opened, s.handle))
+        got = 0
+        while got < missing:
+            victim = owners.pop()
+            assert victim.slot is not None
+            if not idle(victim.handle):  # else they could be had already
+                got += self._held(victim.handle)
+            self.kv.drop(victim.slot)
+            self._lose_kv(victim.handle)
+        return got
+
+    # --- slices
+
+    def _slice(self, now: float, grant: Grant) -> Slice:
+        """Its share of the step: the next tokens of its chain and, if they reach the end, its draft."""
+        s = self.files.sessions[grant.session]
+        slot, start, chain = s.slot, s.cached, s.chain
+        assert slot is not None
+        if s.state is State.WAITING:  # decode for an edge that is still drafting
+            s.go(Event.DRAFT)
+        s.go(Event.PICKED)
+        self.files.put(s)
+        end = min(start + grant.tokens, len(chain))
+        last = end == len(chain)
+        draft = s.pending.draft[: grant.tokens - (end - start)] if last and s.pending else []
+        self.kv.touch(now, slot)
+        return Slice(
+            session=s.handle,
+            slot=slot,
+            start=start,
+            tokens=chain[start:end] + draft,
+            n_draft=len(draft),
+            sample=last,
+            position=s.n_committed,
+            sampling=s.sampling,
+            logprobs=s.logprobs,
+        )
+
+
+def work_of(s: Session) -> Work:
+    """What a session could do. Kept with it, until it is filed anew."""
+    pending, due, cached, length = s.pending, s.due, s.cached, len(s.chain)
+    n_draft = len(pending.draft) if pending else 0
+    missing, first = length - cached, s.first_at == math.inf
+    # In the order of Work's fields, which makes a struct of so many in a fraction of the time.
+    s.work = work = Work(
+        session=s.handle,
+        kind=Kind.PREFILL if missing > SHORT else Kind.VERIFY if n_draft else Kind.DECODE,
+        new=missing + n_draft,
+        cached=cached,
+        n_draft=n_draft,
+        since=pending.since if pending else s.since,
+        opened=s.opened,
+        key=s.key,
+        due=due,
+        tpot_s=s.tpot_s,
+        gain=s.expected(n_draft),
+        usual=s.usual,
+        room=s.max_tokens - length + s.n_prompt,
+        absent=s.state is State.WAITING,
+        first=first,
+        lag_s=0.0 if first else s.lag_s_if(due),
+        late=s.late,
+    )
+    return work

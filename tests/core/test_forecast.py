@@ -1,0 +1,115 @@
+"""Admission by forecast: who is let in, who is not, and how it learns from answers that were late."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from wisp.core import forecast
+from wisp.core.admission import Refusal
+from wisp.core.cost import Coefficients, CostModel, Load
+from wisp.core.messages import Open
+from wisp.core.sampling import Sampling
+from wisp.core.session import Session
+from wisp.core.slo import Slo
+
+COST = CostModel(Coefficients(step=40.0, token=0.3))
+QUICK = Slo(ttft_ms=3000.0, tpot_ms=62.5)
+
+
+def session(i: int, slo: Slo | None = QUICK, prompt: int = 130, begun: bool = True) -> Session:
+    open_ = Open(f"session-{i}", 0, [1] * prompt, Sampling(), 200, round=0, slo=slo)
+    made = Session(i, "", 1, open_, 0.0)
+    if begun:
+        made.chain.append(1)
+        made.first_at = 0.0
+    return made
+
+
+def admitted(sessions: list[Session], newcomer: Session, flow: forecast.Flow, kv: int = 10**6) -> bool:
+    try:
+        forecast.check(sessions, newcomer, COST, kv, flow)
+    except Refusal:
+        return False
+    return True
+
+
+def room(flow: forecast.Flow, slo: Slo | None = QUICK) -> int:
+    """How many are let in, one after another."""
+    inside: list[Session] = []
+    while len(inside) < 500 and admitted(inside, session(1000, slo, begun=False), flow):
+        inside.append(session(len(inside), slo))
+    return len(inside)
+
+
+def test_who_is_alone_is_let_in_however_much_they_ask() -> None:
+    assert admitted([], session(1, Slo(ttft_ms=1.0, tpot_ms=1.0), begun=False), forecast.Flow())
+
+
+def test_who_is_refused_is_told_when_to_come_back() -> None:
+    with pytest.raises(Refusal) as refusal:
+        forecast.check([session(i) for i in range(300)], session(999), COST, 10**6, forecast.Flow())
+    assert refusal.value.code == "overloaded"
+    assert 1.0 <= refusal.value.retry_after <= 30.0
+
+
+def test_there_is_more_room_at_half_the_pace() -> None:
+    flow = forecast.Flow()
+    quick, slow = room(flow), room(flow, Slo(ttft_ms=3000.0, tpot_ms=125.0))
+    assert 20 < quick < 200
+    assert slow > 1.8 * quick
+
+
+def test_who_asks_for_no_pace_is_bounded_by_the_cache_alone() -> None:
+    flow = forecast.Flow()
+    assert room(flow, Slo()) == 500
+    inside = [session(i) for i in range(5)]
+    assert not admitted(inside, session(9, begun=False), flow, kv=1000)
+
+
+def test_prompts_that_wait_to_be_read_keep_others_out() -> None:
+    unread = [session(i, prompt=4000, begun=False) for i in range(4)]
+    assert not admitted([session(8), *unread], session(9, begun=False), forecast.Flow())
+
+
+def test_late_answers_make_room_smaller_and_answers_in_time_larger_within_bounds() -> None:
+    flow = forecast.Flow()
+    before = room(flow)
+    for _ in range(20):
+        flow.ended(200, 12.0, in_time=False)
+    assert room(flow) < before
+    for _ in range(1000):
+        flow.ended(200, 12.0, in_time=False)
+    assert flow.filled == forecast.LEAST_FILLED
+    assert room(flow) > 0.5 * before
+    for _ in range(10_000):
+        flow.ended(200, 12.0, in_time=True)
+    assert flow.filled == forecast.MOST_FILLED
+
+
+def test_it_rests_where_six_in_a_hundred_are_late() -> None:
+    flow = forecast.Flow()
+    for i in range(10_000):
+        flow.ended(200, 12.0, in_time=i % 50 >= 3)
+    assert flow.filled == pytest.approx(forecast.FILLED, abs=0.05)
+
+
+def test_while_most_are_behind_nobody_else_is_let_in() -> None:
+    behind = [session(i) for i in range(6)]
+    for s in behind:
+        s.answered_at = 10.0
+    assert all(s.lag_s > 0.0 for s in behind)
+    assert not admitted(behind, session(9, begun=False), forecast.Flow())
+
+
+@pytest.mark.parametrize("knee", [0, 60])
+@pytest.mark.parametrize("each", [0.0, 5.0])
+def test_as_many_rows_as_are_said_to_fit_do_fit(knee: int, each: float) -> None:
+    cost = CostModel(Coefficients(step=40.0, token=0.3, beyond=0.5, knee=knee, slice=each))
+    rows = forecast.rows_in(cost, 150.0)
+    slices = rows / forecast.ROWS_A_SLICE
+    took = cost.ms(Load()) + 0.3 * rows + each * slices + (0.5 * max(0.0, rows - knee) if knee else 0.0)
+    assert took == pytest.approx(150.0)
+    assert forecast.rows_in(cost, 39.0) == 0.0
+    assert math.isfinite(rows)
