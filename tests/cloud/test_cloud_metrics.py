@@ -80,7 +80,7 @@ def with_host(
 
 
 def samples(host: VerifierHost) -> dict[str, float]:
-    lines = host.metrics.exposition().decode().splitlines()
+    lines = generate_latest(host.metrics.registry).decode().splitlines()
     return {k: float(v) for k, v in (x.rsplit(" ", 1) for x in lines if x and x[0] != "#")}
 
 

@@ -46,6 +46,16 @@ def test_secrets_and_digests_name_their_key(path: Path) -> None:
         assert "open" not in str(refused(ring, header))
 
 
+def test_the_environment_may_hold_several_keys_apart_from_each_other() -> None:
+    ring = Keyring(None, " one,two ,,one,three")
+    names = [ring.authorize(f"Bearer {secret}") for secret in ("one", "two", "three")]
+    assert names == ["default", "default-2", "default-3"]
+    assert all(ring.is_admin(name) for name in names)
+    for header in ("Bearer one,two", "Bearer ,", "Bearer  "):
+        refused(ring, header)
+    assert not Keyring(None, " ,")
+
+
 def test_an_empty_file_lets_nobody_in(path: Path) -> None:
     path.write_text("[keys]\n")
     ring = Keyring(path)

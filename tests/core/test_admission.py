@@ -47,6 +47,21 @@ def test_tokens_per_minute_are_charged_afterwards() -> None:
     admission.opened(31.0, "a")
 
 
+def test_new_limits_are_a_fresh_start_for_those_keys_alone_that_they_change() -> None:
+    limits = KeyLimits(requests_per_minute=1, tokens_per_minute=60)
+    admission = Admission(100, {"a": limits, "b": limits, "c": limits})
+    for key in "abc":
+        admission.opened(0.0, key)
+        admission.served(0.0, key, 0, 90)
+    more = KeyLimits(requests_per_minute=1, tokens_per_minute=120)
+    admission.set_limits({"a": limits, "b": more})
+    with pytest.raises(Refusal) as refusal:
+        admission.opened(0.0, "a")
+    assert refusal.value.retry_after == pytest.approx(31.0)
+    admission.opened(0.0, "b")
+    admission.opened(0.0, "c")  # has no limits any more
+
+
 def test_a_refused_request_costs_no_request() -> None:
     admission = Admission(100, {"a": KeyLimits(requests_per_minute=1, tokens_per_minute=60)})
     admission.opened(0.0, "a")

@@ -32,13 +32,11 @@ from wisp.core.work import TokenLogprob, TopLogprob
 GOLDEN = {
     "95a568656c6c6f01a26162a163c3": Hello(1, "ab", "c", True),
     "93a87265646972656374a173a53a38313031": Redirect("s", ":8101"),
-    "97a56472616674a17307" + "02" + "920304" + "cb3ff8000000000000" + "c3": Draft(
-        "s", 7, 2, [3, 4], 1.5, True
-    ),
+    "96a56472616674a17307" + "02" + "920304" + "c3": Draft("s", 7, 2, [3, 4], True),
     "92a663616e63656ca173": Cancel("s"),
     "96a772656675736564a173a163a16dcb3ff0000000000000c2": Refused("s", "c", "m", 1.0, False),
 }
-OPEN = Open("s", 1, [5], Sampling(0.5, 1, 0.25, 0.0, 9), 4, 2, [6], [7], 0.5, False, True, 3, Slo(1.0, 2.0))
+OPEN = Open("s", 1, [5], Sampling(0.5, 1, 0.25, 0.0, 9), 4, 2, [6], [7], False, True, 3, Slo(1.0, 2.0))
 EARLIER = {"94a568656c6c6f01a26162a163": Hello(1, "ab", "c")}  # frames of releases with fewer fields
 VERDICT = Verdict(
     "s", 1, 2, 1, [3, 4], "stop", [TokenLogprob(3, -0.5, [TopLogprob(1, -0.25)])], 0.5, 1.0, 0.0

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from unittest.mock import patch
 
@@ -43,7 +44,7 @@ TOKENS = 8
 TRUTH = [100 + position for position in range(TOKENS)]
 
 
-class Listener:
+class Listener(ABC):
     """Something that listens for edges on a port of its own. `said` is all that they said."""
 
     def __init__(self) -> None:
@@ -81,11 +82,13 @@ class Listener:
     def opens(self) -> list[Open]:
         return [m for m in self.said if isinstance(m, Open)]
 
+    @abstractmethod
     async def opened(self, peer: ServerConnection, message: Open) -> None:
-        raise NotImplementedError
+        """What to say to an Open."""
 
     async def drafted(self, peer: ServerConnection, message: Draft) -> None:
-        pass
+        """What to say to a Draft."""
+        return
 
 
 class FakeFront(Listener):

@@ -200,6 +200,17 @@ def test_a_model_that_is_not_exact_here_runs_fast_and_says_so(
     engine.close()
 
 
+def test_more_context_than_the_model_has_is_cut_and_said(tiny_target: Path) -> None:
+    engines = [LlamaTarget(tiny_target, slots=1, slot_tokens=n, threads=1, check=False) for n in (5000, None)]
+    most = engines[0].model.n_ctx_train
+    assert [engine.info.slot_tokens for engine in engines] == [most, min(most, 2048)]
+    [note] = engines[0].info.notes
+    assert f"5000 tokens was asked for, but tiny-target was trained on {most}" in note
+    assert engines[1].info.notes == ()
+    for engine in engines:
+        engine.close()
+
+
 def test_fast_mode_says_what_exact_mode_says_but_for_ties(tiny_target: Path, answer: list[int]) -> None:
     gaps: list[float] = []
     reference_tokens(tiny_target, PROMPT, SAMPLING, 24, gaps=gaps)

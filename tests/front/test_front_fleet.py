@@ -277,7 +277,7 @@ def test_what_a_replica_has_to_know_survives_the_way_to_it() -> None:
     settings = Settings("m", event_log=Path("a") / "b")
     listen = Listen("::1", 8100, Path("cert.pem"), Path("key.pem"))
     whole = msgspec.structs.replace(
-        SPEC, settings=settings, listen=listen, key_file=Path("k.toml"), secret="s"
+        SPEC, settings=settings, listen=listen, key_file=Path("k.toml"), secrets="s"
     )
     for spec in (SPEC, whole):
         line = spec.encode()

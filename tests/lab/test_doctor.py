@@ -13,7 +13,8 @@ import pytest
 
 from wisp.engines.models import catalogue, is_cached
 from wisp.lab import doctor
-from wisp.lab.doctor import Check, run_doctor
+from wisp.lab.doctor import engine, machine, models, run_doctor
+from wisp.lab.doctor.check import Check
 
 
 def test_here_everything_works(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +54,7 @@ def test_warnings_are_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_a_library_for_another_cpu_fails_the_check_in_which_it_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.CompletedProcess([], -signal.SIGILL, stdout="", stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-    [check] = doctor.engine_checks()
+    [check] = engine.engine_checks()
     assert (check.name, check.status) == ("llama.cpp", "fail")
     assert "instructions that this CPU does not have" in check.finding
 
@@ -62,7 +63,7 @@ def test_an_abort_keeps_what_was_found_before(monkeypatch: pytest.MonkeyPatch) -
     line = '{"name": "llama.cpp", "status": "ok", "finding": "loads", "remedy": ""}\n'
     done = subprocess.CompletedProcess([], -signal.SIGABRT, stdout=line, stderr="GGML_ASSERT failed\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-    first, second = doctor.engine_checks()
+    first, second = engine.engine_checks()
     assert (first.name, first.status) == ("llama.cpp", "ok")
     assert (second.name, second.status) == ("C API", "fail")
     assert "SIGABRT" in second.finding
@@ -71,14 +72,14 @@ def test_an_abort_keeps_what_was_found_before(monkeypatch: pytest.MonkeyPatch) -
 
 def test_spinning_threads_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    assert doctor.wait_policy().status == "warn"
+    assert machine.wait_policy().status == "warn"
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    assert doctor.wait_policy().status == "ok"
+    assert machine.wait_policy().status == "ok"
 
 
 def test_too_little_memory_is_told_for_each_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "available_memory", lambda: 10**9)
-    check = doctor.memory()
+    monkeypatch.setattr(machine, "available_memory", lambda: 10**9)
+    check = machine.memory()
     assert check.status == "warn"
     assert "qwen2.5-coder" in check.finding
     assert "tiny" not in check.finding
@@ -88,9 +89,9 @@ def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        monkeypatch.setattr(doctor, "_PORTS", {"wisp serve": taken.getsockname()[1]})
-        assert doctor.ports().status == "warn"
-    assert doctor.ports().status == "ok"
+        monkeypatch.setattr(machine, "_PORTS", {"wisp serve": taken.getsockname()[1]})
+        assert machine.ports().status == "warn"
+    assert machine.ports().status == "ok"
 
 
 def test_a_full_disk_matters_only_while_models_are_missing(
@@ -99,28 +100,28 @@ def test_a_full_disk_matters_only_while_models_are_missing(
     usage = SimpleNamespace(total=10, used=9, free=1)
     monkeypatch.setenv("WISP_CACHE", str(tmp_path / "not" / "yet"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    assert doctor.disk().status == "warn"
-    monkeypatch.setattr(doctor, "is_cached", lambda _: True)
-    assert doctor.disk().status == "ok"
+    assert machine.disk().status == "warn"
+    monkeypatch.setattr(machine, "is_cached", lambda _: True)
+    assert machine.disk().status == "ok"
 
 
 def test_a_damaged_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = next(c for c in catalogue() if c.name == "smollm2-135m")
     monkeypatch.setenv("WISP_CACHE", str(tmp_path))
-    assert doctor.model_cached(card).status == "ok"  # not here: nothing wrong with that
+    assert models.model_cached(card).status == "ok"  # not here: nothing wrong with that
     path = tmp_path / "models" / card.file
     path.parent.mkdir()
     path.write_bytes(b"GGUF")
-    damaged = doctor.model_cached(card)
+    damaged = models.model_cached(card)
     assert (damaged.status, damaged.remedy) == ("warn", "wisp pull smollm2-135m")
     with path.open("wb") as file:
         file.truncate(card.size)
-    assert "not checked" in doctor.model_cached(card).finding
+    assert "not checked" in models.model_cached(card).finding
 
 
 def test_keys_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WISP_API_KEYS", "sk-very-secret")
-    check = doctor.api_keys()
+    check = machine.api_keys()
     assert "WISP_API_KEYS is set" in check.finding
     assert "secret" not in check.finding
 
@@ -130,5 +131,5 @@ def test_an_unreachable_hub_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
-    assert doctor.hub_reachable(offline=False).status == "warn"
-    assert doctor.hub_reachable(offline=True).finding == "not asked: offline"
+    assert models.hub_reachable(offline=False).status == "warn"
+    assert models.hub_reachable(offline=True).finding == "not asked: offline"

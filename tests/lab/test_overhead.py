@@ -13,6 +13,8 @@ from wisp.core.messages import Cancel, decode_from_edge, encode
 from wisp.core.verifier import Verifier
 from wisp.engines.null import NullTarget
 from wisp.lab import overhead
+from wisp.lab.overhead.client import Tally, play
+from wisp.lab.overhead.script import MAX_TOKENS, Round, Script, scripts
 
 
 class VerifierPeer:
@@ -39,36 +41,36 @@ class VerifierPeer:
 
 @pytest.mark.parametrize("committed", [0, 50])
 def test_every_round_of_a_script_is_answered_as_it_says(committed: int) -> None:
-    peer, tally = VerifierPeer(), overhead.Tally()
-    one = overhead.scripts(1, committed)[0]
+    peer, tally = VerifierPeer(), Tally()
+    one = scripts(1, committed)[0]
 
     async def play_it_twice() -> None:
         for _ in range(2):
-            await overhead.play(peer, overhead.Script(one.rounds), 0.0, tally)  # one round, then again
+            await play(peer, Script(one.rounds), 0.0, tally)  # one round, then again
             await peer.send(one.cancel)
             for round_ in one.rounds:
-                await overhead.play(peer, overhead.Script([round_]), 0.0, tally)
+                await play(peer, Script([round_]), 0.0, tally)
 
     asyncio.run(play_it_twice())
     assert tally.rounds == 2 * (len(one.rounds) + 1)
     assert not peer.verifier.sessions  # the last verdict ended it
-    assert sum(len(r.answer[3]) for r in one.rounds) == overhead.MAX_TOKENS
+    assert sum(len(r.answer[3]) for r in one.rounds) == MAX_TOKENS
 
 
 def test_a_wrong_token_is_noticed() -> None:
     peer = VerifierPeer()
-    round_ = overhead.scripts(1)[0].rounds[0]
+    round_ = scripts(1)[0].rounds[0]
     number, base, accepted, tokens, finish = round_.answer
-    wrong = overhead.Round(round_.frame, (number, base, accepted, [*tokens[:-1], tokens[-1] ^ 1], finish))
+    wrong = Round(round_.frame, (number, base, accepted, [*tokens[:-1], tokens[-1] ^ 1], finish))
     with pytest.raises(ProtocolError, match="expected"):
-        asyncio.run(overhead.play(peer, overhead.Script([wrong]), 0.0, overhead.Tally()))
+        asyncio.run(play(peer, Script([wrong]), 0.0, Tally()))
 
 
 def test_a_session_in_between_is_cancelled_when_time_is_up() -> None:
     peer = VerifierPeer()
-    one = overhead.scripts(1)[0]
+    one = scripts(1)[0]
     assert isinstance(decode_from_edge(one.cancel), Cancel)
-    asyncio.run(overhead.play(peer, one, 0.0, overhead.Tally()))
+    asyncio.run(play(peer, one, 0.0, Tally()))
     assert not peer.verifier.sessions
 
 

@@ -20,7 +20,9 @@ from wisp.engines.base import DraftEngine
 from wisp.engines.build import read_predictor
 from wisp.engines.llama.draft import LlamaDraft
 from wisp.lab.devices import Device, Link, Server
-from wisp.lab.reality import DelayedLine, Edge, Event, PacedDraft, Proposed, Story, Told, fed_back, verifier
+from wisp.lab.reality.distance import DelayedLine, PacedDraft
+from wisp.lab.reality.edge import Edge, Event, Proposed, Story, Told, verifier
+from wisp.lab.reality.feeding import fed_back
 from wisp.lab.replay import MAX_DRAFT, Bench, replay
 from wisp.lab.traces import Trace
 from wisp.lab.traces.format import as_signal
@@ -29,7 +31,8 @@ from wisp.lab.traces.record import Recording, Settings
 
 TINY = Path(wisp.engines.__file__).parent / "data"
 MAX_TOKENS = 40
-SETTINGS = Settings(max_tokens=MAX_TOKENS, depth=16, mode="exact", group=4)
+# Recorded as deep as an edge can draft ahead while its verifier is held up.
+SETTINGS = Settings(max_tokens=MAX_TOKENS, depth=MAX_TOKENS + MAX_DRAFT, mode="exact", group=4)
 TEXTS = (
     "Tell me a story about Belomi.",
     "What happened at the river?",

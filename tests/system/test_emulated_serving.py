@@ -182,3 +182,21 @@ def test_slo_classes_may_be_tables_of_the_config(fleet: Fleet, hardware: str) ->
     body = {"model": NAME, "prompt": "abc", "max_tokens": 5}
     assert httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, **HTTP).status_code == 200
     assert server.metrics()['wisp:request_slo_total{outcome="met",slo_class="hurry"}'] == 1
+
+
+def test_an_edge_knows_classes_of_its_own(fleet: Fleet, hardware: str) -> None:
+    classes = fleet.folder / "classes.toml"
+    classes.write_text(CLASSES)
+    server = fleet.serve(target=hardware, engine="emulated")
+    edge = fleet.edge(server.url, "--slo-classes", str(classes), draft="none")
+
+    def complete(slo_class: str) -> httpx.Response:
+        body = {"model": NAME, "prompt": "abc", "max_tokens": 5}
+        return httpx.post(f"{edge.url}/v1/completions", json=body, headers={"x-slo-class": slo_class}, **HTTP)
+
+    assert complete("patient").status_code == 200
+    slo = 'wisp:request_slo_total{outcome="met",slo_class="patient"}'
+    eventually(lambda: edge.metrics().get(slo) == 1)
+    refused = complete("nobody")
+    assert refused.status_code == 400
+    assert "impossible, patient" in refused.json()["error"]["message"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from harness import Fleet, Peer
+from harness import Fleet, Peer, eventually, opening
 
 from wisp.cloud.event_log import read_events, read_runs
+from wisp.core.admission import KeyLimits
 from wisp.core.events import FromEdge, Run, Send, StepDone
-from wisp.core.messages import Cancel, Draft, Verdict
+from wisp.core.messages import Cancel, Draft, Refused, Verdict
 from wisp.core.sampling import Sampling
 from wisp.engines.null import NullTarget, null_token
 
@@ -67,3 +68,26 @@ def test_the_event_log_of_a_live_run_replays_to_the_same_actions(fleet: Fleet) -
     assert [by_session[f"session-{n}-0"] for n in range(6)] == heard  # every message, times and all
     path.write_bytes(path.read_bytes()[:-1])  # as a crash leaves it
     assert read_events(path) == events[:-1]
+
+
+def test_limits_that_change_during_a_run_are_replayed(fleet: Fleet) -> None:
+    path, keys = fleet.folder / "events.log", fleet.folder / "keys.toml"
+    key = '[keys.alice]\nsecret = "a"\n'
+    keys.write_text(key)
+    flags = ("--event-log", str(path), "--api-keys", str(keys))
+    server = fleet.serve(*flags, target="null", engine="null")
+    with Peer(server.url, key="a") as peer:
+        peer.open("session-1")
+        keys.write_text(key + "requests_per_minute = 1\n")
+        eventually(lambda: "read again" in server.log())
+        peer.open("session-2")
+        peer.say(opening("session-3"))
+        refused = peer.refused()
+    server.terminate()
+    assert server.wait() == 0
+    [(header, events)] = read_runs(path)
+    assert header.key_limits == {"alice": KeyLimits()}
+    verifier = header.verifier()
+    sent = [a.message for now, event in events for a in verifier.handle(now, event) if isinstance(a, Send)]
+    assert [m for m in sent if isinstance(m, Refused)] == [refused]
+    assert verifier.admission.usage["alice"].requests == 2

@@ -7,26 +7,19 @@ from typing import Protocol
 
 import msgspec
 
-from wisp.core.sampling import Sampling
-from wisp.core.slo import Slo
+from wisp.core.drafter import Task
 from wisp.core.work import Committed
 from wisp.engines.base import Tokenizer
 
 __all__ = ["Backend", "Committed", "Generation", "Target"]
 
 
-class Generation(msgspec.Struct, frozen=True):
-    """One generation, in token ids. `max_tokens` is at least 1 and fits the context.
+class Generation(Task, frozen=True):
+    """A task, in token ids, and whose it is. `max_tokens` is at least 1.
 
     `key` names the API key of the caller ("" where none is needed); `request_id` is for logs.
     """
 
-    prompt: list[int]
-    sampling: Sampling
-    max_tokens: int
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    slo: Slo | None = None
     request_id: str = ""
     key: str = ""
 

@@ -1,14 +1,15 @@
-"""API keys: who may use this process, and how much. A TOML file that may change under way, or one secret.
+"""API keys: who may use this process, and how much. A TOML file that may change under way, and WISP_API_KEYS.
 
     [keys.alice]
     secret = "..."            # or: sha256 = "<hex digest of the secret>"
     sessions = 8              # limits; leave out for none
     requests_per_minute = 60
     tokens_per_minute = 20000
-    admin = true              # may drain and scale replicas; the one secret may, too
+    admin = true              # may drain and scale replicas
 
-Removing a table revokes its key at the next look at the file, a few seconds later. Secrets are kept and
-compared as digests.
+Removing a table revokes its key at the next look at the file, a few seconds later. The secrets in
+WISP_API_KEYS, separated by commas, are keys without limits that may do everything: `default`, `default-2` and so on.
+Secrets are kept and compared as digests.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Keyring:
     """Names and limits by secret. Empty: everyone is let in as `anonymous`."""
 
-    def __init__(self, path: Path | None = None, secret: str | None = None, front: str = "") -> None:
-        """`secret` is a single key named "default" (from the environment); `path` a file of keys.
+    def __init__(self, path: Path | None = None, secrets: str | None = None, front: str = "") -> None:
+        """`secrets`, separated by commas, are from the environment; `path` is a file of keys.
 
         front: what the front of this replica shows, to speak for a key that it has checked (`on_behalf`).
         """
@@ -55,7 +56,7 @@ class Keyring:
         self.front = front
         self._admins: set[str] = set()
         self.limits: dict[str, KeyLimits] = {}
-        self._fixed = {_digest(secret): "default"} if secret else {}
+        self._fixed = _named(secrets or "")
         self._names: dict[str, str] = dict(self._fixed)
         self._stamp: tuple[int, int] | None = None
         if path is not None:
@@ -122,12 +123,18 @@ class Keyring:
 
     def is_admin(self, name: str) -> bool:
         """May this key manage replicas? Where there are no keys, everyone on this machine may."""
-        return not self or name in self._admins or (name == "default" and bool(self._fixed))
+        return not self or name in self._admins or name in self._fixed.values()
 
 
 def on_behalf(token: str, name: str) -> str:
     """The secret by which a front that holds `token` speaks for the key `name`."""
     return f"{token}/{quote(name, safe='')}"
+
+
+def _named(secrets: str) -> dict[str, str]:
+    """Names by digest: a key each, as prefixes are shared and turns are taken by key."""
+    found = dict.fromkeys(_digest(secret.strip()) for secret in secrets.split(",") if secret.strip())
+    return {digest: f"default-{n}" if n > 1 else "default" for n, digest in enumerate(found, 1)}
 
 
 def _digest(secret: str) -> str:

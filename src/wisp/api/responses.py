@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def new_head(chat: bool, target: Target) -> Head:
     )
 
 
-class Shape:
+class Shape(ABC):
     """What chat and completion have in common."""
 
     whole_object = ""
@@ -99,14 +100,17 @@ class Shape:
     def _choice(self, content: Json, logprobs: Json | None, finish: str | None) -> Json:
         return {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish}
 
+    @abstractmethod
     def _full(self, text: str) -> Json:
-        raise NotImplementedError
+        """The content of a whole answer."""
 
+    @abstractmethod
     def _part(self, text: str) -> Json:
-        raise NotImplementedError
+        """The content of a chunk."""
 
+    @abstractmethod
     def _log_probabilities(self, entries: Sequence[Entry]) -> Json | None:
-        raise NotImplementedError
+        """`logprobs` of a choice; None if they were not asked for."""
 
 
 class ChatShape(Shape):

@@ -28,6 +28,7 @@ from wisp.api.errors import JsonResponse, error_response, exception_handlers, re
 from wisp.api.keys import Keyring
 from wisp.api.observe import RequestRecord
 from wisp.api.routes import openai_routes
+from wisp.api.scrape import scraped
 from wisp.cloud.control import control_routes
 from wisp.cloud.host import VerifierHost
 from wisp.cloud.sockets import SessionEndpoint
@@ -159,7 +160,7 @@ class CloudApp:
 
     def _keys_changed(self) -> None:
         if self._host is not None:
-            self._host.verifier.admission.set_limits(self.keys.limits)
+            self._host.limit(self.keys.limits)
 
     # --- endpoints
 
@@ -177,9 +178,7 @@ class CloudApp:
     async def _metrics(self, request: Request) -> Response:
         if self._host is None:
             return Response("", status_code=503)
-        return Response(
-            self._host.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8"
-        )
+        return scraped(self._host.metrics.registry)
 
     async def _tokenizer(self, request: Request) -> Response:
         try:

@@ -5,8 +5,7 @@
         for now, event in events:
             verifier.handle(now, event)     # the same actions as then
 
-Records are msgpack with a length before each. A log that several runs were appended to has a header for each. Limits
-of keys are those at the start: a key file that changed during the run is not in the log.
+Records are msgpack with a length before each. A log that several runs were appended to has a header for each.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from wisp.core.admission import Admission, KeyLimits
 from wisp.core.batching import batching_policy
 from wisp.core.cost import Coefficients, CostModel
 from wisp.core.errors import ConfigError
-from wisp.core.events import EdgeLost, FromEdge, InEvent, Limits, StepDone, Tick
+from wisp.core.events import InEvent, Limits
 from wisp.core.verifier import Verifier
 
 FLUSH_S = 1.0
 
 
 class LogHeader(msgspec.Struct, frozen=True, array_like=True, tag="header"):
-    """What a verifier is rebuilt from. cost None: the cost model knew nothing at the start."""
+    """What a verifier is rebuilt from, as it was at the start. cost None: the cost model knew nothing at the start."""
 
     wisp: str
     engine: str
@@ -45,7 +44,7 @@ class LogHeader(msgspec.Struct, frozen=True, array_like=True, tag="header"):
         return Verifier(self.limits, batching_policy(self.policy), admission, CostModel(self.cost))
 
 
-_Record = FromEdge | EdgeLost | StepDone | Tick | LogHeader
+_Record = InEvent | LogHeader
 
 
 class EventLog:

@@ -15,10 +15,22 @@ from wisp import __version__
 from wisp.cloud.engine_thread import EngineThread
 from wisp.cloud.event_log import EventLog, LogHeader, read_events
 from wisp.cloud.metrics import Metrics
-from wisp.core.admission import Admission
+from wisp.core.admission import Admission, KeyLimits
 from wisp.core.batching import batching_policy
 from wisp.core.cost import Coefficients, CostModel
-from wisp.core.events import Action, EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
+from wisp.core.events import (
+    Action,
+    EdgeLost,
+    FromEdge,
+    InEvent,
+    KeyLimitsChanged,
+    Limits,
+    Run,
+    Send,
+    StepDone,
+    Tick,
+    WakeAt,
+)
 from wisp.core.messages import VERSION as PROTOCOL
 from wisp.core.messages import Cancel, Draft, Hello, Open, Refused, Verdict, Welcome, check_hello
 from wisp.core.session import State
@@ -155,6 +167,10 @@ class VerifierHost:
         if self._sockets.pop(connection, None) is not None:
             self.metrics.connections.dec()
         self._feed(EdgeLost(connection))
+
+    def limit(self, limits: dict[str, KeyLimits]) -> None:
+        """The limits of keys have changed; these are all of them."""
+        self._feed(KeyLimitsChanged(limits))
 
     @property
     def n_sessions(self) -> int:

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from wisp.api.attainment import Attainment
+from wisp.api.scrape import add_gauges
 from wisp.core.cost import Load, load_of
 from wisp.core.events import Run, StepDone
 from wisp.core.messages import Open, Refused, Verdict
@@ -126,8 +127,7 @@ class Metrics:
                 lambda: verifier.pressure.utilisation,
             ),
         }
-        for name, (text, read) in gauges.items():
-            Gauge(f"wisp:{name}", text, registry=r).set_function(read)
+        add_gauges(r, gauges)
         self.ttft = Histogram(
             "wisp:time_to_first_token_seconds", "Open to first token.", buckets=TTFT, registry=r
         )
@@ -187,10 +187,6 @@ class Metrics:
         for tally in (self.interference, self.slack):
             r.register(tally)
         r.register(_KeyUsage(verifier))
-
-    def exposition(self) -> bytes:
-        """The text format that Prometheus scrapes."""
-        return generate_latest(self.registry)
 
     def opened(self, now: float, open_: Open, key: str) -> None:
         """A session is opened or resumed."""

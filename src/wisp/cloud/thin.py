@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 
 from wisp.api.backend import Committed, Generation, Target
 from wisp.cloud.host import VerifierHost
-from wisp.core.drafter import Drafter, Reopen, Task
+from wisp.core.drafter import Drafter, Reopen
 from wisp.core.errors import UnavailableError
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
 
@@ -35,7 +35,7 @@ class ThinBackend:
             raise UnavailableError("this server is shutting down", retry_after=2.0)
         inbox: asyncio.Queue[Verdict | Refused] = asyncio.Queue()
         connection = host.attach(generation.key, inbox.put_nowait)
-        drafter = Drafter(secrets.token_hex(16), task_of(generation), None, host.limits.eos)
+        drafter = Drafter(secrets.token_hex(16), generation, None, host.limits.eos)
         try:
             actions = drafter.connected(0.0, host.limits.max_draft)
             while True:
@@ -60,15 +60,3 @@ class ThinBackend:
         finally:
             host.receive(connection, Cancel(drafter.session))
             host.detach(connection)
-
-
-def task_of(generation: Generation) -> Task:
-    """The same, as the drafter takes it."""
-    return Task(
-        prompt=generation.prompt,
-        sampling=generation.sampling,
-        max_tokens=generation.max_tokens,
-        ignore_eos=generation.ignore_eos,
-        logprobs=generation.logprobs,
-        slo=generation.slo,
-    )

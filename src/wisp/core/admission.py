@@ -71,10 +71,12 @@ class Admission:
         self._open = 0
 
     def set_limits(self, limits: dict[str, KeyLimits]) -> None:
-        """Replace all limits (the key file was read again)."""
+        """Replace all limits (the key file was read again). Keys whose limits stay keep what they have used of them."""
+        changed = {key for key, old in self.limits.items() if limits.get(key) != old}
+        for key in changed:
+            self._requests.pop(key, None)
+            self._tokens.pop(key, None)
         self.limits = limits
-        self._requests.clear()
-        self._tokens.clear()
 
     def opened(self, now: float, key: str) -> None:
         """A new session. Raises Refusal, and then counts nothing but the refusal."""

@@ -307,7 +307,7 @@ class Drafter:
         self.phase = IN_FLIGHT
         self._flights.append(self._flight(now_ms, self.sent))
         base, tokens = len(self.committed), self.chain[: self.sent]
-        return Draft(self.session, self._round, base, tokens, now_ms - self._began_ms, self.serve)
+        return Draft(self.session, self._round, base, tokens, self.serve)
 
     def _send_ahead(self, now_ms: float) -> list[Action]:
         """Send what was drafted ahead before the verdict is here, if it is complete, or there is no time for more."""

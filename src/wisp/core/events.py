@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from wisp.core.admission import KeyLimits
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.work import Copy, Slice, SliceResult
 
@@ -56,7 +57,13 @@ class Tick(msgspec.Struct, frozen=True, array_like=True, tag="tick"):
     """Time has passed, or there may be something to run."""
 
 
-InEvent = FromEdge | EdgeLost | StepDone | Tick
+class KeyLimitsChanged(msgspec.Struct, frozen=True, array_like=True, tag="key_limits"):
+    """These are the limits of keys from now on, all of them."""
+
+    limits: dict[str, KeyLimits]
+
+
+InEvent = FromEdge | EdgeLost | StepDone | Tick | KeyLimitsChanged
 
 
 # --- actions

@@ -66,7 +66,6 @@ class Open(Message, frozen=True, tag="open"):
     round: int = 0
     committed: list[int] = []
     draft: list[int] = []
-    draft_ms: float = 0.0
     serve: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -81,7 +80,6 @@ class Draft(Message, frozen=True, tag="draft"):
     round: int
     base: int
     tokens: list[int]
-    draft_ms: float = 0.0
     serve: bool = False
 
 

@@ -20,7 +20,17 @@ from wisp.core.admission import Admission, Refusal
 from wisp.core.batching import BatchingPolicy
 from wisp.core.cost import CostModel, Load
 from wisp.core.errors import ProtocolError
-from wisp.core.events import Action, FromEdge, InEvent, Limits, Send, StepDone, Tick, WakeAt
+from wisp.core.events import (
+    Action,
+    FromEdge,
+    InEvent,
+    KeyLimitsChanged,
+    Limits,
+    Send,
+    StepDone,
+    Tick,
+    WakeAt,
+)
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.planning import Files, Planner
 from wisp.core.session import IN_ENGINE, Event, Pending, Session, State
@@ -73,6 +83,9 @@ class Verifier:
             return list(self._step_done(now, event))
         if isinstance(event, Tick):
             return self._tick(now)
+        if isinstance(event, KeyLimitsChanged):
+            self.admission.set_limits(event.limits)
+            return []
         for handle in sorted(self._by_connection.pop(event.connection, ())):
             self._park(now, self.sessions[handle])
         return []

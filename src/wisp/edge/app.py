@@ -14,6 +14,7 @@ from starlette.routing import Route
 from wisp.api.errors import JsonResponse, exception_handlers
 from wisp.api.keys import Keyring
 from wisp.api.routes import openai_routes
+from wisp.api.scrape import scraped
 from wisp.core.drafting import Ahead, Policies
 from wisp.core.slo import Slo
 from wisp.edge.backend import EdgeBackend
@@ -86,4 +87,4 @@ class EdgeApp:
         return JsonResponse({"status": "ok", "model": welcome.model, "mode": welcome.mode})
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(self.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return scraped(self.metrics.registry)

@@ -23,7 +23,7 @@ from typing import Protocol
 import msgspec
 
 from wisp.api.backend import Committed, Generation, Target
-from wisp.core.drafter import Action, Drafter, Phase, Reopen, Task
+from wisp.core.drafter import Action, Drafter, Phase, Reopen
 from wisp.core.drafting import Ahead, Policies
 from wisp.core.errors import ProtocolError, RequestError, UnavailableError
 from wisp.core.messages import Cancel, Draft, Message, Open, Redirect, Refused, Verdict, Welcome
@@ -151,11 +151,10 @@ class _Session:
         welcome = await self.home.connected()
         self.model = welcome.model
         g = self.generation
-        task = Task(g.prompt, g.sampling, g.max_tokens, g.ignore_eos, g.logprobs, g.slo)
         backend = self.backend
         policy = backend.policies.make(g.sampling.temperature) if backend.drafter is not None else None
         ahead = backend.ahead if policy is not None else None
-        drafter = Drafter(self.id, task, policy, frozenset(welcome.eos), ahead=ahead, pace=self.pace)
+        drafter = Drafter(self.id, g, policy, frozenset(welcome.eos), ahead=ahead, pace=self.pace)
         self._move(self.home)
         self.backend.sessions += 1
         try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from wisp.api.attainment import Attainment
 from wisp.api.observe import RequestRecord
+from wisp.api.scrape import add_gauges
 from wisp.edge.backend import EdgeBackend
 
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
@@ -22,11 +23,9 @@ class EdgeMetrics:
                 "1 while a verifier is connected.",
                 lambda: backend.link.welcome is not None,
             ),
+            "verifier_connections_lost": ("Connections lost since start.", lambda: backend.link.reconnects),
         }
-        for name, (text, read) in gauges.items():
-            Gauge(f"wisp:{name}", text, registry=r).set_function(read)
-        reconnects = Gauge("wisp:verifier_connections_lost", "Connections lost since start.", registry=r)
-        reconnects.set_function(lambda: backend.link.reconnects)
+        add_gauges(r, gauges)
         self.ttft = Histogram(
             "wisp:time_to_first_token_seconds", "Request to first token.", buckets=SECONDS, registry=r
         )
@@ -45,10 +44,6 @@ class EdgeMetrics:
             "wisp:spec_decode_num_draft_tokens", "Tokens drafted and sent.", registry=r
         )
         self.accepted = Counter("wisp:spec_decode_num_accepted_tokens", "Draft tokens accepted.", registry=r)
-
-    def exposition(self) -> bytes:
-        """The text format that Prometheus scrapes."""
-        return generate_latest(self.registry)
 
     def request_finished(self, record: RequestRecord) -> None:
         """Count one request."""

@@ -115,7 +115,7 @@ def load_target(
         name=served_name(name),
         mode="fast" if mode == "fast" else "exact",
         slots=slots,
-        slot_tokens=context or CONTEXT,
+        slot_tokens=context,
         threads=threads,
     )
     return target, LlamaTokenizer.open(path)

@@ -29,6 +29,7 @@ from wisp.api.body import read_json
 from wisp.api.errors import JsonResponse, error_response, exception_handlers, request_id
 from wisp.api.keys import Keyring
 from wisp.api.routes import openai_routes
+from wisp.api.scrape import scraped
 from wisp.cloud.control import Report
 from wisp.cloud.sockets import SessionEndpoint
 from wisp.core.admission import Admission
@@ -140,7 +141,7 @@ class FrontApp:
         return JsonResponse(body | {"replicas": count})
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(self.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return scraped(self.metrics.registry)
 
     async def _tokenizer(self, request: Request) -> Response:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -30,10 +30,6 @@ class FrontMetrics:
         self.refused = Counter("wisp:request_refused", "Sessions refused.", ["code"], registry=r)
         self.attainment = Attainment(r)
         r.register(_Replicas(fleet))
-
-    def exposition(self) -> bytes:
-        """The text format that Prometheus scrapes."""
-        return generate_latest(self.registry)
 
     def placed(self, choice: Choice) -> None:
         """A session was placed."""

@@ -39,7 +39,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     listen: Listen
     token: str
     key_file: Path | None = None
-    secret: str | None = None
+    secrets: str | None = None
     log_level: str = "info"
     log_json: bool = False
 
@@ -66,7 +66,7 @@ async def run_replica(
     bound: socket.socket | None = None,
 ) -> None:
     """Serve until `stopped` returns. Raises what kept the model from loading."""
-    keys = Keyring(spec.key_file, spec.secret, spec.token)
+    keys = Keyring(spec.key_file, spec.secrets, spec.token)
     cloud = CloudApp(spec.settings, keys, lambda: load_target(spec.target, **spec.engine))
     run = functools.partial(run_app, stopped=stopped, signals=signals, bound=bound)
     await run(cloud.asgi, spec.listen, cloud.drain, cloud.ended)

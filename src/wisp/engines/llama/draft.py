@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from wisp.core.errors import EngineError, ModelError
+from wisp.core.kv import common_prefix
 from wisp.core.sampling import Sampling, target_token
 from wisp.core.signals import signal
 from wisp.engines.base import Proposal
@@ -78,7 +79,7 @@ class LlamaDraft:
             return None
         slot = self._slot_for(session, tokens)
         # The last token is evaluated even if it is held: its logits are wanted, and are gone.
-        common = min(_common_prefix(self._held[slot], tokens), len(tokens) - 1)
+        common = min(common_prefix(self._held[slot], tokens), len(tokens) - 1)
         feed = np.array(tokens[common:], np.int32)
         if feed.min() < 0 or feed.max() >= self._n_own:
             return None
@@ -104,7 +105,7 @@ class LlamaDraft:
         if session in self._sessions:
             self._sessions.move_to_end(session)
             return self._sessions[session]
-        common = [_common_prefix(held, tokens) for held in self._held]
+        common = [common_prefix(held, tokens) for held in self._held]
         used = set(self._sessions.values())
         free = [slot for slot in range(len(self._held)) if slot not in used]
         best = max(range(len(common)), key=common.__getitem__)
@@ -136,18 +137,3 @@ class LlamaDraft:
             raise
         row: Logits = logits[0]
         return row
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    """Length of the longest common prefix. Fast where one is a prefix of the other, which is the rule."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    low, high = 0, n  # a[:low] agrees, a[:high] does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low

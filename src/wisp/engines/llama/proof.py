@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from wisp.core.kv import common_prefix
 from wisp.core.sampling import Sampling
 from wisp.core.work import Copy, Slice, SliceResult
 from wisp.engines.llama.context import Logits
@@ -232,7 +233,7 @@ class _Schedule:
         """Copies a prefix from an active session that begins alike; returns its tokens, or 0."""
         for other in self._active:
             if other is not session and other.held:
-                common = _common(other.known[: other.held], session.known)
+                common = common_prefix(other.known[: other.held], session.known)
                 if common:
                     tokens = self._rng.randint(1, common)
                     self._engine.copy(Copy(other.slot, session.slot, tokens))
@@ -253,7 +254,3 @@ class _Schedule:
                 self._tally.compare(row, session.logits[position], place)
         if item.sample:
             session.done = min(len(session.answer), max(session.done, item.position + len(result.tokens)))
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

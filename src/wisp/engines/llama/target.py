@@ -34,6 +34,7 @@ EXACT_ROWS = 7  # K-quant, Q5_0 and Q8_0 matrices switch kernels at 8 rows
 FAST_ROWS = 128  # more rows a call are no faster on a CPU, and each takes n_vocab * 4 bytes of output buffer
 STEP_TOKENS = {"exact": 32, "fast": 96}
 UNMEASURED_FLIP_GAP = 1.0  # without the check at start-up; 0.4 to 1.0 was measured on quantised models
+SLOT_TOKENS = 2048  # where nothing else is asked for
 _SPARE = 8  # cells beyond slot_tokens, for the dummy row
 
 
@@ -51,7 +52,8 @@ class LlamaTarget:
     mode:        "exact", which falls back to "fast" with a note if this model or build does not pass the check at
                  start-up, or "fast"
     slots:       sequences held at once
-    slot_tokens: context length of each, at most (default 2048, or the model's training context if shorter)
+    slot_tokens: context length of each (default 2048); the model's training context where that is shorter, with a note
+                 if more was asked for
     threads:     default: one per physical core
     check:       verify exactness (or measure `flip_gap`) at start-up: a few dozen positions, seconds at most
 
@@ -67,23 +69,29 @@ class LlamaTarget:
         name: str | None = None,
         mode: Mode = "exact",
         slots: int = 8,
-        slot_tokens: int = 2048,
+        slot_tokens: int | None = None,
         threads: int | None = None,
         check: bool = True,
     ) -> None:
-        if slots < 1 or slot_tokens < 32:
+        wanted = SLOT_TOKENS if slot_tokens is None else slot_tokens
+        if slots < 1 or wanted < 32:
             raise EngineError(
-                f"{slots} slots of {slot_tokens} tokens: an engine needs at least one, of at least 32"
+                f"{slots} slots of {wanted} tokens: an engine needs at least one, of at least 32"
             )
         self._path = Path(path)
         self._name = name or self._path.stem
-        self._slots, self._slot_tokens = slots, slot_tokens
+        self._slots, self._slot_tokens = slots, wanted
         self._threads = threads or physical_cores()
         self._notes: list[str] = []
         self._fewest_outputs = 2
         self._flip_gap = 0.0 if mode == "exact" else UNMEASURED_FLIP_GAP
         self._tap: Tap | None = None  # sees (slot, place, logits) of each sampled row
         self._open(mode)
+        if slot_tokens is not None and slot_tokens > self._slot_tokens:
+            self._notes.append(
+                f"a context of {slot_tokens} tokens was asked for, but {self._name} was trained on "
+                f"{self._slot_tokens}: sessions have {self._slot_tokens}"
+            )
         if check and self._mode == "exact":
             self._check_exact()
         if check and self._mode == "fast":

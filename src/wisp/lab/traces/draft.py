@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from wisp.core.kv import common_prefix
 from wisp.core.sampling import Sampling, target_token
 from wisp.engines.llama.context import Context, Logits, Tokens
 from wisp.engines.llama.model import Model
 from wisp.lab.traces.format import OffPath
 from wisp.lab.traces.statistics import COLUMNS, statistics
-from wisp.lab.traces.target import common_length
 
 ROWS = 128  # of a batch in phase 2
 LINES = 8  # texts held at once; more would make the pool, and with it attention, larger
@@ -109,7 +109,7 @@ class DraftRecorder:
         held: list[int] = []
         for slot, line in enumerate(lines):
             tokens = line.prompt[:-1]
-            common = common_length([held, tokens])
+            common = common_prefix(held, tokens)
             if slot:
                 self._context.copy(slot - 1, slot, common)
             for first in range(common, len(tokens), ROWS):

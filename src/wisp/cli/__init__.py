@@ -1,0 +1,61 @@
+"""The command line: one thin command each, listed here in the order of `wisp --help`.
+
+Every flag has an environment variable WISP_<COMMAND>_<FLAG>, and `wisp --config FILE` takes any of them from a TOML
+file with a table per command. What a command needs is imported when it runs, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Two pools of spinning threads on one machine ruin each other; this must be set before llama.cpp loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import typer
+
+from wisp.cli import bench, checking, device, fleets, learning, replicas, serving
+from wisp.cli.config import configure
+from wisp.core.errors import WispError
+
+app = typer.Typer(
+    name="wisp",
+    help="Distributed speculative LLM serving: edges draft, a verifier decides, the text is the target's own.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"auto_envvar_prefix": "WISP", "help_option_names": ["-h", "--help"]},
+)
+app.callback()(configure)
+for command in (
+    serving.serve,
+    device.edge,
+    device.generate,
+    checking.pull,
+    checking.demo,
+    checking.doctor,
+    checking.check_lossless,
+    bench.bench_overhead,
+    bench.bench_policy,
+    bench.bench_vllm,
+    bench.bench_ahead,
+    learning.trace,
+    learning.profile,
+    learning.train,
+    learning.replay,
+    fleets.fleet,
+    fleets.simulate,
+    fleets.capacity,
+    fleets.plan,
+    fleets.experiments,
+):
+    app.command()(command)
+app.add_typer(replicas.app, name="replicas")
+
+
+def main() -> None:
+    """Entry point. Errors that users can mend are one line, exit code 2."""
+    try:
+        app()
+    except WispError as error:
+        typer.echo(f"wisp: {error}", err=True)
+        sys.exit(2)

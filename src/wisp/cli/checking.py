@@ -1,0 +1,65 @@
+"""Models at hand, and proofs that they work here: `wisp pull`, `demo`, `doctor` and `check-lossless`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from wisp.cli.options import Drafting, Json, Offline
+
+
+def pull(
+    name: Annotated[str, typer.Argument(help="A catalogue name, hf:user/repo/file.gguf, or a path.")] = "",
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Download a model, or list the catalogue."""
+    from wisp.lab.commands import list_models, pull_model
+
+    pull_model(name, offline=offline, as_json=json) if name else list_models(as_json=json)
+
+
+def demo(
+    pair: Annotated[str, typer.Option(help="qwen2.5-coder or tiny.")] = "qwen2.5-coder",
+    engine: Annotated[str, typer.Option(help="The verifier's: llama.cpp or vllm.")] = "llama.cpp",
+    drafting: Drafting = "fixed:4",
+    max_tokens: Annotated[int, typer.Option(help="Tokens per answer.", min=2)] = 48,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Start a verifier and an edge, and show that speculative text is the target's own, token for token."""
+    from wisp.lab.demo import run_demo
+
+    raise typer.Exit(
+        run_demo(pair, engine=engine, drafting=drafting, max_tokens=max_tokens, offline=offline, as_json=json)
+    )
+
+
+def doctor(offline: Offline = False, json: Json = False) -> None:
+    """What is installed, what the engine can do here, self-checks, and what to fix."""
+    from wisp.lab.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(offline=offline, as_json=json))
+
+
+def check_lossless(
+    pair: Annotated[str, typer.Option(help="tiny or qwen2.5-coder.")] = "tiny",
+    engine: Annotated[str, typer.Option(help="llama.cpp, or vllm with the tiny pair.")] = "llama.cpp",
+    mode: Annotated[
+        str | None,
+        typer.Option(help="exact or fast (default: llama.cpp's exact, vLLM's fast).", show_default=False),
+    ] = None,
+    cases: Annotated[
+        int | None, typer.Option(help="How many cases (default: 320 tiny, 12 otherwise).", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random schedules.")] = 0,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Hold the speculative path against a slow reference decoder, under interleaving, eviction and resumption."""
+    from wisp.lab.lossless import run_check
+
+    raise typer.Exit(
+        run_check(pair, engine=engine, mode=mode, cases=cases, seed=seed, offline=offline, as_json=json)
+    )

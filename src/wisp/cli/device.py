@@ -1,0 +1,127 @@
+"""What runs on a device: `wisp edge`, an OpenAI endpoint, and `wisp generate`, once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wisp.cli.options import (
+    Draft,
+    DraftAhead,
+    Drafting,
+    Json,
+    LogJson,
+    LogLevel,
+    Offline,
+    PredictorFile,
+    Server,
+    SloClasses,
+    Threads,
+)
+
+
+def edge(
+    draft: Draft,
+    drafting: Drafting = "gain",
+    ahead: DraftAhead = True,
+    energy: Annotated[
+        float, typer.Option(help="Least chance of use for a token drafted ahead.", min=0, max=1)
+    ] = 0.1,
+    slots: Annotated[int, typer.Option(help="Sessions whose context the drafter holds at once.", min=1)] = 8,
+    predictor: PredictorFile = None,
+    server: Server = "http://127.0.0.1:8100",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8200,
+    api_keys: Annotated[Path | None, typer.Option(help="TOML file of keys for this endpoint.")] = None,
+    slo_classes: SloClasses = None,
+    threads: Threads = None,
+    give_up_s: Annotated[
+        float, typer.Option(help="Seconds without a verifier before answers fail.", min=0)
+    ] = 30.0,
+    keep_alive_s: Annotated[float, typer.Option(help="Seconds between keep-alive comments.", min=0.1)] = 10.0,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM key.")] = None,
+    offline: Offline = False,
+    log_level: LogLevel = "info",
+    log_json: LogJson = False,
+) -> None:
+    """Run an edge: an OpenAI endpoint on this device. Its key to the verifier is taken from WISP_API_KEY; keys
+    for its own endpoint may also be in WISP_API_KEYS, separated by commas."""
+    from wisp.api.attainment import read_slo_classes
+    from wisp.api.keys import Keyring
+    from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
+    from wisp.core.drafting import Ahead
+    from wisp.edge.app import EdgeApp
+    from wisp.engines.build import drafting_policies, load_drafter
+    from wisp.engines.models import RichProgress
+
+    set_up_logging(log_level, json_lines=log_json)
+    keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
+    listen = Listen(host, port, tls_cert, tls_key)
+    listen.check(keyed=bool(keys))
+    policies = drafting_policies(drafting, predictor)
+    classes = read_slo_classes(slo_classes) if slo_classes else {}
+    with RichProgress() as progress:
+        drafter, fingerprint = load_drafter(
+            draft, slots=slots, threads=threads, offline=offline, progress=progress
+        )
+
+    async def run() -> None:
+        device = EdgeApp(
+            server,
+            api_key=os.environ.get("WISP_API_KEY"),
+            keys=keys,
+            drafter=drafter,
+            fingerprint=fingerprint,
+            policies=policies,
+            ahead=Ahead(energy) if ahead else None,
+            give_up_s=give_up_s,
+            keep_alive_s=keep_alive_s,
+            slo_classes=classes,
+        )
+        await run_app(device.asgi, listen, device.drain)
+
+    with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
+        runner.run(run())
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The user's message; '-' reads standard input.")],
+    server: Server = "http://127.0.0.1:8100",
+    draft: Draft = "none",
+    drafting: Drafting = "gain",
+    ahead: DraftAhead = True,
+    predictor: PredictorFile = None,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.", min=0)] = 0,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Default: drawn, and reported.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Complete the prompt as it is, without a chat template.")
+    ] = False,
+    threads: Threads = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Generate once, streamed; tokens are coloured by origin: accepted draft green, the target's own plain."""
+    from wisp.core.drafting import Ahead
+    from wisp.edge.once import Request, generate_once
+    from wisp.engines.build import drafting_policies, load_drafter
+    from wisp.engines.models import RichProgress
+
+    policies = drafting_policies(drafting, predictor)
+    with RichProgress() as progress:
+        drafter, fingerprint = load_drafter(draft, threads=threads, offline=offline, progress=progress)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    request = Request(text, system, raw, temperature, top_p, top_k, min_p, seed, max_tokens)
+    key = os.environ.get("WISP_API_KEY")
+    ahead_of = Ahead() if ahead else None
+    asyncio.run(generate_once(request, server, key, drafter, fingerprint, policies, ahead_of, as_json=json))

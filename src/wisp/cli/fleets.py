@@ -1,0 +1,127 @@
+"""Fleets on hardware that one does not have: `wisp fleet`, `simulate`, `capacity`, `plan` and `experiments`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wisp.cli.options import Jobs, Json, Rate, ScenarioName
+
+
+def fleet(
+    scenario: Annotated[str, typer.Argument(help="A scenario that ships, or a TOML file.")],
+    system: Annotated[
+        str, typer.Option(help="ours, central, sled, wisp, ...; with changes: ours,ahead=no.")
+    ] = "ours",
+    server: Annotated[
+        str, typer.Option(help="A verifier that serves the scenario (default: one is started).")
+    ] = "",
+    policies: Annotated[str, typer.Option(help="Batching policies to compare in turn, by comma.")] = "",
+    rate: Annotated[
+        float | None, typer.Option(help="Tokens per second that all users want.", min=0.1)
+    ] = None,
+    devices: Annotated[int | None, typer.Option(help="Devices at work.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Of devices and requests.")] = 1,
+    window: Annotated[float | None, typer.Option(help="Seconds that count.", min=1)] = None,
+    warmup: Annotated[float | None, typer.Option(help="Seconds before them.", min=0)] = None,
+    against_simulator: Annotated[
+        bool, typer.Option("--against-simulator", help="Simulate the same, and compare.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the figures into this JSON file.")] = None,
+    json: Json = False,
+) -> None:
+    """Emulated devices by the hundred against a live verifier, in real time; every token is checked."""
+    from wisp.lab.sim.fleet import run_fleet
+
+    code = run_fleet(
+        scenario,
+        of=system,
+        server=server,
+        policies=[p for p in policies.split(",") if p],
+        rate=rate,
+        devices=devices,
+        seed=seed,
+        window_s=window,
+        warmup_s=warmup,
+        against_simulator=against_simulator,
+        as_json=json,
+        out=out,
+    )
+    raise typer.Exit(code)
+
+
+def simulate(
+    scenario: ScenarioName,
+    system: Annotated[
+        str,
+        typer.Option(help="ours, wisp, central, sled, ...; with changes: ours,ahead=no,drafting=fixed:4."),
+    ] = "ours",
+    rate: Rate = None,
+    devices: Annotated[int | None, typer.Option(help="Default: the scenario's.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 1,
+    chrome_trace: Annotated[Path | None, typer.Option(help="Write a trace for chrome://tracing.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+    json: Json = False,
+) -> None:
+    """A fleet and its verifier in virtual time: the live decisions, modelled time."""
+    from wisp.lab.sim.commands import run_simulate
+
+    run_simulate(
+        scenario, system, rate=rate, devices=devices, seed=seed, chrome=chrome_trace, plot=plot, as_json=json
+    )
+
+
+def capacity(
+    scenario: ScenarioName,
+    policy: Annotated[
+        str,
+        typer.Option(help="ours, central, wisp, sled, central-speculative, central-paper or sled-paper."),
+    ] = "ours",
+    rate: Rate = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Share of requests that may miss their SLO.", min=0.001, max=0.9)
+    ] = 0.1,
+    seeds: Annotated[int, typer.Option(help="Runs per number of devices.", min=1, max=20)] = 3,
+    jobs: Jobs = 2,
+    json: Json = False,
+) -> None:
+    """The most devices that a system serves in time, with its interval, and how far that is from the fluid bound.
+    Baselines are tuned first. Runs are remembered."""
+    from wisp.lab.sim.commands import run_capacity
+
+    run_capacity(scenario, policy, rate=rate, tolerance=tolerance, seeds=seeds, jobs=jobs, as_json=json)
+
+
+def plan(
+    hardware: Annotated[str, typer.Option(help="Profile of the verifier's engine, or a TOML file.")],
+    devices: Annotated[int, typer.Option(help="How many there are.", min=1)],
+    device: Annotated[str, typer.Option(help="A device profile, or drafted tokens per second.")],
+    rate: Annotated[float, typer.Option(help="Tokens per second that users expect.", min=0.1)],
+    rtt: Annotated[float, typer.Option(help="Round trip, ms.", min=0)] = 20.0,
+    prompt: Annotated[str, typer.Option(help="Fewest and most tokens.")] = "60-200",
+    output: Annotated[str, typer.Option(help="Fewest and most tokens.")] = "100-300",
+    simulate: Annotated[bool, typer.Option("--simulate", help="Confirm by short simulations.")] = False,
+    jobs: Jobs = 2,
+    json: Json = False,
+) -> None:
+    """How many devices to expect a verifier to carry, and whether WISP or serving centrally is the way."""
+    from wisp.lab.sim.plan import run_plan, scenario_for, span
+
+    planned = scenario_for(hardware, devices, device, rtt, rate, span(prompt), span(output))
+    run_plan(planned, simulate=simulate, jobs=jobs, as_json=json)
+
+
+def experiments(
+    names: Annotated[list[str] | None, typer.Argument(help="Which pages; default: all.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few cells, short runs: does it work at all?")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for pages, data and plots.")] = Path("docs/results"),
+    jobs: Jobs = 2,
+) -> None:
+    """Simulated experiments, each a page with its data and a plot."""
+    from wisp.lab.sim.experiments import run_experiments
+
+    run_experiments(names or [], quick=quick, out=out, jobs=jobs)

@@ -1,0 +1,33 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never download anything.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the engine (default: one per core).", min=1)]
+LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
+LogJson = Annotated[bool, typer.Option("--log-json", help="Log JSON lines.")]
+Server = Annotated[str, typer.Option(help="Address of the verifier.")]
+Model = Annotated[str, typer.Option(help="A catalogue name, a path, or hf:user/repo/file.gguf.")]
+Draft = Annotated[str, typer.Option(help="A model as for --target, ngram, ngram+MODEL, or none.")]
+Drafting = Annotated[str, typer.Option(help="gain[:LONGEST], predictor[:P], confidence:P or fixed:K.")]
+DraftAhead = Annotated[bool, typer.Option(help="Draft on while a draft is in flight; costs energy.")]
+SloClasses = Annotated[
+    Any,
+    typer.Option(
+        parser=lambda given: given,  # a file's name or, from --config, its tables
+        metavar="PATH",
+        help="TOML file of SLO classes for the header x-slo-class: [NAME] with ttft_ms, tpot_ms.",
+    ),
+]
+PredictorFile = Annotated[Path | None, typer.Option(help="From `wisp train` (default: the one that ships).")]
+ScenarioName = Annotated[str, typer.Argument(help="A scenario that ships, or a TOML file.")]
+Rate = Annotated[
+    float | None, typer.Option(help="Tokens per second that users expect (default: the scenario's).", min=0.1)
+]
+Jobs = Annotated[int, typer.Option(help="Processes.", min=1)]
