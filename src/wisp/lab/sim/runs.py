@@ -37,7 +37,7 @@ SOURCES = (
     "lab/devices.py",
     *(
         f"lab/sim/{name}.py"
-        for name in ("profiled", "report", "runs", "scenario", "scripts", "simulate", "world")
+        for name in ("profiled", "report", "runs", "scenario", "scripts", "simulate", "timeline", "world")
     ),
 )  # what a run depends on
 CLEARLY = 1.5  # a run is cut once this many times as many have missed as are tolerated
