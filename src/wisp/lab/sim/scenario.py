@@ -56,11 +56,11 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     devices_n:     devices at work, for commands that do not search for it
     population:    pairs [second, devices]: how many are at work from then on; instead of devices_n
     arrivals_per_s: open loop: requests come by themselves at this rate, each from a device of its own
-    arrivals:      file of recorded arrivals instead (JSON lines: at_s, prompt_tokens; optional rate)
+    arrivals:      file of recorded arrivals instead, see `Arrival`
     traces, domain, acceptance: what target and drafter say; acceptance states a share instead of the recorded one
     warmup_s, window_s, drain_s: only requests that arrive in the window count
-    retries:       times that a refused request is sent again after Retry-After (OpenAI's SDK does so twice); its time
-                   to the first token counts from the first attempt
+    retries:       times that a refused request is sent again after Retry-After (OpenAI's SDK does so twice). It stays
+                   one request, and its time to the first token counts from the first attempt
     vanish:        share of devices that are switched off in mid-sentence, at random times of the window
     profile_error: factor on the cost model that the server starts with
     """
@@ -113,6 +113,11 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     @property
+    def open(self) -> bool:
+        """Do requests come by themselves, whether or not devices have their answers?"""
+        return bool(self.arrivals or self.arrivals_per_s)
+
+    @property
     def most_output(self) -> int:
         return self.max_output or self.output_tokens[1]
 
@@ -122,19 +127,30 @@ def pick(source: random.Random, items: Sequence[T], shares: Sequence[float]) -> 
     return source.choices(items, shares)[0]
 
 
-class _Arrival(msgspec.Struct, frozen=True):
+class Arrival(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A line of a file of arrivals. rate: tokens per second that this user expects (0: as the scenario's first class
+    says)."""
+
     at_s: float
     prompt_tokens: int
     rate: float = 0.0
 
 
 def recorded_arrivals(path: Path, usual: SloClass) -> Iterator[tuple[float, int, SloClass]]:
-    """(second, tokens of the prompt, class) of each line of a file of arrivals. Raises ConfigError."""
+    """(second, tokens of the prompt, class) of each line of a file of arrivals, in order of time.
+
+    A file that is not there is looked for beside the scenarios that ship. Raises ConfigError.
+    """
+    found = path if path.is_file() else SHIPPED / path
     try:
-        lines = msgspec.json.Decoder(_Arrival).decode_lines(path.read_bytes())
-    except (OSError, msgspec.DecodeError) as error:
+        lines = msgspec.json.Decoder(Arrival).decode_lines(found.read_bytes())
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the arrivals {path}: {error}") from None
     for line in sorted(lines, key=lambda line: line.at_s):
+        if line.at_s < 0 or line.prompt_tokens < 1 or line.rate < 0:
+            raise ConfigError(
+                f"the arrivals {path}: at_s and rate must not be negative, prompt_tokens at least 1"
+            )
         slo = msgspec.structs.replace(usual, rate=line.rate) if line.rate else usual
         yield line.at_s, line.prompt_tokens, slo
 

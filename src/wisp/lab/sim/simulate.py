@@ -72,7 +72,7 @@ class Fleet:
     def begin(self) -> None:
         """Have devices come and go as the scenario says."""
         s = self.scenario
-        if s.arrivals or s.arrivals_per_s:
+        if s.open:
             self._next_arrival(self._arrivals())
             return
         for at, n in s.population or ((0.0, s.devices_n),):
