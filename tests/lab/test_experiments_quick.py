@@ -16,7 +16,7 @@ from wisp.lab.sim.paper import PAPER, RATES
 from wisp.lab.sim.scenario import load_scenario
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "reality"])
 def test_a_page_comes_with_its_command_data_and_picture(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -29,6 +29,27 @@ def test_a_page_comes_with_its_command_data_and_picture(
     assert f"({name}.png)" in page
     assert json.loads((tmp_path / f"{name}.json").read_text())["command"] in page
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reality_is_run_live_on_both_engines_and_no_token_is_wrong(tmp_path: Path) -> None:
+    run_experiments(["reality"], quick=True, out=tmp_path, jobs=1)
+    found = json.loads((tmp_path / "reality.json").read_text())["runs"]
+    assert [r["engine"] for r in found] == ["emulated", "llama.cpp"]
+    for r in found:
+        live, simulated = r["live"], r["simulated"]
+        assert live["where"] == "live"
+        assert simulated["where"] == "simulator"
+        assert live["mismatches"] == simulated["mismatches"] == 0
+        assert live["tokens_checked"] > 100
+        assert {d["name"] for d in r["differences"]} >= {
+            "goodput",
+            "attainment",
+            "median_tpot_ms",
+            "p99_ttft_ms",
+        }
+    page = (tmp_path / "reality.md").read_text()
+    assert "(aim: within 5 points" in page
+    assert "exact mode" in page
 
 
 def test_an_unknown_experiment_is_refused_before_any_is_run(tmp_path: Path) -> None:

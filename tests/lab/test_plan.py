@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from wisp.cli import app
 from wisp.core.errors import ConfigError
-from wisp.lab.sim.plan import Plan, Verdict, plan, scenario_for, span
+from wisp.lab.sim.plan import Plan, Verdict, plan, reached, scenario_for, span
 
 A100 = "a100-qwen3-32b"
 
@@ -66,6 +66,18 @@ def test_a_pace_that_no_step_can_keep() -> None:
     assert found.verdict is Verdict.NO_GAIN
     assert (found.ours.devices, found.central.devices) == (0, 0)
     assert "no number of such servers" in found.reasons[-1]
+
+
+def test_expectations_are_what_capacity_searches_reached() -> None:
+    results = json.loads((Path(__file__).parents[2] / "docs/results/capacity.json").read_text())
+    searched = {(c["system"], c["rate"]): c["fraction"] for c in results if c["tolerance"] == 0.1}
+    assert searched
+    for (name, rate), fraction in searched.items():
+        assert reached(name, rate) == pytest.approx(fraction, abs=0.03), (
+            "put the new figures into plan.REACHED"
+        )
+    assert reached("ours", 4.0) == reached("ours", 8.0)
+    assert 0.797 < reached("central", 12.0) < 0.929
 
 
 def test_spans() -> None:

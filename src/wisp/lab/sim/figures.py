@@ -19,7 +19,6 @@ from wisp.core.drafter import Action
 from wisp.core.errors import ProtocolError
 from wisp.core.messages import Draft, Open, Refused, Verdict
 from wisp.core.slo import met
-from wisp.engines.emulated import hardware
 from wisp.lab.sim.simulate import Fleet, Simulation, quantile
 from wisp.lab.sim.world import Handset, Request
 
@@ -234,7 +233,7 @@ def figures(fleet: Fleet, *, where: str, seed: int) -> Figures:
         if device.request is not None:
             device.check()
     gaps = [ms for d in devices for r, ms in d.gaps if start <= r.arrived < end]
-    profile = hardware(s.hardware)
+    profile = s.profile
     interference = [
         p.engine_ms - profile.step_ms(Load().plus(p.new, p.cached))
         for d in devices

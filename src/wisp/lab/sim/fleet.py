@@ -30,13 +30,14 @@ from wisp.core.batching import batching_policy
 from wisp.core.errors import ConfigError, UnavailableError
 from wisp.core.messages import Cancel, Welcome
 from wisp.edge.link import http_url
-from wisp.engines.emulated import hardware
-from wisp.lab.children import Child, Children, free_ports
+from wisp.lab.children import Child
+from wisp.lab.sim.compare import differences
 from wisp.lab.sim.figures import Engine, Figures, Machine, Totals, Watched, Watching, figures
 from wisp.lab.sim.live import Clock, Sockets
 from wisp.lab.sim.scenario import Scenario, load_scenario
-from wisp.lab.sim.scripts import Library, Scripts, library
-from wisp.lab.sim.simulate import Fleet, first_guess, quantile
+from wisp.lab.sim.scripts import Library
+from wisp.lab.sim.serving import cpu_s, verifier
+from wisp.lab.sim.simulate import Fleet, quantile, scripts_of
 from wisp.lab.sim.systems import System, system
 from wisp.lab.sim.timeline import Timeline
 from wisp.lab.sim.world import Counts
@@ -45,9 +46,6 @@ LOOP_LAG_MS = 10.0  # p99 above which a run does not count: a draft step of a fa
 SERVER_LAG_MS = 50.0  # likewise
 STALL_MS = 10.0  # lateness that is more than timers and a busy loop
 STALLED = 0.02  # share of the time that may be lost to it
-AIMS = {"goodput": 0.05, "median_tpot_ms": 0.05, "p99_tpot_ms": 0.15}  # live against simulated, relative
-ATTAINMENT_AIM = 0.05  # absolute
-MOST_SESSIONS = 100_000  # of our own server: the fleet's own number is the limit
 
 
 class Live(Fleet):
@@ -81,13 +79,12 @@ async def run_live(
     Raises ConfigError where that verifier does not serve the scenario's scripts, UnavailableError if it goes away.
     """
     check_live(scenario, of)
-    lib = library(Path(scenario.traces))
-    scripts = Scripts(lib, scenario.output_tokens, scenario.acceptance or None)
+    scripts = scripts_of(scenario)
     sockets = Sockets(url, api_key)
     most = max(n for _, n in scenario.population or ((0.0, scenario.devices_n),))
     welcome = await sockets.connect(most)
     try:
-        _check_verifier(welcome, lib, url)
+        _check_verifier(welcome, scripts.library, scenario, url)
     except ConfigError:
         await sockets.close()
         raise
@@ -144,7 +141,7 @@ async def run_live(
 
 def check_live(scenario: Scenario, of: System) -> None:
     """Raises ConfigError for what cannot be run live."""
-    if scenario.arrivals or scenario.arrivals_per_s:
+    if scenario.open:
         raise ConfigError(
             "a live fleet has devices that wait for their answers; arrivals are for the simulator"
         )
@@ -160,7 +157,11 @@ def check_live(scenario: Scenario, of: System) -> None:
         kit.build()
 
 
-def _check_verifier(welcome: Welcome, lib: Library, url: str) -> None:
+def _check_verifier(welcome: Welcome, lib: Library, scenario: Scenario, url: str) -> None:
+    if scenario.as_recorded:
+        if not lib.eos <= set(welcome.eos):
+            raise ConfigError(f"the verifier at {url} ({welcome.model}) is not what was recorded")
+        return
     if welcome.engine != "emulated" or set(welcome.eos) != lib.eos:
         raise ConfigError(
             f"the verifier at {url} ({welcome.model}, {welcome.engine}) does not say what the devices expect; "
@@ -221,61 +222,6 @@ async def _scrape(url: str) -> Totals:
         drafted=of("spec_decode_num_draft_tokens_total"),
         accepted=of("spec_decode_num_accepted_tokens_total"),
     )
-
-
-def cpu_s(pid: int) -> float | None:
-    """CPU time of a process so far, user and system, all threads; None where there is no /proc."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    user, kernel = stat.rpartition(")")[2].split()[11:13]
-    return (int(user) + int(kernel)) / os.sysconf("SC_CLK_TCK")
-
-
-# --- servers
-
-
-@contextlib.contextmanager
-def verifier(scenario: Scenario, of: System) -> Iterator[Child]:
-    """`wisp serve` with the scenario's hardware and scripts, on loopback. Raises ChildError if it does not start."""
-    with Children() as children:
-        (port,) = free_ports(1)
-        child = children.start("verifier", serve_arguments(scenario, of, port, children.folder), port)
-        with httpx.Client(trust_env=False) as client:
-            child.wait_healthy(client)
-        yield child
-
-
-def serve_arguments(scenario: Scenario, of: System, port: int, folder: Path) -> list[str]:
-    """The command that serves a scenario. `folder` is for files that it reads."""
-    profile = hardware(scenario.hardware)
-    flags = {
-        "engine": "emulated",
-        "target": scenario.hardware,
-        "traces": scenario.traces,
-        "output-tokens": "-".join(map(str, scenario.output_tokens)),
-        "kv-tokens": str(scenario.kv_tokens or profile.kv_tokens),
-        "batching": of.batching,
-        "max-sessions": str(MOST_SESSIONS),
-        "drain-s": "0",
-        "log-level": "warning",
-        "port": str(port),
-    }
-    if scenario.profile_error != 1.0:
-        cost = folder / "cost.json"
-        cost.write_bytes(msgspec.json.encode(first_guess(profile, scenario.profile_error)))
-        flags["cost"] = str(cost)
-    if of.slots:
-        flags["slots"] = str(of.slots)
-    if scenario.acceptance:
-        flags["acceptance"] = str(scenario.acceptance)
-    return [
-        "-m",
-        "wisp.cli",
-        "serve",
-        *(part for name, value in flags.items() for part in (f"--{name}", value)),
-    ]
 
 
 # --- the command
@@ -367,24 +313,14 @@ def _print(runs: list[Figures]) -> None:
     console.print(table)
     for a, b in itertools.pairwise(runs):
         if a.where == "live" and b.where == "simulator":
-            console.print(_differences(a, b))
+            console.print(f"live against simulated ({a.system}, {a.batching}):")
+            for d in differences(a, b):
+                console.print(f"  {d.name} {d}")
     checked, wrong = sum(r.tokens_checked for r in live), sum(r.mismatches for r in live)
     console.print(f"{checked:,} tokens held against their scripts, {wrong} wrong.")
     for r in live:
         for problem in r.machine.problems if r.machine else ():
             console.print(f"NOT VALID ({r.system}, {r.batching}): {problem}", style="bold red")
-
-
-def _differences(live: Figures, simulated: Figures) -> str:
-    lines = [f"live against simulated ({live.system}, {live.batching}):"]
-    for name, aim in AIMS.items():
-        a, b = getattr(live, name), getattr(simulated, name)
-        off = a / b - 1 if b else float("nan")
-        lines.append(f"  {name} {off:+.1%} (aim: within {aim:.0%}{'' if abs(off) <= aim else ', MISSED'})")
-    off = live.attainment - simulated.attainment
-    missed = "" if abs(off) <= ATTAINMENT_AIM else ", MISSED"
-    lines.append(f"  attainment {off * 100:+.1f} points (aim: within {ATTAINMENT_AIM * 100:.0f}{missed})")
-    return "\n".join(lines)
 
 
 def _engine(text: Callable[[Engine], str]) -> Callable[[Figures], str]:

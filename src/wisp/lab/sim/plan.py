@@ -1,8 +1,9 @@
 """`wisp plan`: how many devices a verifier can carry, whether WISP is worth it there, and when it is not.
 
-The fluid bounds of drafting and of serving centrally, times what share of them was reached in simulations; with
-`--simulate`, short simulations at the number of devices asked for, which overrule the estimate. The advice is one of
-four, and two of them say to serve centrally.
+The fluid bounds of drafting and of serving centrally, times what share of them capacity searches reached (`REACHED`:
+by the pace that users expect, since many short steps a second waste more of it than few long ones); with `--simulate`,
+short simulations at the number of devices asked for, which overrule the estimate. The advice is one of four, and two of
+them say to serve centrally.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 from enum import StrEnum
 
 import msgspec
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -21,8 +23,10 @@ from wisp.lab.sim.runs import Job, Runs
 from wisp.lab.sim.scenario import Kit, Scenario, SloClass
 from wisp.lab.sim.systems import System, system
 
-REACHED = {"ours": 0.80, "central": 0.95}  # share of its bound that each reached in simulations
-WORTH_IT = 1.1  # so many times the devices, or it is not worth a drafter on each
+# Share of its bound that each reached, by tokens per second: `fraction` in docs/results/capacity.json, which is
+# `wisp capacity a100-qwen3-32b --policy ours|central --rate 8|16`. A test holds them against that file.
+REACHED = {"ours": {8.0: 0.857, 16.0: 0.872}, "central": {8.0: 0.929, 16.0: 0.797}}
+WORTH_IT = 1.1  # so many times the devices, by the bounds as well, or it is not worth a drafter on each
 CONFIRM_SEEDS = (1, 2)
 TOLERANCE = 0.1
 
@@ -90,7 +94,8 @@ def plan(scenario: Scenario, *, simulate: bool = False, runs: Runs | None = None
     found = {}
     for name in ("ours", "central"):
         limit = bound(scenario, central=name == "central")
-        found[name] = Estimate(round(limit.devices, 1), int(limit.devices * REACHED[name]), limit.limit)
+        share = reached(name, scenario.slo[0].rate)
+        found[name] = Estimate(round(limit.devices, 1), int(limit.devices * share), limit.limit)
     if simulate:
         runs = runs or Runs()
         for name, estimate in found.items():
@@ -99,6 +104,13 @@ def plan(scenario: Scenario, *, simulate: bool = False, runs: Runs | None = None
     ours, central = found["ours"], found["central"]
     verdict = _verdict(n, ours, central)
     return Plan(verdict, n, ours, central, tuple(_reasons(scenario, verdict, ours, central)))
+
+
+def reached(name: str, rate: float) -> float:
+    """Share of its bound to expect of a system: between the rates that were searched by a line, beyond them as at
+    the last."""
+    known = REACHED[name]
+    return float(np.interp(rate, list(known), list(known.values())))
 
 
 def _at_its_best(name: str, scenario: Scenario) -> System:
@@ -120,7 +132,8 @@ def _verdict(n: int, ours: Estimate, central: Estimate) -> Verdict:
         return Verdict.ENOUGH
     if ours.carries(n):
         return Verdict.WISP
-    if ours.devices < WORTH_IT * central.devices or ours.devices < 1:
+    least = min(ours.devices / max(central.devices, 1), ours.bound / max(central.bound, 1.0))
+    if least < WORTH_IT or ours.devices < 1:
         return Verdict.NO_GAIN
     return Verdict.MORE
 

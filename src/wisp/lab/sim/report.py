@@ -12,7 +12,7 @@ import msgspec
 from rich.table import Table
 
 from wisp.core.slo import account, met
-from wisp.lab.sim.scenario import Scenario
+from wisp.lab.sim.scenario import Scenario, SloClass
 from wisp.lab.sim.simulate import Simulation, quantile
 from wisp.lab.sim.world import Request
 
@@ -52,6 +52,7 @@ class Report(msgspec.Struct, frozen=True):
     interference_ms:   by slice: its step's time, less the cost model's for it alone
     wasted_ms:         drafting past a first rejection, in all; ahead_wasted: tokens drafted ahead and thrown away
     price:             what verdicts asked for a draft token, in tokens
+    refused, refusals: requests that were refused for good; times that any was refused
     """
 
     scenario: str
@@ -89,6 +90,8 @@ class Report(msgspec.Struct, frozen=True):
     ahead_wasted: int
     price: Spread
     kv_evictions: int
+    refused: int = 0
+    refusals: int = 0
 
     def benchmark(self) -> dict[str, Any]:
         """As one JSON object, latencies under the names that serving benchmarks use."""
@@ -113,7 +116,9 @@ def report(
         scenario=s.title,
         system=simulation.system.name,
         seed=seed,
-        devices=max((n for _, n in s.population), default=s.devices_n),
+        devices=len(simulation.handsets)
+        if s.open
+        else max((n for _, n in s.population), default=s.devices_n),
         cut=cut,
         simulated_s=round(now, 3),
         arrived=len(window),
@@ -142,6 +147,8 @@ def report(
         ahead_wasted=counts.ahead_wasted,
         price=Spread.of(counts.prices),
         kv_evictions=counts.evicted,
+        refused=sum(r.refused for r in window),
+        refusals=sum(r.refusals for r in window),
     )
 
 
@@ -165,8 +172,11 @@ def _classes(
     scenario: Scenario, window: Sequence[Request], start: float, end: float, now: float
 ) -> tuple[ClassReport, ...]:
     found = []
-    for slo in scenario.slo:
-        of_class = [r for r in window if r.slo == slo.slo]
+    classes = {c.slo: c for c in scenario.slo}
+    for r in window:  # recorded arrivals may bring their own
+        classes.setdefault(r.slo, SloClass(round(1e3 / r.slo.tpot_ms, 3)))
+    for key, slo in classes.items():
+        of_class = [r for r in window if r.slo == key]
         counted = account([r.served() for r in of_class], start, end, now)
         latencies = _latencies(of_class)
         found.append(
@@ -209,6 +219,7 @@ def table(r: Report) -> Table:
     out.add_row("drafting wasted, ms a token", f"{r.wasted_ms / max(r.tokens, 1):.2f}")
     out.add_row("price of a draft token: mean / p99", f"{r.price.mean:.3f} / {r.price.p99:.3f}")
     out.add_row("KV evictions", str(r.kv_evictions))
+    out.add_row("refused for good; refusals in all", f"{r.refused}; {r.refusals}")
     return out
 
 

@@ -112,8 +112,14 @@ def _traces_hash(folder: str) -> str:
 def key(job: Job) -> str:
     """What a run's report is remembered by."""
     data = msgspec.json.encode(msgspec.structs.replace(job, system=_unnamed(job.system)))
-    parts = (data, source_hash().encode(), _traces_hash(job.scenario.traces).encode())
+    parts = (data, source_hash().encode(), _traces_hash(job.scenario.traces).encode(), *_files(job.scenario))
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def _files(scenario: Scenario) -> list[bytes]:
+    """What the files hold that a scenario names, beside traces."""
+    named = [Path(name) for name in (scenario.hardware, scenario.arrivals) if name]
+    return [path.read_bytes() for path in named if path.is_file()]
 
 
 def _unnamed(system: System) -> System:

@@ -13,6 +13,7 @@ from wisp.core.errors import ConfigError
 from wisp.core.slo import Slo
 from wisp.engines.emulated import Hardware, hardware
 from wisp.lab.devices import Device, Link, device
+from wisp.lab.sim.profiled import measured
 
 T = TypeVar("T")
 SHIPPED = Path(__file__).parent / "scenarios"
@@ -47,7 +48,8 @@ class Kit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is asked of a system.
 
-    hardware:      profile of the verifier's engine; kv_tokens, overlap: if other than the profile's
+    hardware:      profile of the verifier's engine, or what `wisp profile --target` wrote of one (*.json)
+    kv_tokens, slots, overlap: if other than the profile's
     prompt_tokens, output_tokens: fewest and most, evenly between; the server learns an answer's end from its
                    end-of-sequence token, as it would live
     max_output:    `max_tokens` of the requests
@@ -56,11 +58,12 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     devices_n:     devices at work, for commands that do not search for it
     population:    pairs [second, devices]: how many are at work from then on; instead of devices_n
     arrivals_per_s: open loop: requests come by themselves at this rate, each from a device of its own
-    arrivals:      file of recorded arrivals instead (JSON lines: at_s, prompt_tokens; optional rate)
+    arrivals:      file of recorded arrivals instead, see `Arrival`
     traces, domain, acceptance: what target and drafter say; acceptance states a share instead of the recorded one
+    as_recorded:   each request is a recorded one, prompt and answer whole, so that the recorded target says the same
     warmup_s, window_s, drain_s: only requests that arrive in the window count
-    retries:       times that a refused request is sent again after Retry-After (OpenAI's SDK does so twice); its time
-                   to the first token counts from the first attempt
+    retries:       times that a refused request is sent again after Retry-After (OpenAI's SDK does so twice). It stays
+                   one request, and its time to the first token counts from the first attempt
     vanish:        share of devices that are switched off in mid-sentence, at random times of the window
     profile_error: factor on the cost model that the server starts with
     """
@@ -70,6 +73,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slo: tuple[SloClass, ...]
     devices: tuple[Kit, ...] = (Kit("100"),)
     kv_tokens: int = 0
+    slots: int = 0
     overlap: float = 0.0
     prompt_tokens: tuple[int, int] = (60, 200)
     output_tokens: tuple[int, int] = (100, 300)
@@ -82,6 +86,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     traces: str = "data/traces"
     domain: str = ""
     acceptance: float = 0.0
+    as_recorded: bool = False
     warmup_s: float = 40.0
     window_s: float = 120.0
     drain_s: float = 60.0
@@ -107,10 +112,20 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def profile(self) -> Hardware:
         """The hardware profile, as changed. Raises ConfigError."""
+        if self.hardware.endswith(".json"):
+            return measured(Path(self.hardware), self.slots, self.kv_tokens)
         found = hardware(self.hardware)
         return msgspec.structs.replace(
-            found, kv_tokens=self.kv_tokens or found.kv_tokens, overlap=self.overlap or found.overlap
+            found,
+            kv_tokens=self.kv_tokens or found.kv_tokens,
+            slots=self.slots or found.slots,
+            overlap=self.overlap or found.overlap,
         )
+
+    @property
+    def open(self) -> bool:
+        """Do requests come by themselves, whether or not devices have their answers?"""
+        return bool(self.arrivals or self.arrivals_per_s)
 
     @property
     def most_output(self) -> int:
@@ -122,19 +137,30 @@ def pick(source: random.Random, items: Sequence[T], shares: Sequence[float]) -> 
     return source.choices(items, shares)[0]
 
 
-class _Arrival(msgspec.Struct, frozen=True):
+class Arrival(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A line of a file of arrivals. rate: tokens per second that this user expects (0: as the scenario's first class
+    says)."""
+
     at_s: float
     prompt_tokens: int
     rate: float = 0.0
 
 
 def recorded_arrivals(path: Path, usual: SloClass) -> Iterator[tuple[float, int, SloClass]]:
-    """(second, tokens of the prompt, class) of each line of a file of arrivals. Raises ConfigError."""
+    """(second, tokens of the prompt, class) of each line of a file of arrivals, in order of time.
+
+    A file that is not there is looked for beside the scenarios that ship. Raises ConfigError.
+    """
+    found = path if path.is_file() else SHIPPED / path
     try:
-        lines = msgspec.json.Decoder(_Arrival).decode_lines(path.read_bytes())
-    except (OSError, msgspec.DecodeError) as error:
+        lines = msgspec.json.Decoder(Arrival).decode_lines(found.read_bytes())
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the arrivals {path}: {error}") from None
     for line in sorted(lines, key=lambda line: line.at_s):
+        if line.at_s < 0 or line.prompt_tokens < 1 or line.rate < 0:
+            raise ConfigError(
+                f"the arrivals {path}: at_s and rate must not be negative, prompt_tokens at least 1"
+            )
         slo = msgspec.structs.replace(usual, rate=line.rate) if line.rate else usual
         yield line.at_s, line.prompt_tokens, slo
 

@@ -61,6 +61,7 @@ class Library:
         self.off: dict[int, list[tuple[int, Foretold]]] = {}
         self.pieces: list[range] = []  # a trace's positions, its end of sequence left out
         self.ends: list[int] = []  # positions of ends of sequence
+        self.prompts: list[list[int]] = []  # of each trace
         parts = [t.signals for t in traces] + [t.off[i].signals for t in traces for i in sorted(t.off)]
         heat = [t.sampling.temperature for t in traces for _ in range(len(t))]
         heat += [t.sampling.temperature for t in traces for i in sorted(t.off) for _ in t.off[i].tokens]
@@ -71,6 +72,7 @@ class Library:
             first = len(self.target)
             self.target += t.target.tolist()
             self.draft += t.draft.tolist()
+            self.prompts.append(t.prompt.tolist())
             stopped = t.finish == "stop"
             self.pieces.append(range(first, len(self.target) - stopped))
             if stopped:
@@ -79,6 +81,7 @@ class Library:
                 self.off[first + i] = _path(t.off[i], foretold[at:])
                 at += len(t.off[i].tokens)
         self.signals = foretold[: len(self.target)]
+        self.stops = frozenset(self.ends)
         self.eos = frozenset(self.target[i] for i in self.ends)
         inside = [p for piece in self.pieces for p in piece]
         self.agreed = [p for p in inside if p not in self.off]
@@ -113,10 +116,14 @@ def _foretell(
 
 
 class Script:
-    """One generation: `tokens` are the target's, the last an end of sequence."""
+    """One generation: `tokens` are the target's, the last an end of sequence. prompt: what it answers, if that is
+    known."""
 
-    def __init__(self, library: Library, positions: list[int], end: int) -> None:
+    def __init__(
+        self, library: Library, positions: list[int], end: int, prompt: list[int] | None = None
+    ) -> None:
         self.library = library
+        self.prompt = prompt
         self.positions = [*positions, end]
         target = library.target
         self.tokens = [target[p] for p in self.positions]
@@ -181,6 +188,18 @@ class Scripts:
                 pool = library.agreed if source.random() < self.acceptance else library.differed
                 positions.append(source.choice(pool))
         return Script(library, positions[:n], source.choice(library.ends))
+
+
+class Recorded(Scripts):
+    """Traces as they are, each whole and behind its own prompt."""
+
+    def _write(self, source: random.Random) -> Script:
+        library = self.library
+        i = source.randrange(len(library.prompts))
+        piece = library.pieces[i]
+        stopped = piece.stop in library.stops
+        *positions, end = range(piece.start, piece.stop + stopped)
+        return Script(library, positions, end, library.prompts[i])
 
 
 @functools.lru_cache(maxsize=4)

@@ -19,7 +19,7 @@ from wisp.engines.emulated import EmulatedTarget, Hardware
 from wisp.lab.devices import Device, Link
 from wisp.lab.sim.profiled import profiled
 from wisp.lab.sim.scenario import Scenario, SloClass, pick, recorded_arrivals
-from wisp.lab.sim.scripts import Scripts, library
+from wisp.lab.sim.scripts import Recorded, Scripts, library
 from wisp.lab.sim.systems import System
 from wisp.lab.sim.timeline import Timeline
 from wisp.lab.sim.world import Cloud, Counts, Handset, Request, Uplink
@@ -72,7 +72,7 @@ class Fleet:
     def begin(self) -> None:
         """Have devices come and go as the scenario says."""
         s = self.scenario
-        if s.arrivals or s.arrivals_per_s:
+        if s.open:
             self._next_arrival(self._arrivals())
             return
         for at, n in s.population or ((0.0, s.devices_n),):
@@ -139,9 +139,10 @@ class Fleet:
 
     def _request(self, handset: Handset, slo: SloClass, n_prompt: int, source: random.Random) -> None:
         prompt = [source.getrandbits(30) % self.n_vocab for _ in range(n_prompt)]
-        request = Request(
-            source.getrandbits(32), prompt, slo.slo, handset.index, self.env.now, self.scenario.most_output
-        )
+        seed = source.getrandbits(32)
+        if self.scenario.as_recorded:
+            prompt = self.scripts.script(seed).prompt or prompt
+        request = Request(seed, prompt, slo.slo, handset.index, self.env.now, self.scenario.most_output)
         self.requests.append(request)
         handset.start(request)
 
@@ -185,12 +186,11 @@ class Simulation(Fleet):
     """A scenario under a system, under a seed, in virtual time."""
 
     def __init__(self, scenario: Scenario, system: System, seed: int, *, trace: bool = False) -> None:
-        lib = library(Path(scenario.traces), scenario.domain)
-        scripts = Scripts(lib, scenario.output_tokens, scenario.acceptance or None)
-        profile = scenario.profile
+        scripts, profile = scripts_of(scenario), scenario.profile
         if system.slots:
             profile = msgspec.structs.replace(profile, slots=system.slots)
-        engine = EmulatedTarget(scenario.hardware, profile, scripts.token, n_vocab=1 << 31, eos=lib.eos)
+        eos = scripts.library.eos
+        engine = EmulatedTarget(scenario.hardware, profile, scripts.token, n_vocab=1 << 31, eos=eos)
         env, counts = Timeline(), Counts()
         cloud = Cloud(
             env,
@@ -219,6 +219,13 @@ class Simulation(Fleet):
         while self.env.now < late and self.busy():
             self.env.run(until=min(late, self.env.now + 1.0))
         return self.outcome()
+
+
+def scripts_of(scenario: Scenario) -> Scripts:
+    """What target and drafter say in a scenario. Raises ConfigError."""
+    lib = library(Path(scenario.traces), scenario.domain)
+    kind = Recorded if scenario.as_recorded else Scripts
+    return kind(lib, scenario.output_tokens, scenario.acceptance or None)
 
 
 def first_guess(profile: Hardware, error: float) -> Coefficients:

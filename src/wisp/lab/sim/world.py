@@ -38,7 +38,10 @@ MAX_DRAFT = 32
 
 @dataclass
 class Request:
-    """One request and what became of it. Times in seconds, measured at the user."""
+    """One request of a user and what became of it, however often it had to be sent. Times in seconds, at the user.
+
+    refusals: times that it was refused; refused: for good
+    """
 
     seed: int
     prompt: list[int]
@@ -341,9 +344,9 @@ class Handset:
         except RequestError as error:
             request.refusals += 1
             pause = error.retry_after or 1.0
-            if request.refusals <= self.retries:
+            if error.retry_after and request.refusals <= self.retries:
                 self.request = None
-                self.env.after(pause, lambda _: None if self.gone else self.start(request))
+                self.env.after(pause, lambda _: self._again(request))
                 return
             request.ok, request.refused, request.ended = False, True, self.env.now
             self._finish(request, pause)
@@ -356,6 +359,13 @@ class Handset:
             self._carry_out(actions)
         if drafter.phase is Phase.DONE:
             self._finish(request, 0.0)
+
+    def _again(self, request: Request) -> None:
+        """Its user has waited as long as the refusal said."""
+        if self.gone:
+            request.ok, request.ended = False, self.env.now
+        else:
+            self.start(request)
 
     def _finish(self, request: Request, pause: float) -> None:
         self.counts.ahead_wasted += self.drafter.wasted

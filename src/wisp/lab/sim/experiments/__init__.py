@@ -6,8 +6,7 @@ Each module has three functions:
     lines(data)      -> Markdown        what came out
     draw(data, path)                    and a picture of it
 
-How well the simulator foretells a live server is measured by `wisp fleet --against-simulator`, which is no part of
-this: it needs real time. To show it beside these, add its module here.
+`reality` alone runs in real time, against live servers: how well the simulator foretells them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from types import ModuleType
 from rich.console import Console
 
 from wisp.core.errors import ConfigError
-from wisp.lab.sim.experiments import ablations, bursts, regimes, table
+from wisp.lab.sim.experiments import ablations, bursts, reality, regimes, table
 from wisp.lab.sim.experiments.page import write
 from wisp.lab.sim.runs import Runs
 
@@ -27,6 +26,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "regimes": regimes,
     "bursts": bursts,
     "ablations": ablations,
+    "reality": reality,
 }
 
 

@@ -1,4 +1,11 @@
-"""Bursts: who keeps their pace while several times the usual load is asked for, and how soon it is over."""
+"""Bursts: who keeps their pace while several times the usual load is asked for, and how soon it is over.
+
+What counts is a user's request, once, however often it had to be sent. Who is refused asks again when Retry-After says
+so, until served; the time to the first token counts from the first attempt. So refusing early and serving late are
+measured alike: neither user had an answer in time. What refusing is good for (the server spends nothing on answers
+that come too late, and keeps the others in time) shows in goodput and in who is met; what it does to users, in how
+many were refused and how often.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +74,11 @@ def spikes(scenario: Scenario) -> list[tuple[float, float, int]]:
 
 
 def burst(job: Burst) -> dict[str, Any]:
-    """Attainment by class, in all and of what arrived in each spike; and the seconds until all was well again."""
+    """Attainment by class, in all and of what arrived in each spike; and the seconds until all was well again.
+
+    requests: distinct ones per second of the window; met: those that met their SLO
+    refused:  share that was refused at least once; refusals: how often, on average, a request was
+    """
     simulation = Simulation(job.scenario, system(job.system), job.seed)
     outcome = simulation.run()
     now, s = outcome.now, job.scenario
@@ -78,8 +89,11 @@ def burst(job: Burst) -> dict[str, Any]:
     ends = [at for at, _, _ in periods[1:]] + [s.warmup_s + s.window_s]
     return {
         "all": _share(window, now),
+        "requests": outcome.account.arrived / s.window_s,
+        "met": outcome.account.met / s.window_s,
         "goodput": outcome.account.goodput,
-        "refused": fmean([r.refused for r in window]),
+        "refused": fmean([r.refusals > 0 for r in window]),
+        "refusals": fmean([r.refusals for r in window]),
         "classes": {name: _share(of[name], now) for name in names},
         "spikes": [
             {name: _share([r for r in of[name] if at <= r.arrived < until], now) for name in names}
@@ -137,20 +151,28 @@ def lines(data: Data) -> list[str]:
         "Classes of 2, 4, 6 and 8 tokens/s, a quarter of the requests each, on one A100 with Qwen3-32B; a few dozen "
         "devices, and spikes far beyond what the server can carry: the fluid bound for this mix is "
         f"{data['bound']:.0f} devices with drafts and {data['bound_central']:.0f} without, and both are limits of KV "
-        "where that is scarce. `central` has its best cap on running sequences. Means over seeds. A refused request "
-        "counts as missed, and its device asks again a second later: refusing many costs attainment, not goodput.",
+        "where that is scarce. `central` has its best cap on running sequences. Means over seeds.",
+        "",
+        "Every request of a user counts once, however often it had to be sent. Who is refused asks again after the "
+        "Retry-After that it was told, until it is served, and its time to the first token counts from the first "
+        "attempt: to be refused and served later is as late as to wait in a queue. `requests` and `met` are per "
+        "second (devices that wait longer ask less often, so a slow system is asked for less); `refused` is the share "
+        "of requests that were refused at least once, `times` how often a request was refused on average.",
         "",
         "## SLO attainment of all requests, by class",
         "",
         *markdown(
-            ("system", *names, "all", "refused", "goodput"),
+            ("system", *names, "all", "requests", "met", "goodput, tokens/s", "refused", "times"),
             (
                 (
                     s,
                     *(f"{of['classes'][n]:.0%}" for n in names),
                     f"{of['all']:.0%}",
-                    f"{of['refused']:.0%}",
+                    f"{of['requests']:.2f}",
+                    f"{of['met']:.2f}",
                     f"{of['goodput']:.0f}",
+                    f"{of['refused']:.0%}",
+                    f"{of['refusals']:.1f}",
                 )
                 for s, of in systems.items()
             ),

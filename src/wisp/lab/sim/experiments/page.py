@@ -80,7 +80,8 @@ def write(name: str, module: ModuleType, *, quick: bool, runs: Runs, out: Path) 
     lines: list[str] = module.lines(data)
     title, *rest = lines
     short = ["", "**A quick run: few cells, short windows. Its figures mean little.**"] if quick else []
-    page = [f"# {title}", "", f"`{command}`, {today}, wisp {__version__}. {MODELLED}", *short, ""]
+    about = getattr(module, "ABOUT", MODELLED)
+    page = [f"# {title}", "", f"`{command}`, {today}, wisp {__version__}. {about}", *short, ""]
     page += [f"![{title}]({name}.png)", "", *rest]
     (out / f"{name}.md").write_text("\n".join(page) + "\n")
     return seconds
