@@ -19,9 +19,13 @@ ROWS_A_SLICE = 2.5  # what a session brings to a step
 FILLED = 1.05  # of what the cost model offers, to begin with
 LEAST_FILLED, MOST_FILLED = 0.7, 1.15  # however many were late, or in time
 IN_TIME, LATE = 0.0006, -0.0094  # what an answer changes: at rest, six in a hundred are late
+BACK = 0.002  # of the way back to where it began, with every answer: a burst is forgotten
 KV_OVERBOOKING = 1.1  # contexts of sessions that wait for their first token are not there yet
 TOO_MANY = 0.6  # share of sessions that are behind
-READING = 0.5  # share of the rows until a first token is due that prompts may ask for
+READING = (
+    0.5,
+    0.8,
+)  # share of the rows until a first token is due that prompts may ask for: what decoding leaves
 
 
 class Flow:
@@ -35,7 +39,7 @@ class Flow:
 
     def ended(self, tokens: int, seconds: float, in_time: bool) -> None:
         """An answer is complete."""
-        self.filled += IN_TIME if in_time else LATE
+        self.filled += (IN_TIME if in_time else LATE) + BACK * (FILLED - self.filled)
         self.filled = min(max(self.filled, LEAST_FILLED), MOST_FILLED)
         self.answer_tokens += 0.05 * (tokens - self.answer_tokens)
         self.answer_s += 0.05 * (seconds - self.answer_s)
@@ -45,7 +49,8 @@ def check(
     sessions: Iterable[Session], newcomer: Session, cost: CostModel, kv_tokens: int, flow: Flow
 ) -> None:
     """Raises Refusal where `newcomer`, which has an SLO, would be late or make others late."""
-    asked = kv = unread = 0.0  # rows per second; tokens; prompt tokens of those without a first token
+    asked = decoding = 0.0  # rows per second, with and without those of prompts
+    kv = unread = 0.0  # tokens, and those of prompts of sessions without a first token
     running = behind = 0
     paces = []
     for s in (*sessions, newcomer):
@@ -55,6 +60,7 @@ def check(
         if not s.tpot_s:
             continue
         asked += (ROWS_A_TOKEN + s.n_prompt / tokens) / s.tpot_s
+        decoding += ROWS_A_TOKEN / s.tpot_s
         paces.append(s.tpot_s * (s.usual + 1.0) / 2.0)
         if s.n_committed and not s.late:
             running += 1
@@ -74,7 +80,8 @@ def check(
     # Who waits for a first token asks for nothing yet, and so many may wait at a time.
     if asked > flow.filled * (1.0 + waiting) * offered and len(paces) > 1:
         raise Refusal("overloaded", "this verifier could not keep the pace asked for", wait_s)
-    if ttft_s and running and unread > READING * offered * ttft_s:
+    left = min(max(1.0 - decoding / max(offered, 1e-9), READING[0]), READING[1])
+    if ttft_s and running and unread > left * offered * ttft_s:
         raise Refusal("overloaded", "too many prompts wait to be read", wait_s)
 
 

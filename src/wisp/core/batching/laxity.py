@@ -193,7 +193,7 @@ class _Step:
         n = len(self.paces)
         overloaded = self.behind > TOO_MANY * n
         at_once = self.at_ease or not self.grants
-        step_s = self.ms(self.load) / 1e3
+        step_s = self._step_s()
         budget = 0.0
         for i, w in enumerate(self.prompts):
             if self._full(2.0 * self.longest_ms):
@@ -202,7 +202,7 @@ class _Step:
             if overloaded and w.first and not w.late and not w.cached:
                 self._leave(w.new)
                 continue
-            time = w.due - self.now - SAFETY_S
+            time = self._time(w)
             budget += w.new * min(1.0, step_s / max(time, step_s))
             urgent = time < 2.0 * step_s
             tokens = w.new if at_once or urgent else min(w.new, math.ceil(budget))
@@ -210,6 +210,17 @@ class _Step:
             budget -= read
             if read < w.new:
                 self._leave(w.new - read)
+
+    def _time(self, w: Work) -> float:
+        """Seconds left to read a prompt."""
+        return w.due - self.now - SAFETY_S
+
+    def _step_s(self) -> float:
+        """How long the step will be with what is to be read in it, which is the more the longer it is."""
+        bare_s, longest_s = self.step_ms / 1e3, self.longest_ms / 1e3
+        rate = sum(w.new / max(self._time(w), bare_s) for w in self.prompts)
+        share = rate * self.limits.cost.token_ms(self.load) / 1e3
+        return max(bare_s, min(bare_s / (1.0 - share), longest_s) if share < 1.0 else longest_s)
 
     def others(self) -> None:
         """Who has no due time comes last, and is not made to wait for ever."""
