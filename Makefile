@@ -57,7 +57,7 @@ check-lossless: setup
 bench-overhead: setup  ## what a verification costs beside the engine
 	$(BIN)/wisp bench-overhead
 
-bench: setup  ## every simulated experiment: pages, data and plots, in two processes
+bench: setup  ## every experiment: pages, data and plots, in two processes; `reality` needs the machine to itself
 	$(BIN)/wisp experiments --out docs/results --jobs 2
 
 bench-drafting: setup  ## drafting policies over a grid of devices, links and verifiers, on the shipped traces

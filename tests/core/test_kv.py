@@ -100,3 +100,46 @@ def test_room_is_made_of_leftovers_before_owners() -> None:
     assert pool.held == 60
     assert pool.fit(60, lambda s: s != 0) == [0]
     assert pool.held == 30
+
+
+def oldest_that_may_go(pool: KvPool, evictable: set[int]) -> int | None:
+    """What `_victim` chooses, by a look at every slot."""
+    ranks = [
+        (2 if s.owner is not None else 1 if s.tokens else 0, s.used, s.index)
+        for s in pool.slots
+        if s.owner is None or s.owner in evictable
+    ]
+    return min(ranks)[2] if ranks else None
+
+
+def longest_shared(pool: KvPool, key: str, chain: list[int]) -> int:
+    """How much of a chain some slot of that key holds, by a look at every slot."""
+    return max((common_prefix(s.tokens, chain) for s in pool.slots if s.key == key), default=0)
+
+
+@given(st.lists(st.tuples(st.sampled_from("adegr"), st.integers(0, 3), st.integers(0, 40)), max_size=60))
+def test_a_slot_is_found_that_a_look_at_every_slot_would_find(what: list[tuple[str, int, int]]) -> None:
+    pool = KvPool(4, 100, 200)
+    for now, (do, slot, n) in enumerate(what):
+        session, key, idle = 100 + now, "ab"[n % 2], {100 + i for i in range(now) if (i + n) % 3}
+        chain = [n % 3, n % 5, *range(n)]
+        shared = longest_shared(pool, key, chain[:-1])
+        held, victim = pool.slots[slot], oldest_that_may_go(pool, idle)
+        if do == "a":
+            placement = pool.acquire(float(now // 2), session, key, chain, idle.__contains__)
+            assert (placement is None) == (victim is None)
+            if placement is not None:
+                assert placement.start in (0, shared)
+                assert placement.slot == victim or placement.start == shared > 0
+        elif do == "d":
+            pool.drop(slot)
+        elif do == "e":
+            pool.fit(n * 5, lambda handle, idle=idle: handle not in idle)
+        elif held.owner is not None and do == "g":
+            pool.grow(float(now // 2), slot, chain)
+        elif held.owner is not None:
+            pool.release(slot, keep=True)
+        assert pool.held == sum(len(s.tokens) for s in pool.slots)
+        assert pool.owned_slots == sum(s.owner is not None for s in pool.slots)
+        owners = sum(len(s.tokens) for s in pool.slots if s.owner in idle or s.owner is None)
+        assert pool.room(lambda handle, idle=idle: handle not in idle) == pool.unused + owners

@@ -48,7 +48,7 @@ def test_reality_is_run_live_on_both_engines_and_no_token_is_wrong(tmp_path: Pat
             "p99_ttft_ms",
         }
     page = (tmp_path / "reality.md").read_text()
-    assert "(aim: within 5 points" in page
+    assert "points (aim: within 5" in page
     assert "exact mode" in page
 
 

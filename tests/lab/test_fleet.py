@@ -17,7 +17,7 @@ from wisp.cli import app
 from wisp.core.errors import ConfigError, UnavailableError
 from wisp.engines.emulated import HARDWARE
 from wisp.lab.children import Child
-from wisp.lab.sim import figures, fleet
+from wisp.lab.sim import figures, serving
 from wisp.lab.sim.figures import Figures, Watching
 from wisp.lab.sim.fleet import check_live, run_live, verifier
 from wisp.lab.sim.live import Clock, Sockets
@@ -145,7 +145,7 @@ def test_devices_come_go_and_vanish(quick: Scenario, server: Child) -> None:
 
 def test_a_full_verifier_is_asked_again_later(quick: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that are refused count as missed, and their devices wait as they are told."""
-    monkeypatch.setattr(fleet, "MOST_SESSIONS", 3)
+    monkeypatch.setattr(serving, "MOST_SESSIONS", 3)
     with verifier(quick, system("ours")) as child:
         found = play(quick, "ours", child)
     assert found.refused > 0
@@ -169,7 +169,7 @@ def test_the_simulator_says_about_the_same(quick: Scenario, ours: Figures) -> No
 def test_a_verifier_that_says_something_else_is_refused(
     quick: Scenario, server: Child, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library(Path(quick.traces)), "eos", frozenset({1}))
+    monkeypatch.setattr(library(Path(quick.traces), quick.domain), "eos", frozenset({1}))
     with pytest.raises(ConfigError, match="does not say what the devices expect"):
         play(quick, "ours", server)
 

@@ -205,10 +205,9 @@ class Gain:
         self.judgement.observe(odds, accepted)
 
     def more(self, view: View) -> bool:
-        unsent = view.unsent
+        unsent, pace = view.unsent, view.pace
         if len(unsent) >= self.longest:
             return False
-        pace = view.pace
         speed = pace.speed(self.longest)
         chance = math.prod(unsent) * pace.acceptance.value
         return chance > pace.draft.value * speed + self._verify_cost(pace, speed)

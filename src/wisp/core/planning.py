@@ -17,9 +17,11 @@ from wisp.core.cost import CostModel, Load, load_of
 from wisp.core.events import Limits, Run
 from wisp.core.kv import KvPool
 from wisp.core.pressure import Pressure
-from wisp.core.session import Event, Session, State
+from wisp.core.session import PARKED, READY, WAITING, Event, Session
 from wisp.core.work import Copy, Slice
 
+DRAFT, PICKED = Event.DRAFT, Event.PICKED
+PREFILL, VERIFY, DECODE = Kind
 SHORT = 8  # tokens; a session that has no more than this to catch up on need not be cut into chunks
 
 
@@ -37,12 +39,12 @@ class Files:
         s.work = None
         handle, state = s.handle, s.state
         self._take_out(handle)
-        if state is State.READY:
+        if state is READY:
             self.ready[handle] = s
-        elif state is State.WAITING:
+        elif state is WAITING:
             if s.slot is not None and s.connection >= 0:
                 self.absent[handle] = s
-        elif state is State.PARKED:
+        elif state is PARKED:
             self.parked[handle] = s
 
     def remove(self, s: Session) -> None:
@@ -123,7 +125,7 @@ class Planner:
 
         def evictable(handle: int) -> bool:
             s = sessions[handle]
-            return s.state is State.PARKED or (s.state is State.WAITING and s.since <= silent_since)
+            return s.state is PARKED or (s.state is WAITING and s.since <= silent_since)
 
         return evictable
 
@@ -183,9 +185,9 @@ class Planner:
         s = self.files.sessions[grant.session]
         slot, start, chain = s.slot, s.cached, s.chain
         assert slot is not None
-        if s.state is State.WAITING:  # decode for an edge that is still drafting
-            s.go(Event.DRAFT)
-        s.go(Event.PICKED)
+        if s.state is WAITING:  # decode for an edge that is still drafting
+            s.go(DRAFT)
+        s.go(PICKED)
         self.files.put(s)
         end = min(start + grant.tokens, len(chain))
         last = end == len(chain)
@@ -198,7 +200,7 @@ class Planner:
             tokens=chain[start:end] + draft,
             n_draft=len(draft),
             sample=last,
-            position=s.n_committed,
+            position=len(chain) - s.n_prompt,
             sampling=s.sampling,
             logprobs=s.logprobs,
         )
@@ -212,7 +214,7 @@ def work_of(s: Session) -> Work:
     # In the order of Work's fields, which makes a struct of so many in a fraction of the time.
     s.work = work = Work(
         session=s.handle,
-        kind=Kind.PREFILL if missing > SHORT else Kind.VERIFY if n_draft else Kind.DECODE,
+        kind=PREFILL if missing > SHORT else VERIFY if n_draft else DECODE,
         new=missing + n_draft,
         cached=cached,
         n_draft=n_draft,
@@ -224,7 +226,7 @@ def work_of(s: Session) -> Work:
         gain=s.expected(n_draft),
         usual=s.usual,
         room=s.max_tokens - length + s.n_prompt,
-        absent=s.state is State.WAITING,
+        absent=s.state is WAITING,
         first=first,
         lag_s=0.0 if first else s.lag_s_if(due),
         late=s.late,

@@ -51,6 +51,9 @@ class Event(Enum):
     __hash__ = object.__hash__
 
 
+# Found sooner than through their class, where each of a thousand sessions is looked at.
+READY, RUNNING, WAITING, PARKED, ORPHANED, DOOMED, ENDED = State
+
 S, E = State, Event
 TRANSITIONS: dict[State, dict[Event, State]] = {
     S.READY: {

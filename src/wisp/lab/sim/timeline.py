@@ -44,4 +44,6 @@ class Timeline(simpy.Environment):
             callbacks, event.callbacks = event.callbacks, None
             for callback in callbacks:
                 callback(event)
+            if not event._ok and not hasattr(event, "_defused"):
+                raise event._value
         self.now = self._now = until
