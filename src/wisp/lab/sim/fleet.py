@@ -3,6 +3,7 @@
     for each batching policy:  start a server (or use the one given), run the fleet, stop the server
     then, if asked:            simulate the same, and show both side by side
 
+The server may be a front of several verifiers, and its model a real one: then devices ask what was recorded of it.
 Every committed token is held against the script. A run counts as valid only if the machine kept up with it: the
 devices' event loop, which is late where it is overloaded, and the verifier's, which then answers pings late.
 """
@@ -13,6 +14,7 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -35,8 +37,9 @@ from wisp.engines.emulated import hardware
 from wisp.lab.children import Child, Children, free_ports
 from wisp.lab.sim.figures import Engine, Figures, Machine, Totals, Watched, Watching, figures
 from wisp.lab.sim.live import Clock, Sockets
+from wisp.lab.sim.recorded import Asking, recorded_of
 from wisp.lab.sim.scenario import Scenario, load_scenario
-from wisp.lab.sim.scripts import Library, Scripts, library
+from wisp.lab.sim.scripts import Scripts, library
 from wisp.lab.sim.simulate import Fleet, first_guess, quantile
 from wisp.lab.sim.systems import System, system
 from wisp.lab.sim.world import Counts
@@ -81,13 +84,11 @@ async def run_live(
     Raises ConfigError where that verifier does not serve the scenario's scripts, UnavailableError if it goes away.
     """
     check_live(scenario, of)
-    lib = library(Path(scenario.traces))
-    scripts = Scripts(lib, scenario.output_tokens, scenario.acceptance or None)
     sockets = Sockets(url, api_key)
     most = max(n for _, n in scenario.population or ((0.0, scenario.devices_n),))
     welcome = await sockets.connect(most)
     try:
-        _check_verifier(welcome, lib, url)
+        kind, scripts = _said_by(welcome, scenario, url)
     except ConfigError:
         await sockets.close()
         raise
@@ -96,7 +97,7 @@ async def run_live(
     env = simpy.Environment()
     broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     clock = sockets.clock = Clock(env, lambda error: None if broken.done() else broken.set_exception(error))
-    fleet = Live(scenario, of, seed, env, sockets, scripts, Counts(), welcome.n_vocab)
+    fleet = kind(scenario, of, seed, env, sockets, scripts, Counts(), welcome.n_vocab)
     pings: list[float] = []
     probe = asyncio.create_task(sockets.probe(pings))
     try:
@@ -127,7 +128,10 @@ async def run_live(
             await until(min(end + scenario.drain_s, clock.now + 0.5))
         clock.happen(lambda: None)
         found = figures(fleet, where="live", seed=seed)
-        found.engine = Engine.between(a.totals, b.totals, b.wall - a.wall)
+        if not sockets.redirects:  # a front has no engine, and its replicas' counters end with their lives
+            found.engine = Engine.between(a.totals, b.totals, b.wall - a.wall)
+        if isinstance(fleet, Asking):  # no hardware profile says what its steps would have taken alone
+            found.mean_interference_ms = found.p99_interference_ms = math.nan
         found.machine = _machine(a, b, clock.lags_ms, pings)
         return found
     finally:
@@ -160,12 +164,18 @@ def check_live(scenario: Scenario, of: System) -> None:
         kit.build()
 
 
-def _check_verifier(welcome: Welcome, lib: Library, url: str) -> None:
+def _said_by(welcome: Welcome, scenario: Scenario, url: str) -> tuple[type[Fleet], Scripts]:
+    """What a verifier says, and the fleet that asks for it. Raises ConfigError if that is not what devices expect."""
+    folder = Path(scenario.traces)
+    if welcome.engine not in ("emulated", "null"):
+        return Asking, recorded_of(welcome, folder)
+    lib = library(folder)
     if welcome.engine != "emulated" or set(welcome.eos) != lib.eos:
         raise ConfigError(
             f"the verifier at {url} ({welcome.model}, {welcome.engine}) does not say what the devices expect; "
             "start it with --engine emulated and the scenario's --traces and --output-tokens, or leave out --server"
         )
+    return Live, Scripts(lib, scenario.output_tokens, scenario.acceptance or None)
 
 
 def _machine(a: Mark, b: Mark, lags_ms: list[float], pings_ms: list[float]) -> Machine:
