@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -677,8 +678,14 @@ def test_a_fleet_of_devices_gets_the_targets_texts_whatever_becomes_of_the_repli
     front = Front(fleet, replicas=replicas, launcher=launcher)
 
     def meanwhile() -> None:
-        eventually(lambda: sum(front.placed().values()) >= 40 * replicas, 60)
-        assert balanced(front.placed()), front.placed()
+        at_once: list[dict[str, float]] = []  # sessions, by replica
+        while len(at_once) < 40 or sum(front.placed().values()) < 40 * replicas:
+            sessions = {name: float(r["sessions"]) for name, r in front.replicas().items()}
+            if sum(sessions.values()) > DEVICES / 2:  # not between two runs
+                at_once.append(sessions)
+            time.sleep(0.1)
+        mean = {name: sum(seen[name] for seen in at_once) / len(at_once) for name in at_once[0]}
+        assert balanced(mean), mean
         front.kill("r2")
         eventually(lambda: front.replicas()["r2"]["restarts"] == 1, 30)
         front.wait_up(replicas)
@@ -694,7 +701,7 @@ def test_a_fleet_of_devices_gets_the_targets_texts_whatever_becomes_of_the_repli
     runs = asyncio.run(_play(front.url, recorded, meanwhile))
     assert [(f.mismatches, f.failed, f.refused, f.unfinished) for f in runs] == [(0, 0, 0, 0)] * len(runs)
     answers = sum(f.completed for f in runs)
-    assert answers == sum(f.arrived for f in runs) > 40 * replicas
+    assert answers == sum(f.arrived for f in runs) > 40
     assert sum(f.tokens_checked for f in runs) > 50 * answers
     assert len(re.findall(r"replica r1: \d+ sessions moved", front.process.log())) == 1
     placed = sum(front.placed().values())

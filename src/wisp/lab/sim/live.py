@@ -137,7 +137,7 @@ class Line:
         self.wires: dict[str, Wire] = {}
         self.at = HOME
         self.session = ""
-        self.opening: Open | None = None  # said, and not answered by a verdict yet
+        self.opening: Open | None = None  # said at home, and to be said again where that sends it
         self.since: list[Draft] = []  # said after it
         self.avoid = ""
         self.trips = 0  # back home in vain, since the last verdict
@@ -162,6 +162,7 @@ class Line:
         self.say(self.opening)
         for draft in self.since:
             self.say(draft)
+        self.opening = None
 
     def verdict(self) -> None:
         """The session is where it is."""
@@ -264,9 +265,8 @@ class Sockets:
         """Connect a line to another address. Raises UnavailableError, ConfigError or ProtocolError."""
         url = redirected_url(self.url, address) if address else self.url
         heard = functools.partial(self._heard, index, address)
-        line.wires[address], welcome = await self._wire(
-            url, heard, functools.partial(self._broken, index, address)
-        )
+        broken = functools.partial(self._broken, index, address)
+        line.wires[address], welcome = await self._wire(url, heard, broken)
         return welcome
 
     async def _wire(
@@ -294,6 +294,8 @@ class Sockets:
             if isinstance(error, InvalidStatus) and error.response.status_code in (401, 403):
                 raise ConfigError(f"the verifier at {url} refused our key; set WISP_API_KEY") from None
             raise UnavailableError(f"no verifier at {url}: {str(error) or 'no answer'}") from None
+        if wire.ended:  # in the same moment
+            raise UnavailableError(f"the verifier at {url} went away")
         first = decode_from_cloud(frame)
         if not isinstance(first, Welcome):
             raise ProtocolError(getattr(first, "code", "malformed"), getattr(first, "message", "no welcome"))
@@ -350,7 +352,7 @@ class Sockets:
         if address == HOME:
             self._ended(reason)
         elif (line := self._lines.get(index)) is not None:
-            del line.wires[address]
+            line.wires.pop(address, None)
             if line.at == address:
                 self._return(index, line, refused=False)
 
@@ -385,6 +387,11 @@ class Wire(asyncio.Protocol):
             None  # before the connection is made, and after it is lost
         )
         self._ended = False
+
+    @property
+    def ended(self) -> bool:
+        """Is the connection gone?"""
+        return self._ended
 
     async def ping(self) -> None:
         """Returns with the answer."""
