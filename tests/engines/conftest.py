@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from vllm_rig import close_common, common_engine, folder_of_tiny
 
 import wisp.engines
 from wisp.engines.llama.target import LlamaTarget
@@ -54,3 +56,29 @@ def tokenizer(tiny_target: Path) -> Iterator[LlamaTokenizer]:
     tokenizer = LlamaTokenizer.open(tiny_target)
     yield tokenizer
     tokenizer.close()
+
+
+@pytest.fixture
+def engine_of_llama(engine: LlamaTarget) -> LlamaTarget:
+    """`engine`, for tests of all engines."""
+    return engine
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny target as vLLM loads it."""
+    return folder_of_tiny(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(scope="session")
+def close_vllm() -> Iterator[None]:
+    yield
+    close_common()
+
+
+@pytest.fixture
+def engine_of_vllm(hf_folder: Path, close_vllm: None) -> Any:
+    """A VllmTarget of 8 slots of 256 tokens, all empty."""
+    engine = common_engine(hf_folder)
+    engine.clear()
+    return engine

@@ -1,14 +1,13 @@
-"""What a slice does to a slot, and what happens to slices that cannot be run."""
+"""What llama.cpp makes of slices. What all engines do: test_target_engines.py."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
+from slices import PROMPT, SAMPLING, other, verify
 
 from wisp.core.errors import EngineError, ModelError
-from wisp.core.sampling import Sampling
 from wisp.core.work import Copy, Slice
 from wisp.engines.llama import selfcheck
 from wisp.engines.llama.context import DecodeError
@@ -17,21 +16,10 @@ from wisp.engines.llama.reference import reference_tokens
 from wisp.engines.llama.target import LlamaTarget
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 
-PROMPT = [11, 12, 13, 14, 15]
-SAMPLING = Sampling(temperature=1.0, seed=4)
-
 
 @pytest.fixture(scope="module")
 def answer(tiny_target: Path) -> list[int]:
     return reference_tokens(tiny_target, PROMPT, SAMPLING, 24)
-
-
-def other(token: int) -> int:
-    return token - 1 if token else 1
-
-
-def verify(slot: int, draft: list[int], *, start: int = 0, **more: object) -> Slice:
-    return Slice(1, slot, start, PROMPT[start:] + draft, len(draft), sampling=SAMPLING, **more)  # type: ignore[arg-type]
 
 
 def test_info_describes_the_model(engine: LlamaTarget, tokenizer: LlamaTokenizer) -> None:
@@ -47,34 +35,12 @@ def test_info_describes_the_model(engine: LlamaTarget, tokenizer: LlamaTokenizer
     assert (info.n_vocab, info.eos) == (tokenizer.n_vocab, tokenizer.eos)
 
 
-def test_a_right_draft_is_accepted_whole_with_a_bonus(engine: LlamaTarget, answer: list[int]) -> None:
-    [result] = engine.run([verify(0, answer[:9])])
-    assert (result.accepted, result.tokens) == (9, answer[:10])
-    assert engine.held(0) == len(PROMPT) + 9
-
-
-def test_the_first_disagreement_is_corrected_and_the_rest_rolled_back(
-    engine: LlamaTarget, answer: list[int]
-) -> None:
-    [result] = engine.run([verify(0, [*answer[:3], other(answer[3]), *answer[4:9]])])
-    assert (result.accepted, result.tokens) == (3, answer[:4])
-    assert engine.held(0) == len(PROMPT) + 3
-    [result] = engine.run([Slice(1, 0, 8, answer[3:8], 4, position=4, sampling=SAMPLING)])
-    assert (result.accepted, result.tokens) == (4, answer[4:9])
-
-
 def test_rows_after_a_rejected_piece_are_not_evaluated(engine: LlamaTarget, answer: list[int]) -> None:
     before = engine.context.rows_evaluated
     [result] = engine.run([verify(0, [other(answer[0]), *answer[1:20]])])
     assert (result.accepted, result.tokens) == (0, answer[:1])
     assert engine.context.rows_evaluated - before == 7  # of 25, in pieces 7, 6, 6, 6
     assert engine.held(0) == len(PROMPT)
-
-
-def test_prefill_says_nothing(engine: LlamaTarget) -> None:
-    [result] = engine.run([Slice(9, 0, 0, PROMPT, sample=False)])
-    assert (result.session, result.accepted, result.tokens, result.error) == (9, 0, [], "")
-    assert engine.held(0) == 5
 
 
 def test_a_prefix_is_copied_and_the_source_goes_its_own_way(engine: LlamaTarget, answer: list[int]) -> None:
@@ -94,51 +60,6 @@ def test_a_prefix_is_copied_and_the_source_goes_its_own_way(engine: LlamaTarget,
     assert results[1].tokens == answer[4:5]
     assert results[2].tokens == answer[:1]
     assert [engine.held(slot) for slot in range(3)] == [3, 9, 5]
-
-
-@pytest.mark.parametrize(
-    "copy", [Copy(0, 0, 1), Copy(1, 0, 1), Copy(0, 4, 1), Copy(-1, 0, 0), Copy(0, 1, -1)]
-)
-def test_impossible_copies_are_refused(engine: LlamaTarget, copy: Copy) -> None:
-    engine.run([Slice(1, 0, 0, PROMPT, sample=False)])
-    with pytest.raises(EngineError, match="slot"):
-        engine.copy(copy)
-    assert engine.held(0) == len(PROMPT)
-
-
-def test_two_slices_of_one_slot_are_refused(engine: LlamaTarget) -> None:
-    with pytest.raises(EngineError, match="same slot"):
-        engine.run([Slice(1, 0, 0, [1]), Slice(2, 0, 0, [1])])
-
-
-@pytest.mark.parametrize(
-    ("work", "complaint"),
-    [
-        (Slice(1, 0, 0, []), "at least one token"),
-        (Slice(1, 0, 6, [1]), "holds 5 tokens"),
-        (Slice(1, 0, -1, [1]), "to start from"),
-        (Slice(1, 0, 5, [1] * 252), "exceed the slot's 256"),
-        (Slice(1, 0, 5, [1, -1]), "vocabulary"),
-        (Slice(1, 0, 5, [1, 1 << 40]), "vocabulary"),
-        (Slice(1, 0, 5, [1, 2], 2), "draft tokens"),
-        (Slice(1, 0, 5, [1, 2], -1), "draft tokens"),
-        (Slice(1, 0, 5, [1, 2], 1, sample=False), "draft tokens"),
-        (Slice(1, 0, 5, [1], sampling=Sampling(top_p=0.0)), "top_p"),
-        (Slice(1, 4, 0, [1]), "slot 4"),
-        (Slice(1, -1, 0, [1]), "slot -1"),
-    ],
-)
-def test_a_slice_that_cannot_be_run_fails_alone(
-    engine: LlamaTarget, answer: list[int], work: Slice, complaint: str
-) -> None:
-    engine.run([Slice(1, 0, 0, PROMPT, sample=False)])
-    failed, good = engine.run([work, verify(1, answer[:2])])
-    assert complaint in failed.error
-    assert failed.tokens == []
-    assert good.tokens == answer[:3]
-    if work.slot == 0:
-        assert engine.held(0) == 0
-        assert engine.run([verify(0, [])])[0].tokens == answer[:1]
 
 
 def test_a_failed_decode_empties_its_slot_only(
@@ -174,19 +95,6 @@ def test_a_fatal_error_empties_everything(engine: LlamaTarget, monkeypatch: pyte
     assert engine.held(0) == 0
     [result] = engine.run([Slice(1, 0, 5, [1])])
     assert "holds 0 tokens" in result.error
-
-
-def test_logprobs_are_the_targets_own(engine: LlamaTarget, answer: list[int]) -> None:
-    [none] = engine.run([verify(0, answer[:2])])
-    assert none.logprobs == []
-    [bare] = engine.run([verify(1, answer[:2], logprobs=0)])
-    assert [entry.token for entry in bare.logprobs] == answer[:3]
-    assert all(entry.top == [] and entry.logprob < 0 for entry in bare.logprobs)
-    [full] = engine.run([verify(2, [], logprobs=engine.info.n_vocab)])
-    [entry] = full.logprobs
-    assert math.fsum(math.exp(top.logprob) for top in entry.top) == pytest.approx(1.0)
-    assert [t.logprob for t in entry.top] == sorted((t.logprob for t in entry.top), reverse=True)
-    assert entry.logprob == next(t.logprob for t in entry.top if t.token == entry.token)
 
 
 def test_a_model_that_is_not_exact_here_runs_fast_and_says_so(

@@ -1,4 +1,4 @@
-"""Tests of the vLLM engine that need one of their own: it is started and ended for each, one at a time."""
+"""Tests of the vLLM engine that need one of their own."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from vllm_rig import (
     GREEDY,
     Device,
     check_all,
+    close_common,
     drive,
     engine_of,
     fleet,
-    folder_of_tiny,
     reference,
     with_vllm,
 )
 
+from wisp.core.errors import EngineError
 from wisp.core.sampling import Sampling
 from wisp.core.work import Slice
 from wisp.lab.lossless.cases import TINY
@@ -31,31 +32,35 @@ from wisp.lab.lossless.chi_square import ALARM
 pytestmark = with_vllm
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folder_of_tiny(tmp_path_factory.mktemp("hf"))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_kv_cache_for_a_few_is_enough_for_eight(folder: Path, seed: int) -> None:
+def test_a_kv_cache_for_a_few_is_enough_for_eight(hf_folder: Path) -> None:
     """Blocks for three contexts of the eight: vLLM's cache is taken from one for the other, and no text changes."""
-    rng = random.Random(seed)
-    with engine_of(folder, kv_bytes=20 * BLOCK_BYTES) as small:
-        free = small.started.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-        assert free < 20
-        devices = fleet(rng, [GREEDY, Sampling(1.0, seed=seed)], n=60)
-        drive(small, devices, rng, lambda device: None)
-        fed = small.started.scheduler.rows
-    check_all(devices)
-    needed = sum(len(d.prompt) + len(d.said) for d in devices)
-    assert fed > 1.2 * needed  # blocks were lost and computed again: this did test something
+    with engine_of(hf_folder, kv_bytes=20 * BLOCK_BYTES) as small:
+        scheduler = small.started.scheduler
+        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() < 20
+        for seed in range(3):
+            rng = random.Random(seed)
+            devices = fleet(rng, [GREEDY, Sampling(1.0, seed=seed)], n=60)
+            before = scheduler.rows
+            drive(small, devices, rng, lambda device: None)
+            check_all(devices)
+            needed = sum(len(d.prompt) + len(d.said) for d in devices)
+            assert scheduler.rows - before > 1.2 * needed  # lost and computed again: this did test something
+            small.clear()
+
+
+def test_a_closed_engine_says_so(hf_folder: Path) -> None:
+    with engine_of(hf_folder, slots=1, slot_tokens=64) as engine:
+        engine.close()
+        engine.close()
+        with pytest.raises(EngineError, match="closed"):
+            engine.run([Slice(1, 0, 0, [1])])
 
 
 @pytest.mark.parametrize("blocks", [None, 24])
-def test_a_sliding_window_is_rolled_back_rightly(folder: Path, tmp_path: Path, blocks: int | None) -> None:
+def test_a_sliding_window_is_rolled_back_rightly(hf_folder: Path, tmp_path: Path, blocks: int | None) -> None:
     """The tiny target made to see 48 tokens only: blocks behind the window are given up as a sequence goes on."""
-    shutil.copytree(folder, tmp_path / "sliding")
-    config = json.loads((folder / "config.json").read_text())
+    shutil.copytree(hf_folder, tmp_path / "sliding")
+    config = json.loads((hf_folder / "config.json").read_text())
     config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 48}
     (tmp_path / "sliding" / "config.json").write_text(json.dumps(config))
     rng = random.Random(1)
@@ -83,6 +88,7 @@ def test_a_sliding_window_is_rolled_back_rightly(folder: Path, tmp_path: Path, b
 def test_check_lossless_finds_nothing() -> None:
     """Reconnects, restarts, evictions, overlapping drafts, failed steps: `wisp check-lossless`, shortened."""
     scale = msgspec.structs.replace(TINY, chats=6, plain=2, samples=0)
+    close_common()
     bench = Bench("tiny", "fast", scale, engine="vllm", offline=True)
     try:
         report = check(bench, mode="fast", cases=80, seed=1)

@@ -6,7 +6,6 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,7 @@ from vllm_rig import (
     Device,
     check_all,
     drive,
-    engine_of,
     fleet,
-    folder_of_tiny,
     reference,
     steps_of,
     with_vllm,
@@ -35,21 +32,9 @@ from wisp.core.verifier import Verifier
 pytestmark = with_vllm
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folder_of_tiny(tmp_path_factory.mktemp("hf"))
-
-
-@pytest.fixture(scope="module")
-def shared(folder: Path) -> Iterator[Any]:
-    with engine_of(folder) as engine:
-        yield engine
-
-
 @pytest.fixture
-def engine(shared: Any) -> Any:
-    shared.clear()
-    return shared
+def engine(engine_of_vllm: Any) -> Any:
+    return engine_of_vllm
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -66,13 +51,17 @@ def test_eight_edges_get_the_targets_text_whatever_they_send(engine: Any, seed: 
     check_all(devices)
 
 
-def test_vllm_as_it_comes_says_the_same(engine: Any, folder: Path) -> None:
+def test_vllm_as_it_comes_says_the_same(engine: Any, hf_folder: Path) -> None:
     rng = random.Random(11)
     devices = fleet(rng, [GREEDY])
     asked = {"prompts": [d.prompt for d in devices], "n": 40}
     script = Path(__file__).with_name("stock_vllm.py")
     stock = subprocess.run(
-        [sys.executable, script, folder], input=json.dumps(asked), capture_output=True, text=True, check=True
+        [sys.executable, script, hf_folder],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     drive(engine, devices, rng, lambda device: None)
     assert [d.said[:40] for d in devices] == json.loads(stock.stdout.splitlines()[-1])

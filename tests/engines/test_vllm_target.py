@@ -1,15 +1,15 @@
-"""What a slice does to a slot of the vLLM engine, and what happens to slices that cannot be run."""
+"""What the vLLM engine makes of slices, step by step. What all engines do: test_target_engines.py."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from vllm_rig import EOS, engine_of, folder_of_tiny, reference, steps_of, with_vllm
+from slices import PROMPT, SAMPLING, verify
+from vllm_rig import EOS, engine_of, reference, steps_of, with_vllm
 
 from wisp.core.errors import ConfigError, EngineError
 from wisp.core.sampling import Sampling
@@ -17,34 +17,17 @@ from wisp.core.work import Copy, Slice
 from wisp.engines.vllm import selftest
 
 pytestmark = with_vllm
-PROMPT = [11, 12, 13, 14, 15]
-SAMPLING = Sampling(temperature=1.0, seed=4)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with engine_of(folder_of_tiny(tmp_path_factory.mktemp("hf"))) as engine:
-        yield engine
 
 
 @pytest.fixture
-def engine(shared: Any) -> Any:
+def engine(engine_of_vllm: Any) -> Any:
     """Eight slots of 256 tokens, all empty."""
-    shared.clear()
-    return shared
+    return engine_of_vllm
 
 
 @pytest.fixture(scope="module")
 def answer() -> list[int]:
     return reference(PROMPT, SAMPLING, 24)
-
-
-def other(token: int) -> int:
-    return token - 1 if token else 1
-
-
-def verify(slot: int, draft: list[int], *, start: int = 0, **more: Any) -> Slice:
-    return Slice(1, slot, start, PROMPT[start:] + draft, len(draft), sampling=SAMPLING, **more)
 
 
 def test_info_describes_the_model(engine: Any) -> None:
@@ -53,31 +36,6 @@ def test_info_describes_the_model(engine: Any) -> None:
     assert 0 < info.flip_gap < 0.1
     assert (info.slots, info.slot_tokens, info.kv_tokens) == (8, 256, 2048)
     assert (info.n_vocab, info.eos) == (512, frozenset({EOS}))
-
-
-@pytest.mark.parametrize("sampling", [Sampling(), SAMPLING, Sampling(0.7, 20, 0.9, 0.01, 5)])
-def test_without_drafts_it_says_what_the_reference_says(engine: Any, sampling: Sampling) -> None:
-    said: list[int] = []
-    start, feed = 0, PROMPT
-    for position in range(24):
-        [result] = engine.run([Slice(1, 0, start, feed, 0, True, position, sampling)])
-        said += result.tokens
-        start, feed = start + len(feed), result.tokens
-    assert said == reference(PROMPT, sampling, 24)
-
-
-def test_a_right_draft_is_accepted_whole_with_a_bonus(engine: Any, answer: list[int]) -> None:
-    [result] = engine.run([verify(0, answer[:9])])
-    assert (result.accepted, result.tokens) == (9, answer[:10])
-    assert engine.held(0) == len(PROMPT) + 9
-
-
-def test_the_first_disagreement_is_corrected_and_the_rest_rolled_back(engine: Any, answer: list[int]) -> None:
-    [result] = engine.run([verify(0, [*answer[:3], other(answer[3]), *answer[4:9]])])
-    assert (result.accepted, result.tokens) == (3, answer[:4])
-    assert engine.held(0) == len(PROMPT) + 3
-    [result] = engine.run([Slice(1, 0, 8, answer[3:8], 4, position=4, sampling=SAMPLING)])
-    assert (result.accepted, result.tokens) == (4, answer[4:9])
 
 
 def test_a_verification_is_one_step_of_vllm_however_many_take_part(engine: Any, answer: list[int]) -> None:
@@ -107,14 +65,6 @@ def test_while_all_are_held_nothing_uses_the_cpu(engine: Any, answer: list[int])
     before = time.process_time()
     time.sleep(1.0)
     assert time.process_time() - before < 0.1
-
-
-def test_prefill_says_nothing_and_may_come_in_chunks(engine: Any, answer: list[int]) -> None:
-    [result] = engine.run([Slice(9, 0, 0, PROMPT[:2], sample=False)])
-    assert (result.session, result.accepted, result.tokens, result.error) == (9, 0, [], "")
-    engine.run([Slice(9, 0, 2, PROMPT[2:4], sample=False)])
-    assert engine.held(0) == 4
-    assert engine.run([verify(0, answer[:2], start=4)])[0].tokens == answer[:3]
 
 
 def test_a_slice_wider_than_a_step_becomes_several(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,58 +114,6 @@ def test_a_follow_up_in_the_same_slot_reuses_what_it_can(engine: Any) -> None:
     assert result.tokens == said[:1]
 
 
-@pytest.mark.parametrize(
-    "copy", [Copy(0, 0, 1), Copy(1, 0, 1), Copy(0, 8, 1), Copy(-1, 0, 0), Copy(0, 1, -1)]
-)
-def test_impossible_copies_are_refused(engine: Any, copy: Copy) -> None:
-    engine.run([Slice(1, 0, 0, PROMPT, sample=False)])
-    with pytest.raises(EngineError, match="slot"):
-        engine.copy(copy)
-    assert engine.held(0) == len(PROMPT)
-
-
-def test_two_slices_of_one_slot_are_refused(engine: Any) -> None:
-    with pytest.raises(EngineError, match="same slot"):
-        engine.run([Slice(1, 0, 0, [1]), Slice(2, 0, 0, [1])])
-
-
-@pytest.mark.parametrize(
-    ("work", "complaint"),
-    [
-        (Slice(1, 0, 0, []), "at least one token"),
-        (Slice(1, 0, 6, [1]), "holds 5 tokens"),
-        (Slice(1, 0, -1, [1]), "to start from"),
-        (Slice(1, 0, 5, [1] * 252), "exceed the slot's 256"),
-        (Slice(1, 0, 5, [1, -1]), "vocabulary"),
-        (Slice(1, 0, 5, [1, 1 << 40]), "vocabulary"),
-        (Slice(1, 0, 5, [1, 2], 2), "draft tokens"),
-        (Slice(1, 0, 5, [1, 2], -1), "draft tokens"),
-        (Slice(1, 0, 5, [1, 2], 1, sample=False), "draft tokens"),
-        (Slice(1, 0, 5, [1], sampling=Sampling(top_p=0.0)), "top_p"),
-        (Slice(1, 8, 0, [1]), "slot 8"),
-        (Slice(1, -1, 0, [1]), "slot -1"),
-    ],
-)
-def test_a_slice_that_cannot_be_run_fails_alone(
-    engine: Any, answer: list[int], work: Slice, complaint: str
-) -> None:
-    engine.run([Slice(1, 0, 0, PROMPT, sample=False)])
-    failed, good = engine.run([work, verify(1, answer[:2])])
-    assert complaint in failed.error
-    assert failed.tokens == []
-    assert good.tokens == answer[:3]
-    if work.slot == 0:
-        assert engine.held(0) == 0
-        assert engine.run([verify(0, [])])[0].tokens == answer[:1]
-
-
-def test_a_context_can_be_filled_to_its_last_token(engine: Any) -> None:
-    long = [i % 256 for i in range(250)]
-    [result] = engine.run([Slice(1, 0, 0, long + [1] * 6, 6)])
-    assert result.tokens[:1] == reference(long, Sampling(), 1)
-    assert engine.held(0) == 250 + result.accepted
-
-
 def test_a_step_that_fails_empties_everything_and_the_next_is_right(
     engine: Any, answer: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,19 +134,6 @@ def test_a_step_that_fails_empties_everything_and_the_next_is_right(
         [result] = engine.run([Slice(2, 1, 0, long)])
     assert list(steps[0].values()) == [70]
     assert result.tokens == reference(long, Sampling(), 1)
-
-
-def test_logprobs_are_the_targets_own(engine: Any, answer: list[int]) -> None:
-    [none] = engine.run([verify(0, answer[:2])])
-    assert none.logprobs == []
-    [bare] = engine.run([verify(1, answer[:2], logprobs=0)])
-    assert [entry.token for entry in bare.logprobs] == answer[:3]
-    assert all(entry.top == [] and entry.logprob < 0 for entry in bare.logprobs)
-    [full] = engine.run([verify(2, [], logprobs=512)])
-    [entry] = full.logprobs
-    assert math.fsum(math.exp(top.logprob) for top in entry.top) == pytest.approx(1.0)
-    assert [t.logprob for t in entry.top] == sorted((t.logprob for t in entry.top), reverse=True)
-    assert entry.logprob == next(t.logprob for t in entry.top if t.token == entry.token)
 
 
 class Broken:
@@ -278,18 +163,10 @@ def test_the_self_test_notices_what_drafts_may_not_do(engine: Any, harm: Any) ->
         selftest.check(Broken(engine, harm))
 
 
-def test_a_closed_engine_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with engine_of(folder_of_tiny(tmp_path_factory.mktemp("hf")), slots=1, slot_tokens=64) as engine:
-        engine.close()
-        engine.close()
-        with pytest.raises(EngineError, match="closed"):
-            engine.run([Slice(1, 0, 0, [1])])
-
-
 @pytest.mark.parametrize(("slots", "slot_tokens"), [(0, 100), (1, 31)])
-def test_an_engine_without_room_is_refused(slots: int, slot_tokens: int, tmp_path_factory: Any) -> None:
+def test_an_engine_without_room_is_refused(slots: int, slot_tokens: int, tmp_path: Path) -> None:
     with (
         pytest.raises(EngineError, match="at least one"),
-        engine_of(tmp_path_factory.mktemp("x"), slots=slots, slot_tokens=slot_tokens),
+        engine_of(tmp_path, slots=slots, slot_tokens=slot_tokens),
     ):
         pass

@@ -20,7 +20,7 @@ from wisp.core.sampling import Sampling
 from wisp.core.work import Slice, SliceResult
 from wisp.engines.llama.reference import reference_tokens
 
-TINY = Path(wisp.engines.__file__).parent / "data" / "tiny-target.gguf"
+TINY = Path(os.environ.get("WISP_TEST_MODEL") or Path(wisp.engines.__file__).parent / "data/tiny-target.gguf")
 EOS = 511
 GREEDY = Sampling()
 BLOCK_BYTES = 5 * 2 * 2 * 32 * 4 * 32  # layers, K and V, heads, their size, float32, tokens a block
@@ -47,19 +47,38 @@ def folder_of_tiny(parent: Path) -> Path:
     return converted(TINY, parent / "tiny-target")
 
 
+_common: list[Any] = []  # the engine that most tests share, while it is there
+
+
+def common_engine(folder: Path) -> Any:
+    """Started with the first test that wants it (that takes seconds), and again after one had an engine of its own."""
+    if not _common:
+        _common.append(_started(folder))
+    return _common[0]
+
+
+def close_common() -> None:
+    while _common:
+        _common.pop().close()
+
+
 @contextmanager
 def engine_of(folder: Path, **settings: Any) -> Iterator[Any]:
-    """A VllmTarget of 8 slots of 256 tokens on the tiny target."""
-    from wisp.engines.vllm.target import VllmTarget
-
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    engine = VllmTarget(
-        str(folder), name="tiny", eos=[EOS], **{"slots": 8, "slot_tokens": 256, "threads": 1, **settings}
-    )
+    """A VllmTarget of 8 slots of 256 tokens on the tiny target. The common one ends: a process has room for one."""
+    close_common()
+    engine = _started(folder, **settings)
     try:
         yield engine
     finally:
         engine.close()
+
+
+def _started(folder: Path, **settings: Any) -> Any:
+    from wisp.engines.vllm.target import VllmTarget
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    settings = {"slots": 8, "slot_tokens": 256, "threads": 1, **settings}
+    return VllmTarget(str(folder), name="tiny", eos=[EOS], **settings)
 
 
 @contextmanager

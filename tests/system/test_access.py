@@ -131,6 +131,7 @@ def test_a_revoked_key_is_refused_everywhere_and_others_are_not(
     assert "ERROR   uvicorn" not in server.log()
 
 
+@pytest.mark.modelless
 def test_sessions_belong_to_the_key_that_opened_them(fleet: Fleet) -> None:
     path = fleet.folder / "two.toml"
     path.write_text('[keys.a]\nsecret = "a"\n[keys.b]\nsecret = "b"\n')
@@ -148,6 +149,7 @@ def test_sessions_belong_to_the_key_that_opened_them(fleet: Fleet) -> None:
         theirs.open("session-3")
 
 
+@pytest.mark.modelless
 def test_a_single_key_from_the_environment_and_an_edges_own_key(fleet: Fleet) -> None:
     server = fleet.serve(env={"WISP_API_KEYS": "shared"}, **NULL)
     assert httpx.get(f"{server.url}/v1/models", **HTTP).status_code == 401
@@ -173,6 +175,7 @@ def models(process: Process, key: str) -> int:
 # --- what cannot work ends at once, with one line that says what to do
 
 
+@pytest.mark.modelless
 def test_nobody_listens_beyond_loopback_without_a_key(fleet: Fleet) -> None:
     for command in (("serve", "--target", "null", "--engine", "null"), ("edge", "--draft", "none")):
         for host in ("0.0.0.0", "::"):
@@ -183,6 +186,7 @@ def test_nobody_listens_beyond_loopback_without_a_key(fleet: Fleet) -> None:
             assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.modelless
 def test_mistakes_end_with_status_2_and_advice(fleet: Fleet, tmp_path: Path) -> None:
     junk = tmp_path / "junk.pem"
     junk.write_text("no certificate")
@@ -213,6 +217,7 @@ def test_mistakes_end_with_status_2_and_advice(fleet: Fleet, tmp_path: Path) -> 
         assert advice in ended.stderr, command
 
 
+@pytest.mark.modelless
 def test_a_taken_port_is_named(fleet: Fleet) -> None:
     server = fleet.serve(**NULL)
     for command in (("serve", "--target", "null", "--engine", "null"), ("edge", "--draft", "none")):

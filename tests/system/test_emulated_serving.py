@@ -14,7 +14,7 @@ from wisp.core.sampling import Sampling
 from wisp.engines.emulated import fold
 from wisp.engines.null import null_token
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.modelless]
 
 NAME = "quick"
 HARDWARE = """

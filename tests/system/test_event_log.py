@@ -14,7 +14,7 @@ from wisp.core.messages import Cancel, Draft, Refused, Verdict
 from wisp.core.sampling import Sampling
 from wisp.engines.null import NullTarget, null_token
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.modelless]
 
 
 def test_the_event_log_of_a_live_run_replays_to_the_same_actions(fleet: Fleet) -> None:

@@ -187,6 +187,7 @@ def test_many_sessions_on_several_edges_survive_broken_lines_and_a_dead_verifier
         line.__exit__()
 
 
+@pytest.mark.modelless
 def test_an_edge_with_another_vocabulary_is_told_so(fleet: Fleet) -> None:
     server = fleet.serve("--max-sessions", "8", engine="null", target="null")
     edge = fleet.edge(server.url, ready=False)

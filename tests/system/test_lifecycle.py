@@ -20,8 +20,13 @@ LONG: dict[str, Any] = {"max_tokens": 900, "ignore_eos": True}
 NULL = {"target": "null", "engine": "null"}
 
 
-def test_health_is_200_only_once_the_model_is_loaded(fleet: Fleet) -> None:
-    server = fleet.serve(ready=False)
+@pytest.fixture(scope="module")
+def server(shared: Fleet) -> Process:
+    """One that may be loading its model yet."""
+    return shared.serve(ready=False)
+
+
+def test_health_is_200_only_once_the_model_is_loaded(server: Process) -> None:
     seen = []
     while not seen or seen[-1] != 200:
         seen.append(server.health())
@@ -31,6 +36,7 @@ def test_health_is_200_only_once_the_model_is_loaded(fleet: Fleet) -> None:
             if early.status == 503:
                 assert int(early.headers["retry-after"]) >= 1
         assert len(seen) < 20_000
+        time.sleep(0.005)
     assert set(seen) <= {0, 503, 200}
     body = httpx.get(f"{server.url}/health", **HTTP).json()
     assert (body["status"], body["model"], body["mode"]) == ("ok", MODEL, MODE)
@@ -95,6 +101,7 @@ def test_a_drain_is_over_after_the_stated_time(fleet: Fleet) -> None:
 # --- configuration
 
 
+@pytest.mark.modelless
 def test_a_toml_file_sets_flags_and_the_command_line_wins(fleet: Fleet) -> None:
     ports = [free_port(), free_port()]
     path = fleet.folder / "wisp.toml"
@@ -108,6 +115,7 @@ def test_a_toml_file_sets_flags_and_the_command_line_wins(fleet: Fleet) -> None:
     assert second.wait_ready().health() == 200
 
 
+@pytest.mark.modelless
 def test_a_bad_configuration_file_is_explained(fleet: Fleet) -> None:
     path = fleet.folder / "wisp.toml"
     for text, advice in (
@@ -122,6 +130,7 @@ def test_a_bad_configuration_file_is_explained(fleet: Fleet) -> None:
         assert advice in ended.stderr
 
 
+@pytest.mark.modelless
 def test_environment_variables_set_flags(fleet: Fleet) -> None:
     port = free_port()
     settings = {"WISP_SERVE_TARGET": "null", "WISP_SERVE_ENGINE": "null", "WISP_SERVE_PORT": str(port)}
@@ -130,6 +139,7 @@ def test_environment_variables_set_flags(fleet: Fleet) -> None:
     server.wait_ready()
 
 
+@pytest.mark.modelless
 def test_help_names_every_flags_environment_variable(fleet: Fleet) -> None:
     for command in ("serve", "edge", "generate", "pull"):
         shown = fleet.run(command, "--help").stdout
@@ -146,8 +156,8 @@ def test_help_names_every_flags_environment_variable(fleet: Fleet) -> None:
 # --- generate
 
 
-def test_generate_prints_the_tokens_that_a_thin_client_gets(fleet: Fleet) -> None:
-    server = fleet.serve()
+def test_generate_prints_the_tokens_that_a_thin_client_gets(fleet: Fleet, server: Process) -> None:
+    server.wait_ready()
     tokenizer = LlamaTokenizer.open(resolve(TARGET))
     prompt = "Write code to sort a lamp."
     sampled = ("--temperature", "0.9", "--seed", "5", "--top-p", "0.9")
@@ -180,6 +190,7 @@ def test_generate_prints_the_tokens_that_a_thin_client_gets(fleet: Fleet) -> Non
     assert f"[{MODEL}: 10 tokens" in plain.stderr
 
 
+@pytest.mark.modelless
 def test_generate_explains_what_is_wrong(fleet: Fleet) -> None:
     server = fleet.serve(env={"WISP_API_KEYS": "secret"}, **NULL)
     ended = fleet.run("generate", "Hi", "--server", server.url)

@@ -13,8 +13,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -42,8 +44,15 @@ from wisp.core.sampling import Sampling
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
 from wisp.engines.base import Tokenizer
+from wisp.engines.build import served_name
 from wisp.engines.models import resolve
 from wisp.engines.null import null_token
+from wisp.lab.sim.figures import Figures
+from wisp.lab.sim.fleet import run_live
+from wisp.lab.sim.scenario import Kit, Scenario, SloClass
+from wisp.lab.sim.systems import system
+from wisp.lab.traces.prompts import Prompt
+from wisp.lab.traces.record import Recording, Settings
 
 pytestmark = [
     pytest.mark.slow,
@@ -616,3 +625,86 @@ def test_three_replicas_share_three_hundred_sessions_evenly_and_lose_none(
     assert found == [[null_token(n, position) for position in range(TOKENS)] for n in range(300)]
     assert balanced(seen), seen
     assert front.placed()["r3"] > seen["r3"]  # it took over from the others
+
+
+# --- a fleet of emulated devices, whose texts were recorded of the target alone
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny_pair: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Answers to prompts of a few hundred bytes, of which each four begin alike."""
+    out = tmp_path_factory.mktemp("recorded")
+    books = [f"Book {book} of {who}. " + f"{who} lives by the sea. " * 4
+             for book, who in enumerate(("Belomi", "Tavoku", "Sarelu"))]  # fmt: skip
+    prompts = [
+        Prompt(f"{book}-{n}", "story", "test_prompts", f"{books[book]}What of {n}?")
+        for n in range(4)
+        for book in range(len(books))
+    ]
+    models = [(served_name(name), resolve(name)) for name in (TARGET, DRAFT)]
+    settings = Settings(samplings=("greedy",), max_tokens=90, depth=8, mode="exact", group=12)
+    Recording(models[0], models[1], prompts, settings, out).run()
+    return out
+
+
+DEVICES = 18
+
+
+async def _play(url: str, traces: Path, meanwhile: Callable[[], None]) -> list[Figures]:
+    """So many devices, a few seconds at a time, until all that happens has happened."""
+    scenario = Scenario(
+        "replicas",
+        "a100-qwen3-32b",
+        (SloClass(1.0, ttft_s=60.0),),
+        devices=(Kit("400", rtt_ms=4.0), Kit("150", rtt_ms=20.0, jitter_ms=5.0)),
+        devices_n=DEVICES,
+        traces=str(traces),
+        warmup_s=0.1,
+        window_s=4.0,
+        drain_s=60.0,
+    )
+    happening = asyncio.ensure_future(asyncio.to_thread(meanwhile))
+    found: list[Figures] = []
+    while not happening.done():
+        found.append(await run_live(scenario, system("ours,server_mode=no"), len(found), url))
+    await happening
+    return found
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_a_fleet_of_devices_gets_the_targets_texts_whatever_becomes_of_the_replicas(
+    fleet: Fleet, launcher: str, replicas: int, recorded: Path
+) -> None:
+    front = Front(fleet, replicas=replicas, launcher=launcher)
+
+    def meanwhile() -> None:
+        at_once: list[dict[str, float]] = []  # sessions, by replica
+        while len(at_once) < 40 or sum(front.placed().values()) < 40 * replicas:
+            sessions = {name: float(r["sessions"]) for name, r in front.replicas().items()}
+            if sum(sessions.values()) > DEVICES / 2:  # not between two runs
+                at_once.append(sessions)
+            time.sleep(0.1)
+        mean = {name: sum(seen[name] for seen in at_once) / len(at_once) for name in at_once[0]}
+        assert balanced(mean), mean
+        front.kill("r2")
+        eventually(lambda: front.replicas()["r2"]["restarts"] == 1, 30)
+        front.wait_up(replicas)
+        assert front.admin("/scale", {"replicas": replicas + 1}).status_code == 200
+        front.wait_up(replicas + 1)
+        new = f"r{replicas + 1}"
+        eventually(lambda: front.placed().get(new, 0.0) >= 10, 30)  # it takes its share
+        assert front.admin("/r1/drain", {}).status_code == 200
+        before = front.placed()
+        eventually(lambda: sum(front.placed().values()) >= sum(before.values()) + 40, 30)
+        assert front.placed()["r1"] == before["r1"]
+
+    runs = asyncio.run(_play(front.url, recorded, meanwhile))
+    assert [(f.mismatches, f.failed, f.refused, f.unfinished) for f in runs] == [(0, 0, 0, 0)] * len(runs)
+    answers = sum(f.completed for f in runs)
+    assert answers == sum(f.arrived for f in runs) > 40
+    assert sum(f.tokens_checked for f in runs) > 50 * answers
+    assert len(re.findall(r"replica r1: \d+ sessions moved", front.process.log())) == 1
+    placed = sum(front.placed().values())
+    assert sum(front.placed(reason="prefix").values()) > 0.5 * placed
+    assert front.process.metrics()["wisp:placement_prefix_tokens_total"] > 50 * placed
+    assert "Traceback" not in front.process.log()

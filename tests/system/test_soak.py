@@ -77,6 +77,7 @@ def check_sums(server: Process, sums: Sums) -> None:
         assert sum(places) == sums.accepted
 
 
+@pytest.mark.modelless
 def test_a_thousand_short_sessions_leave_nothing_behind(fleet: Fleet) -> None:
     server = fleet.serve(target="null", engine="null")
     memory = psutil.Process(server.pid).memory_info

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_of_the_hub_split_over_two_workers(fleet: Fleet, folder: Path) -> None:
     """Tokenizer and template come from tokenizer.json, and the edge's GGUF drafter has the same vocabulary."""
     server = fleet.serve("--tensor-parallel", "2", target=str(folder), env=TWO)
-    one = fleet.serve()
+    one = fleet.serve(engine="llama.cpp")
     edge = fleet.edge(server.url)
     for parameters in ({}, {"temperature": 0.9, "top_p": 0.9, "seed": 3}):
         prompt = "Tell me a story about Belomi."

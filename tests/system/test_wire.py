@@ -13,7 +13,7 @@ from wisp.core.messages import MAX_FRAME, VERSION, Cancel, Draft, Hello, Message
 from wisp.core.sampling import Sampling
 from wisp.engines.null import N_VOCAB, null_token
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.modelless]
 
 TRUTH = [null_token(7, position) for position in range(20)]  # of sessions with seed 7
 

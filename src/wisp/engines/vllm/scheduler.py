@@ -40,6 +40,9 @@ class StepScheduler(Scheduler):
         self._known: set[str] = set()  # to the workers
         self._parts: dict[str, Part] = {}
         self._blocks: dict[str, Any] = {}  # newly allocated for the parts at hand
+        self._room: dict[
+            str, tuple[int, int]
+        ] = {}  # places that a sequence has blocks for; of them hashed blocks
 
     # -- the target's side
 
@@ -73,7 +76,8 @@ class StepScheduler(Scheduler):
         """`tokens` follow in the sequence, and are no guesses any more."""
         request = self._sequences[sequence]
         request._all_token_ids.extend(tokens)
-        request.update_block_hashes()
+        if len(request._all_token_ids) // self.hash_block_size > len(request.block_hashes):
+            request.update_block_hashes()
 
     def length(self, sequence: str) -> int:
         """Tokens known of the sequence."""
@@ -81,6 +85,11 @@ class StepScheduler(Scheduler):
 
     def add(self, sequence: str, part: Part) -> bool:
         """Take `part` into the next step; False, and nothing done, if there are no blocks for it."""
+        end, whole = part.start + len(part.tokens), part.firm // self.hash_block_size
+        room, hashed = self._room.get(sequence, (0, 0))
+        if end <= room and whole <= hashed:  # most steps stay in the blocks there are, and fill none
+            self._parts[sequence] = part
+            return True
         request = self._sequences[sequence]
         blocks, found = self._hits.get(sequence, (None, 0))
         request.num_computed_tokens = part.start - found
@@ -93,12 +102,14 @@ class StepScheduler(Scheduler):
         request.num_computed_tokens = part.start
         self._parts[sequence] = part
         self._blocks[sequence] = new
+        self._room[sequence] = (max(room, end + -end % self.hash_block_size), whole)
         return True
 
     def close(self, sequence: str) -> None:
         """Give back its blocks. Not while it has a part in the next step."""
         request = self._sequences.pop(sequence)
         self._hits.pop(sequence, None)
+        self._room.pop(sequence, None)
         self.kv_cache_manager.free(request)
         if sequence in self._known:
             self._known.discard(sequence)
@@ -138,7 +149,10 @@ class StepScheduler(Scheduler):
                 resumed_req_ids=set(),
                 new_token_ids=[],
                 all_token_ids={},
-                new_block_ids=[blocks[sequence].get_block_ids(allow_none=True) for sequence in old],
+                new_block_ids=[
+                    blocks[sequence].get_block_ids(allow_none=True) if sequence in blocks else None
+                    for sequence in old
+                ],
                 num_computed_tokens=[parts[sequence].start for sequence in old],
                 num_output_tokens=[0] * len(old),
             ),

@@ -14,6 +14,7 @@ vLLM wants all of its calls from the thread that loaded it, so it has a thread o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -105,6 +106,7 @@ class VllmTarget:
                 f"{slots} slots of {slot_tokens} tokens: an engine needs at least one, of at least 32"
             )
         self._thread = ThreadPoolExecutor(1, "vllm")
+        self._own = self._thread.submit(threading.current_thread).result()
         self._closed = False
         self._slot_tokens = slot_tokens
         self._clock = 0
@@ -140,6 +142,10 @@ class VllmTarget:
     @property
     def info(self) -> EngineInfo:
         return self._info
+
+    def inside(self, function: Callable[[], T]) -> T:
+        """Call `function` in the engine's own thread, where its methods take no switch: for measurements."""
+        return self._call(function)
 
     @property
     def started(self) -> Started:
@@ -198,6 +204,8 @@ class VllmTarget:
     def _call(self, function: Callable[[], T]) -> T:
         if self._closed:
             raise EngineError("the engine is closed")
+        if threading.current_thread() is self._own:
+            return function()
         return self._thread.submit(function).result()
 
     def _steps(self, batch: Sequence[Slice]) -> list[_Task]:

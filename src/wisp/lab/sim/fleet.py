@@ -3,6 +3,7 @@
     for each batching policy:  start a server (or use the one given), run the fleet, stop the server
     then, if asked:            simulate the same, and show both side by side
 
+The server may be a front of several verifiers, and its model a real one: then devices ask what was recorded of it.
 Every committed token is held against the script. A run counts as valid only if the machine kept up with it: the
 devices' event loop, which is late where it is overloaded, and the verifier's, which then answers pings late.
 """
@@ -13,6 +14,7 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -34,13 +36,15 @@ from wisp.lab.children import Child
 from wisp.lab.sim.compare import differences
 from wisp.lab.sim.figures import Engine, Figures, Machine, Totals, Watched, Watching, figures
 from wisp.lab.sim.live import Clock, Sockets
+from wisp.lab.sim.profiled import Measured
 from wisp.lab.sim.scenario import Scenario, load_scenario
-from wisp.lab.sim.scripts import Library
+from wisp.lab.sim.scripts import library
 from wisp.lab.sim.serving import cpu_s, verifier
 from wisp.lab.sim.simulate import Fleet, quantile, scripts_of
 from wisp.lab.sim.systems import System, system
 from wisp.lab.sim.timeline import Timeline
 from wisp.lab.sim.world import Counts
+from wisp.lab.traces.format import TraceSet, trace_folder
 
 LOOP_LAG_MS = 10.0  # p99 above which a run does not count: a draft step of a fast device
 SERVER_LAG_MS = 50.0  # likewise
@@ -79,12 +83,11 @@ async def run_live(
     Raises ConfigError where that verifier does not serve the scenario's scripts, UnavailableError if it goes away.
     """
     check_live(scenario, of)
-    scripts = scripts_of(scenario)
     sockets = Sockets(url, api_key)
     most = max(n for _, n in scenario.population or ((0.0, scenario.devices_n),))
     welcome = await sockets.connect(most)
     try:
-        _check_verifier(welcome, scripts.library, scenario, url)
+        scenario = _as_served(welcome, scenario, url)
     except ConfigError:
         await sockets.close()
         raise
@@ -93,7 +96,7 @@ async def run_live(
     env = Timeline()
     broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     clock = sockets.clock = Clock(env, lambda error: None if broken.done() else broken.set_exception(error))
-    fleet = Live(scenario, of, seed, env, sockets, scripts, Counts(), welcome.n_vocab)
+    fleet = Live(scenario, of, seed, env, sockets, scripts_of(scenario), Counts(), welcome.n_vocab)
     pings: list[float] = []
     probe = asyncio.create_task(sockets.probe(pings))
     try:
@@ -124,7 +127,12 @@ async def run_live(
             await until(min(end + scenario.drain_s, clock.now + 0.5))
         clock.happen(lambda: None)
         found = figures(fleet, where="live", seed=seed)
-        found.engine = Engine.between(a.totals, b.totals, b.wall - a.wall)
+        if not sockets.redirects:  # a front has no engine, and its replicas' counters end with their lives
+            found.engine = Engine.between(a.totals, b.totals, b.wall - a.wall)
+        if scenario.as_recorded and not isinstance(
+            scenario.profile, Measured
+        ):  # no hardware profile says what its steps would have taken alone
+            found.mean_interference_ms = found.p99_interference_ms = math.nan
         found.machine = _machine(a, b, clock.lags_ms, pings)
         return found
     finally:
@@ -157,16 +165,28 @@ def check_live(scenario: Scenario, of: System) -> None:
         kit.build()
 
 
-def _check_verifier(welcome: Welcome, lib: Library, scenario: Scenario, url: str) -> None:
-    if scenario.as_recorded:
-        if not lib.eos <= set(welcome.eos):
-            raise ConfigError(f"the verifier at {url} ({welcome.model}) is not what was recorded")
-        return
-    if welcome.engine != "emulated" or set(welcome.eos) != lib.eos:
+def _as_served(welcome: Welcome, scenario: Scenario, url: str) -> Scenario:
+    """The scenario as this verifier serves it. Raises ConfigError if it does not say what devices expect.
+
+    A text is a function of target, prompt, sampling and seed, so what `wisp trace` recorded of a target alone is what
+    a verifier of it must say to the same prompt, whatever drafts, replicas and crashes there are between.
+    """
+    folder = Path(scenario.traces)
+    if welcome.engine not in ("emulated", "null"):
+        for header in TraceSet.load(trace_folder(folder)).headers:
+            of, vocabulary = header["target"]["name"], header["vocabulary"]
+            if (of, vocabulary) != (welcome.model, welcome.fingerprint):
+                raise ConfigError(
+                    f"{folder} was recorded of {of}, and the verifier serves {welcome.model} with "
+                    f"{welcome.engine}; record traces of its own with `wisp trace`, or start it with --engine emulated"
+                )
+        return msgspec.structs.replace(scenario, as_recorded=True)
+    if welcome.engine != "emulated" or set(welcome.eos) != library(folder).eos:
         raise ConfigError(
             f"the verifier at {url} ({welcome.model}, {welcome.engine}) does not say what the devices expect; "
             "start it with --engine emulated and the scenario's --traces and --output-tokens, or leave out --server"
         )
+    return scenario
 
 
 def _machine(a: Mark, b: Mark, lags_ms: list[float], pings_ms: list[float]) -> Machine:

@@ -3,6 +3,9 @@
     Handset (core.Drafter, link, script)  --Uplink-->  Sockets  --one WebSocket per device-->  a live `wisp serve`
                   ^ SimPy environment, advanced by Clock
 
+Where that is a front of several verifiers, a device follows its redirects as an edge does, by one more WebSocket for
+each verifier that it was sent to, and comes back to the front when that one is lost or drained.
+
 Devices are the simulator's own objects: only waiting differs. All their timers are one heap (SimPy's), which one timer
 of the event loop follows; a device has no task, and a token costs what its decision costs. What a device does happens
 at the time it was due, not a little later when the loop got there, so that timers of a millisecond do not add up to a
@@ -12,6 +15,7 @@ slower device; how much later is measured (`Clock.lags_ms`), and makes a run inv
 from __future__ import annotations
 
 import asyncio
+import functools
 import ssl
 import time
 from collections.abc import Callable
@@ -19,11 +23,13 @@ from http import HTTPStatus
 from typing import cast
 from urllib.parse import urlsplit
 
+import msgspec
 import simpy
 from websockets.client import ClientProtocol
 from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Response
+from websockets.protocol import OPEN
 from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
@@ -45,7 +51,8 @@ from wisp.core.messages import (
     decode_from_cloud,
     encode,
 )
-from wisp.edge.link import HANDSHAKE_S, SESSION_PATH, http_url
+from wisp.edge.backend import BOUNCE_S, ELSEWHERE
+from wisp.edge.link import HANDSHAKE_S, SESSION_PATH, http_url, redirected_url
 
 EARLY_S = 5e-4  # an event loop's timers are good to a millisecond: what is due within half of one is done
 AT_ONCE = 32  # connections being opened
@@ -120,18 +127,78 @@ class Clock:
         self._failed(error)
 
 
+HOME = ""  # the address of the server that was given
+
+
+class Line:
+    """A device's way to its verifier: where its present session is, and its connections, by address."""
+
+    def __init__(self) -> None:
+        self.wires: dict[str, Wire] = {}
+        self.at = HOME
+        self.session = ""
+        self.opening: Open | None = None  # said at home, and to be said again where that sends it
+        self.since: list[Draft] = []  # said after it
+        self.avoid = ""
+        self.trips = 0  # back home in vain, since the last verdict
+
+    def open(self, message: Open) -> None:
+        """A session begins, or begins again, at home."""
+        self.at, self.session, self.since = HOME, message.session, []
+        self.opening = msgspec.structs.replace(message, avoid=self.avoid)
+        self.say(self.opening)
+
+    def draft(self, message: Draft) -> None:
+        """Said where the session is, and again where its opening will be said."""
+        if self.opening is not None:
+            self.since.append(message)
+            if self.at != HOME:
+                return  # nothing before the Open
+        self.say(message)
+
+    def opened(self) -> None:
+        """On to the verifier that a front named: say there what was said to the front."""
+        assert self.opening is not None
+        self.say(self.opening)
+        for draft in self.since:
+            self.say(draft)
+        self.opening = None
+
+    def verdict(self) -> None:
+        """The session is where it is."""
+        self.opening, self.avoid, self.trips = None, "", 0
+
+    def go_home(self, *, refused: bool) -> Refused:
+        """Where it was sent is gone, full, drained or out of reach. Returns what its device makes of that."""
+        if refused or self.opening is not None:
+            self.avoid = self.at
+        self.at, self.opening = HOME, None
+        self.trips += 1
+        wait = min(BOUNCE_S[0] * 2**self.trips, BOUNCE_S[1]) if self.trips > 1 else 0.0
+        return Refused(self.session, "unknown_session", "its verifier is gone; open it again", wait)
+
+    def say(self, message: Open | Draft | Cancel) -> None:
+        """Send, if there is a connection."""
+        if (wire := self.wires.get(self.at)) is not None:
+            wire.send(encode(message))
+
+
 class Sockets:
-    """`world.Uplink` to a live verifier: one WebSocket for each device."""
+    """`world.Uplink` to a live verifier, or a front: one WebSocket for each device, and what fronts add to that.
+
+    redirects: how often a front sent a session somewhere
+    """
 
     def __init__(self, server: str, api_key: str | None = None) -> None:
         """Raises ConfigError for a bad URL."""
         self.url = "ws" + http_url(server, SESSION_PATH).removeprefix("http")
         self.senders: dict[int, Callable[[Verdict | Refused], None]] = {}
         self.clock: Clock | None = None  # once time passes
-        self.frames_out = self.frames_in = 0
+        self.frames_out = self.frames_in = self.redirects = 0
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._wires: dict[int, Wire] = {}
+        self._lines: dict[int, Line] = {}
         self._open: list[Wire] = []  # all that were opened
+        self._following: set[asyncio.Task[None]] = set()
         self._closing = False
 
     async def connect(self, devices: int) -> Welcome:
@@ -140,15 +207,19 @@ class Sockets:
 
         async def one(index: int) -> Welcome:
             async with gate:
-                self._wires[index], welcome = await self._wire(lambda frame: self._heard(index, frame))
-                return welcome
+                line = self._lines[index] = Line()
+                return await self._extend(index, line, HOME)
 
-        welcomes = await asyncio.gather(*(one(i) for i in range(devices)))
+        try:
+            welcomes = await asyncio.gather(*(one(i) for i in range(devices)))
+        except UnavailableError:
+            await self.close()
+            raise
         return welcomes[0]
 
     async def probe(self, lags_ms: list[float]) -> None:
         """Until cancelled, note how long the verifier's event loop takes to answer a ping."""
-        wire, _ = await self._wire(lambda frame: None)
+        wire, _ = await self._wire(self.url, lambda frame: None, self._ended)
         try:
             while True:
                 started = time.monotonic()
@@ -163,15 +234,24 @@ class Sockets:
     def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
         """A device's message leaves."""
         self.frames_out += 1
-        self._wires[connection].send(encode(message))
+        line = self._lines[connection]
+        if isinstance(message, Open):
+            line.open(message)
+        elif isinstance(message, Draft):
+            line.draft(message)
+        else:
+            line.say(message)
 
     def lost(self, connection: int) -> None:
-        """A device is switched off: its connection breaks without a word."""
-        self._wires.pop(connection).abort()
+        """A device is switched off: its connections break without a word."""
+        for wire in self._lines.pop(connection).wires.values():
+            wire.abort()
 
     async def close(self) -> None:
         """Close all sockets, whatever state they are in."""
         self._closing = True
+        for task in self._following:
+            task.cancel()
         for wire in self._open:
             wire.close()
         await asyncio.sleep(CLOSE_S)
@@ -181,50 +261,103 @@ class Sockets:
 
     # --- sockets
 
-    async def _wire(self, heard: Callable[[bytes], None]) -> tuple[Wire, Welcome]:
-        parts = urlsplit(self.url)
+    async def _extend(self, index: int, line: Line, address: str) -> Welcome:
+        """Connect a line to another address. Raises UnavailableError, ConfigError or ProtocolError."""
+        url = redirected_url(self.url, address) if address else self.url
+        heard = functools.partial(self._heard, index, address)
+        broken = functools.partial(self._broken, index, address)
+        line.wires[address], welcome = await self._wire(url, heard, broken)
+        return welcome
+
+    async def _wire(
+        self, url: str, heard: Callable[[bytes], None], broken: Callable[[str], None]
+    ) -> tuple[Wire, Welcome]:
+        parts = urlsplit(url)
         secure = parts.scheme == "wss"
         loop = asyncio.get_running_loop()
+
+        def opened() -> Wire:
+            wire = Wire(url, self._headers, heard, broken)
+            self._open.append(wire)
+            return wire
+
         try:
             async with asyncio.timeout(HANDSHAKE_S):
                 _, wire = await loop.create_connection(
-                    lambda: self._opened(heard),
+                    opened,
                     parts.hostname or "",
                     parts.port or (443 if secure else 80),
                     ssl=ssl.create_default_context() if secure else None,
                 )
                 frame = await wire.ready
         except (OSError, TimeoutError, WebSocketException) as error:
-            await self.close()
             if isinstance(error, InvalidStatus) and error.response.status_code in (401, 403):
-                raise ConfigError(f"the verifier at {self.url} refused our key; set WISP_API_KEY") from None
-            raise UnavailableError(f"no verifier at {self.url}: {str(error) or 'no answer'}") from None
+                raise ConfigError(f"the verifier at {url} refused our key; set WISP_API_KEY") from None
+            raise UnavailableError(f"no verifier at {url}: {str(error) or 'no answer'}") from None
+        if wire.ended:  # in the same moment
+            raise UnavailableError(f"the verifier at {url} went away")
         first = decode_from_cloud(frame)
         if not isinstance(first, Welcome):
             raise ProtocolError(getattr(first, "code", "malformed"), getattr(first, "message", "no welcome"))
         return wire, first
 
-    def _opened(self, heard: Callable[[bytes], None]) -> Wire:
-        wire = Wire(self.url, self._headers, heard, self._broken)
-        self._open.append(wire)
-        return wire
-
-    def _heard(self, index: int, frame: bytes) -> None:
+    def _heard(self, index: int, address: str, frame: bytes) -> None:
         self.frames_in += 1
         clock = self.clock
         if clock is not None:
-            clock.happen(lambda: self._take(index, decode_from_cloud(frame)))
+            clock.happen(lambda: self._take(index, address, decode_from_cloud(frame)))
 
-    def _take(self, index: int, message: FromCloud) -> None:
-        if isinstance(message, Redirect):
-            raise ProtocolError("malformed", "redirected; give the address of one verifier, not of a front")
+    def _take(self, index: int, address: str, message: FromCloud) -> None:
         if isinstance(message, Refused) and not message.session:
             raise ProtocolError(message.code, f"the verifier refused a frame: {message.message}")
-        sender = self.senders.get(index)
-        if sender is not None and not isinstance(message, Welcome):
-            sender(message)
+        line = self._lines.get(index)
+        if line is None or line.at != address or isinstance(message, Welcome):
+            return  # switched off, or said before the session moved
+        if isinstance(message, Redirect):
+            if line.opening is not None and message.session == line.session and address == HOME:
+                self._follow(index, line, message.address)
+            return
+        if isinstance(message, Verdict):
+            line.verdict()
+        elif address != HOME and message.code in ELSEWHERE:
+            message = line.go_home(refused=True)
+        self.senders[index](message)
 
-    def _broken(self, reason: str) -> None:
+    def _follow(self, index: int, line: Line, address: str) -> None:
+        """A front sends a session somewhere."""
+        self.redirects += 1
+        line.at = address
+        if address in line.wires:
+            line.opened()
+            return
+        task = asyncio.ensure_future(self._reach(index, line, address))
+        self._following.add(task)
+        task.add_done_callback(self._following.discard)
+
+    async def _reach(self, index: int, line: Line, address: str) -> None:
+        try:
+            await self._extend(index, line, address)
+        except (UnavailableError, ConfigError, ProtocolError):
+            self._return(index, line, refused=True)
+        else:
+            if line.at == address and line.opening is not None:
+                line.opened()
+
+    def _return(self, index: int, line: Line, *, refused: bool) -> None:
+        """A device's session goes home, if the device is still there."""
+        if self.clock is not None and index in self._lines and not self._closing:
+            self.clock.happen(lambda: self.senders[index](line.go_home(refused=refused)))
+
+    def _broken(self, index: int, address: str, reason: str) -> None:
+        if address == HOME:
+            self._ended(reason)
+        elif (line := self._lines.get(index)) is not None:
+            line.wires.pop(address, None)
+            if line.at == address:
+                self._return(index, line, refused=False)
+
+    def _ended(self, reason: str) -> None:
+        """The server that was given is gone."""
         if not self._closing and self.clock is not None:
 
             def fail() -> None:
@@ -255,6 +388,11 @@ class Wire(asyncio.Protocol):
         )
         self._ended = False
 
+    @property
+    def ended(self) -> bool:
+        """Is the connection gone?"""
+        return self._ended
+
     async def ping(self) -> None:
         """Returns with the answer."""
         self._pong = asyncio.get_running_loop().create_future()
@@ -263,8 +401,8 @@ class Wire(asyncio.Protocol):
         await self._pong
 
     def send(self, frame: bytes) -> None:
-        """Send a binary frame; nothing, if the connection is gone."""
-        if self._ended:
+        """Send a binary frame; nothing, if the connection is gone, or about to be."""
+        if self._ended or self._socket.state is not OPEN:
             return
         self._socket.send_binary(frame)
         self._flush()
@@ -304,7 +442,9 @@ class Wire(asyncio.Protocol):
             if isinstance(event, Frame):
                 self._frame(event)
             elif isinstance(event, Response) and event.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
-                self._socket.send_binary(encode(Hello(VERSION, client=f"wisp-fleet/{__version__}")))
+                self._socket.send_binary(
+                    encode(Hello(VERSION, client=f"wisp-fleet/{__version__}", redirects=True))
+                )
         self._flush()
 
     def eof_received(self) -> None:

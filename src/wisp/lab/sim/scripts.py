@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from wisp.core.errors import ConfigError
 from wisp.core.predictor import Predictor, features
 from wisp.core.signals import Signal
 from wisp.lab.traces.format import OffPath, Trace, TraceSet, as_signal, trace_folder
@@ -203,14 +204,21 @@ class Recorded(Scripts):
 
 
 @functools.lru_cache(maxsize=4)
-def library(traces: Path, domain: str = "") -> Library:
-    """The traces of a folder that the shipped predictor was not trained on; of one `domain` if given.
+def library(traces: Path, domain: str = "", *, greedy: bool = False) -> Library:
+    """The traces of a folder that the shipped predictor was not trained on; of one `domain` if given, only greedy ones
+    if told so.
 
     Raises ConfigError.
     """
     from wisp.engines.build import read_predictor
 
     found = [
-        t for t in TraceSet.load(trace_folder(traces)) if t.split != "train" and domain in ("", t.domain)
+        t
+        for t in TraceSet.load(trace_folder(traces))
+        if t.split != "train" and domain in ("", t.domain) and not (greedy and t.sampling.temperature)
     ]
+    if not found:
+        raise ConfigError(
+            f"{traces} has no trace for this: {domain or 'all domains'}, {'greedy' if greedy else 'all'}"
+        )
     return Library(found, read_predictor())

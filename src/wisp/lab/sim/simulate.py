@@ -139,10 +139,11 @@ class Fleet:
 
     def _request(self, handset: Handset, slo: SloClass, n_prompt: int, source: random.Random) -> None:
         prompt = [source.getrandbits(30) % self.n_vocab for _ in range(n_prompt)]
-        seed = source.getrandbits(32)
+        seed, most = source.getrandbits(32), self.scenario.most_output
         if self.scenario.as_recorded:
-            prompt = self.scripts.script(seed).prompt or prompt
-        request = Request(seed, prompt, slo.slo, handset.index, self.env.now, self.scenario.most_output)
+            script = self.scripts.script(seed)
+            prompt, most = script.prompt or prompt, len(script)
+        request = Request(seed, prompt, slo.slo, handset.index, self.env.now, most)
         self.requests.append(request)
         handset.start(request)
 
@@ -223,7 +224,7 @@ class Simulation(Fleet):
 
 def scripts_of(scenario: Scenario) -> Scripts:
     """What target and drafter say in a scenario. Raises ConfigError."""
-    lib = library(Path(scenario.traces), scenario.domain)
+    lib = library(Path(scenario.traces), scenario.domain, greedy=scenario.as_recorded)
     kind = Recorded if scenario.as_recorded else Scripts
     return kind(lib, scenario.output_tokens, scenario.acceptance or None)
 
