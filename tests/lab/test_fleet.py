@@ -22,7 +22,7 @@ from wisp.lab.sim.figures import Figures, Watching
 from wisp.lab.sim.fleet import check_live, run_live, verifier
 from wisp.lab.sim.live import Clock, Sockets
 from wisp.lab.sim.scenario import Kit, Scenario, SloClass
-from wisp.lab.sim.scripts import library
+from wisp.lab.sim.simulate import scripts_of
 from wisp.lab.sim.systems import system
 
 DEVICES = 12
@@ -169,7 +169,7 @@ def test_the_simulator_says_about_the_same(quick: Scenario, ours: Figures) -> No
 def test_a_verifier_that_says_something_else_is_refused(
     quick: Scenario, server: Child, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library(Path(quick.traces), quick.domain), "eos", frozenset({1}))
+    monkeypatch.setattr(scripts_of(quick).library, "eos", frozenset({1}))
     with pytest.raises(ConfigError, match="does not say what the devices expect"):
         play(quick, "ours", server)
 

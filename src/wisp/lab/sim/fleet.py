@@ -38,7 +38,6 @@ from wisp.lab.sim.figures import Engine, Figures, Machine, Totals, Watched, Watc
 from wisp.lab.sim.live import Clock, Sockets
 from wisp.lab.sim.profiled import Measured
 from wisp.lab.sim.scenario import Scenario, load_scenario
-from wisp.lab.sim.scripts import library
 from wisp.lab.sim.serving import cpu_s, verifier
 from wisp.lab.sim.simulate import Fleet, quantile, scripts_of
 from wisp.lab.sim.systems import System, system
@@ -181,7 +180,7 @@ def _as_served(welcome: Welcome, scenario: Scenario, url: str) -> Scenario:
                     f"{welcome.engine}; record traces of its own with `wisp trace`, or start it with --engine emulated"
                 )
         return msgspec.structs.replace(scenario, as_recorded=True)
-    if welcome.engine != "emulated" or set(welcome.eos) != library(folder).eos:
+    if welcome.engine != "emulated" or set(welcome.eos) != scripts_of(scenario).library.eos:
         raise ConfigError(
             f"the verifier at {url} ({welcome.model}, {welcome.engine}) does not say what the devices expect; "
             "start it with --engine emulated and the scenario's --traces and --output-tokens, or leave out --server"

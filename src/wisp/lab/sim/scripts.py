@@ -203,13 +203,15 @@ class Recorded(Scripts):
         return Script(library, positions, end, library.prompts[i])
 
 
-@functools.lru_cache(maxsize=4)
 def library(traces: Path, domain: str = "", *, greedy: bool = False) -> Library:
     """The traces of a folder that the shipped predictor was not trained on; of one `domain` if given, only greedy ones
-    if told so.
-
-    Raises ConfigError.
+    if told so. The same one for the same question. Raises ConfigError.
     """
+    return _library(traces, domain, greedy)
+
+
+@functools.lru_cache(maxsize=4)
+def _library(traces: Path, domain: str, greedy: bool) -> Library:
     from wisp.engines.build import read_predictor
 
     found = [
@@ -218,7 +220,6 @@ def library(traces: Path, domain: str = "", *, greedy: bool = False) -> Library:
         if t.split != "train" and domain in ("", t.domain) and not (greedy and t.sampling.temperature)
     ]
     if not found:
-        raise ConfigError(
-            f"{traces} has no trace for this: {domain or 'all domains'}, {'greedy' if greedy else 'all'}"
-        )
+        which = f"{'greedy ' if greedy else ''}trace{f' of {domain}' if domain else ''}"
+        raise ConfigError(f"{traces} has no {which} that the predictor was not trained on")
     return Library(found, read_predictor())
