@@ -3,7 +3,8 @@
 Tokens that all sessions are owed per second, times the rows that a token takes, must fit into the rows that steps of
 a bearable length do per second. Rows per token are taken as they are under pressure, when the price of drafts has
 made edges careful; below that load nobody is refused anyway. What the forecast cannot know (luck with drafts, users
-who leave) shows in how many are behind their pace, which counts too.
+who leave, a host that is slow) shows in how many are behind their pace, which counts too, and in how many answers were
+late: `Flow` promises less then.
 """
 
 from __future__ import annotations
@@ -22,10 +23,8 @@ IN_TIME, LATE = 0.0006, -0.0094  # what an answer changes: at rest, six in a hun
 BACK = 0.002  # of the way back to where it began, with every answer: a burst is forgotten
 KV_OVERBOOKING = 1.1  # contexts of sessions that wait for their first token are not there yet
 TOO_MANY = 0.6  # share of sessions that are behind
-READING = (
-    0.5,
-    0.8,
-)  # share of the rows until a first token is due that prompts may ask for: what decoding leaves
+# Share of the rows until a first token is due that prompts may ask for: what decoding leaves, within these.
+READING_LEAST, READING_MOST = 0.5, 0.8
 
 
 class Flow:
@@ -80,7 +79,7 @@ def check(
     # Who waits for a first token asks for nothing yet, and so many may wait at a time.
     if asked > flow.filled * (1.0 + waiting) * offered and len(paces) > 1:
         raise Refusal("overloaded", "this verifier could not keep the pace asked for", wait_s)
-    left = min(max(1.0 - decoding / max(offered, 1e-9), READING[0]), READING[1])
+    left = min(max(1.0 - decoding / max(offered, 1e-9), READING_LEAST), READING_MOST)
     if ttft_s and running and unread > left * offered * ttft_s:
         raise Refusal("overloaded", "too many prompts wait to be read", wait_s)
 
