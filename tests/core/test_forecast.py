@@ -27,72 +27,73 @@ def session(i: int, slo: Slo | None = QUICK, prompt: int = 130, begun: bool = Tr
     return made
 
 
-def admitted(sessions: list[Session], newcomer: Session, flow: forecast.Flow, kv: int = 10**6) -> bool:
+def admitted(sessions: list[Session], newcomer: Session, told: forecast.Forecast, kv: int = 10**6) -> bool:
     try:
-        forecast.check(sessions, newcomer, COST, kv, flow)
+        told.changed()
+        told.check(sessions, newcomer, COST, kv)
     except Refusal:
         return False
     return True
 
 
-def room(flow: forecast.Flow, slo: Slo | None = QUICK) -> int:
+def room(told: forecast.Forecast, slo: Slo | None = QUICK) -> int:
     """How many are let in, one after another."""
     inside: list[Session] = []
-    while len(inside) < 500 and admitted(inside, session(1000, slo, begun=False), flow):
+    while len(inside) < 500 and admitted(inside, session(1000, slo, begun=False), told):
         inside.append(session(len(inside), slo))
     return len(inside)
 
 
 def test_who_is_alone_is_let_in_however_much_they_ask() -> None:
-    assert admitted([], session(1, Slo(ttft_ms=1.0, tpot_ms=1.0), begun=False), forecast.Flow())
+    assert admitted([], session(1, Slo(ttft_ms=1.0, tpot_ms=1.0), begun=False), forecast.Forecast())
 
 
 def test_who_is_refused_is_told_when_to_come_back() -> None:
     with pytest.raises(Refusal) as refusal:
-        forecast.check([session(i) for i in range(300)], session(999), COST, 10**6, forecast.Flow())
+        forecast.Forecast().check([session(i) for i in range(300)], session(999), COST, 10**6)
     assert refusal.value.code == "overloaded"
     assert 1.0 <= refusal.value.retry_after <= 30.0
 
 
 def test_there_is_more_room_at_half_the_pace() -> None:
-    flow = forecast.Flow()
-    quick, slow = room(flow), room(flow, Slo(ttft_ms=3000.0, tpot_ms=125.0))
+    told = forecast.Forecast()
+    quick, slow = room(told), room(told, Slo(ttft_ms=3000.0, tpot_ms=125.0))
     assert 20 < quick < 200
     assert slow > 1.8 * quick
 
 
 def test_who_asks_for_no_pace_is_bounded_by_the_cache_alone() -> None:
-    flow = forecast.Flow()
-    assert room(flow, Slo()) == 500
+    told = forecast.Forecast()
+    assert room(told, Slo()) == 500
     inside = [session(i) for i in range(5)]
-    assert not admitted(inside, session(9, begun=False), flow, kv=1000)
+    assert not admitted(inside, session(9, begun=False), told, kv=1000)
 
 
 def test_prompts_that_wait_to_be_read_keep_others_out() -> None:
     unread = [session(i, prompt=4000, begun=False) for i in range(4)]
-    assert not admitted([session(8), *unread], session(9, begun=False), forecast.Flow())
+    assert not admitted([session(8), *unread], session(9, begun=False), forecast.Forecast())
 
 
 def test_late_answers_make_room_smaller_and_answers_in_time_larger_within_bounds() -> None:
-    flow = forecast.Flow()
-    before = room(flow)
+    told = forecast.Forecast()
+    before = room(told)
     for _ in range(20):
-        flow.ended(200, 12.0, in_time=False)
-    assert room(flow) < before
+        told.ended(200, 12.0, in_time=False)
+    assert room(told) < before
     for _ in range(1000):
-        flow.ended(200, 12.0, in_time=False)
-    assert flow.filled == forecast.LEAST_FILLED
-    assert room(flow) > 0.5 * before
+        told.ended(200, 12.0, in_time=False)
+    assert told.filled == forecast.LEAST_FILLED
+    assert room(told) > 0.5 * before
     for _ in range(10_000):
-        flow.ended(200, 12.0, in_time=True)
-    assert flow.filled == forecast.MOST_FILLED
+        told.ended(200, 12.0, in_time=True)
+    assert told.filled == forecast.MOST_FILLED
 
 
 def test_it_rests_where_six_in_a_hundred_are_late() -> None:
-    flow = forecast.Flow()
+    told = forecast.Forecast()
     for i in range(10_000):
-        flow.ended(200, 12.0, in_time=i % 50 >= 3)
-    assert flow.filled == pytest.approx(forecast.FILLED, abs=0.05)
+        told.ended(200, 12.0, in_time=i % 50 >= 3)
+    assert told.filled == pytest.approx(forecast.FILLED, abs=0.05)
 
 
 def test_while_most_are_behind_nobody_else_is_let_in() -> None:
@@ -100,7 +101,7 @@ def test_while_most_are_behind_nobody_else_is_let_in() -> None:
     for s in behind:
         s.answered_at = 10.0
     assert all(s.lag_s > 0.0 for s in behind)
-    assert not admitted(behind, session(9, begun=False), forecast.Flow())
+    assert not admitted(behind, session(9, begun=False), forecast.Forecast())
 
 
 @pytest.mark.parametrize("knee", [0, 60])

@@ -4,12 +4,13 @@ Tokens that all sessions are owed per second, times the rows that a token takes,
 a bearable length do per second. Rows per token are taken as they are under pressure, when the price of drafts has
 made edges careful; below that load nobody is refused anyway. What the forecast cannot know (luck with drafts, users
 who leave, a host that is slow) shows in how many are behind their pace, which counts too, and in how many answers were
-late: `Flow` promises less then.
+late: `Forecast` promises less then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 
 from wisp.core.admission import Refusal
 from wisp.core.cost import CostModel, Load
@@ -27,7 +28,40 @@ TOO_MANY = 0.6  # share of sessions that are behind
 READING_LEAST, READING_MOST = 0.5, 0.8
 
 
-class Flow:
+class Demand:
+    """What sessions ask for. Rows are per second; paces are the longest steps that sessions can bear, in seconds."""
+
+    def __init__(self, sessions: Iterable[Session], answer_tokens: float) -> None:
+        self.answer_tokens = answer_tokens
+        self.rows = self.decoding = 0.0  # with those of prompts, and without
+        self.kv = self.unread = 0.0  # tokens, and those of prompts of sessions without a first token
+        self.running = self.behind = 0
+        paces = [self._add(s) for s in sessions]
+        self.paces = sorted(pace for pace in paces if pace)
+
+    def _add(self, s: Session) -> float:
+        """Count a session; returns its pace, 0 if it has none."""
+        tokens = min(s.max_tokens, self.answer_tokens)
+        self.kv += s.n_prompt + tokens / 2
+        self.unread += 0 if s.n_committed else s.n_prompt
+        if not s.tpot_s:
+            return 0.0
+        self.rows += (ROWS_A_TOKEN + s.n_prompt / tokens) / s.tpot_s
+        self.decoding += ROWS_A_TOKEN / s.tpot_s
+        if s.n_committed and not s.late:
+            self.running += 1
+            self.behind += s.lag_s > 0.0
+        return s.tpot_s * (s.usual + 1.0) / 2.0
+
+    def plus(self, s: Session) -> Demand:
+        """With one more."""
+        more = copy(self)
+        pace = more._add(s)
+        more.paces = sorted((*self.paces, pace)) if pace else self.paces
+        return more
+
+
+class Forecast:
     """What answers look like here, smoothed, and how much of what the cost model offers can be promised: less with
     each answer that was late, a little more with each that was not."""
 
@@ -35,6 +69,7 @@ class Flow:
         self.answer_tokens = 200.0
         self.answer_s = 10.0
         self.filled = FILLED
+        self._demand: Demand | None = None  # of those who are here
 
     def ended(self, tokens: int, seconds: float, in_time: bool) -> None:
         """An answer is complete."""
@@ -43,45 +78,33 @@ class Flow:
         self.answer_tokens += 0.05 * (tokens - self.answer_tokens)
         self.answer_s += 0.05 * (seconds - self.answer_s)
 
+    def changed(self) -> None:
+        """Sessions came, went or advanced: those who are refused in between need not be counted against them anew."""
+        self._demand = None
 
-def check(
-    sessions: Iterable[Session], newcomer: Session, cost: CostModel, kv_tokens: int, flow: Flow
-) -> None:
-    """Raises Refusal where `newcomer`, which has an SLO, would be late or make others late."""
-    asked = decoding = 0.0  # rows per second, with and without those of prompts
-    kv = unread = 0.0  # tokens, and those of prompts of sessions without a first token
-    running = behind = 0
-    paces = []
-    for s in (*sessions, newcomer):
-        tokens = min(s.max_tokens, flow.answer_tokens)
-        kv += s.n_prompt + tokens / 2
-        unread += 0 if s.n_committed else s.n_prompt
-        if not s.tpot_s:
-            continue
-        asked += (ROWS_A_TOKEN + s.n_prompt / tokens) / s.tpot_s
-        decoding += ROWS_A_TOKEN / s.tpot_s
-        paces.append(s.tpot_s * (s.usual + 1.0) / 2.0)
-        if s.n_committed and not s.late:
-            running += 1
-            behind += s.lag_s > 0.0
-    wait_s = min(30.0, max(1.0, flow.answer_s / 2))
-    if kv > KV_OVERBOOKING * kv_tokens:
-        raise Refusal("overloaded", "this verifier has no room for another context now", wait_s)
-    if not paces:
-        return
-    if running >= 4 and behind > TOO_MANY * running:
-        raise Refusal("overloaded", "this verifier is behind with the sessions that it has", wait_s)
-    paces.sort()
-    longest_ms = paces[len(paces) // 10] * 1e3
-    offered = rows_in(cost, longest_ms) / longest_ms * 1e3
-    ttft_s = newcomer.slo.ttft_ms / 1e3 if newcomer.slo else 0.0
-    waiting = ttft_s / (flow.answer_tokens * newcomer.tpot_s) if newcomer.tpot_s else 0.0
-    # Who waits for a first token asks for nothing yet, and so many may wait at a time.
-    if asked > flow.filled * (1.0 + waiting) * offered and len(paces) > 1:
-        raise Refusal("overloaded", "this verifier could not keep the pace asked for", wait_s)
-    left = min(max(1.0 - decoding / max(offered, 1e-9), READING_LEAST), READING_MOST)
-    if ttft_s and running and unread > left * offered * ttft_s:
-        raise Refusal("overloaded", "too many prompts wait to be read", wait_s)
+    def check(self, sessions: Iterable[Session], newcomer: Session, cost: CostModel, kv_tokens: int) -> None:
+        """Raises Refusal where `newcomer`, which has an SLO, would be late or make others late."""
+        if self._demand is None:
+            self._demand = Demand(sessions, self.answer_tokens)
+        demand = self._demand.plus(newcomer)
+        wait_s = min(30.0, max(1.0, self.answer_s / 2))
+        if demand.kv > KV_OVERBOOKING * kv_tokens:
+            raise Refusal("overloaded", "this verifier has no room for another context now", wait_s)
+        paces = demand.paces
+        if not paces:
+            return
+        if demand.running >= 4 and demand.behind > TOO_MANY * demand.running:
+            raise Refusal("overloaded", "this verifier is behind with the sessions that it has", wait_s)
+        longest_ms = paces[len(paces) // 10] * 1e3
+        offered = rows_in(cost, longest_ms) / longest_ms * 1e3
+        ttft_s = newcomer.slo.ttft_ms / 1e3 if newcomer.slo else 0.0
+        waiting = ttft_s / (self.answer_tokens * newcomer.tpot_s) if newcomer.tpot_s else 0.0
+        # Who waits for a first token asks for nothing yet, and so many may wait at a time.
+        if demand.rows > self.filled * (1.0 + waiting) * offered and len(paces) > 1:
+            raise Refusal("overloaded", "this verifier could not keep the pace asked for", wait_s)
+        left = min(max(1.0 - demand.decoding / max(offered, 1e-9), READING_LEAST), READING_MOST)
+        if ttft_s and demand.running and demand.unread > left * offered * ttft_s:
+            raise Refusal("overloaded", "too many prompts wait to be read", wait_s)
 
 
 def rows_in(cost: CostModel, step_ms: float) -> float:

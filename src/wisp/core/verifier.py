@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from wisp.core import forecast
 from wisp.core.admission import Admission, Refusal
 from wisp.core.batching import BatchingPolicy
 from wisp.core.cost import CostModel, Load
@@ -31,6 +30,7 @@ from wisp.core.events import (
     Tick,
     WakeAt,
 )
+from wisp.core.forecast import Forecast
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.planning import Files, Planner
 from wisp.core.session import IN_ENGINE, Event, Pending, Session, State
@@ -47,7 +47,7 @@ class Verifier:
         self.policy = policy
         self.admission = admission
         self.cost = cost or CostModel()
-        self.flow = forecast.Flow()
+        self.forecast = Forecast()
         self.files = Files()
         self.sessions = self.files.sessions
         self.planner = Planner(limits, policy, admission, self.cost, self.files)
@@ -115,19 +115,20 @@ class Verifier:
         if session is None:
             session = Session(self._next_handle + 1, key, connection, open_, now)
             if self.limits.forecast and open_.slo is not None and not open_.committed:
-                self._forecast(session)
+                self._foresee(session)
             self.admission.opened(now, key)
             self._next_handle += 1
             self.sessions[session.handle] = self._by_id[session.id] = session
+            self.forecast.changed()
         else:
             self._resume(session, connection, key, open_)
         self._by_connection.setdefault(connection, set()).add(session.handle)
         return self._take(now, session, open_.round, len(open_.committed), open_.draft)
 
-    def _forecast(self, newcomer: Session) -> None:
+    def _foresee(self, newcomer: Session) -> None:
         """Raises Refusal where another session could not be served in time."""
         try:
-            forecast.check(self.sessions.values(), newcomer, self.cost, self.limits.kv_tokens, self.flow)
+            self.forecast.check(self.sessions.values(), newcomer, self.cost, self.limits.kv_tokens)
         except Refusal:
             self.admission.turned_away(newcomer.key)
             raise
@@ -261,6 +262,7 @@ class Verifier:
         del self._by_id[session.id]
         self._by_connection.get(session.connection, set()).discard(session.handle)
         self.admission.closed(session.key)
+        self.forecast.changed()
 
     # --- steps
 
@@ -280,6 +282,7 @@ class Verifier:
     def _step_done(self, now: float, event: StepDone) -> Iterable[Action]:
         assert self._step is not None
         step, self._step = self._step, None
+        self.forecast.changed()
         if event.error:
             yield from self._step_failed(now, step, event.error)
             return
@@ -331,7 +334,7 @@ class Verifier:
         more = not slice_.sample or (s.serve and not finish)
         self._settle(now, s, cached=min(fed, len(s.chain)), more=more)
         if finish:
-            self.flow.ended(s.n_committed, now - s.opened, s.in_time(now))
+            self.forecast.ended(s.n_committed, now - s.opened, s.in_time(now))
         if finish and s.state is not State.ENDED:
             s.go(Event.CANCEL if s.state is State.PARKED else Event.FINISHED)
             self._end(s)
