@@ -22,7 +22,7 @@ WITHOUT = {
     "ours,admission=no": "everyone is let in",
 }
 RATES = (8.0, 16.0)
-SYSTEMS = ("ours", "wisp", "central")
+SYSTEMS = ("ours", "central")
 ACCEPTANCES = (0.6, 0.7, 0.8, 0.9)
 
 
@@ -54,7 +54,7 @@ def run(quick: bool, runs: Runs) -> Data:
         for spec in parts
     }
     wrong = {
-        (name, s): _cell(scenario, s, quick, (1,))
+        (name, s): _cell(scenario, s, quick)
         for name, scenario in trouble(quick).items()
         for s in SYSTEMS[: 1 if quick else None]
     }
@@ -66,10 +66,10 @@ def run(quick: bool, runs: Runs) -> Data:
     }
 
 
-def _cell(scenario: Scenario, policy: str, quick: bool, seeds: tuple[int, ...] = (1, 2)) -> Cell:
+def _cell(scenario: Scenario, policy: str, quick: bool, seeds: tuple[int, ...] = (1,)) -> Cell:
     if quick:
         return Cell(scenario.brief(6.0, 8.0, 15.0), policy, grain=0.2)
-    return Cell(scenario.brief(20.0, 50.0, 45.0), policy, seeds, grain=0.04)
+    return Cell(scenario.brief(20.0, 40.0, 40.0), policy, seeds, grain=0.05)
 
 
 def _capacity(row: dict[str, object]) -> Capacity:
@@ -99,8 +99,7 @@ def lines(data: Data) -> list[str]:
     systems = list(next(iter(by.values())))
     return [
         "What each part is worth, and what upsets it",
-        "One A100 with Qwen3-32B. Devices with at most 10 % violations, to 4 %; two seeds for parts, one for troubles. "
-        + BOUND,
+        "One A100 with Qwen3-32B. Devices with at most 10 % violations, to 5 %; one seed. " + BOUND,
         "",
         "## One part taken out",
         "",
