@@ -228,8 +228,8 @@ def _paper_lines(data: Data) -> list[str]:
     ours = next(c["capacity"] for c in data["main"] if (c["system"], c["rate"]) == ("ours", 8.0))
     capped = {of: paper_capacity(MAIN, of, 8.0) for of in ("central", "sled")}
     out += [
-        f"Against the paper's own baselines, as throughput caps fitted to its rows: at 8 tokens/s `ours` carries {ours} "
-        f"devices, {ratio(ours, capped['central'])} times `central-paper` ({capped['central']}; its claim is 2.1) and "
+        f"Against the paper's own baselines, as throughput caps fitted to its rows: at 8 tokens/s `ours` carries "
+        f"{ours} devices, {ratio(ours, capped['central'])} times `central-paper` ({capped['central']}; its claim is 2.1) and "
         f"{ratio(ours, capped['sled'])} times `sled-paper` ({capped['sled']}; its claim is 4.1).",
         "",
     ]
@@ -282,8 +282,8 @@ def _overlap_lines(data: Data) -> list[str]:
     return [
         "## How much hangs on the hardware profile",
         "",
-        "`overlap` 1: reading weights and arithmetic do not overlap at all; 2: most of it does. The first table has the "
-        "1.3 that ships.",
+        "`overlap` 1: reading weights and arithmetic do not overlap at all; 2: most of it does. The first table "
+        "has the 1.3 that ships.",
         "",
         *markdown(("tokens/s", "overlap", "ours", "wisp", "central", "ours/central", "ours/wisp"), body),
     ]
