@@ -229,8 +229,8 @@ def _paper_lines(data: Data) -> list[str]:
     capped = {of: paper_capacity(MAIN, of, 8.0) for of in ("central", "sled")}
     out += [
         f"Against the paper's own baselines, as throughput caps fitted to its rows: at 8 tokens/s `ours` carries "
-        f"{ours} devices, {ratio(ours, capped['central'])} times `central-paper` ({capped['central']}; its claim is 2.1) and "
-        f"{ratio(ours, capped['sled'])} times `sled-paper` ({capped['sled']}; its claim is 4.1).",
+        f"{ours} devices, {ratio(ours, capped['central'])} times `central-paper` ({capped['central']}; its claim is "
+        f"2.1) and {ratio(ours, capped['sled'])} times `sled-paper` ({capped['sled']}; its claim is 4.1).",
         "",
     ]
     p = data["predicted"]
