@@ -25,7 +25,7 @@ from wisp.core.work import Copy, Slice, SliceResult
 from wisp.engines.base import EngineInfo
 from wisp.engines.vllm import selftest
 from wisp.engines.vllm.parts import Chosen, Part
-from wisp.engines.vllm.starting import Started
+from wisp.engines.vllm.starting import Started, Wanted
 
 T = TypeVar("T")
 
@@ -71,62 +71,26 @@ class _Task:
 
 
 class VllmTarget:
-    """See the top of this file.
-
-    model:           a folder in Hugging Face format, or a name of the hub
-    name:            the model's name in EngineInfo
-    eos:             ids that end a generation
-    slots:           sequences held at once
-    slot_tokens:     context length of each, at most
-    tensor_parallel: accelerators to split the model over
-    memory:          share of an accelerator's memory to take
-    kv_bytes:        memory for KV (default: what is left of `memory`; 1 GiB on a CPU)
-    dtype:           "auto" (the model's own; float32 on a CPU) or one of vLLM's
+    """See the top of this file. `name` is the model's in EngineInfo, `eos` the ids that end a generation.
 
     Raises ConfigError or ModelError if vLLM or the model is not one that this works with, or fails the self-test.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        name: str,
-        eos: Iterable[int],
-        slots: int = 64,
-        slot_tokens: int = 4096,
-        tensor_parallel: int = 1,
-        threads: int | None = None,
-        memory: float = 0.9,
-        kv_bytes: int | None = None,
-        dtype: str = "auto",
-        offline: bool = False,
-    ) -> None:
-        if slots < 1 or slot_tokens < 32:
+    def __init__(self, wanted: Wanted, *, name: str, eos: Iterable[int]) -> None:
+        if wanted.slots < 1 or wanted.slot_tokens < 32:
             raise EngineError(
-                f"{slots} slots of {slot_tokens} tokens: an engine needs at least one, of at least 32"
+                f"{wanted.slots} slots of {wanted.slot_tokens} tokens: an engine needs at least one, of at least 32"
             )
         self._thread = ThreadPoolExecutor(1, "vllm")
         self._own = self._thread.submit(threading.current_thread).result()
         self._closed = False
-        self._slot_tokens = slot_tokens
+        self._slot_tokens = wanted.slot_tokens
         self._clock = 0
         self._opened = 0
         self._observing = False
-        self._slots = [_Slot() for _ in range(slots)]
+        self._slots = [_Slot() for _ in range(wanted.slots)]
         try:
-            self._started = self._call(
-                lambda: Started(
-                    model,
-                    slots=slots,
-                    slot_tokens=slot_tokens,
-                    tensor_parallel=tensor_parallel,
-                    threads=threads,
-                    memory=memory,
-                    kv_bytes=kv_bytes,
-                    dtype=dtype,
-                    offline=offline,
-                )
-            )
+            self._started = self._call(lambda: Started(wanted))
         except BaseException:
             self._thread.shutdown()
             raise
