@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from wisp.core.errors import EngineDeadError, EngineError
 from wisp.core.work import Copy, Slice, SliceResult
 from wisp.engines.base import EngineInfo
+from wisp.engines.slots import check_copy, slice_problem
 from wisp.engines.vllm import selftest
 from wisp.engines.vllm.parts import Chosen, Part
 from wisp.engines.vllm.starting import Started, Wanted
@@ -130,14 +131,8 @@ class VllmTarget:
 
     def copy(self, copy: Copy) -> None:
         """`target` holds what `source` holds, up to `copy.tokens`; its blocks are looked up when it is next fed."""
-        for slot in (copy.source, copy.target):
-            if not 0 <= slot < len(self._slots):
-                raise EngineError(f"slot {slot} is not one of 0..{len(self._slots) - 1}")
+        check_copy(copy, self.held, slots=len(self._slots))
         source, target = self._slots[copy.source], self._slots[copy.target]
-        if source is target:
-            raise EngineError(f"slot {copy.source} cannot be copied to itself")
-        if not 0 <= copy.tokens <= len(source.tokens):
-            raise EngineError(f"slot {copy.source} holds {len(source.tokens)} tokens, not {copy.tokens}")
         self._call(lambda: self._drop_blocks(target))
         target.tokens, target.salt = source.tokens[: copy.tokens], source.salt
 
@@ -318,23 +313,10 @@ class VllmTarget:
 
     def _problem(self, work: Slice) -> str:
         """What is wrong with a slice, in words, or ""."""
-        if not 0 <= work.slot < len(self._slots):
-            return f"slot {work.slot} is not one of 0..{len(self._slots) - 1}"
-        held = len(self._slots[work.slot].tokens)
-        if not work.tokens:
-            return "a slice feeds at least one token"
-        if not 0 <= work.n_draft < len(work.tokens) or (work.n_draft and not work.sample):
-            return f"{work.n_draft} draft tokens do not fit a slice of {len(work.tokens)} tokens"
         if work.n_draft >= self._started.step_tokens:
             return f"{work.n_draft} draft tokens do not fit a step of {self._started.step_tokens}"
-        if not 0 <= work.start <= held:
-            return f"slot {work.slot} holds {held} tokens, not the {work.start} to start from"
-        if work.start + len(work.tokens) > self._slot_tokens:
-            return f"{work.start} + {len(work.tokens)} tokens exceed the slot's {self._slot_tokens}"
-        if min(work.tokens) < 0 or max(work.tokens) >= self._info.n_vocab:
-            return f"a token id is outside the vocabulary of {self._info.n_vocab}"
-        wrong = work.sampling.problem()
-        return f"{wrong[0]} {wrong[1]}" if wrong else ""
+        sizes = {"slots": len(self._slots), "slot_tokens": self._slot_tokens, "n_vocab": self._info.n_vocab}
+        return slice_problem(work, self.held, **sizes)
 
     def _fail(self, task: _Task, error: str) -> None:
         task.error, task.done = error, True
