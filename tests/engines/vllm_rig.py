@@ -19,6 +19,7 @@ import wisp.engines
 from wisp.core.sampling import Sampling
 from wisp.core.work import Slice, SliceResult
 from wisp.engines.llama.reference import reference_tokens
+from wisp.engines.vllm.starting import Wanted
 
 TINY = Path(os.environ.get("WISP_TEST_MODEL") or Path(wisp.engines.__file__).parent / "data/tiny-target.gguf")
 EOS = 511
@@ -76,9 +77,8 @@ def engine_of(folder: Path, **settings: Any) -> Iterator[Any]:
 def _started(folder: Path, **settings: Any) -> Any:
     from wisp.engines.vllm.target import VllmTarget
 
-    os.environ["HF_HUB_OFFLINE"] = "1"
     settings = {"slots": 8, "slot_tokens": 256, "threads": 1, **settings}
-    return VllmTarget(str(folder), name="tiny", eos=[EOS], **settings)
+    return VllmTarget(Wanted(model=str(folder), offline=True, **settings), name="tiny", eos=[EOS])
 
 
 @contextmanager

@@ -15,12 +15,14 @@ from typer.testing import CliRunner
 from wisp.api.process import event_loop_factory
 from wisp.cli import app
 from wisp.core.errors import ConfigError, UnavailableError
+from wisp.core.messages import Draft, Open, decode_from_edge
+from wisp.core.sampling import Sampling
 from wisp.engines.emulated import HARDWARE
 from wisp.lab.children import Child
 from wisp.lab.sim import figures, serving
 from wisp.lab.sim.figures import Figures, Watching
 from wisp.lab.sim.fleet import check_live, run_live, verifier
-from wisp.lab.sim.live import Clock, Sockets
+from wisp.lab.sim.live import HOME, Clock, Line, Sockets
 from wisp.lab.sim.scenario import Kit, Scenario, SloClass
 from wisp.lab.sim.simulate import scripts_of
 from wisp.lab.sim.systems import system
@@ -203,6 +205,43 @@ def test_what_only_the_simulator_has_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match="simulator"):
         check_live(msgspec.structs.replace(quick, **change), system(of))
+
+
+# --- where a front sends a session
+
+
+class Said:
+    """A connection that keeps what is said on it."""
+
+    def __init__(self) -> None:
+        self.frames: list[object] = []
+
+    def send(self, frame: bytes) -> None:
+        self.frames.append(decode_from_edge(frame))
+
+
+def test_what_was_said_to_a_front_is_said_again_where_it_sends_and_later_drafts_follow() -> None:
+    home, away = Said(), Said()
+    line = Line()
+    line.wires = {HOME: home, ":8101": away}  # type: ignore[dict-item]
+    opening = Open("session-1", 0, [1, 2, 3], Sampling(), 20)
+    drafts = [Draft("session-1", n, n, [n]) for n in (1, 2, 3)]
+    line.open(opening)
+    line.draft(drafts[0])
+    assert home.frames == [opening, drafts[0]]
+    line.at = ":8101"
+    line.draft(drafts[1])
+    assert away.frames == []  # nothing before the Open
+    line.opened()
+    line.draft(drafts[2])  # sent ahead of the first verdict
+    assert away.frames == [opening, *drafts]
+    back = line.go_home(refused=False)
+    assert (back.session, back.code, back.retry_after, line.at) == ("session-1", "unknown_session", 0.0, HOME)
+    line.open(msgspec.structs.replace(opening, epoch=1))
+    line.at = ":8101"
+    assert line.go_home(refused=True).retry_after > 0
+    line.open(msgspec.structs.replace(opening, epoch=2))
+    assert [f.avoid for f in home.frames if isinstance(f, Open)] == ["", "", ":8101"]
 
 
 # --- the clock

@@ -229,15 +229,16 @@ def test_a_taken_port_is_named(fleet: Fleet) -> None:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
-def test_tls_from_client_to_edge_to_verifier(fleet: Fleet, tiny_pair: None) -> None:
+@pytest.mark.modelless
+def test_tls_from_client_to_edge_to_verifier(fleet: Fleet) -> None:
     cert, key = fleet.folder / "cert.pem", fleet.folder / "key.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
     new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", str(key)]
     subprocess.run([*new, "-out", str(cert), *subject], check=True, capture_output=True)
-    server = fleet.serve("--tls-cert", str(cert), "--tls-key", str(key), ready=False)
+    server = fleet.serve("--tls-cert", str(cert), "--tls-key", str(key), ready=False, **NULL)
     url = f"https://127.0.0.1:{server.port}"
     edge = fleet.edge(url, draft="ngram", env={"SSL_CERT_FILE": str(cert)})
-    answer = ask(edge.url, "Tell me a story about Belomi.", stream=True)
+    answer = ask(edge.url, "Tell me a story about Belomi.", stream=True, model="null")
     assert answer.status == 200
     assert answer.text
     stranger = fleet.edge(url, "--give-up-s", "0.5", draft="none", ready=False)

@@ -74,7 +74,7 @@ def load_target(
 ) -> tuple[TargetEngine, Tokenizer]:
     """The target's engine and tokenizer. Raises ConfigError or ModelError.
 
-    tensor_parallel, memory: of vLLM (see VllmTarget)
+    tensor_parallel, memory: of vLLM (see its Wanted)
     kv_tokens, written: of the emulated engine, whose `name` is that of a hardware profile or a TOML file: its room for
     KV, and its text, if not what the profile says and a hash.
     """
@@ -93,20 +93,20 @@ def load_target(
         return NullTarget(slots=max(slots, SLOTS["null"])), PlainTokenizer()
     if engine == "vllm":
         from wisp.engines.vllm.models import ends, tokenizer_of
+        from wisp.engines.vllm.starting import Wanted
         from wisp.engines.vllm.target import VllmTarget
 
         tokenizer = tokenizer_of(path)
-        return VllmTarget(
-            str(path),
-            name=served_name(name),
-            eos=ends(path, tokenizer),
+        wanted = Wanted(
+            model=str(path),
             slots=slots,
             slot_tokens=context or CONTEXT,
             tensor_parallel=tensor_parallel,
             threads=threads,
             memory=memory,
             offline=offline,
-        ), tokenizer
+        )
+        return VllmTarget(wanted, name=served_name(name), eos=ends(path, tokenizer)), tokenizer
     from wisp.engines.llama.target import LlamaTarget
     from wisp.engines.llama.tokenizer import LlamaTokenizer
 

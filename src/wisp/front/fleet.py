@@ -25,7 +25,7 @@ import msgspec
 
 from wisp.api.keys import on_behalf
 from wisp.cloud.control import MOVE_PATH, REPORT_PATH, Report
-from wisp.core.errors import ConfigError, RequestError, WispError
+from wisp.core.errors import ConfigError, RequestError, UnavailableError, WispError
 from wisp.core.messages import Welcome
 from wisp.core.placement import Placement, Room
 from wisp.front.launch import Launcher, Running
@@ -222,9 +222,10 @@ class Fleet:
         return next((r for r in self.replicas.values() if r.running and r.running.address == address), None)
 
     async def tokenizer(self, fingerprint: str) -> bytes:
-        """The target's tokenizer, gzipped, from any replica that is up. Raises httpx.HTTPError."""
-        replica = self.up()[0]
-        assert replica.running is not None
+        """The target's tokenizer, gzipped, from any replica that is up. Raises httpx.HTTPError or UnavailableError."""
+        replica = next(iter(self.up()), None)
+        if replica is None or replica.running is None:
+            raise UnavailableError("no replica is up to give the tokenizer", retry_after=1.0)
         url = f"{replica.running.url}/v1/tokenizers/{fingerprint}"
         async with self._client.stream("GET", url, headers=_us(replica)) as response:
             response.raise_for_status()

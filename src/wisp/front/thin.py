@@ -156,7 +156,7 @@ class FrontTokenizers:
         self._lock = asyncio.Lock()
 
     async def blob(self, fingerprint: str) -> bytes:
-        """Gzipped. Raises httpx.HTTPError."""
+        """Gzipped. Raises httpx.HTTPError or UnavailableError."""
         async with self._lock:
             if fingerprint not in self._blobs:
                 self._blobs[fingerprint] = await self._host.fleet.tokenizer(fingerprint)

@@ -37,6 +37,7 @@ from wisp.core.events import FromEdge, Limits, Run, Send, StepDone, Tick
 from wisp.core.messages import Cancel, Open, Verdict
 from wisp.core.sampling import Sampling
 from wisp.core.verifier import Verifier
+from wisp.engines.vllm.starting import Wanted, require, settings_for
 
 SESSIONS = (8, 64, 256)
 PROMPT, BLOCK, BLOCKS, TURNS = 8, 20, 10, 4  # tokens; steps of each side; blocks of a turn; turns
@@ -99,7 +100,6 @@ class Times(msgspec.Struct):
 def run_bench(target: str, out: Path | None, *, as_json: bool, offline: bool) -> None:
     """Measure, print, and write `out`. Raises WispError."""
     from wisp.engines.vllm.models import fetched
-    from wisp.engines.vllm.starting import require
 
     require()
     folder = str(fetched(target, offline=offline))
@@ -219,6 +219,10 @@ def _prompt(session: int, turn: int) -> list[int]:
 # --- the two sides
 
 
+def _wanted(folder: str, slots: int) -> Wanted:
+    return Wanted(model=folder, slots=slots, slot_tokens=CONTEXT, threads=1, offline=True)
+
+
 class _Watch:
     """Adds up the time that is spent in some functions."""
 
@@ -245,9 +249,7 @@ class _Stock:
     """vLLM's engine core as it comes."""
 
     def __init__(self, folder: str, slots: int) -> None:
-        from wisp.engines.vllm.starting import settings_for
-
-        settings = settings_for(folder, slots=slots, slot_tokens=CONTEXT, threads=1)
+        settings = settings_for(_wanted(folder, slots))
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.core import EngineCore
         from vllm.v1.executor.abstract import Executor
@@ -299,7 +301,7 @@ class _Ours:
     def __init__(self, folder: str, slots: int) -> None:
         from wisp.engines.vllm.target import VllmTarget
 
-        self.engine = VllmTarget(folder, name="model", eos=[], slots=slots, slot_tokens=CONTEXT, threads=1)
+        self.engine = VllmTarget(_wanted(folder, slots), name="model", eos=[])
         info = self.engine.info
         limits = Limits(
             info.n_vocab, info.eos, info.slots, info.slot_tokens, info.kv_tokens, info.step_tokens

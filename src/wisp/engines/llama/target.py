@@ -27,6 +27,7 @@ from wisp.engines.llama import selfcheck
 from wisp.engines.llama.context import Context, DecodeError, Logits, physical_cores
 from wisp.engines.llama.model import Model
 from wisp.engines.llama.verification import Run, Tap
+from wisp.engines.slots import check_copy, slice_problem
 
 Mode = Literal["exact", "fast"]
 
@@ -133,11 +134,7 @@ class LlamaTarget:
 
     def copy(self, copy: Copy) -> None:
         """Copy a prefix between slots (see TargetEngine.copy). Raises EngineError if the source does not hold it."""
-        for slot in (copy.source, copy.target):
-            if not 0 <= slot < self._slots:
-                raise EngineError(f"slot {slot} is not one of 0..{self._slots - 1}")
-        if not 0 <= copy.tokens <= self._held[copy.source]:
-            raise EngineError(f"slot {copy.source} holds {self._held[copy.source]} tokens, not {copy.tokens}")
+        check_copy(copy, self.held, slots=self._slots)
         self._context.copy(copy.source, copy.target, copy.tokens)
         self._held[copy.target] = copy.tokens
 
@@ -224,22 +221,8 @@ class LlamaTarget:
 
     def _problem(self, work: Slice) -> str:
         """What is wrong with a slice, in words, or ""."""
-        if not 0 <= work.slot < self._slots:
-            return f"slot {work.slot} is not one of 0..{self._slots - 1}"
-        if not work.tokens:
-            return "a slice feeds at least one token"
-        if not 0 <= work.n_draft < len(work.tokens) or (work.n_draft and not work.sample):
-            return f"{work.n_draft} draft tokens do not fit a slice of {len(work.tokens)} tokens"
-        if not 0 <= work.start <= self._held[work.slot]:
-            return (
-                f"slot {work.slot} holds {self._held[work.slot]} tokens, not the {work.start} to start from"
-            )
-        if work.start + len(work.tokens) > self._slot_tokens:
-            return f"{work.start} + {len(work.tokens)} tokens exceed the slot's {self._slot_tokens}"
-        if min(work.tokens) < 0 or max(work.tokens) >= self._context.n_vocab:
-            return f"a token id is outside the vocabulary of {self._context.n_vocab}"
-        wrong = work.sampling.problem()
-        return f"{wrong[0]} {wrong[1]}" if wrong else ""
+        sizes = {"slots": self._slots, "slot_tokens": self._slot_tokens, "n_vocab": self._context.n_vocab}
+        return slice_problem(work, self.held, **sizes)
 
     def _calls(self, runs: list[Run]) -> Iterator[list[tuple[Run, int]]]:
         """The step as llama_decode calls: (run, rows) each. What a call decides shapes the calls after it."""

@@ -1,6 +1,6 @@
 """A GGUF file as a folder in Hugging Face format, which vLLM loads: for tests and the demo, not for production.
 
-Weights become float32 (or another type of torch's by name); a quantised file gives the values that it stands for.
+Weights become float32; a quantised file gives the values that it stands for.
 The tokenizer comes along as the file's own metadata (`tokenizer.gguf`), which `load_target` prefers. Known are the
 plain llama and qwen2/qwen3 families.
 """
@@ -46,7 +46,11 @@ def converted(source: Path, folder: Path) -> Path:
         part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         try:
             convert(source, part)
-            os.replace(part, folder)
+            try:
+                os.replace(part, folder)
+            except OSError:
+                if not (folder / "config.json").is_file():  # otherwise another process was first
+                    raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return folder

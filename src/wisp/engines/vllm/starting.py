@@ -10,9 +10,9 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
@@ -53,35 +53,38 @@ def require() -> str:
     return version
 
 
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be started.
+
+    model:           a folder in Hugging Face format, or a name of the hub
+    slots:           sequences held at once
+    slot_tokens:     context length of each, at most
+    tensor_parallel: accelerators to split the model over
+    threads:         of the CPU, where the model runs on it (default: as many as torch takes)
+    memory:          share of an accelerator's memory to take
+    kv_bytes:        memory for KV (default: what is left of `memory`; 1 GiB on a CPU)
+    dtype:           "auto" (the model's own; float32 on a CPU) or one of vLLM's
+    offline:         download nothing
+    """
+
+    model: str
+    slots: int = 64
+    slot_tokens: int = 4096
+    tensor_parallel: int = 1
+    threads: int | None = None
+    memory: float = 0.9
+    kv_bytes: int | None = None
+    dtype: str = "auto"
+    offline: bool = False
+
+
 class Started:
     """A running engine core: its scheduler is ours, its workers are hooked."""
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        slots: int,
-        slot_tokens: int,
-        tensor_parallel: int = 1,
-        threads: int | None = None,
-        memory: float = 0.9,
-        kv_bytes: int | None = None,
-        dtype: str = "auto",
-        offline: bool = False,
-    ) -> None:
+    def __init__(self, wanted: Wanted) -> None:
         self.version = require()
         self.dead = False
-        settings = settings_for(
-            model,
-            slots=slots,
-            slot_tokens=slot_tokens,
-            tensor_parallel=tensor_parallel,
-            threads=threads,
-            memory=memory,
-            kv_bytes=kv_bytes,
-            dtype=dtype,
-            offline=offline,
-        )
+        settings = settings_for(wanted)
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.core import EngineCore
         from vllm.v1.executor.abstract import Executor
@@ -91,7 +94,7 @@ class Started:
             config = EngineArgs(**settings).create_engine_config()
             self.core: Any = EngineCore(config, Executor.get_class(config), log_stats=False)
         except Exception as error:
-            raise ModelError(f"vLLM cannot serve {model}: {_reason(error)}") from error
+            raise ModelError(f"vLLM cannot serve {wanted.model}: {_reason(error)}") from error
         try:
             self._check()
         except BaseException:
@@ -147,35 +150,24 @@ class Started:
         log.info("vLLM %s on %s, %d KV tokens", self.version, self.device, self.kv_tokens)
 
 
-def settings_for(
-    model: str,
-    *,
-    slots: int,
-    slot_tokens: int,
-    tensor_parallel: int = 1,
-    threads: int | None = None,
-    memory: float = 0.9,
-    kv_bytes: int | None = None,
-    dtype: str = "auto",
-    offline: bool = False,
-) -> dict[str, Any]:
-    """What vLLM is started with (see VllmTarget for the arguments). Loads vLLM. Raises ConfigError."""
-    _environment(offline)
+def settings_for(wanted: Wanted) -> dict[str, Any]:
+    """vLLM's own arguments. Loads vLLM. Raises ConfigError."""
+    _environment(wanted.offline)
     try:
         from vllm.platforms import current_platform
     except ImportError as error:
         raise ConfigError(f"vLLM cannot be loaded ({error}): {INSTALL}") from None
     cpu = current_platform.is_cpu()
     settings: dict[str, Any] = {
-        "model": model,
+        "model": wanted.model,
         "skip_tokenizer_init": True,
-        "max_num_seqs": slots,
-        "max_model_len": slot_tokens,
-        "max_num_batched_tokens": max(CPU_STEP if cpu else ACCELERATOR_STEP, slots),
-        "tensor_parallel_size": tensor_parallel,
-        "distributed_executor_backend": "uni" if tensor_parallel == 1 else "mp",
-        "gpu_memory_utilization": memory,
-        "dtype": "float32" if cpu and dtype == "auto" else dtype,
+        "max_num_seqs": wanted.slots,
+        "max_model_len": wanted.slot_tokens,
+        "max_num_batched_tokens": max(CPU_STEP if cpu else ACCELERATOR_STEP, wanted.slots),
+        "tensor_parallel_size": wanted.tensor_parallel,
+        "distributed_executor_backend": "uni" if wanted.tensor_parallel == 1 else "mp",
+        "gpu_memory_utilization": wanted.memory,
+        "dtype": "float32" if cpu and wanted.dtype == "auto" else wanted.dtype,
         "enable_prefix_caching": True,
         "async_scheduling": False,
         "generation_config": "vllm",
@@ -186,14 +178,14 @@ def settings_for(
         settings |= {
             "enforce_eager": True,
             "block_size": 32,
-            "kv_cache_memory_bytes": kv_bytes or CPU_KV_BYTES,
+            "kv_cache_memory_bytes": wanted.kv_bytes or CPU_KV_BYTES,
         }
-        if threads:
+        if wanted.threads:
             import torch
 
-            torch.set_num_threads(threads)
-    elif kv_bytes:
-        settings["kv_cache_memory_bytes"] = kv_bytes
+            torch.set_num_threads(wanted.threads)
+    elif wanted.kv_bytes:
+        settings["kv_cache_memory_bytes"] = wanted.kv_bytes
     return settings
 
 
@@ -215,8 +207,3 @@ def _reason(error: BaseException) -> str:
     """The first line of what a deep stack says, at most 300 characters."""
     text = str(error).strip() or repr(error)
     return text.splitlines()[0][:300]
-
-
-def is_folder(model: str) -> bool:
-    """Is it a folder with a model in Hugging Face format?"""
-    return (Path(model).expanduser() / "config.json").is_file()

@@ -23,9 +23,10 @@ from typing import Any, TypeVar
 from wisp.core.errors import EngineDeadError, EngineError
 from wisp.core.work import Copy, Slice, SliceResult
 from wisp.engines.base import EngineInfo
+from wisp.engines.slots import check_copy, slice_problem
 from wisp.engines.vllm import selftest
 from wisp.engines.vllm.parts import Chosen, Part
-from wisp.engines.vllm.starting import Started
+from wisp.engines.vllm.starting import Started, Wanted
 
 T = TypeVar("T")
 
@@ -71,62 +72,26 @@ class _Task:
 
 
 class VllmTarget:
-    """See the top of this file.
-
-    model:           a folder in Hugging Face format, or a name of the hub
-    name:            the model's name in EngineInfo
-    eos:             ids that end a generation
-    slots:           sequences held at once
-    slot_tokens:     context length of each, at most
-    tensor_parallel: accelerators to split the model over
-    memory:          share of an accelerator's memory to take
-    kv_bytes:        memory for KV (default: what is left of `memory`; 1 GiB on a CPU)
-    dtype:           "auto" (the model's own; float32 on a CPU) or one of vLLM's
+    """See the top of this file. `name` is the model's in EngineInfo, `eos` the ids that end a generation.
 
     Raises ConfigError or ModelError if vLLM or the model is not one that this works with, or fails the self-test.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        name: str,
-        eos: Iterable[int],
-        slots: int = 64,
-        slot_tokens: int = 4096,
-        tensor_parallel: int = 1,
-        threads: int | None = None,
-        memory: float = 0.9,
-        kv_bytes: int | None = None,
-        dtype: str = "auto",
-        offline: bool = False,
-    ) -> None:
-        if slots < 1 or slot_tokens < 32:
+    def __init__(self, wanted: Wanted, *, name: str, eos: Iterable[int]) -> None:
+        if wanted.slots < 1 or wanted.slot_tokens < 32:
             raise EngineError(
-                f"{slots} slots of {slot_tokens} tokens: an engine needs at least one, of at least 32"
+                f"{wanted.slots} slots of {wanted.slot_tokens} tokens: an engine needs at least one, of at least 32"
             )
         self._thread = ThreadPoolExecutor(1, "vllm")
         self._own = self._thread.submit(threading.current_thread).result()
         self._closed = False
-        self._slot_tokens = slot_tokens
+        self._slot_tokens = wanted.slot_tokens
         self._clock = 0
         self._opened = 0
         self._observing = False
-        self._slots = [_Slot() for _ in range(slots)]
+        self._slots = [_Slot() for _ in range(wanted.slots)]
         try:
-            self._started = self._call(
-                lambda: Started(
-                    model,
-                    slots=slots,
-                    slot_tokens=slot_tokens,
-                    tensor_parallel=tensor_parallel,
-                    threads=threads,
-                    memory=memory,
-                    kv_bytes=kv_bytes,
-                    dtype=dtype,
-                    offline=offline,
-                )
-            )
+            self._started = self._call(lambda: Started(wanted))
         except BaseException:
             self._thread.shutdown()
             raise
@@ -166,14 +131,8 @@ class VllmTarget:
 
     def copy(self, copy: Copy) -> None:
         """`target` holds what `source` holds, up to `copy.tokens`; its blocks are looked up when it is next fed."""
-        for slot in (copy.source, copy.target):
-            if not 0 <= slot < len(self._slots):
-                raise EngineError(f"slot {slot} is not one of 0..{len(self._slots) - 1}")
+        check_copy(copy, self.held, slots=len(self._slots))
         source, target = self._slots[copy.source], self._slots[copy.target]
-        if source is target:
-            raise EngineError(f"slot {copy.source} cannot be copied to itself")
-        if not 0 <= copy.tokens <= len(source.tokens):
-            raise EngineError(f"slot {copy.source} holds {len(source.tokens)} tokens, not {copy.tokens}")
         self._call(lambda: self._drop_blocks(target))
         target.tokens, target.salt = source.tokens[: copy.tokens], source.salt
 
@@ -354,23 +313,10 @@ class VllmTarget:
 
     def _problem(self, work: Slice) -> str:
         """What is wrong with a slice, in words, or ""."""
-        if not 0 <= work.slot < len(self._slots):
-            return f"slot {work.slot} is not one of 0..{len(self._slots) - 1}"
-        held = len(self._slots[work.slot].tokens)
-        if not work.tokens:
-            return "a slice feeds at least one token"
-        if not 0 <= work.n_draft < len(work.tokens) or (work.n_draft and not work.sample):
-            return f"{work.n_draft} draft tokens do not fit a slice of {len(work.tokens)} tokens"
         if work.n_draft >= self._started.step_tokens:
             return f"{work.n_draft} draft tokens do not fit a step of {self._started.step_tokens}"
-        if not 0 <= work.start <= held:
-            return f"slot {work.slot} holds {held} tokens, not the {work.start} to start from"
-        if work.start + len(work.tokens) > self._slot_tokens:
-            return f"{work.start} + {len(work.tokens)} tokens exceed the slot's {self._slot_tokens}"
-        if min(work.tokens) < 0 or max(work.tokens) >= self._info.n_vocab:
-            return f"a token id is outside the vocabulary of {self._info.n_vocab}"
-        wrong = work.sampling.problem()
-        return f"{wrong[0]} {wrong[1]}" if wrong else ""
+        sizes = {"slots": len(self._slots), "slot_tokens": self._slot_tokens, "n_vocab": self._info.n_vocab}
+        return slice_problem(work, self.held, **sizes)
 
     def _fail(self, task: _Task, error: str) -> None:
         task.error, task.done = error, True
