@@ -48,6 +48,28 @@ def test_who_is_alone_is_let_in_however_much_they_ask() -> None:
     assert admitted([], session(1, Slo(ttft_ms=1.0, tpot_ms=1.0), begun=False), forecast.Forecast())
 
 
+def test_who_was_given_up_asks_for_half_and_sets_nobodys_pace() -> None:
+    """One client with an absurd pace must not shut the others out."""
+    absurd = session(1, Slo(ttft_ms=3000.0, tpot_ms=4.0))
+    calm = Slo(ttft_ms=3000.0, tpot_ms=500.0)
+    told = forecast.Forecast()
+    assert not admitted([absurd], session(2, calm, begun=False), told)
+    absurd.relax(1.0)
+    assert admitted([absurd], session(2, calm, begun=False), told)
+
+
+def test_what_nobody_could_keep_is_told_from_what_is_hard() -> None:
+    for slo, possible in (
+        (Slo(ttft_ms=1.0), False),
+        (Slo(tpot_ms=0.001), False),
+        (Slo(ttft_ms=200.0, tpot_ms=10.0), True),
+        (Slo(), True),
+        (None, True),
+    ):
+        assert forecast.keepable(session(1, slo), COST) is possible
+    assert forecast.keepable(session(1, Slo(ttft_ms=1.0)), CostModel())  # nothing is known yet
+
+
 def test_who_is_refused_is_told_when_to_come_back() -> None:
     with pytest.raises(Refusal) as refusal:
         forecast.Forecast().check([session(i) for i in range(300)], session(999), COST, 10**6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 from rig import SAMPLING, Rig
@@ -9,10 +11,12 @@ from toy import EOS, N_VOCAB, toy_text
 
 from wisp.core.admission import Admission, KeyLimits
 from wisp.core.batching import Kind, batching_policy
+from wisp.core.cost import Coefficients, CostModel
 from wisp.core.events import InEvent, Run, Send
 from wisp.core.messages import Cancel, Draft, Open
 from wisp.core.planning import work_of
 from wisp.core.session import TRANSITIONS, Event, State
+from wisp.core.slo import Slo
 from wisp.core.verifier import Verifier
 from wisp.core.work import Copy
 
@@ -233,6 +237,8 @@ BAD = {
     "other sampling": (opening(epoch=1, sampling=msgspec.structs.replace(SAMPLING, seed=4)), "conflict"),
     "another history": (opening(epoch=1, committed=[(TEXT[0] + 1) % 49]), "conflict"),
     "an empty prompt": (opening("session-2", prompt=[]), "malformed"),
+    "a pace that is no number": (opening("session-2", slo=Slo(math.nan, math.nan)), "malformed"),
+    "a negative pace": (opening("session-2", slo=Slo(-5.0, -5.0)), "malformed"),
     "a prompt beyond the context": (opening("session-2", prompt=[1] * 64), "context_length_exceeded"),
     "an output beyond the context": (opening("session-2", max_tokens=62), "context_length_exceeded"),
     "a prompt outside the vocabulary": (opening("session-2", prompt=[1, N_VOCAB]), "out_of_vocabulary"),
@@ -513,3 +519,13 @@ def test_a_draft_answered_at_once_leaves_nothing_to_run(rig: Rig) -> None:
     rig.receive(Draft(ID, 2, 1, TEXT[1:3]))  # replaces it, and says nothing new
     assert rig.verdict().tokens == TEXT[1:5]
     assert not rig.dispatch()
+
+
+def test_an_slo_that_nobody_could_keep_is_served_like_none() -> None:
+    rig = Rig(batching="laxity")
+    rig.verifier.cost = rig.verifier.planner.cost = CostModel(Coefficients(step=40.0, token=0.3))
+    rig.receive(opening(slo=Slo(ttft_ms=1.0, tpot_ms=0.001)))
+    [session] = rig.verifier.sessions.values()
+    assert session.slo is None
+    rig.settle()
+    assert session.n_committed > 0

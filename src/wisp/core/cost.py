@@ -196,6 +196,7 @@ class CostModel:
         self.knee = start.knee
         self.forgetting = forgetting
         self.steps = 0  # observed
+        self._given = coefficients is not None
         self._theta = np.array(
             [start.step, start.token, start.cached, start.attention, start.beyond, start.slice]
         )
@@ -216,6 +217,11 @@ class CostModel:
     def margin(self) -> float:
         """What predictions are to be multiplied with to hold nine times out of ten."""
         return self._margin
+
+    @property
+    def informed(self) -> bool:
+        """Is there a profile, or have a few steps been seen?"""
+        return self._given or self.steps >= 50
 
     @property
     def error(self) -> float:

@@ -22,6 +22,7 @@ FILLED = 1.05  # of what the cost model offers, to begin with
 LEAST_FILLED, MOST_FILLED = 0.7, 1.15  # however many were late, or in time
 IN_TIME, LATE = 0.0006, -0.0094  # what an answer changes: at rest, six in a hundred are late
 BACK = 0.002  # of the way back to where it began, with every answer: a burst is forgotten
+MOST_A_ROUND = 8.0  # tokens that a session could commit in every step, with the best of drafts
 KV_OVERBOOKING = 1.1  # contexts of sessions that wait for their first token are not there yet
 TOO_MANY = 0.6  # share of sessions that are behind
 # Share of the rows until a first token is due that prompts may ask for: what decoding leaves, within these.
@@ -40,15 +41,18 @@ class Demand:
         self.paces = sorted(pace for pace in paces if pace)
 
     def _add(self, s: Session) -> float:
-        """Count a session; returns its pace, 0 if it has none."""
+        """Count a session; returns its pace, 0 if it has none to keep."""
         tokens = min(s.max_tokens, self.answer_tokens)
         self.kv += s.n_prompt + tokens / 2
         self.unread += 0 if s.n_committed else s.n_prompt
         if not s.tpot_s:
             return 0.0
-        self.rows += (ROWS_A_TOKEN + s.n_prompt / tokens) / s.tpot_s
-        self.decoding += ROWS_A_TOKEN / s.tpot_s
-        if s.n_committed and not s.late:
+        token_s = 2.0 * s.tpot_s if s.late else s.tpot_s
+        self.rows += (ROWS_A_TOKEN + s.n_prompt / tokens) / token_s
+        self.decoding += ROWS_A_TOKEN / token_s
+        if s.late:
+            return 0.0
+        if s.n_committed:
             self.running += 1
             self.behind += s.lag_s > 0.0
         return s.tpot_s * (s.usual + 1.0) / 2.0
@@ -105,6 +109,16 @@ class Forecast:
         left = min(max(1.0 - demand.decoding / max(offered, 1e-9), READING_LEAST), READING_MOST)
         if ttft_s and demand.running and demand.unread > left * offered * ttft_s:
             raise Refusal("overloaded", "too many prompts wait to be read", wait_s)
+
+
+def keepable(newcomer: Session, cost: CostModel) -> bool:
+    """Could a server that does nothing else keep this SLO? True while nothing is known of the server."""
+    slo = newcomer.slo
+    if slo is None or not cost.informed:
+        return True
+    read_ms = cost.ms(Load().plus(newcomer.n_prompt, 0))
+    round_ms = cost.ms(Load().plus(1, newcomer.n_prompt))
+    return not (0.0 < slo.ttft_ms < read_ms or 0.0 < slo.tpot_ms < round_ms / MOST_A_ROUND)
 
 
 def rows_in(cost: CostModel, step_ms: float) -> float:

@@ -13,6 +13,7 @@ structs: a recorded list of (now, event) replays to identical actions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from wisp.core.admission import Admission, Refusal
@@ -30,7 +31,7 @@ from wisp.core.events import (
     Tick,
     WakeAt,
 )
-from wisp.core.forecast import Forecast
+from wisp.core.forecast import Forecast, keepable
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.planning import Files, Planner
 from wisp.core.session import IN_ENGINE, Event, Pending, Session, State
@@ -114,7 +115,9 @@ class Verifier:
         session = self._by_id.get(open_.session)
         if session is None:
             session = Session(self._next_handle + 1, key, connection, open_, now)
-            if self.limits.forecast and open_.slo is not None and not open_.committed:
+            if not keepable(session, self.cost):
+                session.slo = None  # nobody could: what is impossible must not be in the way of what is not
+            elif self.limits.forecast and open_.slo is not None and not open_.committed:
                 self._foresee(session)
             self.admission.opened(now, key)
             self._next_handle += 1
@@ -222,6 +225,8 @@ class Verifier:
             raise ProtocolError("malformed", "committed must be shorter than max_tokens, logprobs at most 20")
         if not o.ignore_eos and not limits.eos.isdisjoint(o.committed):
             raise ProtocolError("malformed", "committed contains an end of sequence: that session is over")
+        if o.slo is not None and not (0.0 <= o.slo.ttft_ms < math.inf and 0.0 <= o.slo.tpot_ms < math.inf):
+            raise ProtocolError("malformed", "an SLO's targets are milliseconds, 0 for none")
         if problem := o.sampling.problem():
             raise ProtocolError("malformed", f"{problem[0]} {problem[1]}")
         self._check_tokens("prompt", o.prompt, limits.slot_tokens)
