@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import nsmallest
+from operator import attrgetter
 
 from wisp.core.batching.base import Grant, Kind, Plan, StepLimits, Work
+
+_arrival = attrgetter("since", "session")
 
 
 class Continuous:
@@ -19,7 +23,7 @@ class Continuous:
     absentees = False
 
     def plan(self, now: float, work: Sequence[Work], limits: StepLimits) -> Plan:
-        going = sorted((w for w in work if w.kind is not Kind.PREFILL), key=lambda w: (w.since, w.session))
+        going = nsmallest(limits.slices, (w for w in work if w.kind is not Kind.PREFILL), key=_arrival)
         prompts = sorted(
             (w for w in work if w.kind is Kind.PREFILL),
             key=lambda w: (limits.shares.get(w.key, 0.0), w.opened, w.session),
@@ -49,8 +53,8 @@ class Fcfs:
     def plan(self, now: float, work: Sequence[Work], limits: StepLimits) -> Plan:
         grants: list[Grant] = []
         left = limits.tokens
-        for w in sorted(work, key=lambda w: (w.since, w.session)):
-            if len(grants) >= limits.slices or (grants and w.new > left):
+        for w in nsmallest(limits.slices, work, key=_arrival):
+            if grants and w.new > left:
                 break
             grants.append(Grant(w.session, w.new))
             left -= w.new
