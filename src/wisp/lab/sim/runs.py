@@ -109,7 +109,7 @@ def source_hash() -> str:
 def _traces_hash(folder: str) -> str:
     digest = hashlib.sha256()
     found = trace_folder(Path(folder))
-    for path in sorted(found.glob("*.npz")) if found.is_dir() else [found]:
+    for path in [found] if found.is_file() else sorted(found.glob("*.npz")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
