@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from wisp.core.slo import Served, Slo, account, met
@@ -50,4 +52,7 @@ def test_account_counts_what_arrived_in_the_window() -> None:
     assert (result.arrived, result.met) == (2, 1)
     assert result.violation_rate == 0.5
     assert result.goodput == 11 / 2.0
-    assert account([], 0.0, 1.0, 1.0).violation_rate == 0.0
+    nothing = account([], 0.0, 1.0, 1.0)
+    assert math.isnan(nothing.violation_rate)
+    assert math.isnan(nothing.attainment)
+    assert nothing.goodput == 0.0

@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from wisp.cli.options import Jobs, Json, Rate, ScenarioName
+from wisp.cli.options import SYSTEM_HELP, Jobs, Json, Rate, ScenarioName, Seed, System
 
 
 def fleet(
     scenario: Annotated[str, typer.Argument(help="A scenario that ships, or a TOML file.")],
-    system: Annotated[
-        str, typer.Option(help="ours, central, sled, wisp, ...; with changes: ours,ahead=no.")
-    ] = "ours",
+    system: System = "ours",
     server: Annotated[
         str, typer.Option(help="A verifier that serves the scenario (default: one is started).")
     ] = "",
@@ -23,7 +21,7 @@ def fleet(
         float | None, typer.Option(help="Tokens per second that all users want.", min=0.1)
     ] = None,
     devices: Annotated[int | None, typer.Option(help="Devices at work.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Of devices and requests.")] = 1,
+    seed: Seed = None,
     window: Annotated[float | None, typer.Option(help="Seconds that count.", min=1)] = None,
     warmup: Annotated[float | None, typer.Option(help="Seconds before them.", min=0)] = None,
     against_simulator: Annotated[
@@ -54,13 +52,10 @@ def fleet(
 
 def simulate(
     scenario: ScenarioName,
-    system: Annotated[
-        str,
-        typer.Option(help="ours, wisp, central, sled, ...; with changes: ours,ahead=no,drafting=fixed:4."),
-    ] = "ours",
+    system: System = "ours",
     rate: Rate = None,
     devices: Annotated[int | None, typer.Option(help="Default: the scenario's.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 1,
+    seed: Seed = None,
     chrome_trace: Annotated[Path | None, typer.Option(help="Write a trace for chrome://tracing.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
     json: Json = False,
@@ -77,13 +72,19 @@ def capacity(
     scenario: ScenarioName,
     policy: Annotated[
         str,
-        typer.Option(help="ours, central, wisp, sled, central-speculative, central-paper or sled-paper."),
+        typer.Option(
+            help="central-paper or sled-paper (the paper's figures, nothing is simulated), or a system: "
+            + SYSTEM_HELP
+        ),
     ] = "ours",
     rate: Rate = None,
     tolerance: Annotated[
         float, typer.Option(help="Share of requests that may miss their SLO.", min=0.001, max=0.9)
     ] = 0.1,
-    seeds: Annotated[int, typer.Option(help="Runs per number of devices.", min=1, max=20)] = 3,
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="Runs per number of devices (default: the scenario's seeds).", min=1, max=20),
+    ] = None,
     jobs: Jobs = 2,
     json: Json = False,
 ) -> None:

@@ -30,4 +30,10 @@ ScenarioName = Annotated[str, typer.Argument(help="A scenario that ships, or a T
 Rate = Annotated[
     float | None, typer.Option(help="Tokens per second that users expect (default: the scenario's).", min=0.1)
 ]
+SYSTEMS = "ours, wisp, central, sled, sled-confidence or central-speculative"
+SYSTEM_HELP = f"{SYSTEMS}; with changes: ours,ahead=no,drafting=fixed:4."
+System = Annotated[str, typer.Option("--system", "--policy", help=SYSTEM_HELP)]
+Seed = Annotated[
+    int | None, typer.Option(help="Of everything that is random (default: the scenario's first one).")
+]
 Jobs = Annotated[int, typer.Option(help="Processes.", min=1)]

@@ -8,6 +8,7 @@ failed, was refused, or is unfinished and behind has missed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import msgspec
@@ -63,12 +64,18 @@ def met(request: Served, now: float) -> bool:
 
 
 class Account(msgspec.Struct, frozen=True):
-    """Attainment and goodput of a window."""
+    """Attainment and goodput of a window. Where nothing arrived, nothing was kept and nothing missed: rates are nan, of
+    which no comparison is true."""
 
     arrived: int
     met: int
-    violation_rate: float  # 0.0 where nothing arrived
+    violation_rate: float
     goodput: float  # output tokens of met requests per second of window
+
+    @property
+    def attainment(self) -> float:
+        """Share of the arrived that met their SLO."""
+        return 1.0 - self.violation_rate
 
 
 def account(requests: Iterable[Served], start: float, end: float, now: float) -> Account:
@@ -78,6 +85,6 @@ def account(requests: Iterable[Served], start: float, end: float, now: float) ->
     return Account(
         arrived=len(window),
         met=len(good),
-        violation_rate=1.0 - len(good) / len(window) if window else 0.0,
+        violation_rate=1.0 - len(good) / len(window) if window else math.nan,
         goodput=sum(r.tokens for r in good) / (end - start),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 import random
 from dataclasses import dataclass, replace
 
@@ -77,15 +79,22 @@ DEVICES = {
 
 
 def device(name: str) -> Device:
-    """A profile by name, or tokens per second as a number; "+throttle" halves it after a minute."""
-    base, _, option = name.partition("+")
+    """A profile by name, or tokens per second as a number; "+throttle" halves it after a minute. Raises ConfigError."""
+    base, plus, option = name.partition("+")
+    if plus and option != "throttle":
+        raise ConfigError(f"{name!r}: the only thing to add to a device is +throttle, as in {base}+throttle")
     if base in DEVICES:
         found = DEVICES[base]
     else:
         try:
-            found = Device(f"{float(base):g} tok/s", float(base))
+            speed = float(base)
         except ValueError:
+            near = difflib.get_close_matches(base, DEVICES, 1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
             raise ConfigError(
-                f"unknown device {name!r}; choose one of {', '.join(DEVICES)}, or a speed"
+                f"unknown device {name!r}{meant}; choose one of {', '.join(DEVICES)}, or a speed"
             ) from None
-    return replace(found, throttle=0.5) if option == "throttle" else found
+        if not (math.isfinite(speed) and speed > 0):
+            raise ConfigError(f"{name!r}: a device drafts more than 0 tokens per second")
+        found = Device(f"{speed:g} tok/s", speed)
+    return replace(found, throttle=0.5) if option else found

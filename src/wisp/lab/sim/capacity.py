@@ -17,12 +17,14 @@ from time import perf_counter
 import msgspec
 import numpy as np
 
-from wisp.lab.sim.fluid import bound
+from wisp.core.errors import ConfigError
+from wisp.lab.sim.fluid import Bound, bound
 from wisp.lab.sim.paper import cap, paper_capacity
 from wisp.lab.sim.report import Report
 from wisp.lab.sim.runs import Job, Runs
-from wisp.lab.sim.scenario import Scenario
-from wisp.lab.sim.systems import System, system
+from wisp.lab.sim.scenario import Kit, Scenario
+from wisp.lab.sim.simulate import BESIDE
+from wisp.lab.sim.systems import SYSTEMS, System, system
 
 STRICT = 0.01  # the tolerance that is always reported beside the one asked for
 GRAIN = 0.02  # a crossing is searched to one device or this share
@@ -39,7 +41,8 @@ class Capacity(msgspec.Struct, frozen=True):
     capacity:    devices; low, high: its confidence interval
     goodput, violation_rate, violators_tpot_p99_ms: at capacity, means over seeds
     capacity_at_1_percent: the same with a tolerance of 1 %
-    bound:       the fluid bound for what this system may do (drafts or none), all devices being served
+    bound:       the fluid bound for what this system may do (no drafts, drafts of devices, or of a drafter beside the
+                 target), all devices being served
     bound_waiting: with devices that wait for a first token as long as they may
     fraction, fraction_waiting: capacity over these
     """
@@ -100,6 +103,11 @@ class Search:
         scenario = self.scenario.with_devices(n)
         jobs = [Job(scenario, self.system, seed, self.give_up) for seed in wanted]
         found |= zip(wanted, self.runs.reports(jobs), strict=True)
+        if any(math.isnan(r.violation_rate) for r in found.values()):
+            raise ConfigError(
+                f"of {n} devices no request arrived in the window of {scenario.window_s:g} s, so that nothing can be "
+                "said of it: give the scenario a longer window_s, or less think_s"
+            )
         return fmean(found[s].violation_rate for s in self.seeds[:seeds])
 
     def crossing(self, start: int, tolerance: float, seeds: int, stride: float = 0.12) -> int:
@@ -157,10 +165,18 @@ def capacity(
 ) -> Capacity:
     """Search. strict: also at 1 %; grain: to one device or this share of them. Raises ConfigError."""
     began = perf_counter()
-    if policy in PAPER_MODELS:
+    if scenario.open:
+        raise ConfigError(
+            f"{scenario.title}: its requests come by themselves, so it has no number of devices to search for; "
+            "take a scenario without arrivals_per_s and arrivals, or `wisp simulate` this one"
+        )
+    name = policy.partition(",")[0]
+    if name in PAPER_MODELS:
         return _by_paper(scenario, policy, tolerance)
+    if name not in SYSTEMS:
+        raise ConfigError(f"unknown policy {name!r}; choose one of {', '.join([*SYSTEMS, *PAPER_MODELS])}")
     runs = runs or Runs()
-    limit = bound(scenario, central=policy == "central")
+    limit = limit_of(system(policy), scenario)
     give_up = max(tolerance, STRICT)
     best: tuple[int, Search] | None = None
     searched: list[Search] = []
@@ -208,6 +224,13 @@ def capacity(
     )
 
 
+def limit_of(of: System, scenario: Scenario) -> Bound:
+    """The fluid bound for what a system may do."""
+    if of.beside:  # no device drafts, and no draft is under way
+        scenario = msgspec.structs.replace(scenario, devices=(Kit(f"{BESIDE:.0f}", 0.0),))
+    return bound(scenario, central=not of.drafting)
+
+
 def _guess(policy: str) -> float:
     """Where to begin, as a share of the bound."""
     name = policy.partition(",")[0]
@@ -223,6 +246,13 @@ def _share(at: float, of: float) -> float:
 
 
 def _by_paper(scenario: Scenario, policy: str, tolerance: float) -> Capacity:
+    if policy not in PAPER_MODELS:
+        raise ConfigError(f"{policy}: the paper's figures are as they are; leave out the changes")
+    if len(scenario.slo) > 1:
+        raise ConfigError(
+            f"{policy} knows one pace, and {scenario.title} has {len(scenario.slo)} classes of users: "
+            "give --rate, or take another policy"
+        )
     of, rate = PAPER_MODELS[policy], scenario.slo[0].rate
     at = paper_capacity(scenario.hardware, of, rate)
     limit = bound(scenario, central=of == "central")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from wisp.core.errors import ConfigError
 from wisp.lab.sim.capacity import Capacity, capacity
 from wisp.lab.sim.report import chrome_trace, draw, report, table
 from wisp.lab.sim.runs import Runs
@@ -25,7 +26,24 @@ def chosen(name: str, rate: float | None, devices: int | None) -> Scenario:
     scenario = load_scenario(name)
     if rate is not None:
         scenario = scenario.at_rate(rate)
-    return scenario if devices is None else scenario.with_devices(devices)
+    if devices is None:
+        return scenario
+    if scenario.open:
+        raise ConfigError(
+            f"the requests of {name} come by themselves, each from a device of its own: leave out --devices, or "
+            "change arrivals_per_s or arrivals in a scenario of your own"
+        )
+    return scenario.with_devices(devices)
+
+
+def writable(path: Path) -> None:
+    """Make the folder of a file that is to be written once a run is over. Raises ConfigError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}: it is a folder; give a file in it")
 
 
 @contextmanager
@@ -40,13 +58,21 @@ def run_simulate(
     *,
     rate: float | None,
     devices: int | None,
-    seed: int,
+    seed: int | None,
     chrome: Path | None,
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """One run. Raises ConfigError."""
+    """One run; by default under the scenario's first seed. Raises ConfigError."""
     scenario = chosen(name, rate, devices)
+    seed = scenario.seeds[0] if seed is None else seed
+    for path in (chrome, plot):
+        if path is not None:
+            writable(path)
+    if plot is not None:
+        from wisp.lab.plots import pyplot
+
+        pyplot()  # is it there at all?
     simulation = Simulation(scenario, system(spec), seed, trace=chrome is not None or plot is not None)
     with _bar("simulating", scenario.warmup_s + scenario.window_s) as (progress, task):
 
@@ -67,12 +93,20 @@ def run_simulate(
 
 
 def run_capacity(
-    name: str, policy: str, *, rate: float | None, tolerance: float, seeds: int, jobs: int, as_json: bool
+    name: str,
+    policy: str,
+    *,
+    rate: float | None,
+    tolerance: float,
+    seeds: int | None,
+    jobs: int,
+    as_json: bool,
 ) -> None:
-    """A search. Raises ConfigError."""
+    """A search; `seeds` is how many, by default the scenario's. Raises ConfigError."""
     scenario = chosen(name, rate, None)
+    which = scenario.seeds if seeds is None else range(1, seeds + 1)
     with Runs(jobs) as runs, Console(stderr=True).status("searching"):
-        found = capacity(scenario, policy, tolerance=tolerance, seeds=range(1, seeds + 1), runs=runs)
+        found = capacity(scenario, policy, tolerance=tolerance, seeds=which, runs=runs)
     if as_json:
         print(json.dumps(msgspec.to_builtins(found)))
     else:

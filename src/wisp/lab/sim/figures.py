@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -36,15 +36,16 @@ class Pass:
 class Watched(Handset):
     """A device that keeps what reports are made of, and holds every committed token against its script."""
 
-    passes: list[Pass]
-    gaps: list[tuple[Request, float]]  # between chunks that the user saw, ms
-    checked = 0  # tokens
-    wrong = 0  # of them, and verdicts that contradict what was committed
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.passes: list[Pass] = []
+        self.gaps: list[tuple[Request, float]] = []  # between chunks that the user saw, ms
+        self.checked = 0  # tokens
+        self.wrong = 0  # of them, and verdicts that contradict what was committed
+        self._last_draft = (-1, 0)  # round, tokens
 
     def start(self, request: Request) -> None:
         """Begin a generation."""
-        if not hasattr(self, "passes"):
-            self.passes, self.gaps = [], []
         self._last_draft = (-1, 0)  # round, tokens
         super().start(request)
 
@@ -169,7 +170,7 @@ class Machine(msgspec.Struct):
 
 class Figures(msgspec.Struct, kw_only=True):
     """All of a run. Names as benchmark tools have them; goodput is output tokens, request_goodput requests, of those
-    that met their SLO, per second of window.
+    that met their SLO, per second of window. What there is not, as where nothing arrived, is nan, and null in JSON.
 
     interference_ms: of answered drafts and decoded tokens: time of the step they were in, less what it would have
                      taken alone
@@ -268,7 +269,7 @@ def figures(fleet: Fleet, *, where: str, seed: int) -> Figures:
         refused=sum(r.refused for r in window),
         unfinished=sum(r.ended is None for r in window),
         violation_rate=result.account.violation_rate,
-        attainment=1.0 - result.account.violation_rate,
+        attainment=result.account.attainment,
         goodput=result.account.goodput,
         request_goodput=len(good) / s.window_s,
         request_throughput=len(done) / s.window_s,

@@ -33,6 +33,7 @@ from wisp.core.errors import ConfigError, UnavailableError
 from wisp.core.messages import Cancel, Welcome
 from wisp.edge.link import http_url
 from wisp.lab.children import Child
+from wisp.lab.sim.commands import writable
 from wisp.lab.sim.compare import differences
 from wisp.lab.sim.figures import Engine, Figures, Machine, Totals, Watched, Watching, figures
 from wisp.lab.sim.live import Clock, Sockets
@@ -82,20 +83,17 @@ async def run_live(
     Raises ConfigError where that verifier does not serve the scenario's scripts, UnavailableError if it goes away.
     """
     check_live(scenario, of)
+    scenario = _as_served(await _greeted(url, api_key), scenario, url)
+    scripts = scripts_of(scenario)  # takes seconds, in which no ping would be answered
     sockets = Sockets(url, api_key)
     most = max(n for _, n in scenario.population or ((0.0, scenario.devices_n),))
     welcome = await sockets.connect(most)
-    try:
-        scenario = _as_served(welcome, scenario, url)
-    except ConfigError:
-        await sockets.close()
-        raise
     gc.collect()
     gc.freeze()  # a collection that went through all positions would hold the loop up
     env = Timeline()
     broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     clock = sockets.clock = Clock(env, lambda error: None if broken.done() else broken.set_exception(error))
-    fleet = Live(scenario, of, seed, env, sockets, scripts_of(scenario), Counts(), welcome.n_vocab)
+    fleet = Live(scenario, of, seed, env, sockets, scripts, Counts(), welcome.n_vocab)
     pings: list[float] = []
     probe = asyncio.create_task(sockets.probe(pings))
     try:
@@ -143,6 +141,15 @@ async def run_live(
         for device in fleet.handsets:
             if device.request is not None:
                 sockets.receive(device.index, Cancel(device.drafter.session))
+        await sockets.close()
+
+
+async def _greeted(url: str, api_key: str | None) -> Welcome:
+    """What a verifier says that it is. Raises UnavailableError, ConfigError or ProtocolError."""
+    sockets = Sockets(url, api_key)
+    try:
+        return await sockets.connect(1)
+    finally:
         await sockets.close()
 
 
@@ -247,11 +254,13 @@ async def _scrape(url: str) -> Totals:
 
 
 def run_fleet(
-    name: str, *, of: str, server: str, policies: list[str], rate: float | None, devices: int | None, seed: int,
+    name: str, *, of: str, server: str, policies: list[str], rate: float | None, devices: int | None, seed: int | None,
     window_s: float | None, warmup_s: float | None, against_simulator: bool, as_json: bool, out: Path | None,
 ) -> int:  # fmt: skip
-    """Run, print and write. Returns 0, or 1 if a token was wrong or the machine did not keep up."""
+    """Run, print and write; by default under the scenario's first seed. Returns 0, or 1 if a token was wrong or the
+    machine did not keep up."""
     scenario = _changed(load_scenario(name), rate, devices, window_s, warmup_s)
+    seed = scenario.seeds[0] if seed is None else seed
     base = system(of)
     systems = [msgspec.structs.replace(base, batching=p) for p in policies] or [base]
     for one in systems:
@@ -259,6 +268,8 @@ def run_fleet(
         check_live(scenario, one)
     if server and len(systems) > 1:
         raise ConfigError("--policies starts a server for each policy; leave out --server")
+    if out is not None:
+        writable(out)
     console = Console(stderr=True)
     runs: list[Figures] = []
     for one in systems:
@@ -269,7 +280,6 @@ def run_fleet(
                 runs.append(Watching(scenario, one, seed).figures(seed))
     data = msgspec.json.format(msgspec.json.encode(runs if len(runs) > 1 else runs[0]), indent=1)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(data + b"\n")
     if as_json:
         print(data.decode())
@@ -283,10 +293,18 @@ def _one(scenario: Scenario, of: System, seed: int, server: str, shown: Shown) -
     with contextlib.ExitStack() as stack:
         child = None if server else stack.enter_context(verifier(scenario, of))
         url = child.url if child else server
-        with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
-            return runner.run(
-                run_live(scenario, of, seed, url, api_key=None if child else key, child=child, shown=shown)
-            )
+        try:
+            with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
+                return runner.run(
+                    run_live(
+                        scenario, of, seed, url, api_key=None if child else key, child=child, shown=shown
+                    )
+                )
+        except UnavailableError as error:
+            if child is None:
+                raise
+            child.check()
+            raise child.failed(f"is out of reach: {error}") from None
 
 
 def _changed(
@@ -352,8 +370,9 @@ def _on_machine(text: Callable[[Machine], str]) -> Callable[[Figures], str]:
 
 _ROWS: list[tuple[str, Callable[[Figures], str]]] = [
     ("requests arrived / met", lambda r: f"{r.arrived} / {r.met}"),
-    ("attainment", lambda r: f"{r.attainment:.1%}"),
-    ("within 10 % / 1 % violations", lambda r: " / ".join(_yes(r.violation_rate <= x) for x in (0.1, 0.01))),
+    ("attainment", lambda r: f"{r.attainment:.1%}" if r.arrived else "nothing arrived"),
+    ("within 10 % / 1 % violations",
+     lambda r: " / ".join(_yes(r.violation_rate <= x) for x in (0.1, 0.01)) if r.arrived else ""),
     ("goodput, tokens/s", lambda r: f"{r.goodput:,.0f}"),
     ("output, tokens/s", lambda r: f"{r.output_throughput:,.0f}"),
     ("TTFT p50 / p99, ms", lambda r: f"{r.median_ttft_ms:,.0f} / {r.p99_ttft_ms:,.0f}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -33,11 +34,11 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class ClassReport(msgspec.Struct, frozen=True):
-    """Service of one SLO class. attainment: share of arrived requests that met their SLO."""
+    """Service of one SLO class. attainment: share of arrived requests that met their SLO (None: nothing arrived)."""
 
     name: str
     arrived: int
-    attainment: float
+    attainment: float | None
     goodput: float
     ttft_ms: Spread
     tpot_ms: Spread
@@ -46,6 +47,7 @@ class ClassReport(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True):
     """A run. Latencies at the user, of requests that arrived in the window; counts of batches of the whole run.
 
+    violation_rate:    nan if nothing arrived
     cut:               the run was stopped early, its outcome being clear; rates are then estimates
     violators_tpot_p99_ms: of requests that missed their SLO, unfinished ones as they stood
     busy:              share of time with a step in the engine
@@ -94,8 +96,10 @@ class Report(msgspec.Struct, frozen=True):
     refusals: int = 0
 
     def benchmark(self) -> dict[str, Any]:
-        """As one JSON object, latencies under the names that serving benchmarks use."""
+        """As one JSON object, latencies under the names that serving benchmarks use. Null is what there is not."""
         data: dict[str, Any] = msgspec.to_builtins(self)
+        if math.isnan(self.violation_rate):
+            data["violation_rate"] = None
         for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms"):
             spread = data.pop(name)
             data |= {f"{kind}_{name}": spread[kind] for kind in ("mean", "median", "p99")}
@@ -183,7 +187,7 @@ def _classes(
             ClassReport(
                 slo.name or f"{slo.rate:g} tok/s",
                 counted.arrived,
-                1.0 - counted.violation_rate,
+                counted.attainment if counted.arrived else None,
                 counted.goodput,
                 latencies["ttft_ms"],
                 latencies["tpot_ms"],
@@ -198,7 +202,8 @@ def table(r: Report) -> Table:
     out.add_column()
     out.add_column(justify="right")
     for c in r.classes:
-        out.add_row(f"{c.name}: SLO met", f"{c.attainment:.1%} of {c.arrived}")
+        kept = "nothing arrived" if c.attainment is None else f"{c.attainment:.1%} of {c.arrived}"
+        out.add_row(f"{c.name}: SLO met", kept)
         out.add_row(f"{c.name}: goodput", f"{c.goodput:.1f} tokens/s")
     out.add_row("goodput, all", f"{r.goodput:.1f} of {r.output_throughput:.1f} tokens/s")
     out.add_section()

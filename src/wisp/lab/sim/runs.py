@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ import msgspec
 import wisp
 from wisp.engines.models.store import cache_dir
 from wisp.lab.sim.report import Report, missed_for_sure, report
-from wisp.lab.sim.scenario import Scenario
+from wisp.lab.sim.scenario import Scenario, arrivals_file
 from wisp.lab.sim.simulate import Simulation
 from wisp.lab.sim.systems import System
 from wisp.lab.traces.format import trace_folder
@@ -35,6 +36,9 @@ SOURCES = (
     "engines/data/predictor.json",
     "engines/data/hardware/*.toml",
     "lab/devices.py",
+    "lab/profiling/grid.py",
+    "lab/profiling/target.py",
+    "lab/traces/format.py",
     *(
         f"lab/sim/{name}.py"
         for name in ("profiled", "report", "runs", "scenario", "scripts", "simulate", "timeline", "world")
@@ -104,7 +108,8 @@ def source_hash() -> str:
 @functools.cache
 def _traces_hash(folder: str) -> str:
     digest = hashlib.sha256()
-    for path in sorted(trace_folder(Path(folder)).glob("*.npz")):
+    found = trace_folder(Path(folder))
+    for path in [found] if found.is_file() else sorted(found.glob("*.npz")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -118,7 +123,9 @@ def key(job: Job) -> str:
 
 def _files(scenario: Scenario) -> list[bytes]:
     """What the files hold that a scenario names, beside traces."""
-    named = [Path(name) for name in (scenario.hardware, scenario.arrivals) if name]
+    named = [Path(scenario.hardware)]
+    if scenario.arrivals:
+        named.append(arrivals_file(Path(scenario.arrivals)))
     return [path.read_bytes() for path in named if path.is_file()]
 
 
@@ -135,6 +142,8 @@ def remembered(job: Job) -> Report:
     except (OSError, msgspec.DecodeError):
         pass
     done = run(job)
+    if math.isnan(done.violation_rate):  # nothing arrived; and JSON has no nan
+        return done
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_bytes(msgspec.json.encode(done))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -14,9 +17,37 @@ from wisp.core.slo import Slo
 from wisp.engines.emulated import Hardware, hardware
 from wisp.lab.devices import Device, Link, device
 from wisp.lab.sim.profiled import measured
+from wisp.lab.traces.format import DEFAULT, trace_folder
 
 T = TypeVar("T")
 SHIPPED = Path(__file__).parent / "scenarios"
+
+
+class InvalidError(ConfigError, ValueError):
+    """A value that no scenario may have. A ValueError, too: msgspec adds to those where in a file they come from."""
+
+
+def _check(it_is_fine: bool, what: str) -> None:
+    if not it_is_fine:
+        raise InvalidError(what)
+
+
+def _check_positive(of: msgspec.Struct, *fields: str) -> None:
+    for name in fields:
+        value = getattr(of, name)
+        _check(0 < value < math.inf, f"{name} must be more than 0, not {value:g}")
+
+
+def _check_from_0(of: msgspec.Struct, *fields: str) -> None:
+    for name in fields:
+        value = getattr(of, name)
+        _check(0 <= value < math.inf, f"{name} must be at least 0, not {value:g}")
+
+
+def _check_share(of: msgspec.Struct, *fields: str) -> None:
+    for name in fields:
+        value = getattr(of, name)
+        _check(0 <= value <= 1, f"{name} must be at least 0 and at most 1, not {value:g}")
 
 
 class SloClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,6 +57,10 @@ class SloClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ttft_s: float = 3.0
     share: float = 1.0
     name: str = ""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "rate", "share")
+        _check_from_0(self, "ttft_s")
 
     @property
     def slo(self) -> Slo:
@@ -41,12 +76,21 @@ class Kit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     loss: float = 0.0
     share: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_from_0(self, "rtt_ms", "jitter_ms")
+        _check_share(self, "loss")
+        _check_positive(self, "share")
+        try:
+            device(self.device)
+        except ConfigError as error:
+            raise InvalidError(f"device: {error}") from None
+
     def build(self) -> tuple[Device, Link]:
         return device(self.device), Link(self.rtt_ms, self.jitter_ms, self.loss)
 
 
 class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is asked of a system.
+    """What is asked of a system. In a file, paths are relative to the file's folder, or else to the current one.
 
     hardware:      profile of the verifier's engine, or what `wisp profile --target` wrote of one (*.json)
     kv_tokens, slots, overlap: if other than the profile's
@@ -66,6 +110,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                    one request, and its time to the first token counts from the first attempt
     vanish:        share of devices that are switched off in mid-sentence, at random times of the window
     profile_error: factor on the cost model that the server starts with
+    seeds:         of runs, where the command line does not say; the first one where there is but one run
     """
 
     title: str
@@ -83,7 +128,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     population: tuple[tuple[float, int], ...] = ()
     arrivals_per_s: float = 0.0
     arrivals: str = ""
-    traces: str = "data/traces"
+    traces: str = str(DEFAULT)
     domain: str = ""
     acceptance: float = 0.0
     as_recorded: bool = False
@@ -94,6 +139,30 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vanish: float = 0.0
     profile_error: float = 1.0
     seeds: tuple[int, ...] = (1, 2, 3)
+
+    def __post_init__(self) -> None:
+        _check(bool(self.slo), "slo must name at least one class of users: [[slo]] with a rate")
+        _check(bool(self.devices), "devices must name at least one kind: [[devices]] with a device")
+        for name in ("prompt_tokens", "output_tokens"):
+            low, high = getattr(self, name)
+            _check(
+                1 <= low <= high,
+                f"{name} must be the fewest (at least 1) and the most, as in [60, 200], not [{low}, {high}]",
+            )
+        _check_positive(self, "window_s", "profile_error")
+        _check_from_0(self, "warmup_s", "drain_s", "think_s", "arrivals_per_s", "overlap")
+        _check_from_0(self, "kv_tokens", "slots", "max_output", "retries")
+        _check_share(self, "acceptance", "vanish")
+        _check(self.devices_n >= 1, f"devices_n must be at least 1, not {self.devices_n}")
+        for at, n in self.population:
+            fine = math.isfinite(at) and at >= 0 and n >= 0
+            _check(fine, f"population has [{at:g}, {n}]: neither the second nor the devices may be negative")
+        _check(
+            not self.population or any(n for _, n in self.population),
+            "population has no device at any time",
+        )
+        _check(bool(self.seeds), "seeds must have at least one number")
+        _check(len(set(self.seeds)) == len(self.seeds), "seeds must differ from each other")
 
     def at_rate(self, rate: float) -> Scenario:
         """With one class of users at this rate."""
@@ -146,12 +215,17 @@ class Arrival(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rate: float = 0.0
 
 
+def arrivals_file(path: Path) -> Path:
+    """`path`, or the one of that name beside the scenarios that ship."""
+    return path if path.is_file() else SHIPPED / path
+
+
 def recorded_arrivals(path: Path, usual: SloClass) -> Iterator[tuple[float, int, SloClass]]:
     """(second, tokens of the prompt, class) of each line of a file of arrivals, in order of time.
 
     A file that is not there is looked for beside the scenarios that ship. Raises ConfigError.
     """
-    found = path if path.is_file() else SHIPPED / path
+    found = arrivals_file(path)
     try:
         lines = msgspec.json.Decoder(Arrival).decode_lines(found.read_bytes())
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -174,6 +248,53 @@ def load_scenario(name: str) -> Scenario:
         shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.toml")))
         raise ConfigError(f"unknown scenario {name!r}; choose one of {shipped}, or give a TOML file")
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=Scenario)
+        found = msgspec.toml.decode(path.read_bytes(), type=Scenario)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"the scenario {name}: {_explained(str(error))}") from None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the scenario {path.name}: {error}") from None
+        raise ConfigError(f"cannot read the scenario {name}: {error}") from None
+    return _located(found, name, path.parent)
+
+
+def _explained(error: str) -> str:
+    """What msgspec found wrong, with where it is first; and what an unknown key may have been meant to be."""
+    what, _, where = error.partition(" - at `$.")
+    where = where.rstrip("`")
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what)
+    if unknown is not None:
+        table = where.partition("[")[0]
+        of = {"slo": SloClass, "devices": Kit}.get(table, Scenario)
+        known = of.__struct_fields__
+        near = difflib.get_close_matches(unknown[1], known, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        what = f"unknown key {unknown[1]}; {meant}known are {', '.join(known)}"
+    return f"{where}: {what}" if where else what
+
+
+def _located(scenario: Scenario, name: str, folder: Path) -> Scenario:
+    """With paths that are right from the current folder. Raises ConfigError for one that leads nowhere."""
+
+    def there(field: str) -> Path:
+        path = Path(getattr(scenario, field))
+        return folder / path if (folder / path).exists() else path
+
+    def wrong(field: str, what: str) -> ConfigError:
+        return ConfigError(f'the scenario {name}: {field} = "{getattr(scenario, field)}": {what}')
+
+    nowhere = "there is no such file, neither beside the scenario nor in the current folder"
+    arrivals, traces, profile = there("arrivals"), there("traces"), there("hardware")
+    if scenario.arrivals and not arrivals_file(arrivals).is_file():
+        raise wrong("arrivals", nowhere)
+    if traces != DEFAULT and not trace_folder(traces).exists():
+        raise wrong("traces", nowhere)
+    found = msgspec.structs.replace(
+        scenario,
+        arrivals=str(arrivals) if scenario.arrivals else "",
+        traces=str(traces),
+        hardware=str(profile) if profile.is_file() else scenario.hardware,
+    )
+    try:
+        _ = found.profile
+    except ConfigError as error:
+        raise wrong("hardware", str(error)) from None
+    return found

@@ -25,6 +25,7 @@ from wisp.lab.sim.timeline import Timeline
 from wisp.lab.sim.world import Cloud, Counts, Handset, Request, Uplink
 
 CHECK_S = 5.0
+BESIDE = 1e7  # tokens per second of a drafter beside the target, as if of a device: its time is the engine's
 DRAFTER_MS = 2.0  # a step of a 0.6 B model on the target's accelerator: 1.2 GB read, 28 layers launched
 
 
@@ -104,7 +105,7 @@ class Fleet:
         kit = pick(random.Random(index * 7919 + 17), s.devices, [k.share for k in s.devices])
         device, link = kit.build()
         if system.beside:
-            device, link = Device("beside", 1e7), Link(0.0)
+            device, link = Device("beside", BESIDE), Link(0.0)
         policies = (
             Policies(system.drafting, self.predictor, server_mode=system.server_mode)
             if system.drafting
@@ -112,9 +113,8 @@ class Fleet:
         )
         handset = self.handset(
             self.env, index, device, link, self.cloud, self.scripts, policies,
-            Ahead() if system.ahead else None, self.counts, self.source.getrandbits(32), self._ended,
+            Ahead() if system.ahead else None, self.counts, self.source.getrandbits(32), self._ended, s.retries,
         )  # fmt: skip
-        handset.retries = s.retries
         self.handsets.append(handset)
         return handset
 

@@ -22,6 +22,7 @@ class System(msgspec.Struct, frozen=True):
     about: str = ""
 
 
+YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 CHANGEABLE = ("drafting", "batching", "ahead", "server_mode", "admission", "beside", "slots")
 SYSTEMS = {
     s.name: s
@@ -46,10 +47,14 @@ def system(spec: str) -> System:
         key, _, value = change.partition("=")
         if key not in CHANGEABLE:
             raise ConfigError(f"a system has no {key!r}; change {', '.join(CHANGEABLE)}")
-        typed: str | bool | int = value if key in ("drafting", "batching") else value in ("yes", "true", "1")
+        typed: str | bool | int = value
         if key == "slots":
             if not value.isdecimal():
                 raise ConfigError(f"slots={value}: give a number of sessions")
             typed = int(value)
+        elif key not in ("drafting", "batching"):
+            if value not in YES_NO:
+                raise ConfigError(f"{change}: give {key}=yes or {key}=no")
+            typed = YES_NO[value]
         found = msgspec.structs.replace(found, **{key: typed, "name": spec})
     return found

@@ -218,7 +218,9 @@ class Handset:
         counts: Counts,
         seed: int,
         ended: Callable[[Handset, Request], None],
+        retries: int = 0,
     ) -> None:
+        """retries: times that a refused request is sent again after Retry-After."""
         self.env = env
         self.index = index
         self.device = device
@@ -233,8 +235,12 @@ class Handset:
         self.pace = Pace()
         self.drafted_ms = 0.0
         self.asked = 0  # requests so far
-        self.retries = 0  # times that a refused request is sent again after Retry-After
+        self.retries = retries
         self.gone = False
+        # Of the present generation; there are none before the first one starts.
+        self.script: Script
+        self.drafter: Drafter
+        self._read = False  # its prompt, by the drafter
         self._busy = False  # a draft step is running: for whom, what it will propose, and its milliseconds
         self._drafting: tuple[Drafter, tuple[int, Signal] | None, float]
         self._asked = (0.0, 0)  # when the last draft was sent, and its tokens
@@ -246,7 +252,7 @@ class Handset:
     def start(self, request: Request) -> None:
         """Begin a generation."""
         self.request = request
-        self.script: Script = self.scripts.script(request.seed)
+        self.script = self.scripts.script(request.seed)
         policy = self.policies.make(0.0) if self.policies else None
         task = Task(request.prompt, Sampling(seed=request.seed), request.max_tokens, slo=request.slo)
         self.pace = self.pace.successor()

@@ -35,6 +35,7 @@ from wisp.lab.traces.prompts import SPLITS
 
 FORMAT = "wisp.trace.v1"
 FINISHES = ("stop", "length")
+DEFAULT = Path("data/traces")  # where commands look for traces if not told
 
 Tokens = npt.NDArray[np.int32]
 Signals = npt.NDArray[np.float32]
@@ -153,8 +154,17 @@ class TraceSet:
         return TraceSet(chosen, self.headers)
 
 
+def shipped_traces() -> Path:
+    """The traces that ship: inside the package, or where it runs from its sources, in their tree."""
+    packaged = Path(__file__).parent / "shipped"
+    return packaged if packaged.is_dir() else Path(__file__).parents[4] / DEFAULT
+
+
 def trace_folder(path: Path) -> Path:
-    """`path`, or the first folder of traces inside it."""
+    """`path`, or the first folder of traces inside it. The default one is, where it is not below the current folder,
+    what ships."""
+    if path == DEFAULT and not path.exists():
+        path = shipped_traces()
     if path.is_dir() and not any(path.glob("*.npz")):
         inside = [p for p in sorted(path.iterdir()) if p.is_dir() and any(p.glob("*.npz"))]
         if inside:
