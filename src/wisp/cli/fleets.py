@@ -97,21 +97,32 @@ def capacity(
 
 def plan(
     hardware: Annotated[str, typer.Option(help="Profile of the verifier's engine, or a TOML file.")],
-    devices: Annotated[int, typer.Option(help="How many there are.", min=1)],
+    devices: Annotated[int, typer.Option(help="How many there are.")],
     device: Annotated[str, typer.Option(help="A device profile, or drafted tokens per second.")],
-    rate: Annotated[float, typer.Option(help="Tokens per second that users expect.", min=0.1)],
-    rtt: Annotated[float, typer.Option(help="Round trip, ms.", min=0)] = 20.0,
+    rate: Annotated[float, typer.Option(help="Tokens per second that users expect.")],
+    rtt: Annotated[float, typer.Option(help="Round trip, ms.")] = 20.0,
     prompt: Annotated[str, typer.Option(help="Fewest and most tokens.")] = "60-200",
     output: Annotated[str, typer.Option(help="Fewest and most tokens.")] = "100-300",
-    simulate: Annotated[bool, typer.Option("--simulate", help="Confirm by short simulations.")] = False,
+    ttft: Annotated[float, typer.Option(help="Seconds that users wait for a first token.")] = 3.0,
+    tolerance: Annotated[float, typer.Option(help="Share of requests that may miss their SLO.")] = 0.1,
+    acceptance: Annotated[
+        float | None, typer.Option(help="Share of draft tokens to agree (default: as recorded).")
+    ] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Try it by short simulations, which overrule the estimate.")
+    ] = False,
     jobs: Jobs = 2,
     json: Json = False,
 ) -> None:
-    """How many devices to expect a verifier to carry, and whether WISP or serving centrally is the way."""
-    from wisp.lab.sim.plan import run_plan, scenario_for, span
+    """About how many devices to expect a verifier to carry, whether WISP or serving centrally is the way, and the
+    commands for it."""
+    from wisp.lab.sim.commands import run_plan
+    from wisp.lab.sim.plan import scenario_for
+    from wisp.lab.sim.written import read_range
 
-    planned = scenario_for(hardware, devices, device, rtt, rate, span(prompt), span(output))
-    run_plan(planned, simulate=simulate, jobs=jobs, as_json=json)
+    prompts, outputs = read_range(prompt, "--prompt"), read_range(output, "--output")
+    planned = scenario_for(hardware, devices, device, rtt, rate, prompts, outputs, ttft, acceptance)
+    run_plan(planned, tolerance=tolerance, simulate=simulate, jobs=jobs, as_json=json)
 
 
 def experiments(

@@ -1,4 +1,4 @@
-"""`wisp simulate` and `wisp capacity`: the simulator on the command line."""
+"""`wisp simulate`, `wisp capacity` and `wisp plan`: the simulator on the command line."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from wisp.core.errors import ConfigError
 from wisp.lab.sim.capacity import Capacity, capacity
+from wisp.lab.sim.plan import Estimate, plan
 from wisp.lab.sim.report import chrome_trace, draw, report, table
 from wisp.lab.sim.runs import Runs
 from wisp.lab.sim.scenario import Scenario, load_scenario
@@ -129,3 +130,44 @@ def _shown(c: Capacity) -> Table:
         out.add_row("what it is", c.about)
     out.add_row("runs, seeds, seconds", f"{c.runs}, {len(c.seeds)}, {c.seconds:.0f}")
     return out
+
+
+def run_plan(scenario: Scenario, *, tolerance: float, simulate: bool, jobs: int, as_json: bool) -> None:
+    """Advice. Raises ConfigError."""
+    with (
+        Runs(jobs if simulate else 1) as runs,
+        _bar("simulating" if simulate else "planning", 1) as (bar, task),
+    ):
+
+        def watch(what: str, done: int, of: int) -> None:
+            bar.update(task, description=f"simulating {what}, {done} of {of} runs", completed=done, total=of)
+
+        found = plan(scenario, tolerance=tolerance, simulate=simulate, runs=runs, watch=watch)
+    if as_json:
+        print(json.dumps(msgspec.to_builtins(found)))
+        return
+    out = Table(title=scenario.title)
+    for name in ("", "fluid bound", "expect", "limited by", f"violations of {found.devices}, simulated"):
+        out.add_column(name, justify="right" if name else "left")
+    for name, e in (("with WISP", found.ours), ("centrally", found.central)):
+        out.add_row(name, f"{e.bound:g}", _expected(e, found.devices), e.limit, _violations(e))
+    console = Console(highlight=False, markup=False)
+    console.print(out)
+    console.print(found.verdict.value, style="bold")
+    for reason in found.reasons:
+        console.print(f"- {reason}")
+    console.print("Assumed")
+    for one in found.assumed:
+        console.print(f"- {one}")
+    if found.commands:
+        console.print("Run")
+    for command in found.commands:
+        console.print(f"  {command}", soft_wrap=True)
+
+
+def _expected(e: Estimate, n: int) -> str:
+    return f"at least {n}" if e.tried and e.carries(n) else f"about {e.devices}"
+
+
+def _violations(e: Estimate) -> str:
+    return "-" if e.simulated is None else f"{e.simulated:.1%}"

@@ -7,6 +7,7 @@ part in one step a round, so
     T + round trip + drafting <= E / r                                      (a round in time)
     devices * (rows of a round + E * prompt / output) = rows(T) * (E / r) / T   (all rows fit)
     devices * (mean tokens of KV per session) <= KV                          (all caches fit)
+    devices <= slots                                                         (each has one)
 
 with rows(T) the tokens that fit into a step of length T by the hardware profile, and (E, rows, drafted) from replaying
 the recorded positions with the shipped predictor at every threshold: real false accepts and false rejects, ideal
@@ -101,7 +102,7 @@ class Bound:
     """Most devices, and how they would be served.
 
     devices: all of them being served; waiting: with those that wait for a first token as long as they may
-    limit:   what binds, "time" or "kv"
+    limit:   what binds, "time", "kv" or "slots"
     """
 
     devices: float
@@ -130,7 +131,7 @@ class Demand:
 
 def fluid_bound(profile: Hardware, points: Sequence[Point], demand: Demand, *, ahead: bool = True) -> Bound:
     """Most devices with `demand`. `ahead`: drafting is hidden behind round trip and step as far as it can be."""
-    most_kv = min(profile.kv_tokens / demand.context, float(profile.slots))
+    most, held_by = min((profile.kv_tokens / demand.context, "kv"), (float(profile.slots), "slots"))
     best = Bound(0.0, 0.0, points[0], 0.0, "time")
     for point in points:
         round_ms = point.committed / demand.rate * 1e3
@@ -143,7 +144,7 @@ def fluid_bound(profile: Hardware, points: Sequence[Point], demand: Demand, *, a
         while t > 1.0:
             n = _devices(profile, t, round_ms, rows, demand.context)
             if n > best.devices:
-                best = Bound(min(n, most_kv), 0.0, point, t, "kv" if n > most_kv else "time")
+                best = Bound(min(n, most), 0.0, point, t, held_by if n > most else "time")
             t *= FINER
     waiting = best.devices * (1 + demand.ttft_s * demand.rate / demand.output)
     return Bound(best.devices, waiting, best.point, best.step_ms, best.limit)

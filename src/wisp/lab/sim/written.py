@@ -29,10 +29,10 @@ def n_vocab(found: Library) -> int:
     return max(itertools.chain((255,), found.target, found.draft, off)) + 1
 
 
-def read_range(text: str) -> tuple[int, int]:
-    """`100-300` or `200`. Raises ConfigError."""
+def read_range(text: str, option: str = "--output-tokens") -> tuple[int, int]:
+    """`100-300` or `200`, as given to `option`. Raises ConfigError."""
     match = _RANGE.fullmatch(text.strip())
     low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= low <= high:
-        raise ConfigError(f"--output-tokens {text}: give the fewest and the most, as in 100-300")
+        raise ConfigError(f"{option} {text}: give the fewest and the most, as in 100-300")
     return low, high
