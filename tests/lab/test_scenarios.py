@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,7 +23,7 @@ from wisp.lab.sim.capacity import PAPER_MODELS, Search, capacity, limit_of
 from wisp.lab.sim.figures import Figures, Watching
 from wisp.lab.sim.fluid import bound
 from wisp.lab.sim.paper import paper_capacity
-from wisp.lab.sim.report import report, table
+from wisp.lab.sim.report import Report, report, table
 from wisp.lab.sim.runs import SOURCES, Job, Runs, key, remembered
 from wisp.lab.sim.scenario import Kit, Scenario, SloClass, load_scenario, recorded_arrivals
 from wisp.lab.sim.simulate import Simulation
@@ -221,12 +222,21 @@ def test_a_fleet_where_nothing_arrived_is_within_no_tolerance(quiet: Scenario) -
     assert (data["attainment"], data["violation_rate"]) == (None, None)
 
 
+class Nothing(Runs):
+    """Whatever is asked, nothing arrived."""
+
+    def reports(self, jobs: Sequence[Job]) -> list[Report]:
+        alone = remembered(msgspec.structs.replace(jobs[0], scenario=jobs[0].scenario.with_devices(1)))
+        return [alone for _ in jobs]
+
+
 def test_a_search_refuses_a_scenario_in_which_nothing_arrives(
     quiet: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WISP_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match="longer window_s"):
-        Search(quiet, system("central"), (1,), Runs(), 0.1).rate(1, 1)
+        capacity(quiet, "wisp", seeds=(1,), runs=Nothing())
+    assert Search(quiet, system("central"), (1,), Runs(), 0.1).rate(1, 1) == 1.0
     assert remembered(Job(quiet, system("central"), 1)).arrived == 0
     assert not list(tmp_path.rglob("*.json"))
 

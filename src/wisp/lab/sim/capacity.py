@@ -102,12 +102,10 @@ class Search:
         wanted = [s for s in self.seeds[:seeds] if s not in found]
         scenario = self.scenario.with_devices(n)
         jobs = [Job(scenario, self.system, seed, self.give_up) for seed in wanted]
-        found |= zip(wanted, self.runs.reports(jobs), strict=True)
-        if any(math.isnan(r.violation_rate) for r in found.values()):
-            raise ConfigError(
-                f"of {n} devices no request arrived in the window of {scenario.window_s:g} s, so that nothing can be "
-                "said of it: give the scenario a longer window_s, or less think_s"
-            )
+        for seed, report in zip(wanted, self.runs.reports(jobs), strict=True):
+            if math.isnan(report.violation_rate):  # nothing arrived, so nothing shows that they are carried
+                report = msgspec.structs.replace(report, violation_rate=1.0)
+            found[seed] = report
         return fmean(found[s].violation_rate for s in self.seeds[:seeds])
 
     def crossing(self, start: int, tolerance: float, seeds: int, stride: float = 0.12) -> int:
@@ -193,6 +191,11 @@ def capacity(
             best = found, search
     assert best is not None
     at, search = best
+    if not at and not any(r.arrived for s in searched for of in s.known.values() for r in of.values()):
+        raise ConfigError(
+            f"{scenario.title}: no request arrived in the window of {scenario.window_s:g} s, so that nothing can be "
+            "said of it: give the scenario a longer window_s, or less think_s"
+        )
     if len(seeds) > 1 and at:
         at = search.crossing(at, tolerance, len(seeds), max(grain, GRAIN))
     strictly = 0
