@@ -112,7 +112,7 @@ def test_drafting_ahead_hides_drafting_behind_a_long_round_trip() -> None:
     alone, ahead = (replay(traces, bench, policies("gain"), a) for a in (None, Ahead()))
     assert alone.ahead_wasted_ms == 0.0
     assert ahead.ahead_wasted_ms > 0.0
-    assert ahead.tokens_per_s > 1.1 * alone.tokens_per_s
+    assert ahead.tokens_per_s > 1.08 * alone.tokens_per_s
 
 
 # --- time
