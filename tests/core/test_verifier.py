@@ -527,5 +527,7 @@ def test_an_slo_that_nobody_could_keep_is_served_like_none() -> None:
     rig.receive(opening(slo=Slo(ttft_ms=1.0, tpot_ms=0.001)))
     [session] = rig.verifier.sessions.values()
     assert session.slo is None
+    assert session.due == math.inf
+    assert not session.tpot_s
     rig.settle()
     assert session.n_committed > 0

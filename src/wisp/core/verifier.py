@@ -116,7 +116,7 @@ class Verifier:
         if session is None:
             session = Session(self._next_handle + 1, key, connection, open_, now)
             if not keepable(session, self.cost):
-                session.slo = None  # nobody could: what is impossible must not be in the way of what is not
+                session.promise_nothing()  # what is impossible must not be in the way of what is not
             elif self.limits.forecast and open_.slo is not None and not open_.committed:
                 self._foresee(session)
             self.admission.opened(now, key)
