@@ -91,6 +91,7 @@ def test_a_thin_client_is_answered_and_its_slo_is_counted(fleet: Fleet, hardware
     assert seen['wisp:request_goodput_tokens_total{slo_class="patient"}'] == 20
     assert seen['wisp:engine_step_slices_count{kind="decode"}'] > 60
     assert seen["wisp:verification_interference_seconds_count"] >= 60
+    assert seen["wisp:request_slo_lost_total"] >= 1
     assert 0.0 <= seen["wisp:cost_model_relative_error"] < 5.0
     assert 1.0 <= seen["wisp:cost_model_margin"] <= 2.0
     assert seen['wisp:slack_at_dispatch_seconds_bucket{le="+Inf"}'] > 20

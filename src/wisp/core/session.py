@@ -228,8 +228,8 @@ class Session:
         return not slo.tpot_ms or now - self.first_at <= max(1, self.n_committed - 1) * slo.tpot_ms / 1e3
 
     def promise_nothing(self) -> None:
-        """Its SLO could not be kept by anybody: it is served like one without."""
-        self.slo, self.tpot_s = None, 0.0
+        """Its SLO, which nobody could keep, is lost from the start: it is served like one without."""
+        self.slo, self.tpot_s, self.late = None, 0.0, True
 
     def relax(self, now: float) -> None:
         """Its SLO can no longer be met: from now on half the pace will do."""
