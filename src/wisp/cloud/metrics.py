@@ -120,7 +120,7 @@ class Metrics:
             ),
             "draft_token_price": (
                 "What one more draft token would cost others, in committed tokens, in a step like the last.",
-                lambda: verifier.pressure.price(verifier.cost.token_ms(self._load)),
+                lambda: verifier.price,
             ),
             "pressure_utilisation": (
                 "Work left out of steps for want of time, over their time (0: the server keeps up).",

@@ -262,6 +262,8 @@ class Ahead(msgspec.Struct, frozen=True):
             right, steps = right * a, 2
         if beyond >= self.longest or right * a < self.energy:
             return False
+        if pace.price and beyond > 1 and math.prod(view.p[view.sent + 1 :]) * a <= pace.price:
+            return False  # it would not be sent
         if view.opening or pace.wait.n == 0:
             return True  # reading the prompt takes the target longer than a draft step
         left = max(0.0, view.due_ms - view.now_ms) + 0.25 * pace.wait.deviation

@@ -82,11 +82,11 @@ class Pace:
         self._best = 0.0
 
     def successor(self) -> Pace:
-        """Where the next session of this device starts: what was measured, and a little of how fast that one went."""
+        """Where the next session of this device starts: what was measured, the price last told, and a little of how fast
+        that one went."""
         pace = copy.copy(self)
         for part in ("draft", "wait", "verify", "queue", "line", "served", "acceptance"):
             setattr(pace, part, copy.copy(getattr(self, part)))
-        pace.price = 0.0
         pace._tokens *= 0.2
         pace._time_ms *= 0.2
         return pace

@@ -6,8 +6,9 @@ from __future__ import annotations
 class Pressure:
     """What a verifier's steps tell of its load.
 
-    (ms it adds to a step) x (tokens committed per ms of the engine) x utilisation, where utilisation counts only
-    drafts and prompts that had to be left out of steps for want of time: while the server keeps up it is 0.
+    (ms it adds to a step) x (tokens committed per ms of decoding) x utilisation, where utilisation counts only
+    drafts and prompts that had to be left out of steps for want of time: while the server keeps up it is 0. The time
+    that prompts take is not part of it: answers bring their prompts with them, however they are drafted.
     """
 
     def __init__(self) -> None:
@@ -20,9 +21,9 @@ class Pressure:
         self.utilisation += 0.05 * (share - self.utilisation)
 
     def stepped(self, tokens: int, ms: float) -> None:
-        """A step committed so many tokens."""
+        """A step, which took `ms` without its prompts, committed so many tokens."""
         self._tokens = 0.98 * self._tokens + tokens
-        self._ms = 0.98 * self._ms + ms
+        self._ms = 0.98 * self._ms + max(0.0, ms)
 
     def price(self, token_ms: float) -> float:
         """In committed tokens, where a token adds `token_ms` to a step."""

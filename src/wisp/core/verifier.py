@@ -59,6 +59,7 @@ class Verifier:
         self._step: dict[int, Slice] | None = None  # what the engine is running
         self._load = Load()
         self._dispatched = 0.0
+        self.price = 0.0  # of a draft token, as of the last step
         self._next_handle = 0
 
     @property
@@ -293,7 +294,10 @@ class Verifier:
             return
         # From dispatch to dispatch: what the host does between steps takes time from everybody, too.
         self.cost.observe(self._load, max(event.engine_ms, (now - self._dispatched) * 1e3))
-        self.pressure.stepped(sum(len(r.tokens) for r in event.results), event.engine_ms)
+        token_ms = self.cost.token_ms(self._load)
+        prompts = sum(len(s.tokens) - (s.n_draft + 1 if s.sample else 0) for s in step.values())
+        self.pressure.stepped(sum(len(r.tokens) for r in event.results), event.engine_ms - prompts * token_ms)
+        self.price = self.pressure.price(token_ms)
         for result in event.results:
             session = self.sessions[result.session]
             yield from self._commit(now, session, step[result.session], result, event.engine_ms)
@@ -326,7 +330,7 @@ class Verifier:
             s.verified(now, slice_.n_draft, result.accepted)
             if p.since != s.since or slice_.n_draft:
                 s.usual += 0.1 * (len(tokens) - s.usual)
-            s.price = self.pressure.price(self.cost.token_ms(self._load))
+            s.price = self.price
             verdict = s.answer(
                 p.round,
                 p.base,
