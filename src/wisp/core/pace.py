@@ -82,8 +82,8 @@ class Pace:
         self._best = 0.0
 
     def successor(self) -> Pace:
-        """Where the next session of this device starts: what was measured, the price last told, and a little of how fast
-        that one went."""
+        """Where the next session of this device starts: what was measured, the price last told, and a little of how
+        fast that one went."""
         pace = copy.copy(self)
         for part in ("draft", "wait", "verify", "queue", "line", "served", "acceptance"):
             setattr(pace, part, copy.copy(getattr(self, part)))

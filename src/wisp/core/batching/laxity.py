@@ -11,7 +11,8 @@ is of no use. That gives five rules for a step, with `lag` for how far a session
 3. *Steps are as long as the fastest can bear*: a session that commits E tokens a round, and one more while its edge is
    at work, keeps a pace of q if steps take no more than q (E + 1) / 2.
 4. *Prompts just in time.* While all are ahead, prompts are read at once. Otherwise each is read at the rate that its
-   own due time asks for: reading later costs its user nothing, and gives the others the time now.
+   own due time asks for: reading later costs its user nothing, and gives the others the time now. When so many wait
+   that half of all time must go to them, whoever is ahead yields, and steps may be twice as long.
 5. *Giving up early.* If too many are behind, all would soon be late together. Newcomers, who have cost nothing yet, are
    then let go, and so is who is too far behind to make up for it. They are finished at half their pace.
 
@@ -38,6 +39,7 @@ LEAST = 1.5  # empty steps; a pace that asks for shorter ones cannot be kept any
 EASY_S = 0.3  # nobody yields, and prompts are read at once, if nearly all sessions are ahead by this
 EASY_BUT = 0.15  # nearly all: all but this share
 SAFETY_S = 0.3  # a prompt is to be read so long before its first token is due
+CROWDED = 0.5  # share of the engine's time that prompts need to be in time, beyond which it is a crowd
 TOO_MANY = 0.4  # share of sessions behind their pace at which newcomers are let go
 HOPELESS = 0.25  # behind by this share of the time that is left to an answer
 PATIENCE_S = 1.0  # who has no due time waits for others no longer than this
@@ -92,6 +94,7 @@ class _Step:
         self.left_ms = 0.0
         self.longest_ms = math.inf
         self.at_ease = True
+        self.crowded = False
 
     def sort(self, work: Sequence[Work]) -> None:
         """Put each piece of work where it belongs."""
@@ -130,7 +133,18 @@ class _Step:
         paces = sorted(self.paces or self.late_paces)
         bearable_ms = paces[int(BEARABLE * len(paces))] * 1e3
         self.longest_ms = max(bearable_ms, LEAST * self.ms(Load()))
-        self.at_ease = self.easy >= (1.0 - EASY_BUT) * len(self.paces)
+        self.crowded = self._needed() > CROWDED
+        self.at_ease = self.easy >= (1.0 - EASY_BUT) * len(self.paces) and not self.crowded
+
+    def _needed(self) -> float:
+        """Share of the engine's time that it takes to read prompts before their first tokens are due."""
+        self.prompts.sort(key=_due)
+        token_s = self.limits.cost.token_ms(Load()) / 1e3
+        needed = rows = 0.0
+        for w in self.prompts:
+            rows += w.new
+            needed = max(needed, rows * token_s / max(self._time(w), SAFETY_S))
+        return needed
 
     def strictly(self) -> None:
         """Nobody has a pace to make up lateness with: each piece is in time or lost."""
@@ -154,7 +168,7 @@ class _Step:
     def present(self) -> None:
         """Drafts and decodes that are here, least slack first."""
         self.going.sort(key=_due)
-        enough_ms = 0.0 if self.at_ease else FULL * self._all_ms()
+        enough_ms = 0.0 if self.at_ease or self.crowded else FULL * self._all_ms()
         reserved = min(
             self.limits.tokens // 4, sum(w.new for w in self.prompts)
         )  # or drafts could lock them out
@@ -189,10 +203,9 @@ class _Step:
 
     def read(self) -> None:
         """Prompts: at once while there is time, else at the rate that due times ask for."""
-        self.prompts.sort(key=_due)
         n = len(self.paces)
         overloaded = self.behind > TOO_MANY * n
-        at_once = self.at_ease or not self.grants
+        at_once = self.at_ease or self.crowded or not self.grants
         step_s = self._step_s()
         budget = 0.0
         for i, w in enumerate(self.prompts):
@@ -206,7 +219,7 @@ class _Step:
             budget += w.new * min(1.0, step_s / max(time, step_s))
             urgent = time < 2.0 * step_s
             tokens = w.new if at_once or urgent else min(w.new, math.ceil(budget))
-            read = self._chunk(w, tokens, self.longest_ms * (2.0 if urgent else 1.0))
+            read = self._chunk(w, tokens, self.longest_ms * (2.0 if urgent or self.crowded else 1.0))
             budget -= read
             if read < w.new:
                 self._leave(w.new - read)

@@ -1,0 +1,56 @@
+"""What laxity does beyond what every policy keeps to: who yields to prompts, and when."""
+
+from __future__ import annotations
+
+from wisp.core.batching import Kind, StepLimits, Work, batching_policy
+from wisp.core.cost import Coefficients, CostModel
+
+NOW = 50.0
+LIMITS = StepLimits(2048, 256, {}, CostModel(Coefficients(step=30.0, token=0.4)))
+
+
+def going(session: int, ahead_s: float) -> Work:
+    """A draft of four tokens, of a session whose next token is due in `ahead_s`."""
+    return Work(
+        session=session, kind=Kind.VERIFY, new=5, cached=200, n_draft=4, since=NOW, opened=NOW - 9.0,
+        due=NOW + ahead_s, tpot_s=0.125, gain=3.4, usual=3.0, room=90, lag_s=-ahead_s,
+    )  # fmt: skip
+
+
+def prompt(session: int, tokens: int, within_s: float) -> Work:
+    """The prompt of a newcomer whose first token is due `within_s`."""
+    return Work(
+        session=session, kind=Kind.PREFILL, new=tokens, cached=0, n_draft=0, since=NOW, opened=NOW,
+        due=NOW + within_s, tpot_s=0.125, room=200, first=True,
+    )  # fmt: skip
+
+
+def granted(*work: Work) -> dict[int, int]:
+    """Tokens by session."""
+    return {g.session: g.tokens for g in batching_policy("laxity").plan(NOW, work, LIMITS).grants}
+
+
+def test_sessions_far_ahead_yield_to_a_crowd_of_prompts() -> None:
+    sessions = [going(i, 2.0) for i in range(20)]
+    few = granted(*sessions, prompt(100, 150, 3.0))
+    assert all(s.session in few for s in sessions)
+    assert few[100] == 150
+    crowd = [prompt(100 + i, 150, 3.0) for i in range(40)]  # 6,000 tokens: 2.4 s of the engine's time
+    found = granted(*sessions, *crowd)
+    assert sum(s.session in found for s in sessions) <= 1
+    assert sum(tokens for session, tokens in found.items() if session >= 100) > 500
+
+
+def test_sessions_that_cannot_wait_do_not_yield() -> None:
+    hurried, relaxed = [going(i, 0.1) for i in range(10)], [going(20 + i, 2.0) for i in range(10)]
+    crowd = [prompt(100 + i, 150, 3.0) for i in range(40)]
+    found = granted(*hurried, *relaxed, *crowd)
+    assert all(found.get(s.session) == 5 for s in hurried)
+    assert not any(s.session in found for s in relaxed)
+    assert sum(tokens for session, tokens in found.items() if session >= 100) > 300
+
+
+def test_the_same_prompts_are_no_crowd_where_there_is_time() -> None:
+    sessions = [going(i, 2.0) for i in range(20)]
+    found = granted(*sessions, *(prompt(100 + i, 150, 30.0) for i in range(40)))
+    assert all(s.session in found for s in sessions)
