@@ -136,3 +136,28 @@ def test_as_many_rows_as_are_said_to_fit_do_fit(knee: int, each: float) -> None:
     assert took == pytest.approx(150.0)
     assert forecast.rows_in(cost, 39.0) == 0.0
     assert math.isfinite(rows)
+
+
+def test_the_more_are_turned_away_the_later_they_are_told_to_come_and_not_all_at_once() -> None:
+    full = [session(i) for i in range(300)]
+    told = forecast.Forecast()
+
+    def waits(n: int) -> list[float]:
+        out = []
+        for i in range(n):
+            with pytest.raises(Refusal) as refusal:
+                told.check(full, session(100 + i, begun=False), COST, 10**6)
+            out.append(refusal.value.retry_after)
+        return out
+
+    few = waits(10)
+    assert len(set(few)) == 10
+    assert max(few) <= 1.5 * min(few) + 1e-9
+    for _ in range(60):
+        waits(4)
+        told.ended(200, 10.0, in_time=True)
+    many = waits(10)
+    assert min(many) > 2.0 * max(few) or max(many) == 30.0
+    for _ in range(100):
+        told.ended(200, 10.0, in_time=True)
+    assert max(waits(10)) <= 1.5 * 10.0 / 2.0 + 1e-9

@@ -34,7 +34,7 @@ class Odds(msgspec.Struct, frozen=True, gc=False):
     counted: bool = False
 
 
-class View(msgspec.Struct, frozen=True):
+class View(msgspec.Struct, frozen=True, gc=False):
     """What a policy sees when it decides.
 
     p:       acceptance probabilities of the tokens guessed beyond the committed ones, in order
@@ -195,14 +195,8 @@ class Gain:
     def __init__(self, judgement: Judgement, longest: int = LONGEST, *, server_mode: bool = True) -> None:
         self.longest = longest
         self.server_mode = server_mode
-        self.judgement = judgement
+        self.judge, self.observe = judgement.judge, judgement.observe
         self._serving = False
-
-    def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
-        return self.judgement.judge(signal, p)
-
-    def observe(self, odds: Sequence[Odds], accepted: int) -> None:
-        self.judgement.observe(odds, accepted)
 
     def more(self, view: View) -> bool:
         unsent, pace = view.unsent, view.pace
@@ -210,10 +204,12 @@ class Gain:
             return False
         speed = pace.speed(self.longest)
         chance = math.prod(unsent) * pace.acceptance.value
-        return chance > pace.draft.value * speed + self._verify_cost(pace, speed)
+        return chance > (pace.draft.value + pace.verify.slope) * speed + pace.price
 
     def take(self, view: View) -> int:
-        cost = self._verify_cost(view.pace, view.pace.speed(self.longest))
+        pace = view.pace
+        # What verifying one more token costs, in committed tokens: our own time, and the price others pay.
+        cost = pace.verify.slope * pace.speed(self.longest) + pace.price
         survival, n = 1.0, 0
         for p in view.unsent[: self.longest]:
             survival *= p
@@ -231,11 +227,6 @@ class Gain:
         # Hysteresis: changing over costs a round trip.
         self._serving = served > drafted * (1.0 if self._serving else 1.1)
         return self._serving
-
-    def _verify_cost(self, pace: Pace, speed: float) -> float:
-        """What verifying one more token costs, in committed tokens: our own time, and the price others pay."""
-        slope = pace.verify.slope
-        return (slope * speed if slope else 0.0) + pace.price
 
 
 class Ahead(msgspec.Struct, frozen=True):
@@ -266,8 +257,9 @@ class Ahead(msgspec.Struct, frozen=True):
             return False  # it would not be sent
         if view.opening or pace.wait.n == 0:
             return True  # reading the prompt takes the target longer than a draft step
-        left = max(0.0, view.due_ms - view.now_ms) + 0.25 * pace.wait.deviation
-        late, wrong_late = max(0.0, steps * d - left), max(0.0, d - left)
+        left, unsure = view.due_ms - view.now_ms, 0.25 * pace.wait.deviation
+        left = left + unsure if left > 0.0 else unsure
+        late, wrong_late = steps * d - left, max(0.0, d - left)
         if late <= 0.0:
             return True
         # If the guess is right, a token costs `late` instead of a whole draft step, if it is drafted at all then;

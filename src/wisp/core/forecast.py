@@ -27,6 +27,7 @@ KV_OVERBOOKING = 1.1  # contexts of sessions that wait for their first token are
 TOO_MANY = 0.6  # share of sessions that are behind
 # Share of the rows until a first token is due that prompts may ask for: what decoding leaves, within these.
 READING_LEAST, READING_MOST = 0.5, 0.8
+GOLDEN = 0.6180339887  # its multiples' fractions spread evenly
 
 
 class Demand:
@@ -73,6 +74,9 @@ class Forecast:
         self.answer_tokens = 200.0
         self.answer_s = 10.0
         self.filled = FILLED
+        self.turned_away = 0.0  # newcomers, for each answer that ended
+        self._turned_away = 0  # since the last one
+        self._refusals = 0
         self._demand: Demand | None = None  # of those who are here
 
     def ended(self, tokens: int, seconds: float, in_time: bool) -> None:
@@ -81,6 +85,8 @@ class Forecast:
         self.filled = min(max(self.filled, LEAST_FILLED), MOST_FILLED)
         self.answer_tokens += 0.05 * (tokens - self.answer_tokens)
         self.answer_s += 0.05 * (seconds - self.answer_s)
+        self.turned_away += 0.05 * (self._turned_away - self.turned_away)
+        self._turned_away = 0
 
     def changed(self) -> None:
         """Sessions came, went or advanced: those who are refused in between need not be counted against them anew."""
@@ -91,24 +97,32 @@ class Forecast:
         if self._demand is None:
             self._demand = Demand(sessions, self.answer_tokens)
         demand = self._demand.plus(newcomer)
-        wait_s = min(30.0, max(1.0, self.answer_s / 2))
         if demand.kv > KV_OVERBOOKING * kv_tokens:
-            raise Refusal("overloaded", "this verifier has no room for another context now", wait_s)
+            raise self._refusal("this verifier has no room for another context now")
         paces = demand.paces
         if not paces:
             return
         if demand.running >= 4 and demand.behind > TOO_MANY * demand.running:
-            raise Refusal("overloaded", "this verifier is behind with the sessions that it has", wait_s)
+            raise self._refusal("this verifier is behind with the sessions that it has")
         longest_ms = paces[len(paces) // 10] * 1e3
         offered = rows_in(cost, longest_ms) / longest_ms * 1e3
         ttft_s = newcomer.slo.ttft_ms / 1e3 if newcomer.slo else 0.0
         waiting = ttft_s / (self.answer_tokens * newcomer.tpot_s) if newcomer.tpot_s else 0.0
         # Who waits for a first token asks for nothing yet, and so many may wait at a time.
         if demand.rows > self.filled * (1.0 + waiting) * offered and len(paces) > 1:
-            raise Refusal("overloaded", "this verifier could not keep the pace asked for", wait_s)
+            raise self._refusal("this verifier could not keep the pace asked for")
         left = min(max(1.0 - demand.decoding / max(offered, 1e-9), READING_LEAST), READING_MOST)
         if ttft_s and demand.running and demand.unread > left * offered * ttft_s:
-            raise Refusal("overloaded", "too many prompts wait to be read", wait_s)
+            raise self._refusal("too many prompts wait to be read")
+
+    def _refusal(self, message: str) -> Refusal:
+        """Come again when there may be room: later where many are turned away for each answer, and not all at once."""
+        self._turned_away += 1
+        self._refusals += 1
+        wait_s = (
+            self.answer_s / 2.0 * max(1.0, self.turned_away) * (1.0 + self._refusals * GOLDEN % 1.0 / 2.0)
+        )
+        return Refusal("overloaded", message, min(30.0, max(1.0, wait_s)))
 
 
 def keepable(newcomer: Session, cost: CostModel) -> bool:

@@ -6,12 +6,13 @@ Everything a drafting policy needs to weigh one more draft token against the tim
 from __future__ import annotations
 
 import copy
-import math
 from functools import lru_cache
 from itertools import accumulate, repeat
 from operator import mul
 
 TYPICAL = 0.8  # acceptance, before anything is known of it
+LEAST_MS = 1e-3  # that a round takes
+SAME = 1e-3  # by how much the time of a draft step may differ and count as the same
 
 
 class Mean:
@@ -37,6 +38,12 @@ class Mean:
             self.deviation += w * (abs(off) - self.deviation)
         self.value += w * off
 
+    def copy(self) -> Mean:
+        """Another of the same history."""
+        other = Mean(self.value, self.weight, self.prior)
+        other.deviation, other.n = self.deviation, self.n
+        return other
+
 
 class Line:
     """y = a + b x by exponentially weighted least squares, b never negative."""
@@ -58,6 +65,13 @@ class Line:
         self.xy = xy = f * self.xy + x * y
         self.slope = max(0.0, (xy - sx * sy / n) / (xx - sx * sx / n + 1.0))
 
+    def copy(self) -> Line:
+        """Another of the same history."""
+        other = Line(self.forgetting)
+        other.n, other.x, other.y, other.xx, other.xy = self.n, self.x, self.y, self.xx, self.xy
+        other.slope = self.slope
+        return other
+
     @property
     def intercept(self) -> float:
         """a: y at x = 0."""
@@ -78,15 +92,16 @@ class Pace:
         self.price = 0.0  # of a draft token, as of the last verdict
         self._tokens = 0.0
         self._time_ms = 0.0
-        self._best_of: tuple[float, ...] = ()  # of what `best_speed` last spoke, and what it said
+        self._best_of = (0, 0.0, 0.0, 0.0, 0.0)  # of what `best_speed` last spoke, and what it said
         self._best = 0.0
 
     def successor(self) -> Pace:
         """Where the next session of this device starts: what was measured, the price last told, and a little of how
         fast that one went."""
         pace = copy.copy(self)
-        for part in ("draft", "wait", "verify", "queue", "line", "served", "acceptance"):
-            setattr(pace, part, copy.copy(getattr(self, part)))
+        pace.draft, pace.wait, pace.verify = self.draft.copy(), self.wait.copy(), self.verify.copy()
+        pace.queue, pace.line, pace.served = self.queue.copy(), self.line.copy(), self.served.copy()
+        pace.acceptance = self.acceptance.copy()
         pace._tokens *= 0.2
         pace._time_ms *= 0.2
         return pace
@@ -101,7 +116,9 @@ class Pace:
 
     def drafted(self, took_ms: float) -> None:
         """A draft step took so long. One that had to read a prompt first, or was held up, counts as slow, no more."""
-        self.draft.add(min(took_ms, 2.0 * self.draft.value) if self.draft.n else took_ms)
+        draft = self.draft
+        most = 2.0 * draft.value
+        draft.add(most if draft.n and took_ms > most else took_ms)
 
     def decoded(self, tokens: int, elapsed_ms: float) -> None:
         """The verifier by itself committed `tokens` in `elapsed_ms`."""
@@ -151,25 +168,27 @@ class Pace:
         With acceptance a, k draft tokens commit (1 - a^(k+1)) / (1 - a) on average (Leviathan et al. 2023).
         0 while no round has been timed: not knowing what a round takes must not look like taking no time.
         """
-        if not self.wait.n:
+        wait, draft = self.wait, self.draft.value
+        if not wait.n:
             return 0.0
-        given: tuple[float, ...] = (
-            longest,
-            self.acceptance.value,
-            self.wait.value,
-            self.draft.value,
-            self.verify.slope,
-        )
-        if given == self._best_of:
+        wait_ms, acceptance, slope = wait.value, self.acceptance.value, self.verify.slope
+        n, a, w, s, d = self._best_of
+        if (
+            a == acceptance
+            and w == wait_ms
+            and s == slope
+            and n == longest
+            and abs(draft - d) <= SAME * draft
+        ):
             return self._best
-        best, time, each = 0.0, self.wait.value, self.draft.value + self.verify.slope
-        for gain in _gains(min(self.acceptance.value, 0.99), longest):
-            speed = gain / time if time > 0 else math.inf
+        best, time, each = 0.0, max(wait_ms, LEAST_MS), draft + slope
+        for gain in _gains(min(acceptance, 0.99), longest):
+            speed = gain / time
             if speed < best:
                 break  # a concave gain over a time that grows evenly has one peak
             best = speed
             time += each
-        self._best_of, self._best = given, best
+        self._best_of, self._best = (longest, acceptance, wait_ms, slope, draft), best
         return best
 
 

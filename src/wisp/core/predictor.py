@@ -154,7 +154,4 @@ class Calibration:
 
 def sigmoid(x: float) -> float:
     """1 / (1 + e^-x), without overflow."""
-    if x >= 0:
-        return 1.0 / (1.0 + math.exp(-x))
-    e = math.exp(x)
-    return e / (1.0 + e)
+    return 1.0 / (1.0 + math.exp(-x)) if x > -700.0 else 0.0

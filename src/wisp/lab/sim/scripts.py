@@ -15,6 +15,7 @@ import functools
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +42,9 @@ class Foreteller(Predictor):
 
     def odds(self, signal: Signal, depth: int, recent: float, temperature: float) -> float:
         """Log odds by base value and slopes."""
-        assert isinstance(signal, Foretold)
-        return signal.z + signal.by_depth * _LOG1P[min(depth, 255)] + signal.by_recent * (recent - RECENT)
+        foretold = cast(Foretold, signal)  # a script's signals are
+        by_depth = _LOG1P[depth] if depth < 256 else _LOG1P[255]
+        return foretold.z + foretold.by_depth * by_depth + foretold.by_recent * (recent - RECENT)
 
 
 _LOG1P: list[float] = (np.log1p(np.arange(256)) - np.log1p(DEPTH)).tolist()

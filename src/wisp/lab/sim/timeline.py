@@ -15,7 +15,7 @@ import msgspec
 import simpy
 
 
-class Later(msgspec.Struct):
+class Later(msgspec.Struct, gc=False):
     """Something to do, in the place of an event. `do` is given this."""
 
     do: Callable[[Any], None]

@@ -404,10 +404,15 @@ class Handset:
             return
         drafter, proposal, ms = self._drafting
         if not self.gone and drafter is self.drafter:
+            now = self.env.now * 1e3
             token, signal = proposal or NOTHING
-            actions = drafter.proposed(self.env.now * 1e3, token, signal, ms)
+            actions = drafter.proposed(now, token, signal, ms)
             if actions:
                 self._carry_out(actions)
+            if not self._inbox:
+                if drafter.wants_token(now):
+                    self._draft()
+                return
         self._go_on()
 
 
