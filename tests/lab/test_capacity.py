@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -209,6 +213,35 @@ def test_two_processes_find_what_one_does(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("WISP_CACHE", str(tmp_path / "one"))
     with Runs() as runs:
         assert runs.reports(jobs) == two
+
+
+_KILLED = """
+import operator, os, time
+from wisp.lab.sim.runs import Runs
+
+if __name__ == "__main__":
+    with Runs(2) as runs:
+        print(next(iter(runs.map(operator.call, [os.getpid]))), flush=True)
+        list(runs.map(time.sleep, [60.0] * 4))
+"""
+
+
+def test_worker_processes_end_with_the_one_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(_KILLED)
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    worker = int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+    until = time.monotonic() + 20.0
+    while time.monotonic() < until:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail("a worker outlived its parent")
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
@@ -151,13 +152,27 @@ def remembered(job: Job) -> Report:
     return done
 
 
+def _end_with_parent() -> None:
+    """Have this worker process end when the one that started it does, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class Runs:
     """Does jobs in `jobs` processes, one of which is this one if there is but one."""
 
     def __init__(self, jobs: int = 1) -> None:
         self._pool: Executor | None = None
         if jobs > 1:
-            self._pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+            self._pool = ProcessPoolExecutor(
+                jobs, multiprocessing.get_context("spawn"), initializer=_end_with_parent
+            )
 
     def __enter__(self) -> Runs:
         return self
