@@ -122,8 +122,7 @@ class Fleet:
 
     def _join(self) -> None:
         s, handset = self.scenario, self._make()
-        # Devices do not all begin at once.
-        wait = self.source.uniform(0.0, min(10.0, s.warmup_s / 2)) if self.env.now == 0 else 0.0
+        wait = self.source.uniform(0.0, s.joining_s) if self.env.now == 0 else 0.0
         self.env.after(wait, lambda _: self._ask(handset))
         if s.vanish and self.source.random() < s.vanish:
             at = s.warmup_s + self.source.random() * s.window_s
