@@ -23,7 +23,7 @@ class Always(Ahead, frozen=True):
 
     send: bool = False
 
-    def worth(self, view: View) -> bool:
+    def worth(self, view: View, price: float = 0.0) -> bool:
         return True
 
 

@@ -260,11 +260,10 @@ def test_ahead_drafts_nothing_that_the_price_would_keep_from_being_sent() -> Non
         [0.9, 0.9, 0.9, 0.6], made, sent=2, now_ms=100.0
     )  # behind the guess at the verdict's own token: 0.6
     for price, worth in ((0.0, True), (0.4, True), (0.6 * 0.8 + 0.01, False)):
-        made.price = price
-        assert Ahead(energy=0.0).worth(flight) is worth
+        assert Ahead(energy=0.0).worth(flight, price) is worth
     assert Ahead(energy=0.0).worth(
-        view([0.9, 0.9, 0.9], made, sent=2, now_ms=100.0)
-    )  # it may still be cheap to send
+        view([0.9, 0.9, 0.9], made, sent=2, now_ms=100.0), 0.5
+    )  # may be worth sending
 
 
 def test_ahead_never_delays_a_likely_restart() -> None:

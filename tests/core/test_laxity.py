@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from wisp.core.batching import Kind, StepLimits, Work, batching_policy
 from wisp.core.cost import Coefficients, CostModel
 
@@ -38,7 +40,9 @@ def test_sessions_far_ahead_yield_to_a_crowd_of_prompts() -> None:
     crowd = [prompt(100 + i, 150, 3.0) for i in range(40)]  # 6,000 tokens: 2.4 s of the engine's time
     found = granted(*sessions, *crowd)
     assert sum(s.session in found for s in sessions) <= 1
-    assert sum(tokens for session, tokens in found.items() if session >= 100) > 500
+    assert (
+        sum(tokens for session, tokens in found.items() if session >= 100) > 700
+    )  # more than a usual step has time for
 
 
 def test_sessions_that_cannot_wait_do_not_yield() -> None:
@@ -54,3 +58,23 @@ def test_the_same_prompts_are_no_crowd_where_there_is_time() -> None:
     sessions = [going(i, 2.0) for i in range(20)]
     found = granted(*sessions, *(prompt(100 + i, 150, 30.0) for i in range(40)))
     assert all(s.session in found for s in sessions)
+
+
+def test_whoever_could_not_wait_for_a_long_step_does_not_yield() -> None:
+    slow = StepLimits(2048, 256, {}, CostModel(Coefficients(step=24.0, token=1.1)))
+    patient = {"tpot_s": 0.48, "usual": 3.0}
+    far = [msgspec.structs.replace(going(i, 3.0), **patient) for i in range(20)]
+    near = [msgspec.structs.replace(going(20 + i, 0.65), room=6, **patient) for i in range(5)]
+    crowd = [prompt(100 + i, 200, 3.0) for i in range(40)]
+    plan = batching_policy("laxity").plan(NOW, [*far, *near, *crowd], slow)
+    found = {g.session for g in plan.grants}
+    assert found >= {w.session for w in near}
+    assert not found & {w.session for w in far}
+
+
+def test_prompts_that_fit_beside_everything_else_are_no_crowd() -> None:
+    sessions = [going(i, 2.0) for i in range(20)]
+    found = granted(*sessions, prompt(100, 200, 0.4))
+    assert all(s.session in found for s in sessions)
+    late = msgspec.structs.replace(prompt(100, 4000, 0.4), late=True)
+    assert all(s.session in granted(*sessions, late) for s in sessions)

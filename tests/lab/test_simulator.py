@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import weakref
 from pathlib import Path
 
 import msgspec
@@ -171,3 +172,23 @@ def test_the_command_reports_under_the_names_of_benchmarks(tmp_path: Path) -> No
         assert data[name] > 0
     assert json.loads(trace.read_text())["traceEvents"]
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_are_over_are_let_go() -> None:
+    alive = []
+    for seed in range(4):
+        simulation = Simulation(
+            load_scenario("a100-qwen3-32b").with_devices(4).brief(2.0, 2.0, 0.0), system("ours"), seed
+        )
+        simulation.run()
+        alive.append(weakref.ref(simulation))
+        del simulation
+    assert sum(of() is not None for of in alive) <= 1
+
+
+def test_devices_begin_over_the_time_of_an_answer() -> None:
+    scenario = load_scenario("a100-qwen3-32b").at_rate(10.0)
+    assert scenario.brief(100.0, 10.0, 0.0).joining_s == 20.0  # answers of 200 tokens
+    assert scenario.brief(10.0, 10.0, 0.0).joining_s == 8.0
+    pausing = msgspec.structs.replace(scenario.brief(100.0, 10.0, 0.0), think_s=5.0)
+    assert pausing.joining_s == 25.0

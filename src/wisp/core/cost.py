@@ -65,6 +65,16 @@ def load_of(slices: Iterable[Slice]) -> Load:
     return Load(new, attention, cached, n_slices)
 
 
+def decoding_of(slices: Iterable[Slice]) -> Load:
+    """The load that a step would be without what it reads of prompts."""
+    load = Load()
+    for s in slices:
+        if s.sample:
+            n = s.n_draft + 1
+            load = load.plus(n, s.start + len(s.tokens) - n)
+    return load
+
+
 class Coefficients(msgspec.Struct, frozen=True):
     """Milliseconds. step: fixed; token: each new token; beyond: each new token past `knee`, in addition (knee 0:
     there is none); attention: each pair of `Load.attention`; cached: each cached token; slice: each slice."""

@@ -145,7 +145,7 @@ class Drafter:
             return False
         if len(self.committed) + len(self.chain) >= self.task.max_tokens - 1:
             return False
-        return self.ahead.worth(self._view(now_ms))
+        return self.ahead.worth(self._view(now_ms), self.pace.price if self.policy.priced else 0.0)
 
     # --- events
 

@@ -59,7 +59,9 @@ class View(msgspec.Struct, frozen=True, gc=False):
 
 
 class DraftingPolicy(Protocol):
-    """Decides where a draft ends. One instance per session."""
+    """Decides where a draft ends. One instance per session. `priced`: it heeds the verifier's price."""
+
+    priced: bool
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
         """How likely is the token just proposed to be accepted, given that those before it (with `p`) are?"""
@@ -83,7 +85,9 @@ class DraftingPolicy(Protocol):
 
 
 class Plain:
-    """What the simple policies have in common: confidence for odds, no learning, no server mode."""
+    """What the simple policies have in common: confidence for odds, no price, no learning, no server mode."""
+
+    priced = False
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
         return Odds(signal.confidence, 0.0)
@@ -192,6 +196,8 @@ class Gain:
     to tune; `longest` bounds a draft.
     """
 
+    priced = True
+
     def __init__(self, judgement: Judgement, longest: int = LONGEST, *, server_mode: bool = True) -> None:
         self.longest = longest
         self.server_mode = server_mode
@@ -243,8 +249,8 @@ class Ahead(msgspec.Struct, frozen=True):
     longest: int = LONGEST
     send: bool = True
 
-    def worth(self, view: View) -> bool:
-        """Draft another token ahead, now?"""
+    def worth(self, view: View, price: float = 0.0) -> bool:
+        """Draft another token ahead, now? At this `price` what is drafted will be sent, or not."""
         pace = view.pace
         d, a = pace.draft.value, pace.acceptance.value
         right = math.prod(view.p)
@@ -253,7 +259,7 @@ class Ahead(msgspec.Struct, frozen=True):
             right, steps = right * a, 2
         if beyond >= self.longest or right * a < self.energy:
             return False
-        if pace.price and beyond > 1 and math.prod(view.p[view.sent + 1 :]) * a <= pace.price:
+        if price and beyond > 1 and math.prod(view.p[view.sent + 1 :]) * a <= price:
             return False  # it would not be sent
         if view.opening or pace.wait.n == 0:
             return True  # reading the prompt takes the target longer than a draft step

@@ -27,6 +27,8 @@ KV_OVERBOOKING = 1.1  # contexts of sessions that wait for their first token are
 TOO_MANY = 0.6  # share of sessions that are behind
 # Share of the rows until a first token is due that prompts may ask for: what decoding leaves, within these.
 READING_LEAST, READING_MOST = 0.5, 0.8
+MOST_REFUSED = 30  # for one session that ended: a crowd is forgotten
+LONGEST_S = 20.0  # to come again, and half as much to spread
 GOLDEN = 0.6180339887  # its multiples' fractions spread evenly
 
 
@@ -74,9 +76,9 @@ class Forecast:
         self.answer_tokens = 200.0
         self.answer_s = 10.0
         self.filled = FILLED
-        self.turned_away = 0.0  # newcomers, for each answer that ended
-        self._turned_away = 0  # since the last one
-        self._refusals = 0
+        self.refused_each = 0.0  # newcomers refused for each session that ended, smoothed
+        self._refused = 0  # since the last one
+        self._refusals = 0  # ever
         self._demand: Demand | None = None  # of those who are here
 
     def ended(self, tokens: int, seconds: float, in_time: bool) -> None:
@@ -85,8 +87,12 @@ class Forecast:
         self.filled = min(max(self.filled, LEAST_FILLED), MOST_FILLED)
         self.answer_tokens += 0.05 * (tokens - self.answer_tokens)
         self.answer_s += 0.05 * (seconds - self.answer_s)
-        self.turned_away += 0.05 * (self._turned_away - self.turned_away)
-        self._turned_away = 0
+
+    def left(self) -> None:
+        """A session has ended, with an answer or without."""
+        self.refused_each += 0.05 * (min(self._refused, MOST_REFUSED) - self.refused_each)
+        self._refused = 0
+        self._demand = None
 
     def changed(self) -> None:
         """Sessions came, went or advanced: those who are refused in between need not be counted against them anew."""
@@ -117,12 +123,10 @@ class Forecast:
 
     def _refusal(self, message: str) -> Refusal:
         """Come again when there may be room: later where many are turned away for each answer, and not all at once."""
-        self._turned_away += 1
+        self._refused += 1
         self._refusals += 1
-        wait_s = (
-            self.answer_s / 2.0 * max(1.0, self.turned_away) * (1.0 + self._refusals * GOLDEN % 1.0 / 2.0)
-        )
-        return Refusal("overloaded", message, min(30.0, max(1.0, wait_s)))
+        wait_s = min(max(1.0, self.answer_s / 2.0 * max(1.0, self.refused_each)), LONGEST_S)
+        return Refusal("overloaded", message, wait_s * (1.0 + self._refusals * GOLDEN % 1.0 / 2.0))
 
 
 def keepable(newcomer: Session, cost: CostModel) -> bool:

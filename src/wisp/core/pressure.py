@@ -23,7 +23,7 @@ class Pressure:
     def stepped(self, tokens: int, ms: float) -> None:
         """A step, which took `ms` without its prompts, committed so many tokens."""
         self._tokens = 0.98 * self._tokens + tokens
-        self._ms = 0.98 * self._ms + max(0.0, ms)
+        self._ms = 0.98 * self._ms + ms
 
     def price(self, token_ms: float) -> float:
         """In committed tokens, where a token adds `token_ms` to a step."""

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 from wisp.core.admission import Admission, Refusal
 from wisp.core.batching import BatchingPolicy
-from wisp.core.cost import CostModel, Load
+from wisp.core.cost import CostModel, Load, decoding_of
 from wisp.core.errors import ProtocolError
 from wisp.core.events import (
     Action,
@@ -268,7 +268,7 @@ class Verifier:
         del self._by_id[session.id]
         self._by_connection.get(session.connection, set()).discard(session.handle)
         self.admission.closed(session.key)
-        self.forecast.changed()
+        self.forecast.left()
 
     # --- steps
 
@@ -294,10 +294,9 @@ class Verifier:
             return
         # From dispatch to dispatch: what the host does between steps takes time from everybody, too.
         self.cost.observe(self._load, max(event.engine_ms, (now - self._dispatched) * 1e3))
-        token_ms = self.cost.token_ms(self._load)
-        prompts = sum(len(s.tokens) - (s.n_draft + 1 if s.sample else 0) for s in step.values())
-        self.pressure.stepped(sum(len(r.tokens) for r in event.results), event.engine_ms - prompts * token_ms)
-        self.price = self.pressure.price(token_ms)
+        decoding = self.cost.ms(decoding_of(step.values())) / max(self.cost.ms(self._load), 1e-9)
+        self.pressure.stepped(sum(len(r.tokens) for r in event.results), event.engine_ms * min(decoding, 1.0))
+        self.price = self.pressure.price(self.cost.token_ms(self._load))
         for result in event.results:
             session = self.sessions[result.session]
             yield from self._commit(now, session, step[result.session], result, event.engine_ms)

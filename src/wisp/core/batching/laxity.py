@@ -11,8 +11,9 @@ is of no use. That gives five rules for a step, with `lag` for how far a session
 3. *Steps are as long as the fastest can bear*: a session that commits E tokens a round, and one more while its edge is
    at work, keeps a pace of q if steps take no more than q (E + 1) / 2.
 4. *Prompts just in time.* While all are ahead, prompts are read at once. Otherwise each is read at the rate that its
-   own due time asks for: reading later costs its user nothing, and gives the others the time now. When so many wait
-   that half of all time must go to them, whoever is ahead yields, and steps may be twice as long.
+   own due time asks for: reading later costs its user nothing, and gives the others the time now. In a *crowd* of them
+   rules 1 and 3 give way: if half of all time must go to them, whoever can wait for two steps does, and steps may be
+   twice as long.
 5. *Giving up early.* If too many are behind, all would soon be late together. Newcomers, who have cost nothing yet, are
    then let go, and so is who is too far behind to make up for it. They are finished at half their pace.
 
@@ -36,10 +37,11 @@ FULL = 0.6  # but not if the step became shorter than this share of what it coul
 LOOK = 6.0  # steps; an absent edge's session is decoded if its next token is due within so many
 BEARABLE = 0.1  # share of sessions for which a step may be too long
 LEAST = 1.5  # empty steps; a pace that asks for shorter ones cannot be kept anyway
-EASY_S = 0.3  # nobody yields, and prompts are read at once, if nearly all sessions are ahead by this
+EASY_S = 0.3  # nobody yields, but to a crowd, and prompts are read at once, if nearly all sessions are ahead by this
 EASY_BUT = 0.15  # nearly all: all but this share
 SAFETY_S = 0.3  # a prompt is to be read so long before its first token is due
 CROWDED = 0.5  # share of the engine's time that prompts need to be in time, beyond which it is a crowd
+OWED = 4.0  # steps of work that are left over if all are behind
 TOO_MANY = 0.4  # share of sessions behind their pace at which newcomers are let go
 HOPELESS = 0.25  # behind by this share of the time that is left to an answer
 PATIENCE_S = 1.0  # who has no due time waits for others no longer than this
@@ -94,7 +96,8 @@ class _Step:
         self.left_ms = 0.0
         self.longest_ms = math.inf
         self.at_ease = True
-        self.crowded = False
+        self.overloaded = False  # too many are behind
+        self.crowded = False  # prompts need most of the engine's time
 
     def sort(self, work: Sequence[Work]) -> None:
         """Put each piece of work where it belongs."""
@@ -133,18 +136,23 @@ class _Step:
         paces = sorted(self.paces or self.late_paces)
         bearable_ms = paces[int(BEARABLE * len(paces))] * 1e3
         self.longest_ms = max(bearable_ms, LEAST * self.ms(Load()))
-        self.crowded = self._needed() > CROWDED
+        self.overloaded = self.behind > TOO_MANY * len(self.paces)
+        self.prompts.sort(key=_due)
+        self.crowded = self._crowd()
         self.at_ease = self.easy >= (1.0 - EASY_BUT) * len(self.paces) and not self.crowded
 
-    def _needed(self) -> float:
-        """Share of the engine's time that it takes to read prompts before their first tokens are due."""
-        self.prompts.sort(key=_due)
-        token_s = self.limits.cost.token_ms(Load()) / 1e3
-        needed = rows = 0.0
+    def _crowd(self) -> bool:
+        """Do prompts that are to be in time need most of the engine's time, and more than there is in this step?"""
+        empty_ms, rows, needed = self.ms(Load()), 0, 0.0
         for w in self.prompts:
-            rows += w.new
-            needed = max(needed, rows * token_s / max(self._time(w), SAFETY_S))
-        return needed
+            if not (w.late or self._let_go(w)):
+                rows += w.new
+                needed = max(needed, (self.ms(Load(rows)) - empty_ms) / 1e3 / max(self._time(w), SAFETY_S))
+        return needed > CROWDED and self._all_ms(rows) > self.longest_ms
+
+    def _let_go(self, w: Work) -> bool:
+        """Is this a newcomer that has cost nothing yet, where too many are behind already?"""
+        return self.overloaded and w.first and not w.late and not w.cached
 
     def strictly(self) -> None:
         """Nobody has a pace to make up lateness with: each piece is in time or lost."""
@@ -169,6 +177,7 @@ class _Step:
         """Drafts and decodes that are here, least slack first."""
         self.going.sort(key=_due)
         enough_ms = 0.0 if self.at_ease or self.crowded else FULL * self._all_ms()
+        ahead_s = max(AHEAD_S, 2.0 * self.longest_ms / 1e3) if self.crowded else AHEAD_S
         reserved = min(
             self.limits.tokens // 4, sum(w.new for w in self.prompts)
         )  # or drafts could lock them out
@@ -176,17 +185,17 @@ class _Step:
         for i, w in enumerate(self.going):
             yielding = not self.at_ease and self.step_ms > enough_ms
             if self._full(self.longest_ms):
-                until = self.now + AHEAD_S if yielding else math.inf
+                until = self.now + ahead_s if yielding else math.inf
                 self._leave(sum(w.new for w in self.going[i:] if w.due <= until))
                 break
-            ahead = yielding and w.due - self.now > AHEAD_S
+            ahead = yielding and w.due - self.now > ahead_s
             if not (self.grants and ahead) and not self._add(w, self.longest_ms):
                 self._leave(w.new)
         self.left += reserved
 
-    def _all_ms(self) -> float:
-        """Time of a step of all that is here."""
-        new = attention = cached = 0
+    def _all_ms(self, rows: int = 0) -> float:
+        """Time of a step of all drafts and decodes that are here, and so many rows of prompts."""
+        new, attention, cached = rows, 0, 0
         for w in self.going:
             new += w.new
             cached += w.cached
@@ -203,8 +212,6 @@ class _Step:
 
     def read(self) -> None:
         """Prompts: at once while there is time, else at the rate that due times ask for."""
-        n = len(self.paces)
-        overloaded = self.behind > TOO_MANY * n
         at_once = self.at_ease or self.crowded or not self.grants
         step_s = self._step_s()
         budget = 0.0
@@ -212,7 +219,7 @@ class _Step:
             if self._full(2.0 * self.longest_ms):
                 self._leave(sum(w.new for w in self.prompts[i:]))
                 break
-            if overloaded and w.first and not w.late and not w.cached:
+            if self._let_go(w):
                 self._leave(w.new)
                 continue
             time = self._time(w)
@@ -253,6 +260,11 @@ class _Step:
         if not self.grants and self.absent:
             lead = LOOK * self.ms(Load()) / 1e3
             wake_at = max(self.now + 1e-3, min(w.due for w in self.absent) - lead)
+        if (
+            self.paces
+        ):  # those who are behind miss what others take, whether it was left out of this step or of others
+            owed = min(1.0, OWED * self.behind / len(self.paces))
+            self.left_ms = max(self.left_ms, owed * self.step_ms)
         return Plan(self.grants, wake_at, self.left_ms, self.lost)
 
     def _full(self, longest_ms: float) -> bool:

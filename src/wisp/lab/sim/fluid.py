@@ -17,6 +17,10 @@ It counts devices that are all being served, and all in time. Two things are lef
 closer than it should, or exceed it. A device may *wait* for its first token as long as the TTFT target allows, and
 needs no tokens and no KV meanwhile: `Bound.waiting` counts these too, with every answer waiting as long as it may.
 And a tolerance for violations could be spent on serving some users not at all.
+
+What can be *expected* of a good schedule is less (`ideal=False`): what is drafted ahead is of use only if the draft
+before it was accepted whole and the verdict's own token guessed. In all other rounds drafting begins with the verdict,
+and what comes of it finds a step under way, which has half of its time to go.
 """
 
 from __future__ import annotations
@@ -37,6 +41,9 @@ LONGEST = 16  # tokens in a draft
 THRESHOLDS = (0.97, *(round(0.95 - 0.05 * i, 2) for i in range(18)))
 POSITIONS = 12_000  # replayed for each threshold
 FINER = 0.96  # from one length of a step to the next that is tried
+GUESSED = (
+    0.5  # of drafts accepted whole: those whose successor was ready, and right about the token in between
+)
 
 
 @dataclass(frozen=True)
@@ -44,15 +51,17 @@ class Point:
     """A way to draft: send tokens while their survival is above `threshold`. Means per round.
 
     committed: tokens, the target's own included; drafted: tokens drafted (the one that fell below included)
+    whole:     share of rounds in which all that was sent is accepted
     """
 
     threshold: float
     committed: float
     sent: float
     drafted: float
+    whole: float
 
 
-UNDRAFTED = Point(1.0, 1.0, 0.0, 0.0)
+UNDRAFTED = Point(1.0, 1.0, 0.0, 0.0, 1.0)
 
 
 @functools.lru_cache(maxsize=16)
@@ -64,7 +73,7 @@ def operating_points(library: Library, acceptance: float | None = None) -> tuple
 
 
 def _replay(scripts: Sequence[Script], threshold: float) -> Point:
-    rounds = committed = sent = drafted = 0
+    rounds = committed = sent = drafted = whole = 0
     for script in scripts:
         base = 0
         while base < len(script):
@@ -78,7 +87,8 @@ def _replay(scripts: Sequence[Script], threshold: float) -> Point:
             committed += new
             sent += len(chain)
             drafted += tried
-    return Point(threshold, committed / rounds, sent / rounds, drafted / rounds)
+            whole += agreed == len(chain)
+    return Point(threshold, committed / rounds, sent / rounds, drafted / rounds, whole / rounds)
 
 
 def _draft(script: Script, base: int, threshold: float) -> tuple[list[int], int]:
@@ -129,8 +139,8 @@ class Demand:
         return self.prompt + self.output / 2
 
 
-def fluid_bound(profile: Hardware, points: Sequence[Point], demand: Demand, *, ahead: bool = True) -> Bound:
-    """Most devices with `demand`. `ahead`: drafting is hidden behind round trip and step as far as it can be."""
+def fluid_bound(profile: Hardware, points: Sequence[Point], demand: Demand, *, ideal: bool = True) -> Bound:
+    """Most devices with `demand`. `ideal`: drafting ahead hides all drafting, and no draft finds a step under way."""
     most, held_by = min((profile.kv_tokens / demand.context, "kv"), (float(profile.slots), "slots"))
     best = Bound(0.0, 0.0, points[0], 0.0, "time")
     for point in points:
@@ -138,9 +148,10 @@ def fluid_bound(profile: Hardware, points: Sequence[Point], demand: Demand, *, a
         drafting_ms = point.drafted * demand.draft_ms
         if drafting_ms > round_ms:
             continue
-        away_ms = (demand.rtt_ms if point.sent else 0.0) + (0.0 if ahead else drafting_ms)
+        unlucky = 0.0 if ideal or not point.sent else 1.0 - GUESSED * point.whole  # share of rounds
+        away_ms = (demand.rtt_ms if point.sent else 0.0) + unlucky * drafting_ms
         rows = point.sent + 1 + point.committed * demand.prompt / demand.output
-        t = round_ms - away_ms
+        t = (round_ms - away_ms) / (1.0 + 0.5 * unlucky)
         while t > 1.0:
             n = _devices(profile, t, round_ms, rows, demand.context)
             if n > best.devices:
@@ -167,8 +178,8 @@ def _devices(profile: Hardware, t: float, round_ms: float, rows_a_round: float, 
 
 
 @functools.lru_cache(maxsize=256)
-def bound(scenario: Scenario, *, central: bool = False) -> Bound:
-    """The bound of a scenario, `central`: of serving it without drafts.
+def bound(scenario: Scenario, *, central: bool = False, ideal: bool = True) -> Bound:
+    """The bound of a scenario, or what can be expected if not `ideal`; `central`: of serving it without drafts.
 
     Users of several classes, or devices of several kinds, are given each its best way of being served, and the
     server's time is shared among them: a device of a kind of which the server could carry N alone takes 1/N of it.
@@ -186,7 +197,7 @@ def bound(scenario: Scenario, *, central: bool = False) -> Bound:
     for kit in scenario.devices:
         for slo in scenario.slo:
             share = kit.share / kits * slo.share / classes
-            found = fluid_bound(profile, points, demand_of(scenario, slo, kit))
+            found = fluid_bound(profile, points, demand_of(scenario, slo, kit), ideal=ideal)
             taken += share / max(found.devices, 1e-9)
             taken_waiting += share / max(found.waiting, 1e-9)
             if of_most is None or share > of_most[0]:

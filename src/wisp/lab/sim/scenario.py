@@ -180,11 +180,11 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def joining_s(self) -> float:
-        """Over how long the devices that are there from the start begin: the time of an answer, so that as many ask at
-        a time as later on, and most of the warm-up if that is less."""
+        """Over how long the devices that are there from the start begin: the time of an answer and of a pause, so that
+        as many ask at a time as later on, and most of the warm-up if that is less."""
         shares = sum(c.share for c in self.slo)
         token_s = sum(c.share / c.rate for c in self.slo) / shares
-        return min(sum(self.output_tokens) / 2.0 * token_s, 0.8 * self.warmup_s)
+        return min(sum(self.output_tokens) / 2.0 * token_s + self.think_s, 0.8 * self.warmup_s)
 
     @property
     def profile(self) -> Hardware:

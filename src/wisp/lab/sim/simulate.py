@@ -229,10 +229,12 @@ class Simulation(Fleet):
 
 @contextlib.contextmanager
 def _no_collections() -> Iterator[None]:
-    """A run leaves next to no cycles behind, and a collection goes through all positions of all traces."""
+    """Hardly anything that a run drops is part of a cycle, and collections go through all that there is. What the run
+    before has left, one large cycle, is let go first."""
     if not gc.isenabled():
         yield
         return
+    gc.collect()
     gc.disable()
     try:
         yield

@@ -15,7 +15,7 @@ import msgspec
 import simpy
 
 
-class Later(msgspec.Struct, gc=False):
+class Later(msgspec.Struct):
     """Something to do, in the place of an event. `do` is given this."""
 
     do: Callable[[Any], None]

@@ -46,7 +46,7 @@ def _cell(policy: str, rate: float, speed: str, rtt_ms: float, context: str, qui
     kit = Kit(speed, rtt_ms) if policy != "central" else Kit("100", 20.0)
     scenario = msgspec.structs.replace(scenario, devices=(kit,), prompt_tokens=CONTEXTS[context])
     answer_s = 200.0 / rate
-    brief = (6.0, 8.0, 15.0) if quick else (1.1 * answer_s, 25.0, min(45.0, 1.5 * answer_s))
+    brief = (6.0, 8.0, 15.0) if quick else (1.25 * answer_s, 25.0, min(45.0, 1.5 * answer_s))
     return Cell(scenario.brief(*brief), policy, grain=0.2 if quick else 0.08)
 
 

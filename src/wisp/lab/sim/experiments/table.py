@@ -74,7 +74,7 @@ def _main(policy: str, rate: float, quick: bool) -> Cell:
 def _paper(target: str, policy: str, rate: float) -> Cell:
     answer_s = 200.0 / rate
     scenario = load_scenario(target).at_rate(rate)
-    brief = scenario.brief(1.1 * answer_s, 30.0, min(60.0, 1.2 * answer_s))
+    brief = scenario.brief(1.25 * answer_s, 30.0, min(60.0, 1.2 * answer_s))
     return Cell(brief, policy, grain=0.1)
 
 
