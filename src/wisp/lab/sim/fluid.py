@@ -19,8 +19,8 @@ needs no tokens and no KV meanwhile: `Bound.waiting` counts these too, with ever
 And a tolerance for violations could be spent on serving some users not at all.
 
 What can be *expected* of a good schedule is less (`ideal=False`): what is drafted ahead is of use only if the draft
-before it was accepted whole and the verdict's own token guessed. In all other rounds drafting begins with the verdict,
-and what comes of it finds a step under way, which has half of its time to go.
+before it was accepted whole and the verdict's own token guessed. Then the next draft is with the verifier already; in
+all other rounds drafting begins with the verdict, and what comes of it finds a step under way, half over on average.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ class Demand:
 
 
 def fluid_bound(profile: Hardware, points: Sequence[Point], demand: Demand, *, ideal: bool = True) -> Bound:
-    """Most devices with `demand`. `ideal`: drafting ahead hides all drafting, and no draft finds a step under way."""
+    """Most devices with `demand`. `ideal`: drafting ahead hides all drafting, and no draft finds a step under way;
+    else only where what it bet on comes true."""
     most, held_by = min((profile.kv_tokens / demand.context, "kv"), (float(profile.slots), "slots"))
     best = Bound(0.0, 0.0, points[0], 0.0, "time")
     for point in points:
@@ -149,7 +150,12 @@ def fluid_bound(profile: Hardware, points: Sequence[Point], demand: Demand, *, i
         if drafting_ms > round_ms:
             continue
         unlucky = 0.0 if ideal or not point.sent else 1.0 - GUESSED * point.whole  # share of rounds
-        away_ms = (demand.rtt_ms if point.sent else 0.0) + unlucky * drafting_ms
+        if not point.sent:
+            away_ms = 0.0
+        elif ideal:
+            away_ms = demand.rtt_ms
+        else:
+            away_ms = unlucky * (demand.rtt_ms + drafting_ms)
         rows = point.sent + 1 + point.committed * demand.prompt / demand.output
         t = (round_ms - away_ms) / (1.0 + 0.5 * unlucky)
         while t > 1.0:

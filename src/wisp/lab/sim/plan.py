@@ -1,10 +1,10 @@
 """`wisp plan`: how many devices a verifier can carry, whether WISP is worth it there, and when it is not.
 
-The fluid bounds of drafting and of serving centrally, times what share of them to expect (`expected`): what capacity
-searches reached (`REACHED`), less where circumstances are harder than they were there. With `simulate`, short
-simulations overrule the estimate: at the number of devices asked for and, where these are too many, at fewer, until a
-number is found that is carried. All that is said follows from the numbers of devices found so. Three of the five
-verdicts say not to use WISP.
+The fluid bounds of drafting, as far as a good schedule gets, and of serving centrally, times what share of them to
+expect (`expected`): what capacity searches reached, less where circumstances are harder than they were there. With
+`simulate`, short simulations overrule the estimate: at the number of devices asked for and, where these are too many,
+at fewer, until a number is found that is carried. All that is said follows from the numbers of devices found so. Three
+of the five verdicts say not to use WISP.
 """
 
 from __future__ import annotations
@@ -28,19 +28,16 @@ from wisp.lab.sim.systems import System, system
 
 NAMES = ("ours", "central")
 TOLERANCES = (0.01, 0.1)
-# Share of its bound that each reached with these tolerances, by tokens per second: `capacity_at_1_percent` over
-# `bound`, and `fraction`, in docs/results/capacity.json: the first rows of `wisp experiments table`. A test holds them
-# against that file.
-REACHED = {
-    "ours": {8.0: (0.755, 0.857), 12.0: (0.74, 0.892), 16.0: (0.773, 0.887), 20.0: (0.71, 0.845)},
-    "central": {8.0: (0.907, 0.995), 12.0: (0.89, 1.041), 16.0: (0.752, 0.774), 20.0: (0.66, 0.812)},
-}
+# Shares that capacity searches reached with these tolerances: `capacity_at_1_percent` and `capacity`, in
+# docs/results/capacity.json, the first rows of `wisp experiments table`. Ours, of what can be expected of good
+# schedules (`bound` that is not `ideal`), hardly depends on the pace. Central's, of its bound, does: by tokens/s.
+OURS = (0.89, 0.98)
+CENTRAL = {8.0: (0.922, 1.01), 12.0: (0.89, 1.041), 16.0: (0.752, 0.774), 20.0: (0.66, 0.813)}
 USUAL_WAIT_S, USUAL_OUTPUT = 3.0, 200.0  # TTFT target and tokens of an answer there
-# Share to take off for each more of a round that passes in drafting and travelling than usual, and for each more of the
-# tokens of a step that are of prompts. Chosen so that what is expected was carried in searches at other rates, device
-# speeds, round trips and prompts.
-USUAL_AWAY, USUAL_LUMPS = 0.6, 0.4
-TIGHTER = {"ours": (0.25, 0.55), "central": (0.0, 0.25)}
+# Share to take off for each more of the tokens of a step that are of prompts than usual: they come in lumps. Chosen so
+# that what is expected was carried in searches with longer prompts.
+USUAL_LUMPS = 0.4
+LUMPY = {"ours": 0.45, "central": 0.25}
 PLENTY = 10**9  # tokens of KV
 WORTH_IT = 1.1  # so many times the devices, or it is not worth a drafter on each
 CLOSE = 0.15  # an estimate so close to the devices asked for decides nothing
@@ -183,38 +180,34 @@ def _estimate(name: str, scenario: Scenario, tolerance: float) -> Estimate:
 
 
 def expected(name: str, scenario: Scenario, tolerance: float = 0.1) -> float:
-    """Devices to expect of a system: the share of its bound that searches reached, and less of what time alone would
-    allow where circumstances leave less slack than there."""
+    """Devices to expect of a system: the share that searches reached of what its bound or, with drafts, good schedules
+    carry, and less of it where prompts come in larger lumps than there or users are less patient."""
     central = name == "central"
-    limit = bound(scenario, central=central)
+    memory = bound(scenario, central=central)
     unlimited = msgspec.structs.replace(scenario, kv_tokens=PLENTY, slots=PLENTY // 1000)
-    in_time = bound(unlimited, central=central)
-    rate = scenario.slo[0].rate
-    share = reached(name, rate, tolerance)
+    in_time = bound(unlimited, central=central, ideal=central)
+    share = reached(name, scenario.slo[0].rate, tolerance)
     if not in_time.point.sent:  # it serves centrally, too
-        share = min(share, reached("central", rate, tolerance))
-    left = 1.0 - _tightness(name, scenario, in_time)
-    return share * _patience(scenario) * max(0.0, min(limit.devices, left * in_time.devices))
+        share = min(share, reached("central", scenario.slo[0].rate, tolerance))
+    left = 1.0 - _lumpiness(name, scenario, in_time)
+    return share * _patience(scenario) * max(0.0, min(memory.devices, left * in_time.devices))
 
 
-def _tightness(name: str, scenario: Scenario, limit: Bound) -> float:
-    """What to take off because rounds are harder to fit than where shares were searched: a device's drafting and its
-    round trip fill more of a round (beyond 1 not even drafting ahead can hide all of it), or more of the tokens that
-    steps take are prompts, which come in lumps."""
+def _lumpiness(name: str, scenario: Scenario, limit: Bound) -> float:
+    """What to take off because more of the tokens that steps take are prompts."""
     point, demand = limit.point, demand_of(scenario, scenario.slo[0], scenario.devices[0])
-    round_ms = point.committed / demand.rate * 1e3
-    away = (point.drafted * demand.draft_ms + demand.rtt_ms) / round_ms if point.sent else 0.0
     fed = point.committed * demand.prompt / demand.output
-    lumps = fed / (fed + point.sent + 1)
-    of_away, of_lumps = TIGHTER[name]
-    return of_away * max(0.0, away - USUAL_AWAY) + of_lumps * max(0.0, lumps - USUAL_LUMPS)
+    return LUMPY[name] * max(0.0, fed / (fed + point.sent + 1) - USUAL_LUMPS)
 
 
 def reached(name: str, rate: float, tolerance: float = 0.1) -> float:
-    """Share of its bound that a system reached: between the rates that were searched by a line, beyond them as at
-    the last; between tolerances by their logarithm."""
-    known = REACHED[name]
-    by_tolerance = [float(np.interp(rate, list(known), [r[i] for r in known.values()])) for i in (0, 1)]
+    """Share that a system reached: between the rates that were searched by a line, beyond them as at the last; between
+    tolerances by their logarithm."""
+    by_tolerance: Sequence[float] = OURS
+    if name == "central":
+        by_tolerance = [
+            float(np.interp(rate, list(CENTRAL), [r[i] for r in CENTRAL.values()])) for i in (0, 1)
+        ]
     return float(np.interp(math.log(tolerance), np.log(TOLERANCES), by_tolerance))
 
 

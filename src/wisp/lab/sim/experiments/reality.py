@@ -54,7 +54,7 @@ def run(quick: bool, runs: Runs) -> Data:
 def _emulated(quick: bool) -> dict[str, Any]:
     scenario = load_scenario("a100-qwen3-32b").at_rate(RATE)
     scenario = scenario.brief(4.0, 6.0, 25.0) if quick else scenario.brief(20.0, 40.0, 30.0)
-    most = bound(scenario).devices * reached("ours", RATE)
+    most = bound(scenario, ideal=False).devices * reached("ours", RATE)
     n = 12 if quick else round(LOAD * most)
     return {"engine": "emulated", "most": most} | _both(scenario.with_devices(n))
 
