@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wisp.core.cost import Coefficients, CostModel, Load, errors, fit, load_of
+from wisp.core.cost import Coefficients, CostModel, Load, decoding_of, errors, fit, load_of
 from wisp.core.work import Slice
 from wisp.engines.emulated import hardware
 
@@ -214,3 +214,14 @@ def slower(c: Coefficients, factor: float) -> Coefficients:
     """The same machine, `factor` times as slow."""
     times = (c.step, c.token, c.cached, c.attention, c.beyond)
     return Coefficients(*(v * factor for v in times), c.knee)
+
+
+def test_a_step_without_its_prompts_is_what_decodes_in_it() -> None:
+    begun = Slice(session=1, slot=0, start=0, tokens=[1] * 50, sample=False)
+    ending = Slice(
+        session=2, slot=1, start=40, tokens=[1] * 12, n_draft=2
+    )  # nine of the prompt, a last one, a draft
+    drafted = Slice(session=3, slot=2, start=200, tokens=[1] * 5, n_draft=4)
+    assert decoding_of([begun]) == Load()
+    assert decoding_of([begun, ending, drafted]) == Load().plus(3, 49).plus(5, 200)
+    assert decoding_of([drafted]) == load_of([drafted])
