@@ -218,9 +218,8 @@ def slower(c: Coefficients, factor: float) -> Coefficients:
 
 def test_a_step_without_its_prompts_is_what_decodes_in_it() -> None:
     begun = Slice(session=1, slot=0, start=0, tokens=[1] * 50, sample=False)
-    ending = Slice(
-        session=2, slot=1, start=40, tokens=[1] * 12, n_draft=2
-    )  # nine of the prompt, a last one, a draft
+    # Nine tokens of a prompt, its last one, and a draft.
+    ending = Slice(session=2, slot=1, start=40, tokens=[1] * 12, n_draft=2)
     drafted = Slice(session=3, slot=2, start=200, tokens=[1] * 5, n_draft=4)
     assert decoding_of([begun]) == Load()
     assert decoding_of([begun, ending, drafted]) == Load().plus(3, 49).plus(5, 200)

@@ -256,14 +256,12 @@ def test_ahead_always_drafts_while_waiting_is_longer_than_a_step() -> None:
 
 def test_ahead_drafts_nothing_that_the_price_would_keep_from_being_sent() -> None:
     made = pace(draft_ms=20.0, wait_ms=300.0, acceptance=0.8)
-    flight = view(
-        [0.9, 0.9, 0.9, 0.6], made, sent=2, now_ms=100.0
-    )  # behind the guess at the verdict's own token: 0.6
+    # Behind the guess at the verdict's own token: 0.6.
+    flight = view([0.9, 0.9, 0.9, 0.6], made, sent=2, now_ms=100.0)
     for price, worth in ((0.0, True), (0.4, True), (0.6 * 0.8 + 0.01, False)):
         assert Ahead(energy=0.0).worth(flight, price) is worth
-    assert Ahead(energy=0.0).worth(
-        view([0.9, 0.9, 0.9], made, sent=2, now_ms=100.0), 0.5
-    )  # may be worth sending
+    may_be_sent = view([0.9, 0.9, 0.9], made, sent=2, now_ms=100.0)
+    assert Ahead(energy=0.0).worth(may_be_sent, 0.5)
 
 
 def test_ahead_never_delays_a_likely_restart() -> None:

@@ -40,9 +40,8 @@ def test_sessions_far_ahead_yield_to_a_crowd_of_prompts() -> None:
     crowd = [prompt(100 + i, 150, 3.0) for i in range(40)]  # 6,000 tokens: 2.4 s of the engine's time
     found = granted(*sessions, *crowd)
     assert sum(s.session in found for s in sessions) <= 1
-    assert (
-        sum(tokens for session, tokens in found.items() if session >= 100) > 700
-    )  # more than a usual step has time for
+    # More than a usual step has time for.
+    assert sum(tokens for session, tokens in found.items() if session >= 100) > 700
 
 
 def test_sessions_that_cannot_wait_do_not_yield() -> None:
