@@ -9,6 +9,7 @@ import pytest
 from wisp.core import forecast
 from wisp.core.admission import Refusal
 from wisp.core.cost import Coefficients, CostModel, Load
+from wisp.core.events import Limits
 from wisp.core.messages import Open
 from wisp.core.sampling import Sampling
 from wisp.core.session import Session
@@ -27,10 +28,14 @@ def session(i: int, slo: Slo | None = QUICK, prompt: int = 130, begun: bool = Tr
     return made
 
 
-def admitted(sessions: list[Session], newcomer: Session, told: forecast.Forecast, kv: int = 10**6) -> bool:
+def limits(kv: int = 10**6, slots: int = 1000) -> Limits:
+    return Limits(1000, frozenset(), slots, 8192, kv, 2048)
+
+
+def admitted(sessions: list[Session], newcomer: Session, told: forecast.Forecast, kv: int = 10**6, lends: bool = False) -> bool:
     try:
         told.changed()
-        told.check(sessions, newcomer, COST, kv)
+        told.check(sessions, newcomer, COST, limits(kv), lends=lends)
     except Refusal:
         return False
     return True
@@ -72,7 +77,7 @@ def test_what_nobody_could_keep_is_told_from_what_is_hard() -> None:
 
 def test_who_is_refused_is_told_when_to_come_back() -> None:
     with pytest.raises(Refusal) as refusal:
-        forecast.Forecast().check([session(i) for i in range(300)], session(999), COST, 10**6)
+        forecast.Forecast().check([session(i) for i in range(300)], session(999), COST, limits(), lends=False)
     assert refusal.value.code == "overloaded"
     assert 1.0 <= refusal.value.retry_after <= 30.0
 
@@ -146,7 +151,7 @@ def test_the_more_are_turned_away_the_later_they_are_told_to_come_and_not_all_at
         out = []
         for i in range(n):
             with pytest.raises(Refusal) as refusal:
-                told.check(full, session(100 + i, begun=False), COST, 10**6)
+                told.check(full, session(100 + i, begun=False), COST, limits(), lends=False)
             out.append(refusal.value.retry_after)
         return out
 

@@ -14,6 +14,7 @@ from copy import copy
 
 from wisp.core.admission import Refusal
 from wisp.core.cost import CostModel, Load
+from wisp.core.events import Limits
 from wisp.core.session import Session
 
 ROWS_A_TOKEN = 1.25  # drafts and the target's own, per committed token, under pressure
@@ -23,7 +24,9 @@ LEAST_FILLED, MOST_FILLED = 0.7, 1.15  # however many were late, or in time
 IN_TIME, LATE = 0.0006, -0.0094  # what an answer changes: at rest, six in a hundred are late
 BACK = 0.002  # of the way back to where it began, with every answer: a burst is forgotten
 MOST_A_ROUND = 8.0  # tokens that a session could commit in every step, with the best of drafts
-KV_OVERBOOKING = 1.1  # contexts of sessions that wait for their first token are not there yet
+OVERBOOKED = 0.1  # the same, if they do not: those that wait for their first token need none yet
+LENDABLE = 0.5  # share of the KV of sessions for which there need be no room, if they lend it to each other
+LOAN_S = 0.15  # of an answer's time
 TOO_MANY = 0.6  # share of sessions that are behind
 # Share of the rows until a first token is due that prompts may ask for: what decoding leaves, within these.
 READING_LEAST, READING_MOST = 0.5, 0.8
@@ -39,13 +42,14 @@ class Demand:
         self.answer_tokens = answer_tokens
         self.rows = self.decoding = 0.0  # with those of prompts, and without
         self.kv = self.unread = 0.0  # tokens, and those of prompts of sessions without a first token
-        self.running = self.behind = 0
+        self.running = self.behind = self.sessions = 0
         paces = [self._add(s) for s in sessions]
         self.paces = sorted(pace for pace in paces if pace)
 
     def _add(self, s: Session) -> float:
         """Count a session; returns its pace, 0 if it has none to keep."""
         tokens = min(s.max_tokens, self.answer_tokens)
+        self.sessions += 1
         self.kv += s.n_prompt + tokens / 2
         self.unread += 0 if s.n_committed else s.n_prompt
         if not s.tpot_s:
@@ -59,6 +63,11 @@ class Demand:
             self.running += 1
             self.behind += s.lag_s > 0.0
         return s.tpot_s * (s.usual + 1.0) / 2.0
+
+    def without_kv(self, limits: Limits) -> float:
+        """Tokens of KV for which there is no room, or no slot."""
+        slotless = max(0, self.sessions - limits.slots) / max(self.sessions, 1) * self.kv
+        return max(0.0, self.kv - limits.kv_tokens, slotless)
 
     def plus(self, s: Session) -> Demand:
         """With one more."""
@@ -98,12 +107,13 @@ class Forecast:
         """Sessions came, went or advanced: those who are refused in between need not be counted against them anew."""
         self._demand = None
 
-    def check(self, sessions: Iterable[Session], newcomer: Session, cost: CostModel, kv_tokens: int) -> None:
+    def check(self, sessions: Iterable[Session], newcomer: Session, cost: CostModel, limits: Limits, *, lends: bool) -> None:
         """Raises Refusal where `newcomer`, which has an SLO, would be late or make others late."""
         if self._demand is None:
             self._demand = Demand(sessions, self.answer_tokens)
         demand = self._demand.plus(newcomer)
-        if demand.kv > KV_OVERBOOKING * kv_tokens:
+        without = demand.without_kv(limits)
+        if without > (LENDABLE if lends else OVERBOOKED) * demand.kv:
             raise self._refusal("this verifier has no room for another context now")
         paces = demand.paces
         if not paces:
@@ -114,8 +124,10 @@ class Forecast:
         offered = rows_in(cost, longest_ms) / longest_ms * 1e3
         ttft_s = newcomer.slo.ttft_ms / 1e3 if newcomer.slo else 0.0
         waiting = ttft_s / (self.answer_tokens * newcomer.tpot_s) if newcomer.tpot_s else 0.0
+        # What there is no KV for is lent, and has to be read again.
+        lent = without / (LOAN_S * max(self.answer_s, 1.0))
         # Who waits for a first token asks for nothing yet, and so many may wait at a time.
-        if demand.rows > self.filled * (1.0 + waiting) * offered and len(paces) > 1:
+        if demand.rows + lent > self.filled * (1.0 + waiting) * offered and len(paces) > 1:
             raise self._refusal("this verifier could not keep the pace asked for")
         left = min(max(1.0 - demand.decoding / max(offered, 1e-9), READING_LEAST), READING_MOST)
         if ttft_s and demand.running and demand.unread > left * offered * ttft_s:

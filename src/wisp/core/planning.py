@@ -9,13 +9,14 @@ A session's Work is kept until it is filed anew: a tick looks at all that wait, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from wisp.core.admission import Admission
 from wisp.core.batching import BatchingPolicy, Grant, Kind, StepLimits, Work
 from wisp.core.cost import CostModel, Load, load_of
 from wisp.core.events import Limits, Run
-from wisp.core.kv import KvPool
+from wisp.core.kv import KvPool, Placement
+from wisp.core.lending import is_urgent, lenders, slot_lender
 from wisp.core.pressure import Pressure
 from wisp.core.session import PARKED, READY, WAITING, Event, Session
 from wisp.core.work import Copy, Slice
@@ -78,10 +79,14 @@ class Planner:
         """The step to run now, or none and when to ask again."""
         files = self.files
         self._place(now)
-        work = [s.work or work_of(s) for s in files.ready.values() if s.slot is not None]
-        if self.policy.absentees:
-            work += [s.work or work_of(s) for s in files.absent.values()]
-        limits = StepLimits(self.limits.step_tokens, self.limits.slots, self.admission.shares, self.cost)
+        work = self._work()
+        room = self._room(now, work)
+        if room < math.inf and self.policy.lends and (chosen := lenders(now, work, room, self.cost)):
+            for handle in chosen:
+                self._take_kv(handle)
+            work = self._work()
+            room = self._room(now, work)
+        limits = StepLimits(self.limits.step_tokens, self.limits.slots, self.admission.shares, self.cost, room)
         plan = self.policy.plan(now, work, limits)
         for handle in plan.lost:
             files.sessions[handle].relax(now)
@@ -102,14 +107,31 @@ class Planner:
             self.kv.drop(slot.index)
         self._copies.clear()
 
+    def _work(self) -> list[Work]:
+        """What those who have a slot could do."""
+        work = [s.work or work_of(s) for s in self.files.ready.values() if s.slot is not None]
+        if self.policy.absentees:
+            work += [s.work or work_of(s) for s in self.files.absent.values()]
+        return work
+
+    def _room(self, now: float, work: Sequence[Work]) -> float:
+        """KV tokens that can be had without taking any from those at work; infinite where nobody has to go without."""
+        if sum([w.new for w in work]) <= self.kv.unused:
+            return math.inf
+        idle = self._evictable(now)
+        return self.kv.room(lambda handle: not idle(handle))
+
     # --- slots
 
     def _place(self, now: float) -> None:
-        """Give KV slots to sessions that have work and none: the least served key's first, then the oldest."""
+        """Give KV slots to sessions that have work and none: the least served key's first, then who needs it first."""
         queue = [s for s in self.files.ready.values() if s.slot is None]
         shares = self.admission.shares
-        for session in sorted(queue, key=lambda s: (shares.get(s.key, 0.0), s.opened, s.handle)):
-            placement = self.kv.acquire(now, session.handle, session.key, session.chain, self._evictable(now))
+        lends = self.policy.lends
+        for session in sorted(
+            queue, key=lambda s: (shares.get(s.key, 0.0), s.due if lends else 0.0, s.opened, s.handle)
+        ):
+            placement = self._acquire(now, session)
             if placement is None:
                 return
             if placement.evicted is not None:
@@ -118,6 +140,17 @@ class Planner:
                 self._copies.append(Copy(placement.copy_from, placement.slot, placement.start))
             session.slot, session.cached = placement.slot, placement.start
             session.work = None
+
+    def _acquire(self, now: float, session: Session) -> Placement | None:
+        """A slot, lent by another if none is free and this cannot wait."""
+        evictable = self._evictable(now)
+        placement = self.kv.acquire(now, session.handle, session.key, session.chain, evictable)
+        if placement is None and self.policy.lends and is_urgent(now, session.work or work_of(session), self.cost):
+            able = slot_lender(now, self._work(), self.cost)
+            if able is not None:
+                self._take_kv(able)
+                placement = self.kv.acquire(now, session.handle, session.key, session.chain, evictable)
+        return placement
 
     def _evictable(self, now: float) -> Callable[[int], bool]:
         """May a session lose its KV now? Parked ones may, and those whose edge has long been silent."""
@@ -174,9 +207,14 @@ class Planner:
             assert victim.slot is not None
             if not idle(victim.handle):  # else they could be had already
                 got += self._held(victim.handle)
-            self.kv.drop(victim.slot)
-            self._lose_kv(victim.handle)
+            self._take_kv(victim.handle)
         return got
+
+    def _take_kv(self, handle: int) -> None:
+        slot = self.files.sessions[handle].slot
+        assert slot is not None
+        self.kv.drop(slot)
+        self._lose_kv(handle)
 
     # --- slices
 

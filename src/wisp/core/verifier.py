@@ -132,7 +132,7 @@ class Verifier:
     def _foresee(self, newcomer: Session) -> None:
         """Raises Refusal where another session could not be served in time."""
         try:
-            self.forecast.check(self.sessions.values(), newcomer, self.cost, self.limits.kv_tokens)
+            self.forecast.check(self.sessions.values(), newcomer, self.cost, self.limits, lends=self.policy.lends)
         except Refusal:
             self.admission.turned_away(newcomer.key)
             raise

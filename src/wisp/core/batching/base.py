@@ -68,12 +68,14 @@ class StepLimits(msgspec.Struct, frozen=True):
 
     shares: tokens served so far per key; the least served goes first
     cost:   predicts how long a step takes
+    room:   KV tokens that can be had; infinite where there are enough for all work
     """
 
     tokens: int
     slices: int
     shares: Mapping[str, float] = {}
     cost: CostModel = CostModel()
+    room: float = math.inf
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False):
@@ -97,9 +99,11 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class BatchingPolicy(Protocol):
-    """Chooses the next step. `absentees`: does it want to know of sessions whose edge is still drafting?"""
+    """Chooses the next step. `absentees`: does it want to know of sessions whose edge is still drafting?
+    `lends`: do sessions ahead of their pace lend their KV to others (`core.lending`)?"""
 
     name: str
     absentees: bool
+    lends: bool
 
     def plan(self, now: float, work: Sequence[Work], limits: StepLimits) -> Plan: ...

@@ -54,6 +54,7 @@ class Laxity:
 
     name = "laxity"
     absentees = True
+    lends = True
 
     def __init__(self) -> None:
         self.continuous = Continuous()
@@ -66,6 +67,8 @@ class Laxity:
         if not (step.paces or step.late_paces):
             step.strictly()
         else:
+            if limits.room < math.inf:
+                step.fit()
             step.measure()
             step.present()
             step.missing()
@@ -130,6 +133,16 @@ class _Step:
                 behind += w.lag_s > 0.0
                 easy += w.lag_s < -EASY_S
         self.behind, self.easy = behind, easy
+
+    def fit(self) -> None:
+        """Leave out prompts for which there is no KV: nobody should yield to what cannot be done."""
+        room = self.limits.room - sum(w.new for w in self.going)
+        fit = []
+        for w in sorted(self.prompts, key=_due):
+            if w.new <= room:
+                room -= w.new
+                fit.append(w)
+        self.prompts = fit
 
     def measure(self) -> None:
         """How long a step can be borne."""

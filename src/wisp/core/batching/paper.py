@@ -21,6 +21,7 @@ class Wisp:
 
     name = "wisp"
     absentees = False
+    lends = False
 
     def plan(self, now: float, work: Sequence[Work], limits: StepLimits) -> Plan:
         c, scale = limits.cost.now, limits.cost.margin / 1e3

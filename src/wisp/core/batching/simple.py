@@ -21,6 +21,7 @@ class Continuous:
 
     name = "continuous"
     absentees = False
+    lends = False
 
     def plan(self, now: float, work: Sequence[Work], limits: StepLimits) -> Plan:
         going = nsmallest(limits.slices, (w for w in work if w.kind is not Kind.PREFILL), key=_arrival)
@@ -49,6 +50,7 @@ class Fcfs:
 
     name = "fcfs"
     absentees = False
+    lends = False
 
     def plan(self, now: float, work: Sequence[Work], limits: StepLimits) -> Plan:
         grants: list[Grant] = []
