@@ -32,7 +32,9 @@ def limits(kv: int = 10**6, slots: int = 1000) -> Limits:
     return Limits(1000, frozenset(), slots, 8192, kv, 2048)
 
 
-def admitted(sessions: list[Session], newcomer: Session, told: forecast.Forecast, kv: int = 10**6, lends: bool = False) -> bool:
+def admitted(
+    sessions: list[Session], newcomer: Session, told: forecast.Forecast, kv: int = 10**6, lends: bool = False
+) -> bool:
     try:
         told.changed()
         told.check(sessions, newcomer, COST, limits(kv), lends=lends)

@@ -107,7 +107,9 @@ class Forecast:
         """Sessions came, went or advanced: those who are refused in between need not be counted against them anew."""
         self._demand = None
 
-    def check(self, sessions: Iterable[Session], newcomer: Session, cost: CostModel, limits: Limits, *, lends: bool) -> None:
+    def check(
+        self, sessions: Iterable[Session], newcomer: Session, cost: CostModel, limits: Limits, *, lends: bool
+    ) -> None:
         """Raises Refusal where `newcomer`, which has an SLO, would be late or make others late."""
         if self._demand is None:
             self._demand = Demand(sessions, self.answer_tokens)

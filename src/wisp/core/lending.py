@@ -25,17 +25,18 @@ URGENT_S = 0.5  # before its reading has to begin, a prompt may borrow
 
 def lenders(now: float, work: Sequence[Work], room: float, cost: CostModel) -> list[int]:
     """Whose KV is to go, so that there is room for what cannot wait. `room`: tokens that can be had otherwise."""
-    need = sum([w.new for w in work if is_urgent(now, w, cost)])
-    least = sum([w.new - w.n_draft for w in work if w.kind is not Kind.PREFILL])
+    wanted = {w.session: w.new for w in work if is_urgent(now, w, cost)}
+    least = {w.session: w.new - w.n_draft for w in work if w.kind is not Kind.PREFILL}
     willing, forced = _split(now, [w for w in work if w.cached], cost)
-    chosen = []
-    while willing and room < need or willing + forced and room < least:
-        w = (willing or forced).pop()
-        chosen.append(w.session)
-        room += w.cached
-        if w.kind is not Kind.PREFILL:
-            need -= w.new
-            least -= w.new - w.n_draft
+    chosen: list[int] = []
+    for able, need in ((willing, wanted), (forced, least)):
+        missing = sum(need.values()) - room
+        while able and missing > need.get(able[-1].session, 0):  # nobody lends for their own sake
+            w = able.pop()
+            chosen.append(w.session)
+            room += w.cached
+            missing -= w.cached + need.get(w.session, 0)
+            least.pop(w.session, None)
     return chosen
 
 

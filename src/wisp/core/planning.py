@@ -86,7 +86,9 @@ class Planner:
                 self._take_kv(handle)
             work = self._work()
             room = self._room(now, work)
-        limits = StepLimits(self.limits.step_tokens, self.limits.slots, self.admission.shares, self.cost, room)
+        limits = StepLimits(
+            self.limits.step_tokens, self.limits.slots, self.admission.shares, self.cost, room
+        )
         plan = self.policy.plan(now, work, limits)
         for handle in plan.lost:
             files.sessions[handle].relax(now)
@@ -145,7 +147,11 @@ class Planner:
         """A slot, lent by another if none is free and this cannot wait."""
         evictable = self._evictable(now)
         placement = self.kv.acquire(now, session.handle, session.key, session.chain, evictable)
-        if placement is None and self.policy.lends and is_urgent(now, session.work or work_of(session), self.cost):
+        if (
+            placement is None
+            and self.policy.lends
+            and is_urgent(now, session.work or work_of(session), self.cost)
+        ):
             able = slot_lender(now, self._work(), self.cost)
             if able is not None:
                 self._take_kv(able)

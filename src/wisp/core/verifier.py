@@ -132,7 +132,9 @@ class Verifier:
     def _foresee(self, newcomer: Session) -> None:
         """Raises Refusal where another session could not be served in time."""
         try:
-            self.forecast.check(self.sessions.values(), newcomer, self.cost, self.limits, lends=self.policy.lends)
+            self.forecast.check(
+                self.sessions.values(), newcomer, self.cost, self.limits, lends=self.policy.lends
+            )
         except Refusal:
             self.admission.turned_away(newcomer.key)
             raise

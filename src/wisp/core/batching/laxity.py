@@ -17,8 +17,9 @@ is of no use. That gives five rules for a step, with `lag` for how far a session
 5. *Giving up early.* If too many are behind, all would soon be late together. Newcomers, who have cost nothing yet, are
    then let go, and so is who is too far behind to make up for it. They are finished at half their pace.
 
-Where no pace is running, due times are strict, and `deadlines` decides. Where nobody has a due time, it is
-`continuous`.
+Where KV is short, prompts for which there is none are left out before all that, so that nobody yields to them. Whose
+has to go is said in `core.lending`. Where no pace is running, due times are strict, and `deadlines` decides. Where
+nobody has a due time, it is `continuous`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ EASY_S = 0.3  # nobody yields, but to a crowd, and prompts are read at once, if 
 EASY_BUT = 0.15  # nearly all: all but this share
 SAFETY_S = 0.3  # a prompt is to be read so long before its first token is due
 CROWDED = 0.5  # share of the engine's time that prompts need to be in time, beyond which it is a crowd
-OWED = 4.0  # steps of work that are left over if all are behind
+LEAD = 2.0  # steps; who is less ahead is pressed
+OWED = 4.0  # steps of work that are left over if all are pressed
 TOO_MANY = 0.4  # share of sessions behind their pace at which newcomers are let go
 HOPELESS = 0.25  # behind by this share of the time that is left to an answer
 PATIENCE_S = 1.0  # who has no due time waits for others no longer than this
@@ -273,12 +275,16 @@ class _Step:
         if not self.grants and self.absent:
             lead = LOOK * self.ms(Load()) / 1e3
             wake_at = max(self.now + 1e-3, min(w.due for w in self.absent) - lead)
-        if (
-            self.paces
-        ):  # those who are behind miss what others take, whether it was left out of this step or of others
-            owed = min(1.0, OWED * self.behind / len(self.paces))
-            self.left_ms = max(self.left_ms, owed * self.step_ms)
+        self.left_ms = max(self.left_ms, self._owed() * self.step_ms)
         return Plan(self.grants, wake_at, self.left_ms, self.lost)
+
+    def _owed(self) -> float:
+        """Steps of work that those want who are hardly ahead: they miss what others take, in whatever step it was."""
+        if not self.paces:
+            return 0.0
+        lead_s = LEAD * self.step_ms / 1e3
+        pressed = sum([w.lag_s > -lead_s for w in (*self.going, *self.absent) if w.tpot_s and not w.late])
+        return min(1.0, OWED * pressed / len(self.paces))
 
     def _full(self, longest_ms: float) -> bool:
         """Is there no room for a single token more?"""
