@@ -98,6 +98,31 @@ def test_who_asks_for_no_pace_is_bounded_by_the_cache_alone() -> None:
     assert not admitted(inside, session(9, begun=False), told, kv=1000)
 
 
+def test_what_there_is_no_kv_for_may_be_lent_while_there_is_time_to_read_it_again() -> None:
+    """Each of these has a context of 230 tokens, on average."""
+
+    def fit(lends: bool, **of: int) -> int:
+        inside: list[Session] = []
+        told = forecast.Forecast()
+        calm = Slo(ttft_ms=3000.0, tpot_ms=250.0)
+        while len(inside) < 500:
+            told.changed()
+            try:
+                told.check(inside, session(999, calm, begun=False), COST, limits(**of), lends=lends)
+            except Refusal:
+                break
+            inside.append(session(len(inside), calm))
+        return len(inside)
+
+    plenty = fit(True)
+    assert fit(False) == plenty
+    for scarce in ({"kv": 23_000}, {"slots": 100}):
+        kept, lent = fit(False, **scarce), fit(True, **scarce)
+        assert 100 <= kept <= 112
+        assert kept < lent < plenty
+    assert fit(True, kv=2_300) <= 21  # half of them at most
+
+
 def test_prompts_that_wait_to_be_read_keep_others_out() -> None:
     unread = [session(i, prompt=4000, begun=False) for i in range(4)]
     assert not admitted([session(8), *unread], session(9, begun=False), forecast.Forecast())

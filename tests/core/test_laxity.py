@@ -77,3 +77,23 @@ def test_prompts_that_fit_beside_everything_else_are_no_crowd() -> None:
     assert all(s.session in found for s in sessions)
     late = msgspec.structs.replace(prompt(100, 4000, 0.4), late=True)
     assert all(s.session in granted(*sessions, late) for s in sessions)
+
+
+def test_nobody_yields_to_prompts_for_which_there_is_no_kv() -> None:
+    sessions = [going(i, 2.0) for i in range(20)]
+    crowd = [prompt(100 + i, 150, 3.0) for i in range(40)]
+    limits = msgspec.structs.replace(LIMITS, room=300.0)  # the sessions' drafts, a prompt, and a half
+    found = {g.session for g in batching_policy("laxity").plan(NOW, [*sessions, *crowd], limits).grants}
+    assert found == {*range(20), 100}
+
+
+def owed(*work: Work) -> float:
+    return batching_policy("laxity").plan(NOW, work, LIMITS).left_ms
+
+
+def test_drafts_become_dear_when_sessions_are_hardly_ahead() -> None:
+    """Nothing is left out of these steps, and yet there is not enough for all."""
+    assert owed(*(going(i, 2.0) for i in range(10))) == 0.0
+    few = owed(*(going(i, 2.0) for i in range(9)), going(9, 0.01))
+    many = owed(*(going(i, 0.01) for i in range(10)))
+    assert 0.0 < few < many

@@ -21,10 +21,12 @@ from wisp.core.drafting import Ahead, Fixed, View
 from wisp.core.messages import Cancel, Message, Refused, Verdict
 from wisp.core.sampling import Sampling
 from wisp.core.signals import Signal
+from wisp.core.slo import Slo
 from wisp.core.work import Committed
 
 PROMPTS = [[1, 2, 3], [1, 2, 3, 4, 5, 6], [7, 7, 7], [i % 40 for i in range(25)], [i % 40 for i in range(30)]]
 EOS_SET = frozenset({EOS})
+SLOS = (None, Slo(3000.0, 1000.0), Slo(200.0, 20.0))
 
 
 class Fickle(Fixed):
@@ -47,7 +49,8 @@ class Edge:
     def __init__(
         self, number: int, prompt: list[int], seed: int, k: int, accuracy: float, max_tokens: int
     ) -> None:
-        self.task = Task(prompt, Sampling(seed=seed), max_tokens, logprobs=0 if seed % 2 else None)
+        slo = SLOS[number % len(SLOS)]
+        self.task = Task(prompt, Sampling(seed=seed), max_tokens, logprobs=0 if seed % 2 else None, slo=slo)
         self.random = random.Random(number)
         policy = Fickle(k, self.random) if k else None
         ahead = Ahead(energy=0.0) if number % 2 else None
@@ -90,7 +93,9 @@ class Fleet(RuleBasedStateMachine):
     """Small steps in any order."""
 
     @initialize(
-        batching=st.sampled_from(["continuous", "fcfs"]), slots=st.integers(1, 3), tight=st.booleans()
+        batching=st.sampled_from(["continuous", "fcfs", "laxity"]),
+        slots=st.integers(1, 3),
+        tight=st.booleans(),
     )
     def start(self, batching: str, slots: int, tight: bool) -> None:
         self.make = lambda: Rig(

@@ -426,6 +426,43 @@ def test_kv_that_runs_out_under_way_preempts_the_youngest() -> None:
         assert [t for v in rig.sent[i] for t in v.tokens] == TEXT[:30]
 
 
+CALM = Slo(ttft_ms=500.0, tpot_ms=1000.0)  # steps take 10 ms here: whoever is under way is soon far ahead
+
+
+def test_a_session_far_ahead_lends_its_kv_to_a_newcomer_who_cannot_wait_and_says_the_same() -> None:
+    rig = Rig(slots=3, slot_tokens=300, kv_tokens=300, step_tokens=200, batching="laxity")
+    for i in range(2):
+        rig.receive(opening(f"session-{i}", serve=True, max_tokens=250, slo=CALM), connection=i)
+    for _ in range(100):
+        assert rig.dispatch()
+        rig.finish()
+    late, began = [i % 40 for i in range(150)], rig.now
+    rig.receive(opening("session-2", prompt=late, serve=True, max_tokens=10, slo=CALM), connection=2)
+    while not rig.sent.get(2):
+        assert rig.dispatch()
+        rig.finish()
+    assert rig.now - began < CALM.ttft_ms / 1e3  # without the loan it waits until another has ended
+    rig.settle(2000)
+    for i in range(2):
+        assert [t for v in rig.sent[i] for t in v.tokens] == toy_text(PROMPT, SAMPLING, 250)
+    assert [t for v in rig.sent[2] for t in v.tokens] == toy_text(late, SAMPLING, 10)
+
+
+def test_a_slot_is_lent_too() -> None:
+    rig = Rig(slots=1, step_tokens=40, batching="laxity")
+    rig.receive(opening("session-0", serve=True, max_tokens=50, slo=CALM), connection=0)
+    for _ in range(20):
+        assert rig.dispatch()
+        rig.finish()
+    rig.receive(opening("session-1", serve=True, max_tokens=5, slo=CALM), connection=1)
+    rig.settle(2000)
+    firsts = [s.session for r in rig.runs for s in r.slices if s.position == 0 and s.sample]
+    lasts = [s.session for r in rig.runs for s in r.slices if s.position in (4, 49)]
+    assert firsts == [1, 2]
+    assert lasts.index(2) < len(lasts) - 1  # the newcomer did not wait for the other's end
+    assert [t for v in rig.sent[0] for t in v.tokens] == toy_text(PROMPT, SAMPLING, 50)
+
+
 def test_a_failing_step_fails_its_sessions_only_and_forgets_all_kv(rig: Rig) -> None:
     rig.receive(opening("session-a"), connection=1)
     rig.settle()

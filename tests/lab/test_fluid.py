@@ -51,10 +51,25 @@ def test_devices_that_draft_slower_than_their_users_read_are_served_centrally() 
 
 def test_where_kv_is_scarce_the_bound_is_what_fits() -> None:
     scarce = msgspec.structs.replace(SCENARIO.at_rate(4.0), kv_tokens=2300)
-    assert bound(scarce).limit == "kv"
-    assert bound(scarce).devices == pytest.approx(
-        10.0
+    fit = bound(scarce, lends=False)
+    assert fit.limit == "kv"
+    assert fit.devices == pytest.approx(
+        10.0, abs=0.1
     )  # of 130 tokens of prompt and, on average, 100 of answer
+    assert bound(scarce, central=True).devices == fit.devices
+
+
+def test_lending_kv_stretches_it_and_no_further_than_time_allows() -> None:
+    for kv in (2_300, 20_000, 37_000):
+        scarce = msgspec.structs.replace(SCENARIO.at_rate(4.0), kv_tokens=kv)
+        lent, fit, plenty = (
+            bound(scarce).devices,
+            bound(scarce, lends=False).devices,
+            bound(msgspec.structs.replace(scarce, kv_tokens=10**7)).devices,
+        )
+        assert fit < lent < plenty
+    ample = msgspec.structs.replace(SCENARIO, kv_tokens=10**7)
+    assert bound(ample).devices == bound(ample, lends=False).devices
 
 
 def test_an_answer_that_may_wait_as_long_as_it_takes_makes_room_for_another() -> None:

@@ -9,6 +9,11 @@ part in one step a round, so
     devices * (mean tokens of KV per session) <= KV                          (all caches fit)
     devices <= slots                                                         (each has one)
 
+The last two can be stretched: a session that does its rounds as fast as steps follow each other has its answer sooner
+than it needs it, and can do without KV for the rest of the time if its prompt is read twice. So, where `lends`, some of
+the sessions, as few as will do, hold KV for the share (T + round trip + drafting) / (E / r) of their time, and each
+costs `prompt` rows more. A server that keeps what it has begun (`central`) does not do that.
+
 with rows(T) the tokens that fit into a step of length T by the hardware profile, and (E, rows, drafted) from replaying
 the recorded positions with the shipped predictor at every threshold: real false accepts and false rejects, ideal
 timing. Serving centrally is the case k = 0. The bound is the best of all that, over T and the threshold.
@@ -139,9 +144,11 @@ class Demand:
         return self.prompt + self.output / 2
 
 
-def fluid_bound(profile: Hardware, points: Sequence[Point], demand: Demand, *, ideal: bool = True) -> Bound:
+def fluid_bound(
+    profile: Hardware, points: Sequence[Point], demand: Demand, *, ideal: bool = True, lends: bool = True
+) -> Bound:
     """Most devices with `demand`. `ideal`: drafting ahead hides all drafting, and no draft finds a step under way;
-    else only where what it bet on comes true."""
+    else only where what it bet on comes true. `lends`: sessions ahead lend their KV."""
     most, held_by = min((profile.kv_tokens / demand.context, "kv"), (float(profile.slots), "slots"))
     best = Bound(0.0, 0.0, points[0], 0.0, "time")
     for point in points:
@@ -156,27 +163,38 @@ def fluid_bound(profile: Hardware, points: Sequence[Point], demand: Demand, *, i
             away_ms = demand.rtt_ms
         else:
             away_ms = unlucky * (demand.rtt_ms + drafting_ms)
-        rows = point.sent + 1 + point.committed * demand.prompt / demand.output
+        read = point.committed * demand.prompt / demand.output
         t = (round_ms - away_ms) / (1.0 + 0.5 * unlucky)
         while t > 1.0:
-            n = _devices(profile, t, round_ms, rows, demand.context)
+            spare = 1.0 - (t * (1.0 + 0.5 * unlucky) + away_ms) / round_ms if lends else 0.0
+            n = _devices(profile, t, round_ms, point.sent + 1 + read, read, demand.context, most, spare)
             if n > best.devices:
-                best = Bound(min(n, most), 0.0, point, t, held_by if n > most else "time")
+                best = Bound(n, 0.0, point, t, held_by if n > 0.99 * most else "time")
             t *= FINER
     waiting = best.devices * (1 + demand.ttft_s * demand.rate / demand.output)
     return Bound(best.devices, waiting, best.point, best.step_ms, best.limit)
 
 
-def _devices(profile: Hardware, t: float, round_ms: float, rows_a_round: float, context: float) -> float:
-    """Devices whose rounds, `round_ms` long, fill steps of `t` ms."""
+def _devices(
+    profile: Hardware,
+    t: float,
+    round_ms: float,
+    rows_a_round: float,
+    read_a_round: float,
+    context: float,
+    most: float,
+    spare: float,
+) -> float:
+    """Devices whose rounds, `round_ms` long, fill steps of `t` ms. KV is there for `most` at a time; a session can do
+    without it for the share `spare` of its time, and then has to read `read_a_round` rows a round more."""
     low, high = 0.0, 2.0 * profile.slots * round_ms / t
     while high - low > 0.05:
         n = (low + high) / 2
+        lenders = max(0.0, 1.0 - most / n) / max(spare, 1e-9)
         sessions = n * t / round_ms  # in a step
-        rows = sessions * rows_a_round
+        rows = sessions * (rows_a_round + lenders * read_a_round)
         load = Load(max(1, round(rows)), int(rows * context), int(sessions * context), math.ceil(sessions))
-        ms = profile.step_ms(load)
-        if ms <= t and rows <= profile.step_tokens:
+        if lenders <= 1.0 and rows <= profile.step_tokens and profile.step_ms(load) <= t:
             low = n
         else:
             high = n
@@ -184,8 +202,9 @@ def _devices(profile: Hardware, t: float, round_ms: float, rows_a_round: float, 
 
 
 @functools.lru_cache(maxsize=256)
-def bound(scenario: Scenario, *, central: bool = False, ideal: bool = True) -> Bound:
-    """The bound of a scenario, or what can be expected if not `ideal`; `central`: of serving it without drafts.
+def bound(scenario: Scenario, *, central: bool = False, ideal: bool = True, lends: bool = True) -> Bound:
+    """The bound of a scenario, or what can be expected if not `ideal`; `central`: of serving it without drafts, and
+    without lending KV.
 
     Users of several classes, or devices of several kinds, are given each its best way of being served, and the
     server's time is shared among them: a device of a kind of which the server could carry N alone takes 1/N of it.
@@ -203,7 +222,8 @@ def bound(scenario: Scenario, *, central: bool = False, ideal: bool = True) -> B
     for kit in scenario.devices:
         for slo in scenario.slo:
             share = kit.share / kits * slo.share / classes
-            found = fluid_bound(profile, points, demand_of(scenario, slo, kit), ideal=ideal)
+            demand = demand_of(scenario, slo, kit)
+            found = fluid_bound(profile, points, demand, ideal=ideal, lends=lends and not central)
             taken += share / max(found.devices, 1e-9)
             taken_waiting += share / max(found.waiting, 1e-9)
             if of_most is None or share > of_most[0]:

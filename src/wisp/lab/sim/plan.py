@@ -38,6 +38,7 @@ USUAL_WAIT_S, USUAL_OUTPUT = 3.0, 200.0  # TTFT target and tokens of an answer t
 # that what is expected was carried in searches with longer prompts.
 USUAL_LUMPS = 0.4
 LUMPY = {"ours": 0.45, "central": 0.25}
+LENT = 0.25  # of what could be gained by lending KV, up to as many devices again: seen at 2 to 6 tokens/s
 PLENTY = 10**9  # tokens of KV
 WORTH_IT = 1.1  # so many times the devices, or it is not worth a drafter on each
 CLOSE = 0.15  # an estimate so close to the devices asked for decides nothing
@@ -183,14 +184,16 @@ def expected(name: str, scenario: Scenario, tolerance: float = 0.1) -> float:
     """Devices to expect of a system: the share that searches reached of what its bound or, with drafts, good schedules
     carry, and less of it where prompts come in larger lumps than there or users are less patient."""
     central = name == "central"
-    memory = bound(scenario, central=central)
+    at_once = bound(scenario, central=central, lends=False).devices
+    lent = LENT * (bound(scenario, central=central).devices - at_once)
+    memory = at_once + min(lent, at_once)
     unlimited = msgspec.structs.replace(scenario, kv_tokens=PLENTY, slots=PLENTY // 1000)
     in_time = bound(unlimited, central=central, ideal=central)
     share = reached(name, scenario.slo[0].rate, tolerance)
     if not in_time.point.sent:  # it serves centrally, too
         share = min(share, reached("central", scenario.slo[0].rate, tolerance))
     left = 1.0 - _lumpiness(name, scenario, in_time)
-    return share * _patience(scenario) * max(0.0, min(memory.devices, left * in_time.devices))
+    return share * _patience(scenario) * max(0.0, min(memory, left * in_time.devices))
 
 
 def _lumpiness(name: str, scenario: Scenario, limit: Bound) -> float:
