@@ -97,3 +97,10 @@ def test_drafts_become_dear_when_sessions_are_hardly_ahead() -> None:
     few = owed(*(going(i, 2.0) for i in range(9)), going(9, 0.01))
     many = owed(*(going(i, 0.01) for i in range(10)))
     assert 0.0 < few < many
+
+
+def test_a_cost_model_that_takes_steps_for_free_stops_nobody() -> None:
+    limits = StepLimits(2048, 256, {}, CostModel(Coefficients(step=0.0, token=0.0)))
+    work = [going(1, 2.0), prompt(100, 150, 0.0), prompt(101, 150, -1.0)]
+    found = {g.session for g in batching_policy("laxity").plan(NOW, work, limits).grants}
+    assert found == {1, 100, 101}

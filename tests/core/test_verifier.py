@@ -477,6 +477,23 @@ def test_a_failing_step_fails_its_sessions_only_and_forgets_all_kv(rig: Rig) -> 
     assert rig.verdict(1).tokens == TEXT[1:4]
 
 
+def test_after_a_failed_step_an_absent_edges_session_goes_on() -> None:
+    rig = Rig(batching="laxity")
+    rig.receive(opening("session-a", slo=CALM), connection=1)
+    rig.dispatch()
+    rig.finish()
+    rig.verdict(1)  # and now its edge drafts
+    rig.receive(opening("session-b"), connection=2)
+    rig.dispatch()
+    rig.fail("out of memory")
+    rig.refused(2)
+    rig.now += 2.0  # its next token is overdue
+    assert not rig.dispatch()  # but there is nothing in the cache to decode from
+    rig.receive(Draft("session-a", 1, 1, TEXT[1:3]), connection=1)
+    rig.settle()
+    assert rig.verdict(1).tokens == TEXT[1:4]
+
+
 def test_fair_shares_between_keys_when_slots_are_short() -> None:
     rig = Rig(slots=1)
     for i in range(4):

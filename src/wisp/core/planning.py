@@ -105,6 +105,7 @@ class Planner:
         """The engine has lost everything."""
         for session in self.files.sessions.values():
             session.slot, session.cached = None, 0
+            self.files.put(session)
         for slot in self.kv.slots:
             self.kv.drop(slot.index)
         self._copies.clear()

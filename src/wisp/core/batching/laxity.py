@@ -46,6 +46,7 @@ LEAD = 2.0  # steps; who is less ahead is pressed
 OWED = 4.0  # steps of work that are left over if all are pressed
 TOO_MANY = 0.4  # share of sessions behind their pace at which newcomers are let go
 HOPELESS = 0.25  # behind by this share of the time that is left to an answer
+INSTANT_MS = 1e-3  # steps cannot be expected to be shorter, whatever a cost model says that has seen little
 PATIENCE_S = 1.0  # who has no due time waits for others no longer than this
 
 _due = attrgetter("due")
@@ -252,7 +253,7 @@ class _Step:
 
     def _step_s(self) -> float:
         """How long the step will be with what is to be read in it, which is the more the longer it is."""
-        bare_s, longest_s = self.step_ms / 1e3, self.longest_ms / 1e3
+        bare_s, longest_s = max(self.step_ms, INSTANT_MS) / 1e3, self.longest_ms / 1e3
         rate = sum(w.new / max(self._time(w), bare_s) for w in self.prompts)
         share = rate * self.limits.cost.token_ms(self.load) / 1e3
         return max(bare_s, min(bare_s / (1.0 - share), longest_s) if share < 1.0 else longest_s)

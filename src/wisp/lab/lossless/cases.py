@@ -11,12 +11,15 @@ import msgspec
 
 from wisp.api.template import chat_template
 from wisp.core.sampling import Sampling
+from wisp.core.slo import Slo
 from wisp.engines.base import Tokenizer
 from wisp.lab.lossless.drafts import DRAFTERS
 from wisp.lab.lossless.judge import Case, Judge, Reference
 from wisp.lab.lossless.world import Chaos
 
-BATCHING = ("continuous", "fcfs")
+BATCHING = ("laxity", "continuous", "fcfs")
+# Nothing promised; a pace that is soon far ahead, so that KV can be lent; one that edges are too slow for.
+SLOS = (None, Slo(ttft_ms=2000.0, tpot_ms=1000.0), Slo(ttft_ms=300.0, tpot_ms=40.0))
 SYSTEM = "You are a helpful assistant. You answer in short sentences, and you never make things up."
 ASKS = (
     "Write a function that counts the lamps.",
@@ -180,6 +183,7 @@ class CaseMaker:
             ignore_eos=ignore_eos,
             logprobs=rng.choice((0, 2)) if rng.random() < 0.1 else None,
             after=before.number if before is not None else -1,
+            slo=rng.choice(SLOS),
         )
         if rng.random() < 0.25:
             case = msgspec.structs.replace(case, stop=self._stop(case))

@@ -48,6 +48,7 @@ PROMISED = (
     "copies",
     "most_queued",
     "mixed_steps",
+    "decoded_for_absent_edges",
     "stale_verdicts",
     "duplicates_answered",
     "overlapping_drafts",

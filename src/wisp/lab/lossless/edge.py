@@ -123,7 +123,7 @@ class Talk:
         policies = drafting_policies(case.drafting or "fixed")
         policy = policies.make(case.sampling.temperature) if engine is not None else None
         ahead = Ahead(energy=0.02) if case.number % 2 else None
-        task = Task(case.prompt, case.sampling, case.max_tokens, case.ignore_eos, case.logprobs)
+        task = Task(case.prompt, case.sampling, case.max_tokens, case.ignore_eos, case.logprobs, case.slo)
         self.drafter = Drafter(session, task, policy, eos, ahead=ahead if engine is not None else None)
         self.stream = TextStream(piece, case.stop)
         self.tokens: list[int] = []

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from wisp.api.text import TextStream
 from wisp.core.sampling import FloatArray, Sampling, gumbels
+from wisp.core.slo import Slo
 from wisp.engines.llama.reference import reference_steps, reference_tokens
 
 
@@ -42,6 +43,7 @@ class Case(msgspec.Struct, frozen=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     after: int = -1
+    slo: Slo | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True):

@@ -144,12 +144,14 @@ class Cloud:
 
     def _feed(self, event: InEvent) -> list[Action]:
         slots = {h: s.slot for h, s in self.verifier.sessions.items()}
+        absent = set(self.verifier.files.absent)
         actions = self.verifier.handle(self.clock.now, event)
         self._count_kv(slots)
         for action in actions:
             if isinstance(action, Send):
                 self.sent(action.connection, encode(action.message))
             elif isinstance(action, Run):
+                self.counts["decoded_for_absent_edges"] += sum(s.session in absent for s in action.slices)
                 self._run(action)
             else:
                 self._wake(action.at)
