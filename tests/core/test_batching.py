@@ -64,3 +64,9 @@ def test_nothing_to_do_is_an_empty_plan() -> None:
 def test_unknown_policy_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="continuous, fcfs"):
         batching_policy("magic")
+
+
+def test_laxity_can_be_told_to_keep_what_it_gave() -> None:
+    assert batching_policy("laxity").lends
+    keeps = batching_policy("laxity:keep")
+    assert (keeps.name, keeps.lends) == ("laxity", False)

@@ -19,7 +19,9 @@ POLICIES: dict[str, Callable[[], BatchingPolicy]] = {
 
 
 def batching_policy(name: str) -> BatchingPolicy:
-    """The policy of that name. Raises ConfigError."""
+    """The policy of that name; "laxity:keep" is laxity without lending KV. Raises ConfigError."""
+    if name == "laxity:keep":
+        return Laxity(lends=False)
     if name not in POLICIES:
         raise ConfigError(f"unknown batching policy {name!r}; choose one of: {', '.join(POLICIES)}")
     return POLICIES[name]()

@@ -57,9 +57,9 @@ class Laxity:
 
     name = "laxity"
     absentees = True
-    lends = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, lends: bool = True) -> None:
+        self.lends = lends
         self.continuous = Continuous()
 
     def plan(self, now: float, work: Sequence[Work], limits: StepLimits) -> Plan:

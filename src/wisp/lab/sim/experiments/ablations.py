@@ -18,10 +18,11 @@ WITHOUT = {
     "ours,ahead=no": "no drafting ahead",
     "ours,server_mode=no": "no server mode",
     "ours,batching=continuous": "continuous batching instead of laxity",
+    "ours,batching=laxity:keep": "no lending of KV",
     "ours,batching=wisp": "the paper's scheduler instead of laxity",
     "ours,admission=no": "everyone is let in",
 }
-RATES = (8.0, 16.0)
+RATES = (4.0, 8.0, 16.0)
 SYSTEMS = ("ours", "central")
 ACCEPTANCES = (0.6, 0.7, 0.8, 0.9)
 
