@@ -26,7 +26,7 @@ from wisp.core.messages import Draft, Open, Refused, Verdict
 from wisp.core.sampling import Sampling
 from wisp.core.slo import Slo
 from wisp.core.stats import SpecStats
-from wisp.engines.emulated import EmulatedTarget, hardware
+from wisp.engines.emulated import EmulatedTarget, Hardware, hardware
 from wisp.engines.null import null_token
 from wisp.engines.plain import PlainTokenizer
 
@@ -59,11 +59,14 @@ def opening(session: str, **fields: object) -> Open:
 
 
 def with_host(
-    scenario: Callable[[VerifierHost], Awaitable[None]], log: Path | None = None, cost: Coefficients = COST
+    scenario: Callable[[VerifierHost], Awaitable[None]],
+    log: Path | None = None,
+    cost: Coefficients = COST,
+    profile: Hardware = FAST,
 ) -> None:
     async def main() -> None:
         host = VerifierHost(
-            EmulatedTarget("fast", FAST, text),
+            EmulatedTarget("fast", profile, text),
             PlainTokenizer(),
             Admission(3, {"alice": KeyLimits(sessions=3)}),
             model="fast",
@@ -153,6 +156,19 @@ def test_admissions_are_counted_by_what_became_of_them() -> None:
         assert seen == {f'wisp:admission_total{{outcome="{k}"}}': v for k, v in outcomes.items()}
 
     with_host(scenario)
+
+
+def test_kv_that_is_taken_from_a_session_is_counted() -> None:
+    async def scenario(host: VerifierHost) -> None:
+        clients = [Client(host) for _ in range(2)]
+        for i, client in enumerate(clients):
+            host.receive(client.connection, opening(f"session-{i}", serve=True))
+        for client in clients:
+            while not (await client.inbox.get()).finish:  # type: ignore[union-attr]
+                pass
+        assert samples(host)["wisp:num_preemptions_total"] == host.verifier.evicted > 0
+
+    with_host(scenario, profile=msgspec.structs.replace(FAST, slot_tokens=100, kv_tokens=100))
 
 
 def test_a_lost_slo_is_counted_once() -> None:

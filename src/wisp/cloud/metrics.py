@@ -182,6 +182,10 @@ class Metrics:
             "wisp:admission", "Opened sessions: admitted, resumed, or the code of the refusal.", ["outcome"],
             registry=r,
         )  # fmt: skip
+        self.preemptions = Counter(
+            "wisp:num_preemptions", "KV that was taken from a session, or lent by it, for others.", registry=r
+        )
+        self._evicted = 0
         self.slo_lost = Counter("wisp:request_slo_lost", "Sessions whose SLO was given up.", registry=r)
         self.attainment = Attainment(r)
         for tally in (self.interference, self.slack):
@@ -229,6 +233,8 @@ class Metrics:
     def dispatched(self, now: float, run: Run) -> None:
         """A step begins."""
         self._dispatched = now
+        self.preemptions.inc(self._verifier.evicted - self._evicted)
+        self._evicted = self._verifier.evicted
         self._load = load_of(run.slices)
         sessions = [self._verifier.sessions[s.session] for s in run.slices]
         self.slack.add([s.due - now for s in sessions if s.due < math.inf])
