@@ -11,7 +11,7 @@ from toy import EOS, N_VOCAB, toy_text
 
 from wisp.core.admission import Admission, KeyLimits
 from wisp.core.batching import Kind, batching_policy
-from wisp.core.cost import Coefficients, CostModel
+from wisp.core.cost import Coefficients, CostModel, Load
 from wisp.core.events import InEvent, Run, Send
 from wisp.core.messages import Cancel, Draft, Open
 from wisp.core.planning import work_of
@@ -461,6 +461,25 @@ def test_a_slot_is_lent_too() -> None:
     assert firsts == [1, 2]
     assert lasts.index(2) < len(lasts) - 1  # the newcomer did not wait for the other's end
     assert [t for v in rig.sent[0] for t in v.tokens] == toy_text(PROMPT, SAMPLING, 50)
+
+
+def test_time_that_prompts_take_is_no_part_of_the_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step takes 10 ms here. With a chunk of a prompt in it, less of that is the decoding's."""
+    rig = Rig(step_tokens=16, slot_tokens=64)
+    told: list[float] = []
+    monkeypatch.setattr(rig.verifier.pressure, "stepped", lambda tokens, ms: told.append(ms))
+    rig.receive(opening("session-a", serve=True), connection=1)
+    for _ in range(2):
+        rig.dispatch()
+        rig.finish()
+    rig.receive(opening("session-b", prompt=[*range(30)]), connection=2)
+    rig.dispatch()
+    rig.finish()
+    alone, beside = told[-2:]
+    assert alone == pytest.approx(10.0)
+    cost = rig.verifier.cost
+    share = cost.ms(Load().plus(1, 6)) / cost.ms(Load().plus(1, 6).plus(15, 0))
+    assert beside == pytest.approx(10.0 * share, rel=0.05)
 
 
 def test_a_failing_step_fails_its_sessions_only_and_forgets_all_kv(rig: Rig) -> None:
