@@ -472,7 +472,7 @@ def test_time_that_prompts_take_is_no_part_of_the_price(monkeypatch: pytest.Monk
     for _ in range(2):
         rig.dispatch()
         rig.finish()
-    rig.receive(opening("session-b", prompt=[*range(30)]), connection=2)
+    rig.receive(opening("session-b", prompt=[*range(30)], max_tokens=4), connection=2)
     rig.dispatch()
     rig.finish()
     alone, beside = told[-2:]
