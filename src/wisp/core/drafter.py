@@ -189,7 +189,8 @@ class Drafter:
         self, now_ms: float, token: int | None, signal: Signal, took_ms: float = 0.0
     ) -> list[Action]:
         """The draft engine, in `took_ms`, proposes `token` after `context` (None: it has nothing to propose)."""
-        if self.phase not in (DRAFTING, IN_FLIGHT):
+        phase = self.phase
+        if phase is not DRAFTING and phase is not IN_FLIGHT:
             return []  # a broken connection came first
         assert self.policy is not None
         if token is None:
@@ -203,7 +204,7 @@ class Drafter:
             self._p.append(odds.p)
             self.chain.append(token)
             self._ended = token in self.eos and not self.task.ignore_eos
-        return self._go_on(now_ms) if self.phase is DRAFTING else self._send_ahead(now_ms)
+        return self._go_on(now_ms) if phase is DRAFTING else self._send_ahead(now_ms)
 
     def verdict(self, now_ms: float, verdict: Verdict, arrived_ms: float | None = None) -> list[Action]:
         """Take what is committed since, and go on. It may have arrived earlier, while a draft step was running.
@@ -223,14 +224,8 @@ class Drafter:
         if flight is not None and new:  # else it was stale, and nothing was verified
             drafted = max(0, flight.drafted - before)
             accepted = max(0, verdict.accepted - before)
-        fresh = Committed(
-            tokens=new,
-            logprobs=verdict.logprobs[-len(new) :] if new and verdict.logprobs else [],
-            drafted=drafted,
-            accepted=accepted,
-            from_draft=min(len(new), accepted),
-            finish=verdict.finish,
-        )
+        logprobs = verdict.logprobs[-len(new) :] if new and verdict.logprobs else []
+        fresh = Committed(new, logprobs, drafted, accepted, min(len(new), accepted), verdict.finish)
         if flight is not None:
             arrived = now_ms if arrived_ms is None else arrived_ms
             self._learn(now_ms, arrived, flight, drafted, verdict, new)
@@ -295,10 +290,12 @@ class Drafter:
     def _go_on(self, now_ms: float) -> list[Action]:
         """Draft another token, or send what there is."""
         assert self.policy is not None
-        view = self._view(now_ms)
-        if view.room > 0 and not self._dry and not self._ended and self.policy.more(view):
+        policy, view = self.policy, self._view(now_ms)
+        unsent = len(self.chain) - self.sent
+        room = min(self.max_draft, self._left() - 1) - unsent  # one token is left to the target
+        if room > 0 and not self._dry and not self._ended and policy.more(view):
             return []
-        return [self._send(now_ms, self.policy.take(view))]
+        return [self._send(now_ms, policy.take(view))]
 
     def _send(self, now_ms: float, most: int) -> Draft:
         self._round += 1
@@ -342,11 +339,9 @@ class Drafter:
         """What the policy sees, if the first `sent` tokens of the chain are in flight (default: those that are)."""
         if sent is None:
             sent = self.sent
-        room, left = self.max_draft, self.task.max_tokens - len(self.committed) - 1
-        if left < room:
-            room = left
-        due_ms = self._flights[-1].due_ms if self._flights else 0.0
-        return View(now_ms, self._p, sent, room - len(self.chain) + sent, due_ms, self.pace, self._round == 0)
+        flights = self._flights
+        due_ms = flights[-1].due_ms if flights else 0.0
+        return View(now_ms, self._p, sent, due_ms, self.pace, self._round == 0)
 
     def _left(self) -> int:
         """Tokens still to come; the last of all is always the target's own."""
@@ -363,20 +358,25 @@ class Drafter:
                 self.pace.verdict(drafted, waited, verdict.queue_ms, verdict.engine_ms)
             self.pace.round(drafted, len(new) + self._unasked, now_ms - self._began_ms)
         self._unasked = 0
-        agreed = 0
-        while agreed < min(len(new), len(self.chain)) and new[agreed] == self.chain[agreed]:
+        chain, agreed = self.chain, 0
+        both = min(len(new), len(chain))
+        while agreed < both and new[agreed] == chain[agreed]:
             agreed += 1
-        seen = min(len(new), len(self.chain), agreed + 1)
+        seen = min(both, agreed + 1)
+        acceptance = self.pace.acceptance
         for i in range(seen):
-            self.pace.acceptance.add(1.0 if i < agreed else 0.0)
+            acceptance.add(1.0 if i < agreed else 0.0)
         self.policy.observe(self._odds[:seen], agreed)
 
     def _new_tokens(self, verdict: Verdict) -> list[int]:
-        known = self.committed[verdict.base :]
-        overlap = min(len(known), len(verdict.tokens))
-        if verdict.base > len(self.committed) or known[:overlap] != verdict.tokens[:overlap]:
+        base, tokens, n = verdict.base, verdict.tokens, len(self.committed)
+        if base == n:
+            return tokens
+        known = self.committed[base:]
+        overlap = min(len(known), len(tokens))
+        if base > n or known[:overlap] != tokens[:overlap]:
             raise ProtocolError("conflict", "the verifier contradicts what it committed before")
-        return verdict.tokens[overlap:]
+        return tokens[overlap:]
 
     def _commit(self, new: list[int], answered: int) -> None:
         """Append `new`. The chain keeps what agrees with it, beyond it, and is let go otherwise; then no draft that
@@ -384,14 +384,15 @@ class Drafter:
         if new:
             self._reopenings = 0
             self.committed += new
-            if self.chain[: len(new)] == new[: len(self.chain)]:
-                gone = min(len(new), len(self.chain))
-            else:
-                gone = len(self.chain)
-                self.wasted += max(0, len(self.chain) - answered)
+            chain = self.chain
+            n = len(chain)
+            gone = min(len(new), n)
+            if chain[:gone] != new[:gone]:
+                gone = n
+                self.wasted += max(0, n - answered)
                 self._flights = []
-            del self.chain[:gone], self._odds[:gone], self._p[:gone]
+            del chain[:gone], self._odds[:gone], self._p[:gone]
             self.sent = max(0, self.sent - gone)
-            self._ended = self._ended and bool(self.chain)
+            self._ended = self._ended and n > gone
         if not self._flights:
             self.sent = 0

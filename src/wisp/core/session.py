@@ -116,6 +116,14 @@ class Pending(msgspec.Struct, frozen=True):
 class Session:
     """One generation. `chain` is prompt + committed tokens; nothing here does I/O."""
 
+    # More attributes than an instance's dictionary has fast ways to.
+    __slots__ = (
+        "acceptance", "answered_at", "away_s", "cached", "chain", "connection", "discard", "entries", "epoch",
+        "first_at", "handle", "heard", "id", "ignore_eos", "inbox", "key", "late", "late_from", "logprobs",
+        "max_tokens", "n_prompt", "opened", "pending", "price", "round", "sampling", "serve", "since", "slo", "slot",
+        "state", "tpot_s", "usual", "verdict", "work",
+    )  # fmt: skip
+
     def __init__(self, handle: int, key: str, connection: int, open_: Open, now: float) -> None:
         self.handle = handle
         self.id = open_.session

@@ -134,7 +134,7 @@ class Cloud:
         self.senders: dict[int, Callable[[Verdict | Refused], None]] = {}
         self._noise = random.Random(seed)
         self._tick_due = False
-        self._timer: object = None
+        self._timer = -1  # the number of what is to wake it
 
     def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
         """A message arrives."""
@@ -169,12 +169,12 @@ class Cloud:
     def _wake_at(self, at: float) -> None:
         self._timer = self.env.after(max(0.0, at - self.env.now), self._woken)
 
-    def _woken(self, timer: object) -> None:
-        if timer is self._timer and not self._tick_due:
+    def _woken(self, timer: int) -> None:
+        if timer == self._timer and not self._tick_due:
             self._tick()
 
     def _run(self, step: Run) -> None:
-        self._timer = None
+        self._timer = -1
         slices, profile, counts = step.slices, self.engine.profile, self.counts
         load = load_of(slices)
         ms = profile.noisy(profile.step_ms(load), self._noise)
