@@ -15,7 +15,6 @@ import functools
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +41,7 @@ class Foreteller(Predictor):
 
     def odds(self, signal: Signal, depth: int, recent: float, temperature: float) -> float:
         """Log odds by base value and slopes."""
-        foretold = cast(Foretold, signal)  # a script's signals are
+        foretold: Foretold = signal  # type: ignore[assignment]  # a script's signals are
         by_depth = _LOG1P[depth] if depth < 256 else _LOG1P[255]
         return foretold.z + foretold.by_depth * by_depth + foretold.by_recent * (recent - RECENT)
 
@@ -53,7 +52,8 @@ _LOG1P: list[float] = (np.log1p(np.arange(256)) - np.log1p(DEPTH)).tolist()
 class Library:
     """All positions of some traces, flat: what scripts are made of.
 
-    target, draft: by position. off: for each position where they differ, what the drafter goes on with.
+    target, draft: by position; said: what is drafted with its signal. off: for each position where they differ, what
+    the drafter goes on with.
     """
 
     def __init__(self, traces: Sequence[Trace], predictor: Predictor) -> None:
@@ -84,6 +84,7 @@ class Library:
                 self.off[first + i] = _path(t.off[i], foretold[at:])
                 at += len(t.off[i].tokens)
         self.signals = foretold[: len(self.target)]
+        self.said = list(zip(self.draft, self.signals, strict=True))
         self.stops = frozenset(self.ends)
         self.eos = frozenset(self.target[i] for i in self.ends)
         inside = [p for piece in self.pieces for p in piece]
@@ -136,16 +137,14 @@ class Script:
 
     def propose(self, base: int, chain: Sequence[int]) -> tuple[int, Foretold] | None:
         """What the drafter says after `base` committed tokens and the guesses in `chain`."""
-        library, end = self.library, base + len(chain)
-        said = self.tokens[base:end]
-        if said == chain:
-            if end == len(self.tokens):
-                return None
-            position = self.positions[end]
-            return library.draft[position], library.signals[position]
-        for at, token in enumerate(said, base):
-            if token != chain[at - base]:
-                path, depth = library.off.get(self.positions[at]), end - at - 1
+        library, n = self.library, len(chain)
+        end = base + n
+        text = self.tokens[base:end]
+        if text == chain:
+            return library.said[self.positions[end]] if end < len(self.tokens) else None
+        for i, token in enumerate(text):
+            if token != chain[i]:
+                path, depth = library.off.get(self.positions[base + i]), n - i - 1
                 return path[depth] if path is not None and depth < len(path) else None
         return None
 
