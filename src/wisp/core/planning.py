@@ -18,10 +18,9 @@ from wisp.core.events import Limits, Run
 from wisp.core.kv import KvPool, Placement
 from wisp.core.lending import is_urgent, lenders, slot_lender
 from wisp.core.pressure import Pressure
-from wisp.core.session import PARKED, READY, WAITING, Event, Session
+from wisp.core.session import DRAFT, PARKED, PICKED, READY, WAITING, Session
 from wisp.core.work import Copy, Slice
 
-DRAFT, PICKED = Event.DRAFT, Event.PICKED
 PREFILL, VERIFY, DECODE = Kind
 SHORT = 8  # tokens; a session that has no more than this to catch up on need not be cut into chunks
 

@@ -53,6 +53,7 @@ class Event(Enum):
 
 # Found sooner than through their class, where each of a thousand sessions is looked at.
 READY, RUNNING, WAITING, PARKED, ORPHANED, DOOMED, ENDED = State
+PICKED, MORE, VERDICT, DRAFT, LOST, RESUMED, CANCEL, FINISHED = Event
 
 S, E = State, Event
 TRANSITIONS: dict[State, dict[Event, State]] = {

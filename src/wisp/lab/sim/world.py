@@ -145,19 +145,20 @@ class Cloud:
         self._feed(EdgeLost(connection))
 
     def _feed(self, event: InEvent) -> None:
-        now = self.env.now
-        for action in self.verifier.handle(now, event):
+        verifier = self.verifier
+        for action in verifier.handle(self.env.now, event):
             if isinstance(action, Send):
-                if isinstance(action.message, Verdict):
-                    self.counts.prices.append(action.message.price)
+                message = action.message
+                if isinstance(message, Verdict):
+                    self.counts.prices.append(message.price)
                 sender = self.senders.get(action.connection)
                 if sender is not None:
-                    sender(action.message)
+                    sender(message)
             elif isinstance(action, Run):
                 self._run(action)
             else:
                 self._wake_at(action.at)
-        if not isinstance(event, Tick) and not self._tick_due and not self.verifier.running:
+        if not (verifier.running or self._tick_due or isinstance(event, Tick)):
             self._tick_due = True
             self.env.after(0.0, self._tick)
 
@@ -191,10 +192,10 @@ class Cloud:
         results = self.engine.verify(slices)
         counts.accepted += sum(r.accepted for r in results)
         counts.tokens += sum(len(r.tokens) for r in results)
-        alone = self.verifier.cost.now.ms
+        alone, note = self.verifier.cost.now.ms, counts.interference_ms.append
         for s in slices:
             n, start = len(s.tokens), s.start
-            counts.interference_ms.append(ms - alone(Load(n, n * (start + n), start, 1)))
+            note(ms - alone(Load(n, n * (start + n), start, 1)))
         counts.evicted = self.verifier.evicted
         if counts.traced:
             counts.note("step", self.env.now, ms, len(slices), load.new)
@@ -281,9 +282,13 @@ class Handset:
         for action in actions:
             if isinstance(action, Draft):
                 self._send(action, len(action.tokens))
+            elif isinstance(action, Committed):
+                wasted = action.drafted - action.accepted - 1
+                if wasted > 0:
+                    self.counts.wasted_ms += wasted * self.device.draft_ms(self.drafted_ms / 1e3)
             elif isinstance(action, Open):
                 self._send(action, len(action.draft))
-            elif isinstance(action, Reopen):
+            else:
                 self.env.after(action.after_s, self._reopen)
 
     def _send(self, message: Open | Draft, drafted: int) -> None:
@@ -357,10 +362,6 @@ class Handset:
             request.ok, request.refused, request.ended = False, True, self.env.now
             self._finish(request, pause)
             return
-        for action in actions:
-            if isinstance(action, Committed) and action.drafted:
-                wasted = max(0, action.drafted - action.accepted - 1)
-                self.counts.wasted_ms += wasted * self.device.draft_ms(self.drafted_ms / 1e3)
         if actions:
             self._carry_out(actions)
         if drafter.phase is Phase.DONE:
