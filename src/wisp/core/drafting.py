@@ -8,8 +8,8 @@ socket or a clock. Drafting ahead, while a draft is in flight, is a question of 
 from __future__ import annotations
 
 import math
-from math import prod
 from collections.abc import Sequence
+from math import prod
 from typing import Protocol
 
 import msgspec
@@ -206,18 +206,18 @@ class Gain:
         self._serving = False
 
     def more(self, view: View) -> bool:
-        unsent, pace, longest = view.unsent, view.pace, self.longest
-        if len(unsent) >= longest:
+        p, sent, pace, longest = view.p, view.sent, view.pace, self.longest
+        if len(p) - sent >= longest:
             return False
-        chance = prod(unsent) * pace.acceptance.value
+        chance = prod(p[sent:] if sent else p) * pace.acceptance.value
         return chance > (pace.draft.value + pace.verify.slope) * pace.speed(longest) + pace.price
 
     def take(self, view: View) -> int:
-        pace = view.pace
+        pace, sent, longest = view.pace, view.sent, self.longest
         # What verifying one more token costs, in committed tokens: our own time, and the price others pay.
-        cost = pace.verify.slope * pace.speed(self.longest) + pace.price
+        cost = pace.verify.slope * pace.speed(longest) + pace.price
         survival, n = 1.0, 0
-        for p in view.unsent[: self.longest]:
+        for p in view.p[sent : sent + longest]:
             survival *= p
             if survival <= cost:
                 break

@@ -12,8 +12,8 @@ accepted whole says nothing of what would have come next (it is censored): it ad
 from __future__ import annotations
 
 import math
-from math import exp
 from collections.abc import Sequence
+from math import exp
 from typing import Any
 
 import numpy as np

@@ -98,7 +98,9 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         weights = self.parameters * 1e9 * self.weight_bytes
         moved = weights + (load.cached + load.new) * self.kv_token_bytes
         memory = moved / (self.bandwidth * 1e9 * self.bandwidth_share) * 1e3
-        worked = 2 * self.parameters * 1e9 * padded + 4 * self.layers * self.heads * self.head_dim * load.attention
+        worked = (
+            2 * self.parameters * 1e9 * padded + 4 * self.layers * self.heads * self.head_dim * load.attention
+        )
         compute = worked / (self.tflops * 1e12 * self.tflops_share) * 1e3
         high, low = max(memory, compute), min(memory, compute)
         both = high * math.pow(1.0 + math.pow(low / high, self.overlap), 1.0 / self.overlap)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import random
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -131,22 +132,20 @@ class Script:
         self.positions = [*positions, end]
         target = library.target
         self.tokens = [target[p] for p in self.positions]
+        off = library.off  # where the drafter says something else, and the end
+        self._departures = [i for i, p in enumerate(self.positions) if p in off] + [len(self.tokens)]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def propose(self, base: int, chain: Sequence[int]) -> tuple[int, Foretold] | None:
-        """What the drafter says after `base` committed tokens and the guesses in `chain`."""
-        library, n = self.library, len(chain)
-        end = base + n
-        text = self.tokens[base:end]
-        if text == chain:
+    def propose(self, base: int, guesses: int) -> tuple[int, Foretold] | None:
+        """What the drafter says after `base` tokens of the text and so many guesses of its own."""
+        library, departures, end = self.library, self._departures, base + guesses
+        at = departures[bisect_left(departures, base)]
+        if end <= at:
             return library.said[self.positions[end]] if end < len(self.tokens) else None
-        for i, token in enumerate(text):
-            if token != chain[i]:
-                path, depth = library.off.get(self.positions[base + i]), n - i - 1
-                return path[depth] if path is not None and depth < len(path) else None
-        return None
+        path, depth = library.off[self.positions[at]], end - at - 1
+        return path[depth] if depth < len(path) else None
 
 
 class Scripts:

@@ -37,12 +37,17 @@ class Timeline(simpy.Environment):
         while queue and queue[0][0] < until:
             at, _, number, event = heappop(queue)
             self.now = self._now = at
-            if not isinstance(event, Event):
+            if isinstance(event, Event):
+                _happen(event)
+            else:
                 event(number)
-                continue
-            callbacks, event.callbacks = event.callbacks, None
-            for callback in callbacks:
-                callback(event)
-            if not event._ok and not hasattr(event, "_defused"):
-                raise event._value
         self.now = self._now = until
+
+
+def _happen(event: Any) -> None:
+    """What SimPy does with an event of its own."""
+    callbacks, event.callbacks = event.callbacks, None
+    for callback in callbacks:
+        callback(event)
+    if not event._ok and not hasattr(event, "_defused"):
+        raise event._value

@@ -16,7 +16,7 @@ from typing import Protocol
 from wisp.core.admission import Admission
 from wisp.core.batching import batching_policy
 from wisp.core.cost import Coefficients, CostModel, Load, load_of
-from wisp.core.drafter import Action, Drafter, Phase, Reopen, Task
+from wisp.core.drafter import Action, Drafter, Phase, Task
 from wisp.core.drafting import Ahead, Policies
 from wisp.core.errors import RequestError
 from wisp.core.events import EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick
@@ -396,7 +396,7 @@ class Handset:
         if counts.traced:
             counts.note("draft", self.env.now, ms, self.index, len(drafter.chain) + 1)
         self._busy = True
-        self._drafting = (drafter, self.script.propose(len(drafter.committed), drafter.chain), ms)
+        self._drafting = (drafter, self.script.propose(len(drafter.committed), len(drafter.chain)), ms)
         self.env.after(ms / 1e3, self._drafted)
 
     def _drafted(self, _: object) -> None:
