@@ -352,20 +352,21 @@ class Drafter:
     ) -> None:
         """What a settled round tells of pace and acceptance. Its correction or bonus tells of the next guess, too."""
         assert self.policy is not None
+        pace = self.pace
         if flight.round > 0:  # the first one read the prompt
             waited = arrived_ms - flight.sent_ms if flight.alone else None
             if new:
-                self.pace.verdict(drafted, waited, verdict.queue_ms, verdict.engine_ms)
-            self.pace.round(drafted, len(new) + self._unasked, now_ms - self._began_ms)
+                pace.verdict(drafted, waited, verdict.queue_ms, verdict.engine_ms)
+            pace.round(drafted, len(new) + self._unasked, now_ms - self._began_ms)
         self._unasked = 0
         chain, agreed = self.chain, 0
         both = min(len(new), len(chain))
         while agreed < both and new[agreed] == chain[agreed]:
             agreed += 1
         seen = min(both, agreed + 1)
-        acceptance = self.pace.acceptance
+        learn = pace.acceptance.add
         for i in range(seen):
-            acceptance.add(1.0 if i < agreed else 0.0)
+            learn(1.0 if i < agreed else 0.0)
         self.policy.observe(self._odds[:seen], agreed)
 
     def _new_tokens(self, verdict: Verdict) -> list[int]:

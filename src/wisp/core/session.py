@@ -255,10 +255,13 @@ class Session:
 
     def verified(self, now: float, n_draft: int, accepted: int) -> None:
         """A step has committed tokens of this session."""
-        self.first_at = min(self.first_at, now)
+        if now < self.first_at:
+            self.first_at = now
         self.answered_at = now
+        acceptance = self.acceptance
         for i in range(min(accepted + 1, n_draft)):
-            self.acceptance += 0.04 * ((0.98 if i < accepted else 0.0) - self.acceptance)
+            acceptance += 0.04 * ((0.98 if i < accepted else 0.0) - acceptance)
+        self.acceptance = acceptance
 
     def returned(self, now: float) -> None:
         """The edge's next draft is here."""
@@ -287,19 +290,12 @@ class Session:
     ) -> Verdict:
         """The verdict on `round_`, which is also kept for duplicates."""
         self.heard = self.n_committed
-        self.verdict = Verdict(
-            self.id,
-            round_,
-            base,
-            accepted,
-            self.committed_from(base),
-            finish,
-            self.entries_from(base) if self.logprobs is not None else [],
-            queue_ms,
-            engine_ms,
-            self.price,
+        entries = self.entries_from(base) if self.logprobs is not None else []
+        tokens = self.committed_from(base)
+        self.verdict = verdict = Verdict(
+            self.id, round_, base, accepted, tokens, finish, entries, queue_ms, engine_ms, self.price
         )
-        return self.verdict
+        return verdict
 
     def adopt(self, open_: Open) -> None:
         """Resume: of two committed histories the longer wins, if the other is its prefix.

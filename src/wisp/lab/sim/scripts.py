@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import random
 from bisect import bisect_left
+from itertools import compress, count
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,10 +131,10 @@ class Script:
         self.library = library
         self.prompt = prompt
         self.positions = [*positions, end]
-        target = library.target
-        self.tokens = [target[p] for p in self.positions]
-        off = library.off  # where the drafter says something else, and the end
-        self._departures = [i for i, p in enumerate(self.positions) if p in off] + [len(self.tokens)]
+        self.tokens = list(map(library.target.__getitem__, self.positions))
+        # Where the drafter says something else, and the end.
+        departs = map(library.off.__contains__, self.positions)
+        self._departures = [*compress(count(), departs), len(self.tokens)]
 
     def __len__(self) -> int:
         return len(self.tokens)
