@@ -77,7 +77,7 @@ class Pace:
     """Smoothed measurements of one session. Times in milliseconds."""
 
     __slots__ = (
-        "_best", "_best_draft", "_best_of", "_time_ms", "_tokens",
+        "_best", "_best_draft", "_best_of", "_measured", "_time_ms", "_tokens",
         "acceptance", "draft", "line", "price", "queue", "served", "verify", "wait",
     )  # fmt: skip
 
@@ -90,8 +90,8 @@ class Pace:
         self.served = Mean(0.0, 0.15)  # between tokens that the verifier decodes by itself
         self.acceptance = Mean(TYPICAL, 0.03, prior=10)  # of a draft token whose predecessors were accepted
         self.price = 0.0  # of a draft token, as of the last verdict
-        self._tokens = 0.0
-        self._time_ms = 0.0
+        self._tokens = self._time_ms = 0.0
+        self._measured = 0.0  # tokens per millisecond of these, if they are enough to go by
         # Of what `best_speed` last spoke, and what it said.
         self._best_of: tuple[int, float, float, float] = (0, 0.0, 0.0, 0.0)
         self._best_draft = self._best = 0.0
@@ -103,7 +103,7 @@ class Pace:
         pace.draft, pace.wait, pace.verify = self.draft.copy(), self.wait.copy(), self.verify.copy()
         pace.queue, pace.line, pace.served = self.queue.copy(), self.line.copy(), self.served.copy()
         pace.acceptance, pace.price = self.acceptance.copy(), self.price
-        pace._tokens, pace._time_ms = 0.2 * self._tokens, 0.2 * self._time_ms
+        pace._timed(0.2 * self._tokens, 0.2 * self._time_ms)
         pace._best_of, pace._best_draft, pace._best = self._best_of, self._best_draft, self._best
         return pace
 
@@ -111,9 +111,12 @@ class Pace:
         """Committed tokens per millisecond that can be had by drafting: as measured over the last few dozen rounds,
         or as the best fixed length would give by the measurements, if that is more. (A policy that went by its own
         speed alone would find a bad habit justified by the slowness it causes.)"""
-        measured = self._tokens / self._time_ms if self._tokens > 5.0 and self._time_ms > 0 else 0.0
-        best = self.best_speed(longest)
+        measured, best = self._measured, self.best_speed(longest)
         return measured if measured > best else best
+
+    def _timed(self, tokens: float, time_ms: float) -> None:
+        self._tokens, self._time_ms = tokens, time_ms
+        self._measured = tokens / time_ms if tokens > 5.0 and time_ms > 0 else 0.0
 
     def drafted(self, took_ms: float) -> None:
         """A draft step took so long. One that had to read a prompt first, or was held up, counts as slow, no more."""
@@ -130,8 +133,7 @@ class Pace:
         """Without drafts nothing is learned of them: what is believed slowly goes back to what is typical."""
         keep = 0.98**tokens
         self.acceptance.value = TYPICAL + (self.acceptance.value - TYPICAL) * keep
-        self._tokens *= keep
-        self._time_ms *= keep
+        self._timed(keep * self._tokens, keep * self._time_ms)
         self.draft.value *= 0.998**tokens  # so that drafting is tried again, some time
 
     def round(self, drafted: int, tokens: int, elapsed_ms: float) -> None:
@@ -139,8 +141,7 @@ class Pace:
         if not drafted:
             self._forget(tokens)
         keep = 0.97
-        self._tokens = keep * self._tokens + tokens
-        self._time_ms = keep * self._time_ms + elapsed_ms
+        self._timed(keep * self._tokens + tokens, keep * self._time_ms + elapsed_ms)
 
     def verdict(self, n_draft: int, waited_ms: float | None, queue_ms: float, engine_ms: float) -> None:
         """A draft of `n_draft` tokens came back after `waited_ms`, of which queue and engine took their parts."""
