@@ -14,8 +14,8 @@ from __future__ import annotations
 import functools
 import random
 from bisect import bisect_left
-from itertools import compress, count
 from collections.abc import Sequence
+from itertools import compress, count
 from pathlib import Path
 
 import numpy as np

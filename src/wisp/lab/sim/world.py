@@ -16,7 +16,7 @@ from typing import Protocol
 from wisp.core.admission import Admission
 from wisp.core.batching import batching_policy
 from wisp.core.cost import Coefficients, CostModel, Load, load_of
-from wisp.core.drafter import Action, Drafter, Phase, Task
+from wisp.core.drafter import DONE, Action, Drafter, Task
 from wisp.core.drafting import Ahead, Policies
 from wisp.core.errors import RequestError
 from wisp.core.events import EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick
@@ -364,7 +364,7 @@ class Handset:
             return
         if actions:
             self._carry_out(actions)
-        if drafter.phase is Phase.DONE:
+        if drafter.phase is DONE:
             self._finish(request, 0.0)
 
     def _again(self, request: Request) -> None:
