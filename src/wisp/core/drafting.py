@@ -226,10 +226,13 @@ class Gain:
 
     def serve(self, view: View) -> bool:
         pace = view.pace
-        if not self.server_mode or pace.wait.n < 2 or pace.serve_ms <= 0 or pace.draft.n < 1:
+        if not self.server_mode or pace.wait.n < 2 or pace.draft.n < 1:
+            return self._serving
+        serve_ms = pace.serve_ms
+        if serve_ms <= 0:
             return self._serving
         promised = STOPPING_IN_TIME * pace.best_speed(self.longest)
-        served, drafted = 1.0 / pace.serve_ms, max(pace.speed(self.longest), promised)
+        served, drafted = 1.0 / serve_ms, max(pace.speed(self.longest), promised)
         # Hysteresis: changing over costs a round trip.
         self._serving = served > drafted * (1.0 if self._serving else 1.1)
         return self._serving

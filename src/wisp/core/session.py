@@ -120,7 +120,7 @@ class Session:
     # More attributes than an instance's dictionary has fast ways to.
     __slots__ = (
         "acceptance", "answered_at", "away_s", "cached", "chain", "connection", "discard", "entries", "epoch",
-        "first_at", "handle", "heard", "id", "ignore_eos", "inbox", "key", "late", "late_from", "logprobs",
+        "file", "first_at", "handle", "heard", "id", "ignore_eos", "inbox", "key", "late", "late_from", "logprobs",
         "max_tokens", "n_prompt", "opened", "pending", "price", "round", "sampling", "serve", "since", "slo", "slot",
         "state", "tpot_s", "usual", "verdict", "work",
     )  # fmt: skip
@@ -161,6 +161,7 @@ class Session:
         self.late_from = 0.0
         self.price = 0.0  # of a draft token, as last told
         self.away_s = 0.0  # smoothed: from a verdict to the draft that follows
+        self.file: dict[int, Session] | None = None  # of those that wait for the same, if it waits
         self.work: Work | None = None  # what it could do in the next step, while that does not change
 
     def go(self, event: Event) -> State:
@@ -250,8 +251,11 @@ class Session:
 
     def expected(self, n_draft: int) -> float:
         """Tokens that a draft of so many is expected to commit, the target's own included."""
+        if not n_draft:
+            return 1.0
         a = self.acceptance
-        return float((1.0 - a ** (n_draft + 1)) / (1.0 - a)) if n_draft else 1.0
+        missed: float = a ** (n_draft + 1)
+        return (1.0 - missed) / (1.0 - a)
 
     def verified(self, now: float, n_draft: int, accepted: int) -> None:
         """A step has committed tokens of this session."""
