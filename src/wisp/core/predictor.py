@@ -146,8 +146,9 @@ class Calibration:
         if w < 1e-3:
             w = 1e-3
         # Old observations fade, the prior does not: precision decays towards it.
-        self._paa = paa = pa + f * (self._paa - pa) + w * z * z
-        self._pab = pab = f * self._pab + w * z
+        wz = w * z
+        self._paa = paa = pa + f * (self._paa - pa) + wz * z
+        self._pab = pab = f * self._pab + wz
         self._pbb = pbb = pb + f * (self._pbb - pb) + w
         error = (1.0 if accepted else 0.0) - p
         pull = 1 - f  # and the prior keeps pulling a little
