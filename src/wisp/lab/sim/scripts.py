@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import compress, count
@@ -132,9 +133,9 @@ class Script:
         self.prompt = prompt
         self.positions = [*positions, end]
         self.tokens = list(map(library.target.__getitem__, self.positions))
-        # Where the drafter says something else, and the end.
+        # Where the drafter says something else; behind the last of these, nowhere.
         departs = map(library.off.__contains__, self.positions)
-        self._departures = [*compress(count(), departs), len(self.tokens)]
+        self._departures = [*compress(count(), departs), sys.maxsize]
 
     def __len__(self) -> int:
         return len(self.tokens)
