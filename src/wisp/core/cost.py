@@ -20,7 +20,6 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -32,7 +31,7 @@ Vector = npt.NDArray[np.float64]
 FORGET_FAST = 0.93
 
 
-class Load(NamedTuple):
+class Load(msgspec.Struct, frozen=True, gc=False):
     """What decides how long a step takes; loads of slices add up.
 
     new:       tokens fed
@@ -67,12 +66,16 @@ def load_of(slices: Iterable[Slice]) -> Load:
 
 def decoding_of(slices: Iterable[Slice]) -> Load:
     """The load that a step would be without what it reads of prompts."""
-    load = Load()
+    new = attention = cached = n_slices = 0
     for s in slices:
         if s.sample:
             n = s.n_draft + 1
-            load = load.plus(n, s.start + len(s.tokens) - n)
-    return load
+            total = s.start + len(s.tokens)
+            new += n
+            attention += n * total
+            cached += total - n
+            n_slices += 1
+    return Load(new, attention, cached, n_slices)
 
 
 class Coefficients(msgspec.Struct, frozen=True):
@@ -89,10 +92,11 @@ class Coefficients(msgspec.Struct, frozen=True):
 
     def ms(self, load: Load) -> float:
         """Predicted time of a step."""
-        beyond = load.new - self.knee if self.knee else 0
+        new, knee = load.new, self.knee
+        beyond = new - knee if knee else 0
         return (
             self.step
-            + self.token * load.new
+            + self.token * new
             + self.cached * load.cached
             + self.attention * load.attention
             + self.slice * load.slices
@@ -140,7 +144,7 @@ def fit(loads: Sequence[Load], ms: Sequence[float], *, paper: bool = False) -> C
     """
     y = np.asarray(ms, np.float64)
     if paper:
-        return _fitted([load._replace(slices=0) for load in loads], y, 0)[0]
+        return _fitted([msgspec.structs.replace(load, slices=0) for load in loads], y, 0)[0]
     best, least = _fitted(loads, y, 0)
     least *= len(y) ** (-2.0 / len(y))
     sizes = np.array([load.new for load in loads])

@@ -135,17 +135,17 @@ class Drafter:
 
     def wants_token(self, now_ms: float) -> bool:
         """Is it the draft engine's turn?"""
-        if self.phase is DRAFTING:
-            return True
-        if self.phase is not IN_FLIGHT or self.ahead is None or self.policy is None:
-            return False
+        phase = self.phase
+        if phase is not IN_FLIGHT:
+            return phase is DRAFTING
         if self._goes_on_ms == now_ms:  # found just now, and nothing has happened since
             return True
-        if self._dry or self.serve or self._ended:
+        ahead, policy = self.ahead, self.policy
+        if ahead is None or policy is None or self._dry or self.serve or self._ended:
             return False
         if len(self.committed) + len(self.chain) >= self.task.max_tokens - 1:
             return False
-        return self.ahead.worth(self._view(now_ms), self.pace.price if self.policy.priced else 0.0)
+        return ahead.worth(self._view(now_ms, self.sent), self.pace.price if policy.priced else 0.0)
 
     # --- events
 
@@ -189,21 +189,24 @@ class Drafter:
         self, now_ms: float, token: int | None, signal: Signal, took_ms: float = 0.0
     ) -> list[Action]:
         """The draft engine, in `took_ms`, proposes `token` after `context` (None: it has nothing to propose)."""
-        if self.phase not in (DRAFTING, IN_FLIGHT):
+        phase = self.phase
+        if phase is not DRAFTING and phase is not IN_FLIGHT:
             return []  # a broken connection came first
-        assert self.policy is not None
+        policy, p = self.policy, self._p
+        assert policy is not None
         if token is None:
             self._dry = True
         else:
-            if self._warm:  # the first step reads the prompt
+            if self._warm:
                 self.pace.drafted(took_ms)
-            self._warm = True
-            odds = self.policy.judge(signal, self._p)
+            else:
+                self._warm = True  # the first step reads the prompt
+            odds = policy.judge(signal, p)
             self._odds.append(odds)
-            self._p.append(odds.p)
+            p.append(odds.p)
             self.chain.append(token)
             self._ended = token in self.eos and not self.task.ignore_eos
-        return self._go_on(now_ms) if self.phase is DRAFTING else self._send_ahead(now_ms)
+        return self._go_on(now_ms) if phase is DRAFTING else self._send_ahead(now_ms)
 
     def verdict(self, now_ms: float, verdict: Verdict, arrived_ms: float | None = None) -> list[Action]:
         """Take what is committed since, and go on. It may have arrived earlier, while a draft step was running.
@@ -223,14 +226,8 @@ class Drafter:
         if flight is not None and new:  # else it was stale, and nothing was verified
             drafted = max(0, flight.drafted - before)
             accepted = max(0, verdict.accepted - before)
-        fresh = Committed(
-            tokens=new,
-            logprobs=verdict.logprobs[-len(new) :] if new and verdict.logprobs else [],
-            drafted=drafted,
-            accepted=accepted,
-            from_draft=min(len(new), accepted),
-            finish=verdict.finish,
-        )
+        logprobs = verdict.logprobs[-len(new) :] if new and verdict.logprobs else []
+        fresh = Committed(new, logprobs, drafted, accepted, min(len(new), accepted), verdict.finish)
         if flight is not None:
             arrived = now_ms if arrived_ms is None else arrived_ms
             self._learn(now_ms, arrived, flight, drafted, verdict, new)
@@ -284,7 +281,7 @@ class Drafter:
         if self.serve and self.phase is IN_FLIGHT:  # the verifier has taken over, as it was asked to
             self.phase = SERVED
             return []
-        better_served = self.policy.serve(self._view(now_ms))
+        better_served = self.policy.serve(self._view(now_ms, self.sent))
         if better_served and self.phase is SERVED:
             return []
         self.serve = better_served
@@ -295,36 +292,38 @@ class Drafter:
     def _go_on(self, now_ms: float) -> list[Action]:
         """Draft another token, or send what there is."""
         assert self.policy is not None
-        view = self._view(now_ms)
-        if view.room > 0 and not self._dry and not self._ended and self.policy.more(view):
+        policy, sent = self.policy, self.sent
+        view = self._view(now_ms, sent)
+        full = len(self.chain) - sent >= min(self.max_draft, self._left() - 1)  # one token is the target's
+        if not (full or self._dry or self._ended) and policy.more(view):
             return []
-        return [self._send(now_ms, self.policy.take(view))]
+        return [self._send(now_ms, policy.take(view))]
 
     def _send(self, now_ms: float, most: int) -> Draft:
         self._round += 1
-        self.sent = max(0, min(most, len(self.chain), self.max_draft, self._left() - 1))
+        self.sent = sent = max(0, min(most, len(self.chain), self.max_draft, self._left() - 1))
         self._dry = False
         self.phase = IN_FLIGHT
-        self._flights.append(self._flight(now_ms, self.sent))
-        base, tokens = len(self.committed), self.chain[: self.sent]
-        return Draft(self.session, self._round, base, tokens, self.serve)
+        self._flights.append(self._flight(now_ms, sent))
+        return Draft(self.session, self._round, len(self.committed), self.chain[:sent], self.serve)
 
     def _send_ahead(self, now_ms: float) -> list[Action]:
         """Send what was drafted ahead before the verdict is here, if it is complete, or there is no time for more."""
-        beyond = len(self.chain) - self.sent - 1  # the first of the rest guesses the verdict's own token
-        if beyond < 1 or len(self._flights) != 1 or self.ahead is None or not self.ahead.send or self.serve:
+        sent, flights, ahead = self.sent + 1, self._flights, self.ahead
+        # The first of those not sent yet guesses the verdict's own token.
+        if len(self.chain) <= sent or len(flights) != 1 or ahead is None or not ahead.send or self.serve:
             return []
-        assert self.policy is not None
-        view = self._view(now_ms, self.sent + 1)
-        pace = self.pace
-        last_call = self._flights[0].due_ms - pace.line.value - 0.5 * pace.wait.deviation
-        late = pace.wait.n > 0 and now_ms + pace.draft.value > last_call and not view.opening
-        complete = late or self._dry or self._ended or not self.policy.more(view)
+        pace, policy = self.pace, self.policy
+        assert policy is not None
+        view, wait = self._view(now_ms, sent), pace.wait
+        last_call = flights[0].due_ms - pace.line.value - 0.5 * wait.deviation
+        late = wait.n > 0 and now_ms + pace.draft.value > last_call and not view.opening
+        complete = late or self._dry or self._ended or not policy.more(view)
         if not complete and self.wants_token(now_ms):
             self._goes_on_ms = now_ms
             return []
-        n = self.policy.take(view)
-        return [self._send(now_ms, self.sent + 1 + n)] if n > 0 else []
+        n = policy.take(view)
+        return [self._send(now_ms, sent + n)] if n > 0 else []
 
     def _flight(self, now_ms: float, drafted: int) -> Flight:
         due_ms = now_ms + self.pace.wait_ms(drafted)
@@ -338,15 +337,11 @@ class Drafter:
                 return flight
         return None
 
-    def _view(self, now_ms: float, sent: int | None = None) -> View:
-        """What the policy sees, if the first `sent` tokens of the chain are in flight (default: those that are)."""
-        if sent is None:
-            sent = self.sent
-        room, left = self.max_draft, self.task.max_tokens - len(self.committed) - 1
-        if left < room:
-            room = left
-        due_ms = self._flights[-1].due_ms if self._flights else 0.0
-        return View(now_ms, self._p, sent, room - len(self.chain) + sent, due_ms, self.pace, self._round == 0)
+    def _view(self, now_ms: float, sent: int) -> View:
+        """What the policy sees, if the first `sent` tokens of the chain are in flight."""
+        flights = self._flights
+        due_ms = flights[-1].due_ms if flights else 0.0
+        return View(now_ms, self._p, sent, due_ms, self.pace, self._round == 0)
 
     def _left(self) -> int:
         """Tokens still to come; the last of all is always the target's own."""
@@ -357,26 +352,32 @@ class Drafter:
     ) -> None:
         """What a settled round tells of pace and acceptance. Its correction or bonus tells of the next guess, too."""
         assert self.policy is not None
+        pace = self.pace
         if flight.round > 0:  # the first one read the prompt
             waited = arrived_ms - flight.sent_ms if flight.alone else None
             if new:
-                self.pace.verdict(drafted, waited, verdict.queue_ms, verdict.engine_ms)
-            self.pace.round(drafted, len(new) + self._unasked, now_ms - self._began_ms)
+                pace.verdict(drafted, waited, verdict.queue_ms, verdict.engine_ms)
+            pace.round(drafted, len(new) + self._unasked, now_ms - self._began_ms)
         self._unasked = 0
-        agreed = 0
-        while agreed < min(len(new), len(self.chain)) and new[agreed] == self.chain[agreed]:
+        chain, agreed = self.chain, 0
+        both = min(len(new), len(chain))
+        while agreed < both and new[agreed] == chain[agreed]:
             agreed += 1
-        seen = min(len(new), len(self.chain), agreed + 1)
+        seen = min(both, agreed + 1)
+        learn = pace.acceptance.add
         for i in range(seen):
-            self.pace.acceptance.add(1.0 if i < agreed else 0.0)
+            learn(1.0 if i < agreed else 0.0)
         self.policy.observe(self._odds[:seen], agreed)
 
     def _new_tokens(self, verdict: Verdict) -> list[int]:
-        known = self.committed[verdict.base :]
-        overlap = min(len(known), len(verdict.tokens))
-        if verdict.base > len(self.committed) or known[:overlap] != verdict.tokens[:overlap]:
+        base, tokens, n = verdict.base, verdict.tokens, len(self.committed)
+        if base == n:
+            return tokens
+        known = self.committed[base:]
+        overlap = min(len(known), len(tokens))
+        if base > n or known[:overlap] != tokens[:overlap]:
             raise ProtocolError("conflict", "the verifier contradicts what it committed before")
-        return verdict.tokens[overlap:]
+        return tokens[overlap:]
 
     def _commit(self, new: list[int], answered: int) -> None:
         """Append `new`. The chain keeps what agrees with it, beyond it, and is let go otherwise; then no draft that
@@ -384,14 +385,15 @@ class Drafter:
         if new:
             self._reopenings = 0
             self.committed += new
-            if self.chain[: len(new)] == new[: len(self.chain)]:
-                gone = min(len(new), len(self.chain))
-            else:
-                gone = len(self.chain)
-                self.wasted += max(0, len(self.chain) - answered)
+            chain = self.chain
+            n = len(chain)
+            gone = min(len(new), n)
+            if chain[:gone] != new[:gone]:
+                gone = n
+                self.wasted += max(0, n - answered)
                 self._flights = []
-            del self.chain[:gone], self._odds[:gone], self._p[:gone]
+            del chain[:gone], self._odds[:gone], self._p[:gone]
             self.sent = max(0, self.sent - gone)
-            self._ended = self._ended and bool(self.chain)
+            self._ended = self._ended and n > gone
         if not self._flights:
             self.sent = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from math import prod
 from typing import Protocol
 
 import msgspec
@@ -39,7 +40,6 @@ class View(msgspec.Struct, frozen=True, gc=False):
 
     p:       acceptance probabilities of the tokens guessed beyond the committed ones, in order
     sent:    how many of them are in flight
-    room:    tokens that may still join the draft (limits of protocol, context and max_tokens)
     due_ms:  when the verdict on the draft in flight is expected
     opening: the target is reading the prompt
     """
@@ -47,7 +47,6 @@ class View(msgspec.Struct, frozen=True, gc=False):
     now_ms: float
     p: Sequence[float]
     sent: int
-    room: int
     due_ms: float
     pace: Pace
     opening: bool = False
@@ -179,11 +178,13 @@ class Judgement:
 
     def observe(self, odds: Sequence[Odds], accepted: int) -> None:
         """Learn from a verdict: successes, and the first failure if there was one."""
+        recent, counts, calibration = self.recent, self.counts, self.calibration
         for i, each in enumerate(odds[: accepted + 1]):
-            self.recent.add(1.0 if i < accepted else 0.0)
-            calibration = self.counts if each.counted else self.calibration
-            if calibration is not None:
-                calibration.learn(each.z, i < accepted)
+            agreed = i < accepted
+            recent.add(1.0 if agreed else 0.0)
+            concerned = counts if each.counted else calibration
+            if concerned is not None:
+                concerned.learn(each.z, agreed)
 
 
 class Gain:
@@ -205,19 +206,18 @@ class Gain:
         self._serving = False
 
     def more(self, view: View) -> bool:
-        unsent, pace = view.unsent, view.pace
-        if len(unsent) >= self.longest:
+        p, sent, pace, longest = view.p, view.sent, view.pace, self.longest
+        if len(p) - sent >= longest:
             return False
-        speed = pace.speed(self.longest)
-        chance = math.prod(unsent) * pace.acceptance.value
-        return chance > (pace.draft.value + pace.verify.slope) * speed + pace.price
+        chance = prod(p[sent:] if sent else p) * pace.acceptance.value
+        return chance > (pace.draft.value + pace.verify.slope) * pace.speed(longest) + pace.price
 
     def take(self, view: View) -> int:
-        pace = view.pace
+        pace, sent, longest = view.pace, view.sent, self.longest
         # What verifying one more token costs, in committed tokens: our own time, and the price others pay.
-        cost = pace.verify.slope * pace.speed(self.longest) + pace.price
+        cost = pace.verify.slope * pace.speed(longest) + pace.price
         survival, n = 1.0, 0
-        for p in view.unsent[: self.longest]:
+        for p in view.p[sent : sent + longest]:
             survival *= p
             if survival <= cost:
                 break
@@ -226,10 +226,13 @@ class Gain:
 
     def serve(self, view: View) -> bool:
         pace = view.pace
-        if not self.server_mode or pace.wait.n < 2 or pace.serve_ms <= 0 or pace.draft.n < 1:
+        if not self.server_mode or pace.wait.n < 2 or pace.draft.n < 1:
+            return self._serving
+        serve_ms = pace.serve_ms
+        if serve_ms <= 0:
             return self._serving
         promised = STOPPING_IN_TIME * pace.best_speed(self.longest)
-        served, drafted = 1.0 / pace.serve_ms, max(pace.speed(self.longest), promised)
+        served, drafted = 1.0 / serve_ms, max(pace.speed(self.longest), promised)
         # Hysteresis: changing over costs a round trip.
         self._serving = served > drafted * (1.0 if self._serving else 1.1)
         return self._serving
@@ -251,23 +254,25 @@ class Ahead(msgspec.Struct, frozen=True):
 
     def worth(self, view: View, price: float = 0.0) -> bool:
         """Draft another token ahead, now? At this `price` what is drafted will be sent, or not."""
-        pace = view.pace
-        d, a = pace.draft.value, pace.acceptance.value
-        right = math.prod(view.p)
-        steps, beyond = 1, len(view.p) - view.sent
+        pace, p, sent = view.pace, view.p, view.sent
+        a = pace.acceptance.value
+        right = prod(p)
+        steps, beyond = 1, len(p) - sent
         if not beyond:  # the next guess is of the verdict's own token: only one beyond it is of use
             right, steps = right * a, 2
         if beyond >= self.longest or right * a < self.energy:
             return False
-        if price and beyond > 1 and math.prod(view.p[view.sent + 1 :]) * a <= price:
+        if price and beyond > 1 and prod(p[sent + 1 :]) * a <= price:
             return False  # it would not be sent
-        if view.opening or pace.wait.n == 0:
+        wait = pace.wait
+        if view.opening or wait.n == 0:
             return True  # reading the prompt takes the target longer than a draft step
-        left, unsure = view.due_ms - view.now_ms, 0.25 * pace.wait.deviation
+        d, left, unsure = pace.draft.value, view.due_ms - view.now_ms, 0.25 * wait.deviation
         left = left + unsure if left > 0.0 else unsure
-        late, wrong_late = steps * d - left, max(0.0, d - left)
+        late = steps * d - left
         if late <= 0.0:
             return True
+        wrong_late = max(0.0, d - left)
         # If the guess is right, a token costs `late` instead of a whole draft step, if it is drafted at all then;
         # if it is wrong, a fresh start has to wait for the step that is running.
         speed = pace.speed(self.longest)

@@ -9,6 +9,7 @@ late: `Forecast` promises less then.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Iterable
 from copy import copy
 
@@ -48,21 +49,23 @@ class Demand:
 
     def _add(self, s: Session) -> float:
         """Count a session; returns its pace, 0 if it has none to keep."""
-        tokens = min(s.max_tokens, self.answer_tokens)
+        tokens, n_prompt, tpot_s = min(s.max_tokens, self.answer_tokens), s.n_prompt, s.tpot_s
+        begun = len(s.chain) > n_prompt
         self.sessions += 1
-        self.kv += s.n_prompt + tokens / 2
-        self.unread += 0 if s.n_committed else s.n_prompt
-        if not s.tpot_s:
+        self.kv += n_prompt + tokens / 2
+        if not begun:
+            self.unread += n_prompt
+        if not tpot_s:
             return 0.0
-        token_s = 2.0 * s.tpot_s if s.late else s.tpot_s
-        self.rows += (ROWS_A_TOKEN + s.n_prompt / tokens) / token_s
+        token_s = 2.0 * tpot_s if s.late else tpot_s
+        self.rows += (ROWS_A_TOKEN + n_prompt / tokens) / token_s
         self.decoding += ROWS_A_TOKEN / token_s
         if s.late:
             return 0.0
-        if s.n_committed:
+        if begun:
             self.running += 1
             self.behind += s.lag_s > 0.0
-        return s.tpot_s * (s.usual + 1.0) / 2.0
+        return tpot_s * (s.usual + 1.0) / 2.0
 
     def without_kv(self, limits: Limits) -> float:
         """Tokens of KV for which there is no room, or no slot."""
@@ -73,7 +76,9 @@ class Demand:
         """With one more."""
         more = copy(self)
         pace = more._add(s)
-        more.paces = sorted((*self.paces, pace)) if pace else self.paces
+        if pace:
+            more.paces = self.paces.copy()
+            insort(more.paces, pace)
         return more
 
 

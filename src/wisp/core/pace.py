@@ -5,11 +5,6 @@ Everything a drafting policy needs to weigh one more draft token against the tim
 
 from __future__ import annotations
 
-import copy
-from functools import lru_cache
-from itertools import accumulate, repeat
-from operator import mul
-
 TYPICAL = 0.8  # acceptance, before anything is known of it
 LEAST_MS = 1e-3  # that a round takes
 SAME = 1e-3  # by how much the time of a draft step may differ and count as the same
@@ -81,6 +76,11 @@ class Line:
 class Pace:
     """Smoothed measurements of one session. Times in milliseconds."""
 
+    __slots__ = (
+        "_best", "_best_draft", "_best_of", "_measured", "_time_ms", "_tokens",
+        "acceptance", "draft", "line", "price", "queue", "served", "verify", "wait",
+    )  # fmt: skip
+
     def __init__(self, draft_ms: float = 0.0) -> None:
         self.draft = Mean(draft_ms, 0.1)  # one draft step
         self.wait = Mean(0.0, 0.15)  # from sending a draft to its verdict, less what its size explains
@@ -90,29 +90,33 @@ class Pace:
         self.served = Mean(0.0, 0.15)  # between tokens that the verifier decodes by itself
         self.acceptance = Mean(TYPICAL, 0.03, prior=10)  # of a draft token whose predecessors were accepted
         self.price = 0.0  # of a draft token, as of the last verdict
-        self._tokens = 0.0
-        self._time_ms = 0.0
-        self._best_of = (0, 0.0, 0.0, 0.0, 0.0)  # of what `best_speed` last spoke, and what it said
-        self._best = 0.0
+        self._tokens = self._time_ms = 0.0
+        self._measured = 0.0  # tokens per millisecond of these, if they are enough to go by
+        # Of what `best_speed` last spoke, and what it said.
+        self._best_of: tuple[int, float, float, float] = (0, 0.0, 0.0, 0.0)
+        self._best_draft = self._best = 0.0
 
     def successor(self) -> Pace:
         """Where the next session of this device starts: what was measured, the price last told, and a little of how
         fast that one went."""
-        pace = copy.copy(self)
+        pace = Pace.__new__(Pace)
         pace.draft, pace.wait, pace.verify = self.draft.copy(), self.wait.copy(), self.verify.copy()
         pace.queue, pace.line, pace.served = self.queue.copy(), self.line.copy(), self.served.copy()
-        pace.acceptance = self.acceptance.copy()
-        pace._tokens *= 0.2
-        pace._time_ms *= 0.2
+        pace.acceptance, pace.price = self.acceptance.copy(), self.price
+        pace._timed(0.2 * self._tokens, 0.2 * self._time_ms)
+        pace._best_of, pace._best_draft, pace._best = self._best_of, self._best_draft, self._best
         return pace
 
     def speed(self, longest: int) -> float:
         """Committed tokens per millisecond that can be had by drafting: as measured over the last few dozen rounds,
         or as the best fixed length would give by the measurements, if that is more. (A policy that went by its own
         speed alone would find a bad habit justified by the slowness it causes.)"""
-        measured = self._tokens / self._time_ms if self._tokens > 5.0 and self._time_ms > 0 else 0.0
-        best = self.best_speed(longest)
+        measured, best = self._measured, self.best_speed(longest)
         return measured if measured > best else best
+
+    def _timed(self, tokens: float, time_ms: float) -> None:
+        self._tokens, self._time_ms = tokens, time_ms
+        self._measured = tokens / time_ms if tokens > 5.0 and time_ms > 0 else 0.0
 
     def drafted(self, took_ms: float) -> None:
         """A draft step took so long. One that had to read a prompt first, or was held up, counts as slow, no more."""
@@ -129,8 +133,7 @@ class Pace:
         """Without drafts nothing is learned of them: what is believed slowly goes back to what is typical."""
         keep = 0.98**tokens
         self.acceptance.value = TYPICAL + (self.acceptance.value - TYPICAL) * keep
-        self._tokens *= keep
-        self._time_ms *= keep
+        self._timed(keep * self._tokens, keep * self._time_ms)
         self.draft.value *= 0.998**tokens  # so that drafting is tried again, some time
 
     def round(self, drafted: int, tokens: int, elapsed_ms: float) -> None:
@@ -138,8 +141,7 @@ class Pace:
         if not drafted:
             self._forget(tokens)
         keep = 0.97
-        self._tokens = keep * self._tokens + tokens
-        self._time_ms = keep * self._time_ms + elapsed_ms
+        self._timed(keep * self._tokens + tokens, keep * self._time_ms + elapsed_ms)
 
     def verdict(self, n_draft: int, waited_ms: float | None, queue_ms: float, engine_ms: float) -> None:
         """A draft of `n_draft` tokens came back after `waited_ms`, of which queue and engine took their parts."""
@@ -171,28 +173,21 @@ class Pace:
         wait, draft = self.wait, self.draft.value
         if not wait.n:
             return 0.0
-        wait_ms, acceptance, slope = wait.value, self.acceptance.value, self.verify.slope
-        n, a, w, s, d = self._best_of
-        if (
-            a == acceptance
-            and w == wait_ms
-            and s == slope
-            and n == longest
-            and abs(draft - d) <= SAME * draft
-        ):
+        of = (longest, self.acceptance.value, wait.value, self.verify.slope)
+        if of == self._best_of and abs(draft - self._best_draft) <= SAME * draft:
             return self._best
+        _, acceptance, wait_ms, slope = self._best_of = of
+        self._best_draft = draft
+        acceptance = min(acceptance, 0.99)
         best, time, each = 0.0, max(wait_ms, LEAST_MS), draft + slope
-        for gain in _gains(min(acceptance, 0.99), longest):
+        gain = power = 1.0
+        for _ in range(longest + 1):
             speed = gain / time
             if speed < best:
                 break  # a concave gain over a time that grows evenly has one peak
             best = speed
             time += each
-        self._best_of, self._best = (longest, acceptance, wait_ms, slope, draft), best
+            power *= acceptance
+            gain += power
+        self._best = best
         return best
-
-
-@lru_cache(maxsize=4096)
-def _gains(acceptance: float, longest: int) -> list[float]:
-    """Tokens that a draft of 0, 1, ... `longest` commits."""
-    return list(accumulate(accumulate(repeat(acceptance, longest), mul, initial=1.0)))

@@ -18,10 +18,9 @@ from wisp.core.events import Limits, Run
 from wisp.core.kv import KvPool, Placement
 from wisp.core.lending import is_urgent, lenders, slot_lender
 from wisp.core.pressure import Pressure
-from wisp.core.session import PARKED, READY, WAITING, Event, Session
+from wisp.core.session import DRAFT, PARKED, PICKED, READY, WAITING, Session
 from wisp.core.work import Copy, Slice
 
-DRAFT, PICKED = Event.DRAFT, Event.PICKED
 PREFILL, VERIFY, DECODE = Kind
 SHORT = 8  # tokens; a session that has no more than this to catch up on need not be cut into chunks
 
@@ -37,25 +36,28 @@ class Files:
 
     def put(self, s: Session) -> None:
         """Put a session where those in its state are, and forget what was worked out for another."""
-        s.work = None
-        handle, state = s.handle, s.state
-        self._take_out(handle)
+        self._take_out(s)
+        state, file = s.state, None
         if state is READY:
-            self.ready[handle] = s
+            file = self.ready
         elif state is WAITING:
             if s.slot is not None and s.connection >= 0:
-                self.absent[handle] = s
+                file = self.absent
         elif state is PARKED:
-            self.parked[handle] = s
+            file = self.parked
+        if file is not None:
+            file[s.handle] = s
+        s.file, s.work = file, None
 
     def remove(self, s: Session) -> None:
         """It has ended."""
-        self._take_out(s.handle)
+        self._take_out(s)
+        s.file = None
         del self.sessions[s.handle]
 
-    def _take_out(self, handle: int) -> None:
-        if self.ready.pop(handle, None) is None and self.absent.pop(handle, None) is None:
-            self.parked.pop(handle, None)
+    def _take_out(self, s: Session) -> None:
+        if s.file is not None:
+            del s.file[s.handle]
 
 
 class Planner:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from math import exp
 from typing import Any
 
 import numpy as np
@@ -121,35 +122,42 @@ class Predictor:
 class Calibration:
     """Online Platt scaling with forgetting: p = sigmoid(a z + b). One for a device, shared by its sessions."""
 
+    __slots__ = ("_pa", "_paa", "_pab", "_pb", "_pbb", "a", "b", "forgetting", "trust")
+
     def __init__(self, forgetting: float = 0.995, trust: float = 30.0) -> None:
         """`trust`: how many observations the trained model (a = 1, b = 0) is worth at the start."""
         self.a, self.b = 1.0, 0.0
         self.forgetting = forgetting
         self.trust = trust
         # Precision of (a, b): the prior, and what was observed.
-        self._paa, self._pab, self._pbb = 0.5 * trust, 0.0, 0.15 * trust
+        self._pa, self._pb = 0.5 * trust, 0.15 * trust
+        self._paa, self._pab, self._pbb = self._pa, 0.0, self._pb
 
     def probability(self, z: float) -> float:
         """Calibrated probability for a logit of the model."""
-        return sigmoid(self.a * z + self.b)
+        x = self.a * z + self.b
+        return 1.0 / (1.0 + exp(-x)) if x > -700.0 else 0.0  # `sigmoid`, asked for with each token
 
     def learn(self, z: float, accepted: bool) -> None:
         """One observed outcome: a Newton step of the log posterior."""
         p = self.probability(z)
-        w, f = max(p * (1 - p), 1e-3), self.forgetting
+        a, b, f, pa, pb = self.a, self.b, self.forgetting, self._pa, self._pb
+        w = p * (1 - p)
+        if w < 1e-3:
+            w = 1e-3
         # Old observations fade, the prior does not: precision decays towards it.
-        pa, pb = 0.5 * self.trust, 0.15 * self.trust
-        self._paa = pa + f * (self._paa - pa) + w * z * z
-        self._pab = f * self._pab + w * z
-        self._pbb = pb + f * (self._pbb - pb) + w
+        wz = w * z
+        self._paa = paa = pa + f * (self._paa - pa) + wz * z
+        self._pab = pab = f * self._pab + wz
+        self._pbb = pbb = pb + f * (self._pbb - pb) + w
         error = (1.0 if accepted else 0.0) - p
         pull = 1 - f  # and the prior keeps pulling a little
-        ga = error * z - pull * pa * (self.a - 1.0)
-        gb = error - pull * pb * self.b
-        det = self._paa * self._pbb - self._pab * self._pab
-        self.a += (self._pbb * ga - self._pab * gb) / det
-        self.b += (self._paa * gb - self._pab * ga) / det
-        self.a = min(max(self.a, 0.2), 3.0)
+        ga = error * z - pull * pa * (a - 1.0)
+        gb = error - pull * pb * b
+        det = paa * pbb - pab * pab
+        a += (pbb * ga - pab * gb) / det
+        self.b = b + (paa * gb - pab * ga) / det
+        self.a = 0.2 if a < 0.2 else 3.0 if a > 3.0 else a
 
 
 def sigmoid(x: float) -> float:

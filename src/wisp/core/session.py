@@ -53,6 +53,7 @@ class Event(Enum):
 
 # Found sooner than through their class, where each of a thousand sessions is looked at.
 READY, RUNNING, WAITING, PARKED, ORPHANED, DOOMED, ENDED = State
+PICKED, MORE, VERDICT, DRAFT, LOST, RESUMED, CANCEL, FINISHED = Event
 
 S, E = State, Event
 TRANSITIONS: dict[State, dict[Event, State]] = {
@@ -116,6 +117,14 @@ class Pending(msgspec.Struct, frozen=True):
 class Session:
     """One generation. `chain` is prompt + committed tokens; nothing here does I/O."""
 
+    # More attributes than an instance's dictionary has fast ways to.
+    __slots__ = (
+        "acceptance", "answered_at", "away_s", "cached", "chain", "connection", "discard", "entries", "epoch",
+        "file", "first_at", "handle", "heard", "id", "ignore_eos", "inbox", "key", "late", "late_from", "logprobs",
+        "max_tokens", "n_prompt", "opened", "pending", "price", "round", "sampling", "serve", "since", "slo", "slot",
+        "state", "tpot_s", "usual", "verdict", "work",
+    )  # fmt: skip
+
     def __init__(self, handle: int, key: str, connection: int, open_: Open, now: float) -> None:
         self.handle = handle
         self.id = open_.session
@@ -152,6 +161,7 @@ class Session:
         self.late_from = 0.0
         self.price = 0.0  # of a draft token, as last told
         self.away_s = 0.0  # smoothed: from a verdict to the draft that follows
+        self.file: dict[int, Session] | None = None  # of those that wait for the same, if it waits
         self.work: Work | None = None  # what it could do in the next step, while that does not change
 
     def go(self, event: Event) -> State:
@@ -241,15 +251,21 @@ class Session:
 
     def expected(self, n_draft: int) -> float:
         """Tokens that a draft of so many is expected to commit, the target's own included."""
+        if not n_draft:
+            return 1.0
         a = self.acceptance
-        return float((1.0 - a ** (n_draft + 1)) / (1.0 - a)) if n_draft else 1.0
+        missed: float = a ** (n_draft + 1)
+        return (1.0 - missed) / (1.0 - a)
 
     def verified(self, now: float, n_draft: int, accepted: int) -> None:
         """A step has committed tokens of this session."""
-        self.first_at = min(self.first_at, now)
+        if now < self.first_at:
+            self.first_at = now
         self.answered_at = now
+        acceptance = self.acceptance
         for i in range(min(accepted + 1, n_draft)):
-            self.acceptance += 0.04 * ((0.98 if i < accepted else 0.0) - self.acceptance)
+            acceptance += 0.04 * ((0.98 if i < accepted else 0.0) - acceptance)
+        self.acceptance = acceptance
 
     def returned(self, now: float) -> None:
         """The edge's next draft is here."""
@@ -278,19 +294,12 @@ class Session:
     ) -> Verdict:
         """The verdict on `round_`, which is also kept for duplicates."""
         self.heard = self.n_committed
-        self.verdict = Verdict(
-            self.id,
-            round_,
-            base,
-            accepted,
-            self.committed_from(base),
-            finish,
-            self.entries_from(base) if self.logprobs is not None else [],
-            queue_ms,
-            engine_ms,
-            self.price,
+        entries = self.entries_from(base) if self.logprobs is not None else []
+        tokens = self.committed_from(base)
+        self.verdict = verdict = Verdict(
+            self.id, round_, base, accepted, tokens, finish, entries, queue_ms, engine_ms, self.price
         )
-        return self.verdict
+        return verdict
 
     def adopt(self, open_: Open) -> None:
         """Resume: of two committed histories the longer wins, if the other is its prefix.

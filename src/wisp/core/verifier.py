@@ -34,7 +34,23 @@ from wisp.core.events import (
 from wisp.core.forecast import Forecast, keepable
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.planning import Files, Planner
-from wisp.core.session import IN_ENGINE, Event, Pending, Session, State
+from wisp.core.session import (
+    CANCEL,
+    DOOMED,
+    DRAFT,
+    ENDED,
+    FINISHED,
+    IN_ENGINE,
+    LOST,
+    MORE,
+    PARKED,
+    READY,
+    RESUMED,
+    VERDICT,
+    WAITING,
+    Pending,
+    Session,
+)
 from wisp.core.work import Slice, SliceResult
 
 
@@ -144,10 +160,10 @@ class Verifier:
             raise ProtocolError("forbidden", "this session belongs to another key")
         if open_.epoch <= session.epoch:
             raise ProtocolError("stale_epoch", f"epoch {open_.epoch} was overtaken by {session.epoch}")
-        if session.state is State.DOOMED:
+        if session.state is DOOMED:
             raise ProtocolError("out_of_turn", "this session was cancelled")
         session.adopt(open_)
-        session.go(Event.RESUMED)
+        session.go(RESUMED)
         self._by_connection.get(session.connection, set()).discard(session.handle)
         session.connection, session.epoch = connection, open_.epoch
         self.files.put(session)
@@ -164,13 +180,14 @@ class Verifier:
         if not 0 <= draft.base <= session.n_committed:
             message = f"base {draft.base}, but {session.n_committed} tokens are committed here; open the session again"
             raise ProtocolError("unknown_base", message)
-        if session.state in IN_ENGINE:
-            session.go(Event.DRAFT)
+        state = session.state
+        if state in IN_ENGINE:
+            session.go(DRAFT)
             session.serve = draft.serve
             session.inbox = draft
             return None
         session.serve = draft.serve
-        if session.state is State.READY and session.extends(draft):
+        if state is READY and session.extends(draft):
             session.inbox = draft  # sent ahead: it is worth its rows once what it bets on has come true
             return None
         session.returned(now)
@@ -188,20 +205,21 @@ class Verifier:
             session.pending, answer = taken, None
         else:
             session.pending, answer = None, taken
+        ready = session.state is READY
         if answer is None or session.serve:
-            if session.state is not State.READY:
+            if not ready:
                 session.since = now
-            session.go(Event.DRAFT)
-        elif session.state is State.READY:
-            session.go(Event.VERDICT)
+            session.go(DRAFT)
+        elif ready:
+            session.go(VERDICT)
         self.files.put(session)
         return answer
 
     def _cancel(self, connection: int, cancel: Cancel) -> None:
         session = self._by_id.get(cancel.session)
-        if session is not None and session.connection == connection and session.state is not State.DOOMED:
-            session.go(Event.CANCEL)
-            if session.state is State.ENDED:
+        if session is not None and session.connection == connection and session.state is not DOOMED:
+            session.go(CANCEL)
+            if session.state is ENDED:
                 self._end(session)
 
     def _owned(self, connection: int, session_id: str) -> Session:
@@ -246,8 +264,8 @@ class Verifier:
     # --- parking and ending
 
     def _park(self, now: float, session: Session) -> None:
-        if session.state is not State.DOOMED:
-            session.go(Event.LOST)
+        if session.state is not DOOMED:
+            session.go(LOST)
         session.connection = -1
         session.since = now
         session.pending = session.inbox = None
@@ -259,7 +277,7 @@ class Verifier:
             session = next(iter(self.files.parked.values()))
             if session.since + self.limits.park_s > now:
                 break
-            session.go(Event.CANCEL)
+            session.go(CANCEL)
             self._end(session)
 
     def _end(self, session: Session) -> None:
@@ -340,17 +358,17 @@ class Verifier:
                 queue_ms=(self._dispatched - p.since) * 1e3,
                 engine_ms=engine_ms,
             )
-        connection = -1 if s.state is State.DOOMED else s.connection
+        connection = -1 if s.state is DOOMED else s.connection
         more = not slice_.sample or (s.serve and not finish)
         self._settle(now, s, cached=min(fed, len(s.chain)), more=more)
         if finish:
             self.forecast.ended(s.n_committed, now - s.opened, s.in_time(now))
-        if finish and s.state is not State.ENDED:
-            s.go(Event.CANCEL if s.state is State.PARKED else Event.FINISHED)
-            self._end(s)
+            if s.state is not ENDED:
+                s.go(CANCEL if s.state is PARKED else FINISHED)
+                self._end(s)
         if verdict is not None and connection >= 0:
             yield Send(connection, verdict)
-        if s.inbox is not None and s.state is not State.ENDED:
+        if s.inbox is not None and s.state is not ENDED:
             yield from self._next(now, s)
 
     def _cut(self, s: Session, tokens: list[int]) -> tuple[list[int], str]:
@@ -367,11 +385,11 @@ class Verifier:
         assert s.slot is not None
         self.kv.grow(now, s.slot, s.chain[s.cached : cached])
         s.cached = cached
-        s.go(Event.MORE if more else Event.VERDICT)
+        state = s.go(MORE if more else VERDICT)
         s.since = now
-        if s.state is State.PARKED:
+        if state is PARKED:
             s.pending = None
-        if s.state is State.ENDED:
+        if state is ENDED:
             self._end(s)
         else:
             self.files.put(s)
@@ -379,7 +397,7 @@ class Verifier:
     def _next(self, now: float, s: Session) -> Iterable[Action]:
         """A draft that arrived during the step is taken up now."""
         draft, s.inbox = s.inbox, None
-        if draft is not None and s.state in (State.READY, State.WAITING):
+        if draft is not None and s.state in (READY, WAITING):
             answer = self._take(now, s, draft.round, draft.base, draft.tokens)
             if answer is not None:
                 yield Send(s.connection, answer)
@@ -392,7 +410,7 @@ class Verifier:
     def _fail(self, s: Session, code: str, message: str) -> Iterable[Action]:
         """End a session that the engine could not serve. Its edge may open it again."""
         connection = s.connection
-        s.go(Event.FINISHED)
+        s.go(FINISHED)
         if s.slot is not None:
             self.kv.drop(s.slot)
             s.slot = None

@@ -94,16 +94,17 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def step_ms(self, load: Load) -> float:
         """Time of a step without noise, ms."""
-        new, attention, cached, sequences = load
-        padded = self._padded(new)
+        padded = self._padded(load.new)
         weights = self.parameters * 1e9 * self.weight_bytes
-        moved = weights + (cached + new) * self.kv_token_bytes
+        moved = weights + (load.cached + load.new) * self.kv_token_bytes
         memory = moved / (self.bandwidth * 1e9 * self.bandwidth_share) * 1e3
-        worked = 2 * self.parameters * 1e9 * padded + 4 * self.layers * self.heads * self.head_dim * attention
+        worked = (
+            2 * self.parameters * 1e9 * padded + 4 * self.layers * self.heads * self.head_dim * load.attention
+        )
         compute = worked / (self.tflops * 1e12 * self.tflops_share) * 1e3
         high, low = max(memory, compute), min(memory, compute)
         both = high * math.pow(1.0 + math.pow(low / high, self.overlap), 1.0 / self.overlap)
-        return both + self.launch_ms + self.sequence_ms * sequences
+        return both + self.launch_ms + self.sequence_ms * load.slices
 
     def noisy(self, ms: float, source: random.Random) -> float:
         """The same as it would be measured."""

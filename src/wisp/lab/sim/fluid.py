@@ -101,7 +101,7 @@ def _draft(script: Script, base: int, threshold: float) -> tuple[list[int], int]
     chain: list[int] = []
     survival = 1.0
     while len(chain) < LONGEST:
-        proposal = script.propose(base, chain)
+        proposal = script.propose(base, len(chain))
         if proposal is None:
             break
         token, signal = proposal

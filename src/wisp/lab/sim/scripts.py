@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import compress, count
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +44,7 @@ class Foreteller(Predictor):
 
     def odds(self, signal: Signal, depth: int, recent: float, temperature: float) -> float:
         """Log odds by base value and slopes."""
-        foretold = cast(Foretold, signal)  # a script's signals are
+        foretold: Foretold = signal  # type: ignore[assignment]  # a script's signals are
         by_depth = _LOG1P[depth] if depth < 256 else _LOG1P[255]
         return foretold.z + foretold.by_depth * by_depth + foretold.by_recent * (recent - RECENT)
 
@@ -53,7 +55,8 @@ _LOG1P: list[float] = (np.log1p(np.arange(256)) - np.log1p(DEPTH)).tolist()
 class Library:
     """All positions of some traces, flat: what scripts are made of.
 
-    target, draft: by position. off: for each position where they differ, what the drafter goes on with.
+    target, draft: by position; said: what is drafted with its signal. off: for each position where they differ, what
+    the drafter goes on with.
     """
 
     def __init__(self, traces: Sequence[Trace], predictor: Predictor) -> None:
@@ -84,6 +87,7 @@ class Library:
                 self.off[first + i] = _path(t.off[i], foretold[at:])
                 at += len(t.off[i].tokens)
         self.signals = foretold[: len(self.target)]
+        self.said = list(zip(self.draft, self.signals, strict=True))
         self.stops = frozenset(self.ends)
         self.eos = frozenset(self.target[i] for i in self.ends)
         inside = [p for piece in self.pieces for p in piece]
@@ -128,26 +132,22 @@ class Script:
         self.library = library
         self.prompt = prompt
         self.positions = [*positions, end]
-        target = library.target
-        self.tokens = [target[p] for p in self.positions]
+        self.tokens = list(map(library.target.__getitem__, self.positions))
+        # Where the drafter says something else; behind the last of these, nowhere.
+        departs = map(library.off.__contains__, self.positions)
+        self._departures = [*compress(count(), departs), sys.maxsize]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def propose(self, base: int, chain: Sequence[int]) -> tuple[int, Foretold] | None:
-        """What the drafter says after `base` committed tokens and the guesses in `chain`."""
-        library, end = self.library, base + len(chain)
-        said = self.tokens[base:end]
-        if said == chain:
-            if end == len(self.tokens):
-                return None
-            position = self.positions[end]
-            return library.draft[position], library.signals[position]
-        for at, token in enumerate(said, base):
-            if token != chain[at - base]:
-                path, depth = library.off.get(self.positions[at]), end - at - 1
-                return path[depth] if path is not None and depth < len(path) else None
-        return None
+    def propose(self, base: int, guesses: int) -> tuple[int, Foretold] | None:
+        """What the drafter says after `base` tokens of the text and so many guesses of its own."""
+        library, departures, end = self.library, self._departures, base + guesses
+        at = departures[bisect_left(departures, base)]
+        if end <= at:
+            return library.said[self.positions[end]] if end < len(self.tokens) else None
+        path, depth = library.off[self.positions[at]], end - at - 1
+        return path[depth] if depth < len(path) else None
 
 
 class Scripts:

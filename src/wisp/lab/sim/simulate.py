@@ -139,7 +139,8 @@ class Fleet:
         self._request(handset, slo, source.randint(*s.prompt_tokens), source)
 
     def _request(self, handset: Handset, slo: SloClass, n_prompt: int, source: random.Random) -> None:
-        prompt = [source.getrandbits(30) % self.n_vocab for _ in range(n_prompt)]
+        draw, n_vocab = source.getrandbits, self.n_vocab
+        prompt = [draw(30) % n_vocab for _ in range(n_prompt)]
         seed, most = source.getrandbits(32), self.scenario.most_output
         if self.scenario.as_recorded:
             script = self.scripts.script(seed)

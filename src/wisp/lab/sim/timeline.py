@@ -11,39 +11,43 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any
 
-import msgspec
 import simpy
-
-
-class Later(msgspec.Struct):
-    """Something to do, in the place of an event. `do` is given this."""
-
-    do: Callable[[Any], None]
+from simpy import Event
 
 
 class Timeline(simpy.Environment):
     """Time of a fleet."""
 
-    now: float = 0.0  # an attribute, where SimPy has a property: it is read several times an event
+    __slots__ = ("now",)  # SimPy has a property, and this is read several times an event
+    now: float
 
-    def after(self, delay: float, do: Callable[[Any], None]) -> Later:
-        """Have something done once so many seconds have passed."""
-        later = Later(do)
-        heappush(self._queue, (self.now + delay, 1, next(self._eid), later))  # type: ignore[misc]
-        return later
+    def __init__(self, initial_time: float = 0.0) -> None:
+        super().__init__(initial_time)
+        self.now = initial_time
+
+    def after(self, delay: float, do: Callable[[int], None]) -> int:
+        """Have something done once so many seconds have passed. Returns its number, which `do` is given."""
+        number = next(self._eid)
+        heappush(self._queue, (self.now + delay, 1, number, do))  # type: ignore[misc]
+        return number
 
     def run(self, until: Any = None) -> None:
         """Let what is due before `until` (seconds) happen. An exception comes out, with time where it was raised."""
         queue: list[Any] = self._queue
         while queue and queue[0][0] < until:
-            at, _, _, event = heappop(queue)
+            at, _, number, event = heappop(queue)
             self.now = self._now = at
-            if type(event) is Later:
-                event.do(event)
-                continue
-            callbacks, event.callbacks = event.callbacks, None
-            for callback in callbacks:
-                callback(event)
-            if not event._ok and not hasattr(event, "_defused"):
-                raise event._value
+            if isinstance(event, Event):
+                _happen(event)
+            else:
+                event(number)
         self.now = self._now = until
+
+
+def _happen(event: Any) -> None:
+    """What SimPy does with an event of its own."""
+    callbacks, event.callbacks = event.callbacks, None
+    for callback in callbacks:
+        callback(event)
+    if not event._ok and not hasattr(event, "_defused"):
+        raise event._value

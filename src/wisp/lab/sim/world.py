@@ -16,7 +16,7 @@ from typing import Protocol
 from wisp.core.admission import Admission
 from wisp.core.batching import batching_policy
 from wisp.core.cost import Coefficients, CostModel, Load, load_of
-from wisp.core.drafter import Action, Drafter, Phase, Reopen, Task
+from wisp.core.drafter import DONE, Action, Drafter, Task
 from wisp.core.drafting import Ahead, Policies
 from wisp.core.errors import RequestError
 from wisp.core.events import EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick
@@ -134,7 +134,7 @@ class Cloud:
         self.senders: dict[int, Callable[[Verdict | Refused], None]] = {}
         self._noise = random.Random(seed)
         self._tick_due = False
-        self._timer: object = None
+        self._timer = -1  # the number of what is to wake it
 
     def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
         """A message arrives."""
@@ -145,19 +145,20 @@ class Cloud:
         self._feed(EdgeLost(connection))
 
     def _feed(self, event: InEvent) -> None:
-        now = self.env.now
-        for action in self.verifier.handle(now, event):
+        verifier = self.verifier
+        for action in verifier.handle(self.env.now, event):
             if isinstance(action, Send):
-                if isinstance(action.message, Verdict):
-                    self.counts.prices.append(action.message.price)
+                message = action.message
+                if isinstance(message, Verdict):
+                    self.counts.prices.append(message.price)
                 sender = self.senders.get(action.connection)
                 if sender is not None:
-                    sender(action.message)
+                    sender(message)
             elif isinstance(action, Run):
                 self._run(action)
             else:
                 self._wake_at(action.at)
-        if not isinstance(event, Tick) and not self._tick_due and not self.verifier.running:
+        if not (verifier.running or self._tick_due or isinstance(event, Tick)):
             self._tick_due = True
             self.env.after(0.0, self._tick)
 
@@ -169,12 +170,12 @@ class Cloud:
     def _wake_at(self, at: float) -> None:
         self._timer = self.env.after(max(0.0, at - self.env.now), self._woken)
 
-    def _woken(self, timer: object) -> None:
-        if timer is self._timer and not self._tick_due:
+    def _woken(self, timer: int) -> None:
+        if timer == self._timer and not self._tick_due:
             self._tick()
 
     def _run(self, step: Run) -> None:
-        self._timer = None
+        self._timer = -1
         slices, profile, counts = step.slices, self.engine.profile, self.counts
         load = load_of(slices)
         ms = profile.noisy(profile.step_ms(load), self._noise)
@@ -191,10 +192,10 @@ class Cloud:
         results = self.engine.verify(slices)
         counts.accepted += sum(r.accepted for r in results)
         counts.tokens += sum(len(r.tokens) for r in results)
-        alone = self.verifier.cost.now.ms
+        alone, note = self.verifier.cost.now.ms, counts.interference_ms.append
         for s in slices:
             n, start = len(s.tokens), s.start
-            counts.interference_ms.append(ms - alone(Load(n, n * (start + n), start, 1)))
+            note(ms - alone(Load(n, n * (start + n), start, 1)))
         counts.evicted = self.verifier.evicted
         if counts.traced:
             counts.note("step", self.env.now, ms, len(slices), load.new)
@@ -281,9 +282,13 @@ class Handset:
         for action in actions:
             if isinstance(action, Draft):
                 self._send(action, len(action.tokens))
+            elif isinstance(action, Committed):
+                wasted = action.drafted - action.accepted - 1
+                if wasted > 0:
+                    self.counts.wasted_ms += wasted * self.device.draft_ms(self.drafted_ms / 1e3)
             elif isinstance(action, Open):
                 self._send(action, len(action.draft))
-            elif isinstance(action, Reopen):
+            else:
                 self.env.after(action.after_s, self._reopen)
 
     def _send(self, message: Open | Draft, drafted: int) -> None:
@@ -357,13 +362,9 @@ class Handset:
             request.ok, request.refused, request.ended = False, True, self.env.now
             self._finish(request, pause)
             return
-        for action in actions:
-            if isinstance(action, Committed) and action.drafted:
-                wasted = max(0, action.drafted - action.accepted - 1)
-                self.counts.wasted_ms += wasted * self.device.draft_ms(self.drafted_ms / 1e3)
         if actions:
             self._carry_out(actions)
-        if drafter.phase is Phase.DONE:
+        if drafter.phase is DONE:
             self._finish(request, 0.0)
 
     def _again(self, request: Request) -> None:
@@ -395,7 +396,7 @@ class Handset:
         if counts.traced:
             counts.note("draft", self.env.now, ms, self.index, len(drafter.chain) + 1)
         self._busy = True
-        self._drafting = (drafter, self.script.propose(len(drafter.committed), drafter.chain), ms)
+        self._drafting = (drafter, self.script.propose(len(drafter.committed), len(drafter.chain)), ms)
         self.env.after(ms / 1e3, self._drafted)
 
     def _drafted(self, _: object) -> None:
