@@ -75,7 +75,7 @@ def _paper(target: str, policy: str, rate: float) -> Cell:
     answer_s = 200.0 / rate
     scenario = load_scenario(target).at_rate(rate)
     brief = scenario.brief(1.25 * answer_s, 30.0, min(60.0, 1.2 * answer_s))
-    return Cell(brief, policy, grain=0.1)
+    return Cell(brief, policy, grain=0.06)
 
 
 def _overlap(policy: str, overlap: float, rate: float) -> Cell:
@@ -183,7 +183,7 @@ def _paper_lines(data: Data) -> list[str]:
     out = [
         "## The paper's table",
         "",
-        "One seed, a window of 30 s after the time of an answer, over which devices begin; capacities to 10 %. Our "
+        "One seed, a window of 30 s after the time of an answer, over which devices begin; capacities to 6 %. Our "
         "rows are simulated on our hardware profiles; the paper's set-up is known in part.",
         "",
     ]
