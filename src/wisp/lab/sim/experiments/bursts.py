@@ -150,7 +150,7 @@ def lines(data: Data) -> list[str]:
         "Bursts",
         "Classes of 2, 4, 6 and 8 tokens/s, a quarter of the requests each, on one A100 with Qwen3-32B; a few dozen "
         "devices, and spikes far beyond what the server can carry: the fluid bound for this mix is "
-        f"{data['bound']:.0f} devices with drafts and with KV lent between sessions, {data['bound_central']:.0f} without "
+        f"{data['bound']:.0f} devices with drafts and lent KV, {data['bound_central']:.0f} without "
         "either. `central` has its best cap on running sequences. Means over seeds.",
         "",
         "Every request of a user counts once, however often it had to be sent. Who is refused asks again after the "

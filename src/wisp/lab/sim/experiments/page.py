@@ -24,9 +24,10 @@ MODELLED = (
     "model of one machine."
 )
 BOUND = (
-    "`bound` is the fluid bound with every device being served (central: without drafts, and without "
-    "lending KV), and the percentage is what share of it was reached. Devices that wait for a first token within the TTFT target need nothing meanwhile, so a "
-    "share above 100 % is no contradiction; `w/` is the share of the bound that counts such waiting."
+    "`bound` is the fluid bound with every device being served (central: without drafts, and without lending KV), and "
+    "the percentage is what share of it was reached. Devices that wait for a first token within the TTFT target need "
+    "nothing meanwhile, so a share above 100 % is no contradiction; `w/` is the share of the bound that counts such "
+    "waiting."
 )
 
 
