@@ -104,3 +104,12 @@ def test_a_cost_model_that_takes_steps_for_free_stops_nobody() -> None:
     work = [going(1, 2.0), prompt(100, 150, 0.0), prompt(101, 150, -1.0)]
     found = {g.session for g in batching_policy("laxity").plan(NOW, work, limits).grants}
     assert found == {1, 100, 101}
+
+
+def test_with_nothing_to_do_but_prompts_without_kv_it_looks_again_soon() -> None:
+    away = msgspec.structs.replace(going(1, 9.0), absent=True, kind=Kind.DECODE, new=1, n_draft=0)
+    limits = msgspec.structs.replace(LIMITS, room=10.0)
+    plan = batching_policy("laxity").plan(NOW, [away, prompt(100, 150, 2.9)], limits)
+    assert not plan.grants
+    assert plan.wake_at is not None
+    assert NOW < plan.wake_at < NOW + 0.1

@@ -73,3 +73,9 @@ def test_nobody_lends_for_their_own_sake() -> None:
 def test_a_slot_is_lent_by_who_can_spare_it() -> None:
     assert slot_lender(0.0, [going(1, 4.0), going(2, 9.0)], COST) == 2
     assert slot_lender(0.0, [going(1, 2.0)], COST) is None
+
+
+def test_rather_than_stand_still_somebody_lends_to_who_could_wait() -> None:
+    half_read = Work(1, Kind.PREFILL, 200, 100, 0, 0.0, 1.0, due=20.0, tpot_s=0.1, room=100)
+    assert chosen(half_read, prompt(9, 80, 2.9), room=10) == [1]
+    assert chosen(half_read, prompt(9, 80, 2.9), room=90) == []

@@ -27,6 +27,8 @@ def lenders(now: float, work: Sequence[Work], room: float, cost: CostModel) -> l
     """Whose KV is to go, so that there is room for what cannot wait. `room`: tokens that can be had otherwise."""
     wanted = {w.session: w.new for w in work if is_urgent(now, w, cost)}
     least = {w.session: w.new - w.n_draft for w in work if w.kind is not Kind.PREFILL}
+    if not wanted:  # nobody is under way: rather than stand still, read
+        wanted = {w.session: w.new for w in sorted(work, key=lambda w: (w.due, w.session))[:1]}
     willing, forced = _split(now, [w for w in work if w.cached], cost)
     chosen: list[int] = []
     for able, need in ((willing, wanted), (forced, least)):

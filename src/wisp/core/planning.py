@@ -15,7 +15,7 @@ from wisp.core.admission import Admission
 from wisp.core.batching import BatchingPolicy, Grant, Kind, StepLimits, Work
 from wisp.core.cost import CostModel, Load, load_of
 from wisp.core.events import Limits, Run
-from wisp.core.kv import KvPool, Placement
+from wisp.core.kv import KvPool
 from wisp.core.lending import is_urgent, lenders, slot_lender
 from wisp.core.pressure import Pressure
 from wisp.core.session import DRAFT, PARKED, PICKED, READY, WAITING, Session
@@ -131,14 +131,19 @@ class Planner:
     def _place(self, now: float) -> None:
         """Give KV slots to sessions that have work and none: the least served key's first, then who needs it first."""
         queue = [s for s in self.files.ready.values() if s.slot is None]
-        shares = self.admission.shares
-        lends = self.policy.lends
+        shares, lends = self.admission.shares, self.policy.lends
+        evictable, full = self._evictable(now), False
         for session in sorted(
             queue, key=lambda s: (shares.get(s.key, 0.0), s.due if lends else 0.0, s.opened, s.handle)
         ):
-            placement = self._acquire(now, session)
+            asked = (now, session.handle, session.key, session.chain, evictable)
+            placement = None if full else self.kv.acquire(*asked)
             if placement is None:
-                return
+                full = True
+                if not (lends and self._borrow_slot(now, session)):
+                    continue
+                placement = self.kv.acquire(*asked)
+                assert placement is not None
             if placement.evicted is not None:
                 self._lose_kv(placement.evicted)
             if placement.copy_from >= 0:
@@ -146,20 +151,14 @@ class Planner:
             session.slot, session.cached = placement.slot, placement.start
             session.work = None
 
-    def _acquire(self, now: float, session: Session) -> Placement | None:
-        """A slot, lent by another if none is free and this cannot wait."""
-        evictable = self._evictable(now)
-        placement = self.kv.acquire(now, session.handle, session.key, session.chain, evictable)
-        if (
-            placement is None
-            and self.policy.lends
-            and is_urgent(now, session.work or work_of(session), self.cost)
-        ):
-            able = slot_lender(now, self._work(), self.cost)
-            if able is not None:
-                self._take_kv(able)
-                placement = self.kv.acquire(now, session.handle, session.key, session.chain, evictable)
-        return placement
+    def _borrow_slot(self, now: float, session: Session) -> bool:
+        """Have another session lend its slot to one that cannot wait for it; returns whether any did."""
+        if not is_urgent(now, session.work or work_of(session), self.cost):
+            return False
+        able = slot_lender(now, self._work(), self.cost)
+        if able is not None:
+            self._take_kv(able)
+        return able is not None
 
     def _evictable(self, now: float) -> Callable[[int], bool]:
         """May a session lose its KV now? Parked ones may, and those whose edge has long been silent."""

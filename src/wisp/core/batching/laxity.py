@@ -47,6 +47,7 @@ OWED = 4.0  # steps of work that are left over if all are pressed
 TOO_MANY = 0.4  # share of sessions behind their pace at which newcomers are let go
 HOPELESS = 0.25  # behind by this share of the time that is left to an answer
 INSTANT_MS = 1e-3  # steps cannot be expected to be shorter, whatever a cost model says that has seen little
+AGAIN_S = 0.05  # with nothing to do but prompts for which there is no KV
 PATIENCE_S = 1.0  # who has no due time waits for others no longer than this
 
 _due = attrgetter("due")
@@ -91,6 +92,7 @@ class _Step:
         self.absent: list[Work] = []
         self.prompts: list[Work] = []
         self.undue: list[Work] = []  # without due times
+        self.unfit: list[Work] = []  # prompts for which there is no KV
         self.paces: list[float] = []  # longest step that each session can bear
         self.late_paces: list[float] = []  # likewise, of those whose SLO is lost
         self.behind = self.easy = 0
@@ -140,12 +142,13 @@ class _Step:
     def fit(self) -> None:
         """Leave out prompts for which there is no KV: nobody should yield to what cannot be done."""
         room = self.limits.room - sum(w.new for w in self.going)
-        fit = []
-        for w in sorted(self.prompts, key=_due):
+        prompts, self.prompts = sorted(self.prompts, key=_due), []
+        for w in prompts:
             if w.new <= room:
                 room -= w.new
-                fit.append(w)
-        self.prompts = fit
+                self.prompts.append(w)
+            else:
+                self.unfit.append(w)
 
     def measure(self) -> None:
         """How long a step can be borne."""
@@ -276,6 +279,8 @@ class _Step:
         if not self.grants and self.absent:
             lead = LOOK * self.ms(Load()) / 1e3
             wake_at = max(self.now + 1e-3, min(w.due for w in self.absent) - lead)
+            if self.unfit:  # they may borrow soon
+                wake_at = min(wake_at, self.now + AGAIN_S)
         self.left_ms = max(self.left_ms, self._owed() * self.step_ms)
         return Plan(self.grants, wake_at, self.left_ms, self.lost)
 
