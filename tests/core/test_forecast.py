@@ -117,9 +117,9 @@ def test_what_there_is_no_kv_for_may_be_lent_while_there_is_time_to_read_it_agai
     plenty = fit(True)
     assert fit(False) == plenty
     for scarce in ({"kv": 23_000}, {"slots": 100}):
-        kept, lent = fit(False, **scarce), fit(True, **scarce)
-        assert 100 <= kept <= 112
-        assert kept < lent < plenty
+        assert 112 < fit(True, **scarce) < plenty
+    assert 100 <= fit(False, kv=23_000) <= 112
+    assert fit(False, slots=100) == plenty  # they wait for a slot
     assert fit(True, kv=2_300) <= 21  # half of them at most
 
 

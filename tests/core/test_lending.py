@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wisp.core.batching import Kind, Work
 from wisp.core.cost import Coefficients, CostModel
-from wisp.core.lending import ENDING, is_urgent, lenders, slot_lender
+from wisp.core.lending import ENDING, is_urgent, lenders, slot_lenders
 
 COST = CostModel(Coefficients(step=40.0, token=0.3))
 
@@ -71,11 +71,23 @@ def test_nobody_lends_for_their_own_sake() -> None:
 
 
 def test_a_slot_is_lent_by_who_can_spare_it() -> None:
-    assert slot_lender(0.0, [going(1, 4.0), going(2, 9.0)], COST) == 2
-    assert slot_lender(0.0, [going(1, 2.0)], COST) is None
+    assert slot_lenders(0.0, [going(1, 4.0), going(2, 9.0)], COST) == [2, 1]
+    assert slot_lenders(0.0, [going(1, 2.0)], COST) == []
 
 
 def test_rather_than_stand_still_somebody_lends_to_who_could_wait() -> None:
     half_read = Work(1, Kind.PREFILL, 200, 100, 0, 0.0, 1.0, due=20.0, tpot_s=0.1, room=100)
     assert chosen(half_read, prompt(9, 80, 2.9), room=10) == [1]
     assert chosen(half_read, prompt(9, 80, 2.9), room=90) == []
+
+
+def test_a_short_prompt_that_has_no_kv_yet_is_not_under_way() -> None:
+    """Else newcomers would take each other's slots before anything is read."""
+    newcomer = going(9, float("inf"), cached=0)
+    assert not is_urgent(0.0, newcomer, COST)
+    assert slot_lenders(0.0, [newcomer], COST) == []
+
+
+def test_whose_own_need_is_large_is_passed_over() -> None:
+    greedy, modest = going(1, 20.0, draft=60), going(2, 10.0)
+    assert chosen(greedy, modest, room=30) == [2]

@@ -12,7 +12,7 @@ from toy import EOS, N_VOCAB, toy_text
 from wisp.core.admission import Admission, KeyLimits
 from wisp.core.batching import Kind, batching_policy
 from wisp.core.cost import Coefficients, CostModel, Load
-from wisp.core.events import InEvent, Run, Send
+from wisp.core.events import InEvent, Run, Send, Tick
 from wisp.core.messages import Cancel, Draft, Open
 from wisp.core.planning import work_of
 from wisp.core.session import TRANSITIONS, Event, State
@@ -494,6 +494,55 @@ def test_a_failing_step_fails_its_sessions_only_and_forgets_all_kv(rig: Rig) -> 
     rig.receive(Draft("session-a", 1, 1, TEXT[1:3]), connection=1)
     rig.settle()
     assert rig.verdict(1).tokens == TEXT[1:4]
+
+
+def test_who_has_no_slo_gets_a_slot_and_an_end_among_those_who_have() -> None:
+    rig = Rig(slots=2, slot_tokens=200, step_tokens=100, batching="laxity")
+    rig.receive(opening("calm-session", serve=True, max_tokens=60), connection=0)
+    for i in range(1, 60):
+        rig.receive(opening(f"session-{i}", serve=True, max_tokens=20, slo=Slo(800.0, 60.0)), connection=i)
+        for _ in range(10):
+            assert rig.dispatch()
+            rig.finish()
+        if rig.sent.get(0) and rig.sent[0][-1].finish:
+            break
+    assert [t for v in rig.sent[0] for t in v.tokens] == toy_text(PROMPT, SAMPLING, 60)
+
+
+def test_a_prompt_for_which_there_is_no_room_is_not_read_over_and_over() -> None:
+    rig = Rig(slots=4, slot_tokens=300, kv_tokens=300, step_tokens=100, batching="laxity")
+    for i in range(2):
+        rig.receive(opening(f"session-{i}", serve=True, max_tokens=120, slo=CALM), connection=i)
+    for _ in range(50):
+        assert rig.dispatch()
+        rig.finish()
+    late = [i % 40 for i in range(250)]  # does not fit beside the others, and nothing is promised to it
+    rig.receive(opening("calm-session", prompt=late, serve=True, max_tokens=5), connection=9)
+    rig.settle(2000)
+    assert [t for v in rig.sent[9] for t in v.tokens] == toy_text(late, SAMPLING, 5)
+    assert rig.engine.rows < 2 * (2 * 125 + 255)
+
+
+def test_an_absurd_slo_is_refused_by_name(rig: Rig) -> None:
+    rig.receive(opening(slo=Slo(500.0, 1e308)))
+    refused = rig.refused()
+    assert (refused.code, "1e+09 milliseconds" in refused.message) == ("malformed", True)
+
+
+def test_a_failed_step_leaves_those_parked_in_order() -> None:
+    rig = Rig()
+    for i in (1, 2):
+        rig.receive(opening(f"session-{i}"), connection=i)
+    rig.settle()
+    for i, at in ((2, 10.0), (1, 50.0)):
+        rig.now = at
+        rig.lose(i)
+    rig.receive(opening("session-3"), connection=3)
+    rig.dispatch()
+    rig.fail("out of memory")
+    rig.now = 10.0 + rig.limits.park_s + 1.0
+    rig.feed(Tick())
+    assert [s.id for s in rig.verifier.sessions.values()] == ["session-1"]
 
 
 def test_after_a_failed_step_an_absent_edges_session_goes_on() -> None:

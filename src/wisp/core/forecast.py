@@ -27,7 +27,7 @@ BACK = 0.002  # of the way back to where it began, with every answer: a burst is
 MOST_A_ROUND = 8.0  # tokens that a session could commit in every step, with the best of drafts
 OVERBOOKED = 0.1  # the same, if they do not: those that wait for their first token need none yet
 LENDABLE = 0.5  # share of the KV of sessions for which there need be no room, if they lend it to each other
-LOAN_S = 0.15  # of an answer's time
+LOAN = 0.15  # of an answer's time
 TOO_MANY = 0.6  # share of sessions that are behind
 # Share of the rows until a first token is due that prompts may ask for: what decoding leaves, within these.
 READING_LEAST, READING_MOST = 0.5, 0.8
@@ -67,9 +67,9 @@ class Demand:
             self.behind += s.lag_s > 0.0
         return tpot_s * (s.usual + 1.0) / 2.0
 
-    def without_kv(self, limits: Limits) -> float:
-        """Tokens of KV for which there is no room, or no slot."""
-        slotless = max(0, self.sessions - limits.slots) / max(self.sessions, 1) * self.kv
+    def without_kv(self, limits: Limits, *, lends: bool) -> float:
+        """Tokens of KV for which there is no room or, if they are lent, no slot."""
+        slotless = max(0, self.sessions - limits.slots) / max(self.sessions, 1) * self.kv if lends else 0.0
         return max(0.0, self.kv - limits.kv_tokens, slotless)
 
     def plus(self, s: Session) -> Demand:
@@ -119,7 +119,7 @@ class Forecast:
         if self._demand is None:
             self._demand = Demand(sessions, self.answer_tokens)
         demand = self._demand.plus(newcomer)
-        without = demand.without_kv(limits)
+        without = demand.without_kv(limits, lends=lends)
         if without > (LENDABLE if lends else OVERBOOKED) * demand.kv:
             raise self._refusal("this verifier has no room for another context now")
         paces = demand.paces
@@ -132,7 +132,7 @@ class Forecast:
         ttft_s = newcomer.slo.ttft_ms / 1e3 if newcomer.slo else 0.0
         waiting = ttft_s / (self.answer_tokens * newcomer.tpot_s) if newcomer.tpot_s else 0.0
         # What there is no KV for is lent, and has to be read again.
-        lent = without / (LOAN_S * max(self.answer_s, 1.0))
+        lent = without / (LOAN * max(self.answer_s, 1.0))
         # Who waits for a first token asks for nothing yet, and so many may wait at a time.
         if demand.rows + lent > self.filled * (1.0 + waiting) * offered and len(paces) > 1:
             raise self._refusal("this verifier could not keep the pace asked for")

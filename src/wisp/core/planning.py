@@ -9,19 +9,20 @@ A session's Work is kept until it is filed anew: a tick looks at all that wait, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from wisp.core.admission import Admission
 from wisp.core.batching import BatchingPolicy, Grant, Kind, StepLimits, Work
 from wisp.core.cost import CostModel, Load, load_of
 from wisp.core.events import Limits, Run
 from wisp.core.kv import KvPool
-from wisp.core.lending import is_urgent, lenders, slot_lender
+from wisp.core.lending import is_urgent, lenders, slot_lenders
 from wisp.core.pressure import Pressure
 from wisp.core.session import DRAFT, PARKED, PICKED, READY, WAITING, Session
 from wisp.core.work import Copy, Slice
 
 PREFILL, VERIFY, DECODE = Kind
+PATIENCE_S = 1.0  # who has no due time waits for a slot like one that is due so long after asking
 SHORT = 8  # tokens; a session that has no more than this to catch up on need not be cut into chunks
 
 
@@ -35,8 +36,8 @@ class Files:
         self.parked: dict[int, Session] = {}  # oldest first
 
     def put(self, s: Session) -> None:
-        """Put a session where those in its state are, and forget what was worked out for another."""
-        self._take_out(s)
+        """Put a session where those in its state are, and forget what was worked out for another. If it is there
+        already, it keeps its place."""
         state, file = s.state, None
         if state is READY:
             file = self.ready
@@ -45,9 +46,12 @@ class Files:
                 file = self.absent
         elif state is PARKED:
             file = self.parked
-        if file is not None:
-            file[s.handle] = s
-        s.file, s.work = file, None
+        s.work = None
+        if file is not s.file:
+            self._take_out(s)
+            if file is not None:
+                file[s.handle] = s
+            s.file = file
 
     def remove(self, s: Session) -> None:
         """It has ended."""
@@ -129,19 +133,26 @@ class Planner:
     # --- slots
 
     def _place(self, now: float) -> None:
-        """Give KV slots to sessions that have work and none: the least served key's first, then who needs it first."""
+        """Give KV slots to sessions that have work and none: the least served key's first, then who needs it first.
+        Where none is free, one that cannot wait borrows another's."""
         queue = [s for s in self.files.ready.values() if s.slot is None]
         shares, lends = self.admission.shares, self.policy.lends
-        evictable, full = self._evictable(now), False
+        evictable = self._evictable(now)
+        able: Iterator[int] | None = None  # once there is no slot left: who would lend theirs
         for session in sorted(
-            queue, key=lambda s: (shares.get(s.key, 0.0), s.due if lends else 0.0, s.opened, s.handle)
+            queue, key=lambda s: (shares.get(s.key, 0.0), _needed_at(s) if lends else 0.0, s.opened, s.handle)
         ):
             asked = (now, session.handle, session.key, session.chain, evictable)
-            placement = None if full else self.kv.acquire(*asked)
+            placement = self.kv.acquire(*asked) if able is None else None
             if placement is None:
-                full = True
-                if not (lends and self._borrow_slot(now, session)):
+                if able is None:
+                    able = iter(slot_lenders(now, self._work(), self.cost) if lends else ())
+                if not lends or not is_urgent(now, session.work or work_of(session), self.cost):
                     continue
+                lender = next(able, None)
+                if lender is None:
+                    return
+                self._take_kv(lender)
                 placement = self.kv.acquire(*asked)
                 assert placement is not None
             if placement.evicted is not None:
@@ -150,15 +161,6 @@ class Planner:
                 self._copies.append(Copy(placement.copy_from, placement.slot, placement.start))
             session.slot, session.cached = placement.slot, placement.start
             session.work = None
-
-    def _borrow_slot(self, now: float, session: Session) -> bool:
-        """Have another session lend its slot to one that cannot wait for it; returns whether any did."""
-        if not is_urgent(now, session.work or work_of(session), self.cost):
-            return False
-        able = slot_lender(now, self._work(), self.cost)
-        if able is not None:
-            self._take_kv(able)
-        return able is not None
 
     def _evictable(self, now: float) -> Callable[[int], bool]:
         """May a session lose its KV now? Parked ones may, and those whose edge has long been silent."""
@@ -250,6 +252,12 @@ class Planner:
             sampling=s.sampling,
             logprobs=s.logprobs,
         )
+
+
+def _needed_at(s: Session) -> float:
+    """When it needs a slot: who has no due time is not made to wait for ever, either."""
+    due = s.due
+    return due if due < math.inf else s.since + PATIENCE_S
 
 
 def work_of(s: Session) -> Work:

@@ -122,13 +122,12 @@ class Predictor:
 class Calibration:
     """Online Platt scaling with forgetting: p = sigmoid(a z + b). One for a device, shared by its sessions."""
 
-    __slots__ = ("_pa", "_paa", "_pab", "_pb", "_pbb", "a", "b", "forgetting", "trust")
+    __slots__ = ("_pa", "_paa", "_pab", "_pb", "_pbb", "a", "b", "forgetting")
 
     def __init__(self, forgetting: float = 0.995, trust: float = 30.0) -> None:
         """`trust`: how many observations the trained model (a = 1, b = 0) is worth at the start."""
         self.a, self.b = 1.0, 0.0
         self.forgetting = forgetting
-        self.trust = trust
         # Precision of (a, b): the prior, and what was observed.
         self._pa, self._pb = 0.5 * trust, 0.15 * trust
         self._paa, self._pab, self._pbb = self._pa, 0.0, self._pb

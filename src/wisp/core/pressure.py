@@ -8,7 +8,7 @@ class Pressure:
 
     (ms it adds to a step) x (tokens committed per ms of decoding) x utilisation, where utilisation counts only
     drafts and prompts that had to be left out of steps for want of time, and what is owed to sessions that are
-    behind: while the server keeps up it is 0. The time that prompts take is not part of it: answers bring their
+    hardly ahead: while the server keeps up it is 0. The time that prompts take is not part of it: answers bring their
     prompts with them, however they are drafted.
     """
 

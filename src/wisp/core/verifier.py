@@ -13,7 +13,6 @@ structs: a recorded list of (now, event) replays to identical actions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 from wisp.core.admission import Admission, Refusal
@@ -52,6 +51,8 @@ from wisp.core.session import (
     Session,
 )
 from wisp.core.work import Slice, SliceResult
+
+LONGEST_MS = 1e9  # of an SLO's targets: eleven days
 
 
 class Verifier:
@@ -246,8 +247,12 @@ class Verifier:
             raise ProtocolError("malformed", "committed must be shorter than max_tokens, logprobs at most 20")
         if not o.ignore_eos and not limits.eos.isdisjoint(o.committed):
             raise ProtocolError("malformed", "committed contains an end of sequence: that session is over")
-        if o.slo is not None and not (0.0 <= o.slo.ttft_ms < math.inf and 0.0 <= o.slo.tpot_ms < math.inf):
-            raise ProtocolError("malformed", "an SLO's targets are milliseconds, 0 for none")
+        if o.slo is not None and not (
+            0.0 <= o.slo.ttft_ms <= LONGEST_MS and 0.0 <= o.slo.tpot_ms <= LONGEST_MS
+        ):
+            raise ProtocolError(
+                "malformed", f"an SLO's targets are up to {LONGEST_MS:.0e} milliseconds, 0 for none"
+            )
         if problem := o.sampling.problem():
             raise ProtocolError("malformed", f"{problem[0]} {problem[1]}")
         self._check_tokens("prompt", o.prompt, limits.slot_tokens)

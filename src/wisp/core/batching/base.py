@@ -88,7 +88,7 @@ class Grant(msgspec.Struct, frozen=True, gc=False):
 class Plan(msgspec.Struct, frozen=True):
     """Run `grants` now; if there are none, ask again at `wake_at` (None: when something changes).
 
-    left_ms: engine time of drafts and prompts that had to be left out for want of time, or is owed to those behind
+    left_ms: engine time of drafts and prompts left out for want of time, or owed to sessions that are hardly ahead
     lost:    sessions whose SLO cannot be kept any more, whatever is done: half their pace will do from now on
     """
 

@@ -101,6 +101,7 @@ class _Step:
         self.load = Load()
         self.step_ms = self.ms(self.load)
         self.left = limits.tokens
+        self.room = limits.room  # tokens of KV
         self.left_ms = 0.0
         self.longest_ms = math.inf
         self.at_ease = True
@@ -141,11 +142,11 @@ class _Step:
 
     def fit(self) -> None:
         """Leave out prompts for which there is no KV: nobody should yield to what cannot be done."""
-        room = self.limits.room - sum(w.new for w in self.going)
+        self.room -= sum(w.new for w in self.going)
         prompts, self.prompts = sorted(self.prompts, key=_due), []
         for w in prompts:
-            if w.new <= room:
-                room -= w.new
+            if w.new <= self.room:
+                self.room -= w.new
                 self.prompts.append(w)
             else:
                 self.unfit.append(w)
@@ -264,8 +265,9 @@ class _Step:
     def others(self) -> None:
         """Who has no due time comes last, and is not made to wait for ever."""
         for w in sorted(self.undue, key=lambda w: (w.kind is Kind.PREFILL, w.since, w.session)):
-            if self._full(math.inf):
+            if self._full(math.inf) or (self.grants and w.new > self.room):
                 break
+            self.room -= w.new
             patient = self.now - w.since < PATIENCE_S
             longest_ms = self.longest_ms if patient else math.inf
             if w.kind is Kind.PREFILL:
@@ -319,8 +321,9 @@ class _Step:
             return 0
         tokens = min(tokens, self.left)
         time_ms = longest_ms - self.step_ms
-        if self.grants and time_ms < math.inf:
-            tokens = min(tokens, int(time_ms / max(self.limits.cost.token_ms(self.load), 1e-6)))
+        token_ms = max(self.limits.cost.token_ms(self.load), 1e-6)
+        if self.grants and time_ms < tokens * token_ms:
+            tokens = int(time_ms / token_ms)
         if tokens <= 0:
             return 0
         self._grant(w, tokens)
