@@ -158,7 +158,7 @@ def test_more_than_was_estimated_may_be_found() -> None:
 def test_what_is_expected_a_simulation_can_carry(
     devices: int, device: str, rtt_ms: float, rate: float, prompt: tuple[int, int]
 ) -> None:
-    n = plan(scenario_for(A100, devices, device, rtt_ms, rate, prompt)).ours.devices
+    n = int(0.95 * plan(scenario_for(A100, devices, device, rtt_ms, rate, prompt)).ours.devices)
     found = plan(scenario_for(A100, n, device, rtt_ms, rate, prompt), simulate=True)
     assert 0 < n < devices
     assert found.ours.simulated is not None
