@@ -43,7 +43,7 @@ class Demand:
         self.answer_tokens = answer_tokens
         self.rows = self.decoding = 0.0  # with those of prompts, and without
         self.kv = self.unread = 0.0  # tokens, and those of prompts of sessions without a first token
-        self.running = self.behind = self.sessions = 0
+        self.running = self.behind = self.sessions = self.begun = 0
         paces = [self._add(s) for s in sessions]
         self.paces = sorted(pace for pace in paces if pace)
 
@@ -52,6 +52,7 @@ class Demand:
         tokens, n_prompt, tpot_s = min(s.max_tokens, self.answer_tokens), s.n_prompt, s.tpot_s
         begun = len(s.chain) > n_prompt
         self.sessions += 1
+        self.begun += begun
         self.kv += n_prompt + tokens / 2
         if not begun:
             self.unread += n_prompt
@@ -67,10 +68,13 @@ class Demand:
             self.behind += s.lag_s > 0.0
         return tpot_s * (s.usual + 1.0) / 2.0
 
-    def without_kv(self, limits: Limits, *, lends: bool) -> float:
-        """Tokens of KV for which there is no room or, if they are lent, no slot."""
-        slotless = max(0, self.sessions - limits.slots) / max(self.sessions, 1) * self.kv if lends else 0.0
-        return max(0.0, self.kv - limits.kv_tokens, slotless)
+    def without_kv(self, limits: Limits) -> float:
+        """Tokens of KV for which there is no room."""
+        return max(0.0, self.kv - limits.kv_tokens)
+
+    def without_slot(self, limits: Limits) -> float:
+        """The same for want of slots. Who waits for a first token can wait for a slot, too."""
+        return max(0, self.begun - limits.slots) / max(self.sessions, 1) * self.kv
 
     def plus(self, s: Session) -> Demand:
         """With one more."""
@@ -119,7 +123,7 @@ class Forecast:
         if self._demand is None:
             self._demand = Demand(sessions, self.answer_tokens)
         demand = self._demand.plus(newcomer)
-        without = demand.without_kv(limits, lends=lends)
+        without = demand.without_kv(limits)
         if without > (LENDABLE if lends else OVERBOOKED) * demand.kv:
             raise self._refusal("this verifier has no room for another context now")
         paces = demand.paces
@@ -131,8 +135,8 @@ class Forecast:
         offered = rows_in(cost, longest_ms) / longest_ms * 1e3
         ttft_s = newcomer.slo.ttft_ms / 1e3 if newcomer.slo else 0.0
         waiting = ttft_s / (self.answer_tokens * newcomer.tpot_s) if newcomer.tpot_s else 0.0
-        # What there is no KV for is lent, and has to be read again.
-        lent = without / (LOAN * max(self.answer_s, 1.0))
+        # What there is no KV or slot for is lent, and has to be read again.
+        lent = max(without, demand.without_slot(limits) if lends else 0.0) / (LOAN * max(self.answer_s, 1.0))
         # Who waits for a first token asks for nothing yet, and so many may wait at a time.
         if demand.rows + lent > self.filled * (1.0 + waiting) * offered and len(paces) > 1:
             raise self._refusal("this verifier could not keep the pace asked for")
