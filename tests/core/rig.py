@@ -95,6 +95,12 @@ class Rig:
         self.now += 0.01
         self.feed(StepDone(results, 10.0))
 
+    def steps(self, n: int) -> None:
+        """Run so many steps, one after another."""
+        for _ in range(n):
+            assert self.dispatch(), "nothing to run"
+            self.finish()
+
     def fail(self, error: str) -> None:
         """The step that was dispatched fails as a whole."""
         self.run = None

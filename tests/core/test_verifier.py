@@ -433,9 +433,7 @@ def test_a_session_far_ahead_lends_its_kv_to_a_newcomer_who_cannot_wait_and_says
     rig = Rig(slots=3, slot_tokens=300, kv_tokens=300, step_tokens=200, batching="laxity")
     for i in range(2):
         rig.receive(opening(f"session-{i}", serve=True, max_tokens=250, slo=CALM), connection=i)
-    for _ in range(100):
-        assert rig.dispatch()
-        rig.finish()
+    rig.steps(100)
     late, began = [i % 40 for i in range(150)], rig.now
     rig.receive(opening("session-2", prompt=late, serve=True, max_tokens=10, slo=CALM), connection=2)
     while not rig.sent.get(2):
@@ -451,9 +449,7 @@ def test_a_session_far_ahead_lends_its_kv_to_a_newcomer_who_cannot_wait_and_says
 def test_a_slot_is_lent_too() -> None:
     rig = Rig(slots=1, step_tokens=40, batching="laxity")
     rig.receive(opening("session-0", serve=True, max_tokens=50, slo=CALM), connection=0)
-    for _ in range(20):
-        assert rig.dispatch()
-        rig.finish()
+    rig.steps(20)
     rig.receive(opening("session-1", serve=True, max_tokens=5, slo=CALM), connection=1)
     rig.settle(2000)
     firsts = [s.session for r in rig.runs for s in r.slices if s.position == 0 and s.sample]
@@ -501,9 +497,7 @@ def test_who_has_no_slo_gets_a_slot_and_an_end_among_those_who_have() -> None:
     rig.receive(opening("calm-session", serve=True, max_tokens=60), connection=0)
     for i in range(1, 60):
         rig.receive(opening(f"session-{i}", serve=True, max_tokens=20, slo=Slo(800.0, 60.0)), connection=i)
-        for _ in range(10):
-            assert rig.dispatch()
-            rig.finish()
+        rig.steps(10)
         if rig.sent.get(0) and rig.sent[0][-1].finish:
             break
     assert [t for v in rig.sent[0] for t in v.tokens] == toy_text(PROMPT, SAMPLING, 60)
@@ -513,9 +507,7 @@ def test_a_prompt_for_which_there_is_no_room_is_not_read_over_and_over() -> None
     rig = Rig(slots=4, slot_tokens=300, kv_tokens=300, step_tokens=100, batching="laxity")
     for i in range(2):
         rig.receive(opening(f"session-{i}", serve=True, max_tokens=120, slo=CALM), connection=i)
-    for _ in range(50):
-        assert rig.dispatch()
-        rig.finish()
+    rig.steps(50)
     late = [i % 40 for i in range(250)]  # does not fit beside the others, and nothing is promised to it
     rig.receive(opening("calm-session", prompt=late, serve=True, max_tokens=5), connection=9)
     rig.settle(2000)

@@ -25,8 +25,8 @@ LEAST_FILLED, MOST_FILLED = 0.7, 1.15  # however many were late, or in time
 IN_TIME, LATE = 0.0006, -0.0094  # what an answer changes: at rest, six in a hundred are late
 BACK = 0.002  # of the way back to where it began, with every answer: a burst is forgotten
 MOST_A_ROUND = 8.0  # tokens that a session could commit in every step, with the best of drafts
-OVERBOOKED = 0.1  # the same, if they do not: those that wait for their first token need none yet
 LENDABLE = 0.5  # share of the KV of sessions for which there need be no room, if they lend it to each other
+OVERBOOKED = 0.1  # the same, if they do not: those that wait for their first token need none yet
 LOAN = 0.15  # of an answer's time
 TOO_MANY = 0.6  # share of sessions that are behind
 # Share of the rows until a first token is due that prompts may ask for: what decoding leaves, within these.
