@@ -13,7 +13,7 @@ with rows(T) the tokens that fit into a step of length T by the hardware profile
 the recorded positions with the shipped predictor at every threshold: real false accepts and false rejects, ideal
 timing. Serving centrally is the case k = 0. The bound is the best of all that, over T and the threshold.
 
-The last two can be stretched: a session that does its rounds as fast as steps follow each other has its answer sooner
+KV and slots can be stretched: a session that does its rounds as fast as steps follow each other has its answer sooner
 than it needs it, and can do without KV for the rest of the time if its prompt is read twice. So, where `lends`, some of
 the sessions, as few as will do, hold KV for the share (T + round trip + drafting) / (E / r) of their time, and each
 costs `prompt` rows more. A server that keeps what it has begun (`central`) does not do that.
