@@ -29,8 +29,9 @@ LENDABLE = 0.5  # share of the KV of sessions for which there need be no room, i
 OVERBOOKED = 0.1  # the same, if they do not: those that wait for their first token need none yet
 LOAN = 0.15  # of an answer's time
 TOO_MANY = 0.6  # share of sessions that are behind
-# Share of the rows until a first token is due that prompts may ask for: what decoding leaves, within these.
-READING_LEAST, READING_MOST = 0.5, 0.8
+# Share of the rows until a first token is due that prompts may ask for: what decoding leaves, within these. Decoding
+# can wait for a crowd of them, and steps are longer, so more rows can be had than are counted on.
+READING_LEAST, READING_MOST = 1.0, 1.2
 MOST_REFUSED = 30  # for one session that ended: a crowd is forgotten
 LONGEST_S = 20.0  # to come again, and half as much to spread
 GOLDEN = 0.6180339887  # its multiples' fractions spread evenly

@@ -12,8 +12,8 @@ is of no use. That gives five rules for a step, with `lag` for how far a session
    at work, keeps a pace of q if steps take no more than q (E + 1) / 2.
 4. *Prompts just in time.* While all are ahead, prompts are read at once. Otherwise each is read at the rate that its
    own due time asks for: reading later costs its user nothing, and gives the others the time now. In a *crowd* of them
-   rules 1 and 3 give way: if half of all time must go to them, whoever can wait for two steps does, and steps may be
-   twice as long.
+   rules 1 and 3 give way: if half of all time must go to them, whoever can wait for two steps does, or can make up for
+   having waited, and steps may be four times as long.
 5. *Giving up early.* If too many are behind, all would soon be late together. Newcomers, who have cost nothing yet, are
    then let go, and so is who is too far behind to make up for it. They are finished at half their pace.
 
@@ -42,6 +42,9 @@ EASY_S = 0.3  # nobody yields, but to a crowd, and prompts are read at once, if 
 EASY_BUT = 0.15  # nearly all: all but this share
 SAFETY_S = 0.3  # a prompt is to be read so long before its first token is due
 CROWDED = 0.5  # share of the engine's time that prompts need to be in time, beyond which it is a crowd
+HURRY = 2.0  # so many times as long as it should be may a step be for a prompt that cannot wait,
+CROWD = 4.0  # and for a crowd of them
+GRACE = 0.1  # of the time left to an answer is what it may fall behind by in a crowd
 LEAD = 2.0  # steps; who is less ahead is pressed
 OWED = 4.0  # steps of work that are left over if all are pressed
 TOO_MANY = 0.4  # share of sessions behind their pace at which newcomers are let go
@@ -208,7 +211,8 @@ class _Step:
                 until = self.now + ahead_s if yielding else math.inf
                 self._leave(sum(w.new for w in self.going[i:] if w.due <= until))
                 break
-            ahead = yielding and w.due - self.now > ahead_s
+            grace_s = GRACE * w.room * w.tpot_s if self.crowded else 0.0
+            ahead = yielding and w.due + grace_s - self.now > ahead_s
             if not (self.grants and ahead) and not self._add(w, self.longest_ms):
                 self._leave(w.new)
         self.left += reserved
@@ -234,9 +238,10 @@ class _Step:
         """Prompts: at once while there is time, else at the rate that due times ask for."""
         at_once = self.at_ease or self.crowded or not self.grants
         step_s = self._step_s()
+        hurry_ms = self.longest_ms * (CROWD if self.crowded else HURRY)
         budget = 0.0
         for i, w in enumerate(self.prompts):
-            if self._full(2.0 * self.longest_ms):
+            if self._full(hurry_ms):
                 self._leave(sum(w.new for w in self.prompts[i:]))
                 break
             if self._let_go(w):
@@ -246,7 +251,7 @@ class _Step:
             budget += w.new * min(1.0, step_s / max(time, step_s))
             urgent = time < 2.0 * step_s
             tokens = w.new if at_once or urgent else min(w.new, math.ceil(budget))
-            read = self._chunk(w, tokens, self.longest_ms * (2.0 if urgent or self.crowded else 1.0))
+            read = self._chunk(w, tokens, hurry_ms if urgent or self.crowded else self.longest_ms)
             budget -= read
             if read < w.new:
                 self._leave(w.new - read)
