@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 
 import pytest
 
@@ -16,6 +18,7 @@ from wisp.core.session import Session
 from wisp.core.slo import Slo
 
 COST = CostModel(Coefficients(step=40.0, token=0.3))
+LATER = itertools.count(1.0)  # seconds: each time everybody is looked at anew
 QUICK = Slo(ttft_ms=3000.0, tpot_ms=62.5)
 
 
@@ -36,8 +39,7 @@ def admitted(
     sessions: list[Session], newcomer: Session, told: forecast.Forecast, kv: int = 10**6, lends: bool = False
 ) -> bool:
     try:
-        told.changed()
-        told.check(sessions, newcomer, COST, limits(kv), lends=lends)
+        told.check(next(LATER), sessions, newcomer, COST, limits(kv), lends=lends)
     except Refusal:
         return False
     return True
@@ -79,7 +81,9 @@ def test_what_nobody_could_keep_is_told_from_what_is_hard() -> None:
 
 def test_who_is_refused_is_told_when_to_come_back() -> None:
     with pytest.raises(Refusal) as refusal:
-        forecast.Forecast().check([session(i) for i in range(300)], session(999), COST, limits(), lends=False)
+        forecast.Forecast().check(
+            0.0, [session(i) for i in range(300)], session(999), COST, limits(), lends=False
+        )
     assert refusal.value.code == "overloaded"
     assert 1.0 <= refusal.value.retry_after <= 30.0
 
@@ -106,9 +110,10 @@ def test_what_there_is_no_kv_for_may_be_lent_while_there_is_time_to_read_it_agai
         told = forecast.Forecast()
         calm = Slo(ttft_ms=3000.0, tpot_ms=250.0)
         while len(inside) < 500:
-            told.changed()
             try:
-                told.check(inside, session(999, calm, begun=False), COST, limits(**of), lends=lends)
+                told.check(
+                    next(LATER), inside, session(999, calm, begun=False), COST, limits(**of), lends=lends
+                )
             except Refusal:
                 break
             inside.append(session(len(inside), calm))
@@ -121,6 +126,43 @@ def test_what_there_is_no_kv_for_may_be_lent_while_there_is_time_to_read_it_agai
     assert 100 <= fit(False, kv=23_000) <= 112
     assert fit(False, slots=100) == plenty  # they wait for a slot
     assert fit(True, kv=2_300) <= 21  # half of them at most
+
+
+def test_between_two_looks_it_is_known_who_came_and_who_went() -> None:
+    source = random.Random(5)
+    told = forecast.Forecast()
+    inside = {
+        i: session(i, source.choice((QUICK, Slo(), None)), begun=source.random() < 0.5) for i in range(40)
+    }
+    told.check(1.0, inside.values(), session(99, begun=False), COST, limits(), lends=True)
+    for i in range(40, 120):
+        if source.random() < 0.5:
+            inside[i] = session(i, source.choice((QUICK, Slo(ttft_ms=900.0, tpot_ms=100.0))), begun=False)
+            told.entered(inside[i])
+        else:
+            told.left(inside.pop(source.choice(list(inside))))
+    found, anew = told._demand, forecast.Demand(inside.values(), told.answer_tokens)
+    assert found is not None
+    assert found.paces == anew.paces
+    for name in ("sessions", "begun", "running", "behind", "unread", "kv", "rows", "decoding"):
+        assert getattr(found, name) == pytest.approx(getattr(anew, name)), name
+
+
+def test_those_let_in_count_at_once_and_how_they_fare_soon() -> None:
+    told, inside = forecast.Forecast(), [session(i) for i in range(10)]
+
+    def behind(now: float) -> bool:
+        try:
+            told.check(now, inside, session(99, begun=False), COST, limits(), lends=True)
+        except Refusal as refusal:
+            return "behind" in str(refusal)
+        return False
+
+    assert not behind(1.0)
+    for s in inside:
+        s.answered_at = 10.0
+    assert not behind(1.05)
+    assert behind(1.2)
 
 
 def test_prompts_that_wait_to_be_read_keep_others_out() -> None:
@@ -178,7 +220,7 @@ def test_the_more_are_turned_away_the_later_they_are_told_to_come_and_not_all_at
         out = []
         for i in range(n):
             with pytest.raises(Refusal) as refusal:
-                told.check(full, session(100 + i, begun=False), COST, limits(), lends=False)
+                told.check(1.0, full, session(1000 + i, begun=False), COST, limits(), lends=False)
             out.append(refusal.value.retry_after)
         return out
 
@@ -187,11 +229,11 @@ def test_the_more_are_turned_away_the_later_they_are_told_to_come_and_not_all_at
     assert max(few) <= 1.5 * min(few) + 1e-9
     for _ in range(60):
         waits(4)
-        told.left()
+        told.left(session(999))
     many = waits(10)
     assert len(set(many)) == 10
     assert 2.0 * max(few) < max(many) <= 30.0
     waits(2000)  # a crowd, however large, is forgotten
     for _ in range(100):
-        told.left()
+        told.left(session(999))
     assert max(waits(10)) <= 1.5 * 10.0 / 2.0 + 1e-9

@@ -45,7 +45,8 @@ def test_sessions_far_ahead_yield_to_a_crowd_of_prompts() -> None:
 
 
 def test_sessions_that_cannot_wait_do_not_yield() -> None:
-    hurried = [msgspec.structs.replace(going(i, 0.1), room=10) for i in range(10)]  # and hardly any text to catch up in
+    # The hurried have hardly any text left to catch up in.
+    hurried = [msgspec.structs.replace(going(i, 0.1), room=10) for i in range(10)]
     able = [going(10 + i, 0.1) for i in range(10)]
     relaxed = [going(20 + i, 2.0) for i in range(10)]
     crowd = [prompt(100 + i, 150, 3.0) for i in range(40)]

@@ -9,9 +9,10 @@ late: `Forecast` promises less then.
 
 from __future__ import annotations
 
-from bisect import insort
+import math
+from bisect import bisect_left, insort
 from collections.abc import Iterable
-from copy import copy
+from typing import NamedTuple
 
 from wisp.core.admission import Refusal
 from wisp.core.cost import CostModel, Load
@@ -34,7 +35,21 @@ TOO_MANY = 0.6  # share of sessions that are behind
 READING_LEAST, READING_MOST = 1.0, 1.2
 MOST_REFUSED = 30  # for one session that ended: a crowd is forgotten
 LONGEST_S = 20.0  # to come again, and half as much to spread
+FRESH_S = 0.1  # who is here is known at once, how they fare no older than this: a look at thousands takes milliseconds
 GOLDEN = 0.6180339887  # its multiples' fractions spread evenly
+
+
+class _Share(NamedTuple):
+    """What one session adds to the demand. `pace`: 0 if it has none to keep."""
+
+    kv: float
+    unread: int
+    rows: float
+    decoding: float
+    begun: bool
+    running: bool
+    behind: bool
+    pace: float
 
 
 class Demand:
@@ -43,31 +58,55 @@ class Demand:
     def __init__(self, sessions: Iterable[Session], answer_tokens: float) -> None:
         self.answer_tokens = answer_tokens
         self.rows = self.decoding = 0.0  # with those of prompts, and without
-        self.kv = self.unread = 0.0  # tokens, and those of prompts of sessions without a first token
+        self.kv = 0.0  # tokens
+        self.unread = 0  # tokens, of prompts of sessions without a first token
         self.running = self.behind = self.sessions = self.begun = 0
-        paces = [self._add(s) for s in sessions]
-        self.paces = sorted(pace for pace in paces if pace)
+        self.paces: list[float] = []  # ascending
+        self._shares: dict[int, _Share] = {}
+        for s in sessions:
+            share = self._shares[s.handle] = self._share(s)
+            self._count(share, 1)
+            if share.pace:
+                self.paces.append(share.pace)
+        self.paces.sort()
 
-    def _add(self, s: Session) -> float:
-        """Count a session; returns its pace, 0 if it has none to keep."""
+    def add(self, s: Session) -> None:
+        """One more."""
+        share = self._shares[s.handle] = self._share(s)
+        self._count(share, 1)
+        if share.pace:
+            insort(self.paces, share.pace)
+
+    def remove(self, handle: int) -> None:
+        """One less, if it was counted: as it was then."""
+        share = self._shares.pop(handle, None)
+        if share is not None:
+            self._count(share, -1)
+            if share.pace:
+                del self.paces[bisect_left(self.paces, share.pace)]
+
+    def _count(self, share: _Share, n: int) -> None:
+        self.sessions += n
+        self.kv += n * share.kv
+        self.unread += n * share.unread
+        self.rows += n * share.rows
+        self.decoding += n * share.decoding
+        self.begun += n * share.begun
+        self.running += n * share.running
+        self.behind += n * share.behind
+
+    def _share(self, s: Session) -> _Share:
         tokens, n_prompt, tpot_s = min(s.max_tokens, self.answer_tokens), s.n_prompt, s.tpot_s
         begun = len(s.chain) > n_prompt
-        self.sessions += 1
-        self.begun += begun
-        self.kv += n_prompt + tokens / 2
-        if not begun:
-            self.unread += n_prompt
+        kv, unread = n_prompt + tokens / 2, 0 if begun else n_prompt
         if not tpot_s:
-            return 0.0
+            return _Share(kv, unread, 0.0, 0.0, begun, False, False, 0.0)
         token_s = 2.0 * tpot_s if s.late else tpot_s
-        self.rows += (ROWS_A_TOKEN + n_prompt / tokens) / token_s
-        self.decoding += ROWS_A_TOKEN / token_s
+        rows, decoding = (ROWS_A_TOKEN + n_prompt / tokens) / token_s, ROWS_A_TOKEN / token_s
         if s.late:
-            return 0.0
-        if begun:
-            self.running += 1
-            self.behind += s.lag_s > 0.0
-        return tpot_s * (s.usual + 1.0) / 2.0
+            return _Share(kv, unread, rows, decoding, begun, False, False, 0.0)
+        pace = tpot_s * (s.usual + 1.0) / 2.0
+        return _Share(kv, unread, rows, decoding, begun, begun, begun and s.lag_s > 0.0, pace)
 
     def without_kv(self, limits: Limits) -> float:
         """Tokens of KV for which there is no room."""
@@ -76,15 +115,6 @@ class Demand:
     def without_slot(self, limits: Limits) -> float:
         """The same for want of slots. Who waits for a first token can wait for a slot, too."""
         return max(0, self.begun - limits.slots) / max(self.sessions, 1) * self.kv
-
-    def plus(self, s: Session) -> Demand:
-        """With one more."""
-        more = copy(self)
-        pace = more._add(s)
-        if pace:
-            more.paces = self.paces.copy()
-            insort(more.paces, pace)
-        return more
 
 
 class Forecast:
@@ -99,6 +129,7 @@ class Forecast:
         self._refused = 0  # since the last one
         self._refusals = 0  # ever
         self._demand: Demand | None = None  # of those who are here
+        self._looked_at = -math.inf
 
     def ended(self, tokens: int, seconds: float, in_time: bool) -> None:
         """An answer is complete."""
@@ -107,31 +138,51 @@ class Forecast:
         self.answer_tokens += 0.05 * (tokens - self.answer_tokens)
         self.answer_s += 0.05 * (seconds - self.answer_s)
 
-    def left(self) -> None:
+    def entered(self, s: Session) -> None:
+        """A session has begun."""
+        if self._demand is not None:
+            self._demand.add(s)
+
+    def left(self, s: Session) -> None:
         """A session has ended, with an answer or without."""
         self.refused_each += 0.05 * (min(self._refused, MOST_REFUSED) - self.refused_each)
         self._refused = 0
-        self._demand = None
-
-    def changed(self) -> None:
-        """Sessions came, went or advanced: those who are refused in between need not be counted against them anew."""
-        self._demand = None
+        if self._demand is not None:
+            self._demand.remove(s.handle)
 
     def check(
-        self, sessions: Iterable[Session], newcomer: Session, cost: CostModel, limits: Limits, *, lends: bool
+        self,
+        now: float,
+        sessions: Iterable[Session],
+        newcomer: Session,
+        cost: CostModel,
+        limits: Limits,
+        *,
+        lends: bool,
     ) -> None:
         """Raises Refusal where `newcomer`, which has an SLO, would be late or make others late."""
-        if self._demand is None:
-            self._demand = Demand(sessions, self.answer_tokens)
-        demand = self._demand.plus(newcomer)
+        if self._demand is None or now - self._looked_at > FRESH_S:
+            self._demand, self._looked_at = Demand(sessions, self.answer_tokens), now
+        self._demand.add(newcomer)
+        try:
+            problem = self._problem(self._demand, newcomer, cost, limits, lends)
+        finally:
+            self._demand.remove(newcomer.handle)
+        if problem:
+            raise self._refusal(problem)
+
+    def _problem(
+        self, demand: Demand, newcomer: Session, cost: CostModel, limits: Limits, lends: bool
+    ) -> str:
+        """What speaks against a newcomer, who is counted in already; "" for nothing."""
         without = demand.without_kv(limits)
         if without > (LENDABLE if lends else OVERBOOKED) * demand.kv:
-            raise self._refusal("this verifier has no room for another context now")
+            return "this verifier has no room for another context now"
         paces = demand.paces
         if not paces:
-            return
+            return ""
         if demand.running >= 4 and demand.behind > TOO_MANY * demand.running:
-            raise self._refusal("this verifier is behind with the sessions that it has")
+            return "this verifier is behind with the sessions that it has"
         longest_ms = paces[len(paces) // 10] * 1e3
         offered = rows_in(cost, longest_ms) / longest_ms * 1e3
         ttft_s = newcomer.slo.ttft_ms / 1e3 if newcomer.slo else 0.0
@@ -140,10 +191,11 @@ class Forecast:
         lent = max(without, demand.without_slot(limits) if lends else 0.0) / (LOAN * max(self.answer_s, 1.0))
         # Who waits for a first token asks for nothing yet, and so many may wait at a time.
         if demand.rows + lent > self.filled * (1.0 + waiting) * offered and len(paces) > 1:
-            raise self._refusal("this verifier could not keep the pace asked for")
+            return "this verifier could not keep the pace asked for"
         left = min(max(1.0 - demand.decoding / max(offered, 1e-9), READING_LEAST), READING_MOST)
         if ttft_s and demand.running and demand.unread > left * offered * ttft_s:
-            raise self._refusal("too many prompts wait to be read")
+            return "too many prompts wait to be read"
+        return ""
 
     def _refusal(self, message: str) -> Refusal:
         """Come again when there may be room: later where many are turned away for each answer, and not all at once."""

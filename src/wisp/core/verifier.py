@@ -136,22 +136,21 @@ class Verifier:
             if not keepable(session, self.cost):
                 session.promise_nothing()  # what is impossible must not be in the way of what is not
             elif self.limits.forecast and open_.slo is not None and not open_.committed:
-                self._foresee(session)
+                self._foresee(now, session)
             self.admission.opened(now, key)
             self._next_handle += 1
             self.sessions[session.handle] = self._by_id[session.id] = session
-            self.forecast.changed()
+            self.forecast.entered(session)
         else:
             self._resume(session, connection, key, open_)
         self._by_connection.setdefault(connection, set()).add(session.handle)
         return self._take(now, session, open_.round, len(open_.committed), open_.draft)
 
-    def _foresee(self, newcomer: Session) -> None:
+    def _foresee(self, now: float, newcomer: Session) -> None:
         """Raises Refusal where another session could not be served in time."""
         try:
-            self.forecast.check(
-                self.sessions.values(), newcomer, self.cost, self.limits, lends=self.policy.lends
-            )
+            sessions, lends = self.sessions.values(), self.policy.lends
+            self.forecast.check(now, sessions, newcomer, self.cost, self.limits, lends=lends)
         except Refusal:
             self.admission.turned_away(newcomer.key)
             raise
@@ -293,7 +292,7 @@ class Verifier:
         del self._by_id[session.id]
         self._by_connection.get(session.connection, set()).discard(session.handle)
         self.admission.closed(session.key)
-        self.forecast.left()
+        self.forecast.left(session)
 
     # --- steps
 
@@ -313,7 +312,6 @@ class Verifier:
     def _step_done(self, now: float, event: StepDone) -> Iterable[Action]:
         assert self._step is not None
         step, self._step = self._step, None
-        self.forecast.changed()
         if event.error:
             yield from self._step_failed(now, step, event.error)
             return
