@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from wisp.cli import app
 from wisp.core.errors import ConfigError
 from wisp.lab.sim.fluid import bound
-from wisp.lab.sim.plan import Plan, Verdict, expected, plan, reached, scenario_for
+from wisp.lab.sim.plan import Plan, Verdict, plan, scenario_for
+from wisp.lab.sim.plan.estimate import expected, reached
 from wisp.lab.sim.report import Report
 from wisp.lab.sim.runs import Job, Runs
 from wisp.lab.sim.scenario import Scenario

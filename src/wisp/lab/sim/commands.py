@@ -14,7 +14,8 @@ from rich.table import Table
 
 from wisp.core.errors import ConfigError
 from wisp.lab.sim.capacity import Capacity, capacity
-from wisp.lab.sim.plan import Estimate, plan
+from wisp.lab.sim.plan import plan
+from wisp.lab.sim.plan.estimate import Estimate
 from wisp.lab.sim.report import chrome_trace, draw, report, table
 from wisp.lab.sim.runs import Runs
 from wisp.lab.sim.scenario import Scenario, load_scenario

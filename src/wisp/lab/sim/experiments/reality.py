@@ -27,7 +27,7 @@ from wisp.lab.sim.experiments.page import Data, markdown
 from wisp.lab.sim.figures import Figures, Watching
 from wisp.lab.sim.fleet import run_live
 from wisp.lab.sim.fluid import bound
-from wisp.lab.sim.plan import reached
+from wisp.lab.sim.plan.estimate import reached
 from wisp.lab.sim.runs import Runs
 from wisp.lab.sim.scenario import Kit, Scenario, SloClass, load_scenario
 from wisp.lab.sim.serving import verifier
