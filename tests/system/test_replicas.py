@@ -658,6 +658,7 @@ async def _play(url: str, traces: Path, meanwhile: Callable[[], None]) -> list[F
         (SloClass(1.0, ttft_s=60.0),),
         devices=(Kit("400", rtt_ms=4.0), Kit("150", rtt_ms=20.0, jitter_ms=5.0)),
         devices_n=DEVICES,
+        output_tokens=(50, 150),
         traces=str(traces),
         warmup_s=0.1,
         window_s=4.0,

@@ -38,6 +38,7 @@ for command in (
     bench.bench_policy,
     bench.bench_vllm,
     bench.bench_ahead,
+    bench.bench_simulator,
     learning.trace,
     learning.profile,
     learning.train,

@@ -52,3 +52,15 @@ def bench_ahead(
     from wisp.lab.reality.ahead import run_ahead
 
     run_ahead(out, repeats=repeats, as_json=json)
+
+
+def bench_simulator(
+    minutes: Annotated[float, typer.Option(help="Simulated, of a hundred devices.", min=0.05, max=60)] = 10.0,
+    most: Annotated[int, typer.Option(help="Leave out runs of more devices than these.", min=10)] = 2000,
+    out: Annotated[Path | None, typer.Option(help="Write the figures into this JSON file.")] = None,
+    json: Json = False,
+) -> None:
+    """CPU time of simulated runs, and what a token costs from ten devices to two thousand."""
+    from wisp.lab.sim.speed import run_bench_simulator
+
+    run_bench_simulator(minutes, most, out, as_json=json)

@@ -53,7 +53,7 @@ def run(quick: bool, runs: Runs) -> Data:
 
 def _emulated(quick: bool) -> dict[str, Any]:
     scenario = load_scenario("a100-qwen3-32b").at_rate(RATE)
-    scenario = scenario.brief(4.0, 6.0, 25.0) if quick else scenario.brief(20.0, 40.0, 30.0)
+    scenario = scenario.brief(2.0, 4.0, 15.0) if quick else scenario.brief(20.0, 40.0, 30.0)
     most = bound(scenario, ideal=False).devices * reached("ours", RATE)
     n = 12 if quick else round(LOAD * most)
     return {"engine": "emulated", "most": most} | _both(scenario.with_devices(n))
@@ -80,7 +80,7 @@ def _tiny(quick: bool, folder: Path) -> dict[str, Any]:
         traces=str(traces),
         as_recorded=True,
         warmup_s=2.0 if quick else 10.0,
-        window_s=5.0 if quick else 30.0,
+        window_s=4.0 if quick else 30.0,
         drain_s=15.0,
     )
     most = 8 if quick else _most(scenario.brief(5.0, 20.0, 10.0))
