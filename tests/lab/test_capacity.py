@@ -103,6 +103,23 @@ def test_seeds_that_agree_give_the_least_interval(blank: Report) -> None:
     assert (found.low, found.capacity, found.high) == (56, 57, 58)
 
 
+def test_a_coarse_search_says_so_by_its_interval(blank: Report) -> None:
+    found = capacity(SCENARIO, "ours", runs=Made(blank, step(100)), grain=0.1, strict=False)
+    assert found.capacity <= 100 < found.high + 1
+    assert found.high - found.capacity >= 0.1 * found.capacity - 1
+    assert found.capacity_at_1_percent is None
+
+
+def test_few_devices_are_watched_for_longer(blank: Report) -> None:
+    runs = Made(blank, step(2))
+    capacity(SCENARIO, "ours", runs=runs)
+    each_s = 200 / SCENARIO.slo[0].rate
+    for job in runs.done:
+        s = job.scenario
+        usual = SCENARIO.window_s
+        assert s.window_s == pytest.approx(min(max(usual, 100 * each_s / s.devices_n), 10 * usual))
+
+
 def test_a_baseline_is_given_its_best_and_the_others_one_run_each(blank: Report) -> None:
     def curve(job: Job) -> float:
         return step({"fixed:2": 33}.get(job.system.drafting, 20))(job)

@@ -61,7 +61,7 @@ def test_recorded_arrivals_come_as_recorded(tmp_path: Path) -> None:
     lines = ['{"at_s": 3.5, "prompt_tokens": 40}', '{"at_s": 1.25, "prompt_tokens": 70, "rate": 14}']
     path = tmp_path / "arrivals.jsonl"
     path.write_text("\n".join([*lines, ""]))
-    scenario = msgspec.structs.replace(POISSON.brief(0.0, 5.0, 60.0), arrivals=str(path))
+    scenario = msgspec.structs.replace(POISSON.brief(0.0, 5.0, 60.0), arrivals_per_s=0.0, arrivals=str(path))
     _, outcome = ran(scenario)
     first, second = outcome.requests
     assert (first.arrived, len(first.prompt), first.slo.tpot_ms) == (1.25, 70, 1e3 / 14)
@@ -79,6 +79,15 @@ def test_a_file_that_is_none_is_refused(line: str, tmp_path: Path) -> None:
         list(recorded_arrivals(path, POISSON.slo[0]))
     with pytest.raises(ConfigError, match="nowhere"):
         list(recorded_arrivals(Path("nowhere"), POISSON.slo[0]))
+
+
+def test_the_line_that_is_wrong_is_named_and_windows_files_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "arrivals.jsonl"
+    path.write_text('\ufeff{"at_s": 1, "prompt_tokens": 5}\r\n\r\n{"at_s": 2, "prompt_tokens": 6}\r\n')
+    assert [at for at, *_ in recorded_arrivals(path, POISSON.slo[0])] == [1.0, 2.0]
+    path.write_text('{"at_s": 1, "prompt_tokens": 5}\n{"at_s": 2}\n')
+    with pytest.raises(ConfigError, match=r"line 2: .*prompt_tokens"):
+        list(recorded_arrivals(path, POISSON.slo[0]))
 
 
 def test_the_file_that_ships() -> None:
@@ -121,7 +130,9 @@ def test_what_is_refused_is_sent_again_and_counts_once(monkeypatch: pytest.Monke
 def test_a_request_that_will_never_do_is_not_sent_again(tmp_path: Path) -> None:
     path = tmp_path / "arrivals.jsonl"
     path.write_text('{"at_s": 1.0, "prompt_tokens": 20000}\n')
-    scenario = msgspec.structs.replace(POISSON.brief(0.0, 5.0, 30.0), arrivals=str(path), retries=2)
+    scenario = msgspec.structs.replace(
+        POISSON.brief(0.0, 5.0, 30.0), arrivals_per_s=0.0, arrivals=str(path), retries=2
+    )
     _, outcome = ran(scenario)
     (request,) = outcome.requests
     assert (request.refusals, request.refused, request.ok) == (1, True, False)

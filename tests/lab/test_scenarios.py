@@ -83,6 +83,14 @@ def quiet() -> Scenario:
         ("population = [[0, 0]]\n" + SLO, "no device at any time"),
         ("population = [[-1, 5]]\n" + SLO, "may be negative"),
         ("seeds = []\n" + SLO, "at least one number"),
+        ("population = [[0, 1000000000]]\n" + SLO, "1000000000 devices are more than 100000"),
+        ("profile_error = 1e-9\n" + SLO, "between 0.01 and 100"),
+        ("arrivals_per_s = 4\npopulation = [[0, 5]]\n" + SLO, "population and arrivals_per_s are two kinds"),
+        ("kv_tokens = 50\n" + SLO, "may be 500 tokens long, and the verifier holds 50 of a session"),
+        ("prompt_tokens = [40000, 60000]\n" + SLO, "holds 8,192 of a session"),
+        (SLO + '[[devices]]\ndevice = "40"\nloss = 1.0', "loss must be at least 0 and at most 0.9"),
+        (SLO + '[[devices]]\ndevice = "40"\nrtt_ms = 1e9', "at most 60000"),
+        (SLO + '[[devices]]\ndevice = "1e-9"', "at least 0.01 tokens per second"),
         ("seeds = [1, 1]\n" + SLO, "differ"),
         (SLO + '[[devices]]\ndevice = "-5"', r"devices\[0\]: device: '-5': .* more than 0"),
         (SLO + '[[devices]]\ndevice = "0"', "more than 0 tokens"),
@@ -205,6 +213,15 @@ def test_where_nothing_arrived_no_rate_is_told(quiet: Scenario) -> None:
     data = found.benchmark()
     assert data["violation_rate"] is None
     assert data["classes"][0]["attainment"] is None
+    for name in (
+        "mean_ttft_ms",
+        "median_tpot_ms",
+        "p99_itl_ms",
+        "p99_e2el_ms",
+        "violators_tpot_p99_ms",
+        "acceptance",
+    ):
+        assert data[name] is None
     json.dumps(data, allow_nan=False)
     console = Console(record=True, width=120)
     console.print(table(found))

@@ -73,8 +73,10 @@ def capacity(
     policy: Annotated[
         str,
         typer.Option(
+            "--policy",
+            "--system",
             help="central-paper or sled-paper (the paper's figures, nothing is simulated), or a system: "
-            + SYSTEM_HELP
+            + SYSTEM_HELP,
         ),
     ] = "ours",
     rate: Rate = None,
@@ -108,6 +110,10 @@ def plan(
     acceptance: Annotated[
         float | None, typer.Option(help="Share of draft tokens to agree (default: as recorded).")
     ] = None,
+    kv: Annotated[
+        int, typer.Option(help="Tokens of KV that the verifier holds (0: as the profile says).", min=0)
+    ] = 0,
+    slots: Annotated[int, typer.Option(help="Sessions that it holds (0: as the profile says).", min=0)] = 0,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Try it by short simulations, which overrule the estimate.")
     ] = False,
@@ -121,7 +127,9 @@ def plan(
     from wisp.lab.sim.written import read_range
 
     prompts, outputs = read_range(prompt, "--prompt"), read_range(output, "--output")
-    planned = scenario_for(hardware, devices, device, rtt, rate, prompts, outputs, ttft, acceptance)
+    planned = scenario_for(
+        hardware, devices, device, rtt, rate, prompts, outputs, ttft, acceptance, kv, slots
+    )
     run_plan(planned, tolerance=tolerance, simulate=simulate, jobs=jobs, as_json=json)
 
 
@@ -132,8 +140,9 @@ def experiments(
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for pages, data and plots.")] = Path("docs/results"),
     jobs: Jobs = 2,
+    json: Json = False,
 ) -> None:
-    """Simulated experiments, each a page with its data and a plot."""
+    """Simulated experiments, each a page with its data and a plot. --json prints the data, by page."""
     from wisp.lab.sim.experiments import run_experiments
 
-    run_experiments(names or [], quick=quick, out=out, jobs=jobs)
+    run_experiments(names or [], quick=quick, out=out, jobs=jobs, as_json=json)

@@ -9,7 +9,7 @@ best one so far, at slightly more devices than that can carry, and only a varian
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from time import perf_counter
@@ -24,23 +24,25 @@ from wisp.lab.sim.report import Report
 from wisp.lab.sim.runs import Job, Runs
 from wisp.lab.sim.scenario import Kit, Scenario
 from wisp.lab.sim.simulate import BESIDE
-from wisp.lab.sim.systems import SYSTEMS, System, system
+from wisp.lab.sim.systems import PAPER_MODELS, SYSTEMS, System, system
 
 STRICT = 0.01  # the tolerance that is always reported beside the one asked for
 GRAIN = 0.02  # a crossing is searched to one device or this share
-PAPER_MODELS = {"central-paper": "central", "sled-paper": "sled"}
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 MOST = 4096  # devices
+FEWEST = 100  # requests by which a number of devices is judged, if windows need be no more than
+LONGEST = 10.0  # times as long for it
 
 
 class Capacity(msgspec.Struct, frozen=True):
     """What a search found.
 
     variant:     the system as tuned
+    rate:        tokens per second that users expect (None: there are classes of them)
     capacity:    devices; low, high: its confidence interval
     goodput, violation_rate, violators_tpot_p99_ms: at capacity, means over seeds
-    capacity_at_1_percent: the same with a tolerance of 1 %
+    capacity_at_1_percent: the same with a tolerance of 1 % (None: not searched for)
     bound:       the fluid bound for what this system may do (no drafts, drafts of devices, or of a drafter beside the
                  target), all devices being served
     bound_waiting: with devices that wait for a first token as long as they may
@@ -50,7 +52,7 @@ class Capacity(msgspec.Struct, frozen=True):
     scenario: str
     system: str
     variant: str
-    rate: float
+    rate: float | None
     tolerance: float
     seeds: tuple[int, ...]
     capacity: int
@@ -58,8 +60,8 @@ class Capacity(msgspec.Struct, frozen=True):
     high: int
     goodput: float
     violation_rate: float
-    violators_tpot_p99_ms: float
-    capacity_at_1_percent: int
+    violators_tpot_p99_ms: float | None
+    capacity_at_1_percent: int | None
     bound: float
     fraction: float
     bound_waiting: float
@@ -94,13 +96,15 @@ class Search:
     runs: Runs
     give_up: float
     grain: float = GRAIN
+    watch: Callable[[str], None] = lambda what: None
     known: dict[int, dict[int, Report]] = field(default_factory=dict)  # by devices, by seed
 
     def rate(self, n: int, seeds: int) -> float:
         """Mean violation rate of `n` devices over the first `seeds` seeds."""
         found = self.known.setdefault(n, {})
         wanted = [s for s in self.seeds[:seeds] if s not in found]
-        scenario = self.scenario.with_devices(n)
+        scenario = watched(self.scenario.with_devices(n))
+        self.watch(f"{self.system.name}: {n} devices")
         jobs = [Job(scenario, self.system, seed, self.give_up) for seed in wanted]
         for seed, report in zip(wanted, self.runs.reports(jobs), strict=True):
             if math.isnan(report.violation_rate):  # nothing arrived, so nothing shows that they are carried
@@ -126,7 +130,8 @@ class Search:
         return low
 
     def interval(self, at: int, tolerance: float) -> tuple[int, int]:
-        """95 %: the spread over seeds, divided by how steeply violations rise with devices; at least one device.
+        """95 %: the spread over seeds, divided by how steeply violations rise with devices; at least as far as the
+        next number that was tried.
 
         With one seed the spread is that of independent requests, which is too small.
         """
@@ -140,7 +145,8 @@ class Search:
         else:
             arrived = fmean([x.arrived for r in near.values() for x in r.values()] or [1.0])
             error = 1.96 * math.sqrt(tolerance * (1 - tolerance) / max(arrived, 1.0))
-        low, high = at - 1, at + 1
+        step = max(1, int(self.grain * at))
+        low, high = at - step, at + step
         if len(rates) > 1:
             xs = np.array([n for n, v in rates.items() for _ in v], float)
             ys = np.array([x for v in rates.values() for x in v])
@@ -160,8 +166,10 @@ def capacity(
     runs: Runs | None = None,
     strict: bool = True,
     grain: float = GRAIN,
+    watch: Callable[[str], None] = lambda what: None,
 ) -> Capacity:
-    """Search. strict: also at 1 %; grain: to one device or this share of them. Raises ConfigError."""
+    """Search. strict: also at 1 %; grain: to one device or this share of them; watch: is told what is tried. Raises
+    ConfigError."""
     began = perf_counter()
     if scenario.open:
         raise ConfigError(
@@ -179,7 +187,7 @@ def capacity(
     best: tuple[int, Search] | None = None
     searched: list[Search] = []
     for tuned in variants(policy, scenario):
-        search = Search(scenario, tuned, seeds, runs, give_up, grain)
+        search = Search(scenario, tuned, seeds, runs, give_up, grain, watch)
         searched.append(search)
         start = max(1, round(_guess(policy) * limit.devices))
         if best is not None:
@@ -198,16 +206,17 @@ def capacity(
         )
     if len(seeds) > 1 and at:
         at = search.crossing(at, tolerance, len(seeds), max(grain, GRAIN))
-    strictly = 0
-    if strict and at:
-        strictly = min(at, search.crossing(max(1, int(0.93 * at)), STRICT, len(seeds), 0.06))
+    strictly: int | None = None
+    if strict:
+        strictly = search.crossing(max(1, int(0.93 * at)), STRICT, len(seeds), 0.06) if at else 0
+        strictly = min(at, strictly) if tolerance >= STRICT else strictly
     found_at = list(search.known.get(at, {}).values())
     low, high = search.interval(at, tolerance) if at else (0, 1)
     return Capacity(
         scenario=scenario.title,
         system=policy,
         variant=search.system.name,
-        rate=scenario.slo[0].rate,
+        rate=scenario.slo[0].rate if len(scenario.slo) == 1 else None,
         tolerance=tolerance,
         seeds=tuple(seeds),
         capacity=at,
@@ -215,7 +224,7 @@ def capacity(
         high=high,
         goodput=fmean([r.goodput for r in found_at] or [0.0]),
         violation_rate=fmean([r.violation_rate for r in found_at] or [0.0]),
-        violators_tpot_p99_ms=max([r.violators_tpot_p99_ms for r in found_at] or [0.0]),
+        violators_tpot_p99_ms=max((r.violators_tpot_p99_ms or 0.0 for r in found_at), default=0.0) or None,
         capacity_at_1_percent=strictly,
         bound=_round(limit.devices),
         fraction=_share(at, limit.devices),
@@ -225,6 +234,13 @@ def capacity(
         seconds=round(perf_counter() - began, 2),
         about=search.system.about,
     )
+
+
+def watched(scenario: Scenario) -> Scenario:
+    """With a window in which so few devices ask often enough: that one late answer in ten decides nothing."""
+    each_s = scenario.answer_s + scenario.think_s
+    window_s = max(scenario.window_s, min(FEWEST * each_s / scenario.devices_n, LONGEST * scenario.window_s))
+    return msgspec.structs.replace(scenario, window_s=window_s)
 
 
 def limit_of(of: System, scenario: Scenario) -> Bound:
@@ -271,7 +287,7 @@ def _by_paper(scenario: Scenario, policy: str, tolerance: float) -> Capacity:
         high=at,
         goodput=at * rate,
         violation_rate=0.0,
-        violators_tpot_p99_ms=0.0,
+        violators_tpot_p99_ms=None,
         capacity_at_1_percent=at,
         bound=_round(limit.devices),
         fraction=_share(at, limit.devices),

@@ -16,7 +16,7 @@ from wisp.core.errors import ConfigError
 from wisp.lab.sim.capacity import Capacity, capacity
 from wisp.lab.sim.plan import plan
 from wisp.lab.sim.plan.estimate import Estimate
-from wisp.lab.sim.report import chrome_trace, draw, report, table
+from wisp.lab.sim.report import chrome_trace, draw, number, report, table
 from wisp.lab.sim.runs import Runs
 from wisp.lab.sim.scenario import Scenario, load_scenario
 from wisp.lab.sim.simulate import Simulation
@@ -27,7 +27,7 @@ def chosen(name: str, rate: float | None, devices: int | None) -> Scenario:
     """A scenario by name, with other users or another number of devices. Raises ConfigError."""
     scenario = load_scenario(name)
     if rate is not None:
-        scenario = scenario.at_rate(rate)
+        scenario = one_class(scenario, rate)
     if devices is None:
         return scenario
     if scenario.open:
@@ -36,6 +36,16 @@ def chosen(name: str, rate: float | None, devices: int | None) -> Scenario:
             "change arrivals_per_s or arrivals in a scenario of your own"
         )
     return scenario.with_devices(devices)
+
+
+def one_class(scenario: Scenario, rate: float) -> Scenario:
+    """With one class of users at this rate; says so where there were several."""
+    if len(scenario.slo) > 1:
+        names = ", ".join(c.name or f"{c.rate:g} tokens/s" for c in scenario.slo)
+        Console(stderr=True, highlight=False).print(
+            f"--rate {rate:g}: all users are like those of the first class, at this rate; the scenario has {names}"
+        )
+    return scenario.at_rate(rate)
 
 
 def writable(path: Path) -> None:
@@ -107,8 +117,15 @@ def run_capacity(
     """A search; `seeds` is how many, by default the scenario's. Raises ConfigError."""
     scenario = chosen(name, rate, None)
     which = scenario.seeds if seeds is None else range(1, seeds + 1)
-    with Runs(jobs) as runs, Console(stderr=True).status("searching"):
-        found = capacity(scenario, policy, tolerance=tolerance, seeds=which, runs=runs)
+    with Runs(jobs) as runs, Console(stderr=True).status("searching") as status:
+        found = capacity(
+            scenario,
+            policy,
+            tolerance=tolerance,
+            seeds=which,
+            runs=runs,
+            watch=status.update,
+        )
     if as_json:
         print(json.dumps(msgspec.to_builtins(found)))
     else:
@@ -116,13 +133,16 @@ def run_capacity(
 
 
 def _shown(c: Capacity) -> Table:
-    out = Table(title=f"{c.scenario}, {c.rate:g} tokens/s: {c.system}", show_header=False)
+    pace = f", {c.rate:g} tokens/s" if c.rate else ""
+    out = Table(title=f"{c.scenario}{pace}: {c.system}", show_header=False)
     out.add_column()
     out.add_column(justify="right")
     out.add_row(f"devices with {c.tolerance:.0%} violations (95 %)", f"{c.capacity} ({c.low} to {c.high})")
-    out.add_row("devices with 1 % violations", str(c.capacity_at_1_percent))
+    out.add_row("devices with 1 % violations", number(c.capacity_at_1_percent, "d"))
     out.add_row("goodput at capacity", f"{c.goodput:.0f} tokens/s")
-    out.add_row("violations; their p99 TPOT", f"{c.violation_rate:.1%}; {c.violators_tpot_p99_ms:.0f} ms")
+    out.add_row(
+        "violations; their p99 TPOT", f"{c.violation_rate:.1%}; {number(c.violators_tpot_p99_ms, '.0f')} ms"
+    )
     out.add_row("fluid bound, and our share", f"{c.bound:g}, {c.fraction:.0%}")
     out.add_row("  waiting for a first token counted", f"{c.bound_waiting:g}, {c.fraction_waiting:.0%}")
     if c.variant != c.system:

@@ -33,7 +33,7 @@ from wisp.core.errors import ConfigError, UnavailableError
 from wisp.core.messages import Cancel, Welcome
 from wisp.edge.link import http_url
 from wisp.lab.children import Child
-from wisp.lab.sim.commands import writable
+from wisp.lab.sim.commands import one_class, writable
 from wisp.lab.sim.compare import differences
 from wisp.lab.sim.figures import Engine, Figures, Machine, Totals, Watched, Watching, figures
 from wisp.lab.sim.live import Clock, Sockets
@@ -310,7 +310,7 @@ def _one(scenario: Scenario, of: System, seed: int, server: str, shown: Shown) -
 def _changed(
     s: Scenario, rate: float | None, devices: int | None, window_s: float | None, warmup_s: float | None
 ) -> Scenario:
-    s = s.at_rate(rate) if rate is not None else s
+    s = one_class(s, rate) if rate is not None else s
     s = s.with_devices(devices) if devices is not None else s
     s = msgspec.structs.replace(s, window_s=window_s) if window_s is not None else s
     return msgspec.structs.replace(s, warmup_s=warmup_s) if warmup_s is not None else s

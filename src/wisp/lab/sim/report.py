@@ -19,11 +19,11 @@ from wisp.lab.sim.world import Request
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """Mean, median and 99th percentile; zeros of nothing."""
+    """Mean, median and 99th percentile; None of nothing."""
 
-    mean: float = 0.0
-    median: float = 0.0
-    p99: float = 0.0
+    mean: float | None = None
+    median: float | None = None
+    p99: float | None = None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
@@ -49,7 +49,9 @@ class Report(msgspec.Struct, frozen=True):
 
     violation_rate:    nan if nothing arrived
     cut:               the run was stopped early, its outcome being clear; rates are then estimates
-    violators_tpot_p99_ms: of requests that missed their SLO, unfinished ones as they stood
+    violators_tpot_p99_ms: of requests that missed their SLO, unfinished ones as they stood (None: none had a second
+                       token)
+    acceptance:        share of draft tokens (None: there were none)
     busy:              share of time with a step in the engine
     interference_ms:   by slice: its step's time, less the cost model's for it alone
     wasted_ms:         drafting past a first rejection, in all; ahead_wasted: tokens drafted ahead and thrown away
@@ -75,7 +77,7 @@ class Report(msgspec.Struct, frozen=True):
     tpot_ms: Spread
     itl_ms: Spread
     e2el_ms: Spread
-    violators_tpot_p99_ms: float
+    violators_tpot_p99_ms: float | None
     steps: int
     step_ms: float
     busy: float
@@ -84,7 +86,7 @@ class Report(msgspec.Struct, frozen=True):
     prefill_share: float
     drafts: int
     draft_tokens: int
-    acceptance: float
+    acceptance: float | None
     tokens: int
     interference_ms: Spread
     drafting_ms: float
@@ -143,7 +145,7 @@ def report(
         prefill_share=counts.prefill_rows / max(counts.rows, 1),
         drafts=counts.drafts,
         draft_tokens=counts.draft_rows,
-        acceptance=counts.accepted / counts.draft_rows if counts.draft_rows else 0.0,
+        acceptance=counts.accepted / counts.draft_rows if counts.draft_rows else None,
         tokens=counts.tokens,
         interference_ms=Spread.of(counts.interference_ms),
         drafting_ms=counts.drafting_ms,
@@ -166,10 +168,10 @@ def _latencies(requests: Sequence[Request]) -> dict[str, Spread]:
     }
 
 
-def _violators_p99(requests: Sequence[Request], now: float) -> float:
+def _violators_p99(requests: Sequence[Request], now: float) -> float | None:
     missed = [r for r in requests if r.tokens > 1 and not met(r.served(), now)]
     paces = [((r.last if r.ended is not None else now) - r.first) * 1e3 / (r.tokens - 1) for r in missed]
-    return quantile(paces, 0.99) if paces else 0.0
+    return quantile(paces, 0.99) if paces else None
 
 
 def _classes(
@@ -196,6 +198,11 @@ def _classes(
     return tuple(found)
 
 
+def number(value: float | None, how: str = ".1f") -> str:
+    """For people; a dash for what there is not."""
+    return "-" if value is None else format(value, how)
+
+
 def table(r: Report) -> Table:
     """For people."""
     out = Table(title=f"{r.scenario}: {r.devices} devices, {r.system}, seed {r.seed}", show_header=False)
@@ -208,21 +215,22 @@ def table(r: Report) -> Table:
     out.add_row("goodput, all", f"{r.goodput:.1f} of {r.output_throughput:.1f} tokens/s")
     out.add_section()
     for name, spread in (("TTFT", r.ttft_ms), ("TPOT", r.tpot_ms), ("gap between messages", r.itl_ms)):
-        out.add_row(
-            f"{name}, ms: mean / median / p99", f"{spread.mean:.1f} / {spread.median:.1f} / {spread.p99:.1f}"
-        )
-    out.add_row("p99 TPOT of those that missed, ms", f"{r.violators_tpot_p99_ms:.1f}")
+        shown = " / ".join(number(v) for v in (spread.mean, spread.median, spread.p99))
+        out.add_row(f"{name}, ms: mean / median / p99", shown)
+    out.add_row("p99 TPOT of those that missed, ms", number(r.violators_tpot_p99_ms))
     out.add_section()
     out.add_row("steps; mean time; engine busy", f"{r.steps}; {r.step_ms:.1f} ms; {r.busy:.0%}")
     out.add_row("sessions and tokens a step", f"{r.sessions_a_step:.1f}; {r.rows_a_step:.1f}")
     out.add_row("of these prompts", f"{r.prefill_share:.0%}")
-    out.add_row("draft tokens; accepted", f"{r.draft_tokens}; {r.acceptance:.0%}")
+    out.add_row("draft tokens; accepted", f"{r.draft_tokens}; {number(r.acceptance, '.0%')}")
     out.add_row(
         "verification interference, ms: mean / p99",
-        f"{r.interference_ms.mean:.1f} / {r.interference_ms.p99:.1f}",
+        f"{number(r.interference_ms.mean)} / {number(r.interference_ms.p99)}",
     )
     out.add_row("drafting wasted, ms a token", f"{r.wasted_ms / max(r.tokens, 1):.2f}")
-    out.add_row("price of a draft token: mean / p99", f"{r.price.mean:.3f} / {r.price.p99:.3f}")
+    out.add_row(
+        "price of a draft token: mean / p99", f"{number(r.price.mean, '.3f')} / {number(r.price.p99, '.3f')}"
+    )
     out.add_row("KV evictions", str(r.kv_evictions))
     out.add_row("refused for good; refusals in all", f"{r.refused}; {r.refusals}")
     return out

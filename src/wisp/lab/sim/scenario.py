@@ -20,6 +20,7 @@ from wisp.lab.sim.profiled import measured
 from wisp.lab.traces.format import DEFAULT, trace_folder
 
 T = TypeVar("T")
+MOST_DEVICES = 100_000
 SHIPPED = Path(__file__).parent / "scenarios"
 
 
@@ -78,12 +79,15 @@ class Kit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         _check_from_0(self, "rtt_ms", "jitter_ms")
-        _check_share(self, "loss")
+        for name in ("rtt_ms", "jitter_ms"):
+            _check(getattr(self, name) <= 60_000, f"{name} must be at most 60000 (a minute)")
+        _check(0 <= self.loss <= 0.9, f"loss must be at least 0 and at most 0.9, not {self.loss:g}")
         _check_positive(self, "share")
         try:
-            device(self.device)
+            speed = device(self.device).tokens_per_s
         except ConfigError as error:
             raise InvalidError(f"device: {error}") from None
+        _check(speed >= 0.01, f"device must draft at least 0.01 tokens per second, not {speed:g}")
 
     def build(self) -> tuple[Device, Link]:
         return device(self.device), Link(self.rtt_ms, self.jitter_ms, self.loss)
@@ -153,7 +157,14 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _check_from_0(self, "warmup_s", "drain_s", "think_s", "arrivals_per_s", "overlap")
         _check_from_0(self, "kv_tokens", "slots", "max_output", "retries")
         _check_share(self, "acceptance", "vanish")
+        _check(0.01 <= self.profile_error <= 100, "profile_error must be a factor between 0.01 and 100")
+        most = max([self.devices_n, *(n for _, n in self.population)])
+        _check(
+            most <= MOST_DEVICES, f"{most} devices are more than {MOST_DEVICES}, the most that are simulated"
+        )
         _check(self.devices_n >= 1, f"devices_n must be at least 1, not {self.devices_n}")
+        loads = [name for name in ("population", "arrivals_per_s", "arrivals") if getattr(self, name)]
+        _check(len(loads) < 2, f"{' and '.join(loads)} are two kinds of load: give one")
         for at, n in self.population:
             fine = math.isfinite(at) and at >= 0 and n >= 0
             _check(fine, f"population has [{at:g}, {n}]: neither the second nor the devices may be negative")
@@ -182,9 +193,19 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def joining_s(self) -> float:
         """Over how long the devices that are there from the start begin: the time of an answer and of a pause, so that
         as many ask at a time as later on, and most of the warm-up if that is less."""
+        return min(self.answer_s + self.think_s, 0.8 * self.warmup_s)
+
+    @property
+    def answer_s(self) -> float:
+        """Seconds that an answer takes at the pace that users expect, on average."""
         shares = sum(c.share for c in self.slo)
         token_s = sum(c.share / c.rate for c in self.slo) / shares
-        return min(sum(self.output_tokens) / 2.0 * token_s + self.think_s, 0.8 * self.warmup_s)
+        return sum(self.output_tokens) / 2.0 * token_s
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest session that is made up for it."""
+        return self.prompt_tokens[1] + self.most_output
 
     @property
     def profile(self) -> Hardware:
@@ -235,16 +256,24 @@ def recorded_arrivals(path: Path, usual: SloClass) -> Iterator[tuple[float, int,
     """
     found = arrivals_file(path)
     try:
-        lines = msgspec.json.Decoder(Arrival).decode_lines(found.read_bytes())
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        text = found.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the arrivals {path}: {error}") from None
-    for line in sorted(lines, key=lambda line: line.at_s):
-        if line.at_s < 0 or line.prompt_tokens < 1 or line.rate < 0:
+    decoder, lines = msgspec.json.Decoder(Arrival), []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            lines.append(decoder.decode(line))
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"the arrivals {path}, line {number}: {error}") from None
+        if lines[-1].at_s < 0 or lines[-1].prompt_tokens < 1 or lines[-1].rate < 0:
             raise ConfigError(
-                f"the arrivals {path}: at_s and rate must not be negative, prompt_tokens at least 1"
+                f"the arrivals {path}, line {number}: at_s and rate must not be negative, prompt_tokens at least 1"
             )
-        slo = msgspec.structs.replace(usual, rate=line.rate) if line.rate else usual
-        yield line.at_s, line.prompt_tokens, slo
+    for arrival in sorted(lines, key=lambda arrival: arrival.at_s):
+        slo = msgspec.structs.replace(usual, rate=arrival.rate) if arrival.rate else usual
+        yield arrival.at_s, arrival.prompt_tokens, slo
 
 
 def load_scenario(name: str) -> Scenario:
@@ -290,7 +319,7 @@ def _located(scenario: Scenario, name: str, folder: Path) -> Scenario:
         return ConfigError(f'the scenario {name}: {field} = "{getattr(scenario, field)}": {what}')
 
     nowhere = "there is no such file, neither beside the scenario nor in the current folder"
-    arrivals, traces, profile = there("arrivals"), there("traces"), there("hardware")
+    arrivals, traces, hardware_file = there("arrivals"), there("traces"), there("hardware")
     if scenario.arrivals and not arrivals_file(arrivals).is_file():
         raise wrong("arrivals", nowhere)
     if traces != DEFAULT and not trace_folder(traces).exists():
@@ -299,10 +328,16 @@ def _located(scenario: Scenario, name: str, folder: Path) -> Scenario:
         scenario,
         arrivals=str(arrivals) if scenario.arrivals else "",
         traces=str(traces),
-        hardware=str(profile) if profile.is_file() else scenario.hardware,
+        hardware=str(hardware_file) if hardware_file.is_file() else scenario.hardware,
     )
     try:
-        _ = found.profile
+        profile = found.profile
     except ConfigError as error:
         raise wrong("hardware", str(error)) from None
+    fits = min(profile.slot_tokens, profile.kv_tokens)
+    if found.longest > fits and not (found.arrivals or found.as_recorded):
+        raise ConfigError(
+            f"the scenario {name}: a prompt and its answer may be {found.longest:,} tokens long, and the verifier "
+            f"holds {fits:,} of a session: shorten prompt_tokens or output_tokens, or give it more kv_tokens"
+        )
     return found

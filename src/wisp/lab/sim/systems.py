@@ -22,6 +22,7 @@ class System(msgspec.Struct, frozen=True):
     about: str = ""
 
 
+PAPER_MODELS = {"central-paper": "central", "sled-paper": "sled"}  # caps on throughput: see `paper`
 YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 CHANGEABLE = ("drafting", "batching", "ahead", "server_mode", "admission", "beside", "slots")
 SYSTEMS = {
@@ -40,6 +41,10 @@ SYSTEMS = {
 def system(spec: str) -> System:
     """A system by name, with changes: "ours,batching=continuous,ahead=no". Raises ConfigError."""
     name, *changes = spec.split(",")
+    if name in PAPER_MODELS:
+        raise ConfigError(
+            f"{name}: a figure of the paper, nothing that runs; see `wisp capacity --policy {name}`"
+        )
     if name not in SYSTEMS:
         raise ConfigError(f"unknown system {name!r}; choose one of {', '.join(SYSTEMS)}")
     found = SYSTEMS[name]

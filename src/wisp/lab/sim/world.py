@@ -392,7 +392,6 @@ class Handset:
             ms += ms * len(drafter.task.prompt) / READ_AHEAD
             self._read = True
         self.drafted_ms += ms
-        counts.drafting_ms += ms
         if counts.traced:
             counts.note("draft", self.env.now, ms, self.index, len(drafter.chain) + 1)
         self._busy = True
@@ -401,9 +400,10 @@ class Handset:
 
     def _drafted(self, _: object) -> None:
         self._busy = False
+        drafter, proposal, ms = self._drafting
+        self.counts.drafting_ms += ms
         if self.request is None:
             return
-        drafter, proposal, ms = self._drafting
         if not self.gone and drafter is self.drafter:
             now = self.env.now * 1e3
             token, signal = proposal or NOTHING

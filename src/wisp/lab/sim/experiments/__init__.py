@@ -11,6 +11,7 @@ Each module has three functions:
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -30,8 +31,8 @@ EXPERIMENTS: dict[str, ModuleType] = {
 }
 
 
-def run_experiments(names: list[str], *, quick: bool, out: Path, jobs: int) -> None:
-    """Run some, or all, and write their pages into the folder `out`. Raises ConfigError."""
+def run_experiments(names: list[str], *, quick: bool, out: Path, jobs: int, as_json: bool = False) -> None:
+    """Run some, or all, and write their pages into the folder `out`; as_json: print their data. Raises ConfigError."""
     for name in names:
         if name not in EXPERIMENTS:
             raise ConfigError(f"unknown experiment {name!r}; choose from {', '.join(EXPERIMENTS)}")
@@ -41,6 +42,9 @@ def run_experiments(names: list[str], *, quick: bool, out: Path, jobs: int) -> N
             with console.status(name):
                 seconds = write(name, EXPERIMENTS[name], quick=quick, runs=runs, out=out)
             console.print(f"{out / name}.md: {seconds:.0f} s", highlight=False)
+    if as_json:
+        data = {name: json.loads((out / f"{name}.json").read_bytes()) for name in names or EXPERIMENTS}
+        print(json.dumps(data))
 
 
 __all__ = ["EXPERIMENTS", "run_experiments"]

@@ -76,7 +76,8 @@ def lines(data: Data) -> list[str]:
     return [
         "Where drafting on devices pays",
         f"Ours carries more devices than strong centralised serving in **{wins} of {len(body)}** combinations, "
-        f"and fewer in {fewer}. One A100 with Qwen3-32B; one seed and a window of 25 s a cell, capacities to 8 %: good "
+        f"and fewer in {fewer}. One A100 with Qwen3-32B; one seed and a window of 25 s a cell, longer "
+        "where fewer than a hundred requests would arrive, capacities to 8 %: good "
         "for the shape of the map, not for its last digit. Short context: prompts of 60 to 200 tokens; long: 500 to "
         "1,100.",
         "",

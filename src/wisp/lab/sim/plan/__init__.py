@@ -44,8 +44,11 @@ def scenario_for(
     output: tuple[int, int] = (100, 300),
     ttft_s: float = 3.0,
     acceptance: float | None = None,
+    kv_tokens: int = 0,
+    slots: int = 0,
 ) -> Scenario:
-    """What is planned, as a scenario of short runs. Raises ConfigError."""
+    """What is planned, as a scenario of short runs. kv_tokens, slots: 0 for the hardware profile's. Raises
+    ConfigError."""
     if devices < 1:
         raise ConfigError(f"--devices {devices}: plan for at least one")
     _positive("--rate", rate, "tokens per second")
@@ -64,6 +67,8 @@ def scenario_for(
         prompt_tokens=prompt,
         output_tokens=output,
         devices_n=devices,
+        kv_tokens=kv_tokens,
+        slots=slots,
         acceptance=acceptance or 0.0,
         warmup_s=min(max(30.0, sum(output) / 2 / rate), LONGEST_S),
         window_s=30.0,

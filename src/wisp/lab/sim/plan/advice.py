@@ -63,7 +63,9 @@ def reasons(scenario: Scenario, verdict: Verdict, ours: Estimate, central: Estim
         f"at {slo.rate:g} tokens/s, and a first token within {slo.ttft_s:g} s, expect one verifier to carry "
         f"{_number(n, ours)} with WISP and {_number(n, central)} without drafts; you ask for {n}"
     ]
-    if any(e.simulated is None and abs(e.devices - n) <= CLOSE * n for e in (ours, central)):
+    guessed = any(e.simulated is None for e in (ours, central))
+    near = any(e.simulated is None and abs(e.devices - n) <= CLOSE * n for e in (ours, central))
+    if near or (guessed and verdict is Verdict.NO_GAIN and ours.bound >= WORTH_IT * central.bound):
         words.append("that is too close for an estimate: try it with --simulate")
     if ours.limit == "kv":
         words.append("room for KV is what limits it, and drafts do not make any: more memory would")
@@ -72,7 +74,8 @@ def reasons(scenario: Scenario, verdict: Verdict, ours: Estimate, central: Estim
             f"sessions at once, {scenario.profile.slots} by the hardware profile, are what limits it, and drafts do "
             "not change that: more slots would"
         )
-    words += _of_drafts(kept_up(scenario), verdict)
+    if verdict is not Verdict.NEITHER:
+        words += _of_drafts(kept_up(scenario), verdict)
     if verdict is Verdict.ENOUGH and ours.carries(n):
         words.append("WISP would serve them as well, but there is nothing to gain: it is simpler without")
     elif verdict is Verdict.ENOUGH:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from wisp.lab.sim.capacity import watched
 from wisp.lab.sim.plan.estimate import Estimate, cap
 from wisp.lab.sim.runs import Job, Runs, remembered
 from wisp.lab.sim.scenario import Scenario
@@ -57,7 +58,7 @@ class Trials:
         """Share of requests that miss their SLO, for each system and number of devices."""
         jobs = [
             Job(scenario, _at_its_best(name, scenario), seed, self.tolerance)
-            for name, scenario in ((name, self.scenario.with_devices(n)) for name, n in tried)
+            for name, scenario in ((name, watched(self.scenario.with_devices(n))) for name, n in tried)
             for seed in SEEDS
         ]
         what = " and ".join(f"{n} {'with WISP' if name == 'ours' else 'without'}" for name, n in tried)
