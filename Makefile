@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-vllm test-replicas check format lock bench bench-overhead bench-drafting bench-vllm \
+.PHONY: setup demo test test-vllm test-replicas check format lock bench bench-overhead bench-simulator bench-drafting bench-vllm \
 	check-lossless clean
 
 setup: $(VENV)/.ready
@@ -60,6 +60,9 @@ bench-overhead: setup  ## what a verification costs beside the engine
 
 bench: setup  ## every experiment: pages, data and plots, in two processes; `reality` needs the machine to itself
 	$(BIN)/wisp experiments --out docs/results --jobs 2
+
+bench-simulator: setup  ## what simulations cost, from ten devices to two thousand
+	$(BIN)/wisp bench-simulator --out docs/results/simulator.json
 
 bench-drafting: setup  ## drafting policies over a grid of devices, links and verifiers, on the shipped traces
 	$(BIN)/wisp replay --out docs/results
