@@ -24,7 +24,7 @@ class Verdict(StrEnum):
     WISP = "use WISP"
     MORE = "use WISP, on more than one verifier"
     ENOUGH = "serve centrally: one server carries all of them without drafts"
-    NO_GAIN = "serve centrally: drafts gain nothing here, or next to nothing"
+    NO_GAIN = "serve centrally: it takes as many servers with drafts, or nearly as many"
     NEITHER = "neither: this verifier cannot serve such users, with or without drafts"
 
 
@@ -65,7 +65,8 @@ def reasons(scenario: Scenario, verdict: Verdict, ours: Estimate, central: Estim
     ]
     guessed = any(e.simulated is None for e in (ours, central))
     near = any(e.simulated is None and abs(e.devices - n) <= CLOSE * n for e in (ours, central))
-    if near or (guessed and verdict is Verdict.NO_GAIN and ours.bound >= WORTH_IT * central.bound):
+    possible = {Verdict.NO_GAIN: WORTH_IT * central.bound, Verdict.NEITHER: 1.0}.get(verdict, math.inf)
+    if near or (guessed and ours.bound >= possible):  # the bound says what the estimate does not
         words.append("that is too close for an estimate: try it with --simulate")
     if ours.limit == "kv":
         words.append("room for KV is what limits it, and drafts do not make any: more memory would")
@@ -89,7 +90,8 @@ def reasons(scenario: Scenario, verdict: Verdict, ours: Estimate, central: Estim
         )
         words.append(f"{_servers(n, ours)} with WISP, {without}")
     elif verdict is Verdict.NEITHER:
-        words.append("no number of such servers can keep this pace")
+        sure = ours.bound < 1 or not guessed
+        words.append(f"no number of such servers {'can' if sure else 'is expected to'} keep this pace")
     return words
 
 
