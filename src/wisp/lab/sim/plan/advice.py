@@ -97,9 +97,10 @@ def reasons(scenario: Scenario, verdict: Verdict, ours: Estimate, central: Estim
 
 def _number(n: int, e: Estimate) -> str:
     """Devices to expect, and how that is known."""
-    if not e.tried:
-        return f"about {e.devices} devices"
-    return f"{f'at least {n}' if e.carries(n) else f'about {e.devices}'} devices (simulated)"
+    tried = " (simulated)" if e.tried else ""
+    if e.tried and e.carries(n):
+        return f"at least {n} device{'s' * (n != 1)}{tried}"
+    return f"about {e.devices} device{'s' * (e.devices != 1)}{tried}"
 
 
 def _of_drafts(scenario: Scenario, verdict: Verdict) -> list[str]:
