@@ -7,6 +7,7 @@ carries them; and what it costs on one that is not, where most of what is simula
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 import time
@@ -77,6 +78,7 @@ def measure(scenario: Scenario, name: str, devices: int, seconds: float, size: i
             .brief(warmup_s, seconds - warmup_s, 0.0)
         )
         simulation = Simulation(brief, system(name), 1)
+    gc.collect()  # what the run before has left is not this one's
     start = time.process_time()
     outcome = simulation.run()
     cpu_s, tokens = time.process_time() - start, outcome.counts.tokens
