@@ -18,6 +18,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from wisp.lab.sim.commands import writable
 from wisp.lab.sim.scenario import Scenario, load_scenario
 from wisp.lab.sim.simulate import Simulation
 from wisp.lab.sim.systems import system
@@ -110,7 +111,9 @@ def speeds(minutes: float, most: int) -> Iterator[tuple[str, Speed]]:
 
 
 def run_bench_simulator(minutes: float, most: int, out: Path | None, *, as_json: bool) -> None:
-    """Measure, print, and write the figures."""
+    """Measure, print, and write the figures. Raises ConfigError."""
+    if out is not None:
+        writable(out)
     found: dict[str, list[Speed]] = {name: [] for name in QUESTIONS}
     with Console(stderr=True).status("simulating"):
         for name, speed in speeds(minutes, most):
