@@ -68,7 +68,7 @@ def view(
     sent_ms: float = 0.0,
 ) -> View:
     made = made or pace()
-    return View(now_ms, list(p), sent, sent_ms + made.wait_ms(sent), made)
+    return View(now_ms, list(p), sent, sent, sent_ms + made.wait_ms(sent), made)
 
 
 def drafted(policy: DraftingPolicy, made: Pace, p: Sequence[float] = (0.8,) * 64) -> list[float]:

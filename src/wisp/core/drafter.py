@@ -145,7 +145,7 @@ class Drafter:
             return False
         if len(self.committed) + len(self.chain) >= self.task.max_tokens - 1:
             return False
-        return ahead.worth(self._view(now_ms, self.sent), self.pace.price if policy.priced else 0.0)
+        return ahead.worth(self._view(now_ms), self.pace.price if policy.priced else 0.0)
 
     # --- events
 
@@ -281,7 +281,7 @@ class Drafter:
         if self.serve and self.phase is IN_FLIGHT:  # the verifier has taken over, as it was asked to
             self.phase = SERVED
             return []
-        better_served = self.policy.serve(self._view(now_ms, self.sent))
+        better_served = self.policy.serve(self._view(now_ms))
         if better_served and self.phase is SERVED:
             return []
         self.serve = better_served
@@ -292,9 +292,8 @@ class Drafter:
     def _go_on(self, now_ms: float) -> list[Action]:
         """Draft another token, or send what there is."""
         assert self.policy is not None
-        policy, sent = self.policy, self.sent
-        view = self._view(now_ms, sent)
-        full = len(self.chain) - sent >= min(self.max_draft, self._left() - 1)  # one token is the target's
+        policy, view = self.policy, self._view(now_ms)
+        full = len(self.chain) - self.sent >= min(self.max_draft, self._left() - 1)  # one token is the target's
         if not (full or self._dry or self._ended) and policy.more(view):
             return []
         return [self._send(now_ms, policy.take(view))]
@@ -309,21 +308,22 @@ class Drafter:
 
     def _send_ahead(self, now_ms: float) -> list[Action]:
         """Send what was drafted ahead before the verdict is here, if it is complete, or there is no time for more."""
-        sent, flights, ahead = self.sent + 1, self._flights, self.ahead
-        # The first of those not sent yet guesses the verdict's own token.
-        if len(self.chain) <= sent or len(flights) != 1 or ahead is None or not ahead.send or self.serve:
+        n, sent, flights, ahead = len(self.chain), self.sent, self._flights, self.ahead
+        first = sent + 1  # the one before it guesses the verdict's own token
+        if n <= first or len(flights) != 1 or ahead is None or not ahead.send or self.serve:
             return []
-        pace, policy = self.pace, self.policy
+        pace, policy, due_ms, opening = self.pace, self.policy, flights[0].due_ms, self._round == 0
         assert policy is not None
-        view, wait = self._view(now_ms, sent), pace.wait
-        last_call = flights[0].due_ms - pace.line.value - 0.5 * wait.deviation
-        late = wait.n > 0 and now_ms + pace.draft.value > last_call and not view.opening
-        complete = late or self._dry or self._ended or not policy.more(view)
-        if not complete and self.wants_token(now_ms):
+        view, wait = View(now_ms, self._p, sent, first, due_ms, pace, opening), pace.wait
+        last_call = due_ms - pace.line.value - 0.5 * wait.deviation
+        late = wait.n > 0 and now_ms + pace.draft.value > last_call and not opening
+        full = self._dry or self._ended or len(self.committed) + n >= self.task.max_tokens - 1
+        complete = late or full or not policy.more(view)
+        if not complete and ahead.worth(view, pace.price if policy.priced else 0.0):
             self._goes_on_ms = now_ms
             return []
         n = policy.take(view)
-        return [self._send(now_ms, sent + n)] if n > 0 else []
+        return [self._send(now_ms, first + n)] if n > 0 else []
 
     def _flight(self, now_ms: float, drafted: int) -> Flight:
         due_ms = now_ms + self.pace.wait_ms(drafted)
@@ -337,11 +337,11 @@ class Drafter:
                 return flight
         return None
 
-    def _view(self, now_ms: float, sent: int) -> View:
-        """What the policy sees, if the first `sent` tokens of the chain are in flight."""
-        flights = self._flights
+    def _view(self, now_ms: float) -> View:
+        """What the policy sees."""
+        flights, sent = self._flights, self.sent
         due_ms = flights[-1].due_ms if flights else 0.0
-        return View(now_ms, self._p, sent, due_ms, self.pace, self._round == 0)
+        return View(now_ms, self._p, sent, sent, due_ms, self.pace, self._round == 0)
 
     def _left(self) -> int:
         """Tokens still to come; the last of all is always the target's own."""
@@ -364,9 +364,7 @@ class Drafter:
         while agreed < both and new[agreed] == chain[agreed]:
             agreed += 1
         seen = min(both, agreed + 1)
-        learn = pace.acceptance.add
-        for i in range(seen):
-            learn(1.0 if i < agreed else 0.0)
+        pace.acceptance.add_each(agreed, seen)
         self.policy.observe(self._odds[:seen], agreed)
 
     def _new_tokens(self, verdict: Verdict) -> list[int]:

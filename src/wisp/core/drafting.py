@@ -40,6 +40,7 @@ class View(msgspec.Struct, frozen=True, gc=False):
 
     p:       acceptance probabilities of the tokens guessed beyond the committed ones, in order
     sent:    how many of them are in flight
+    first:   index of the first that could be sent now; behind a draft in flight, one guess is of the verdict's own token
     due_ms:  when the verdict on the draft in flight is expected
     opening: the target is reading the prompt
     """
@@ -47,6 +48,7 @@ class View(msgspec.Struct, frozen=True, gc=False):
     now_ms: float
     p: Sequence[float]
     sent: int
+    first: int
     due_ms: float
     pace: Pace
     opening: bool = False
@@ -54,7 +56,7 @@ class View(msgspec.Struct, frozen=True, gc=False):
     @property
     def unsent(self) -> Sequence[float]:
         """Probabilities of the tokens that could be sent now."""
-        return self.p[self.sent :] if self.sent else self.p
+        return self.p[self.first :] if self.first else self.p
 
 
 class DraftingPolicy(Protocol):
@@ -178,13 +180,13 @@ class Judgement:
 
     def observe(self, odds: Sequence[Odds], accepted: int) -> None:
         """Learn from a verdict: successes, and the first failure if there was one."""
-        recent, counts, calibration = self.recent, self.counts, self.calibration
-        for i, each in enumerate(odds[: accepted + 1]):
-            agreed = i < accepted
-            recent.add(1.0 if agreed else 0.0)
+        counts, calibration, n = self.counts, self.calibration, min(len(odds), accepted + 1)
+        self.recent.add_each(accepted, n)
+        for i in range(n):
+            each = odds[i]
             concerned = counts if each.counted else calibration
             if concerned is not None:
-                concerned.learn(each.z, agreed)
+                concerned.learn(each.z, i < accepted)
 
 
 class Gain:
@@ -206,18 +208,18 @@ class Gain:
         self._serving = False
 
     def more(self, view: View) -> bool:
-        p, sent, pace, longest = view.p, view.sent, view.pace, self.longest
-        if len(p) - sent >= longest:
+        p, first, pace, longest = view.p, view.first, view.pace, self.longest
+        if len(p) - first >= longest:
             return False
-        chance = prod(p[sent:] if sent else p) * pace.acceptance.value
+        chance = prod(p[first:] if first else p) * pace.acceptance.value
         return chance > (pace.draft.value + pace.verify.slope) * pace.speed(longest) + pace.price
 
     def take(self, view: View) -> int:
-        pace, sent, longest = view.pace, view.sent, self.longest
+        pace, first, longest = view.pace, view.first, self.longest
         # What verifying one more token costs, in committed tokens: our own time, and the price others pay.
         cost = pace.verify.slope * pace.speed(longest) + pace.price
         survival, n = 1.0, 0
-        for p in view.p[sent : sent + longest]:
+        for p in view.p[first : first + longest]:
             survival *= p
             if survival <= cost:
                 break
@@ -232,7 +234,7 @@ class Gain:
         if serve_ms <= 0:
             return self._serving
         promised = STOPPING_IN_TIME * pace.best_speed(self.longest)
-        served, drafted = 1.0 / serve_ms, max(pace.speed(self.longest), promised)
+        served, drafted = 1.0 / serve_ms, max(pace.measured, promised)
         # Hysteresis: changing over costs a round trip.
         self._serving = served > drafted * (1.0 if self._serving else 1.1)
         return self._serving

@@ -103,34 +103,48 @@ class KvPool:
 
         Returns the sessions evicted, or None (nothing done) if there can be no room.
         """
-        missing = new_tokens - self.unused
-        if missing <= 0:
+        if self.clear(new_tokens):
             return []
-        order = sorted(
-            (s for s in self.slots if s.tokens and (s.owner is None or not keep(s.owner))),
-            key=lambda s: (s.owner is not None, s.used, s.index),
-        )
-        if sum(len(s.tokens) for s in order) < missing:
+        if self.room(keep) < new_tokens:
             return None
+        for slot in list(self._left.values()):
+            self.drop(slot.index)
         evicted = []
-        for slot in order:
-            if missing <= 0:
+        owned = (s for s in self.slots if s.owner is not None and s.tokens and not keep(s.owner))
+        for slot in sorted(owned, key=_oldest):
+            if new_tokens <= self.unused:
                 break
-            missing -= len(slot.tokens)
-            if slot.owner is not None:
-                evicted.append(slot.owner)
+            assert slot.owner is not None
+            evicted.append(slot.owner)
             self.drop(slot.index)
         return evicted
+
+    def clear(self, new_tokens: int) -> bool:
+        """Make room for `new_tokens` more by dropping leftovers, oldest first. False (nothing done) if that will not
+        do."""
+        if new_tokens > self.free:
+            return False
+        if new_tokens > self.unused:
+            for slot in sorted(self._left.values(), key=_oldest):
+                self.drop(slot.index)
+                if new_tokens <= self.unused:
+                    break
+        return True
 
     @property
     def unused(self) -> int:
         """Tokens that nobody holds."""
         return self.kv_tokens - self.held
 
+    @property
+    def free(self) -> int:
+        """Tokens that no session holds."""
+        return self.unused + sum([len(s.tokens) for s in self._left.values()])
+
     def room(self, keep: Callable[[int], bool]) -> int:
         """Tokens that `fit` could make room for."""
         owned = (s for s in self.slots if s.owner is not None and not keep(s.owner))
-        return self.unused + sum(len(s.tokens) for s in (*self._left.values(), *owned))
+        return self.free + sum(len(s.tokens) for s in owned)
 
     def record(self, now: float, slot: int, tokens: list[int]) -> None:
         """The slot now holds the KV of exactly `tokens`."""
@@ -195,9 +209,9 @@ class KvPool:
         if self._empty:
             return self.slots[self._empty[0][1]]
         if self._left:
-            return min(self._left.values(), key=lambda s: (s.used, s.index))
+            return min(self._left.values(), key=_oldest)
         idle = (s for s in self.slots if s.owner is not None and evictable(s.owner))
-        return min(idle, key=lambda s: (s.used, s.index), default=None)
+        return min(idle, key=_oldest, default=None)
 
     def _longest_prefix(self, key: str, chain: Sequence[int]) -> tuple[Slot | None, int]:
         best: Slot | None = None
@@ -214,3 +228,7 @@ class KvPool:
             elif best is not None and slot.owner is None and tokens[:shared] == chain[:shared]:
                 best = slot
         return best, shared
+
+
+def _oldest(slot: Slot) -> tuple[float, int]:
+    return slot.used, slot.index

@@ -33,6 +33,20 @@ class Mean:
             self.deviation += w * (abs(off) - self.deviation)
         self.value += w * off
 
+    def add_each(self, yes: int, n: int) -> None:
+        """Take in `n` ones and zeros, of which the first `yes` are ones."""
+        seen, value, deviation, prior, weight = self.n, self.value, self.deviation, self.prior, self.weight
+        for i in range(n):
+            seen += 1
+            w = 1.0 / (seen + prior)
+            if w < weight:
+                w = weight
+            off = 1.0 - value if i < yes else -value
+            if seen > 1:
+                deviation += w * (abs(off) - deviation)
+            value += w * off
+        self.n, self.value, self.deviation = seen, value, deviation
+
     def copy(self) -> Mean:
         """Another of the same history."""
         other = Mean(self.value, self.weight, self.prior)
@@ -77,8 +91,8 @@ class Pace:
     """Smoothed measurements of one session. Times in milliseconds."""
 
     __slots__ = (
-        "_best", "_best_draft", "_best_of", "_measured", "_time_ms", "_tokens",
-        "acceptance", "draft", "line", "price", "queue", "served", "verify", "wait",
+        "_best", "_best_draft", "_best_of", "_time_ms", "_tokens",
+        "acceptance", "draft", "line", "measured", "price", "queue", "served", "verify", "wait",
     )  # fmt: skip
 
     def __init__(self, draft_ms: float = 0.0) -> None:
@@ -91,7 +105,7 @@ class Pace:
         self.acceptance = Mean(TYPICAL, 0.03, prior=10)  # of a draft token whose predecessors were accepted
         self.price = 0.0  # of a draft token, as of the last verdict
         self._tokens = self._time_ms = 0.0
-        self._measured = 0.0  # tokens per millisecond of these, if they are enough to go by
+        self.measured = 0.0  # tokens per millisecond of these, if they are enough to go by
         # Of what `best_speed` last spoke, and what it said.
         self._best_of: tuple[int, float, float, float] = (0, 0.0, 0.0, 0.0)
         self._best_draft = self._best = 0.0
@@ -111,18 +125,18 @@ class Pace:
         """Committed tokens per millisecond that can be had by drafting: as measured over the last few dozen rounds,
         or as the best fixed length would give by the measurements, if that is more. (A policy that went by its own
         speed alone would find a bad habit justified by the slowness it causes.)"""
-        measured, best = self._measured, self.best_speed(longest)
+        measured, best = self.measured, self.best_speed(longest)
         return measured if measured > best else best
 
     def _timed(self, tokens: float, time_ms: float) -> None:
         self._tokens, self._time_ms = tokens, time_ms
-        self._measured = tokens / time_ms if tokens > 5.0 and time_ms > 0 else 0.0
+        self.measured = tokens / time_ms if tokens > 5.0 and time_ms > 0 else 0.0
 
     def drafted(self, took_ms: float) -> None:
         """A draft step took so long. One that had to read a prompt first, or was held up, counts as slow, no more."""
         draft = self.draft
         most = 2.0 * draft.value
-        draft.add(most if draft.n and took_ms > most else took_ms)
+        draft.add(most if took_ms > most and draft.n else took_ms)
 
     def decoded(self, tokens: int, elapsed_ms: float) -> None:
         """The verifier by itself committed `tokens` in `elapsed_ms`."""

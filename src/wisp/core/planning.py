@@ -125,10 +125,12 @@ class Planner:
 
     def _room(self, now: float, work: Sequence[Work]) -> float:
         """KV tokens that can be had without taking any from those at work; infinite where nobody has to go without."""
-        if sum([w.new for w in work]) <= self.kv.unused:
+        needed = sum([w.new for w in work])
+        if needed <= self.kv.free:
             return math.inf
         idle = self._evictable(now)
-        return self.kv.room(lambda handle: not idle(handle))
+        room = self.kv.room(lambda handle: not idle(handle))
+        return math.inf if needed <= room else room
 
     # --- slots
 
@@ -181,7 +183,7 @@ class Planner:
     def _that_fit(self, now: float, grants: list[Grant]) -> list[Grant]:
         """As many of the grants, in order, as there is KV for; if for none, somebody's KV is taken away."""
         needed = sum([g.tokens for g in grants])
-        if needed <= self.kv.unused:
+        if needed <= self.kv.unused or self.kv.clear(needed):
             return grants
         grants = list(grants)
         idle = self._evictable(now)

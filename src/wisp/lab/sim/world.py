@@ -242,8 +242,8 @@ class Handset:
         self.script: Script
         self.drafter: Drafter
         self._read = False  # its prompt, by the drafter
-        self._busy = False  # a draft step is running: for whom, what it will propose, and its milliseconds
-        self._drafting: tuple[Drafter, tuple[int, Signal] | None, float]
+        # The draft step that is running: for whom, what it will propose, and its milliseconds.
+        self._drafting: tuple[Drafter, tuple[int | None, Signal], float] | None = None
         self._asked = (0.0, 0)  # when the last draft was sent, and its tokens
         self._inbox: list[tuple[float, Verdict | Refused]] = []
         self._up = self._down = 0.0  # when the last message in each direction arrives: a link keeps order
@@ -319,7 +319,7 @@ class Handset:
                 self.counts.note("wait", asked, (now - asked) * 1e3, self.index, n)
             self._asked = (now, 0)
         self._inbox.append((now * 1e3, message))
-        if not self._busy:
+        if self._drafting is None:
             self._go_on()
 
     def _seen(self, request: Request, verdict: Verdict) -> None:
@@ -386,27 +386,26 @@ class Handset:
 
     def _draft(self) -> None:
         """A draft step. What it will propose is known at its start, and said at its end."""
-        drafter, counts = self.drafter, self.counts
+        drafter, guesses = self.drafter, len(self.drafter.chain)
         ms = self.device.draft_ms(self.drafted_ms / 1e3)
         if not self._read:  # the drafter reads the prompt first
             ms += ms * len(drafter.task.prompt) / READ_AHEAD
             self._read = True
         self.drafted_ms += ms
-        if counts.traced:
-            counts.note("draft", self.env.now, ms, self.index, len(drafter.chain) + 1)
-        self._busy = True
-        self._drafting = (drafter, self.script.propose(len(drafter.committed), len(drafter.chain)), ms)
+        if self.counts.traced:
+            self.counts.note("draft", self.env.now, ms, self.index, guesses + 1)
+        self._drafting = (drafter, self.script.propose(len(drafter.committed), guesses) or NOTHING, ms)
         self.env.after(ms / 1e3, self._drafted)
 
     def _drafted(self, _: object) -> None:
-        self._busy = False
-        drafter, proposal, ms = self._drafting
+        assert self._drafting is not None
+        drafter, (token, signal), ms = self._drafting
+        self._drafting = None
         self.counts.drafting_ms += ms
         if self.request is None:
             return
-        if not self.gone and drafter is self.drafter:
+        if drafter is self.drafter and not self.gone:
             now = self.env.now * 1e3
-            token, signal = proposal or NOTHING
             actions = drafter.proposed(now, token, signal, ms)
             if actions:
                 self._carry_out(actions)
@@ -417,5 +416,5 @@ class Handset:
         self._go_on()
 
 
-NOTHING = (None, Signal())
+NOTHING: tuple[int | None, Signal] = (None, Signal())
 READ_AHEAD = 20.0  # prompt tokens that a drafter reads in the time of one draft step
