@@ -206,7 +206,7 @@ class Drafter:
             p.append(odds.p)
             self.chain.append(token)
             self._ended = token in self.eos and not self.task.ignore_eos
-        return self._go_on(now_ms) if phase is DRAFTING else self._send_ahead(now_ms)
+        return self._send_ahead(now_ms) if phase is IN_FLIGHT else self._go_on(now_ms, self._view(now_ms))
 
     def verdict(self, now_ms: float, verdict: Verdict, arrived_ms: float | None = None) -> list[Action]:
         """Take what is committed since, and go on. It may have arrived earlier, while a draft step was running.
@@ -281,18 +281,19 @@ class Drafter:
         if self.serve and self.phase is IN_FLIGHT:  # the verifier has taken over, as it was asked to
             self.phase = SERVED
             return []
-        better_served = self.policy.serve(self._view(now_ms))
+        view = self._view(now_ms)
+        better_served = self.policy.serve(view)
         if better_served and self.phase is SERVED:
             return []
         self.serve = better_served
         self.phase = DRAFTING
         self._dry = False
-        return [self._send(now_ms, 0)] if self.serve else self._go_on(now_ms)
+        return [self._send(now_ms, 0)] if better_served else self._go_on(now_ms, view)
 
-    def _go_on(self, now_ms: float) -> list[Action]:
+    def _go_on(self, now_ms: float, view: View) -> list[Action]:
         """Draft another token, or send what there is."""
-        assert self.policy is not None
-        policy, view = self.policy, self._view(now_ms)
+        policy = self.policy
+        assert policy is not None
         full = len(self.chain) - self.sent >= min(self.max_draft, self._left() - 1)  # one token is the target's
         if not (full or self._dry or self._ended) and policy.more(view):
             return []

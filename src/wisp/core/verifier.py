@@ -13,8 +13,6 @@ structs: a recorded list of (now, event) replays to identical actions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from wisp.core.admission import Admission, Refusal
 from wisp.core.batching import BatchingPolicy
 from wisp.core.cost import CostModel, Load, decoding_of
@@ -99,7 +97,7 @@ class Verifier:
         if isinstance(event, FromEdge):
             return self._from_edge(now, event)
         if isinstance(event, StepDone):
-            return list(self._step_done(now, event))
+            return self._step_done(now, event)
         if isinstance(event, Tick):
             return self._tick(now)
         if isinstance(event, KeyLimitsChanged):
@@ -309,12 +307,13 @@ class Verifier:
             wakes.append(wake_at if wake_at is not None else now + self.limits.idle_s)
         return [WakeAt(min(wakes))] if wakes else []
 
-    def _step_done(self, now: float, event: StepDone) -> Iterable[Action]:
+    def _step_done(self, now: float, event: StepDone) -> list[Action]:
         assert self._step is not None
         step, self._step = self._step, None
+        actions: list[Action] = []
         if event.error:
-            yield from self._step_failed(now, step, event.error)
-            return
+            self._step_failed(step, event.error, actions)
+            return actions
         # From dispatch to dispatch: what the host does between steps takes time from everybody, too.
         self.cost.observe(self._load, max(event.engine_ms, (now - self._dispatched) * 1e3))
         decoding = self.cost.ms(decoding_of(step.values())) / max(self.cost.ms(self._load), 1e-9)
@@ -322,20 +321,27 @@ class Verifier:
         self.price = self.pressure.price(self.cost.token_ms(self._load))
         for result in event.results:
             session = self.sessions[result.session]
-            yield from self._commit(now, session, step[result.session], result, event.engine_ms)
+            self._commit(now, session, step[result.session], result, event.engine_ms, actions)
+        return actions
 
     def _commit(
-        self, now: float, s: Session, slice_: Slice, result: SliceResult, engine_ms: float
-    ) -> Iterable[Action]:
+        self,
+        now: float,
+        s: Session,
+        slice_: Slice,
+        result: SliceResult,
+        engine_ms: float,
+        actions: list[Action],
+    ) -> None:
         assert s.slot is not None
         if result.error:
             self.kv.record(now, s.slot, [])
-            yield from self._fail(s, "engine_error", result.error)
+            self._fail(s, "engine_error", result.error, actions)
             return
         if s.discard:
             s.discard = False
             self._settle(now, s, cached=slice_.start, more=False)
-            yield from self._next(now, s)
+            self._next(now, s, actions)
             return
         tokens, finish = self._cut(s, result.tokens) if slice_.sample else ([], "")
         s.chain += tokens
@@ -370,9 +376,9 @@ class Verifier:
                 s.go(CANCEL if s.state is PARKED else FINISHED)
                 self._end(s)
         if verdict is not None and connection >= 0:
-            yield Send(connection, verdict)
+            actions.append(Send(connection, verdict))
         if s.inbox is not None and s.state is not ENDED:
-            yield from self._next(now, s)
+            self._next(now, s, actions)
 
     def _cut(self, s: Session, tokens: list[int]) -> tuple[list[int], str]:
         """The tokens up to an end of sequence or the length limit, and the reason if there is one."""
@@ -397,20 +403,20 @@ class Verifier:
         else:
             self.files.put(s)
 
-    def _next(self, now: float, s: Session) -> Iterable[Action]:
+    def _next(self, now: float, s: Session, actions: list[Action]) -> None:
         """A draft that arrived during the step is taken up now."""
         draft, s.inbox = s.inbox, None
         if draft is not None and s.state in (READY, WAITING):
             answer = self._take(now, s, draft.round, draft.base, draft.tokens)
             if answer is not None:
-                yield Send(s.connection, answer)
+                actions.append(Send(s.connection, answer))
 
-    def _step_failed(self, now: float, step: dict[int, Slice], error: str) -> Iterable[Action]:
+    def _step_failed(self, step: dict[int, Slice], error: str, actions: list[Action]) -> None:
         self.planner.failed()
         for handle in step:
-            yield from self._fail(self.sessions[handle], "engine_error", error)
+            self._fail(self.sessions[handle], "engine_error", error, actions)
 
-    def _fail(self, s: Session, code: str, message: str) -> Iterable[Action]:
+    def _fail(self, s: Session, code: str, message: str, actions: list[Action]) -> None:
         """End a session that the engine could not serve. Its edge may open it again."""
         connection = s.connection
         s.go(FINISHED)
@@ -419,4 +425,5 @@ class Verifier:
             s.slot = None
         self._end(s)
         if connection >= 0:
-            yield Send(connection, Refused(s.id, code, message, retry_after=1.0, fatal=True))
+            refused = Refused(s.id, code, message, retry_after=1.0, fatal=True)
+            actions.append(Send(connection, refused))
