@@ -88,6 +88,12 @@ class Drafter:
     asks its draft engine for a token after `context` and hands it to `proposed`. Times are milliseconds.
     """
 
+    __slots__ = (
+        "_began_ms", "_dry", "_ended", "_epoch", "_flights", "_goes_on_ms", "_odds", "_p", "_reopenings", "_round",
+        "_unasked", "_warm", "ahead", "chain", "committed", "eos", "max_draft", "pace", "phase", "policy", "sent",
+        "serve", "session", "task", "wasted",
+    )  # fmt: skip
+
     def __init__(
         self,
         session: str,

@@ -149,6 +149,8 @@ class Predicted(Confidence):
 class Judgement:
     """A predictor with the history it reads and, if there is one, a calibration that learns."""
 
+    __slots__ = ("calibration", "counts", "predictor", "recent", "temperature")
+
     def __init__(
         self,
         predictor: Predictor,

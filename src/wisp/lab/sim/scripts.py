@@ -126,6 +126,8 @@ class Script:
     """One generation: `tokens` are the target's, the last an end of sequence. prompt: what it answers, if that is
     known."""
 
+    __slots__ = ("_departures", "library", "positions", "prompt", "tokens")
+
     def __init__(
         self, library: Library, positions: list[int], end: int, prompt: list[int] | None = None
     ) -> None:

@@ -36,7 +36,7 @@ HOST_S = 2e-3  # what the server itself takes between steps of some 50 sequences
 MAX_DRAFT = 32
 
 
-@dataclass
+@dataclass(slots=True)
 class Request:
     """One request of a user and what became of it, however often it had to be sent. Times in seconds, at the user.
 
@@ -63,7 +63,7 @@ class Request:
         return Served(self.arrived, self.first, self.last, self.tokens, self.slo, self.ended, self.ok)
 
 
-@dataclass
+@dataclass(slots=True)
 class Counts:
     """Of a whole run; times in milliseconds.
 
@@ -205,6 +205,12 @@ class Cloud:
 
 class Handset:
     """A device in the field: one generation at a time, a draft engine that is busy or not, a link."""
+
+    __slots__ = (
+        "_asked", "_down", "_drafting", "_inbox", "_read", "_up", "ahead", "asked", "cloud", "counts", "device",
+        "drafted_ms", "drafter", "ended", "env", "gone", "index", "link", "pace", "policies", "request", "retries",
+        "script", "scripts", "source",
+    )  # fmt: skip
 
     def __init__(
         self,
