@@ -86,6 +86,23 @@ def test_empty_slots_go_first_then_leftovers_then_evictable_owners() -> None:
     assert (evicting.slot, evicting.evicted) == (0, 1)
 
 
+def test_leftovers_are_cleared_oldest_first_and_no_more_of_them_than_need_be() -> None:
+    pool = KvPool(4, 100, 40)
+    for session in range(4):
+        placed = pool.acquire(float(session), session, "", [session], never)
+        assert placed is not None
+        pool.record(float(session), placed.slot, [session] * 10)
+    for slot in (2, 0, 1):
+        pool.release(slot, keep=True)
+    assert (pool.unused, pool.free) == (0, 30)
+    assert not pool.clear(31)
+    assert pool.held == 40
+    assert pool.clear(11)
+    assert [len(s.tokens) for s in pool.slots] == [0, 0, 10, 10]
+    assert pool.clear(20)
+    assert pool.held == 20
+
+
 def test_room_is_made_of_leftovers_before_owners() -> None:
     pool = KvPool(3, 100, 100)
     for session in range(3):

@@ -19,6 +19,16 @@ def test_a_mean_starts_at_the_first_measurement_and_follows_a_change() -> None:
     assert mean.value == pytest.approx(20.0, abs=0.1)
 
 
+def test_answers_taken_in_together_count_like_each_by_itself() -> None:
+    for prior in (0, 10):
+        together, each = Mean(0.8, 0.03, prior), Mean(0.8, 0.03, prior)
+        for yes, n in ((3, 4), (0, 1), (2, 2), (0, 0), (5, 9)):
+            together.add_each(yes, n)
+            for i in range(n):
+                each.add(1.0 if i < yes else 0.0)
+            assert (together.n, together.value, together.deviation) == (each.n, each.value, each.deviation)
+
+
 def test_a_start_that_is_worth_measurements_does_not_jump() -> None:
     mean = Mean(0.8, 0.03, prior=10)
     mean.add(0.0)

@@ -300,7 +300,8 @@ class Drafter:
         """Draft another token, or send what there is."""
         policy = self.policy
         assert policy is not None
-        full = len(self.chain) - self.sent >= min(self.max_draft, self._left() - 1)  # one token is the target's
+        most = min(self.max_draft, self._left() - 1)  # one token is the target's
+        full = len(self.chain) - self.sent >= most
         if not (full or self._dry or self._ended) and policy.more(view):
             return []
         return [self._send(now_ms, policy.take(view))]

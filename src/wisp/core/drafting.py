@@ -40,7 +40,7 @@ class View(msgspec.Struct, frozen=True, gc=False):
 
     p:       acceptance probabilities of the tokens guessed beyond the committed ones, in order
     sent:    how many of them are in flight
-    first:   index of the first that could be sent now; behind a draft in flight, one guess is of the verdict's own token
+    first:   index of the first that could be sent now (behind a draft in flight, one guesses the verdict's own token)
     due_ms:  when the verdict on the draft in flight is expected
     opening: the target is reading the prompt
     """
@@ -201,6 +201,7 @@ class Gain:
     to tune; `longest` bounds a draft.
     """
 
+    __slots__ = ("_serving", "judge", "longest", "observe", "server_mode")
     priced = True
 
     def __init__(self, judgement: Judgement, longest: int = LONGEST, *, server_mode: bool = True) -> None:

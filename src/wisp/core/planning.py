@@ -243,17 +243,9 @@ class Planner:
         last = end == len(chain)
         draft = s.pending.draft[: grant.tokens - (end - start)] if last and s.pending else []
         self.kv.touch(now, slot)
-        return Slice(
-            session=s.handle,
-            slot=slot,
-            start=start,
-            tokens=chain[start:end] + draft,
-            n_draft=len(draft),
-            sample=last,
-            position=len(chain) - s.n_prompt,
-            sampling=s.sampling,
-            logprobs=s.logprobs,
-        )
+        # In the order of Slice's fields, as in `work_of`.
+        tokens, n_draft, position = chain[start:end] + draft, len(draft), len(chain) - s.n_prompt
+        return Slice(s.handle, slot, start, tokens, n_draft, last, position, s.sampling, s.logprobs)
 
 
 def _needed_at(s: Session) -> float:
@@ -267,24 +259,13 @@ def work_of(s: Session) -> Work:
     pending, due, cached, length = s.pending, s.due, s.cached, len(s.chain)
     n_draft = len(pending.draft) if pending else 0
     missing, first = length - cached, s.first_at == math.inf
-    # In the order of Work's fields, which makes a struct of so many in a fraction of the time.
+    kind = PREFILL if missing > SHORT else VERIFY if n_draft else DECODE
+    since = pending.since if pending else s.since
+    room, absent = s.max_tokens - length + s.n_prompt, s.state is WAITING
+    lag_s = 0.0 if first else s.lag_s_if(due)
+    # In the order of Work's fields: by name, a struct of so many takes seven times as long to make.
     s.work = work = Work(
-        session=s.handle,
-        kind=PREFILL if missing > SHORT else VERIFY if n_draft else DECODE,
-        new=missing + n_draft,
-        cached=cached,
-        n_draft=n_draft,
-        since=pending.since if pending else s.since,
-        opened=s.opened,
-        key=s.key,
-        due=due,
-        tpot_s=s.tpot_s,
-        gain=s.expected(n_draft),
-        usual=s.usual,
-        room=s.max_tokens - length + s.n_prompt,
-        absent=s.state is WAITING,
-        first=first,
-        lag_s=0.0 if first else s.lag_s_if(due),
-        late=s.late,
-    )
+        s.handle, kind, missing + n_draft, cached, n_draft, since, s.opened, s.key, due, s.tpot_s,
+        s.expected(n_draft), s.usual, room, absent, first, lag_s, s.late,
+    )  # fmt: skip
     return work

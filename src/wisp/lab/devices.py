@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from wisp.core.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Device:
     """An edge. `tokens_per_s`: drafting speed of a 0.5 to 0.6 B model.
 
@@ -25,11 +25,12 @@ class Device:
 
     def draft_ms(self, busy_s: float = 0.0) -> float:
         """One draft step, milliseconds, after `busy_s` of drafting."""
-        share = self.throttle if busy_s > self.throttle_after_s else 1.0
-        return 1e3 / (self.tokens_per_s * share)
+        if self.throttle != 1.0 and busy_s > self.throttle_after_s:
+            return 1e3 / (self.tokens_per_s * self.throttle)
+        return 1e3 / self.tokens_per_s
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Link:
     """A network path. Jitter is exponential on top of the round trip; a lost packet costs one retransmission."""
 
@@ -47,7 +48,7 @@ class Link:
         return delay
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Server:
     """How long a verifier takes over one session's draft: queue, fixed cost of a step, and cost per new token."""
 
