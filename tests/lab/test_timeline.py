@@ -21,7 +21,7 @@ def played(env: simpy.Environment, seed: int) -> list[tuple[float, int]]:
 
     def later(delay: float, n: int) -> None:
         if isinstance(env, Timeline) and n % 2:
-            env.after(delay, lambda _: happen(n))
+            env.after(delay, lambda: happen(n))
         else:
             env.timeout(delay).callbacks.append(lambda _: happen(n))
 
@@ -40,7 +40,7 @@ def test_the_order_is_simpys(seed: int) -> None:
 
 def test_what_is_due_at_the_end_of_a_run_happens_in_the_next() -> None:
     env, seen = Timeline(), []
-    env.after(1.0, lambda _: seen.append(env.now))
+    env.after(1.0, lambda: seen.append(env.now))
     env.run(until=1.0)
     assert not seen
     assert env.peek() == 1.0
@@ -51,7 +51,7 @@ def test_what_is_due_at_the_end_of_a_run_happens_in_the_next() -> None:
 def test_time_stands_where_an_exception_was_raised() -> None:
     env = Timeline()
 
-    def fail(_: object) -> None:
+    def fail() -> None:
         raise ValueError("here")
 
     env.after(0.25, fail)

@@ -316,7 +316,7 @@ class Watching(Simulation):
         s = self.scenario
         marks: list[Totals] = []
         for at in (s.warmup_s, s.warmup_s + s.window_s - 1e-6):
-            self.env.after(at, lambda _: marks.append(self._totals()))
+            self.env.after(at, lambda: marks.append(self._totals()))
         self.run()
         found = figures(self, where="simulator", seed=seed)
         found.engine = Engine.between(marks[0], marks[1], s.window_s)

@@ -92,7 +92,7 @@ class Fleet:
         counted = account([r.served() for r in self.requests], start, end, self.env.now)
         return Outcome(counted, self.requests, self.counts, self.env.now)
 
-    def _population(self, n: int, _: object = None) -> None:
+    def _population(self, n: int) -> None:
         """From now on `n` devices are at work; those above stop after the answer they are at."""
         self.wanted = n
         while len(self.handsets) < n:
@@ -123,10 +123,10 @@ class Fleet:
     def _join(self) -> None:
         s, handset = self.scenario, self._make()
         wait = self.source.uniform(0.0, s.joining_s) if self.env.now == 0 else 0.0
-        self.env.after(wait, lambda _: self._ask(handset))
+        self.env.after(wait, lambda: self._ask(handset))
         if s.vanish and self.source.random() < s.vanish:
             at = s.warmup_s + self.source.random() * s.window_s
-            self.env.after(max(0.0, at - self.env.now), lambda _: handset.vanish())
+            self.env.after(max(0.0, at - self.env.now), handset.vanish)
 
     def _ask(self, handset: Handset) -> None:
         if handset.gone:
@@ -167,7 +167,7 @@ class Fleet:
             return
         at, n_prompt, slo = found
 
-        def arrive(_: object) -> None:
+        def arrive() -> None:
             handset = self.idle.pop() if self.idle else self._make()
             self._request(handset, slo, n_prompt, random.Random(f"{self.seed}/{at}"))
             self._next_arrival(arrivals)
@@ -180,7 +180,7 @@ class Fleet:
             self.idle.append(handset)
         elif self.scenario.think_s:
             pause = self.source.expovariate(1.0 / self.scenario.think_s)
-            self.env.after(pause, lambda _: self._ask(handset))
+            self.env.after(pause, lambda: self._ask(handset))
         else:
             self._ask(handset)
 

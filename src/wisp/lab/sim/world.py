@@ -134,7 +134,7 @@ class Cloud:
         self.senders: dict[int, Callable[[Verdict | Refused], None]] = {}
         self._noise = random.Random(seed)
         self._tick_due = False
-        self._timer = -1  # the number of what is to wake it
+        self._timer = 0  # the number of what is to wake it
 
     def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
         """A message arrives."""
@@ -162,20 +162,21 @@ class Cloud:
             self._tick_due = True
             self.env.after(0.0, self._tick)
 
-    def _tick(self, _: object = None) -> None:
+    def _tick(self) -> None:
         self._tick_due = False
         if not self.verifier.running:
             self._feed(Tick())
 
     def _wake_at(self, at: float) -> None:
-        self._timer = self.env.after(max(0.0, at - self.env.now), self._woken)
+        self._timer = timer = self._timer + 1
+        self.env.after(max(0.0, at - self.env.now), lambda: self._woken(timer))
 
     def _woken(self, timer: int) -> None:
         if timer == self._timer and not self._tick_due:
             self._tick()
 
     def _run(self, step: Run) -> None:
-        self._timer = -1
+        self._timer += 1  # what was to wake it need not
         slices, profile, counts = step.slices, self.engine.profile, self.counts
         load = load_of(slices)
         ms = profile.noisy(profile.step_ms(load), self._noise)
@@ -200,7 +201,7 @@ class Cloud:
         if counts.traced:
             counts.note("step", self.env.now, ms, len(slices), load.new)
         done = StepDone(results, ms)
-        self.env.after(ms / 1e3 + HOST_S, lambda _: self._feed(done))
+        self.env.after(ms / 1e3 + HOST_S, lambda: self._feed(done))
 
 
 class Handset:
@@ -301,18 +302,16 @@ class Handset:
         now = self.env.now
         self._asked = (now, drafted)
         self._up = max(self._up, now + self.link.one_way_ms(self.source) / 1e3)
-        self.env.after(
-            self._up - now, lambda _: None if self.gone else self.cloud.receive(self.index, message)
-        )
+        self.env.after(self._up - now, lambda: None if self.gone else self.cloud.receive(self.index, message))
 
-    def _reopen(self, _: object) -> None:
+    def _reopen(self) -> None:
         if self.request is not None:
             self._carry_out(self.drafter.connected(self.env.now * 1e3, MAX_DRAFT))
 
     def _sent(self, message: Verdict | Refused) -> None:
         now = self.env.now
         self._down = max(self._down, now + self.link.one_way_ms(self.source) / 1e3)
-        self.env.after(self._down - now, lambda _: self._heard(message))
+        self.env.after(self._down - now, lambda: self._heard(message))
 
     def _heard(self, message: Verdict | Refused) -> None:
         if self.gone or self.request is None or message.session != self.drafter.session:
@@ -363,7 +362,7 @@ class Handset:
             pause = error.retry_after or 1.0
             if error.retry_after and request.refusals <= self.retries:
                 self.request = None
-                self.env.after(pause, lambda _: self._again(request))
+                self.env.after(pause, lambda: self._again(request))
                 return
             request.ok, request.refused, request.ended = False, True, self.env.now
             self._finish(request, pause)
@@ -386,7 +385,7 @@ class Handset:
         self.request = None
         self._inbox.clear()
         if pause:
-            self.env.after(pause, lambda _: self.ended(self, request))
+            self.env.after(pause, lambda: self.ended(self, request))
         else:
             self.ended(self, request)
 
@@ -403,7 +402,7 @@ class Handset:
         self._drafting = (drafter, self.script.propose(len(drafter.committed), guesses) or NOTHING, ms)
         self.env.after(ms / 1e3, self._drafted)
 
-    def _drafted(self, _: object) -> None:
+    def _drafted(self) -> None:
         assert self._drafting is not None
         drafter, (token, signal), ms = self._drafting
         self._drafting = None
