@@ -104,7 +104,6 @@ class Search:
         found = self.known.setdefault(n, {})
         wanted = [s for s in self.seeds[:seeds] if s not in found]
         scenario = watched(self.scenario.with_devices(n))
-        self.watch(f"{self.system.name}: {n} devices")
         jobs = [Job(scenario, self.system, seed, self.give_up) for seed in wanted]
         for seed, report in zip(wanted, self.runs.reports(jobs), strict=True):
             if math.isnan(report.violation_rate):  # nothing arrived, so nothing shows that they are carried
@@ -116,6 +115,8 @@ class Search:
         """The most devices within tolerance: a bracket around `start`, then bisection. 0 if not even one is."""
         low, high, n = 0, MOST + 1, max(start, 1)
         while high - low > max(1, int(self.grain * low)):
+            less, more = f"carries {low}, " if low else "", f", not {high}" if high <= MOST else ""
+            self.watch(f"{self.system.name}, {tolerance:.0%} late: {less}trying {n}{more}")
             if self.rate(n, seeds) <= tolerance:
                 low = n
             else:
@@ -192,6 +193,7 @@ def capacity(
         start = max(1, round(_guess(policy) * limit.devices))
         if best is not None:
             start = best[0] + max(1, int(grain * best[0]))
+            watch(f"{tuned.name}: does it carry {start}, more than {best[1].system.name}?")
             if search.rate(start, 1) > tolerance:
                 continue
         found = search.crossing(start, tolerance, 1)
