@@ -58,6 +58,10 @@ def test_time_stands_where_an_exception_was_raised() -> None:
     with pytest.raises(ValueError, match="here"):
         env.run(until=1.0)
     assert env.now == 0.25
+    seen: list[float] = []
+    env.after(0.0, lambda: seen.append(env.now))  # whoever goes on is not forgotten
+    env.run(until=1.0)
+    assert seen == [0.25]
 
 
 def test_processes_run_on_it_too() -> None:

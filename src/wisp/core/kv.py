@@ -122,13 +122,14 @@ class KvPool:
     def clear(self, new_tokens: int) -> bool:
         """Make room for `new_tokens` more by dropping leftovers, oldest first. False (nothing done) if that will not
         do."""
+        if new_tokens <= self.unused:
+            return True
         if new_tokens > self.free:
             return False
-        if new_tokens > self.unused:
-            for slot in sorted(self._left.values(), key=_oldest):
-                self.drop(slot.index)
-                if new_tokens <= self.unused:
-                    break
+        for slot in sorted(self._left.values(), key=_oldest):
+            self.drop(slot.index)
+            if new_tokens <= self.unused:
+                break
         return True
 
     @property

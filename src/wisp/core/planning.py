@@ -183,7 +183,7 @@ class Planner:
     def _that_fit(self, now: float, grants: list[Grant]) -> list[Grant]:
         """As many of the grants, in order, as there is KV for; if for none, somebody's KV is taken away."""
         needed = sum([g.tokens for g in grants])
-        if needed <= self.kv.unused or self.kv.clear(needed):
+        if self.kv.clear(needed):
             return grants
         grants = list(grants)
         idle = self._evictable(now)

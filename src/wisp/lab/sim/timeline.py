@@ -50,10 +50,12 @@ class Timeline(simpy.Environment):
             at, _, _, due = heappop(queue)
             self.now = self._now = at
             if isinstance(due, list):
-                for do in due:  # which may add to it
-                    do()
-                if moments.get(at) is due:
-                    del moments[at]
+                try:
+                    for do in due:  # which may add to it
+                        do()
+                finally:
+                    if moments.get(at) is due:
+                        del moments[at]
             else:
                 _happen(due)
         self.now = self._now = until
