@@ -5,7 +5,7 @@ Engines are synchronous and used from one thread at a time; whoever owns one giv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Literal, Protocol
 
 import msgspec
@@ -13,6 +13,13 @@ import msgspec
 from wisp.core.sampling import Sampling
 from wisp.core.signals import Signal
 from wisp.core.work import Copy, Slice, SliceResult
+from wisp.engines.special import NO_STAND_INS, StandIns
+
+Check = Callable[[], object]  # raises where the work is not wanted any more
+
+
+def unasked() -> None:
+    """A `Check` of work that goes on to its end."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -114,7 +121,31 @@ class Tokenizer(Protocol):
     @property
     def chat_template(self) -> str | None: ...
 
-    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]: ...
+    @property
+    def controls(self) -> Set[str]:
+        """The texts of control tokens."""
+        ...
+
+    def encode(
+        self,
+        text: str,
+        *,
+        add_bos: bool,
+        parse_special: bool,
+        stand_ins: StandIns = NO_STAND_INS,
+        check: Check = unasked,
+    ) -> list[int]:
+        """Ids of `text`, in time linear in its length. Lone surrogates become "?".
+
+        add_bos: the beginning-of-sequence token comes first, if the model is one that has it so and the text
+        does not begin with it. parse_special: the text of control tokens is read as those tokens, but not where
+        one of its characters has a stand-in (`engines.special`). `check` is called every now and then.
+        """
+        ...
+
+    def fewest(self, text: str) -> int:
+        """A number of tokens that `text` has at least, found at next to no cost."""
+        ...
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token; b"" for control tokens, which are never shown."""

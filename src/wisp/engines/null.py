@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from wisp.core.messages import vocabulary_fingerprint
 from wisp.core.sampling import hash32
 from wisp.core.work import Copy, Slice, SliceResult
-from wisp.engines.base import EngineInfo
+from wisp.engines.base import Check, EngineInfo, unasked
+from wisp.engines.special import NO_STAND_INS, StandIns
 
 N_VOCAB = 257  # bytes and an end of sequence that never comes
 EOS = 256
@@ -71,13 +72,26 @@ class ByteTokenizer:
     bos_token = ""
     eos_token = "<|end|>"
     chat_template = None
+    controls: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         self.fingerprint = vocabulary_fingerprint((i, bytes([i])) for i in range(256))
 
-    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_bos: bool,
+        parse_special: bool,
+        stand_ins: StandIns = NO_STAND_INS,
+        check: Check = unasked,
+    ) -> list[int]:
         """UTF-8 bytes."""
-        return list(text.encode())
+        return list(text.translate(stand_ins).encode("utf-8", "replace"))
+
+    def fewest(self, text: str) -> int:
+        """No character is less than a byte."""
+        return len(text)
 
     def piece(self, token: int) -> bytes:
         """The byte."""

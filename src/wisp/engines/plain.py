@@ -10,7 +10,9 @@ import re
 
 from wisp.core.errors import ModelError
 from wisp.core.messages import vocabulary_fingerprint
+from wisp.engines.base import Check, unasked
 from wisp.engines.null import EOS, N_VOCAB, ByteTokenizer
+from wisp.engines.special import NO_STAND_INS, StandIns
 
 _MAGIC = b'{"wisp.tokenizer": '
 _MOST = 1 << 22  # ids; a file that says more is none of ours
@@ -34,16 +36,25 @@ class NumberTokenizer:
     bos_token = ""
     eos_token = "<|end|>"
     chat_template = None
+    controls: frozenset[str] = frozenset()
 
     def __init__(self, n_vocab: int, eos: frozenset[int]) -> None:
         self.n_vocab = n_vocab
         self.eos = eos
         self.fingerprint = vocabulary_fingerprint((i, b" %d" % i) for i in range(n_vocab))
 
-    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_bos: bool,
+        parse_special: bool,
+        stand_ins: StandIns = NO_STAND_INS,
+        check: Check = unasked,
+    ) -> list[int]:
         """Numbers as ids, everything else as bytes."""
         ids = []
-        for number, byte in _WORD.findall(text.encode("utf-8", "replace")):
+        for number, byte in _WORD.findall(text.translate(stand_ins).encode("utf-8", "replace")):
             if byte:
                 ids.append(byte[0])
             elif int(number) < self.n_vocab:
@@ -51,6 +62,10 @@ class NumberTokenizer:
             else:
                 ids += b" " + number
         return ids
+
+    def fewest(self, text: str) -> int:
+        """The longest token is the largest number behind a space."""
+        return len(text) // len(b" %d" % self.n_vocab)
 
     def piece(self, token: int) -> bytes:
         """The number, behind a space; b"" for ends of sequence."""

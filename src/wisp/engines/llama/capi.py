@@ -83,6 +83,7 @@ void llama_memory_clear(llama_memory_i *, bool);
 bool llama_memory_seq_rm(llama_memory_i *, int32_t, int32_t, int32_t);
 void llama_memory_seq_cp(llama_memory_i *, int32_t, int32_t, int32_t, int32_t);
 
+int llama_vocab_type(const llama_vocab *);
 int32_t llama_vocab_n_tokens(const llama_vocab *);
 const char *llama_vocab_get_text(const llama_vocab *, int32_t);
 int llama_vocab_get_attr(const llama_vocab *, int32_t);

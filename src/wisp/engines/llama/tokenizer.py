@@ -10,20 +10,26 @@ import hashlib
 import re
 import struct
 import tempfile
+from collections.abc import Iterator, Set
 from functools import cached_property
 from pathlib import Path
 
 from wisp.core.errors import EngineError
+from wisp.engines.base import Check, unasked
 from wisp.engines.llama import gguf
 from wisp.engines.llama.capi import api
 from wisp.engines.llama.model import Model
+from wisp.engines.special import NO_STAND_INS, Special, SpecialTokens, StandIns
 
-_UNUSED = 1 << 1  # llama_token_attr
+# llama_token_attr
+_UNKNOWN, _UNUSED, _CONTROL, _USER_DEFINED, _LSTRIP, _RSTRIP = (1 << bit for bit in (0, 1, 3, 4, 7, 8))
+_LITERAL = frozenset({1, 2})  # llama_vocab_type: SentencePiece's and byte-level BPE, which normalise nothing
+_SPACE = " \t\n\v\f\r"  # C's isspace
 _PADDING = re.compile(rb"\[PAD\d+\]")
 
 
 class LlamaTokenizer:
-    """Tokenizer protocol over an open model; `open` and `from_blob` make one that owns a vocabulary-only model.
+    """Tokenizer protocol over an open model, with llama.cpp's ids; `open` and `from_blob` make one that owns a vocabulary-only model.
 
     Encoding is safe from several threads. Raises EngineError once its model is closed.
     """
@@ -39,6 +45,7 @@ class LlamaTokenizer:
         self._adds_bos = self._bos >= 0 and bool(self._api.lib.llama_vocab_get_add_bos(model.vocab))
         self.bos_token = self._text(self._bos)
         self.eos_token = self._text(int(self._api.lib.llama_vocab_eos(model.vocab)))
+        self._special = SpecialTokens(self._specials(), _SPACE)
 
     @classmethod
     def open(cls, path: str | Path) -> LlamaTokenizer:
@@ -62,21 +69,57 @@ class LlamaTokenizer:
 
         Control tokens count with their text. Takes tenths of a second for a large vocabulary, once.
         """
+        return self._vocabulary[0]
+
+    @cached_property
+    def _vocabulary(self) -> tuple[str, int]:
+        """(fingerprint, bytes of the longest token)."""
         lib, vocab = self._api.lib, self._model.vocab
         digest = hashlib.sha256()
+        longest = 1
         for token in range(self.n_vocab):
             if lib.llama_vocab_get_attr(vocab, token) & _UNUSED:
                 continue
             text = self._render(token, special=True)
             if not _PADDING.fullmatch(text):
                 digest.update(struct.pack("<II", token, len(text)) + text)
-        return digest.hexdigest()
+                longest = max(longest, len(text))
+        return digest.hexdigest(), longest
 
-    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
-        """Ids of `text`. `add_bos` puts the beginning-of-sequence token first if the model is one that has it so;
-        `parse_special` reads the text of control tokens as those tokens. Lone surrogates become "?"."""
-        ids = self._tokenize(text.encode("utf-8", "replace"), parse_special)
-        return [self._bos, *ids] if add_bos and self._adds_bos else ids
+    @property
+    def controls(self) -> Set[str]:
+        """The texts of control tokens."""
+        return self._special.controls
+
+    def encode(
+        self,
+        text: str,
+        *,
+        add_bos: bool,
+        parse_special: bool,
+        stand_ins: StandIns = NO_STAND_INS,
+        check: Check = unasked,
+    ) -> list[int]:
+        """See `Tokenizer.encode`. `check` is called between special tokens."""
+        text = text.encode("utf-8", "replace").decode()
+        ids: list[int] = []
+        for part in self._special.split(text, control=parse_special, stand_ins=stand_ins):
+            check()
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._tokenize(part.encode())
+        begins = add_bos and self._adds_bos and ids[:1] != [self._bos]
+        return [self._bos, *ids] if begins else ids
+
+    def fewest(self, text: str) -> int:
+        """No token stands for more bytes than the longest has, but some kinds of vocabulary drop white space and
+        write characters in a shorter form (four bytes become at least one)."""
+        normalises = self._api.lib.llama_vocab_type(self._model.vocab) not in _LITERAL
+        if normalises or self._special.strips:
+            text = "".join(text.split())
+        size = len(text.encode("utf-8", "replace"))
+        return size // (self._vocabulary[1] * (4 if normalises else 1))
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token; b"" for control tokens and for ids out of range."""
@@ -101,14 +144,22 @@ class LlamaTokenizer:
     def _blob(self) -> bytes:
         return gguf.header_only(self._model.path)
 
-    def _tokenize(self, data: bytes, parse_special: bool) -> list[int]:
-        if not data:
-            return []  # some vocabularies put a space before even an empty text
+    def _specials(self) -> Iterator[Special]:
+        """Those that llama.cpp looks for before anything else."""
+        lib, vocab = self._api.lib, self._model.vocab
+        for token in range(self.n_vocab):
+            attr = int(lib.llama_vocab_get_attr(vocab, token))
+            if attr & (_CONTROL | _USER_DEFINED | _UNKNOWN):
+                control = bool(attr & (_CONTROL | _UNKNOWN))
+                yield Special(token, self._text(token), control, bool(attr & _LSTRIP), bool(attr & _RSTRIP))
+
+    def _tokenize(self, data: bytes) -> list[int]:
+        """Ids of a text without special tokens, which is not empty."""
         lib, vocab = self._api.lib, self._model.vocab
         size = len(data) + 8  # no token is shorter than a byte, but for an added space
         for _ in range(2):
             ids = self._api.ffi.new("int32_t[]", size)
-            count = int(lib.llama_tokenize(vocab, data, len(data), ids, size, False, parse_special))
+            count = int(lib.llama_tokenize(vocab, data, len(data), ids, size, False, False))
             if count >= 0:
                 return self._api.ffi.unpack(ids, count) if count else []
             size = -count
