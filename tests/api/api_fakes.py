@@ -17,10 +17,13 @@ from wisp.api.observe import RequestRecord
 from wisp.api.routes import openai_routes
 from wisp.core.errors import RequestError
 from wisp.core.work import TokenLogprob, TopLogprob
+from wisp.engines.base import Check, unasked
+from wisp.engines.special import NO_STAND_INS, Special, SpecialTokens, StandIns
 
 MODEL = "org/tiny-7b"
 EOS, BOS, IM_START, IM_END = 256, 257, 258, 259
 SPECIAL = {"<eos>": EOS, "<bos>": BOS, "<|im_start|>": IM_START, "<|im_end|>": IM_END}
+MARKERS = SpecialTokens(Special(token, text, control=True) for text, token in SPECIAL.items())
 KEY = "sk-secret"
 
 
@@ -33,18 +36,29 @@ class ByteTokenizer:
     bos_token = "<bos>"
     eos_token = "<eos>"
     chat_template: str | None = None
+    controls = MARKERS.controls
 
-    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
-        ids = [BOS] if add_bos else []
-        while text:
-            special = next((s for s in SPECIAL if parse_special and text.startswith(s)), None)
-            if special:
-                ids.append(SPECIAL[special])
-                text = text[len(special) :]
-            else:
-                ids.extend(text[0].encode())
-                text = text[1:]
-        return ids
+    def __init__(self) -> None:
+        self.encoded = 0  # texts
+
+    def encode(
+        self,
+        text: str,
+        *,
+        add_bos: bool,
+        parse_special: bool,
+        stand_ins: StandIns = NO_STAND_INS,
+        check: Check = unasked,
+    ) -> list[int]:
+        self.encoded += 1
+        ids: list[int] = []
+        for part in MARKERS.split(text, control=parse_special, stand_ins=stand_ins):
+            check()
+            ids += [part] if isinstance(part, int) else part.encode("utf-8", "replace")
+        return [BOS, *ids] if add_bos and ids[:1] != [BOS] else ids
+
+    def fewest(self, text: str) -> int:
+        return len(text.encode("utf-8", "replace")) // len("<|im_start|>")
 
     def piece(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
@@ -63,12 +77,17 @@ class ScriptedBackend:
         self.target_error: Exception | None = None
         self.asked: list[Generation] = []
         self.running = 0
+        self.refusal: RequestError | None = None
         self.closed = threading.Event()
 
     async def target(self) -> Target:
         if self.target_error is not None:
             raise self.target_error
         return Target(model=MODEL, tokenizer=self.tokenizer, context=self.context)
+
+    def admit(self, key: str) -> None:
+        if self.refusal is not None:
+            raise self.refusal
 
     async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         self.asked.append(generation)

@@ -39,6 +39,11 @@ class Backend(Protocol):
         """The model served. Waits a stated time for a verifier, then raises UnavailableError."""
         ...
 
+    def admit(self, key: str) -> None:
+        """Asked before any work on a prompt of `key`. Raises RequestError 429 where a generation would be refused at
+        once for the key's limits. Counts nothing but the refusal."""
+        ...
+
     def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         """Stream what is committed; the last item has a `finish`. Closing the iterator cancels the work.
 

@@ -90,6 +90,15 @@ def context_length_exceeded(context: int, prompt: int, output: int, param: str) 
     return RequestError(400, message, code="context_length_exceeded", param=param)
 
 
+def too_long(context: int, fewest: int, param: str) -> RequestError:
+    """The prompt was not read: from its size alone it has at least `fewest` tokens."""
+    message = (
+        f"This model's maximum context length is {context} tokens. However, your prompt has at least {fewest}: "
+        "that many would have to be as long as the longest token there is. Please shorten it."
+    )
+    return RequestError(400, message, code="context_length_exceeded", param=param)
+
+
 Handler = Callable[[Request, Exception], Awaitable[Response]]
 
 

@@ -8,6 +8,7 @@ client that leaves cancels the generation, and a shutdown cancels everything.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -32,7 +33,7 @@ from wisp.api.errors import (
 from wisp.api.exchange import Exchange
 from wisp.api.observe import Observer
 from wisp.api.output import Delta, Output
-from wisp.api.prepare import prepare
+from wisp.api.prepare import PromptWork, prepare
 from wisp.api.requests import NO_CLASSES, Ask, SloClasses, parse_chat, parse_completion
 from wisp.api.responses import ChatShape, CompletionShape, Json, Shape
 from wisp.api.sse import (
@@ -66,8 +67,10 @@ def openai_routes(
     be given `errors.exception_handlers()`, for paths and methods that do not exist.
     """
 
+    prompts = PromptWork()
+
     def generating(path: str, endpoint: str, parse: Parse, shape: type[Shape]) -> Route:
-        app = _Generating(backend, endpoint, parse, shape, keep_alive_s, authorize, observer, slo_classes)
+        app = _Generating(backend, prompts, endpoint, parse, shape, keep_alive_s, authorize, observer, slo_classes)
         return Route(path, app, methods=["POST"], name=endpoint)
 
     return [
@@ -112,6 +115,7 @@ class _Generating:
     def __init__(
         self,
         backend: Backend,
+        prompts: PromptWork,
         endpoint: str,
         parse: Parse,
         shape: type[Shape],
@@ -121,6 +125,7 @@ class _Generating:
         slo_classes: SloClasses,
     ) -> None:
         self._backend = backend
+        self._prompts = prompts
         self._endpoint = endpoint
         self._parse = parse
         self._shape = shape
@@ -156,7 +161,9 @@ class _Generating:
     async def _answer(self, ask: Ask, exchange: Exchange, stream: EventSender) -> Response:
         target = await self._target(ask, stream)
         _check_model(ask.model, target)
-        generation = await asyncio.to_thread(prepare, ask, target, request_id=exchange.id, key=exchange.key)
+        work = functools.partial(prepare, ask, target, exchange.id, exchange.key)
+        admit = functools.partial(self._backend.admit, exchange.key)
+        generation = await self._prompts.run(exchange.key, admit, work)
         exchange.prompt_tokens = len(generation.prompt)
         wants_logprobs = ask.logprobs is not None
         exchange.output = output = Output(target.tokenizer, ask.stop, wants_logprobs)

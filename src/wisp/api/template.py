@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence, Sized
@@ -27,6 +28,7 @@ import jinja2.runtime
 import jinja2.sandbox
 
 from wisp.core.errors import RequestError
+from wisp.engines.special import NO_STAND_INS, StandIns
 
 MAX_CHARS = 16 << 20
 MAX_SECONDS = 2.0
@@ -41,10 +43,14 @@ CHATML = (
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
 
 
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
+
+
 class _Budget(threading.local):
-    """The deadline of the rendering that runs in this thread."""
+    """The rendering that runs in this thread: its deadline, and what stands for what in its strings."""
 
     deadline = float("inf")
+    stand_ins: StandIns = NO_STAND_INS
 
     def check(self) -> None:
         if time.monotonic() > self.deadline:
@@ -91,9 +97,13 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    return _BEYOND_ASCII.sub(_escaped, text) if ensure_ascii else text
+
+
+def _escaped(char: re.Match[str]) -> str:
+    """As JSON has it in ASCII; but what stands for a character stays, as that will be ASCII."""
+    return char[0] if ord(char[0]) in _budget.stand_ins else json.dumps(char[0])[1:-1]
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -120,8 +130,11 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         """Raises RequestError 500 where `source` does not compile."""
+        self.source = source
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self.tested, self.written = _texts(environment.parse(source))
         except jinja2.TemplateError as exc:
             raise RequestError(
                 500,
@@ -139,11 +152,13 @@ class ChatTemplate:
         bos_token: str = "",
         eos_token: str = "",
         args: Mapping[str, Any] | None = None,
+        stand_ins: StandIns = NO_STAND_INS,
     ) -> str:
         """The prompt, up to where the assistant's answer begins.
 
-        `args` are further variables that a template may know, such as `enable_thinking`. Raises RequestError
-        400 where the template refuses the messages or fails on them.
+        `args` are further variables that a template may know, such as `enable_thinking`. `stand_ins`: of
+        characters in the messages (`api.guard`). Raises RequestError 400 where the template refuses the messages or
+        fails on them.
         """
         if reserved := _RESERVED.intersection(args or ()):
             message = f"chat_template_kwargs: {', '.join(sorted(reserved))} cannot be set"
@@ -158,7 +173,7 @@ class ChatTemplate:
             eos_token=eos_token,
         )
         try:
-            return _bounded(self._template, variables)
+            return _bounded(self._template, variables, stand_ins)
         except RequestError:
             raise
         except Exception as exc:  # a template can raise anything
@@ -172,8 +187,25 @@ class ChatTemplate:
         return message
 
 
-def _bounded(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+def _texts(tree: jinja2.nodes.Template) -> tuple[set[str], set[str]]:
+    """(texts that a template compares with, looks for or names, pieces of text that it writes)."""
+    tested = set()
+    asks = (jinja2.nodes.Compare, jinja2.nodes.Call, jinja2.nodes.Filter, jinja2.nodes.Test, jinja2.nodes.Assign)
+    for node in tree.find_all(asks):
+        for const in node.find_all(jinja2.nodes.Const):
+            if isinstance(const.value, str) and const.value:
+                tested.add(const.value)
+    tested |= {n.attr for n in tree.find_all(jinja2.nodes.Getattr)}
+    subscripts = (n.arg for n in tree.find_all(jinja2.nodes.Getitem))
+    tested |= {n.value for n in subscripts if isinstance(n, jinja2.nodes.Const) and isinstance(n.value, str)}
+    written = {t.data for t in tree.find_all(jinja2.nodes.TemplateData)}
+    written |= {c.value for c in tree.find_all(jinja2.nodes.Const) if isinstance(c.value, str)}
+    return tested, written
+
+
+def _bounded(template: jinja2.Template, variables: Mapping[str, Any], stand_ins: StandIns) -> str:
     _budget.deadline = time.monotonic() + MAX_SECONDS
+    _budget.stand_ins = stand_ins
     pieces: list[str] = []
     size = 0
     try:
@@ -185,6 +217,7 @@ def _bounded(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
             pieces.append(piece)
     finally:
         _budget.deadline = float("inf")
+        _budget.stand_ins = NO_STAND_INS
     return "".join(pieces)
 
 

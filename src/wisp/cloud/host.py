@@ -15,7 +15,7 @@ from wisp import __version__
 from wisp.cloud.engine_thread import EngineThread
 from wisp.cloud.event_log import EventLog, LogHeader, read_events
 from wisp.cloud.metrics import Metrics
-from wisp.core.admission import Admission, KeyLimits
+from wisp.core.admission import Admission, KeyLimits, Refusal
 from wisp.core.batching import batching_policy
 from wisp.core.cost import Coefficients, CostModel
 from wisp.core.events import (
@@ -124,6 +124,17 @@ class VerifierHost:
     def check(self, hello: Hello) -> None:
         """May this edge come in? Raises ProtocolError."""
         check_hello(hello, self.tokenizer.fingerprint, self.model)
+
+    def admit(self, key: str) -> None:
+        """Raises Refusal where an Open of `key` would be refused for the key's limits, and counts that."""
+        admission = self.verifier.admission
+        try:
+            admission.ask(self._loop.time(), key)
+        except Refusal as refusal:
+            admission.turned_away(key)
+            self.metrics.admission(refusal.code)
+            self.metrics.refused.labels(refusal.code).inc()
+            raise
 
     def attach(
         self, key: str, send: Sender, *, movable: bool = False, close: Callable[[], None] | None = None

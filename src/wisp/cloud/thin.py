@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator
 
 from wisp.api.backend import Committed, Generation, Target
 from wisp.cloud.host import VerifierHost
-from wisp.core.drafter import Drafter, Reopen
+from wisp.core.admission import Refusal
+from wisp.core.drafter import Drafter, Reopen, busy_error
 from wisp.core.errors import UnavailableError
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
 
@@ -27,6 +28,13 @@ class ThinBackend:
     async def target(self) -> Target:
         """The model served here."""
         return self._target
+
+    def admit(self, key: str) -> None:
+        """See `Backend.admit`."""
+        try:
+            self.host.admit(key)
+        except Refusal as refusal:
+            raise busy_error(refusal.code, str(refusal), refusal.retry_after) from None
 
     async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         """Stream what the target decodes."""

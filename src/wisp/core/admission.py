@@ -40,12 +40,16 @@ class _Bucket:
         self.at = now
 
     def fill(self, now: float) -> None:
-        self.level = min(self.size, self.level + (now - self.at) * self.rate)
+        self.level = self.level_at(now)
         self.at = now
 
-    def wait(self, amount: float) -> float:
-        """Seconds until `amount` is there."""
-        return max(0.0, (amount - self.level) / self.rate)
+    def level_at(self, now: float) -> float:
+        """The level once it is filled."""
+        return min(self.size, self.level + (now - self.at) * self.rate)
+
+    def wait(self, amount: float, level: float) -> float:
+        """Seconds until `amount` is there, from `level`."""
+        return max(0.0, (amount - level) / self.rate)
 
 
 class KeyUsage(msgspec.Struct):
@@ -82,7 +86,7 @@ class Admission:
         """A new session. Raises Refusal, and then counts nothing but the refusal."""
         usage = self.usage.setdefault(key, KeyUsage())
         try:
-            self._check(now, key, usage)
+            self._check(now, key)
         except Refusal:
             usage.refused += 1
             raise
@@ -113,24 +117,35 @@ class Admission:
             bucket.fill(now)
             bucket.level -= prompt_tokens + output_tokens
 
-    def _check(self, now: float, key: str, usage: KeyUsage) -> None:
-        if self._open >= self.max_sessions:
-            raise Refusal("overloaded", f"all {self.max_sessions} sessions of this verifier are in use", 1.0)
+    def ask(self, now: float, key: str) -> None:
+        """Raises the Refusal that `opened` would raise for the limits of `key`. Nothing changes, nothing is counted."""
         limits = self.limits.get(key)
         if limits is None:
             return
-        if limits.sessions and usage.sessions >= limits.sessions:
+        usage = self.usage.get(key)
+        if limits.sessions and usage is not None and usage.sessions >= limits.sessions:
             raise Refusal("rate_limit_exceeded", f"this key may have {limits.sessions} sessions open", 1.0)
-        if limits.tokens_per_minute:
-            bucket = self._tokens.setdefault(key, _Bucket(limits.tokens_per_minute, now))
-            bucket.fill(now)
-            if bucket.level <= 0:
-                message = f"this key may use {limits.tokens_per_minute} tokens a minute"
-                raise Refusal("rate_limit_exceeded", message, bucket.wait(1.0))
-        if limits.requests_per_minute:
+        for per_minute, buckets, least, what in (
+            (limits.tokens_per_minute, self._tokens, 0.0, "use {} tokens a minute"),
+            (limits.requests_per_minute, self._requests, 1.0, "send {} requests a minute"),
+        ):
+            bucket = buckets.get(key)
+            if not per_minute or bucket is None:  # a bucket that was never used is full
+                continue
+            level = bucket.level_at(now)
+            if level < least or level <= 0.0:
+                message = f"this key may {what.format(per_minute)}"
+                raise Refusal("rate_limit_exceeded", message, bucket.wait(1.0, level))
+
+    def _check(self, now: float, key: str) -> None:
+        """Raises Refusal; otherwise the request is charged."""
+        if self._open >= self.max_sessions:
+            raise Refusal("overloaded", f"all {self.max_sessions} sessions of this verifier are in use", 1.0)
+        self.ask(now, key)
+        limits = self.limits.get(key)
+        if limits is not None and limits.tokens_per_minute:
+            self._tokens.setdefault(key, _Bucket(limits.tokens_per_minute, now)).fill(now)
+        if limits is not None and limits.requests_per_minute:
             bucket = self._requests.setdefault(key, _Bucket(limits.requests_per_minute, now))
             bucket.fill(now)
-            if bucket.level < 1.0:
-                message = f"this key may send {limits.requests_per_minute} requests a minute"
-                raise Refusal("rate_limit_exceeded", message, bucket.wait(1.0))
             bucket.level -= 1.0

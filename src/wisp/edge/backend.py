@@ -96,6 +96,9 @@ class EdgeBackend:
         tokenizer = await self.tokenizers.get(welcome.fingerprint)
         return Target(welcome.model, tokenizer, welcome.context)
 
+    def admit(self, key: str) -> None:
+        """An edge has no limits of its own; the verifier's answer comes with the first verdict."""
+
     def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         """Stream what is committed. Closing the iterator cancels the session at the verifier."""
         return _Session(self, generation).run()

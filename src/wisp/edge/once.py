@@ -11,7 +11,9 @@ import time
 import msgspec
 
 from wisp.api.backend import Committed, Generation, Target
-from wisp.api.template import chat_template
+from wisp.api.messages import Message
+from wisp.api.prepare import prepare
+from wisp.api.requests import Ask
 from wisp.core.drafting import Ahead, Policies
 from wisp.core.errors import ConfigError
 from wisp.core.sampling import Sampling
@@ -98,26 +100,22 @@ async def generate_once(
 
 
 def _generation(request: Request, target: Target) -> Generation:
-    tokenizer = target.tokenizer
-    if request.raw:
-        prompt = tokenizer.encode(request.prompt, add_bos=True, parse_special=False)
-    else:
-        messages = [{"role": "system", "content": request.system}] if request.system else []
-        messages.append({"role": "user", "content": request.prompt})
-        text = chat_template(tokenizer.chat_template).render(
-            messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
-        )
-        prompt = tokenizer.encode(text, add_bos=False, parse_special=True)
-    if not prompt:
-        raise ConfigError("the prompt is empty")
-    room = target.context - len(prompt)
-    if room < 1:
-        raise ConfigError(f"the prompt has {len(prompt)} tokens; this verifier's context is {target.context}")
     seed = request.seed if request.seed is not None else secrets.randbits(63)
     sampling = Sampling(request.temperature, request.top_k, request.top_p, request.min_p, seed)
     if problem := sampling.problem():
         raise ConfigError(f"--{problem[0].replace('_', '-')} {problem[1]}")
-    return Generation(prompt, sampling, min(request.max_tokens, room))
+    messages: list[Message] = [{"role": "system", "content": request.system}] if request.system else []
+    messages.append({"role": "user", "content": request.prompt})
+    ask = Ask(
+        chat=not request.raw,
+        model=target.model,
+        sampling=sampling,
+        prompt=request.prompt,
+        messages=messages,
+        max_tokens=request.max_tokens,
+        clamp=True,
+    )
+    return prepare(ask, target)
 
 
 def _report(generation: Generation, target: Target, answer: Answer) -> dict[str, object]:

@@ -5,7 +5,7 @@ Engines are synchronous and used from one thread at a time; whoever owns one giv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -122,7 +122,7 @@ class Tokenizer(Protocol):
     def chat_template(self) -> str | None: ...
 
     @property
-    def controls(self) -> Set[str]:
+    def controls(self) -> frozenset[str]:
         """The texts of control tokens."""
         ...
 

@@ -18,12 +18,19 @@ from typing import Any
 
 from wisp.core.errors import ConfigError, ModelError
 from wisp.core.messages import vocabulary_fingerprint
+from wisp.engines.base import Check, unasked
+from wisp.engines.special import NO_STAND_INS, Special, SpecialTokens, StandIns
 
 FORMAT = "wisp-tokenizer-1"
 FILE = "tokenizer.json"
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"  # SentencePiece's mark
+
+# Steps on the way to ids that leave no character out; normal forms write up to four bytes in one.
+_FORMS = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
+_SHORTEST_FORM = 4
+_WHOLE = frozenset({"Sequence", "ByteLevel", "Metaspace", "Digits", "Punctuation", "Split", "Prepend", "Replace"})
 
 
 class HfTokenizer:
@@ -56,6 +63,15 @@ class HfTokenizer:
         self._blob = blob
         self._added = {i: str(t["content"]).encode() for i, t in added.items()}
         self._control = {i for i, t in added.items() if t.get("special")}
+        self._special = SpecialTokens(
+            Special(i, str(t["content"]), True, bool(t.get("lstrip")), bool(t.get("rstrip")))
+            for i, t in added.items()
+            if i in self._control
+        )
+        later = json.dumps(definition | {"pre_tokenizer": _within(definition.get("pre_tokenizer"))})
+        self._later = Tokenizer.from_str(later) if later != text else self._literal
+        self._later.encode_special_tokens = True
+        self._shrinks = 0 if self._special.strips else _shrinks(definition)
         self._bytes_of = _reading(definition)
         self._bos = self._parsing.token_to_id(self.bos_token) if self.bos_token else None
         first = self._parsing.encode("a").ids[:1]
@@ -94,12 +110,47 @@ class HfTokenizer:
             if text is not None:
                 yield token, self._added.get(token) or self._bytes_of(text)
 
-    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
-        """Ids of `text`. `parse_special` reads the text of control tokens as those tokens."""
+    @property
+    def controls(self) -> frozenset[str]:
+        """The texts of control tokens."""
+        return self._special.controls
+
+    def encode(
+        self,
+        text: str,
+        *,
+        add_bos: bool,
+        parse_special: bool,
+        stand_ins: StandIns = NO_STAND_INS,
+        check: Check = unasked,
+    ) -> list[int]:
+        """See `Tokenizer.encode`. The library finds special tokens by itself, in linear time; only where some are
+        not to be found does it get the pieces between the others."""
         whole = text.encode("utf-8", "replace").decode()
-        tokenizer = self._parsing if parse_special else self._literal
-        ids: list[int] = tokenizer.encode(whole, add_special_tokens=False).ids
-        return [self._bos, *ids] if add_bos and self._adds_bos and self._bos is not None else ids
+        if parse_special and stand_ins:
+            ids = self._encode_guarded(whole, stand_ins, check)
+        else:
+            tokenizer = self._parsing if parse_special else self._literal
+            ids = tokenizer.encode(whole.translate(stand_ins), add_special_tokens=False).ids
+        begins = add_bos and self._adds_bos and self._bos is not None and ids[:1] != [self._bos]
+        return [self._bos, *ids] if begins and self._bos is not None else ids
+
+    def _encode_guarded(self, text: str, stand_ins: StandIns, check: Check) -> list[int]:
+        ids: list[int] = []
+        tokenizer = self._literal
+        for part in self._special.split(text, control=True, stand_ins=stand_ins):
+            check()
+            ids += [part] if isinstance(part, int) else tokenizer.encode(part, add_special_tokens=False).ids
+            tokenizer = self._later
+        return ids
+
+    def fewest(self, text: str) -> int:
+        """No token stands for more bytes than the longest has; 0 for a vocabulary that may leave text out."""
+        return len(text.encode("utf-8", "replace")) // (self._longest * self._shrinks) if self._shrinks else 0
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(len(text) for _, text in self._real())
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token; b"" for control tokens and for ids out of range."""
@@ -116,6 +167,34 @@ class HfTokenizer:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _within(step: Any) -> Any:
+    """A pre-tokenizer for text that is not the beginning: some put a space only before that."""
+    if not isinstance(step, dict):
+        return step
+    if step.get("type") == "Sequence":
+        return step | {"pretokenizers": [_within(s) for s in step.get("pretokenizers") or ()]}
+    return step | {"prepend_scheme": "never"} if step.get("prepend_scheme") == "first" else step
+
+
+def _shrinks(definition: dict[str, Any]) -> int:
+    """How many bytes of text may become one byte before tokens are made of it; 0 where nothing bounds it."""
+    steps = [*_steps(definition.get("normalizer")), *_steps(definition.get("pre_tokenizer"))]
+    kinds = {str(s.get("type")) for s in steps}
+    removes = any(s.get("behavior") == "Removed" for s in steps if s.get("type") == "Split")
+    replaces = any(s.get("pattern") != {"String": " "} for s in steps if s.get("type") == "Replace")
+    unknown = "ByteLevel" not in kinds and not definition["model"].get("byte_fallback")
+    if removes or replaces or unknown or not kinds <= _WHOLE | _FORMS:
+        return 0
+    return _SHORTEST_FORM if kinds & _FORMS else 1
+
+
+def _steps(step: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(step, dict):
+        yield step
+        for inner in (*(step.get("normalizers") or ()), *(step.get("pretokenizers") or ())):
+            yield from _steps(inner)
 
 
 def end_ids(folder: Path) -> frozenset[int]:

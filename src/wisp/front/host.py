@@ -103,6 +103,17 @@ class FrontHost:
         else:
             self._open(c, message)
 
+    def admit(self, key: str) -> None:
+        """Raises Refusal where an Open of `key` would be refused for the key's limits, and counts that."""
+        if self._has_all(key):
+            return  # as far as is known: the Open will look twice
+        try:
+            self.admission.ask(asyncio.get_running_loop().time(), key)
+        except Refusal as refusal:
+            self.admission.turned_away(key)
+            self._metrics.refused.labels(refusal.code).inc()
+            raise
+
     def _has_all(self, key: str) -> bool:
         """Has this key as many sessions as it may have, as far as is known?"""
         limits, usage = self.admission.limits.get(key), self.admission.usage.get(key)

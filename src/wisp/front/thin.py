@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator
 
 from wisp.api.backend import Committed, Generation, Target
 from wisp.api.keys import on_behalf
+from wisp.core.admission import Refusal
+from wisp.core.drafter import busy_error
 from wisp.core.drafting import Policies
 from wisp.core.errors import ProtocolError, RequestError, UnavailableError
 from wisp.core.messages import Cancel, Draft, Message, Open, Redirect, Refused, Verdict, Welcome
@@ -123,6 +125,13 @@ class FrontBackend:
         if self._host.draining:
             raise UnavailableError("this server is shutting down", retry_after=2.0)
         return await self._edge("").target()
+
+    def admit(self, key: str) -> None:
+        """See `Backend.admit`."""
+        try:
+            self._host.admit(key)
+        except Refusal as refusal:
+            raise busy_error(refusal.code, str(refusal), refusal.retry_after) from None
 
     def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         """Stream what a replica decodes."""

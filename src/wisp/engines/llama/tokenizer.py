@@ -10,7 +10,7 @@ import hashlib
 import re
 import struct
 import tempfile
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -87,7 +87,7 @@ class LlamaTokenizer:
         return digest.hexdigest(), longest
 
     @property
-    def controls(self) -> Set[str]:
+    def controls(self) -> frozenset[str]:
         """The texts of control tokens."""
         return self._special.controls
 
