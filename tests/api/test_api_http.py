@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 import pytest
-from api_fakes import BOS, IM_END, KEY, MODEL, Recorder, ScriptedBackend, committed, make_app, say
+from api_fakes import BOS, EOS, IM_END, IM_START, KEY, MODEL, Recorder, ScriptedBackend, committed, make_app, say
 from starlette.testclient import TestClient
 
 from wisp.api.backend import Target
@@ -111,9 +111,16 @@ def test_a_text_completion(client: TestClient, backend: ScriptedBackend) -> None
     assert (asked.sampling.temperature, asked.sampling.top_p) == (1.0, 1.0)
 
 
-def test_control_tokens_in_a_plain_prompt_are_text(client: TestClient, backend: ScriptedBackend) -> None:
-    client.post(TEXT, json=text(prompt="<eos>"))
-    assert backend.asked[0].prompt == [BOS, *b"<eos>"]
+def test_control_tokens_in_a_raw_prompt_count_and_the_bos_comes_once(
+    client: TestClient, backend: ScriptedBackend
+) -> None:
+    for prompt in ("<|im_start|>user\nhi<|im_end|>\n", "<bos>hi", "<eos>"):
+        assert client.post(TEXT, json=text(prompt=prompt)).status_code == 200
+    assert [asked.prompt for asked in backend.asked] == [
+        [BOS, IM_START, *b"user\nhi", IM_END, *b"\n"],
+        [BOS, *b"hi"],
+        [BOS, EOS],
+    ]
 
 
 @pytest.mark.parametrize("prompt", [[72, 105], [[72, 105]]])
@@ -337,11 +344,11 @@ def big_list(n: int) -> list[str]:
     [
         ("n", 2), ("n", True), ("frequency_penalty", 0.5), ("presence_penalty", -1), ("repetition_penalty", 1.1),
         ("logit_bias", {"5": 1}), ("response_format", {"type": "json_object"}), ("modalities", ["text", "audio"]),
-        ("audio", {"voice": "x"}), ("stop", ""), ("stop", big_list(5)), ("stop", [1]), ("stop", "x" * 2000),
+        ("audio", {"voice": "x"}), ("stop", big_list(5)), ("stop", [1]), ("stop", "x" * 2000),
         ("temperature", "hot"), ("temperature", -1), ("temperature", True), ("top_p", 0), ("top_p", 1.5),
         ("top_k", 1.5), ("top_k", -2), ("min_p", 2), ("seed", "x"), ("seed", 1 << 64), ("max_tokens", 0),
         ("max_tokens", "many"), ("max_completion_tokens", -1), ("stream", "yes"), ("logprobs", 3),
-        ("top_logprobs", 5), ("tool_choice", "required"), ("guided_json", {}), ("min_tokens", 5),
+        ("top_logprobs", 5), ("tool_choice", "required"), ("guided_json", {}), ("min_tokens", 5000),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("tools", "x"), ("messages", []),
         ("messages", "Hi"), ("ignore_eos", 1), ("stream_options", {"include_usage": True}),
         ("chat_template_kwargs", {"messages": []}), ("chat_template", "{{ 1 }}"), ("model", None), ("model", 5),
@@ -378,7 +385,7 @@ def test_completion_refuses_by_name(client: TestClient, param: str, value: Any) 
         ("messages[0].content[0].text", {"role": "user", "content": [{"type": "text", "text": 1}]}),
         ("messages[0].tool_calls[0].function", {"role": "assistant", "tool_calls": [{}]}),
         ("messages[0].tool_calls[0].function.arguments",
-         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "not json"}}]}),
+         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}),
         ("messages[0].tool_calls", {"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}),
     ],
 )  # fmt: skip
@@ -568,6 +575,53 @@ def test_text_parts_are_joined_and_developer_is_system(client: TestClient, backe
     assert (
         bytes(backend.asked[0].prompt).decode() == "[system:Be brief.][user:a\nb][assistant:None1][tool:42]1"
     )
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"stop": ""}, {"stop": [""]}, {"stop": ["", "#"]}, {"stop": None}, {"n": 1.0}, {"max_tokens": 16.0},
+        {"logprobs": False}, {"logprobs": None}, {"stream_options": None}, {"min_tokens": 0}, {"min_tokens": 3},
+        {"logit_bias": None}, {"user": "u"}, {"temperature": 2.3e-308}, {"temperature": 5e-324}, {"best_of": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_harmless_values_are_taken_as_peers_take_them(client: TestClient, extra: dict[str, Any]) -> None:
+    assert client.post(TEXT, json=text(**extra)).status_code == 200
+    extra = {k: v for k, v in extra.items() if k != "best_of"}
+    assert client.post(CHAT, json=chat(**extra, tools=[], tool_choice=None)).status_code == 200
+
+
+def test_a_history_as_models_leave_it_is_taken(client: TestClient, backend: ScriptedBackend) -> None:
+    """An assistant that said nothing, a tool that returned nothing, arguments that are no JSON object."""
+    calls = [{"function": {"name": "f", "arguments": a}} for a in ("{oops", "[1]", '{"x": 1}', "", None)]
+    messages = [
+        {"role": "user", "content": "a", "name": None},
+        {"role": "assistant", "content": None},
+        {"role": "assistant"},
+        {"role": "assistant", "content": []},
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "content": None},
+    ]
+    backend.tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role[0] }}:{{ m.content }}"
+        "{% for c in m.tool_calls %}|{{ c.function.arguments }}{% endfor %}]{% endfor %}"
+    )
+    response = client.post(CHAT, json=chat(messages=messages))
+    assert response.status_code == 200, response.text
+    said = bytes(backend.asked[0].prompt).decode()
+    assert said == "[u:a][a:][a:][a:][a:None|{oops|[1]|{'x': 1}|{}|{}][t:]"
+
+
+def test_an_answer_has_its_least_number_of_tokens(client: TestClient, backend: ScriptedBackend) -> None:
+    """Neither an end of sequence nor a stop string ends it sooner."""
+    backend.script = say("a#b#c#d")
+    body = client.post(TEXT, json=text(min_tokens=3, stop="#")).json()
+    assert body["choices"][0]["text"] == "a#b"
+    sampling = backend.asked[0].sampling
+    assert (sampling.min_tokens, sampling.ends) == (3, (EOS, IM_END))
+    client.post(TEXT, json=text(min_tokens=3, ignore_eos=True))
+    assert backend.asked[1].sampling.min_tokens == 0  # nothing ends it anyway
 
 
 def test_tool_choice_none_hides_tools(client: TestClient, backend: ScriptedBackend) -> None:

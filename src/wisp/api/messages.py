@@ -32,8 +32,12 @@ def _message(fields: Fields) -> Message:
     ]
     if calls and role != "assistant":
         refuse(fields.path("tool_calls"), "only an assistant's message can have tool calls")
+    if fields.get("function_call") is not None:
+        refuse(fields.path("function_call"), "not supported; say it as one of tool_calls", "unsupported_parameter")
     if message["content"] is None and not calls:
-        refuse(fields.path("content"), "expected a string or a list of text parts")
+        if role not in ("assistant", "tool"):  # these may have nothing to say
+            refuse(fields.path("content"), "expected a string or a list of text parts")
+        message["content"] = ""
     if calls:
         message["tool_calls"] = calls
     for name in ("name", "tool_call_id", "reasoning_content"):
@@ -64,23 +68,30 @@ def _text_part(part: Fields) -> str:
 
 
 def _tool_call(call: Fields) -> Message:
-    """Templates iterate over arguments, so OpenAI's JSON text becomes an object, as it does elsewhere."""
+    """Templates iterate over arguments, so OpenAI's JSON text becomes an object, as it does elsewhere. What a model
+    has written need not be one: any other text is passed on as it is."""
     function = as_object(call.get("function"), call.path("function"))
     name = function.string("name")
     if not name:
         refuse(function.path("name"), "expected the name of a function")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
-        try:
-            arguments = msgspec.json.decode(arguments)
-        except (msgspec.DecodeError, RecursionError):
-            refuse(function.path("arguments"), "expected a JSON object as text")
-    if not isinstance(arguments, dict):
-        refuse(function.path("arguments"), "expected a JSON object as text")
+        arguments = _object(arguments)
+    if not isinstance(arguments, (dict, str)):
+        refuse(function.path("arguments"), "expected an object, or text")
     parsed: Message = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if (id_ := call.string("id")) is not None:
         parsed["id"] = id_
     return parsed
+
+
+def _object(text: str) -> Any:
+    """The object that `text` is in JSON, otherwise the text."""
+    try:
+        value = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
 
 
 def parse_tools(body: Fields) -> list[Message]:

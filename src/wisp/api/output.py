@@ -40,8 +40,10 @@ class Output:
     """tokens: how many count, the end-of-sequence token included, none after a stop string's last.
     shown_draft: how many of them came from drafts. first/last: when tokens arrived (0.0: not yet)."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], logprobs: bool) -> None:
-        self._text = TextStream(tokenizer.piece, stop)
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], logprobs: bool, min_tokens: int = 0
+    ) -> None:
+        self._text = TextStream(tokenizer.piece, stop, min_tokens)
         self._logprobs = logprobs
         self._waiting: list[Entry] = []
         self.tokens = 0

@@ -14,6 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
+import msgspec
+
 from wisp.api.backend import Generation, Target
 from wisp.api.errors import context_length_exceeded, too_long
 from wisp.api.fields import refuse
@@ -34,10 +36,16 @@ def prepare(
 ) -> Generation:
     """Raises RequestError 400 where the prompt is empty, invalid or too long, and what `check` raises."""
     prompt = prompt_ids(ask, target, check)
+    max_tokens = _max_tokens(ask, len(prompt), target.context)
+    if ask.min_tokens > max_tokens:
+        refuse("min_tokens", f"expected at most as many as the answer may have here, {max_tokens}")
+    sampling = ask.sampling
+    if ask.min_tokens and not ask.ignore_eos:
+        sampling = msgspec.structs.replace(sampling, min_tokens=ask.min_tokens).ending(target.tokenizer.eos)
     return Generation(
         prompt=prompt,
-        sampling=ask.sampling,
-        max_tokens=_max_tokens(ask, len(prompt), target.context),
+        sampling=sampling,
+        max_tokens=max_tokens,
         ignore_eos=ask.ignore_eos,
         logprobs=ask.logprobs,
         slo=ask.slo,

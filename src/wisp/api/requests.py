@@ -2,7 +2,7 @@
 
 Whatever would change the text and is not implemented is refused by name; unknown fields are ignored, as
 clients of many servers send them. Defaults are OpenAI's. Extensions, in vLLM's names: `top_k`, `min_p`,
-`ignore_eos`, `chat_template_kwargs`.
+`min_tokens`, `ignore_eos`, `chat_template_kwargs`.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class Ask(msgspec.Struct, frozen=True):
     include_usage: bool = False
     logprobs: int | None = None
     ignore_eos: bool = False
+    min_tokens: int = 0
     slo: Slo | None = None
     slo_class: str = ""
 
@@ -118,7 +119,7 @@ def parse_completion(
         prompt=_prompt(fields.get("prompt")),
         max_tokens=_DEFAULT_COMPLETION_TOKENS if max_tokens is None else max_tokens,
         clamp=max_tokens is None,
-        logprobs=fields.integer("logprobs", 0, 5),
+        logprobs=None if fields.get("logprobs") is False else fields.integer("logprobs", 0, 5),
         **common,
     )
 
@@ -131,9 +132,6 @@ def _common(
     if not model:
         refuse("model", "expected the name of a model; GET /v1/models lists them")
     _refuse_unsupported(fields, neutral)
-    ignore_eos = fields.flag("ignore_eos")
-    if fields.integer("min_tokens", 0, _MAX_COUNT) and not ignore_eos:
-        refuse("min_tokens", "not supported without ignore_eos", "unsupported_parameter")
     stream = fields.flag("stream")
     return {
         "model": model,
@@ -141,7 +139,8 @@ def _common(
         "stop": _stop(fields.get("stop")),
         "stream": stream,
         "include_usage": _include_usage(fields, stream),
-        "ignore_eos": ignore_eos,
+        "ignore_eos": fields.flag("ignore_eos"),
+        "min_tokens": fields.integer("min_tokens", 0, _MAX_COUNT) or 0,
         "slo": parse_slo(headers, classes),
         "slo_class": headers.get("x-slo-class") or "",
     }
@@ -181,10 +180,11 @@ def _stop(stop: object) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
         refuse("stop", "expected a string or a list of strings")
+    stops = [s for s in stops if s]  # peers take an empty one as none
     if len(stops) > MAX_STOPS:
         refuse("stop", f"expected at most {MAX_STOPS} strings, got {len(stops)}")
-    if not all(0 < len(s) <= MAX_STOP_CHARS for s in stops):
-        refuse("stop", f"expected strings of 1 to {MAX_STOP_CHARS} characters")
+    if not all(len(s) <= MAX_STOP_CHARS for s in stops):
+        refuse("stop", f"expected strings of at most {MAX_STOP_CHARS} characters")
     return tuple(stops)
 
 

@@ -22,12 +22,17 @@ class TextStream:
     offsets:  for each token taken, how many characters of text stand before it
     released: characters handed out by `take` so far
     stopped:  a stop string was found; no token may be pushed any more
+
+    A stop string that is complete within the first `min_tokens` tokens is text like any other.
     """
 
-    def __init__(self, piece: Callable[[int], bytes], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, piece: Callable[[int], bytes], stop: Sequence[str] = (), min_tokens: int = 0
+    ) -> None:
         self._piece = piece
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._matchers = [_Matcher(s) for s in stop]
+        self._min_tokens = min_tokens
         self._held = ""
         self._ended = False
         self.offsets: list[int] = []
@@ -62,9 +67,12 @@ class TextStream:
 
     def _add(self, text: str) -> None:
         for at, char in enumerate(text, start=len(self._held) + 1) if self._matchers else ():
-            found = [m.length for m in self._matchers if m.advance(char)]
-            if found:
-                self._held = (self._held + text)[: at - max(found)]
+            found = [m for m in self._matchers if m.advance(char)]
+            if found and self.tokens <= self._min_tokens:
+                for m in found:
+                    m.pass_over()
+            elif found:
+                self._held = (self._held + text)[: at - max(m.length for m in found)]
                 self.stopped = True
                 return
         self._held += text
@@ -85,8 +93,12 @@ class _Matcher:
             size += stop[i] == stop[size]
             self._shorter[i] = size
 
+    def pass_over(self) -> None:
+        """`stop` is complete and does not count: the next one may begin in it."""
+        self.matched = self._shorter[self.matched - 1]
+
     def advance(self, char: str) -> bool:
-        """Read one character. True if `stop` is complete; do not go on then."""
+        """Read one character. True if `stop` is complete; do not go on then, or `pass_over` it."""
         while self.matched and self._stop[self.matched] != char:
             self.matched = self._shorter[self.matched - 1]
         self.matched += self._stop[self.matched] == char

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wisp.core.errors import ConfigError
+from wisp.core.sampling import COLDEST
 from wisp.core.signals import Signal
 
 FEATURES = (
@@ -45,7 +46,7 @@ def features(signal: Signal, depth: int, recent: float, temperature: float) -> l
     """
     confidence = min(max(signal.confidence, 1e-4), 1 - 1e-4)
     logit, lead = math.log(confidence / (1 - confidence)), math.log(max(signal.lead, 1e-3))
-    sampled = 1.0 if temperature > 0 else 0.0
+    sampled = 1.0 if temperature >= COLDEST else 0.0
     return [
         logit,
         signal.entropy,

@@ -11,7 +11,8 @@ on a draft: a verifier computes this token at every position of a draft and acce
 Output therefore equals plain decoding token for token, no probabilities cross the network, and a drafter that
 adds the *same* noise to its own logits agrees with the target nearly as often as any coupling can.
 
-Order of operations, everywhere: logits / T, then top-k, then top-p over what is left (renormalised; the
+Order of operations, everywhere: ids that may not be chosen yet (an end of sequence before `min_tokens`) are taken out,
+then logits / T, then top-k, then top-p over what is left (renormalised; the
 smallest set reaching p), then min-p (relative to the largest), then noise. Ties go to the lower id. float64.
 
 The hash is SplitMix64's output function (Steele et al. 2014; constants by Stafford, "Mix13"). Its top 32 bits k
@@ -32,13 +33,15 @@ FloatArray = npt.NDArray[np.floating]
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _GUMBEL_MAX = 22.88  # -log(-log(u)) at the largest uniform, 1 - 2^-33, rounded up
+COLDEST = 1e-5  # below this temperature greedy: noise would only settle ties, and logits / T overflows in the end
 _NEAR = 10.0  # first look only at ids this close to the maximum; any value is exact, this one is fast
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """How the target's token is chosen. `temperature` 0 is greedy and ignores the rest.
+    """How the target's token is chosen. A `temperature` below `COLDEST` is greedy and ignores top_k to seed.
 
-    top_k 0 and top_p 1 and min_p 0 mean "off". `seed` is any integer, used modulo 2^64.
+    top_k 0 and top_p 1 and min_p 0 mean "off". `seed` is any integer, used modulo 2^64. The first `min_tokens` tokens
+    are none of `ends`, the ids that end a generation: each side fills in those it knows the target to have.
     """
 
     temperature: float = 0.0
@@ -46,6 +49,22 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    min_tokens: int = 0
+    ends: tuple[int, ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        """Is it always the likeliest token?"""
+        return self.temperature < COLDEST
+
+    def ending(self, ends: Iterable[int]) -> Sampling:
+        """The same, for a target that ends with `ends`."""
+        known = tuple(sorted(ends)) if self.min_tokens else ()
+        return self if known == self.ends else msgspec.structs.replace(self, ends=known)
+
+    def barred(self, position: int) -> tuple[int, ...]:
+        """Ids that may not be chosen at generated `position`."""
+        return self.ends if position < self.min_tokens else ()
 
     def problem(self) -> tuple[str, str] | None:
         """(parameter, what is wrong with it), or None if all is in range."""
@@ -57,6 +76,8 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
             return "top_p", "must be above 0 and at most 1"
         if not 0.0 <= self.min_p <= 1.0:
             return "min_p", "must be between 0 and 1"
+        if self.min_tokens < 0:
+            return "min_tokens", "must not be negative"
         return None
 
 
@@ -100,7 +121,10 @@ def gumbels(seed: int, position: int, ids: npt.NDArray[np.integer]) -> npt.NDArr
 
 def target_token(logits: FloatArray, sampling: Sampling, position: int) -> int:
     """The token that the model with these `logits` (shape [vocabulary]) says at generated `position`."""
-    if sampling.temperature <= 0.0:
+    if barred := sampling.barred(position):
+        logits = logits.copy()
+        logits[[token for token in barred if token < logits.size]] = -np.inf  # a drafter may know fewer ids
+    if sampling.greedy:
         return int(np.argmax(logits))
     scores = logits.astype(np.float64) / sampling.temperature
     ids = _kept(scores, sampling)

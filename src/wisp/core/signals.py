@@ -63,7 +63,7 @@ def lead(
     the best two logits. Of others, only ids within 10 T of the maximum (and the best two) are looked at.
     Truncation by top-k, top-p and min-p is not considered.
     """
-    if sampling.temperature <= 0.0:
+    if sampling.greedy:
         first, second = best_two
         return float(logits[token]) - float(logits[second if token == first else first])
     temperature = sampling.temperature

@@ -13,6 +13,8 @@ structs: a recorded list of (now, event) replays to identical actions.
 
 from __future__ import annotations
 
+import msgspec
+
 from wisp.core.admission import Admission, Refusal
 from wisp.core.batching import BatchingPolicy
 from wisp.core.cost import CostModel, Load, decoding_of
@@ -128,6 +130,7 @@ class Verifier:
 
     def _open(self, now: float, connection: int, key: str, open_: Open) -> Verdict | None:
         self._check_open(open_)
+        open_ = msgspec.structs.replace(open_, sampling=open_.sampling.ending(self.limits.eos))
         session = self._by_id.get(open_.session)
         if session is None:
             session = Session(self._next_handle + 1, key, connection, open_, now)

@@ -18,6 +18,7 @@ position). It never depends on drafts.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -309,6 +310,8 @@ def verify(s: Slice, text: Text, seed: int) -> SliceResult:
     tokens: list[int] = []
     for i in range(s.n_draft + 1):
         token = text(seed, s.position + i)
+        if token in (barred := s.sampling.barred(s.position + i)):
+            token = next(other for other in itertools.count() if other not in barred)
         tokens.append(token)
         if i == s.n_draft or token != s.tokens[first + i]:
             break

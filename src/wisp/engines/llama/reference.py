@@ -105,7 +105,7 @@ def _gap(logits: Logits, token: int, sampling: Sampling, position: int) -> float
     """The winner's lead in logits: without it, whom would the same rule and noise choose?"""
     others = logits.copy()
     others[token] = -np.inf
-    if sampling.temperature <= 0.0:
+    if sampling.greedy:
         return float(logits[token]) - float(others.max())
     pair = np.array([token, target_token(others, sampling, position)])
     scores = logits[pair] + sampling.temperature * gumbels(sampling.seed, position, pair)

@@ -17,12 +17,22 @@ ROWS = 16  # at a time: 8 bytes * vocabulary * a dozen temporaries each
 
 def target_tokens(logits: torch.Tensor, asked: Sequence[tuple[Sampling, int]]) -> list[int]:
     """The target's token at each row of `logits` [rows, vocabulary]; `asked`: (how, position) of each row."""
+    logits = _without_barred(logits, asked)
     tokens = torch.argmax(logits, dim=1)  # of equal ones the first
-    drawn = [i for i, (sampling, _) in enumerate(asked) if sampling.temperature > 0.0]
+    drawn = [i for i, (sampling, _) in enumerate(asked) if not sampling.greedy]
     for first in range(0, len(drawn), ROWS):
         some = torch.tensor(drawn[first : first + ROWS], device=logits.device)
         tokens[some] = _draw(logits[some], [asked[i] for i in drawn[first : first + ROWS]])
     return [int(token) for token in tokens.tolist()]
+
+
+def _without_barred(logits: torch.Tensor, asked: Sequence[tuple[Sampling, int]]) -> torch.Tensor:
+    """`logits`, with minus infinity for ids that may not be chosen yet; a copy where there are any."""
+    pairs = [(row, i) for row, (sampling, position) in enumerate(asked) for i in sampling.barred(position)]
+    if not pairs:
+        return logits
+    rows, ids = torch.tensor(pairs, device=logits.device).unbind(1)
+    return logits.index_put((rows, ids), logits.new_tensor(-torch.inf))
 
 
 def _draw(logits: torch.Tensor, asked: Sequence[tuple[Sampling, int]]) -> torch.Tensor:

@@ -117,7 +117,8 @@ def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> list[C
     if here:
         rows = logits.float().numpy()
         said: list[int] | None = None
-        if all(part.sampling.temperature <= 0.0 for part in parts if part.rows):
+        plain = (p.sampling.greedy and not p.sampling.barred(p.position) for p in parts if p.rows)
+        if all(plain):
             said = rows.argmax(axis=1).tolist()  # of equal ones the first
     else:
         asked = [(part.sampling, part.position + i) for part in parts for i in range(part.rows)]

@@ -146,7 +146,7 @@ def flip_distance(logits: FloatArray, sampling: Sampling, position: int, token: 
     and the token itself must be in it. Covers temperature and top-p, which is what cases use.
     """
     z = logits.astype(np.float64)
-    if sampling.temperature <= 0.0:
+    if sampling.greedy:
         return float(z.max() - z[token])
     scores = z + sampling.temperature * gumbels(sampling.seed, position, np.arange(z.size))
     margin = sampling.temperature * _nucleus_margin(z / sampling.temperature, sampling.top_p)

@@ -110,7 +110,7 @@ def parse_sampling(name: str, seed: int) -> Sampling:
         sampling = Sampling(temperature=float(name.removeprefix("t")), seed=seed)
     except ValueError:
         sampling = Sampling()
-    if not name.startswith("t") or sampling.temperature <= 0.0 or sampling.problem():
+    if not name.startswith("t") or sampling.greedy or sampling.problem():
         raise ConfigError(f"unknown sampling {name!r}: choose greedy, or a temperature, e.g. t0.7")
     return sampling
 
