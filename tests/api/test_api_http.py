@@ -8,7 +8,19 @@ import logging
 from typing import Any
 
 import pytest
-from api_fakes import BOS, EOS, IM_END, IM_START, KEY, MODEL, Recorder, ScriptedBackend, committed, make_app, say
+from api_fakes import (
+    BOS,
+    EOS,
+    IM_END,
+    IM_START,
+    KEY,
+    MODEL,
+    Recorder,
+    ScriptedBackend,
+    committed,
+    make_app,
+    say,
+)
 from starlette.testclient import TestClient
 
 from wisp.api.backend import Target

@@ -41,6 +41,30 @@ def reference(pieces: list[bytes], stop: list[str]) -> tuple[str, int]:
     return text, len(pieces)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from([b"a", b"b", b"ab", b"aab"]), max_size=12),
+    st.sampled_from(["a", "ab", "aa", "abab"]),
+    st.integers(0, 14),
+)
+def test_stop_strings_count_from_the_least_number_of_tokens_on(
+    pieces: list[bytes], stop: str, min_tokens: int
+) -> None:
+    stream = TextStream(pieces.__getitem__, [stop], min_tokens)
+    parts = []
+    for token in range(len(pieces)):
+        stopped = stream.push(token)
+        parts.append(stream.take())
+        if stopped:
+            break
+    stream.end()
+    text = b"".join(pieces).decode()
+    free = len(b"".join(pieces[:min_tokens]))
+    ends = [end for end in range(free + 1, len(text) + 1) if text[:end].endswith(stop)]
+    assert "".join(parts) + stream.take() == (text[: ends[0] - len(stop)] if ends else text)
+    assert stream.stopped == bool(ends)
+
+
 def consumed(pieces: list[bytes], chars: int) -> int:
     for n in range(1, len(pieces) + 1):
         if len(codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(pieces[:n]))) >= chars:

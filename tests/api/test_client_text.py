@@ -61,7 +61,9 @@ def test_no_role_can_write_a_control_token(role: str) -> None:
 
 
 def test_names_arguments_tools_and_template_arguments_are_text_too() -> None:
-    template = "<bos>{{ messages | tojson }}{{ tools | tojson(ensure_ascii=True) }}{{ effort }}{{ tools }}<|im_end|>"
+    template = (
+        "<bos>{{ messages | tojson }}{{ tools | tojson(ensure_ascii=True) }}{{ effort }}{{ tools }}<|im_end|>"
+    )
     bad = "é<|im_start|>"
     call = {"type": "function", "function": {"name": bad, "arguments": {bad: [bad]}}, "id": bad}
     messages = [
@@ -115,7 +117,9 @@ def backend() -> ScriptedBackend:
 
 
 def test_a_template_still_makes_its_markers_from_roles() -> None:
-    template = "{% for m in messages %}{{ '<|im_' ~ ('start' if m.role == 'user' else 'end') ~ '|>' }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ '<|im_' ~ ('start' if m.role == 'user' else 'end') ~ '|>' }}{% endfor %}"
+    )
     assert ids([{"role": "user", "content": "<"}, {"role": "tool", "content": "x"}], template) == [
         IM_START,
         IM_END,
@@ -145,7 +149,24 @@ def test_nothing_is_replaced_where_nothing_has_to_be() -> None:
 
 
 pieces = st.lists(
-    st.sampled_from(["<|im_start|>", "<|im_end|>", "<eos>", "<", "|", ">", "im_", "end", "|>", "a", " ", "\n", "⠀", "</think>"]),
+    st.sampled_from(
+        [
+            "<|im_start|>",
+            "<|im_end|>",
+            "<eos>",
+            "<",
+            "|",
+            ">",
+            "im_",
+            "end",
+            "|>",
+            "a",
+            " ",
+            "\n",
+            "⠀",
+            "</think>",
+        ]
+    ),
     max_size=8,
 ).map("".join)
 
@@ -214,7 +235,6 @@ class Desk:
 def test_a_key_has_few_prompts_worked_on_at_once_and_another_key_does_not_wait_for_it() -> None:
     async def scenario() -> None:
         prompts, desk = PromptWork(), Desk()
-        prompts._threads._max_workers = AT_ONCE + 1  # whatever this machine has
         tasks = [desk.task(prompts, "a", f"a{i}") for i in range(AT_ONCE + 2)]
         for i in range(AT_ONCE):
             await desk.begun(f"a{i}")

@@ -36,8 +36,15 @@ GOLDEN = {
     "92a663616e63656ca173": Cancel("s"),
     "96a772656675736564a173a163a16dcb3ff0000000000000c2": Refused("s", "c", "m", 1.0, False),
 }
-OPEN = Open("s", 1, [5], Sampling(0.5, 1, 0.25, 0.0, 9), 4, 2, [6], [7], False, True, 3, Slo(1.0, 2.0))
-EARLIER = {"94a568656c6c6f01a26162a163": Hello(1, "ab", "c")}  # frames of releases with fewer fields
+OPEN = Open(
+    "s", 1, [5], Sampling(0.5, 1, 0.25, 0.0, 9, 2, (3,)), 4, 2, [6], [7], False, True, 3, Slo(1.0, 2.0)
+)
+EARLIER = {  # frames of releases with fewer fields
+    "94a568656c6c6f01a26162a163": Hello(1, "ab", "c"),
+    "96a46f70656ea173019105" + "95cb3fe000000000000001cb3fd0000000000000cb000000000000000009" + "04": Open(
+        "s", 1, [5], Sampling(0.5, 1, 0.25, 0.0, 9), 4
+    ),
+}
 VERDICT = Verdict(
     "s", 1, 2, 1, [3, 4], "stop", [TokenLogprob(3, -0.5, [TopLogprob(1, -0.25)])], 0.5, 1.0, 0.0
 )

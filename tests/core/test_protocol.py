@@ -77,7 +77,7 @@ class Edge:
 
     def draft(self) -> None:
         if self.drafter.wants_token(0.0):
-            token: int | None = toy_token(self.drafter.context(), self.task.sampling)
+            token: int | None = toy_token(self.drafter.context(), self.task.sampling, self.drafter.position)
             if self.random.random() > self.accuracy:
                 token = self.random.choice([None, self.random.randrange(N_VOCAB)])
             self.act(self.drafter.proposed(0.0, token, Signal()))

@@ -140,6 +140,37 @@ def test_log_probabilities_are_of_the_plain_softmax() -> None:
     assert top[0][1] == pytest.approx(math.log(0.5))
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 2.3e-308, 1e-300, 9.9e-6])
+@pytest.mark.parametrize("how", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_a_temperature_next_to_nothing_is_greedy(temperature: float, how: dict[str, float]) -> None:
+    logits = np.array([1.0, 3.0, 3.0, -2.0, 2.999999], np.float32)
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        assert target_token(logits, Sampling(temperature, seed=4, **how), 0) == 1
+        assert target_token(100 * logits, Sampling(1e-5, seed=4, **how), 0) in (
+            1,
+            2,
+        )  # and this does not overflow
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("how", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_ids_that_end_a_generation_are_out_until_there_are_enough_tokens(
+    temperature: float, how: dict[str, float]
+) -> None:
+    logits = np.array([0.0, 9.0, 1.0, 9.5], np.float32)
+    before = logits.copy()
+    sampling = Sampling(temperature, seed=2, min_tokens=3, **how).ending([3, 1, 77])
+    assert sampling.ends == (1, 3, 77)
+    without = np.array([0.0, -np.inf, 1.0, -np.inf], np.float32)
+    for position in range(3):
+        token = target_token(logits, sampling, position)
+        assert token == target_token(without, Sampling(temperature, seed=2, **how), position)
+        assert token in (0, 2)
+    assert target_token(logits, sampling, 3) == target_token(logits, Sampling(temperature, seed=2, **how), 3)
+    assert np.array_equal(logits, before)  # log probabilities are of what the model said
+    assert Sampling(seed=2).ending([3]) == Sampling(seed=2)
+
+
 def test_out_of_range_parameters_are_named() -> None:
     assert Sampling(temperature=-1).problem() == ("temperature", "must be between 0 and 100")
     assert Sampling(temperature=float("nan")).problem() is not None

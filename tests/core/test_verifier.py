@@ -202,6 +202,24 @@ def test_end_of_sequence_inside_an_accepted_draft_ends_the_text_there() -> None:
     assert len(verdict.tokens) == 2
 
 
+def test_no_end_of_sequence_before_the_least_number_of_tokens(rig: Rig) -> None:
+    """Whichever ids the edge thinks the target ends with; and a draft that says otherwise is corrected."""
+    prompt = [7, 7, 7]
+    sampling = msgspec.structs.replace(SAMPLING, min_tokens=2)
+    text = toy_text(prompt, sampling.ending([EOS]), 10)
+    assert EOS not in text[:2]
+    rig.receive(opening(prompt=prompt, sampling=sampling, draft=[EOS], max_tokens=10))
+    rig.settle()
+    verdict = rig.verdict()
+    assert (verdict.tokens, verdict.accepted, verdict.finish) == (text[:1], 0, "")
+    rig.lose()
+    rig.receive(
+        opening(epoch=1, prompt=prompt, sampling=sampling.ending([3]), committed=text[:1], max_tokens=10), 2
+    )
+    rig.settle()
+    assert rig.verdict(2).tokens == text[1:2]
+
+
 def test_max_tokens_inside_a_draft() -> None:
     rig = Rig()
     rig.receive(opening(draft=TEXT[:8], max_tokens=3))

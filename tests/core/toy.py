@@ -16,9 +16,9 @@ N_VOCAB = 50
 EOS = 49
 
 
-def toy_token(context: Sequence[int], sampling: Sampling) -> int:
+def toy_token(context: Sequence[int], sampling: Sampling, position: int) -> int:
     """What the target says after `context`. Never the end of sequence unless 7 comes three times in four."""
-    if list(context[-4:]).count(7) >= 3:
+    if list(context[-4:]).count(7) >= 3 and EOS not in sampling.barred(position):
         return EOS
     data = bytes(context[-6:]) + len(context).to_bytes(4, "little") + sampling.seed.to_bytes(8, "little")
     return hashlib.blake2b(data, digest_size=2).digest()[0] % (N_VOCAB - 1)
@@ -30,7 +30,7 @@ def toy_text(
     """The target alone, one token at a time."""
     out: list[int] = []
     while len(out) < max_tokens:
-        out.append(toy_token([*prompt, *out], sampling))
+        out.append(toy_token([*prompt, *out], sampling, len(out)))
         if out[-1] == EOS and not ignore_eos:
             break
     return out
@@ -61,7 +61,7 @@ class ToyEngine:
         tokens: list[int] = []
         if s.sample:
             for i in range(s.n_draft + 1):
-                tokens.append(toy_token(chain, s.sampling))
+                tokens.append(toy_token(chain, s.sampling, s.position + i))
                 if i == s.n_draft or tokens[i] != s.tokens[solid + i]:
                     break
                 chain.append(tokens[i])

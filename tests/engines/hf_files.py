@@ -34,12 +34,14 @@ def _value(file: BinaryIO, kind: int) -> Any:
     return _number(file, _FORMATS[kind])
 
 
-def tokenizer_files(source: Path, folder: Path, *, pattern: str = "") -> None:
+def tokenizer_files(
+    source: Path, folder: Path, *, pattern: str = "", about: dict[str, Any] | None = None
+) -> None:
     """tokenizer.json, tokenizer_config.json and generation_config.json of a byte-level GGUF file.
 
-    pattern: how text is cut into words, where it is not GPT-2's way
+    pattern: how text is cut into words, where it is not GPT-2's way. about: what the file's metadata lack
     """
-    about = metadata(source)
+    about = (about or {}) | metadata(source)
     tokens, kinds = about["tokenizer.ggml.tokens"], about["tokenizer.ggml.token_type"]
     added = [
         {"id": i, "content": token, "special": kinds[i] == 3, "normalized": False, "single_word": False}

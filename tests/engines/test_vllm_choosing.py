@@ -19,6 +19,9 @@ SAMPLINGS = (
     Sampling(0.8, 50, 0.95, 0.01, seed=1 << 70),
     Sampling(100.0, 3, 0.3, 0.9, seed=8),
     Sampling(0.01, seed=9),
+    Sampling(1e-300, seed=10),
+    Sampling(0.0, min_tokens=40, ends=(5, 2999)),
+    Sampling(1.0, 20, seed=4, min_tokens=40, ends=tuple(range(0, 3000, 2))),
 )
 
 

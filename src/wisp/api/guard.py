@@ -66,7 +66,11 @@ class Guard:
         """All of these guarded, and what stands for what in them. Nothing changes where nothing has to."""
         values = dict(args)
         try:
-            strings = [*_strings([_said(m) for m in messages]), *_strings(tools), *_strings([*values.values()])]
+            strings = [
+                *_strings([_said(m) for m in messages]),
+                *_strings(tools),
+                *_strings([*values.values()]),
+            ]
             if not any(self._changes(s) for s in strings):
                 return messages, tools, values, NO_STAND_INS
             stand_ins = self._choose(self._taken.union(*strings))
@@ -80,7 +84,9 @@ class Guard:
             raise RequestError(400, "The messages or tools are nested too deeply.") from None
 
     def _changes(self, text: str) -> bool:
-        return (self._marks is not None and self._marks.search(text) is not None) or text.strip() in self._inner
+        return (
+            self._marks is not None and self._marks.search(text) is not None
+        ) or text.strip() in self._inner
 
     def _choose(self, taken: Set[str]) -> dict[str, str]:
         """A character for each that may have to be replaced, none of which is in use."""

@@ -33,7 +33,11 @@ def _message(fields: Fields) -> Message:
     if calls and role != "assistant":
         refuse(fields.path("tool_calls"), "only an assistant's message can have tool calls")
     if fields.get("function_call") is not None:
-        refuse(fields.path("function_call"), "not supported; say it as one of tool_calls", "unsupported_parameter")
+        refuse(
+            fields.path("function_call"),
+            "not supported; say it as one of tool_calls",
+            "unsupported_parameter",
+        )
     if message["content"] is None and not calls:
         if role not in ("assistant", "tool"):  # these may have nothing to say
             refuse(fields.path("content"), "expected a string or a list of text parts")

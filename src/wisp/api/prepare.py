@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,8 +26,8 @@ from wisp.engines.special import NO_STAND_INS, StandIns
 
 T = TypeVar("T")
 
-AT_ONCE = 2  # prompts of one key being worked on; its others wait, so that they cannot hold every thread
-THREADS = min(4, os.cpu_count() or 1)
+THREADS = 4  # for work on prompts
+AT_ONCE = 2  # prompts of one key being worked on; its others wait, so that it does not hold every thread
 
 
 def prepare(
@@ -69,9 +68,7 @@ def prompt_ids(ask: Ask, target: Target, check: Check = unasked) -> list[int]:
         return _checked(ask.prompt, tokenizer)
     if (fewest := tokenizer.fewest(text.translate(stand_ins))) >= target.context:
         raise too_long(target.context, fewest, _param(ask))
-    ids = tokenizer.encode(
-        text, add_bos=not ask.chat, parse_special=True, stand_ins=stand_ins, check=check
-    )
+    ids = tokenizer.encode(text, add_bos=not ask.chat, parse_special=True, stand_ins=stand_ins, check=check)
     return ids or refuse(_param(ask), "expected at least one token")
 
 

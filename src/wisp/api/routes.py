@@ -70,7 +70,9 @@ def openai_routes(
     prompts = PromptWork()
 
     def generating(path: str, endpoint: str, parse: Parse, shape: type[Shape]) -> Route:
-        app = _Generating(backend, prompts, endpoint, parse, shape, keep_alive_s, authorize, observer, slo_classes)
+        app = _Generating(
+            backend, prompts, endpoint, parse, shape, keep_alive_s, authorize, observer, slo_classes
+        )
         return Route(path, app, methods=["POST"], name=endpoint)
 
     return [

@@ -190,7 +190,13 @@ class ChatTemplate:
 def _texts(tree: jinja2.nodes.Template) -> tuple[set[str], set[str]]:
     """(texts that a template compares with, looks for or names, pieces of text that it writes)."""
     tested = set()
-    asks = (jinja2.nodes.Compare, jinja2.nodes.Call, jinja2.nodes.Filter, jinja2.nodes.Test, jinja2.nodes.Assign)
+    asks = (
+        jinja2.nodes.Compare,
+        jinja2.nodes.Call,
+        jinja2.nodes.Filter,
+        jinja2.nodes.Test,
+        jinja2.nodes.Assign,
+    )
     for node in tree.find_all(asks):
         for const in node.find_all(jinja2.nodes.Const):
             if isinstance(const.value, str) and const.value:

@@ -26,9 +26,7 @@ class TextStream:
     A stop string that is complete within the first `min_tokens` tokens is text like any other.
     """
 
-    def __init__(
-        self, piece: Callable[[int], bytes], stop: Sequence[str] = (), min_tokens: int = 0
-    ) -> None:
+    def __init__(self, piece: Callable[[int], bytes], stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._piece = piece
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._matchers = [_Matcher(s) for s in stop]

@@ -33,7 +33,9 @@ FloatArray = npt.NDArray[np.floating]
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _GUMBEL_MAX = 22.88  # -log(-log(u)) at the largest uniform, 1 - 2^-33, rounded up
-COLDEST = 1e-5  # below this temperature greedy: noise would only settle ties, and logits / T overflows in the end
+COLDEST = (
+    1e-5  # below this temperature greedy: noise would only settle ties, and logits / T overflows in the end
+)
 _NEAR = 10.0  # first look only at ids this close to the maximum; any value is exact, this one is fast
 
 

@@ -30,7 +30,9 @@ _SPACE = "\u2581"  # SentencePiece's mark
 # Steps on the way to ids that leave no character out; normal forms write up to four bytes in one.
 _FORMS = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
 _SHORTEST_FORM = 4
-_WHOLE = frozenset({"Sequence", "ByteLevel", "Metaspace", "Digits", "Punctuation", "Split", "Prepend", "Replace"})
+_WHOLE = frozenset(
+    {"Sequence", "ByteLevel", "Metaspace", "Digits", "Punctuation", "Split", "Prepend", "Replace"}
+)
 
 
 class HfTokenizer:

@@ -74,7 +74,9 @@ class SpecialTokens:
             yield token.id
             at = found.end()
             if token.rstrip:
-                while at < len(text) and (text[at].isspace() if self._space is None else text[at] in self._space):
+                while at < len(text) and (
+                    text[at].isspace() if self._space is None else text[at] in self._space
+                ):
                     at += 1
         if at < len(text):
             yield text[at:]
