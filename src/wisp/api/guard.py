@@ -119,7 +119,8 @@ class Guard:
 
 def _ends(written: Iterable[str], heads: Set[str], tails: Set[str]) -> tuple[set[str], set[str]]:
     """(heads of control tokens in which what a template writes ends, tails in which it begins)."""
-    before, after = set(), set()
+    before: set[str] = set()
+    after: set[str] = set()
     longest = max(map(len, heads), default=0)
     for text in written:
         sizes = range(1, min(len(text), longest) + 1)

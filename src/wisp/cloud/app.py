@@ -201,5 +201,8 @@ class _Late:
     async def target(self) -> Target:
         return await self.app.thin().target()
 
+    def admit(self, key: str) -> None:
+        self.app.thin().admit(key)
+
     def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         return self.app.thin().generate(generation)

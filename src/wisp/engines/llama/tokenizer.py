@@ -29,7 +29,7 @@ _PADDING = re.compile(rb"\[PAD\d+\]")
 
 
 class LlamaTokenizer:
-    """Tokenizer protocol over an open model, with llama.cpp's ids; `open` and `from_blob` make one that owns a vocabulary-only model.
+    """Tokenizer protocol over an open model; `open` and `from_blob` make one that owns a vocabulary-only model.
 
     Encoding is safe from several threads. Raises EngineError once its model is closed.
     """
