@@ -139,7 +139,7 @@ def test_nothing_goes_to_a_replica_that_is_shut_or_gone_or_full() -> None:
     with pytest.raises(Refusal, match="all 3 sessions") as refused:
         p.place(0.0, "s4", "key", SYSTEM)
     assert (refused.value.code, refused.value.retry_after) == ("overloaded", 1.0)
-    assert not p.knows("s4")
+    assert not p.knows("key", "s4")
     p.shut("a", shut=False)
     assert p.place(0.0, "s4", "key", SYSTEM).replica == "a"
 

@@ -248,7 +248,6 @@ BAD = {
         opening("session-2", sampling=msgspec.structs.replace(SAMPLING, top_p=0.0)),
         "malformed",
     ),
-    "a short id": (opening("x"), "malformed"),
 }
 
 

@@ -1,11 +1,15 @@
 """Who may open a session, and whose turn it is: limits per API key, and fair shares between keys.
 
+`places` has the rule for when all places are taken.
+
 Limits are token buckets of one minute's worth. Fairness is a virtual counter of service per key (Sheng et
 al., OSDI 2024): the key that was served least goes first, and a key that comes back after a pause starts
 level with the least served active one, so that nobody saves up a claim by staying away.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import msgspec
 
@@ -20,6 +24,9 @@ class KeyLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sessions: int = 0
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
+
+
+UNLIMITED = KeyLimits()
 
 
 class Refusal(ProtocolError):
@@ -78,11 +85,14 @@ class Admission:
             self._tokens.pop(key, None)
         self.limits = limits
 
-    def opened(self, now: float, key: str) -> None:
-        """A new session. Raises Refusal, and then counts nothing but the refusal."""
+    def opened(self, now: float, key: str, make_room: Callable[[], bool] = lambda: False) -> None:
+        """A new session. Raises Refusal, and then counts nothing but the refusal.
+
+        make_room: asked for a place where all are taken; True once one has been `closed`.
+        """
         usage = self.usage.setdefault(key, KeyUsage())
         try:
-            self._check(now, key, usage)
+            self._check(now, key, usage, make_room)
         except Refusal:
             usage.refused += 1
             raise
@@ -96,6 +106,12 @@ class Admission:
     def turned_away(self, key: str) -> None:
         """A session was refused before its key's limits were asked."""
         self.usage.setdefault(key, KeyUsage()).refused += 1
+
+    def richer(self, key: str) -> str | None:
+        """The key with most sessions, if it has more of them by at least two than `key`."""
+        rich = max(self.usage, key=lambda k: (self.usage[k].sessions, k), default=key)
+        mine = self.usage[key].sessions if key in self.usage else 0
+        return rich if rich in self.usage and self.usage[rich].sessions > mine + 1 else None
 
     def closed(self, key: str) -> None:
         """A session of that key has ended."""
@@ -113,12 +129,8 @@ class Admission:
             bucket.fill(now)
             bucket.level -= prompt_tokens + output_tokens
 
-    def _check(self, now: float, key: str, usage: KeyUsage) -> None:
-        if self._open >= self.max_sessions:
-            raise Refusal("overloaded", f"all {self.max_sessions} sessions of this verifier are in use", 1.0)
-        limits = self.limits.get(key)
-        if limits is None:
-            return
+    def _check(self, now: float, key: str, usage: KeyUsage, make_room: Callable[[], bool]) -> None:
+        limits = self.limits.get(key, UNLIMITED)
         if limits.sessions and usage.sessions >= limits.sessions:
             raise Refusal("rate_limit_exceeded", f"this key may have {limits.sessions} sessions open", 1.0)
         if limits.tokens_per_minute:
@@ -127,10 +139,14 @@ class Admission:
             if bucket.level <= 0:
                 message = f"this key may use {limits.tokens_per_minute} tokens a minute"
                 raise Refusal("rate_limit_exceeded", message, bucket.wait(1.0))
+        requests = None
         if limits.requests_per_minute:
-            bucket = self._requests.setdefault(key, _Bucket(limits.requests_per_minute, now))
-            bucket.fill(now)
-            if bucket.level < 1.0:
+            requests = self._requests.setdefault(key, _Bucket(limits.requests_per_minute, now))
+            requests.fill(now)
+            if requests.level < 1.0:
                 message = f"this key may send {limits.requests_per_minute} requests a minute"
-                raise Refusal("rate_limit_exceeded", message, bucket.wait(1.0))
-            bucket.level -= 1.0
+                raise Refusal("rate_limit_exceeded", message, requests.wait(1.0))
+        if self._open >= self.max_sessions and not make_room():
+            raise Refusal("overloaded", f"all {self.max_sessions} sessions of this verifier are in use", 1.0)
+        if requests is not None:
+            requests.level -= 1.0

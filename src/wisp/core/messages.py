@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Annotated
 
 import msgspec
 
@@ -28,6 +29,10 @@ from wisp.core.work import TokenLogprob
 VERSION = 1
 SUBPROTOCOL = "wisp.v1"
 MAX_FRAME = 4 << 20  # bytes; a prompt of a million tokens fits, an attack on memory does not
+
+# Names that edges make up are short, since they are remembered: printable ASCII without blanks.
+SessionId = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{8,64}\Z")]
+Salt = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{0,64}\Z")]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
@@ -56,9 +61,10 @@ class Open(Message, frozen=True, tag="open"):
     edge already has. `serve`: after answering, go on decoding without drafts until the next one comes.
     `logprobs`: None, or how many alternatives to report per token. `max_tokens` counts from the start of
     the session, `committed` included. `avoid` is the address of a Redirect that the edge could not follow.
+    `salt` stands for whom the edge serves: of one API key's sessions, only those of one salt share prefixes.
     """
 
-    session: str
+    session: SessionId
     epoch: int
     prompt: list[int]
     sampling: Sampling
@@ -71,12 +77,13 @@ class Open(Message, frozen=True, tag="open"):
     logprobs: int | None = None
     slo: Slo | None = None
     avoid: str = ""
+    salt: Salt = ""
 
 
 class Draft(Message, frozen=True, tag="draft"):
     """`tokens` guess what follows the first `base` generated tokens; in-flight guesses are restated."""
 
-    session: str
+    session: SessionId
     round: int
     base: int
     tokens: list[int]
@@ -86,7 +93,7 @@ class Draft(Message, frozen=True, tag="draft"):
 class Cancel(Message, frozen=True, tag="cancel"):
     """The edge wants no more of this session."""
 
-    session: str
+    session: SessionId
 
 
 # --- cloud to edge
