@@ -182,6 +182,28 @@ def test_one_that_cannot_start_at_first_does_not_stop_the_others() -> None:
     with_fleet(PretendLauncher(r1=fates), 2, scenario)
 
 
+def test_a_replica_that_hangs_does_not_hold_up_a_look_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(fleet: Fleet, launcher: PretendLauncher) -> None:
+        await until(lambda: len(fleet.up()) == 2)
+        asked: list[str] = []
+
+        async def answer(request: httpx.Request) -> httpx.Response:
+            asked.append(request.url.host)
+            if request.url.host.startswith("r1"):
+                await asyncio.Event().wait()
+            return launcher.answer(request)
+
+        await fleet._client.aclose()
+        fleet._client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        monkeypatch.setattr(module, "ANSWER_S", 0.01)
+        for _ in range(2):
+            asked.clear()
+            await fleet.look()
+            assert {host[:2] for host in asked} == {"r1", "r2"}
+
+    with_fleet(PretendLauncher(), 2, scenario)
+
+
 def test_one_that_keeps_dying_is_started_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     real = asyncio.sleep
