@@ -35,6 +35,12 @@ BUSY = {"overloaded": 429, "rate_limit_exceeded": 429, "shutting_down": 503}  # 
 MAX_REOPENINGS = 5  # in a row without a new token
 
 
+def too_busy(code: str, message: str, retry_after: float) -> RequestError:
+    """What a client is told of a refusal in BUSY. `retry_after` is seconds."""
+    kind = "rate_limit_error" if code == "rate_limit_exceeded" else "server_error"
+    return RequestError(BUSY[code], message, code=code, type=kind, retry_after=max(retry_after, 1.0))
+
+
 class Phase(Enum):
     """Where a session stands, seen from the edge."""
 
@@ -271,11 +277,7 @@ class Drafter:
             return [Reopen(max(refused.retry_after, 0.1))]
         self.phase = DONE
         if busy:
-            kind = "rate_limit_error" if refused.code == "rate_limit_exceeded" else "server_error"
-            after = max(refused.retry_after, 1.0)
-            raise RequestError(
-                BUSY[refused.code], refused.message, code=refused.code, type=kind, retry_after=after
-            )
+            raise too_busy(refused.code, refused.message, refused.retry_after)
         if refused.code == "context_length_exceeded":
             raise RequestError(400, refused.message, code=refused.code, param="messages")
         raise RequestError(
