@@ -25,6 +25,7 @@ from wisp.engines.plain import NumberTokenizer, PlainTokenizer
 from wisp.front import fleet as module
 from wisp.front.fleet import Fleet, Replica
 from wisp.front.launch import Running
+from wisp.front.ray_launcher import RayLauncher
 from wisp.front.replica import ReplicaSpec, listen_above
 from wisp.front.thin import _load
 
@@ -318,3 +319,10 @@ def test_the_first_free_port_above_is_taken() -> None:
             assert 42_000 < port < second.getsockname()[1] < third.getsockname()[1]
     with pytest.raises(ConfigError, match="choose another --port"):
         listen_above("127.0.0.1", 65_535)
+
+
+def test_a_cluster_of_ray_needs_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes listen beyond this machine."""
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    with pytest.raises(ConfigError, match="--api-keys"):
+        RayLauncher()
