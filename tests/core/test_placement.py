@@ -256,3 +256,15 @@ def test_what_another_salt_has_cached_draws_nobody() -> None:
     p.place(1.0, "s3", "edge", fresh(2), salt="bob")
     assert p.place(1.0, "s4", "edge", SYSTEM, salt="bob") == Choice("b", Reason.ROOM, 0)
     assert p.place(1.0, "s5", "edge", SYSTEM, salt="alice").shared == len(SYSTEM)
+
+
+def test_a_replica_whose_report_is_late_gets_nothing_while_there_is_another() -> None:
+    p = fleet("a", "b")
+    p.place(0.0, "s0", "key", SYSTEM)
+    p.late("a")
+    assert [p.place(1.0, name, "key", SYSTEM).replica for name in ("s0", "s1", "s2")] == ["b"] * 3
+    p.late("b")
+    assert p.place(1.0, "s3", "key", fresh(3)).replica == "a"  # who else?
+    p.reported(2.0, "a", 0)
+    assert [p.place(2.0, f"t{n}", "key", fresh(n)).replica for n in range(3)] == ["a"] * 3
+    p.late("nobody")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -201,6 +202,30 @@ def test_a_replica_that_hangs_does_not_hold_up_a_look_at_the_others(monkeypatch:
             asked.clear()
             await fleet.look()
             assert {host[:2] for host in asked} == {"r1", "r2"}
+
+    with_fleet(PretendLauncher(), 2, scenario)
+
+
+def test_a_replica_that_hangs_is_passed_over_before_it_counts_as_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(fleet: Fleet, launcher: PretendLauncher) -> None:
+        await until(lambda: len(fleet.up()) == 2)
+
+        async def answer(request: httpx.Request) -> httpx.Response:
+            if request.url.host.startswith("r1"):
+                await asyncio.Event().wait()
+            return launcher.answer(request)
+
+        def place(session: str) -> str:
+            return fleet._placement.place(0.0, session, "", []).replica
+
+        there = next(name for n in itertools.count() if place(name := f"session-{n}") == "r1")
+        monkeypatch.setattr(module, "ANSWER_S", 0.01)
+        old, fleet._client = fleet._client, httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        await until(lambda: place(there) == "r2")  # it would have gone back
+        assert names(fleet) == ["r1", "r2"]
+        await old.aclose()
 
     with_fleet(PretendLauncher(), 2, scenario)
 

@@ -56,6 +56,7 @@ class _Replica:
     def __init__(self, room: Room) -> None:
         self.room = room
         self.open = True
+        self.late = False  # with its next report
         self.reported = 0
         self.since: deque[float] = deque()  # when those were placed that no report counts yet
         self.placed = 0
@@ -99,8 +100,14 @@ class Placement:
         known = self._replicas.get(replica)
         if known is not None:
             known.reported = sessions
+            known.late = False
             while known.since and known.since[0] < now - SETTLE_S:
                 known.since.popleft()
+
+    def late(self, replica: str) -> None:
+        """Its report has not come when it should: others are preferred until it does."""
+        if replica in self._replicas:
+            self._replicas[replica].late = True
 
     def shut(self, replica: str, *, shut: bool = True) -> None:
         """Nothing more goes there (it is drained, or silent), or again."""
@@ -146,11 +153,12 @@ class Placement:
         }
         if len(fit) > 1:
             fit.pop(avoid, None)
+        fit = {n: r for n, r in fit.items() if not r.late} or fit
         if not fit:
             most = sum(r.room.max_sessions for r in self._replicas.values() if r.open)
             raise Refusal("overloaded", f"all {most} sessions of these verifiers are in use", 1.0)
         blocks = block_hashes(key, salt, prompt)
-        was = self._where.get(key, {}).get(session)
+        was = self._where[key].get(session) if key in self._where else None
         if was is not None and was in fit:
             name, reason = was, Reason.RESUME
         else:

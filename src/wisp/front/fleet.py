@@ -16,6 +16,7 @@ import logging
 import secrets
 import ssl
 import time
+from asyncio import FIRST_COMPLETED
 from collections.abc import Callable
 from enum import Enum
 
@@ -33,7 +34,7 @@ from wisp.front.replica import ReplicaSpec
 log = logging.getLogger("wisp.front")
 
 LOOK_S = 0.25  # between two looks at a replica
-ANSWER_S = 1.0  # for an answer that somebody waits for
+ANSWER_S = 1.0  # without an answer: others are preferred, and nobody waits for it
 SILENT_S = 5.0  # without a report: nothing new goes there
 BACKOFF_S = (0.2, 30.0)  # first and longest wait before a replica that died is started again
 STEADY_S = 60.0  # one that lived so long may die without being waited for
@@ -278,7 +279,9 @@ class Fleet:
         try:
             while not ended.done():
                 look = asyncio.ensure_future(self._look(r, running))
-                await asyncio.wait({ended, look}, return_when=asyncio.FIRST_COMPLETED)
+                if not (await asyncio.wait({ended, look}, timeout=ANSWER_S, return_when=FIRST_COMPLETED))[0]:
+                    self._placement.late(r.name)
+                    await asyncio.wait({ended, look}, return_when=FIRST_COMPLETED)
                 if ended.done():
                     look.cancel()
                 await asyncio.wait({look})
