@@ -212,9 +212,12 @@ def test_a_replica_that_hangs_is_passed_over_before_it_counts_as_silent(
     async def scenario(fleet: Fleet, launcher: PretendLauncher) -> None:
         await until(lambda: len(fleet.up()) == 2)
 
+        answered: list[str] = []
+
         async def answer(request: httpx.Request) -> httpx.Response:
             if request.url.host.startswith("r1"):
                 await asyncio.Event().wait()
+            answered.append(request.url.host)
             return launcher.answer(request)
 
         def place(session: str) -> str:
@@ -223,7 +226,10 @@ def test_a_replica_that_hangs_is_passed_over_before_it_counts_as_silent(
         there = next(name for n in itertools.count() if place(name := f"session-{n}") == "r1")
         monkeypatch.setattr(module, "ANSWER_S", 0.01)
         old, fleet._client = fleet._client, httpx.AsyncClient(transport=httpx.MockTransport(answer))
-        await until(lambda: place(there) == "r2")  # it would have gone back
+        await until(
+            lambda: len(answered) > 20
+        )  # by the other, each after a wait as long as r1's answer is due in
+        assert place(there) == "r2"  # it would have gone back
         assert names(fleet) == ["r1", "r2"]
         await old.aclose()
 

@@ -88,6 +88,10 @@ class Verifier:
         """Sessions that have work but no KV slot."""
         return sum(s.slot is None for s in self.files.ready.values())
 
+    def knows(self, session_id: str) -> bool:
+        """Is it a live session's?"""
+        return session_id in self._by_id
+
     def kept_places(self, now: float) -> int:
         """Sessions that keep their place even if others of their own key want one."""
         return sum(keeps_place(now, s, self.limits) for s in self.sessions.values())

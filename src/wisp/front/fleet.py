@@ -279,9 +279,10 @@ class Fleet:
         try:
             while not ended.done():
                 look = asyncio.ensure_future(self._look(r, running))
-                if not (await asyncio.wait({ended, look}, timeout=ANSWER_S, return_when=FIRST_COMPLETED))[0]:
+                either = {ended, look}
+                if not (await asyncio.wait(either, timeout=ANSWER_S, return_when=FIRST_COMPLETED))[0]:
                     self._placement.late(r.name)
-                    await asyncio.wait({ended, look}, return_when=FIRST_COMPLETED)
+                    await asyncio.wait(either, return_when=FIRST_COMPLETED)
                 if ended.done():
                     look.cancel()
                 await asyncio.wait({look})
