@@ -113,10 +113,12 @@ def test_names_of_8_to_64_plain_characters_are_taken(name: str) -> None:
     assert decode_from_edge(encode(Cancel(name))) == Cancel(name)
 
 
-@pytest.mark.parametrize("salt", ["x" * 65, "with a blank"])
-def test_a_salt_is_short_and_plain_too(salt: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "text"), [("avoid", "x" * 265), ("salt", "x" * 65), ("salt", "with a blank")]
+)
+def test_whatever_else_edges_make_up_is_short_too(field: str, text: str) -> None:
     with pytest.raises(ProtocolError, match="64"):
-        decode_from_edge(encode(msgspec.structs.replace(OPEN, salt=salt)))
+        decode_from_edge(encode(msgspec.structs.replace(OPEN, **{field: text})))
 
 
 def test_fingerprint_tells_vocabularies_apart() -> None:

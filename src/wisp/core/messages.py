@@ -30,9 +30,10 @@ VERSION = 1
 SUBPROTOCOL = "wisp.v1"
 MAX_FRAME = 4 << 20  # bytes; a prompt of a million tokens fits, an attack on memory does not
 
-# Names that edges make up are short, since they are remembered: printable ASCII without blanks.
+# What edges make up is short, since it is remembered: printable ASCII without blanks.
 SessionId = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{8,64}\Z")]
 Salt = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{0,64}\Z")]
+Address = Annotated[str, msgspec.Meta(max_length=264)]  # HOST:PORT, as it was given
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
@@ -76,7 +77,7 @@ class Open(Message, frozen=True, tag="open"):
     ignore_eos: bool = False
     logprobs: int | None = None
     slo: Slo | None = None
-    avoid: str = ""
+    avoid: Address = ""
     salt: Salt = ""
 
 

@@ -23,7 +23,7 @@ from wisp.core.admission import Refusal
 BLOCK = 16  # tokens; shorter prefixes are not worth a copy either (`kv.COPY_FROM`)
 UNFAIR = 1.2  # a prefix draws a session to a replica only up to this multiple of its share of the sessions
 SETTLE_S = 0.2  # a session placed this long before a report may not be in it yet
-REMEMBERED = 100_000  # sessions whose replica is known, for those that come back: 25 MB
+REMEMBERED = 100_000  # sessions whose replica is known, for those that come back: 20 MB
 
 
 class Reason(Enum):
