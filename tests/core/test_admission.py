@@ -37,6 +37,30 @@ def test_requests_per_minute_refill() -> None:
     admission.opened(30.5, "a")
 
 
+def test_asking_says_what_opening_would_and_changes_nothing() -> None:
+    limits = {
+        "sessions": KeyLimits(sessions=1),
+        "requests": KeyLimits(requests_per_minute=1),
+        "tokens": KeyLimits(tokens_per_minute=60),
+    }
+    admission = Admission(100, limits)
+    for key in limits:
+        for _ in range(5):
+            admission.ask(0.0, key)
+        assert key not in admission.usage
+        admission.opened(0.0, key)
+    admission.served(0.0, "tokens", 100, 20)
+    for key in limits:
+        refusals = []
+        for attempt in (admission.ask, admission.ask, admission.opened):
+            with pytest.raises(Refusal) as refusal:
+                attempt(1.0, key)
+            refusals.append((str(refusal.value), refusal.value.retry_after))
+        assert len(set(refusals)) == 1
+        assert admission.usage[key].refused == 1
+    admission.ask(1.0, "free")
+
+
 def test_tokens_per_minute_are_charged_afterwards() -> None:
     admission = Admission(100, {"a": KeyLimits(tokens_per_minute=60)})
     admission.opened(0.0, "a")

@@ -90,7 +90,10 @@ def test_one_request_a_minute_is_one_request_a_minute(edge: Edge) -> None:
         refused = edge.ask("alice")
         assert refused is not None
         assert (refused.status, refused.code, refused.retry_after) == (429, "rate_limit_exceeded", 60.0)
+        with pytest.raises(RequestError, match="1 requests a minute"):
+            edge.customers.admit("alice")  # before any work is done on its prompt
     assert len(edge.backend.asked) == 1
+    edge.customers.admit("bob")
     assert edge.ask("bob") is None
     edge.now = 60.0
     assert edge.ask("alice") is None

@@ -26,9 +26,6 @@ class KeyLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens_per_minute: int = 0
 
 
-UNLIMITED = KeyLimits()
-
-
 class Refusal(ProtocolError):
     """Not now. `retry_after` is seconds."""
 
@@ -47,12 +44,16 @@ class _Bucket:
         self.at = now
 
     def fill(self, now: float) -> None:
-        self.level = min(self.size, self.level + (now - self.at) * self.rate)
+        self.level = self.level_at(now)
         self.at = now
 
-    def wait(self, amount: float) -> float:
-        """Seconds until `amount` is there."""
-        return max(0.0, (amount - self.level) / self.rate)
+    def level_at(self, now: float) -> float:
+        """The level once it is filled."""
+        return min(self.size, self.level + (now - self.at) * self.rate)
+
+    def wait(self, amount: float, level: float) -> float:
+        """Seconds until `amount` is there, from `level`."""
+        return max(0.0, (amount - level) / self.rate)
 
 
 class KeyUsage(msgspec.Struct):
@@ -92,7 +93,7 @@ class Admission:
         """
         usage = self.usage.setdefault(key, KeyUsage())
         try:
-            self._check(now, key, usage, make_room)
+            self._check(now, key, make_room)
         except Refusal:
             usage.refused += 1
             raise
@@ -109,9 +110,10 @@ class Admission:
 
     def richer(self, key: str) -> str | None:
         """The key with most sessions, if it has more of them by at least two than `key`."""
-        rich = max(self.usage, key=lambda k: (self.usage[k].sessions, k), default=key)
-        mine = self.usage[key].sessions if key in self.usage else 0
-        return rich if rich in self.usage and self.usage[rich].sessions > mine + 1 else None
+        usage = self.usage.get(key)
+        mine = usage.sessions if usage else 0
+        most, rich = max(((u.sessions, name) for name, u in self.usage.items()), default=(0, ""))
+        return rich if most > mine + 1 else None
 
     def closed(self, key: str) -> None:
         """A session of that key has ended."""
@@ -129,24 +131,35 @@ class Admission:
             bucket.fill(now)
             bucket.level -= prompt_tokens + output_tokens
 
-    def _check(self, now: float, key: str, usage: KeyUsage, make_room: Callable[[], bool]) -> None:
-        limits = self.limits.get(key, UNLIMITED)
-        if limits.sessions and usage.sessions >= limits.sessions:
+    def ask(self, now: float, key: str) -> None:
+        """Raises the Refusal that `opened` would raise for the limits of `key`. Nothing changes, nothing is counted."""
+        limits = self.limits.get(key)
+        if limits is None:
+            return
+        usage = self.usage.get(key)
+        if limits.sessions and usage is not None and usage.sessions >= limits.sessions:
             raise Refusal("rate_limit_exceeded", f"this key may have {limits.sessions} sessions open", 1.0)
-        if limits.tokens_per_minute:
-            bucket = self._tokens.setdefault(key, _Bucket(limits.tokens_per_minute, now))
-            bucket.fill(now)
-            if bucket.level <= 0:
-                message = f"this key may use {limits.tokens_per_minute} tokens a minute"
-                raise Refusal("rate_limit_exceeded", message, bucket.wait(1.0))
-        requests = None
-        if limits.requests_per_minute:
-            requests = self._requests.setdefault(key, _Bucket(limits.requests_per_minute, now))
-            requests.fill(now)
-            if requests.level < 1.0:
-                message = f"this key may send {limits.requests_per_minute} requests a minute"
-                raise Refusal("rate_limit_exceeded", message, requests.wait(1.0))
+        for per_minute, buckets, least, what in (
+            (limits.tokens_per_minute, self._tokens, 0.0, "use {} tokens a minute"),
+            (limits.requests_per_minute, self._requests, 1.0, "send {} requests a minute"),
+        ):
+            bucket = buckets.get(key)
+            if not per_minute or bucket is None:  # a bucket that was never used is full
+                continue
+            level = bucket.level_at(now)
+            if level < least or level <= 0.0:
+                message = f"this key may {what.format(per_minute)}"
+                raise Refusal("rate_limit_exceeded", message, bucket.wait(1.0, level))
+
+    def _check(self, now: float, key: str, make_room: Callable[[], bool]) -> None:
+        """Raises Refusal; otherwise the request is charged."""
+        self.ask(now, key)
         if self._open >= self.max_sessions and not make_room():
             raise Refusal("overloaded", f"all {self.max_sessions} sessions of this verifier are in use", 1.0)
-        if requests is not None:
-            requests.level -= 1.0
+        limits = self.limits.get(key)
+        if limits is not None and limits.tokens_per_minute:
+            self._tokens.setdefault(key, _Bucket(limits.tokens_per_minute, now)).fill(now)
+        if limits is not None and limits.requests_per_minute:
+            bucket = self._requests.setdefault(key, _Bucket(limits.requests_per_minute, now))
+            bucket.fill(now)
+            bucket.level -= 1.0

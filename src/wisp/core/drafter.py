@@ -35,8 +35,8 @@ BUSY = {"overloaded": 429, "rate_limit_exceeded": 429, "shutting_down": 503}  # 
 MAX_REOPENINGS = 5  # in a row without a new token
 
 
-def too_busy(code: str, message: str, retry_after: float) -> RequestError:
-    """What a client is told of a refusal in BUSY. `retry_after` is seconds."""
+def busy_error(code: str, message: str, retry_after: float) -> RequestError:
+    """What the client is told of a refusal for now; `code` is one of BUSY."""
     kind = "rate_limit_error" if code == "rate_limit_exceeded" else "server_error"
     return RequestError(BUSY[code], message, code=code, type=kind, retry_after=max(retry_after, 1.0))
 
@@ -277,7 +277,7 @@ class Drafter:
             return [Reopen(max(refused.retry_after, 0.1))]
         self.phase = DONE
         if busy:
-            raise too_busy(refused.code, refused.message, refused.retry_after)
+            raise busy_error(refused.code, refused.message, refused.retry_after)
         if refused.code == "context_length_exceeded":
             raise RequestError(400, refused.message, code=refused.code, param="messages")
         raise RequestError(

@@ -18,7 +18,8 @@ from wisp.api.backend import Backend, Committed, Generation, Target
 from wisp.api.keys import Keyring
 from wisp.api.sse import close
 from wisp.core.admission import Admission, Refusal
-from wisp.core.drafter import too_busy
+from wisp.core.drafter import busy_error
+from wisp.core.errors import RequestError
 
 NO_PLACES = 1 << 40  # sessions: the verifier says when it is full
 
@@ -38,13 +39,21 @@ class Customers:
         """As the other says."""
         return await self._backend.target()
 
+    def admit(self, key: str) -> None:
+        """Raises RequestError 429 where a generation of `key` would be refused for the key's limits."""
+        try:
+            self._admission.ask(self._clock(), key)
+        except Refusal as refusal:
+            self._admission.turned_away(key)
+            raise _told(refusal) from None
+
     async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         """Stream what the other commits. Raises RequestError 429 where the key's limits are used up."""
         admission, key = self._admission, generation.key
         try:
             admission.opened(self._clock(), key)
         except Refusal as refusal:
-            raise too_busy(refusal.code, str(refusal), refusal.retry_after) from None
+            raise _told(refusal) from None
         committed = self._backend.generate(msgspec.structs.replace(generation, salt=self.salt(key)))
         unread = len(generation.prompt)
         try:
@@ -65,3 +74,7 @@ class Customers:
     def limits_changed(self) -> None:
         """The key file was read again."""
         self._admission.set_limits(self._keys.limits)
+
+
+def _told(refusal: Refusal) -> RequestError:
+    return busy_error(refusal.code, str(refusal), refusal.retry_after)

@@ -18,6 +18,7 @@ from wisp.core.admission import Admission, KeyUsage, Refusal
 from wisp.core.errors import ProtocolError, UnavailableError
 from wisp.core.messages import Cancel, Draft, Hello, Open, Redirect, Refused, Welcome, check_hello
 from wisp.core.placement import SETTLE_S, Choice, Placement
+from wisp.core.sampling import Sampling
 from wisp.front.fleet import Fleet, Replica
 from wisp.front.metrics import FrontMetrics
 
@@ -147,7 +148,16 @@ class FrontHost:
 
     def _without_ballast(self, open_: Open) -> Open:
         """What there is to know here, and to keep while it waits."""
-        return msgspec.structs.replace(open_, prompt=self._prompt(open_), committed=[], draft=[])
+        return Open(
+            open_.session,
+            open_.epoch,
+            self._prompt(open_),
+            Sampling(),
+            open_.max_tokens,
+            open_.round,
+            avoid=open_.avoid,
+            salt=open_.salt,
+        )
 
     def _wait(self, connection: int, c: _Connection, open_: Open) -> None:
         """One of its key's sessions may have ended this moment: ask the replicas before refusing."""
