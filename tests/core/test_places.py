@@ -139,6 +139,36 @@ def test_a_session_cancelled_in_mid_step_frees_its_place_at_once() -> None:
     assert held(rig) == {"": 1}
 
 
+def test_who_comes_back_while_the_step_of_its_lost_session_still_runs_is_let_in() -> None:
+    rig = Rig(max_sessions=3, slots=3)
+    for n in range(3):
+        rig.receive(opening(f"busy-{n:04}", serve=True), connection=n, key="busy")
+    rig.steps(2)
+    rig.dispatch()
+    rig.receive(opening("guest-0001"), connection=9, key="guest")
+    rig.receive(Cancel("guest-0001"), connection=9, key="guest")
+    heard = [t for v in rig.sent[2] if isinstance(v, Verdict) for t in v.tokens]
+    rig.receive(opening("busy-0002", epoch=1, round=1, committed=heard, serve=True), connection=2, key="busy")
+    rig.finish()
+    rig.settle()
+    texts = [t for v in rig.sent[2] if isinstance(v, Verdict) for t in v.tokens]
+    assert texts == TEXT
+    assert not rig.verifier.sessions
+    assert rig.verifier.kv.owned_slots == 0
+
+
+def test_what_becomes_of_its_last_step_is_nothing_to_a_session_that_was_ended() -> None:
+    rig = Rig()
+    rig.receive(opening("session-1", serve=True))
+    rig.dispatch()
+    rig.receive(Cancel("session-1"))
+    rig.receive(opening("session-1", serve=True))  # another, under the same name
+    rig.fail("out of memory")
+    assert rig.silent
+    rig.settle()
+    assert [t for v in rig.sent[1] for t in v.tokens] == TEXT
+
+
 def test_silent_sessions_are_not_what_a_newcomers_slo_is_refused_for() -> None:
     rig = hogged(12, kv_tokens=200, batching="laxity", forecast=True)  # beside all of them there is no room
     rig.receive(opening("guest-0001", slo=Slo(1000.0, 1000.0)), connection=GUEST, key="guest")

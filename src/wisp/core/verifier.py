@@ -172,7 +172,7 @@ class Verifier:
         if session is None:
             return False
         if session.connection >= 0:
-            message = "all places are taken, and this session's went to another; open it again"
+            message = "all places are taken, and this one went to another; try again"
             refused = Refused(session.id, "overloaded", message, retry_after=1.0, fatal=True)
             actions.append(Send(session.connection, refused))
         self._stop(session)
@@ -183,8 +183,6 @@ class Verifier:
             raise ProtocolError("forbidden", "this session belongs to another key")
         if open_.epoch <= session.epoch:
             raise ProtocolError("stale_epoch", f"epoch {open_.epoch} was overtaken by {session.epoch}")
-        if session.state is DOOMED:
-            raise ProtocolError("out_of_turn", "this session was cancelled")
         session.adopt(open_)
         session.go(RESUMED)
         self._by_connection.get(session.connection, set()).discard(session.handle)
@@ -240,19 +238,20 @@ class Verifier:
 
     def _cancel(self, connection: int, cancel: Cancel) -> None:
         session = self._by_id.get(cancel.session)
-        if session is not None and session.connection == connection and session.state is not DOOMED:
+        if session is not None and session.connection == connection:
             self._stop(session)
 
     def _stop(self, session: Session) -> None:
-        """End it: at once, or with the step that it takes part in. Its place is free in any case."""
+        """End it: at once, or with the step that it takes part in. Its name and its place are free in any case."""
         if session.go(CANCEL) is ENDED:
             self._end(session)
         else:
-            self._free_place(session)
+            self._free(session)
 
-    def _free_place(self, session: Session) -> None:
+    def _free(self, session: Session) -> None:
         if session.has_place:
             session.has_place = False
+            del self._by_id[session.id]
             self.admission.closed(session.key)
 
     def _owned(self, connection: int, session_id: str) -> Session:
@@ -319,9 +318,8 @@ class Verifier:
         if session.slot is not None:
             self.kv.release(session.slot, keep=True)
         self.files.remove(session)
-        del self._by_id[session.id]
         self._by_connection.get(session.connection, set()).discard(session.handle)
-        self._free_place(session)
+        self._free(session)
         self.forecast.left(session)
 
     # --- steps
@@ -450,7 +448,7 @@ class Verifier:
 
     def _fail(self, s: Session, code: str, message: str, actions: list[Action]) -> None:
         """End a session that the engine could not serve. Its edge may open it again."""
-        connection = s.connection
+        connection = -1 if s.state is DOOMED else s.connection
         s.go(FINISHED)
         if s.slot is not None:
             self.kv.drop(s.slot)
