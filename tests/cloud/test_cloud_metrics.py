@@ -138,6 +138,22 @@ def test_company_is_interference() -> None:
     with_host(scenario, cost=Coefficients(step=1.0, token=0.001))
 
 
+def test_a_session_that_gives_its_place_to_another_is_not_the_others_refusal() -> None:
+    async def scenario(host: VerifierHost) -> None:
+        alice, bob = Client(host), Client(host, "bob")
+        for n in range(3):
+            assert isinstance(await alice.ask(opening(f"session-{n}")), Verdict)
+        assert isinstance(await bob.ask(opening("session-b")), Verdict)
+        ended = await alice.inbox.get()
+        assert isinstance(ended, Refused)
+        seen = samples(host)
+        assert seen['wisp:admission_total{outcome="admitted"}'] == 4
+        assert 'wisp:admission_total{outcome="overloaded"}' not in seen
+        assert seen['wisp:request_refused_total{code="overloaded"}'] == 1
+
+    with_host(scenario)
+
+
 def test_admissions_are_counted_by_what_became_of_them() -> None:
     async def scenario(host: VerifierHost) -> None:
         client = Client(host)

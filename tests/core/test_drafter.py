@@ -542,3 +542,12 @@ def test_a_first_step_that_reads_a_long_prompt_does_not_end_drafting() -> None:
     assert drafter.pace.draft.value == 20.0
     drafter.proposed(6030.0, 8, Signal(0.9), 3000.0)  # the device was busy with something else
     assert drafter.pace.draft.value <= 40.0
+
+
+def test_the_salt_of_a_task_goes_with_every_open() -> None:
+    drafter = Drafter("session", Task([1], Sampling(), 20, salt="of-one"), Fixed(4), frozenset())
+    for _ in range(2):
+        [opening] = drafter.connected(0.0, 8)
+        assert isinstance(opening, Open)
+        assert opening.salt == "of-one"
+        drafter.lost()

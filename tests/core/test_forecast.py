@@ -14,7 +14,7 @@ from wisp.core.cost import Coefficients, CostModel, Load
 from wisp.core.events import Limits
 from wisp.core.messages import Open
 from wisp.core.sampling import Sampling
-from wisp.core.session import Session
+from wisp.core.session import Session, State
 from wisp.core.slo import Slo
 
 COST = CostModel(Coefficients(step=40.0, token=0.3))
@@ -25,6 +25,7 @@ QUICK = Slo(ttft_ms=3000.0, tpot_ms=62.5)
 def session(i: int, slo: Slo | None = QUICK, prompt: int = 130, begun: bool = True) -> Session:
     open_ = Open(f"session-{i}", 0, [1] * prompt, Sampling(), 200, round=0, slo=slo)
     made = Session(i, "", 1, open_, 0.0)
+    made.state = State.READY
     if begun:
         made.chain.append(1)
         made.first_at = 0.0

@@ -32,18 +32,21 @@ from wisp.core.work import TokenLogprob, TopLogprob
 GOLDEN = {
     "95a568656c6c6f01a26162a163c3": Hello(1, "ab", "c", True),
     "93a87265646972656374a173a53a38313031": Redirect("s", ":8101"),
-    "96a56472616674a17307" + "02" + "920304" + "c3": Draft("s", 7, 2, [3, 4], True),
-    "92a663616e63656ca173": Cancel("s"),
+    "96a56472616674a873657373696f6e3107" + "02" + "920304" + "c3": Draft("session1", 7, 2, [3, 4], True),
+    "92a663616e63656ca873657373696f6e31": Cancel("session1"),
     "96a772656675736564a173a163a16dcb3ff0000000000000c2": Refused("s", "c", "m", 1.0, False),
 }
 OPEN = Open(
-    "s", 1, [5], Sampling(0.5, 1, 0.25, 0.0, 9, 2, (3,)), 4, 2, [6], [7], False, True, 3, Slo(1.0, 2.0)
+    "session1", 1, [5], Sampling(0.5, 1, 0.25, 0.0, 9, 2, (3,)), 4, 2, [6], [7], False, True, 3, Slo(1.0, 2.0), ":1",
+    "of-one",
+)  # fmt: skip
+BARE_OPEN = (
+    "9da46f70656ea873657373696f6e3101910595cb3fe000000000000001cb3fd0000000000000cb0000000000000000"
+    "09040291069107c2c30392cb3ff0000000000000cb4000000000000000"
 )
 EARLIER = {  # frames of releases with fewer fields
     "94a568656c6c6f01a26162a163": Hello(1, "ab", "c"),
-    "96a46f70656ea173019105" + "95cb3fe000000000000001cb3fd0000000000000cb000000000000000009" + "04": Open(
-        "s", 1, [5], Sampling(0.5, 1, 0.25, 0.0, 9), 4
-    ),
+    BARE_OPEN: msgspec.structs.replace(OPEN, sampling=Sampling(0.5, 1, 0.25, 0.0, 9), avoid="", salt=""),
 }
 VERDICT = Verdict(
     "s", 1, 2, 1, [3, 4], "stop", [TokenLogprob(3, -0.5, [TopLogprob(1, -0.25)])], 0.5, 1.0, 0.0
@@ -71,10 +74,10 @@ def test_every_message_survives_the_wire() -> None:
 
 def test_shorter_and_longer_messages_are_understood() -> None:
     """A peer of the same version may know fewer fields, or more."""
-    fields = msgspec.msgpack.decode(encode(Draft("s", 7, 2, [3])))
+    fields = msgspec.msgpack.decode(encode(Draft("session1", 7, 2, [3])))
     older = msgspec.msgpack.encode(fields[:5])
     newer = msgspec.msgpack.encode([*fields, "something new"])
-    assert decode_from_edge(older) == decode_from_edge(newer) == Draft("s", 7, 2, [3])
+    assert decode_from_edge(older) == decode_from_edge(newer) == Draft("session1", 7, 2, [3])
 
 
 @given(st.binary(max_size=60))
@@ -89,9 +92,32 @@ def test_wrong_direction_and_wrong_types_are_refused() -> None:
         decode_from_edge(encode(VERDICT))
     with pytest.raises(ProtocolError, match="from a verifier"):
         decode_from_cloud(encode(OPEN))
-    bad = msgspec.msgpack.encode(["draft", "s", 1, 0, ["not a token"]])
+    bad = msgspec.msgpack.encode(["draft", "session1", 1, 0, ["not a token"]])
     with pytest.raises(ProtocolError, match=r"Expected `int`"):
         decode_from_edge(bad)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "seven..", "x" * 65, "x" * 1_000_000, "with a blank", "line-end\n", "grün-gelb"]
+)
+def test_a_session_has_a_short_plain_name_in_every_message(name: str) -> None:
+    """Names are remembered, logged and counted: no door lets others in."""
+    for message in (msgspec.structs.replace(OPEN, session=name), Draft(name, 1, 0, []), Cancel(name)):
+        with pytest.raises(ProtocolError, match=r"\{8,64\}.*\[1\]"):
+            decode_from_edge(encode(message))
+
+
+@pytest.mark.parametrize("name", ["x" * 8, "x" * 64, "!~:/.-_#"])
+def test_names_of_8_to_64_plain_characters_are_taken(name: str) -> None:
+    assert decode_from_edge(encode(Cancel(name))) == Cancel(name)
+
+
+@pytest.mark.parametrize(
+    ("field", "text"), [("avoid", "x" * 265), ("salt", "x" * 65), ("salt", "with a blank")]
+)
+def test_whatever_else_edges_make_up_is_short_too(field: str, text: str) -> None:
+    with pytest.raises(ProtocolError, match="64"):
+        decode_from_edge(encode(msgspec.structs.replace(OPEN, **{field: text})))
 
 
 def test_fingerprint_tells_vocabularies_apart() -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wisp.core import placement
 from wisp.core.admission import Refusal
 from wisp.core.placement import BLOCK, SETTLE_S, Choice, Placement, Reason, Room
 
@@ -16,10 +17,10 @@ SYSTEM = list(range(100, 100 + 4 * BLOCK))  # what many prompts begin with
 
 
 def fleet(*names: str, room: Room = ROOM) -> Placement:
-    placement = Placement()
+    made = Placement()
     for name in names:
-        placement.up(name, room)
-    return placement
+        made.up(name, room)
+    return made
 
 
 def fresh(n: int) -> list[int]:
@@ -139,7 +140,7 @@ def test_nothing_goes_to_a_replica_that_is_shut_or_gone_or_full() -> None:
     with pytest.raises(Refusal, match="all 3 sessions") as refused:
         p.place(0.0, "s4", "key", SYSTEM)
     assert (refused.value.code, refused.value.retry_after) == ("overloaded", 1.0)
-    assert not p.knows("s4")
+    assert not p.knows("key", "s4")
     p.shut("a", shut=False)
     assert p.place(0.0, "s4", "key", SYSTEM).replica == "a"
 
@@ -218,3 +219,52 @@ def test_room_alone_spreads_as_evenly_as_can_be(sessions: int, replicas: int) ->
     counts = [p.sessions(f"r{i}") for i in range(replicas)]
     assert max(counts) == math.ceil(sessions / replicas)
     assert min(counts) == sessions // replicas
+
+
+def test_names_of_sessions_are_remembered_up_to_a_number_and_no_key_drives_out_anothers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(placement, "REMEMBERED", 20)
+    p = fleet("a")
+    for n in range(5):
+        p.place(0.0, f"mine-{n}", "modest", [])
+    for n in range(100):
+        p.place(0.0, f"many-{n}", "greedy", [])
+    assert all(p.knows("modest", f"mine-{n}") for n in range(5))
+    assert [n for n in range(100) if p.knows("greedy", f"many-{n}")] == list(range(85, 100))
+    assert not p.knows("greedy", "mine-0")
+
+
+def test_a_key_that_is_owed_a_place_goes_to_a_full_replica_and_to_the_one_with_most_room() -> None:
+    p = fleet("a", "b", room=Room(8, 1024, max_sessions=3))
+    for n in range(6):
+        p.place(0.0, f"s{n}", "greedy", fresh(n))
+    p.reported(1.0, "b", 2)
+    p.reported(1.0, "a", 3)
+    p.place(1.0, "s6", "greedy", fresh(6))
+    with pytest.raises(Refusal):
+        p.place(1.0, "s7", "modest", fresh(7))
+    assert p.place(1.0, "s7", "modest", fresh(7), owed=True).reason is Reason.ROOM
+
+
+def test_what_another_salt_has_cached_draws_nobody() -> None:
+    p = fleet("a", "b")
+    p.place(0.0, "s1", "edge", SYSTEM, salt="alice")
+    p.place(0.0, "s2", "edge", fresh(1), salt="bob")
+    for name in ("a", "b"):
+        p.reported(1.0, name, 0)
+    p.place(1.0, "s3", "edge", fresh(2), salt="bob")
+    assert p.place(1.0, "s4", "edge", SYSTEM, salt="bob") == Choice("b", Reason.ROOM, 0)
+    assert p.place(1.0, "s5", "edge", SYSTEM, salt="alice").shared == len(SYSTEM)
+
+
+def test_a_replica_whose_report_is_late_gets_nothing_while_there_is_another() -> None:
+    p = fleet("a", "b")
+    p.place(0.0, "s0", "key", SYSTEM)
+    p.late("a")
+    assert [p.place(1.0, name, "key", SYSTEM).replica for name in ("s0", "s1", "s2")] == ["b"] * 3
+    p.late("b")
+    assert p.place(1.0, "s3", "key", fresh(3)).replica == "a"  # who else?
+    p.reported(2.0, "a", 0)
+    assert [p.place(2.0, f"t{n}", "key", fresh(n)).replica for n in range(3)] == ["a"] * 3
+    p.late("nobody")

@@ -1,8 +1,8 @@
 """Edges and a verifier under everything that can go wrong, found by hypothesis.
 
-Whatever the order of drafts, deliveries, cut connections, restarts, time jumps and cancels: what an edge has
-committed is always a prefix of what the target alone would say, and every session that is left alone ends
-with all of it.
+Whatever the order of drafts, deliveries, cut connections, restarts, time jumps and cancels, and however few places
+there are: what an edge has committed is always a prefix of what the target alone would say, and every session that is
+left alone, and was let in, ends with all of it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from toy import EOS, N_VOCAB, toy_text, toy_token
 
 from wisp.core.drafter import Drafter, Phase, Reopen, Task
 from wisp.core.drafting import Ahead, Fixed, View
+from wisp.core.errors import RequestError
 from wisp.core.messages import Cancel, Message, Refused, Verdict
 from wisp.core.sampling import Sampling
 from wisp.core.signals import Signal
@@ -51,6 +52,7 @@ class Edge:
     ) -> None:
         slo = SLOS[number % len(SLOS)]
         self.task = Task(prompt, Sampling(seed=seed), max_tokens, logprobs=0 if seed % 2 else None, slo=slo)
+        self.key = "ab"[number % 2]
         self.random = random.Random(number)
         policy = Fickle(k, self.random) if k else None
         ahead = Ahead(energy=0.0) if number % 2 else None
@@ -84,7 +86,10 @@ class Edge:
 
     def hear(self, message: Verdict | Refused) -> None:
         if isinstance(message, Refused):
-            self.act(self.drafter.refused(message))
+            try:
+                self.act(self.drafter.refused(message))
+            except RequestError as error:
+                self.finish = "refused" if error.status == 429 and not self.text else str(error)
         else:
             self.act(self.drafter.verdict(0.0, message))
 
@@ -96,10 +101,16 @@ class Fleet(RuleBasedStateMachine):
         batching=st.sampled_from(["continuous", "fcfs", "laxity"]),
         slots=st.integers(1, 3),
         tight=st.booleans(),
+        places=st.sampled_from([2, 100]),
     )
-    def start(self, batching: str, slots: int, tight: bool) -> None:
+    def start(self, batching: str, slots: int, tight: bool, places: int) -> None:
         self.make = lambda: Rig(
-            slots=slots, slot_tokens=64, kv_tokens=70 if tight else None, step_tokens=8, batching=batching
+            slots=slots,
+            slot_tokens=64,
+            kv_tokens=70 if tight else None,
+            step_tokens=8,
+            batching=batching,
+            max_sessions=places,
         )
         self.rig = self.make()
         self.edges: list[Edge] = []
@@ -136,9 +147,9 @@ class Fleet(RuleBasedStateMachine):
         if i < len(self.edges) and self.edges[i].out and self.edges[i].connection is not None:
             edge = self.edges[i]
             message = edge.out.popleft()
-            self.rig.receive(message, edge.connection)
+            self.rig.receive(message, edge.connection, edge.key)
             if twice and message.__class__.__name__ == "Draft":
-                self.rig.receive(message, edge.connection)
+                self.rig.receive(message, edge.connection, edge.key)
 
     @rule(i=st.integers(0, 4))
     def to_edge(self, i: int) -> None:
@@ -212,7 +223,7 @@ class Fleet(RuleBasedStateMachine):
                 break
         for edge in self.edges:
             assert edge.finish, f"never ended: {edge.drafter.phase}"
-            if edge.finish != "cancelled":
+            if edge.finish not in ("cancelled", "refused"):  # refused it can only be before it has begun
                 assert edge.text == edge.expected
                 assert edge.finish == ("stop" if edge.text[-1] == EOS else "length")
         for connection in range(1, self.connections + 1):  # sooner or later a ping goes unanswered

@@ -253,6 +253,7 @@ BAD = {
     "the same epoch again": (opening(), "stale_epoch"),
     "another prompt": (opening(epoch=1, prompt=[1, 2, 4]), "conflict"),
     "other sampling": (opening(epoch=1, sampling=msgspec.structs.replace(SAMPLING, seed=4)), "conflict"),
+    "another salt": (opening(epoch=1, salt="of-another"), "conflict"),
     "another history": (opening(epoch=1, committed=[(TEXT[0] + 1) % 49]), "conflict"),
     "an empty prompt": (opening("session-2", prompt=[]), "malformed"),
     "a pace that is no number": (opening("session-2", slo=Slo(math.nan, math.nan)), "malformed"),
@@ -266,7 +267,6 @@ BAD = {
         opening("session-2", sampling=msgspec.structs.replace(SAMPLING, top_p=0.0)),
         "malformed",
     ),
-    "a short id": (opening("x"), "malformed"),
 }
 
 
@@ -433,6 +433,19 @@ def test_a_shared_prefix_is_copied_and_a_follow_up_turn_reuses_its_slot() -> Non
     rig.settle()
     assert rig.engine.rows - rows <= 4  # one decode, and the two tokens that are new
     assert rig.sent[2][0].tokens == toy_text([*system, 41, *answer, 43], SAMPLING, 1)
+
+
+def test_prefixes_are_shared_within_one_salt_only() -> None:
+    """One key may be an edge's, that serves several customers."""
+    rig = Rig(slots=3)
+    prompt = [i % 40 for i in range(20)]
+    rows = []
+    for n, (key, salt) in enumerate([("e", "a"), ("e", "b"), ("e", "a"), ("f", "a"), ("e", "b")]):
+        before = rig.engine.rows
+        rig.receive(opening(f"session-{n}", prompt=prompt, max_tokens=1, salt=salt), key=key)
+        rig.settle()
+        rows.append(rig.engine.rows - before)
+    assert rows == [20, 20, 1, 20, 1]
 
 
 def test_kv_that_runs_out_under_way_preempts_the_youngest() -> None:

@@ -108,6 +108,15 @@ def test_a_follow_up_of_a_forgotten_session_reuses_what_it_left(drafter: LlamaDr
     assert cost(drafter, "b", [*PROMPT, 1]) == 1
 
 
+def test_what_one_customer_has_left_serves_no_other(drafter: LlamaDraft, fresh: LlamaDraft) -> None:
+    said(drafter, "alice/a", PROMPT)
+    assert cost(drafter, "bob/b", [*PROMPT, 1]) == len(PROMPT) + 1
+    assert cost(drafter, "alice/c", [*PROMPT, 2]) == 1  # takes a's place, and begins as a did
+    drafter.forget("alice/c")
+    assert cost(drafter, "bob/d", [*PROMPT, 3]) == 1
+    assert said(drafter, "bob/d", [*PROMPT, 3]).token == said(fresh, "x", [*PROMPT, 3]).token
+
+
 def test_nothing_is_proposed_where_the_context_cannot_be_evaluated(drafter: LlamaDraft) -> None:
     assert drafter.propose("a", [], 0, GREEDY) is None
     assert drafter.propose("a", [1] * 257, 0, GREEDY) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from wisp.engines.plain import NumberTokenizer, PlainTokenizer
 from wisp.front import fleet as module
 from wisp.front.fleet import Fleet, Replica
 from wisp.front.launch import Running
+from wisp.front.ray_launcher import RayLauncher
 from wisp.front.replica import ReplicaSpec, listen_above
 from wisp.front.thin import _load
 
@@ -182,6 +184,58 @@ def test_one_that_cannot_start_at_first_does_not_stop_the_others() -> None:
     with_fleet(PretendLauncher(r1=fates), 2, scenario)
 
 
+def test_a_replica_that_hangs_does_not_hold_up_a_look_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(fleet: Fleet, launcher: PretendLauncher) -> None:
+        await until(lambda: len(fleet.up()) == 2)
+        asked: list[str] = []
+
+        async def answer(request: httpx.Request) -> httpx.Response:
+            asked.append(request.url.host)
+            if request.url.host.startswith("r1"):
+                await asyncio.Event().wait()
+            return launcher.answer(request)
+
+        await fleet._client.aclose()
+        fleet._client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        monkeypatch.setattr(module, "ANSWER_S", 0.01)
+        for _ in range(2):
+            asked.clear()
+            await fleet.look()
+            assert {host[:2] for host in asked} == {"r1", "r2"}
+
+    with_fleet(PretendLauncher(), 2, scenario)
+
+
+def test_a_replica_that_hangs_is_passed_over_before_it_counts_as_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(fleet: Fleet, launcher: PretendLauncher) -> None:
+        await until(lambda: len(fleet.up()) == 2)
+
+        answered: list[str] = []
+
+        async def answer(request: httpx.Request) -> httpx.Response:
+            if request.url.host.startswith("r1"):
+                await asyncio.Event().wait()
+            answered.append(request.url.host)
+            return launcher.answer(request)
+
+        def place(session: str) -> str:
+            return fleet._placement.place(0.0, session, "", []).replica
+
+        there = next(name for n in itertools.count() if place(name := f"session-{n}") == "r1")
+        monkeypatch.setattr(module, "ANSWER_S", 0.01)
+        old, fleet._client = fleet._client, httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        await until(
+            lambda: len(answered) > 20
+        )  # by the other, each after a wait as long as r1's answer is due in
+        assert place(there) == "r2"  # it would have gone back
+        assert names(fleet) == ["r1", "r2"]
+        await old.aclose()
+
+    with_fleet(PretendLauncher(), 2, scenario)
+
+
 def test_one_that_keeps_dying_is_started_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     real = asyncio.sleep
@@ -296,3 +350,10 @@ def test_the_first_free_port_above_is_taken() -> None:
             assert 42_000 < port < second.getsockname()[1] < third.getsockname()[1]
     with pytest.raises(ConfigError, match="choose another --port"):
         listen_above("127.0.0.1", 65_535)
+
+
+def test_a_cluster_of_ray_needs_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes listen beyond this machine."""
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    with pytest.raises(ConfigError, match="--api-keys"):
+        RayLauncher()

@@ -115,6 +115,30 @@ def test_a_key_may_have_so_many_sessions_and_tokens(server: Process) -> None:
     assert int(overdrawn.headers["retry-after"]) > 60
 
 
+def test_limits_of_an_edges_own_keys_hold_at_the_edge_and_its_customers_share_no_prefix(
+    fleet: Fleet, server: Process
+) -> None:
+    path = fleet.folder / "customers.toml"
+    customers = [f'[keys.{name}]\nsecret = "{name}-pays"\n' for name in ("dave", "erin")]
+    path.write_text(f"{customers[0]}requests_per_minute = 1\n{customers[1]}")
+    edge = fleet.edge(server.url, "--api-keys", str(path), draft="none", env={"WISP_API_KEY": "alice-secret"})
+    prompt = "What did the others ask? " * 4
+
+    def read(key: str) -> float:
+        """Prompt tokens that the verifier had to read for an answer."""
+        before = server.metrics()["wisp:prompt_tokens_total"]
+        assert ask(edge.url, prompt, key=key, max_tokens=2).status == 200
+        return server.metrics()["wisp:prompt_tokens_total"] - before
+
+    whole = read("dave-pays")
+    for stream in (False, True, False):
+        refused = ask(edge.url, prompt, key="dave-pays", stream=stream)
+        assert (refused.status, refused.error["code"]) == (429, "rate_limit_exceeded")
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert read("erin-pays") == whole
+    assert read("erin-pays") < whole
+
+
 def test_a_revoked_key_is_refused_everywhere_and_others_are_not(
     fleet: Fleet, server: Process, key_file: Path
 ) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from harness import (
     DRAFT,
@@ -75,8 +76,15 @@ class Front:
     """A front and what one does to it."""
 
     def __init__(
-        self, fleet: Fleet, *flags: str, replicas: int = 2, launcher: str = "local", **more: Any
+        self,
+        fleet: Fleet,
+        *flags: str,
+        replicas: int = 2,
+        launcher: str = "local",
+        key: str = "",
+        **more: Any,
     ) -> None:
+        self.key = key
         words = ("--replicas", str(replicas), "--launcher", launcher)
         self.process: Process = fleet.serve(*words, *flags, ready=False, **more)
         eventually(lambda: self.process.health() == 200, 90)
@@ -87,6 +95,7 @@ class Front:
         return self.process.url
 
     def admin(self, action: str = "", body: dict[str, Any] | None = None, key: str = "") -> httpx.Response:
+        key = key or self.key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         url = f"{self.url}/v1/replicas{action}"
         if body is None:
@@ -240,7 +249,8 @@ cluster.shutdown()
 @pytest.mark.ray
 def test_a_machine_of_a_cluster_dies_and_another_takes_its_place(fleet: Fleet) -> None:
     """Two nodes on this machine, which claim a GPU each."""
-    jobs = jobs_of(12)
+    key = "of-the-cluster"
+    jobs = [(prompt, {**parameters, "key": key}) for prompt, parameters in jobs_of(12)]
     single = fleet.serve()
     truth = alone(single, jobs)
     single.terminate()
@@ -253,8 +263,9 @@ def test_a_machine_of_a_cluster_dies_and_another_takes_its_place(fleet: Fleet) -
         try:
             address = cluster.stdout.readline().strip()
             flags = ("--gpus-per-replica", "1")
-            front = Front(fleet, *flags, launcher="ray", env={"RAY_ADDRESS": address})
-            edge = fleet.edge(front.url)
+            env = {"RAY_ADDRESS": address, "WISP_API_KEYS": key}
+            front = Front(fleet, *flags, launcher="ray", key=key, env=env)
+            edge = fleet.edge(front.url, env={"WISP_API_KEY": key})
 
             def meanwhile() -> None:
                 eventually(lambda: sum(front.placed().values()) >= 12, 60)
@@ -269,6 +280,20 @@ def test_a_machine_of_a_cluster_dies_and_another_takes_its_place(fleet: Fleet) -
         finally:
             cluster.stdin.close()
             cluster.wait(30)
+
+
+@pytest.mark.ray
+def test_a_ray_of_the_fronts_own_listens_on_loopback_alone(fleet: Fleet) -> None:
+    front = Front(fleet, launcher="ray", replicas=1, **NULL)
+    family = psutil.Process(front.process.popen.pid)
+    listening = {
+        (connection.laddr.ip.removeprefix("::ffff:"), process.name())
+        for process in (family, *family.children(recursive=True))
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert {"gcs_server", "raylet"} <= {name for _, name in listening}
+    assert {ip for ip, _ in listening} <= {"127.0.0.1", "::1"}, listening
 
 
 def test_restarting_every_replica_in_turn_disturbs_nobody(fleet: Fleet) -> None:

@@ -30,6 +30,7 @@ from wisp.api.observe import RequestRecord
 from wisp.api.routes import openai_routes
 from wisp.api.scrape import scraped
 from wisp.cloud.control import control_routes
+from wisp.cloud.crowd import Crowd
 from wisp.cloud.host import VerifierHost
 from wisp.cloud.sockets import SessionEndpoint
 from wisp.cloud.thin import ThinBackend
@@ -76,7 +77,9 @@ class CloudApp:
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
                 Route("/v1/tokenizers/{fingerprint}", self._tokenizer),
-                WebSocketRoute("/v1/sessions", SessionEndpoint(self.host, keys.authorize)),
+                WebSocketRoute(
+                    "/v1/sessions", Crowd(SessionEndpoint(self.host, keys.authorize), keys.authorize)
+                ),
                 *openai_routes(
                     backend, authorize=self._authorize, observer=self, slo_classes=settings.slo_classes
                 ),

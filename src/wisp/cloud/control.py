@@ -8,6 +8,7 @@ Only who holds the front's token is answered; a verifier without a front does no
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import msgspec
@@ -21,14 +22,13 @@ from wisp.cloud.host import VerifierHost
 from wisp.core.admission import KeyUsage
 from wisp.core.errors import RequestError
 from wisp.core.messages import Welcome
-from wisp.core.session import State
 
 REPORT_PATH = "/v1/replica"
 MOVE_PATH = "/v1/replica/move"
 
 
 class Report(msgspec.Struct, frozen=True):
-    """How a replica is. `sessions` are those that have their edge; `keys` is usage since its start."""
+    """How a replica is. `sessions` are those that keep their place (`core.places`); `keys` is usage since its start."""
 
     sessions: int
     slots: int
@@ -64,7 +64,7 @@ def report_of(host: VerifierHost) -> Report:
     """As things are now."""
     verifier = host.verifier
     return Report(
-        sum(s.state is not State.PARKED for s in verifier.sessions.values()),
+        verifier.kept_places(asyncio.get_running_loop().time()),
         host.limits.slots,
         verifier.admission.max_sessions,
         host.limits.kv_tokens,

@@ -165,11 +165,11 @@ class VerifierHost:
             self._feed(FromEdge(connection, key, message))
             return
         self.metrics.opened(self._loop.time(), message, key)
-        before = self.n_sessions
+        known = self.verifier.knows(message.session)
         actions = self._feed(FromEdge(connection, key, message))
         sent = (a.message for a in actions if isinstance(a, Send))
-        refusal = next((m.code for m in sent if isinstance(m, Refused)), "")
-        self.metrics.admission(refusal or ("admitted" if self.n_sessions > before else "resumed"))
+        own = (m.code for m in sent if isinstance(m, Refused) and m.session == message.session)
+        self.metrics.admission(next(own, "resumed" if known else "admitted"))
 
     def detach(self, connection: int) -> None:
         """The connection is gone; its sessions are parked."""

@@ -187,12 +187,12 @@ class SessionEndpoint:
             key = authorize()
             socket = SessionSocket(self.host(), key, receive, send, authorize)
         except RequestError as error:  # a wrong key, or the model is still loading
-            await _deny(receive, send, scope, error)
+            await deny(receive, send, scope, error)
             return
         await socket.run()
 
 
-async def _deny(receive: Receive, send: Send, scope: Scope, error: RequestError) -> None:
+async def deny(receive: Receive, send: Send, scope: Scope, error: RequestError) -> None:
     """Refuse the upgrade with an HTTP status, or, where the server cannot, with a close code."""
     await receive()
     if "websocket.http.response" in scope.get("extensions", {}):

@@ -1,11 +1,15 @@
 """Who may open a session, and whose turn it is: limits per API key, and fair shares between keys.
 
+`places` has the rule for when all places are taken.
+
 Limits are token buckets of one minute's worth. Fairness is a virtual counter of service per key (Sheng et
 al., OSDI 2024): the key that was served least goes first, and a key that comes back after a pause starts
 level with the least served active one, so that nobody saves up a claim by staying away.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import msgspec
 
@@ -82,11 +86,14 @@ class Admission:
             self._tokens.pop(key, None)
         self.limits = limits
 
-    def opened(self, now: float, key: str) -> None:
-        """A new session. Raises Refusal, and then counts nothing but the refusal."""
+    def opened(self, now: float, key: str, make_room: Callable[[], bool] = lambda: False) -> None:
+        """A new session. Raises Refusal, and then counts nothing but the refusal.
+
+        make_room: asked for a place where all are taken; True once one has been `closed`.
+        """
         usage = self.usage.setdefault(key, KeyUsage())
         try:
-            self._check(now, key)
+            self._check(now, key, make_room)
         except Refusal:
             usage.refused += 1
             raise
@@ -100,6 +107,13 @@ class Admission:
     def turned_away(self, key: str) -> None:
         """A session was refused before its key's limits were asked."""
         self.usage.setdefault(key, KeyUsage()).refused += 1
+
+    def richer(self, key: str) -> str | None:
+        """The key with most sessions, if it has more of them by at least two than `key`."""
+        usage = self.usage.get(key)
+        mine = usage.sessions if usage else 0
+        most, rich = max(((u.sessions, name) for name, u in self.usage.items()), default=(0, ""))
+        return rich if most > mine + 1 else None
 
     def closed(self, key: str) -> None:
         """A session of that key has ended."""
@@ -137,11 +151,11 @@ class Admission:
                 message = f"this key may {what.format(per_minute)}"
                 raise Refusal("rate_limit_exceeded", message, bucket.wait(1.0, level))
 
-    def _check(self, now: float, key: str) -> None:
+    def _check(self, now: float, key: str, make_room: Callable[[], bool]) -> None:
         """Raises Refusal; otherwise the request is charged."""
-        if self._open >= self.max_sessions:
-            raise Refusal("overloaded", f"all {self.max_sessions} sessions of this verifier are in use", 1.0)
         self.ask(now, key)
+        if self._open >= self.max_sessions and not make_room():
+            raise Refusal("overloaded", f"all {self.max_sessions} sessions of this verifier are in use", 1.0)
         limits = self.limits.get(key)
         if limits is not None and limits.tokens_per_minute:
             self._tokens.setdefault(key, _Bucket(limits.tokens_per_minute, now)).fill(now)

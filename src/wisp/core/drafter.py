@@ -77,7 +77,7 @@ class Flight(msgspec.Struct):
 
 
 class Task(msgspec.Struct, frozen=True):
-    """What is to be generated. `max_tokens` fits the context together with the prompt."""
+    """What is to be generated. `max_tokens` fits the context together with the prompt. `salt`: see `messages.Open`."""
 
     prompt: list[int]
     sampling: Sampling
@@ -85,6 +85,7 @@ class Task(msgspec.Struct, frozen=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     slo: Slo | None = None
+    salt: str = ""
 
 
 class Drafter:
@@ -188,6 +189,7 @@ class Drafter:
             ignore_eos=task.ignore_eos,
             logprobs=task.logprobs,
             slo=task.slo,
+            salt=task.salt,
         )
         return [open_]
 

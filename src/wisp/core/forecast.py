@@ -17,7 +17,7 @@ from typing import NamedTuple
 from wisp.core.admission import Refusal
 from wisp.core.cost import CostModel, Load
 from wisp.core.events import Limits
-from wisp.core.session import Session
+from wisp.core.session import PARKED, WAITING, Session
 
 ROWS_A_TOKEN = 1.25  # drafts and the target's own, per committed token, under pressure
 ROWS_A_SLICE = 2.5  # what a session brings to a step
@@ -36,6 +36,8 @@ READING_LEAST, READING_MOST = 1.0, 1.2
 MOST_REFUSED = 30  # for one session that ended: a crowd is forgotten
 LONGEST_S = 20.0  # to come again, and half as much to spread
 FRESH_S = 0.1  # who is here is known at once, how they fare no older than this: a look at thousands takes milliseconds
+AWAY = frozenset({WAITING, PARKED})
+SILENT_S = 5.0  # whose edge has been away for longer than any draft takes asks for nothing
 GOLDEN = 0.6180339887  # its multiples' fractions spread evenly
 
 
@@ -162,7 +164,8 @@ class Forecast:
     ) -> None:
         """Raises Refusal where `newcomer`, which has an SLO, would be late or make others late."""
         if self._demand is None or now - self._looked_at > FRESH_S:
-            self._demand, self._looked_at = Demand(sessions, self.answer_tokens), now
+            asking = (s for s in sessions if s.state not in AWAY or s.since > now - SILENT_S)
+            self._demand, self._looked_at = Demand(asking, self.answer_tokens), now
         self._demand.add(newcomer)
         try:
             problem = self._problem(self._demand, newcomer, cost, limits, lends)

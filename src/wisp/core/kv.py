@@ -7,8 +7,8 @@ A KV cache is only a cache: any slot may be taken from anyone, at the price of c
 Who comes is placed without a look at every slot: those that nobody owns are kept apart, and a prefix is looked for
 among slots whose tokens begin like it.
 
-Prefixes are shared only within one API key: across keys, the time to the first token would tell one
-customer what another has asked.
+Prefixes are shared only within one API key and, of an edge that serves several customers, within one salt: across
+them, the time to the first token would tell one customer what another has asked.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from heapq import heappop, heappush
 
 import msgspec
 
+Sharers = tuple[str, str]  # API key and salt: those whose sessions may share prefixes
 COPY_FROM = 16  # tokens; a shorter common prefix is computed again rather than copied
 
 
@@ -27,7 +28,7 @@ class Slot(msgspec.Struct):
     index: int
     tokens: list[int] = []
     owner: int | None = None
-    key: str = ""
+    key: Sharers = ("", "")
     used: float = 0.0  # time of last use
 
 
@@ -66,13 +67,13 @@ class KvPool:
             (0.0, i) for i in range(slots)
         ]  # nobody's, and hold nothing: a heap of (last use, slot)
         self._left: dict[int, Slot] = {}  # leftovers
-        self._beginnings: dict[tuple[str, int], set[int]] = {}  # key and first token -> slots
+        self._beginnings: dict[tuple[Sharers, int], set[int]] = {}  # key and first token -> slots
 
     def acquire(
         self,
         now: float,
         session: int,
-        key: str,
+        key: Sharers,
         chain: Sequence[int],
         evictable: Callable[[int], bool],
     ) -> Placement | None:
@@ -194,7 +195,7 @@ class KvPool:
         """Slots of live sessions."""
         return len(self.slots) - len(self._left) - len(self._empty)
 
-    def _set(self, slot: Slot, tokens: list[int], key: str) -> None:
+    def _set(self, slot: Slot, tokens: list[int], key: Sharers) -> None:
         self.held += len(tokens) - len(slot.tokens)
         if slot.tokens:
             beginning = (slot.key, slot.tokens[0])
@@ -214,7 +215,7 @@ class KvPool:
         idle = (s for s in self.slots if s.owner is not None and evictable(s.owner))
         return min(idle, key=_oldest, default=None)
 
-    def _longest_prefix(self, key: str, chain: Sequence[int]) -> tuple[Slot | None, int]:
+    def _longest_prefix(self, key: Sharers, chain: Sequence[int]) -> tuple[Slot | None, int]:
         best: Slot | None = None
         shared = 0
         alike = self._beginnings.get((key, chain[0]), ()) if chain else ()

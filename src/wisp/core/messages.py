@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Annotated
 
 import msgspec
 
@@ -28,6 +29,11 @@ from wisp.core.work import TokenLogprob
 VERSION = 1
 SUBPROTOCOL = "wisp.v1"
 MAX_FRAME = 4 << 20  # bytes; a prompt of a million tokens fits, an attack on memory does not
+
+# What edges make up is short, since it is remembered: printable ASCII without blanks.
+SessionId = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{8,64}\Z")]
+Salt = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{0,64}\Z")]
+Address = Annotated[str, msgspec.Meta(max_length=264)]  # HOST:PORT, as it was given
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
@@ -56,9 +62,10 @@ class Open(Message, frozen=True, tag="open"):
     edge already has. `serve`: after answering, go on decoding without drafts until the next one comes.
     `logprobs`: None, or how many alternatives to report per token. `max_tokens` counts from the start of
     the session, `committed` included. `avoid` is the address of a Redirect that the edge could not follow.
+    `salt` stands for whom the edge serves: of one API key's sessions, only those of one salt share prefixes.
     """
 
-    session: str
+    session: SessionId
     epoch: int
     prompt: list[int]
     sampling: Sampling
@@ -70,13 +77,14 @@ class Open(Message, frozen=True, tag="open"):
     ignore_eos: bool = False
     logprobs: int | None = None
     slo: Slo | None = None
-    avoid: str = ""
+    avoid: Address = ""
+    salt: Salt = ""
 
 
 class Draft(Message, frozen=True, tag="draft"):
     """`tokens` guess what follows the first `base` generated tokens; in-flight guesses are restated."""
 
-    session: str
+    session: SessionId
     round: int
     base: int
     tokens: list[int]
@@ -86,7 +94,7 @@ class Draft(Message, frozen=True, tag="draft"):
 class Cancel(Message, frozen=True, tag="cancel"):
     """The edge wants no more of this session."""
 
-    session: str
+    session: SessionId
 
 
 # --- cloud to edge

@@ -3,7 +3,7 @@ one with most room. Decisions only: told of replicas and time, it answers with a
 
 What a replica has cached is not asked but remembered: a prompt that was placed there has left its KV there, and
 the longest ago goes first when there is no more room. Prompts are remembered as hashes of their blocks, each of which
-covers all before it, and begins with the API key: prefixes are shared only within one key (`core.kv`).
+covers all before it, and begins with API key and salt: prefixes are shared only within one of these (`core.kv`).
 
 Load is sessions per KV slot. It counts what a replica last reported and what was placed on it since.
 """
@@ -23,7 +23,7 @@ from wisp.core.admission import Refusal
 BLOCK = 16  # tokens; shorter prefixes are not worth a copy either (`kv.COPY_FROM`)
 UNFAIR = 1.2  # a prefix draws a session to a replica only up to this multiple of its share of the sessions
 SETTLE_S = 0.2  # a session placed this long before a report may not be in it yet
-REMEMBERED = 100_000  # sessions whose replica is known, for those that come back
+REMEMBERED = 100_000  # sessions whose replica is known, for those that come back: 20 MB
 
 
 class Reason(Enum):
@@ -56,6 +56,7 @@ class _Replica:
     def __init__(self, room: Room) -> None:
         self.room = room
         self.open = True
+        self.late = False  # with its next report
         self.reported = 0
         self.since: deque[float] = deque()  # when those were placed that no report counts yet
         self.placed = 0
@@ -87,7 +88,8 @@ class Placement:
 
     def __init__(self) -> None:
         self._replicas: dict[str, _Replica] = {}
-        self._where: OrderedDict[str, str] = OrderedDict()  # session -> replica
+        self._where: dict[str, OrderedDict[str, str]] = {}  # by key: session -> replica, longest ago first
+        self._remembered = 0
 
     def up(self, replica: str, room: Room) -> None:
         """A replica has started, with nothing cached."""
@@ -98,8 +100,14 @@ class Placement:
         known = self._replicas.get(replica)
         if known is not None:
             known.reported = sessions
+            known.late = False
             while known.since and known.since[0] < now - SETTLE_S:
                 known.since.popleft()
+
+    def late(self, replica: str) -> None:
+        """Its report has not come when it should: others are preferred until it does."""
+        if replica in self._replicas:
+            self._replicas[replica].late = True
 
     def shut(self, replica: str, *, shut: bool = True) -> None:
         """Nothing more goes there (it is drained, or silent), or again."""
@@ -120,34 +128,55 @@ class Placement:
         known = self._replicas.get(replica)
         return known.sessions if known else 0
 
-    def knows(self, session: str) -> bool:
-        """Was it placed before?"""
-        return session in self._where
+    def knows(self, key: str, session: str) -> bool:
+        """Was this session of that key placed before?"""
+        return session in self._where.get(key, ())
 
-    def place(self, now: float, session: str, key: str, prompt: Sequence[int], avoid: str = "") -> Choice:
-        """Where `session` goes. `avoid` is a replica that did not do.
+    def place(
+        self,
+        now: float,
+        session: str,
+        key: str,
+        prompt: Sequence[int],
+        avoid: str = "",
+        *,
+        salt: str = "",
+        owed: bool = False,
+    ) -> Choice:
+        """Where `session` goes. `avoid` is a replica that did not do. `owed`: another key has places that this one
+        may have (`core.places`), so that a replica will do that is full.
 
         Raises Refusal("overloaded") where every replica is full, or there is none.
         """
-        fit = {n: r for n, r in self._replicas.items() if r.open and r.sessions < r.room.max_sessions}
+        fit = {
+            n: r for n, r in self._replicas.items() if r.open and (owed or r.sessions < r.room.max_sessions)
+        }
         if len(fit) > 1:
             fit.pop(avoid, None)
+        fit = {n: r for n, r in fit.items() if not r.late} or fit
         if not fit:
             most = sum(r.room.max_sessions for r in self._replicas.values() if r.open)
             raise Refusal("overloaded", f"all {most} sessions of these verifiers are in use", 1.0)
-        blocks = block_hashes(key, prompt)
-        was = self._where.get(session)
+        blocks = block_hashes(key, salt, prompt)
+        was = self._where[key].get(session) if key in self._where else None
         if was is not None and was in fit:
             name, reason = was, Reason.RESUME
         else:
             name, reason = _choose(fit, blocks)
         shared = fit[name].shared(blocks) * BLOCK
         fit[name].take(now, blocks)
-        self._where[session] = name
-        self._where.move_to_end(session)
-        if len(self._where) > REMEMBERED:
-            self._where.popitem(last=False)
+        self._remember(key, session, name)
         return Choice(name, reason, shared)
+
+    def _remember(self, key: str, session: str, replica: str) -> None:
+        """Of the key that has most of them, the one placed longest ago is forgotten."""
+        own = self._where.setdefault(key, OrderedDict())
+        self._remembered += session not in own
+        own[session] = replica
+        own.move_to_end(session)
+        if self._remembered > REMEMBERED:
+            max(self._where.values(), key=len).popitem(last=False)
+            self._remembered -= 1
 
 
 def _choose(fit: dict[str, _Replica], blocks: Sequence[bytes]) -> tuple[str, Reason]:
@@ -168,10 +197,11 @@ def _fair(name: str, fit: dict[str, _Replica]) -> bool:
     return fit[name].sessions + 1 <= max(UNFAIR * share, share + 1)
 
 
-def block_hashes(key: str, prompt: Sequence[int]) -> list[bytes]:
-    """One hash for each full block of `prompt`: of the key, the block, and all before it."""
+def block_hashes(key: str, salt: str, prompt: Sequence[int]) -> list[bytes]:
+    """One hash for each full block of `prompt`: of key and salt, the block, and all before it."""
     hashes = []
-    so_far = hashlib.blake2b(key.encode(), digest_size=12).digest()
+    sharers = f"{salt} {key}"  # a salt has no blanks
+    so_far = hashlib.blake2b(sharers.encode(), digest_size=12).digest()
     for start in range(0, len(prompt) - BLOCK + 1, BLOCK):
         data = so_far + array("q", prompt[start : start + BLOCK]).tobytes()
         so_far = hashlib.blake2b(data, digest_size=12).digest()

@@ -17,6 +17,7 @@ from wisp.core.cost import CostModel, Load, load_of
 from wisp.core.events import Limits, Run
 from wisp.core.kv import KvPool
 from wisp.core.lending import is_urgent, lenders, slot_lenders
+from wisp.core.places import is_silent
 from wisp.core.pressure import Pressure
 from wisp.core.session import DRAFT, PARKED, PICKED, READY, WAITING, Session
 from wisp.core.work import Copy, Slice
@@ -144,7 +145,7 @@ class Planner:
         for session in sorted(
             queue, key=lambda s: (shares.get(s.key, 0.0), _needed_at(s) if lends else 0.0, s.opened, s.handle)
         ):
-            asked = (now, session.handle, session.key, session.chain, evictable)
+            asked = (now, session.handle, session.sharers, session.chain, evictable)
             placement = self.kv.acquire(*asked) if able is None else None
             if placement is None:
                 if able is None:
@@ -168,11 +169,7 @@ class Planner:
         """May a session lose its KV now? Parked ones may, and those whose edge has long been silent."""
         sessions, silent_since = self.files.sessions, now - self.limits.idle_s
 
-        def evictable(handle: int) -> bool:
-            s = sessions[handle]
-            return s.state is PARKED or (s.state is WAITING and s.since <= silent_since)
-
-        return evictable
+        return lambda handle: is_silent(sessions[handle], silent_since)
 
     def _lose_kv(self, handle: int) -> None:
         session = self.files.sessions[handle]

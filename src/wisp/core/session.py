@@ -120,18 +120,20 @@ class Session:
     # More attributes than an instance's dictionary has fast ways to.
     __slots__ = (
         "acceptance", "answered_at", "away_s", "cached", "chain", "connection", "discard", "entries", "epoch",
-        "file", "first_at", "handle", "heard", "id", "ignore_eos", "inbox", "key", "late", "late_from", "logprobs",
-        "max_tokens", "n_prompt", "opened", "pending", "price", "round", "sampling", "serve", "since", "slo", "slot",
-        "state", "tpot_s", "usual", "verdict", "work",
+        "file", "first_at", "handle", "has_place", "heard", "id", "ignore_eos", "inbox", "key", "late",
+        "late_from", "logprobs", "max_tokens", "n_prompt", "opened", "pending", "price", "round", "sampling",
+        "serve", "sharers", "since", "slo", "slot", "state", "tpot_s", "usual", "verdict", "work",
     )  # fmt: skip
 
     def __init__(self, handle: int, key: str, connection: int, open_: Open, now: float) -> None:
         self.handle = handle
         self.id = open_.session
         self.key = key
+        self.sharers = (key, open_.salt)
         self.connection = connection
         self.epoch = open_.epoch
         self.state = State.WAITING
+        self.has_place = False  # counted among those that are open
         self.sampling = open_.sampling
         self.max_tokens = open_.max_tokens
         self.ignore_eos = open_.ignore_eos
@@ -312,6 +314,7 @@ class Session:
             and self.sampling == open_.sampling
             and self.max_tokens == open_.max_tokens
             and self.ignore_eos == open_.ignore_eos
+            and self.sharers == (self.key, open_.salt)
         )
         if not same:
             raise ProtocolError(

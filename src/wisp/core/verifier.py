@@ -32,6 +32,7 @@ from wisp.core.events import (
 )
 from wisp.core.forecast import Forecast, keepable
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
+from wisp.core.places import gives_way, keeps_place
 from wisp.core.planning import Files, Planner
 from wisp.core.session import (
     CANCEL,
@@ -89,6 +90,14 @@ class Verifier:
         """Sessions that have work but no KV slot."""
         return sum(s.slot is None for s in self.files.ready.values())
 
+    def knows(self, session_id: str) -> bool:
+        """Is it a live session's?"""
+        return session_id in self._by_id
+
+    def kept_places(self, now: float) -> int:
+        """Sessions that keep their place even if others of their own key want one."""
+        return sum(keeps_place(now, s, self.limits) for s in self.sessions.values())
+
     @property
     def evicted(self) -> int:
         """Times that a session lost its KV to another."""
@@ -113,10 +122,11 @@ class Verifier:
 
     def _from_edge(self, now: float, event: FromEdge) -> list[Action]:
         message = event.message
+        actions: list[Action] = []
         answer: Verdict | None = None
         try:
             if isinstance(message, Open):
-                answer = self._open(now, event.connection, event.key, message)
+                answer = self._open(now, event.connection, event.key, message, actions)
             elif isinstance(message, Draft):
                 answer = self._draft(now, event.connection, message)
             else:
@@ -125,10 +135,12 @@ class Verifier:
             retry_after = error.retry_after if isinstance(error, Refusal) else 0.0
             fatal = isinstance(message, Open) and message.session not in self._by_id
             refused = Refused(message.session, error.code, str(error), retry_after, fatal)
-            return [Send(event.connection, refused)]
-        return [Send(event.connection, answer)] if answer is not None else []
+            return [*actions, Send(event.connection, refused)]
+        return [*actions, Send(event.connection, answer)] if answer is not None else actions
 
-    def _open(self, now: float, connection: int, key: str, open_: Open) -> Verdict | None:
+    def _open(
+        self, now: float, connection: int, key: str, open_: Open, actions: list[Action]
+    ) -> Verdict | None:
         self._check_open(open_)
         open_ = msgspec.structs.replace(open_, sampling=open_.sampling.ending(self.limits.eos))
         session = self._by_id.get(open_.session)
@@ -138,7 +150,8 @@ class Verifier:
                 session.promise_nothing()  # what is impossible must not be in the way of what is not
             elif self.limits.forecast and open_.slo is not None and not open_.committed:
                 self._foresee(now, session)
-            self.admission.opened(now, key)
+            self.admission.opened(now, key, lambda: self._make_room(now, key, actions))
+            session.has_place = True
             self._next_handle += 1
             self.sessions[session.handle] = self._by_id[session.id] = session
             self.forecast.entered(session)
@@ -156,13 +169,23 @@ class Verifier:
             self.admission.turned_away(newcomer.key)
             raise
 
+    def _make_room(self, now: float, key: str, actions: list[Action]) -> bool:
+        """All places are taken, and `key` wants one. False if nobody has to give theirs up."""
+        session = gives_way(now, key, self.sessions.values(), self.admission, self.limits)
+        if session is None:
+            return False
+        if session.connection >= 0:
+            message = "all places are taken, and this one went to another; try again"
+            refused = Refused(session.id, "overloaded", message, retry_after=1.0, fatal=True)
+            actions.append(Send(session.connection, refused))
+        self._stop(session)
+        return True
+
     def _resume(self, session: Session, connection: int, key: str, open_: Open) -> None:
         if session.key != key:
             raise ProtocolError("forbidden", "this session belongs to another key")
         if open_.epoch <= session.epoch:
             raise ProtocolError("stale_epoch", f"epoch {open_.epoch} was overtaken by {session.epoch}")
-        if session.state is DOOMED:
-            raise ProtocolError("out_of_turn", "this session was cancelled")
         session.adopt(open_)
         session.go(RESUMED)
         self._by_connection.get(session.connection, set()).discard(session.handle)
@@ -218,10 +241,21 @@ class Verifier:
 
     def _cancel(self, connection: int, cancel: Cancel) -> None:
         session = self._by_id.get(cancel.session)
-        if session is not None and session.connection == connection and session.state is not DOOMED:
-            session.go(CANCEL)
-            if session.state is ENDED:
-                self._end(session)
+        if session is not None and session.connection == connection:
+            self._stop(session)
+
+    def _stop(self, session: Session) -> None:
+        """End it: at once, or with the step that it takes part in. Its name and its place are free in any case."""
+        if session.go(CANCEL) is ENDED:
+            self._end(session)
+        else:
+            self._free(session)
+
+    def _free(self, session: Session) -> None:
+        if session.has_place:
+            session.has_place = False
+            del self._by_id[session.id]
+            self.admission.closed(session.key)
 
     def _owned(self, connection: int, session_id: str) -> Session:
         session = self._by_id.get(session_id)
@@ -233,8 +267,6 @@ class Verifier:
 
     def _check_open(self, o: Open) -> None:
         limits = self.limits
-        if not 8 <= len(o.session) <= 64:
-            raise ProtocolError("malformed", "a session id has 8 to 64 characters")
         if not o.prompt:
             raise ProtocolError("malformed", "the prompt is empty")
         if len(o.prompt) + 1 > limits.slot_tokens:
@@ -282,17 +314,15 @@ class Verifier:
             session = next(iter(self.files.parked.values()))
             if session.since + self.limits.park_s > now:
                 break
-            session.go(CANCEL)
-            self._end(session)
+            self._stop(session)
 
     def _end(self, session: Session) -> None:
         """Forget a session. Its KV stays in the slot for a follow-up turn, until someone needs the room."""
         if session.slot is not None:
             self.kv.release(session.slot, keep=True)
         self.files.remove(session)
-        del self._by_id[session.id]
         self._by_connection.get(session.connection, set()).discard(session.handle)
-        self.admission.closed(session.key)
+        self._free(session)
         self.forecast.left(session)
 
     # --- steps
@@ -421,7 +451,7 @@ class Verifier:
 
     def _fail(self, s: Session, code: str, message: str, actions: list[Action]) -> None:
         """End a session that the engine could not serve. Its edge may open it again."""
-        connection = s.connection
+        connection = -1 if s.state is DOOMED else s.connection
         s.go(FINISHED)
         if s.slot is not None:
             self.kv.drop(s.slot)

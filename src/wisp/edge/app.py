@@ -18,6 +18,7 @@ from wisp.api.scrape import scraped
 from wisp.core.drafting import Ahead, Policies
 from wisp.core.slo import Slo
 from wisp.edge.backend import EdgeBackend
+from wisp.edge.customers import Customers
 from wisp.edge.link import VerifierLink
 from wisp.edge.metrics import EdgeMetrics
 from wisp.edge.tokenizers import TokenizerCache
@@ -45,13 +46,14 @@ class EdgeApp:
         self.keys = keys
         self.link = VerifierLink(server, api_key, fingerprint=fingerprint, give_up_s=give_up_s)
         self.backend = EdgeBackend(self.link, TokenizerCache(server, api_key), drafter, policies, ahead)
+        self.customers = Customers(self.backend, keys)
         self.metrics = EdgeMetrics(self.backend)
         self.asgi = Starlette(
             routes=[
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
                 *openai_routes(
-                    self.backend,
+                    self.customers,
                     keep_alive_s=keep_alive_s,
                     authorize=self._authorize,
                     observer=self.metrics,
@@ -68,7 +70,7 @@ class EdgeApp:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self.link.start()
-        watch = asyncio.create_task(self.keys.watch())
+        watch = asyncio.create_task(self.keys.watch(self.customers.limits_changed))
         try:
             yield
         finally:

@@ -136,6 +136,7 @@ class _Session:
         self.link: Link = backend.link
         self.generation = generation
         self.id = secrets.token_hex(16)
+        self.drafts = f"{generation.salt}/{self.id}"  # its name for the draft engine
         self.model = ""
         self.finished = False
         # What was heard, where, and when (ms)
@@ -163,7 +164,7 @@ class _Session:
         try:
             actions = drafter.connected(_now_ms(), welcome.max_draft)
             if policy is not None and ahead is None:  # the draft model reads the prompt while the target does
-                self.warm = asyncio.create_task(self.backend.propose(self.id, g.prompt, 0, g))
+                self.warm = asyncio.create_task(self.backend.propose(self.drafts, g.prompt, 0, g))
             while True:
                 for action in actions:
                     if isinstance(action, Committed):
@@ -209,7 +210,7 @@ class _Session:
         """Wait for the next thing to happen, and say what follows from it."""
         if self.events.empty() and drafter.wants_token(started := _now_ms()):
             proposal = await self.backend.propose(
-                self.id, drafter.context(), drafter.position, self.generation
+                self.drafts, drafter.context(), drafter.position, self.generation
             )
             token, signal = (proposal.token, proposal.signal) if proposal else (None, Signal())
             now = _now_ms()
@@ -311,7 +312,7 @@ class _Session:
         if self.warm is not None:
             self.warm.cancel()
         self.link.unlisten(self.id)
-        self.backend.forget(self.id)
+        self.backend.forget(self.drafts)
         self.backend.sessions -= 1
         self.backend.pace = self.pace
 

@@ -88,6 +88,7 @@ class DraftEngine(Protocol):
         `context` and caught up; so rejections, stale drafts and tokens decoded elsewhere need no call
         of their own. `position` is the index of the proposed token among the generated ones, for the
         shared noise. None means "nothing to propose" (an n-gram drafter without a match).
+        Sessions share KV only if their names are alike up to the last "/" (see `messages.Open`, salt).
         """
         ...
 

@@ -31,6 +31,7 @@ from wisp.api.keys import Keyring
 from wisp.api.routes import openai_routes
 from wisp.api.scrape import scraped
 from wisp.cloud.control import Report
+from wisp.cloud.crowd import Crowd
 from wisp.cloud.sockets import SessionEndpoint
 from wisp.core.admission import Admission
 from wisp.core.errors import RequestError, UnavailableError, WispError
@@ -73,7 +74,9 @@ class FrontApp:
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
                 Route("/v1/tokenizers/{fingerprint}", self._tokenizer),
-                WebSocketRoute("/v1/sessions", SessionEndpoint(self._ready, keys.authorize)),
+                WebSocketRoute(
+                    "/v1/sessions", Crowd(SessionEndpoint(self._ready, keys.authorize), keys.authorize)
+                ),
                 Route("/v1/replicas", self._admin(self._list)),
                 Route("/v1/replicas/scale", self._admin(self._scale), methods=["POST"]),
                 Route("/v1/replicas/{name}/drain", self._admin(self._drain), methods=["POST"]),

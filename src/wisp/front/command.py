@@ -20,7 +20,7 @@ def serve_replicas(spec: ReplicaSpec, keys: Keyring, replicas: int, launcher: st
         raise ConfigError("replicas take the ports above the front's: give --port a number")
     if gpus and launcher != "ray":
         raise ConfigError("--gpus-per-replica goes with --launcher ray")
-    launch = _launcher(launcher, gpus)
+    launch = _launcher(launcher, gpus, keyed=bool(keys))
 
     async def run() -> None:
         front = FrontApp(spec, replicas, launch, keys)
@@ -35,11 +35,11 @@ def serve_replicas(spec: ReplicaSpec, keys: Keyring, replicas: int, launcher: st
         launch.close()
 
 
-def _launcher(name: str, gpus: float) -> Launcher:
+def _launcher(name: str, gpus: float, *, keyed: bool) -> Launcher:
     if name == "local":
         return LocalLauncher()
     if name == "ray":
         from wisp.front.ray_launcher import RayLauncher
 
-        return RayLauncher(gpus)
+        return RayLauncher(gpus, keyed=keyed)
     raise ConfigError(f"unknown launcher {name!r}; choose one of: {', '.join(LAUNCHERS)}")

@@ -16,9 +16,9 @@ import logging
 import secrets
 import ssl
 import time
-from collections.abc import Callable, Coroutine
+from asyncio import FIRST_COMPLETED
+from collections.abc import Callable
 from enum import Enum
-from typing import Any
 
 import httpx
 import msgspec
@@ -34,6 +34,7 @@ from wisp.front.replica import ReplicaSpec
 log = logging.getLogger("wisp.front")
 
 LOOK_S = 0.25  # between two looks at a replica
+ANSWER_S = 1.0  # without an answer: others are preferred, and nobody waits for it
 SILENT_S = 5.0  # without a report: nothing new goes there
 BACKOFF_S = (0.2, 30.0)  # first and longest wait before a replica that died is started again
 STEADY_S = 60.0  # one that lived so long may die without being waited for
@@ -108,7 +109,6 @@ class Fleet:
         self._changed = changed
         self._heard = heard
         self._next = 1
-        self._looking: asyncio.Future[None] | None = None
         self._client = httpx.AsyncClient(timeout=SILENT_S, trust_env=False, verify=tls or True)
 
     # --- what operators do
@@ -205,11 +205,12 @@ class Fleet:
         return [r for r in self.replicas.values() if r.state is State.UP]
 
     async def look(self) -> None:
-        """Hear from every replica now. Who asks meanwhile waits for the same answers."""
-        if self._looking is None or self._looking.done():
-            looks = [self._look(r, r.running) for r in self.up() if r.running is not None]
-            self._looking = asyncio.ensure_future(_all(looks))
-        await asyncio.shield(self._looking)
+        """Hear from every replica now, or from those that answer in time."""
+        looks = [asyncio.ensure_future(self._look(r, r.running)) for r in self.up() if r.running is not None]
+        if looks:
+            _, late = await asyncio.wait(looks, timeout=ANSWER_S)
+            for look in late:
+                look.cancel()
 
     def address(self, name: str) -> str:
         """Where edges find a replica that is up."""
@@ -278,7 +279,10 @@ class Fleet:
         try:
             while not ended.done():
                 look = asyncio.ensure_future(self._look(r, running))
-                await asyncio.wait({ended, look}, return_when=asyncio.FIRST_COMPLETED)
+                either = {ended, look}
+                if not (await asyncio.wait(either, timeout=ANSWER_S, return_when=FIRST_COMPLETED))[0]:
+                    self._placement.late(r.name)
+                    await asyncio.wait(either, return_when=FIRST_COMPLETED)
                 if ended.done():
                     look.cancel()
                 await asyncio.wait({look})
@@ -396,10 +400,6 @@ class Fleet:
         log.warning("replica %s did not end in time, and is killed", r.name)
         if r.running is not None:
             r.running.kill()
-
-
-async def _all(looks: list[Coroutine[Any, Any, None]]) -> None:
-    await asyncio.gather(*looks)
 
 
 def _us(r: Replica) -> dict[str, str]:

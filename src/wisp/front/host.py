@@ -18,14 +18,48 @@ from wisp.core.admission import Admission, KeyUsage, Refusal
 from wisp.core.errors import ProtocolError, UnavailableError
 from wisp.core.messages import Cancel, Draft, Hello, Open, Redirect, Refused, Welcome, check_hello
 from wisp.core.placement import SETTLE_S, Choice, Placement
+from wisp.core.sampling import Sampling
 from wisp.front.fleet import Fleet, Replica
 from wisp.front.metrics import FrontMetrics
+
+WAITING = 64  # Opens of one key that may wait at a time
+WAITING_TOKENS = 1 << 18  # of their prompts: 10 MB
 
 
 class _Connection(msgspec.Struct, frozen=True):
     key: str
     send: Sender
     close: Callable[[], None] | None
+
+
+class _Queue:
+    """Opens of one key that wait for news of its sessions, each with the connection it came over."""
+
+    def __init__(self) -> None:
+        self.opens: deque[tuple[int, Open]] = deque()
+        self._tokens = 0
+
+    def put(self, connection: int, open_: Open) -> bool:
+        """False if there is no room for it."""
+        tokens = self._tokens + len(open_.prompt)
+        if len(self.opens) >= WAITING or tokens > WAITING_TOKENS:
+            return False
+        self._tokens = tokens
+        self.opens.append((connection, open_))
+        return True
+
+    def pop(self) -> tuple[int, Open]:
+        """The one that has waited longest."""
+        connection, open_ = self.opens.popleft()
+        self._tokens -= len(open_.prompt)
+        return connection, open_
+
+    def drop(self, connection: int, session: str = "") -> None:
+        """Nobody waits any more for this session, or for any that came over this connection."""
+        for _ in range(len(self.opens)):
+            whose, open_ = self.pop()
+            if whose != connection or session not in ("", open_.session):
+                self.put(whose, open_)
 
 
 class FrontHost:
@@ -42,7 +76,8 @@ class FrontHost:
         self._connections: dict[int, _Connection] = {}
         self._next = 0
         self._recent: dict[str, deque[tuple[float, str]]] = {}  # (when, key) of placements, not yet reported
-        self._waiting: set[asyncio.Task[None]] = set()
+        self._waiting: dict[str, _Queue] = {}  # by key
+        self._looks: set[asyncio.Task[None]] = set()  # one for each of them
         self._usage: dict[str, dict[str, KeyUsage]] = {}  # as last reported, by replica
 
     @property
@@ -81,7 +116,9 @@ class FrontHost:
 
     def detach(self, connection: int) -> None:
         """The connection is gone."""
-        self._connections.pop(connection, None)
+        c = self._connections.pop(connection, None)
+        if c is not None and c.key in self._waiting:
+            self._waiting[c.key].drop(connection)
         self._metrics.connections.set(self._sockets())
 
     def _sockets(self) -> int:
@@ -89,19 +126,20 @@ class FrontHost:
 
     def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
         """Answer an Open. Nothing else belongs here."""
-        if isinstance(message, Cancel):
-            return
         c = self._connections[connection]
+        if isinstance(message, Cancel):
+            if c.key in self._waiting:
+                self._waiting[c.key].drop(connection, message.session)
+            return
         if isinstance(message, Draft):
             text = "this is a front, which verifies nothing; open the session again with what is committed"
             c.send(Refused(message.session, "unknown_session", text))
             return
-        if self._has_all(c.key) and not self._placement.knows(message.session):
-            task = asyncio.ensure_future(self._look_twice(c, message))
-            self._waiting.add(task)
-            task.add_done_callback(self._waiting.discard)
+        open_ = self._without_ballast(message)
+        if self._has_all(c.key) and not self._placement.knows(c.key, open_.session):
+            self._wait(connection, c, open_)
         else:
-            self._open(c, message)
+            self._open(c, open_)
 
     def admit(self, key: str) -> None:
         """Raises Refusal where an Open of `key` would be refused for the key's limits, and counts that."""
@@ -119,11 +157,42 @@ class FrontHost:
         limits, usage = self.admission.limits.get(key), self.admission.usage.get(key)
         return bool(limits and usage and limits.sessions and usage.sessions >= limits.sessions)
 
-    async def _look_twice(self, c: _Connection, open_: Open) -> None:
-        """One of its sessions may have ended this moment: ask the replicas before refusing."""
-        await asyncio.sleep(SETTLE_S)
-        await self.fleet.look()
-        self._open(c, open_)
+    def _without_ballast(self, open_: Open) -> Open:
+        """What there is to know here, and to keep while it waits."""
+        return Open(
+            open_.session,
+            open_.epoch,
+            self._prompt(open_),
+            Sampling(),
+            open_.max_tokens,
+            open_.round,
+            avoid=open_.avoid,
+            salt=open_.salt,
+        )
+
+    def _wait(self, connection: int, c: _Connection, open_: Open) -> None:
+        """One of its key's sessions may have ended this moment: ask the replicas before refusing."""
+        queue = self._waiting.get(c.key)
+        if queue is None:
+            queue = self._waiting[c.key] = _Queue()
+            task = asyncio.ensure_future(self._look_twice(c.key, queue))
+            self._looks.add(task)
+            task.add_done_callback(self._looks.discard)
+        if not queue.put(connection, open_):
+            message = "this key has all the sessions that it may have, and as many waiting as may wait"
+            self._refuse(c, open_, Refusal("rate_limit_exceeded", message, 1.0))
+
+    async def _look_twice(self, key: str, queue: _Queue) -> None:
+        try:
+            while queue.opens:
+                known = len(queue.opens)
+                await asyncio.sleep(SETTLE_S)
+                await self.fleet.look()
+                for _ in range(min(known, len(queue.opens))):  # the others wait for the next look
+                    connection, open_ = queue.pop()
+                    self._open(self._connections[connection], open_)
+        finally:
+            del self._waiting[key]
 
     def _open(self, c: _Connection, open_: Open) -> None:
         if not (self.here or self.draining):
@@ -131,25 +200,35 @@ class FrontHost:
         try:
             choice = self._place(c.key, open_)
         except Refusal as error:
-            self._metrics.refused.labels(error.code).inc()
-            c.send(Refused(open_.session, error.code, str(error), error.retry_after, fatal=True))
+            self._refuse(c, open_, error)
             return
         self._metrics.placed(choice)
         if c.close is not None:
             self._metrics.redirects.inc()
         c.send(Redirect(open_.session, self.fleet.address(choice.replica)))
 
+    def _refuse(self, c: _Connection, open_: Open, why: Refusal) -> None:
+        self._metrics.refused.labels(why.code).inc()
+        c.send(Refused(open_.session, why.code, str(why), why.retry_after, fatal=True))
+
     def _place(self, key: str, open_: Open) -> Choice:
         if self.draining:
             raise Refusal("shutting_down", "this front is shutting down", 1.0)
         now = asyncio.get_running_loop().time()
-        known = self._placement.knows(open_.session)  # it was admitted then
+        known = self._placement.knows(key, open_.session)  # it was admitted then
+        owed = self.admission.richer(key) is not None
         if not known:
             self.admission.opened(now, key)
         avoid = self.fleet.at(open_.avoid) if open_.avoid else None
         try:
             choice = self._placement.place(
-                now, open_.session, key, self._prompt(open_), avoid.name if avoid else ""
+                now,
+                open_.session,
+                key,
+                open_.prompt,
+                avoid.name if avoid else "",
+                salt=open_.salt,
+                owed=owed,
             )
         except Refusal:
             if not known:
@@ -160,9 +239,10 @@ class FrontHost:
 
     def _prompt(self, open_: Open) -> list[int]:
         """The prompt, if it is one; the replica will say what is wrong with any other."""
-        prompt, welcome = open_.prompt, self.welcome()
-        sound = bool(prompt) and len(prompt) <= welcome.context and min(prompt) >= 0
-        return prompt if sound and max(prompt) < welcome.n_vocab else []
+        prompt, welcome = open_.prompt, self.fleet.welcome
+        if welcome is None or not 0 < len(prompt) <= welcome.context:
+            return []
+        return prompt if min(prompt) >= 0 and max(prompt) < welcome.n_vocab else []
 
     # --- what the fleet tells
 

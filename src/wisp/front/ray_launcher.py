@@ -1,7 +1,8 @@
 """Replicas as Ray actors: Ray finds a machine with the resources, and gives each replica its GPUs.
 
 An actor runs the ordinary app in a thread of its own and listens there; neither edges nor the front talk to it
-through Ray. With RAY_ADDRESS the cluster there is used, otherwise a small Ray of our own is started here.
+through Ray. With RAY_ADDRESS the cluster there is used, otherwise a small Ray of our own is started here, which
+listens on loopback alone.
 """
 
 from __future__ import annotations
@@ -94,8 +95,19 @@ class RayLauncher:
 
     name = "ray"
 
-    def __init__(self, gpus: float = 0.0) -> None:
-        """`gpus` for each replica. Raises ConfigError where Ray is not installed, or its cluster not there."""
+    def __init__(self, gpus: float = 0.0, *, keyed: bool = False) -> None:
+        """`gpus` for each replica; keyed: are there API keys? Raises ConfigError where a cluster has none, Ray
+        is not installed, or its cluster not there."""
+        cluster = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+        if cluster and not keyed:
+            raise ConfigError(
+                "RAY_ADDRESS names a cluster, whose processes listen beyond this machine: give --api-keys or "
+                "WISP_API_KEYS, or unset it for a Ray on loopback"
+            )
+        if (
+            not cluster
+        ):  # Ray's own name for loopback alone; `_node_ip_address` is turned into an outer address
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         try:
@@ -103,7 +115,7 @@ class RayLauncher:
         except ImportError:
             raise ConfigError("--launcher ray needs Ray: pip install 'wisp-serve[ray]'") from None
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-        if not os.environ.get("RAY_ADDRESS"):
+        if not cluster:
             options |= {"address": "local", "include_dashboard": False, "object_store_memory": STORE}
         try:
             ray.init(**options)

@@ -67,6 +67,7 @@ class LlamaDraft:
         self._n_own = self._model.n_vocab
         self._n_vocab = min(n_vocab or self._n_own, self._n_own)
         self._held: list[list[int]] = [[] for _ in range(slots)]  # what each slot's KV is of
+        self._sharers = [""] * slots  # and those who may begin with it
         self._sessions: OrderedDict[str, int] = OrderedDict()  # slot of each, least recently used first
 
     def propose(
@@ -105,7 +106,11 @@ class LlamaDraft:
         if session in self._sessions:
             self._sessions.move_to_end(session)
             return self._sessions[session]
-        common = [common_prefix(held, tokens) for held in self._held]
+        sharers = session.rpartition("/")[0]
+        common = [
+            common_prefix(held, tokens) if whose == sharers else 0
+            for held, whose in zip(self._held, self._sharers, strict=True)
+        ]
         used = set(self._sessions.values())
         free = [slot for slot in range(len(self._held)) if slot not in used]
         best = max(range(len(common)), key=common.__getitem__)
@@ -115,6 +120,9 @@ class LlamaDraft:
             slot = min(free, key=lambda s: len(self._held[s]))
         else:
             _, slot = self._sessions.popitem(last=False)
+        if self._sharers[slot] != sharers:
+            self._context.drop(slot)
+            self._held[slot], self._sharers[slot] = [], sharers
         if common[best] >= common[slot] + _WORTH_COPYING:
             self._context.copy(best, slot, common[best])
             self._held[slot] = self._held[best][: common[best]]

@@ -1,0 +1,80 @@
+"""An edge's own API keys: limits that hold here, and prefixes that are shared only within one of them.
+
+The verifier knows all customers of an edge by the edge's one key. So that none can tell from the time to a first token
+what another has asked, each session carries a salt that stands for its customer. It is made with a secret of this
+process, so that the verifier learns no name; after a restart each prompt is read once more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+
+import msgspec
+
+from wisp.api.backend import Backend, Committed, Generation, Target
+from wisp.api.keys import Keyring
+from wisp.api.sse import close
+from wisp.core.admission import Admission, Refusal
+from wisp.core.drafter import busy_error
+from wisp.core.errors import RequestError
+
+NO_PLACES = 1 << 40  # sessions: the verifier says when it is full
+
+
+class Customers:
+    """`api.backend.Backend` for those who hold `keys`, in front of another. A key is charged for the whole of a prompt:
+    how much of it the verifier had cached is not known here."""
+
+    def __init__(self, backend: Backend, keys: Keyring, clock: Callable[[], float] = time.monotonic) -> None:
+        self._backend = backend
+        self._keys = keys
+        self._clock = clock
+        self._admission = Admission(NO_PLACES, keys.limits)
+        self._secret = secrets.token_bytes(32)
+
+    async def target(self) -> Target:
+        """As the other says."""
+        return await self._backend.target()
+
+    def admit(self, key: str) -> None:
+        """Raises RequestError 429 where a generation of `key` would be refused for the key's limits."""
+        try:
+            self._admission.ask(self._clock(), key)
+        except Refusal as refusal:
+            self._admission.turned_away(key)
+            raise _told(refusal) from None
+
+    async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
+        """Stream what the other commits. Raises RequestError 429 where the key's limits are used up."""
+        admission, key = self._admission, generation.key
+        try:
+            admission.opened(self._clock(), key)
+        except Refusal as refusal:
+            raise _told(refusal) from None
+        committed = self._backend.generate(msgspec.structs.replace(generation, salt=self.salt(key)))
+        unread = len(generation.prompt)
+        try:
+            async for item in committed:
+                admission.served(self._clock(), key, unread, len(item.tokens))
+                unread = 0
+                yield item
+        finally:
+            admission.closed(key)
+            await close(committed)
+
+    def salt(self, key: str) -> str:
+        """Stands for a key, for as long as this process lives; "" where there are no keys to tell apart."""
+        if not self._keys:
+            return ""
+        return hashlib.blake2b(key.encode(), key=self._secret, digest_size=16).hexdigest()
+
+    def limits_changed(self) -> None:
+        """The key file was read again."""
+        self._admission.set_limits(self._keys.limits)
+
+
+def _told(refusal: Refusal) -> RequestError:
+    return busy_error(refusal.code, str(refusal), refusal.retry_after)

@@ -1,0 +1,146 @@
+"""An edge's own keys: their limits hold at the edge, and none shares prefixes with another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from wisp.api.backend import Committed, Generation, Target
+from wisp.api.keys import ANONYMOUS, Keyring
+from wisp.core.errors import RequestError
+from wisp.core.sampling import Sampling
+from wisp.edge.customers import Customers
+
+KEYS = """
+[keys.alice]
+secret = "alice-secret"
+requests_per_minute = 1
+
+[keys.bob]
+secret = "bob-secret"
+sessions = 1
+
+[keys.carol]
+secret = "carol-secret"
+tokens_per_minute = 60
+"""
+
+
+class Answers:
+    """A backend that commits three tokens, one at a time."""
+
+    def __init__(self) -> None:
+        self.asked: list[Generation] = []
+        self.closed = 0
+
+    async def target(self) -> Target:
+        raise NotImplementedError
+
+    async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
+        self.asked.append(generation)
+        try:
+            for n in range(3):
+                yield Committed([n], [], 0, 0, 0, "length" if n == 2 else "")
+        finally:
+            self.closed += 1
+
+
+class Edge:
+    """Customers before a backend, at a time that is said."""
+
+    def __init__(self, keys: Keyring) -> None:
+        self.now = 0.0
+        self.backend = Answers()
+        self.customers = Customers(self.backend, keys, lambda: self.now)
+
+    def begin(self, key: str, prompt: int = 10) -> AsyncIterator[Committed]:
+        return self.customers.generate(Generation([1] * prompt, Sampling(), 3, key=key))
+
+    def ask(self, key: str, prompt: int = 10) -> RequestError | None:
+        """Why the answer was refused; None if it was given."""
+
+        async def whole() -> list[int]:
+            return [token async for item in self.begin(key, prompt) for token in item.tokens]
+
+        try:
+            assert asyncio.run(whole()) == [0, 1, 2]
+        except RequestError as error:
+            return error
+        return None
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keyring:
+    path = tmp_path / "keys.toml"
+    path.write_text(KEYS)
+    return Keyring(path)
+
+
+@pytest.fixture
+def edge(keys: Keyring) -> Edge:
+    return Edge(keys)
+
+
+def test_one_request_a_minute_is_one_request_a_minute(edge: Edge) -> None:
+    assert edge.ask("alice") is None
+    for _ in range(3):
+        refused = edge.ask("alice")
+        assert refused is not None
+        assert (refused.status, refused.code, refused.retry_after) == (429, "rate_limit_exceeded", 60.0)
+        with pytest.raises(RequestError, match="1 requests a minute"):
+            edge.customers.admit("alice")  # before any work is done on its prompt
+    assert len(edge.backend.asked) == 1
+    edge.customers.admit("bob")
+    assert edge.ask("bob") is None
+    edge.now = 60.0
+    assert edge.ask("alice") is None
+
+
+def test_a_session_that_is_left_makes_room_for_the_next(edge: Edge) -> None:
+    async def scenario() -> None:
+        first = edge.begin("bob")
+        await anext(first)
+        with pytest.raises(RequestError, match="1 sessions"):
+            await anext(edge.begin("bob"))
+        await first.aclose()  # type: ignore[attr-defined]
+        assert edge.backend.closed == 1
+        assert (await anext(edge.begin("bob"))).tokens == [0]
+
+    asyncio.run(scenario())
+
+
+def test_tokens_are_charged_prompt_and_answer(edge: Edge) -> None:
+    assert edge.ask("carol", prompt=87) is None  # 90 of 60: overdrawn by 30
+    refused = edge.ask("carol")
+    assert refused is not None
+    assert (refused.status, refused.retry_after) == (429, 31.0)
+    edge.now = 31.0
+    assert edge.ask("carol") is None
+
+
+def test_limits_that_change_hold_at_once(edge: Edge, keys: Keyring) -> None:
+    assert edge.ask("alice") is None
+    assert keys.path is not None
+    keys.path.write_text(KEYS.replace("requests_per_minute = 1", "requests_per_minute = 5 # more"))
+    assert keys.reload()
+    edge.customers.limits_changed()
+    assert [edge.ask("alice") for _ in range(5)] == [None] * 5
+    assert edge.ask("alice") is not None
+
+
+def test_each_customer_has_a_salt_that_tells_nothing(edge: Edge, keys: Keyring) -> None:
+    for key in ("bob", "carol", "bob"):
+        edge.now += 60.0
+        assert edge.ask(key) is None
+    bob, carol, again = (generation.salt for generation in edge.backend.asked)
+    assert bob == again != carol
+    assert Edge(keys).customers.salt("bob") not in ("", bob)  # nor can it be found by trying names
+
+
+def test_without_keys_there_is_nobody_to_tell_apart() -> None:
+    edge = Edge(Keyring())
+    assert [edge.ask(ANONYMOUS) for _ in range(9)] == [None] * 9
+    assert {generation.salt for generation in edge.backend.asked} == {""}
