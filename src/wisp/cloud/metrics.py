@@ -186,6 +186,9 @@ class Metrics:
             "wisp:num_preemptions", "KV that was taken from a session, or lent by it, for others.", registry=r
         )
         self._evicted = 0
+        self.event_log_lost = Counter(
+            "wisp:event_log_lost", "1 once the event log could not be written any more.", registry=r
+        )
         self.slo_lost = Counter("wisp:request_slo_lost", "Sessions whose SLO was given up.", registry=r)
         self.attainment = Attainment(r)
         for tally in (self.interference, self.slack):
