@@ -208,7 +208,9 @@ def test_a_step_that_does_not_end_ends_the_verifier() -> None:
         assert "a step of 1 slices has not ended after" in str(ends[0])
 
     try:
-        with_host(scenario, engine, look_s=0.01, patience=lambda step, cost: 0.02)  # and `stop` does not wait for it
+        with_host(
+            scenario, engine, look_s=0.01, patience=lambda step, cost: 0.02
+        )  # and `stop` does not wait for it
     finally:
         engine.let_go.set()
 

@@ -78,6 +78,39 @@ def planned(name: str, work: Sequence[Work], step: StepLimits) -> Plan:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "cost",
+    [
+        Coefficients(step=0.0, token=0.0),
+        Coefficients(step=0.0, token=0.0, slice=5.0),
+        Coefficients(step=5.0, token=0.0),
+        Coefficients(step=0.0, token=5.0),
+    ],
+    ids=["free", "each slice", "each step", "each token"],
+)
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_machine_whose_time_goes_all_into_one_thing_is_no_trouble(
+    name: str, cost: Coefficients, data: st.DataObject
+) -> None:
+    """What is learned may be 0 for all but one coefficient, or for all of them where a profile says so."""
+    work = list(seen(name, data.draw(pieces())))
+    paceless = data.draw(st.booleans())
+    work = [msgspec.structs.replace(w, tpot_s=0.0, late=False) if paceless else w for w in work]
+    step = StepLimits(64, 8, {"a": 10.0}, CostModel(cost))
+    plan = batching_policy(name).plan(NOW, work, step)
+    assert {g.session for g in plan.grants} <= {w.session for w in work}
+    assert cost.ms(Load()) > 0.0
+
+
+def test_the_papers_policy_asks_the_cost_model_for_what_slices_cost() -> None:
+    """Ten pieces of a token, 30 ms each by the slice: two are over before the first is due, three are not."""
+    work = [Work(i, Kind.DECODE, 1, 10, 0, NOW - 1.0, NOW - 9.0, due=NOW + 0.08) for i in range(10)]
+    step = StepLimits(64, 16, {}, CostModel(Coefficients(step=10.0, token=0.0, slice=30.0)))
+    assert len(batching_policy("wisp").plan(NOW, work, step).grants) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_grants_are_for_what_was_asked_and_fit(name: str, data: st.DataObject) -> None:

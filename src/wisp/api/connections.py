@@ -74,9 +74,7 @@ class _Watched(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if not isinstance(transport, _Transport):  # after an upgrade it is one already
-            transport = cast(
-                asyncio.Transport, _Transport(cast(asyncio.Transport, transport), self.unread_s)
-            )
+            transport = cast(asyncio.Transport, _Transport(cast(asyncio.Transport, transport), self.unread_s))
         super().connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:

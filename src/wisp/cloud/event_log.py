@@ -121,7 +121,9 @@ class EventLog:
             error.strerror or error,
         )
         self._pending.clear()
-        with contextlib.suppress(OSError):  # a pipe cannot be shortened, a broken disk perhaps not even closed
+        with contextlib.suppress(
+            OSError
+        ):  # a pipe cannot be shortened, a broken disk perhaps not even closed
             os.ftruncate(self._file, self._size)
         with contextlib.suppress(OSError):
             os.close(self._file)

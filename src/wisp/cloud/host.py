@@ -303,6 +303,8 @@ class VerifierHost:
                 self._engine.submit(action)
             elif isinstance(action, WakeAt):
                 self._wake_at(action.at)
+            else:
+                self.metrics.ended(action)
         if not isinstance(event, Tick | StepDone) and not self._tick_due and not self.verifier.running:
             self._tick_due = True
             self._loop.call_soon(self._tick)

@@ -41,7 +41,10 @@ class StepWatch:
     that does not end."""
 
     def __init__(
-        self, running: Callable[[], Run | None], patience: Callable[[Run], float], hung: Callable[[float], None]
+        self,
+        running: Callable[[], Run | None],
+        patience: Callable[[Run], float],
+        hung: Callable[[float], None],
     ) -> None:
         self._running = running
         self._patience = patience

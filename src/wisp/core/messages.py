@@ -27,7 +27,9 @@ from wisp.core.work import TokenLogprob
 
 VERSION = 1
 SUBPROTOCOL = "wisp.v1"
-MAX_FRAME = 4 << 20  # bytes that an edge takes; a prompt of a million tokens fits, an attack on memory does not
+MAX_FRAME = (
+    4 << 20
+)  # bytes that an edge takes; a prompt of a million tokens fits, an attack on memory does not
 TOKEN_BYTES = 5  # of a token id at most
 FRAME_EXTRA = 1 << 18  # bytes for all of an Open that is not prompt or committed tokens, with much to spare
 
