@@ -26,7 +26,7 @@ Tokens = array  # of ids, four bytes each: in lists of long prompts they take ni
 
 def packed(ids: Iterable[int]) -> Tokens[int]:
     """Token ids as they are kept: equal only to their like, so pack what is to be compared."""
-    return array("i", ids)
+    return array("I", ids)
 
 
 class Slot(msgspec.Struct):

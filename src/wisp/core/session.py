@@ -335,5 +335,5 @@ class Session:
 
 def _chain(open_: Open) -> Tokens[int]:
     chain = packed(open_.prompt)
-    chain.extend(open_.committed)
+    chain.fromlist(open_.committed)
     return chain

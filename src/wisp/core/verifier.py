@@ -353,7 +353,7 @@ class Verifier:
             self._next(now, s, actions)
             return
         tokens, finish = self._cut(s, result.tokens) if slice_.sample else ([], "")
-        s.chain.extend(tokens)
+        s.chain.fromlist(tokens)
         if s.logprobs is not None:
             s.entries += result.logprobs[: len(tokens)]
         fed = slice_.start + len(slice_.tokens) - slice_.n_draft + result.accepted
