@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from wisp.core.batching import POLICIES, Grant, Kind, Plan, StepLimits, Work, batching_policy
+from wisp.core.batching.deadlines import first_step
 from wisp.core.cost import Coefficients, CostModel, Load
 
 NAMES = sorted(POLICIES)
@@ -101,6 +102,17 @@ def test_a_machine_whose_time_goes_all_into_one_thing_is_no_trouble(
     plan = batching_policy(name).plan(NOW, work, step)
     assert {g.session for g in plan.grants} <= {w.session for w in work}
     assert cost.ms(Load()) > 0.0
+
+
+def test_a_schedule_of_pieces_that_cost_nothing_by_themselves_is_made() -> None:
+    """All of the time is in the step itself, and some pieces are too late for any."""
+    work = [
+        Work(i, Kind.VERIFY, 1 + i % 5, 10 * i, i % 5, NOW - 1.0, NOW - 9.0, due=NOW + 0.004 * i, gain=1.0)
+        for i in range(40)
+    ]
+    grants, lost = first_step(NOW, work, Coefficients(step=20.0, token=0.0), 1.0, 8)
+    assert grants
+    assert not {g.session for g in grants} & set(lost)
 
 
 def test_the_papers_policy_asks_the_cost_model_for_what_slices_cost() -> None:

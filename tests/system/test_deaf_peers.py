@@ -107,6 +107,7 @@ def with_server(
     served = engine or NullTarget(slots=8, slot_tokens=CONTEXT)
     monkeypatch.setattr(HttpConnection, "unread_s", 0.1)
     monkeypatch.setattr(SessionConnection, "unread_s", 0.1)
+    monkeypatch.setattr(connections, "SEND_BUFFER", 1 << 14)
 
     async def main() -> None:
         cloud = CloudApp(
@@ -147,15 +148,20 @@ async def until(condition: Callable[[], bool]) -> None:
 def test_an_edge_that_does_not_read_is_let_go_and_its_session_expires(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    engine = Gated(6000)  # more text than may wait for its reader
+
     async def scenario(cloud: CloudApp, port: int) -> None:
         with Raw(port) as deaf:
             await deaf.greet(opening("session-1"))
             host = cloud.host()
             await until(lambda: host.n_sessions == 1)
             await until(lambda: host.n_connections == 0)
+            engine.gate.set()
             await until(lambda: host.n_sessions == 0)
+            value = host.metrics.registry.get_sample_value
+            assert value("wisp:request_success_total", {"finished_reason": "expired"}) == 1
 
-    with_server(scenario, monkeypatch)
+    with_server(scenario, monkeypatch, engine)
 
 
 def test_a_client_that_does_not_read_its_stream_ends_its_generation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,9 +232,9 @@ def test_while_a_peer_reads_nothing_its_pings_are_not_read_either(monkeypatch: p
     monkeypatch.setattr(connections._Transport, "watch", watched)
     look = connections._Transport._look
 
-    def looked(transport: connections._Transport, before: int) -> None:
+    def looked(transport: connections._Transport, before: int, looks: int) -> None:
         most[0] = max(most[0], transport.get_write_buffer_size())
-        look(transport, before)
+        look(transport, before, looks)
 
     monkeypatch.setattr(connections._Transport, "_look", looked)
     with_server(scenario, monkeypatch)

@@ -19,6 +19,7 @@ from websockets.frames import Frame
 log = logging.getLogger("wisp.connections")
 
 UNREAD_S = 20.0  # a peer that takes nothing of what waits for it for so long has gone
+LOOKS = 4  # in that time: it has not passed for a process that was stopped meanwhile
 SEND_BUFFER = 1 << 18  # bytes that the system keeps for a session socket: verdicts are small
 MAX_FRAGMENTS = 64  # of a message; edges send theirs in one
 PARSED_AT_ONCE = 1 << 14  # bytes, so that a flood is seen while it is parsed
@@ -46,9 +47,7 @@ class _Transport:
 
     def watch(self) -> None:
         """From now on a peer that takes nothing is cut off."""
-        waiting = self._transport.get_write_buffer_size()
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(self._limit_s, self._look, waiting)
+        self._look_again(0)
 
     def relax(self) -> None:
         """It takes what it is sent."""
@@ -56,14 +55,21 @@ class _Transport:
             self._timer.cancel()
             self._timer = None
 
-    def _look(self, before: int) -> None:
+    def _look_again(self, looks: int) -> None:
         waiting = self._transport.get_write_buffer_size()
-        if waiting and waiting >= before:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._limit_s / LOOKS, self._look, waiting, looks + 1)
+
+    def _look(self, before: int, looks: int) -> None:
+        waiting = self._transport.get_write_buffer_size()
+        if waiting < before:
+            looks = 0
+        if looks < LOOKS and waiting:
+            self._look_again(looks)
+        elif waiting:
             peer = self._transport.get_extra_info("peername")
             log.info("%s has read nothing for %g s, and is cut off", peer, self._limit_s)
             self._transport.abort()
-        elif waiting:
-            self.watch()
 
 
 class _Watched(asyncio.Protocol):
@@ -136,7 +142,8 @@ class SessionConnection(_Watched, WebSocketsSansIOProtocol):
     def handle_connect(self, event: Any) -> None:
         super().handle_connect(event)
         if hasattr(self, "scope"):  # not refused for its form
-            self.scope["extensions"][FRAME_LIMIT] = self._limit  # type: ignore[index, typeddict-unknown-key]
+            extensions = cast(dict[str, Any], self.scope["extensions"])
+            extensions[FRAME_LIMIT] = self._limit
 
     def _limit(self, size: int) -> None:
         self.conn.max_message_size = size
