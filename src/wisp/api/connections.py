@@ -47,10 +47,16 @@ class _Transport:
 
     def watch(self) -> None:
         """From now on a peer that takes nothing is cut off."""
+        self.end()
         self._look_again(0)
 
     def relax(self) -> None:
         """It takes what it is sent."""
+        if not self._transport.is_closing():  # then the rest has to get on, too
+            self.end()
+
+    def end(self) -> None:
+        """It is closed."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -61,6 +67,7 @@ class _Transport:
         self._timer = loop.call_later(self._limit_s / LOOKS, self._look, waiting, looks + 1)
 
     def _look(self, before: int, looks: int) -> None:
+        self._timer = None
         waiting = self._transport.get_write_buffer_size()
         if waiting < before:
             looks = 0
@@ -84,7 +91,7 @@ class _Watched(asyncio.Protocol):
         super().connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._watched.relax()
+        self._watched.end()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:

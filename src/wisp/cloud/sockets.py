@@ -37,7 +37,7 @@ log = logging.getLogger("wisp.sockets")
 
 MAX_BACKLOG = 8 << 20  # bytes not yet taken by the peer
 HELLO_TIMEOUT_S = 10.0
-READ_RATE = 4 << 20  # bytes of Opens a second for a key: a fiftieth of what a core could read
+READ_RATE = 4 << 20  # bytes of Opens a second for a key: reading them takes a sixteenth of a core
 READ_BURST = 16 << 20  # bytes at once, so that many sessions may come back together
 LONGEST_WAIT_S = 10.0  # at a time: pings are not answered meanwhile, and must be within 20 s
 
