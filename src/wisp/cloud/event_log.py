@@ -58,7 +58,7 @@ _Record = InEvent | LogHeader
 class EventLog:
     """Appends to a file. What was written is on its way to the disk within a second. For one event loop.
 
-    lost: the file could not be written, and nothing more will be
+    lost: the file is closed, or could not be written: nothing more will be
     """
 
     def __init__(
@@ -87,7 +87,11 @@ class EventLog:
         if not self.lost:
             self._flush()
         if not self.lost:
-            os.close(self._file)
+            self.lost = True
+            try:
+                os.close(self._file)
+            except OSError as error:  # some disks say so only now
+                self._say(error)
 
     def _write(self, now: float, record: InEvent | LogHeader) -> None:
         if self.lost:
@@ -114,19 +118,21 @@ class EventLog:
 
     def _lose(self, error: OSError) -> None:
         self.lost = True
+        self._say(error)
+        self._pending.clear()
+        # A pipe cannot be shortened, and a broken disk perhaps not even closed.
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file, self._size)
+        with contextlib.suppress(OSError):
+            os.close(self._file)
+
+    def _say(self, error: OSError) -> None:
         log.error(
             "cannot write the event log %s: %s; it ends here, and the server goes on without it. "
             "For a new one make room and start again",
             self._path,
             error.strerror or error,
         )
-        self._pending.clear()
-        with contextlib.suppress(
-            OSError
-        ):  # a pipe cannot be shortened, a broken disk perhaps not even closed
-            os.ftruncate(self._file, self._size)
-        with contextlib.suppress(OSError):
-            os.close(self._file)
         self._on_loss()
 
 
