@@ -22,7 +22,7 @@ from wisp.core.admission import Admission, KeyLimits
 from wisp.core.cost import Coefficients
 from wisp.core.errors import ConfigError, RequestError
 from wisp.core.events import StepDone
-from wisp.core.messages import Draft, Open, Refused, Verdict
+from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.sampling import Sampling
 from wisp.core.slo import Slo
 from wisp.core.stats import SpecStats
@@ -63,6 +63,7 @@ def with_host(
     log: Path | None = None,
     cost: Coefficients = COST,
     profile: Hardware = FAST,
+    park_s: float = 60.0,
 ) -> None:
     async def main() -> None:
         host = VerifierHost(
@@ -73,6 +74,7 @@ def with_host(
             batching="continuous",
             cost=cost,
             event_log=log,
+            park_s=park_s,
         )
         try:
             await asyncio.wait_for(scenario(host), 20)
@@ -201,6 +203,38 @@ def test_a_lost_slo_is_counted_once() -> None:
         assert samples(host)["wisp:request_slo_lost_total"] == 1
 
     with_host(scenario)
+
+
+def test_every_session_that_ends_is_counted_once_by_how_it_ended() -> None:
+    """Also those that end without a word: cancelled, or left by their edge for too long, or finished meanwhile."""
+
+    async def scenario(host: VerifierHost) -> None:
+        def ended() -> dict[str, float]:
+            names = ("length", "abort", "expired", "stop")
+            value = host.metrics.registry.get_sample_value
+            counts = {n: value("wisp:request_success_total", {"finished_reason": n}) for n in names}
+            return {name: count for name, count in counts.items() if count}
+
+        client, stranger = Client(host), Client(host)
+        assert isinstance(await client.ask(opening("session-1")), Verdict)
+        host.receive(stranger.connection, Cancel("session-1"))  # it is not theirs
+        host.receive(stranger.connection, Cancel("session-9"))
+        assert ended() == {}
+        host.receive(client.connection, Cancel("session-1"))
+        host.receive(client.connection, Cancel("session-1"))
+        assert ended() == {"abort": 1}
+        assert isinstance(await client.ask(opening("session-2", max_tokens=1)), Verdict)
+        assert ended() == {"abort": 1, "length": 1}
+        assert isinstance(await client.ask(opening("session-3")), Verdict)
+        host.receive(client.connection, opening("session-4", max_tokens=1))
+        await asyncio.sleep(0)  # its step begins
+        host.detach(client.connection)
+        while host.n_sessions:
+            await asyncio.sleep(0.001)
+        assert ended() == {"abort": 1, "length": 1, "expired": 2}
+        assert not host.metrics._seen
+
+    with_host(scenario, park_s=0.0)
 
 
 def test_the_event_log_is_readable_within_a_second_and_rebuilds_the_verifier(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from wisp.cloud import sockets
 from wisp.cloud.host import VerifierHost
-from wisp.cloud.sockets import SessionEndpoint
+from wisp.cloud.sockets import Reading, SessionEndpoint
 from wisp.core.admission import Admission
 from wisp.core.errors import RequestError, UnavailableError
 from wisp.core.messages import (
@@ -70,8 +70,9 @@ class Wire:
             pass
         return decode_from_cloud(event["bytes"])
 
-    def connect(self, endpoint: SessionEndpoint) -> asyncio.Task[None]:
-        scope = {"type": "websocket", "headers": [], "extensions": {"websocket.http.response": {}}}
+    def connect(self, endpoint: SessionEndpoint, key: str = "") -> asyncio.Task[None]:
+        headers = [(b"authorization", key.encode())]
+        scope = {"type": "websocket", "headers": headers, "extensions": {"websocket.http.response": {}}}
         return asyncio.ensure_future(endpoint(scope, self.receive, self.send))
 
 
@@ -184,5 +185,53 @@ def test_a_drain_does_not_wait_for_sessions_whose_edge_is_gone() -> None:
         wire.inbox.put_nowait({"type": "websocket.disconnect", "code": 1006})
         await task
         await asyncio.wait_for(drain, 1.0)
+
+    with_host(scenario)
+
+
+def test_what_is_read_for_a_key_is_paced_whatever_comes_of_it() -> None:
+    reading = Reading()
+    assert reading.charge(100.0, sockets.READ_BURST) == 0.0  # many sessions may come back together
+    assert reading.charge(100.0, sockets.READ_RATE) == 1.0
+    assert reading.charge(100.5, sockets.READ_RATE) == 1.5
+    assert reading.charge(200.0, sockets.READ_BURST) == 0.0  # paid long ago, and no credit beyond the burst
+    assert reading.charge(200.0, sockets.READ_RATE) == 1.0
+
+
+def test_a_key_that_is_over_its_rate_is_not_read_meanwhile_on_any_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sockets, "READ_BURST", 1 << 10)
+    waiting: dict[float, asyncio.Event] = {}
+
+    async def scenario(host: VerifierHost) -> None:
+        async def sleep(seconds: float) -> None:
+            waiting[seconds] = asyncio.Event()
+            await waiting[seconds].wait()
+
+        monkeypatch.setattr("wisp.cloud.sockets.asyncio.sleep", sleep)
+        endpoint = SessionEndpoint(lambda: host, str)
+        flood = opening("session-1", prompt=[999] * 4000)  # no such token
+        wires = {name: Wire() for name in ("flood", "same key", "other key")}
+        tasks = []
+        for name, wire in wires.items():
+            tasks.append(wire.connect(endpoint, "b" if name == "other key" else "a"))
+            wire.say(Hello(VERSION))
+            assert isinstance(await wire.hear(), Welcome)
+        for name in ("flood", "same key"):
+            wires[name].say(flood)
+            refused = await wires[name].hear()
+            assert isinstance(refused, Refused)
+            wires[name].say(opening("session-2"))
+        wires["other key"].say(opening("session-3"))
+        assert isinstance(await wires["other key"].hear(), Verdict)
+        first, second = waiting
+        assert 0 < first < second  # what the key owes grows, over both
+        assert [wires[name].inbox.qsize() for name in ("flood", "same key")] == [1, 1]
+        waiting[first].set()
+        assert isinstance(await wires["flood"].hear(), Verdict)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     with_host(scenario)

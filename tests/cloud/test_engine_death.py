@@ -60,5 +60,5 @@ def test_a_step_that_fails_ends_its_sessions_and_nothing_else() -> None:
     assert history(EngineError("for testing")) == ["engine_error", "verdict"]
 
 
-def test_a_dead_engine_is_told_of_once_and_after_its_sessions() -> None:
-    assert history(EngineDeadError("gone")) == ["engine_error", "died: gone", "verdict"]
+def test_a_dead_engine_is_told_of_once_and_after_its_sessions_and_gets_no_more() -> None:
+    assert history(EngineDeadError("gone")) == ["engine_error", "died: gone", "shutting_down"]

@@ -8,7 +8,7 @@ from toy import EOS, N_VOCAB, ToyEngine
 
 from wisp.core.admission import Admission, KeyLimits
 from wisp.core.batching import batching_policy
-from wisp.core.events import EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
+from wisp.core.events import EdgeLost, Ended, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
 from wisp.core.messages import (
     FromCloud,
     Message,
@@ -58,6 +58,7 @@ class Rig:
         self.lost = 0  # messages on connections that broke
         self.log: list[tuple[float, InEvent]] = []
         self.runs: list[Run] = []
+        self.ended: list[Ended] = []
 
     def feed(self, event: InEvent) -> None:
         self.log.append((self.now, event))
@@ -71,6 +72,8 @@ class Rig:
                 self.runs.append(action)
             elif isinstance(action, WakeAt):
                 self.wake_at = action.at
+            else:
+                self.ended.append(action)
 
     def receive(self, message: Message, connection: int = 1, key: str = "") -> None:
         decoded = decode_from_edge(encode(message))

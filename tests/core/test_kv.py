@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisp.core.kv import KvPool, common_prefix
+from wisp.core.kv import KvPool, Placement, common_prefix, packed
+
+
+class Pool(KvPool):
+    """A pool that takes lists."""
+
+    def acquire(  # type: ignore[override]
+        self, now: float, session: int, key: str, chain: list[int], evictable: Callable[[int], bool]
+    ) -> Placement | None:
+        return super().acquire(now, session, key, packed(chain), evictable)
+
+    def grow(self, now: float, slot: int, tokens: list[int]) -> None:  # type: ignore[override]
+        super().grow(now, slot, packed(tokens))
 
 
 def never(session: int) -> bool:
@@ -27,7 +41,7 @@ def test_common_prefix_is_what_it_says(a: list[int], b: list[int]) -> None:
 
 
 def test_a_follow_up_turn_goes_on_in_the_slot_of_the_last() -> None:
-    pool = KvPool(2, 100, 200)
+    pool = Pool(2, 100, 200)
     first = pool.acquire(0.0, 1, "", [1, 2, 3], never)
     assert first is not None
     assert (first.slot, first.start, first.copy_from) == (0, 0, -1)
@@ -39,7 +53,7 @@ def test_a_follow_up_turn_goes_on_in_the_slot_of_the_last() -> None:
 
 
 def test_the_last_token_is_always_computed_anew() -> None:
-    pool = KvPool(1, 100, 100)
+    pool = Pool(1, 100, 100)
     pool.acquire(0.0, 1, "", [1, 2, 3], never)
     pool.record(0.0, 0, [1, 2, 3])
     pool.release(0, keep=True)
@@ -49,7 +63,7 @@ def test_the_last_token_is_always_computed_anew() -> None:
 
 
 def test_a_long_prefix_of_a_busy_session_is_copied() -> None:
-    pool = KvPool(3, 100, 300)
+    pool = Pool(3, 100, 300)
     system = list(range(20))
     pool.acquire(0.0, 1, "", [*system, 50], never)
     pool.record(0.0, 0, [*system, 50])
@@ -62,7 +76,7 @@ def test_a_long_prefix_of_a_busy_session_is_copied() -> None:
 
 
 def test_prefixes_are_not_shared_between_keys() -> None:
-    pool = KvPool(2, 100, 200)
+    pool = Pool(2, 100, 200)
     pool.acquire(0.0, 1, "alice", list(range(30)), never)
     pool.record(0.0, 0, list(range(30)))
     placed = pool.acquire(1.0, 2, "bob", list(range(31)), never)
@@ -71,7 +85,7 @@ def test_prefixes_are_not_shared_between_keys() -> None:
 
 
 def test_empty_slots_go_first_then_leftovers_then_evictable_owners() -> None:
-    pool = KvPool(2, 100, 200)
+    pool = Pool(2, 100, 200)
     pool.acquire(0.0, 1, "", [1, 1], never)
     pool.record(0.0, 0, [1])
     pool.acquire(1.0, 2, "", [2, 2], never)
@@ -87,7 +101,7 @@ def test_empty_slots_go_first_then_leftovers_then_evictable_owners() -> None:
 
 
 def test_leftovers_are_cleared_oldest_first_and_no_more_of_them_than_need_be() -> None:
-    pool = KvPool(4, 100, 40)
+    pool = Pool(4, 100, 40)
     for session in range(4):
         placed = pool.acquire(float(session), session, "", [session], never)
         assert placed is not None
@@ -104,7 +118,7 @@ def test_leftovers_are_cleared_oldest_first_and_no_more_of_them_than_need_be() -
 
 
 def test_room_is_made_of_leftovers_before_owners() -> None:
-    pool = KvPool(3, 100, 100)
+    pool = Pool(3, 100, 100)
     for session in range(3):
         pool.acquire(float(session), session, "", [session, 9], never)
         pool.record(float(session), session, [session] * 30)
@@ -136,7 +150,7 @@ def longest_shared(pool: KvPool, key: str, chain: list[int]) -> int:
 
 @given(st.lists(st.tuples(st.sampled_from("adegr"), st.integers(0, 3), st.integers(0, 40)), max_size=60))
 def test_a_slot_is_found_that_a_look_at_every_slot_would_find(what: list[tuple[str, int, int]]) -> None:
-    pool = KvPool(4, 100, 200)
+    pool = Pool(4, 100, 200)
     for now, (do, slot, n) in enumerate(what):
         session, key, idle = 100 + now, "ab"[n % 2], {100 + i for i in range(now) if (i + n) % 3}
         chain = [n % 3, n % 5, *range(n)]

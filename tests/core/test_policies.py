@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from wisp.core.batching import POLICIES, Grant, Kind, Plan, StepLimits, Work, batching_policy
+from wisp.core.batching.deadlines import first_step
 from wisp.core.cost import Coefficients, CostModel, Load
 
 NAMES = sorted(POLICIES)
@@ -75,6 +76,50 @@ def total(work: Sequence[Work]) -> Load:
 
 def planned(name: str, work: Sequence[Work], step: StepLimits) -> Plan:
     return batching_policy(name).plan(NOW, work, step)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "cost",
+    [
+        Coefficients(step=0.0, token=0.0),
+        Coefficients(step=0.0, token=0.0, slice=5.0),
+        Coefficients(step=5.0, token=0.0),
+        Coefficients(step=0.0, token=5.0),
+    ],
+    ids=["free", "each slice", "each step", "each token"],
+)
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_machine_whose_time_goes_all_into_one_thing_is_no_trouble(
+    name: str, cost: Coefficients, data: st.DataObject
+) -> None:
+    """What is learned may be 0 for all but one coefficient, or for all of them where a profile says so."""
+    work = list(seen(name, data.draw(pieces())))
+    paceless = data.draw(st.booleans())
+    work = [msgspec.structs.replace(w, tpot_s=0.0, late=False) if paceless else w for w in work]
+    step = StepLimits(64, 8, {"a": 10.0}, CostModel(cost))
+    plan = batching_policy(name).plan(NOW, work, step)
+    assert {g.session for g in plan.grants} <= {w.session for w in work}
+    assert cost.ms(Load()) > 0.0
+
+
+def test_a_schedule_of_pieces_that_cost_nothing_by_themselves_is_made() -> None:
+    """All of the time is in the step itself, and some pieces are too late for any."""
+    work = [
+        Work(i, Kind.VERIFY, 1 + i % 5, 10 * i, i % 5, NOW - 1.0, NOW - 9.0, due=NOW + 0.004 * i, gain=1.0)
+        for i in range(40)
+    ]
+    grants, lost = first_step(NOW, work, Coefficients(step=20.0, token=0.0), 1.0, 8)
+    assert grants
+    assert not {g.session for g in grants} & set(lost)
+
+
+def test_the_papers_policy_asks_the_cost_model_for_what_slices_cost() -> None:
+    """Ten pieces of a token, 30 ms each by the slice: two are over before the first is due, three are not."""
+    work = [Work(i, Kind.DECODE, 1, 10, 0, NOW - 1.0, NOW - 9.0, due=NOW + 0.08) for i in range(10)]
+    step = StepLimits(64, 16, {}, CostModel(Coefficients(step=10.0, token=0.0, slice=30.0)))
+    assert len(batching_policy("wisp").plan(NOW, work, step).grants) == 2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import msgspec
 import pytest
@@ -12,8 +13,8 @@ from toy import EOS, N_VOCAB, toy_text
 from wisp.core.admission import Admission, KeyLimits
 from wisp.core.batching import Kind, batching_policy
 from wisp.core.cost import Coefficients, CostModel, Load
-from wisp.core.events import InEvent, Run, Send, Tick
-from wisp.core.messages import Cancel, Draft, Open
+from wisp.core.events import Ended, FromEdge, InEvent, Run, Send, Tick
+from wisp.core.messages import Cancel, Draft, Open, decode_from_edge, encode
 from wisp.core.planning import work_of
 from wisp.core.session import TRANSITIONS, Event, State
 from wisp.core.slo import Slo
@@ -676,3 +677,43 @@ def test_an_slo_that_nobody_could_keep_is_served_like_none() -> None:
     assert not session.tpot_s
     rig.settle()
     assert session.n_committed > 0
+
+
+def test_a_long_prompt_takes_a_few_bytes_a_token() -> None:
+    """What a session keeps of it, beside what arrived: as a list of numbers it would be 36 bytes a token."""
+    n = 20_000
+    rig = Rig(slot_tokens=2 * n, step_tokens=2 * n)
+    frames = [
+        encode(opening(f"session-{i}", prompt=[j % N_VOCAB for j in range(n)], max_tokens=5))
+        for i in range(4)
+    ]
+    tracemalloc.start()
+    try:
+        for number, frame in enumerate(frames):
+            opened = decode_from_edge(frame)
+            assert isinstance(opened, Open)
+            rig.verifier.handle(0.0, FromEdge(number, "", opened))
+        del opened
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < len(frames) * n * 6
+
+
+def test_sessions_that_end_unheard_are_told_of() -> None:
+    rig = Rig()
+    rig.receive(opening("session-1"))
+    rig.receive(opening("session-2"))
+    rig.receive(opening("session-3", max_tokens=1), connection=2)
+    assert rig.dispatch()
+    rig.lose(2)  # while its last token is being decoded
+    rig.finish()
+    rig.settle()
+    assert rig.ended == [Ended("session-3", "expired")]
+    rig.receive(Cancel("session-2"), connection=7)
+    rig.receive(Cancel("session-2"))
+    rig.lose()
+    rig.now += rig.limits.park_s
+    rig.feed(Tick())
+    assert rig.ended[1:] == [Ended("session-2", "abort"), Ended("session-1", "expired")]
+    assert not rig.verifier.sessions

@@ -18,8 +18,9 @@ import msgspec
 import uvicorn
 from starlette.types import ASGIApp
 
+from wisp.api.connections import HttpConnection, SessionConnection
 from wisp.core.errors import ConfigError
-from wisp.core.messages import MAX_FRAME
+from wisp.core.messages import FRAME_EXTRA
 
 log = logging.getLogger("wisp")
 
@@ -92,8 +93,9 @@ async def run_app(
         log_config=None,
         access_log=False,
         lifespan="on",
-        ws="websockets-sansio",
-        ws_max_size=MAX_FRAME,
+        http=HttpConnection,
+        ws=SessionConnection,
+        ws_max_size=FRAME_EXTRA,  # until the application says what it takes
         ws_per_message_deflate=False,
         ws_ping_interval=10.0,
         ws_ping_timeout=20.0,

@@ -34,9 +34,10 @@ from wisp.cloud.crowd import Crowd
 from wisp.cloud.host import VerifierHost
 from wisp.cloud.sockets import SessionEndpoint
 from wisp.cloud.thin import ThinBackend
+from wisp.cloud.watchdog import LoopWatch
 from wisp.core.admission import Admission
 from wisp.core.cost import Coefficients
-from wisp.core.errors import RequestError, UnavailableError
+from wisp.core.errors import InternalError, RequestError, UnavailableError
 from wisp.core.slo import Slo
 from wisp.engines.base import TargetEngine, Tokenizer
 
@@ -90,7 +91,9 @@ class CloudApp:
         )
 
     def host(self) -> VerifierHost:
-        """The verifier. Raises UnavailableError while the model loads."""
+        """The verifier. Raises UnavailableError while the model loads, and once it has failed."""
+        if self.failed is not None:
+            raise UnavailableError("this verifier has failed, and ends", retry_after=2.0)
         if self._host is None:
             raise UnavailableError("the model is still loading", retry_after=2.0)
         return self._host
@@ -120,9 +123,13 @@ class CloudApp:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         tasks = [asyncio.create_task(self._start()), asyncio.create_task(self.keys.watch(self._keys_changed))]
+        for task in tasks:
+            task.add_done_callback(self._task_ended)
+        watchdog = LoopWatch(asyncio.get_running_loop())
         try:
             yield
         finally:
+            watchdog.stop()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -158,8 +165,14 @@ class CloudApp:
             log.warning("%s", note)
 
     def _fail(self, error: Exception) -> None:
-        self.failed = error
+        self.failed = self.failed or error
         self._ended.set()
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            log.critical("a task of this server failed, and the process has to end", exc_info=error)
+            self._fail(InternalError(f"a task of this server failed: {error!r}; the log has the traceback"))
 
     def _keys_changed(self) -> None:
         if self._host is not None:
@@ -171,7 +184,7 @@ class CloudApp:
         return self.keys.authorize(request.headers.get("authorization"))
 
     async def _health(self, request: Request) -> Response:
-        if self._host is None or self._host.draining:
+        if self.failed or self._host is None or self._host.draining:
             status = "failed" if self.failed else "loading" if self._host is None else "draining"
             return JsonResponse({"status": status}, status_code=503, headers={"retry-after": "2"})
         host = self._host

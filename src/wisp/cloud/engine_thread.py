@@ -37,9 +37,12 @@ class EngineThread:
         """Start a step. The caller waits for its `done` before the next."""
         self._steps.put(step)
 
-    def stop(self) -> None:
-        """Finish the step in progress, end the thread and close the engine."""
+    def stop(self, *, hung: bool = False) -> None:
+        """Finish the step in progress, end the thread and close the engine. One that is `hung` is left alone: it ends
+        with the process."""
         self._steps.put(None)
+        if hung:
+            return
         self._thread.join()
         self.engine.close()
 

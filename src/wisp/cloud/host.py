@@ -2,22 +2,30 @@
 
 Everything here runs on the event loop. Events go in, actions are carried out, and whenever the engine is idle
 and something has changed a Tick follows once all messages at hand have been taken in.
+
+What may go wrong is handled where it does: a step that fails, a log that cannot be written. After any other exception
+nobody knows what state the verifier is in, so it is over (`vital`): its sessions are told to go elsewhere, and the
+process is asked to end. So is one whose engine is dead, or does not come back from a step.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Concatenate, ParamSpec
 
 from wisp import __version__
 from wisp.cloud.engine_thread import EngineThread
 from wisp.cloud.event_log import EventLog, LogHeader, read_events
 from wisp.cloud.metrics import Metrics
+from wisp.cloud.watchdog import LOOK_S, StepWatch, patience_s
 from wisp.core.admission import Admission, KeyLimits, Refusal
 from wisp.core.batching import batching_policy
 from wisp.core.cost import Coefficients, CostModel
+from wisp.core.errors import EngineDeadError, InternalError
 from wisp.core.events import (
     Action,
     EdgeLost,
@@ -33,13 +41,32 @@ from wisp.core.events import (
 )
 from wisp.core.messages import VERSION as PROTOCOL
 from wisp.core.messages import Cancel, Draft, Hello, Open, Refused, Verdict, Welcome, check_hello
-from wisp.core.session import State
+from wisp.core.session import Session, State
 from wisp.core.verifier import Verifier
 from wisp.engines.base import TargetEngine, Tokenizer
 
 log = logging.getLogger("wisp.host")
 
 Sender = Callable[[Verdict | Refused], None]
+P = ParamSpec("P")
+
+
+def vital(
+    method: Callable[Concatenate[VerifierHost, P], None],
+) -> Callable[Concatenate[VerifierHost, P], None]:
+    """Whatever the event loop calls here: an exception in it is the verifier's last, and after that nothing happens."""
+
+    @functools.wraps(method)
+    def guarded(host: VerifierHost, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        if host.failed is not None:
+            return
+        try:
+            method(host, *args, **kwargs)
+        except Exception as error:
+            log.critical("the verifier failed, and its process has to end", exc_info=error)
+            host.fail(InternalError(f"the verifier failed: {error!r}; the log has the traceback"))
+
+    return guarded
 
 
 class VerifierHost:
@@ -58,9 +85,12 @@ class VerifierHost:
         forecast: bool = True,
         event_log: Path | None = None,
         died: Callable[[Exception], None] = lambda error: None,
+        look_s: float = LOOK_S,
+        patience: Callable[[Run, CostModel], float] = patience_s,
     ) -> None:
-        """`cost`: what the cost model starts from; None: it learns from the first step on. `died` is called once the
-        engine will not run again, after its sessions have heard of it. Raises ConfigError.
+        """`cost`: what the cost model starts from; None: it learns from the first step on. `died` is called once this
+        verifier cannot go on, after its sessions have heard of it. Every `look_s` seconds somebody looks whether the
+        step in the engine has taken longer than `patience` gives it. Raises ConfigError.
         """
         info = engine.info
         self.info = info
@@ -80,6 +110,7 @@ class VerifierHost:
         self.verifier = Verifier(limits, batching_policy(batching), admission, CostModel(cost))
         self.metrics = Metrics(self.verifier)
         self.draining = False
+        self.failed: Exception | None = None  # why this verifier is over
         self._loop = asyncio.get_running_loop()
         self._log: EventLog | None = None
         if event_log is not None:
@@ -93,7 +124,7 @@ class VerifierHost:
                 admission.max_sessions,
                 admission.limits,
             )
-            self._log = EventLog(event_log, header, self._loop.time())
+            self._log = EventLog(event_log, header, self._loop.time(), self.metrics.event_log_lost.inc)
         self._engine = EngineThread(engine, self._loop, self._step_done)
         self._died = died
         self._senders: dict[int, Sender] = {}
@@ -103,6 +134,12 @@ class VerifierHost:
         self._tick_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._step: Run | None = None
+        self._watch = StepWatch(
+            lambda: self._step, lambda step: patience(step, self.verifier.cost), self._give_up
+        )
+        self._hangs = False  # the engine's thread is in a step, and will not come back
+        self._look_s = look_s
+        self._looks = self._loop.call_later(look_s, self._look)
 
     def welcome(self) -> Welcome:
         """What every edge is told first."""
@@ -153,14 +190,18 @@ class VerifierHost:
 
     def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
         """A message came in."""
-        key = self._keys[connection]
-        if self.draining and isinstance(message, Open):
+        if not (self.draining and isinstance(message, Open)):
+            self._receive(connection, message)
+            if self.failed is None:
+                return
+        if not isinstance(message, Cancel):
             refused = Refused(message.session, "shutting_down", "this verifier is shutting down", 1.0, True)
             self.metrics.admission(refused.code)
             self._send(connection, refused)
-            return
-        if isinstance(message, Cancel):
-            self.metrics.cancelled(message.session)
+
+    @vital
+    def _receive(self, connection: int, message: Open | Draft | Cancel) -> None:
+        key = self._keys[connection]
         if not isinstance(message, Open):
             self._feed(FromEdge(connection, key, message))
             return
@@ -177,8 +218,13 @@ class VerifierHost:
         self._keys.pop(connection, None)
         if self._sockets.pop(connection, None) is not None:
             self.metrics.connections.dec()
+        self._lose(connection)
+
+    @vital
+    def _lose(self, connection: int) -> None:
         self._feed(EdgeLost(connection))
 
+    @vital
     def limit(self, limits: dict[str, KeyLimits]) -> None:
         """The limits of keys have changed; these are all of them."""
         self._feed(KeyLimitsChanged(limits))
@@ -205,19 +251,37 @@ class VerifierHost:
         """Take no new sessions, and send those away that can open again elsewhere. Returns how many."""
         self.draining = True
         leaving = [s for s in self.verifier.sessions.values() if self._sockets.get(s.connection)]
-        for s in leaving:
-            message = "this verifier is being drained; open the session again at the front"
-            refused = Refused(s.id, "shutting_down", message, fatal=True)
-            self.metrics.sent(self._loop.time(), refused)
-            self._send(s.connection, refused)
-            self._feed(FromEdge(s.connection, s.key, Cancel(s.id)))
+        for session in leaving:
+            self._send_away(session)
         return len(leaving)
+
+    @vital
+    def _send_away(self, s: Session) -> None:
+        message = "this verifier is being drained; open the session again at the front"
+        refused = Refused(s.id, "shutting_down", message, fatal=True)
+        self.metrics.sent(self._loop.time(), refused)
+        self._send(s.connection, refused)
+        self._feed(FromEdge(s.connection, s.key, Cancel(s.id)))
+
+    def fail(self, error: Exception) -> None:
+        """This verifier is over: tell its sessions, then who can end the process."""
+        if self.failed is not None:
+            return
+        self.failed = error
+        for s in self.verifier.sessions.values():
+            refused = Refused(s.id, "shutting_down", "this verifier has failed, and ends", 1.0, fatal=True)
+            try:
+                self._send(s.connection, refused)
+            except Exception as another:  # it may be what failed, and the others should hear all the same
+                log.debug("session %s was not told: %r", s.id, another)
+        self._died(error)
 
     def stop(self) -> None:
         """End the engine thread (after its step) and free the engine. Blocks."""
         if self._timer is not None:
             self._timer.cancel()
-        self._engine.stop()
+        self._looks.cancel()
+        self._engine.stop(hung=self._hangs)
         if self._log:
             self._log.close()
 
@@ -250,11 +314,14 @@ class VerifierHost:
                 self._engine.submit(action)
             elif isinstance(action, WakeAt):
                 self._wake_at(action.at)
+            else:
+                self.metrics.ended(action)
         if not isinstance(event, Tick | StepDone) and not self._tick_due and not self.verifier.running:
             self._tick_due = True
             self._loop.call_soon(self._tick)
         return actions
 
+    @vital
     def _tick(self) -> None:
         self._tick_due = False
         self._feed(Tick())
@@ -264,14 +331,27 @@ class VerifierHost:
             self._timer.cancel()
         self._timer = self._loop.call_at(at, self._tick)
 
+    @vital
+    def _look(self) -> None:
+        self._looks = self._loop.call_later(self._look_s, self._look)
+        self._watch.look(self._look_s)
+
+    def _give_up(self, waited_s: float) -> None:
+        assert self._step is not None
+        self._hangs = True
+        message = f"a step of {len(self._step.slices)} slices has not ended after {waited_s:.0f} s"
+        log.critical("%s; the engine hangs, and the process has to end", message)
+        self.fail(EngineDeadError(message))
+
+    @vital
     def _step_done(self, done: StepDone) -> None:
         assert self._step is not None
         self.metrics.step(self._loop.time(), self._step, done)
         self._step = None
-        dead, self._engine.dead = self._engine.dead, None  # before the next step can say so, too
+        dead = self._engine.dead  # before the next step can say so, too
         self._feed(done)
         if dead is not None:
-            self._died(dead)
+            self.fail(dead)
 
     def _send(self, connection: int, message: Verdict | Refused) -> None:
         sender = self._senders.get(connection)

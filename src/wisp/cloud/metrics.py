@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from wisp.api.attainment import Attainment
 from wisp.api.scrape import add_gauges
 from wisp.core.cost import Load, load_of
-from wisp.core.events import Run, StepDone
+from wisp.core.events import Ended, Run, StepDone
 from wisp.core.messages import Open, Refused, Verdict
 from wisp.core.planning import SHORT
 from wisp.core.session import State
@@ -146,7 +146,9 @@ class Metrics:
         self.slices = Counter("wisp:engine_slices", "Slices run.", registry=r)
         self.rows = Counter("wisp:engine_tokens", "Tokens fed to the engine.", registry=r)
         self.step_errors = Counter("wisp:engine_errors", "Steps and slices that failed.", registry=r)
-        self.success = Counter("wisp:request_success", "Finished.", ["finished_reason"], registry=r)
+        self.success = Counter(
+            "wisp:request_success", "Ended: stop, length, abort or expired.", ["finished_reason"], registry=r
+        )
         self.refused = Counter("wisp:request_refused", "Refused messages.", ["code"], registry=r)
         self.drafts = Counter("wisp:spec_decode_num_drafts", "Drafts verified.", registry=r)
         self.draft_tokens = Counter("wisp:spec_decode_num_draft_tokens", "Draft tokens verified.", registry=r)
@@ -186,6 +188,9 @@ class Metrics:
             "wisp:num_preemptions", "KV that was taken from a session, or lent by it, for others.", registry=r
         )
         self._evicted = 0
+        self.event_log_lost = Counter(
+            "wisp:event_log_lost", "1 once the event log could not be written any more.", registry=r
+        )
         self.slo_lost = Counter("wisp:request_slo_lost", "Sessions whose SLO was given up.", registry=r)
         self.attainment = Attainment(r)
         for tally in (self.interference, self.slack):
@@ -194,9 +199,6 @@ class Metrics:
 
     def opened(self, now: float, open_: Open, key: str) -> None:
         """A session is opened or resumed."""
-        if len(self._seen) > 2 * len(self._verifier.sessions) + 64:  # sessions that ended without a verdict
-            live = {s.id for s in self._verifier.sessions.values()}
-            self._seen = {id_: seen for id_, seen in self._seen.items() if id_ in live}
         self._seen.setdefault(open_.session, _Seen(now))
 
     def sent(self, now: float, message: Verdict | Refused) -> None:
@@ -221,10 +223,10 @@ class Metrics:
             self.e2e.observe(now - seen.opened)
             del self._seen[message.session]
 
-    def cancelled(self, session: str) -> None:
-        """Its user left, or has enough (a stop string)."""
-        if self._seen.pop(session, None) is not None:
-            self.success.labels("abort").inc()
+    def ended(self, ended: Ended) -> None:
+        """A session ended without a message: its user left or has enough (a stop string), or its edge was gone."""
+        if self._seen.pop(ended.session, None) is not None:
+            self.success.labels(ended.why).inc()
 
     def admission(self, outcome: str) -> None:
         """A session was to be opened."""

@@ -1,7 +1,8 @@
 """The session WebSocket: frames in, `core.messages` out. Plain ASGI, since this is the hot path.
 
 One task reads; one task writes what the verifier has to say. A frame that is not a message is answered with
-Refused and changes nothing. A peer that does not read what it is sent is cut off.
+Refused and changes nothing. A peer that does not read what it is sent is cut off: here where too much waits for it, and
+below where nothing gets on (`api.connections`). How much is read for a key is bounded, whatever comes of it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Protocol
 
 from starlette.types import Receive, Scope, Send
 
+from wisp.api.connections import FRAME_LIMIT
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.messages import (
-    MAX_FRAME,
     SUBPROTOCOL,
     Cancel,
     Draft,
@@ -29,13 +30,16 @@ from wisp.core.messages import (
     Welcome,
     decode_from_edge,
     encode,
+    frame_limit,
 )
 
 log = logging.getLogger("wisp.sockets")
 
 MAX_BACKLOG = 8 << 20  # bytes not yet taken by the peer
 HELLO_TIMEOUT_S = 10.0
-
+READ_RATE = 4 << 20  # bytes of Opens a second for a key: reading them takes a sixteenth of a core
+READ_BURST = 16 << 20  # bytes at once, so that many sessions may come back together
+LONGEST_WAIT_S = 10.0  # at a time: pings are not answered meanwhile, and must be within 20 s
 
 Sender = Callable[[Verdict | Refused | Redirect], None]
 
@@ -52,22 +56,41 @@ class SessionHost(Protocol):
     def detach(self, connection: int) -> None: ...
 
 
+class Reading:
+    """What has been read for a key, over all of its connections: a bucket that may be overdrawn."""
+
+    def __init__(self) -> None:
+        self._paid_at = 0.0  # when what has been read would have been read at READ_RATE
+
+    def charge(self, now: float, size: int) -> float:
+        """`size` bytes were read. Returns the seconds for which no more should be."""
+        self._paid_at = max(self._paid_at, now - READ_BURST / READ_RATE) + size / READ_RATE
+        return max(0.0, self._paid_at - now)
+
+
 class SessionSocket:
     """One edge's connection."""
 
     def __init__(
-        self, host: SessionHost, key: str, receive: Receive, send: Send, authorize: Callable[[], str]
+        self,
+        host: SessionHost,
+        key: str,
+        receive: Receive,
+        send: Send,
+        authorize: Callable[[], str],
+        reading: Reading,
     ) -> None:
-        """`authorize` raises RequestError once the key has been revoked."""
+        """`authorize` raises RequestError once the key has been revoked. `reading` is the key's."""
         self.host = host
         self.key = key
         self._authorize = authorize
         self._receive = receive
         self._send = send
+        self._reading = reading
         self._out: deque[bytes] = deque()
         self._backlog = 0
         self._more = asyncio.Event()
-        self._overrun = False
+        self._overrun = asyncio.Event()
 
     async def run(self) -> None:
         """Handshake, then read until the peer is gone."""
@@ -76,23 +99,40 @@ class SessionSocket:
         if hello is None:
             return
         connection = host.attach(self.key, self.post, movable=hello.redirects, close=self.close)
-        writer = asyncio.create_task(self._write())
+        tasks = [
+            asyncio.create_task(t) for t in (self._read(connection), self._write(), self._overrun.wait())
+        ]
         try:
-            while (frame := await self._frame()) is not None and not self._overrun:
-                try:
-                    message = decode_from_edge(frame)
-                    if isinstance(message, Hello):
-                        raise ProtocolError("out_of_turn", "hello was said already")
-                except ProtocolError as error:
-                    self.post(Refused("", error.code, str(error)))
-                    continue
-                if isinstance(message, Open) and self._revoked():
-                    await self._send({"type": "websocket.close", "code": 4401, "reason": "key revoked"})
-                    return
-                host.receive(connection, message)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             host.detach(connection)
-            writer.cancel()
+            for task in tasks:
+                task.cancel()
+        for task in done:
+            task.result()
+
+    async def _read(self, connection: int) -> None:
+        while (frame := await self._frame()) is not None:
+            try:
+                message = decode_from_edge(frame)
+                if isinstance(message, Hello):
+                    raise ProtocolError("out_of_turn", "hello was said already")
+            except ProtocolError as error:
+                self.post(Refused("", error.code, str(error)))
+                await self._pay(len(frame))
+                continue
+            if isinstance(message, Open) and self._revoked():
+                await self._send({"type": "websocket.close", "code": 4401, "reason": "key revoked"})
+                return
+            self.host.receive(connection, message)
+            if isinstance(message, Open):
+                await self._pay(len(frame))
+
+    async def _pay(self, size: int) -> None:
+        """An Open, or what is no message, costs time whatever is made of it: read no more until that is paid for."""
+        wait_s = self._reading.charge(asyncio.get_running_loop().time(), size)
+        if wait_s:
+            await asyncio.sleep(min(wait_s, LONGEST_WAIT_S))
 
     def _revoked(self) -> bool:
         """Checked before each session: a connection may outlive its key by far."""
@@ -106,7 +146,7 @@ class SessionSocket:
         frame = encode(message)
         self._backlog += len(frame)
         if self._backlog > MAX_BACKLOG:
-            self._overrun = True
+            self._overrun.set()
         self._out.append(frame)
         self._more.set()
 
@@ -156,14 +196,9 @@ class SessionSocket:
                         return
                     await self._bytes(frame)
                     self._backlog -= len(frame)
-                    if self._overrun:
-                        await self._send(
-                            {"type": "websocket.close", "code": 1013, "reason": "reads too slowly"}
-                        )
-                        return
         except asyncio.CancelledError:
             raise
-        except Exception as error:  # the peer is gone; the reader will notice
+        except Exception as error:  # the peer is gone
             log.debug("writing failed: %r", error)
 
     async def _bytes(self, frame: bytes) -> None:
@@ -176,6 +211,7 @@ class SessionEndpoint:
     def __init__(self, host: Callable[[], SessionHost], authorize: Callable[[str | None], str]) -> None:
         self.host = host
         self.authorize = authorize
+        self._reading: dict[str, Reading] = {}  # by key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -185,11 +221,15 @@ class SessionEndpoint:
 
         try:
             key = authorize()
-            socket = SessionSocket(self.host(), key, receive, send, authorize)
+            host = self.host()
+            context = host.welcome().context
         except RequestError as error:  # a wrong key, or the model is still loading
             await deny(receive, send, scope, error)
             return
-        await socket.run()
+        if (limit := scope.get("extensions", {}).get(FRAME_LIMIT)) is not None:
+            limit(frame_limit(context))
+        reading = self._reading.setdefault(key, Reading())
+        await SessionSocket(host, key, receive, send, authorize, reading).run()
 
 
 async def deny(receive: Receive, send: Send, scope: Scope, error: RequestError) -> None:
@@ -205,4 +245,4 @@ async def deny(receive: Receive, send: Send, scope: Scope, error: RequestError) 
         await send({"type": "websocket.close", "code": 4401, "reason": str(error)})
 
 
-__all__ = ["MAX_FRAME", "SessionEndpoint", "SessionSocket"]
+__all__ = ["SessionEndpoint", "SessionSocket"]

@@ -60,6 +60,8 @@ class ThinBackend:
                         if action.finish:
                             return
                 message = await inbox.get()
+                if host.failed is not None:  # nothing is to be had here any more
+                    raise UnavailableError("this server has failed, and ends", retry_after=2.0)
                 actions = (
                     drafter.refused(message)
                     if isinstance(message, Refused)

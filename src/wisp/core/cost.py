@@ -29,6 +29,7 @@ from wisp.core.work import Slice
 
 Vector = npt.NDArray[np.float64]
 FORGET_FAST = 0.93
+LEAST_MS = 1e-3  # of any step: so much can be measured, and nothing has to be afraid of a time of 0
 
 
 class Load(msgspec.Struct, frozen=True, gc=False):
@@ -91,17 +92,22 @@ class Coefficients(msgspec.Struct, frozen=True):
     slice: float = 0.0
 
     def ms(self, load: Load) -> float:
-        """Predicted time of a step."""
-        new, knee = load.new, self.knee
+        """Predicted time of a step, never 0."""
+        return self.ms_of(load.new, load.attention, load.cached, load.slices)
+
+    def ms_of(self, new: int, attention: int, cached: int, slices: int) -> float:
+        """The same, without the trouble of making a Load: for where thousands are asked for."""
+        knee = self.knee
         beyond = new - knee if knee else 0
-        return (
+        ms = (
             self.step
             + self.token * new
-            + self.cached * load.cached
-            + self.attention * load.attention
-            + self.slice * load.slices
+            + self.cached * cached
+            + self.attention * attention
+            + self.slice * slices
             + (self.beyond * beyond if beyond > 0 else 0.0)
         )
+        return ms if ms > LEAST_MS else LEAST_MS
 
 
 def rows(loads: Sequence[Load], knee: int) -> Vector:
@@ -254,10 +260,10 @@ class CostModel:
 
     def observe(self, load: Load, ms: float) -> None:
         """A step took `ms`. Compares it with the prediction, then learns from it."""
-        if not 1e-3 <= ms < 1e9 or load.new <= 0:
+        if not LEAST_MS <= ms < 1e9 or load.new <= 0:
             return
         self.steps += 1
-        ratio = ms / max(self.ms(load), 1e-6)
+        ratio = ms / self.ms(load)
         self._errors.append(ratio)
         if self.steps < 20 or self.steps % 5 == 0:
             self._summarise()

@@ -5,6 +5,7 @@ WispError
 ├── ModelError           a model that cannot be found, fetched, checked or loaded
 ├── EngineError          the engine failed, or was asked for something it cannot do
 │   └── EngineDeadError  it will not run again in this process
+├── InternalError        a fault of WISP's own, after which this process cannot go on
 ├── ProtocolError        the other side sent something it may not send
 ├── RequestError         a generation that cannot be served as asked (carries an OpenAI error shape)
 └── UnavailableError     no verifier within the stated time
@@ -31,6 +32,10 @@ class EngineError(WispError):
 
 class EngineDeadError(EngineError):
     """The engine will not run again: this process is of no more use as a verifier."""
+
+
+class InternalError(WispError):
+    """A fault of WISP's own, after which this process cannot go on. The log has its traceback."""
 
 
 class ProtocolError(WispError):

@@ -89,4 +89,11 @@ class WakeAt(msgspec.Struct, frozen=True, array_like=True, tag="wake_at"):
     at: float
 
 
-Action = Send | Run | WakeAt
+class Ended(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
+    """A session ended, and there is nobody to tell: `why` is "abort" (cancelled) or "expired" (its edge was gone)."""
+
+    session: str
+    why: str
+
+
+Action = Send | Run | WakeAt | Ended

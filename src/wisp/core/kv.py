@@ -13,7 +13,8 @@ them, the time to the first token would tell one customer what another has asked
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 
 import msgspec
@@ -21,12 +22,19 @@ import msgspec
 Sharers = tuple[str, str]  # API key and salt: those whose sessions may share prefixes
 COPY_FROM = 16  # tokens; a shorter common prefix is computed again rather than copied
 
+Tokens = array  # of ids, four bytes each: in lists of long prompts they take nine times as much
+
+
+def packed(ids: Iterable[int]) -> Tokens[int]:
+    """Token ids as they are kept: equal only to their like, so pack what is to be compared."""
+    return array("I", ids)
+
 
 class Slot(msgspec.Struct):
     """`tokens` are those whose KV is valid, in order; `owner` is a session handle or None."""
 
     index: int
-    tokens: list[int] = []
+    tokens: Tokens[int] = msgspec.field(default_factory=lambda: packed(()))
     owner: int | None = None
     key: Sharers = ("", "")
     used: float = 0.0  # time of last use
@@ -74,7 +82,7 @@ class KvPool:
         now: float,
         session: int,
         key: Sharers,
-        chain: Sequence[int],
+        chain: Tokens[int],
         evictable: Callable[[int], bool],
     ) -> Placement | None:
         """A slot for `session` whose tokens are `chain`; None if every slot is owned and busy.
@@ -95,7 +103,7 @@ class KvPool:
         evicted = victim.owner
         if evicted is None and self._left.pop(victim.index, None) is None:
             heappop(self._empty)  # it was the first of them
-        self._set(victim, list(chain[:start]), key)
+        self._set(victim, chain[:start], key)
         victim.owner, victim.used = session, now
         return Placement(victim.index, start, copy_from, evicted)
 
@@ -148,17 +156,17 @@ class KvPool:
         owned = (s for s in self.slots if s.owner is not None and not keep(s.owner))
         return self.free + sum(len(s.tokens) for s in owned)
 
-    def record(self, now: float, slot: int, tokens: list[int]) -> None:
+    def record(self, now: float, slot: int, tokens: Iterable[int]) -> None:
         """The slot now holds the KV of exactly `tokens`."""
-        self._set(self.slots[slot], tokens, self.slots[slot].key)
+        self._set(self.slots[slot], packed(tokens), self.slots[slot].key)
         self.slots[slot].used = now
 
-    def grow(self, now: float, slot: int, tokens: list[int]) -> None:
+    def grow(self, now: float, slot: int, tokens: Tokens[int]) -> None:
         """The slot now holds the KV of `tokens` too, behind what it held. Costs nothing for what it held."""
         held = self.slots[slot]
         held.used = now
         if not held.tokens:
-            self._set(held, list(tokens), held.key)
+            self._set(held, tokens[:], held.key)
         elif tokens:
             self.held += len(tokens)
             held.tokens += tokens
@@ -174,7 +182,7 @@ class KvPool:
             return  # already, and nothing left
         free.owner = None
         if not keep:
-            self._set(free, [], free.key)
+            self._set(free, packed(()), free.key)
         if free.tokens:
             self._left[slot] = free
         else:
@@ -195,7 +203,7 @@ class KvPool:
         """Slots of live sessions."""
         return len(self.slots) - len(self._left) - len(self._empty)
 
-    def _set(self, slot: Slot, tokens: list[int], key: Sharers) -> None:
+    def _set(self, slot: Slot, tokens: Tokens[int], key: Sharers) -> None:
         self.held += len(tokens) - len(slot.tokens)
         if slot.tokens:
             beginning = (slot.key, slot.tokens[0])
@@ -215,7 +223,7 @@ class KvPool:
         idle = (s for s in self.slots if s.owner is not None and evictable(s.owner))
         return min(idle, key=_oldest, default=None)
 
-    def _longest_prefix(self, key: Sharers, chain: Sequence[int]) -> tuple[Slot | None, int]:
+    def _longest_prefix(self, key: Sharers, chain: Tokens[int]) -> tuple[Slot | None, int]:
         best: Slot | None = None
         shared = 0
         alike = self._beginnings.get((key, chain[0]), ()) if chain else ()

@@ -28,7 +28,11 @@ from wisp.core.work import TokenLogprob
 
 VERSION = 1
 SUBPROTOCOL = "wisp.v1"
-MAX_FRAME = 4 << 20  # bytes; a prompt of a million tokens fits, an attack on memory does not
+MAX_FRAME = (
+    4 << 20
+)  # bytes that an edge takes; a prompt of a million tokens fits, an attack on memory does not
+TOKEN_BYTES = 5  # of a token id at most
+FRAME_EXTRA = 1 << 18  # bytes for all of an Open that is not prompt or committed tokens, with much to spare
 
 # What edges make up is short, since it is remembered: printable ASCII without blanks.
 SessionId = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{8,64}\Z")]
@@ -186,6 +190,11 @@ def decode_from_cloud(frame: bytes) -> FromCloud:
         return _from_cloud.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError("malformed", f"not a {SUBPROTOCOL} message from a verifier: {error}") from None
+
+
+def frame_limit(context: int) -> int:
+    """Bytes that a verifier takes in a frame: an Open that fills its context of so many tokens, and no more."""
+    return FRAME_EXTRA + TOKEN_BYTES * context
 
 
 def check_hello(hello: Hello, fingerprint: str, model: str) -> None:

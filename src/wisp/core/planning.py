@@ -241,7 +241,7 @@ class Planner:
         draft = s.pending.draft[: grant.tokens - (end - start)] if last and s.pending else []
         self.kv.touch(now, slot)
         # In the order of Slice's fields, as in `work_of`.
-        tokens, n_draft, position = chain[start:end] + draft, len(draft), len(chain) - s.n_prompt
+        tokens, n_draft, position = chain[start:end].tolist() + draft, len(draft), len(chain) - s.n_prompt
         return Slice(s.handle, slot, start, tokens, n_draft, last, position, s.sampling, s.logprobs)
 
 

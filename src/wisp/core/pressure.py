@@ -18,7 +18,7 @@ class Pressure:
 
     def planned(self, step_ms: float, left_ms: float) -> None:
         """A step of so long was planned, and work of `left_ms` left out."""
-        share = min(1.0, left_ms / step_ms) if step_ms > 0 else 0.0
+        share = min(1.0, left_ms / step_ms)
         self.utilisation += 0.05 * (share - self.utilisation)
 
     def stepped(self, tokens: int, ms: float) -> None:

@@ -17,7 +17,7 @@ import msgspec
 
 from wisp.core.batching import Work
 from wisp.core.errors import ProtocolError
-from wisp.core.kv import common_prefix
+from wisp.core.kv import Tokens, common_prefix, packed
 from wisp.core.messages import Draft, Open, Verdict
 from wisp.core.work import TokenLogprob
 
@@ -143,7 +143,7 @@ class Session:
         self.tpot_s = open_.slo.tpot_ms / 1e3 * PACE_HERE if open_.slo else 0.0
         self.serve = open_.serve
         self.n_prompt = len(open_.prompt)
-        self.chain: list[int] = [*open_.prompt, *open_.committed]
+        self.chain = _chain(open_)
         self.entries: list[TokenLogprob] = []  # log probabilities of the last tokens of the chain
         self.slot: int | None = None
         self.cached = 0  # tokens of the chain whose KV is in the slot
@@ -209,7 +209,7 @@ class Session:
 
     def committed_from(self, base: int) -> list[int]:
         """Generated tokens from `base` on."""
-        return self.chain[self.n_prompt + base :]
+        return self.chain[self.n_prompt + base :].tolist()
 
     def entries_from(self, base: int) -> list[TokenLogprob]:
         """Their log probabilities, as far as known: exactly one each, or none."""
@@ -310,7 +310,7 @@ class Session:
         """
         same = (
             self.n_prompt == len(open_.prompt)
-            and self.chain[: self.n_prompt] == open_.prompt
+            and self.chain[: self.n_prompt] == packed(open_.prompt)
             and self.sampling == open_.sampling
             and self.max_tokens == open_.max_tokens
             and self.ignore_eos == open_.ignore_eos
@@ -325,7 +325,7 @@ class Session:
         if shared < min(len(mine), len(open_.committed)):
             raise ProtocolError("conflict", f"two histories of this session differ at token {shared}")
         if len(open_.committed) > len(mine):
-            self.chain = [*open_.prompt, *open_.committed]
+            self.chain = _chain(open_)
             self.entries = []
             self.discard = self.state in IN_ENGINE
         self.heard = len(open_.committed)
@@ -334,3 +334,9 @@ class Session:
         self.pending = None
         self.inbox = None
         self.verdict = None
+
+
+def _chain(open_: Open) -> Tokens[int]:
+    chain = packed(open_.prompt)
+    chain.fromlist(open_.committed)
+    return chain

@@ -21,6 +21,7 @@ from wisp.core.cost import CostModel, Load, decoding_of
 from wisp.core.errors import ProtocolError
 from wisp.core.events import (
     Action,
+    Ended,
     FromEdge,
     InEvent,
     KeyLimitsChanged,
@@ -130,7 +131,7 @@ class Verifier:
             elif isinstance(message, Draft):
                 answer = self._draft(now, event.connection, message)
             else:
-                self._cancel(event.connection, message)
+                return self._cancel(event.connection, message)
         except ProtocolError as error:
             retry_after = error.retry_after if isinstance(error, Refusal) else 0.0
             fatal = isinstance(message, Open) and message.session not in self._by_id
@@ -178,6 +179,8 @@ class Verifier:
             message = "all places are taken, and this one went to another; try again"
             refused = Refused(session.id, "overloaded", message, retry_after=1.0, fatal=True)
             actions.append(Send(session.connection, refused))
+        else:
+            actions.append(Ended(session.id, "expired"))
         self._stop(session)
         return True
 
@@ -239,10 +242,12 @@ class Verifier:
         self.files.put(session)
         return answer
 
-    def _cancel(self, connection: int, cancel: Cancel) -> None:
+    def _cancel(self, connection: int, cancel: Cancel) -> list[Action]:
         session = self._by_id.get(cancel.session)
-        if session is not None and session.connection == connection:
-            self._stop(session)
+        if session is None or session.connection != connection:
+            return []
+        self._stop(session)
+        return [Ended(session.id, "abort")]
 
     def _stop(self, session: Session) -> None:
         """End it: at once, or with the step that it takes part in. Its name and its place are free in any case."""
@@ -309,12 +314,15 @@ class Verifier:
         session.serve = False
         self.files.put(session)
 
-    def _expire(self, now: float) -> None:
+    def _expire(self, now: float) -> list[Action]:
+        actions: list[Action] = []
         while self.files.parked:
             session = next(iter(self.files.parked.values()))
             if session.since + self.limits.park_s > now:
                 break
             self._stop(session)
+            actions.append(Ended(session.id, "expired"))
+        return actions
 
     def _end(self, session: Session) -> None:
         """Forget a session. Its KV stays in the slot for a follow-up turn, until someone needs the room."""
@@ -328,7 +336,7 @@ class Verifier:
     # --- steps
 
     def _tick(self, now: float) -> list[Action]:
-        self._expire(now)
+        actions = self._expire(now)
         files = self.files
         wakes = [next(iter(files.parked.values())).since + self.limits.park_s] if files.parked else []
         if self._step is None and (files.ready or (files.absent and self.policy.absentees)):
@@ -336,9 +344,12 @@ class Verifier:
             if step is not None:
                 self._step = {s.session: s for s in step.slices}
                 self._load, self._dispatched = self.planner.load, now
-                return [step]
+                actions.append(step)
+                return actions
             wakes.append(wake_at if wake_at is not None else now + self.limits.idle_s)
-        return [WakeAt(min(wakes))] if wakes else []
+        if wakes:
+            actions.append(WakeAt(min(wakes)))
+        return actions
 
     def _step_done(self, now: float, event: StepDone) -> list[Action]:
         assert self._step is not None
@@ -349,7 +360,7 @@ class Verifier:
             return actions
         # From dispatch to dispatch: what the host does between steps takes time from everybody, too.
         self.cost.observe(self._load, max(event.engine_ms, (now - self._dispatched) * 1e3))
-        decoding = self.cost.ms(decoding_of(step.values())) / max(self.cost.ms(self._load), 1e-9)
+        decoding = self.cost.ms(decoding_of(step.values())) / self.cost.ms(self._load)
         self.pressure.stepped(sum(len(r.tokens) for r in event.results), event.engine_ms * min(decoding, 1.0))
         self.price = self.pressure.price(self.cost.token_ms(self._load))
         for result in event.results:
@@ -377,7 +388,7 @@ class Verifier:
             self._next(now, s, actions)
             return
         tokens, finish = self._cut(s, result.tokens) if slice_.sample else ([], "")
-        s.chain += tokens
+        s.chain.fromlist(tokens)
         if s.logprobs is not None:
             s.entries += result.logprobs[: len(tokens)]
         fed = slice_.start + len(slice_.tokens) - slice_.n_draft + result.accepted
@@ -400,7 +411,8 @@ class Verifier:
                 queue_ms=(self._dispatched - p.since) * 1e3,
                 engine_ms=engine_ms,
             )
-        connection = -1 if s.state is DOOMED else s.connection
+        doomed = s.state is DOOMED
+        connection = -1 if doomed else s.connection
         more = not slice_.sample or (s.serve and not finish)
         self._settle(now, s, cached=min(fed, len(s.chain)), more=more)
         if finish:
@@ -410,6 +422,8 @@ class Verifier:
                 self._end(s)
         if verdict is not None and connection >= 0:
             actions.append(Send(connection, verdict))
+        elif finish and not doomed:
+            actions.append(Ended(s.id, "expired"))
         if s.inbox is not None and s.state is not ENDED:
             self._next(now, s, actions)
 
@@ -451,7 +465,8 @@ class Verifier:
 
     def _fail(self, s: Session, code: str, message: str, actions: list[Action]) -> None:
         """End a session that the engine could not serve. Its edge may open it again."""
-        connection = -1 if s.state is DOOMED else s.connection
+        doomed = s.state is DOOMED
+        connection = -1 if doomed else s.connection
         s.go(FINISHED)
         if s.slot is not None:
             self.kv.drop(s.slot)
@@ -460,3 +475,5 @@ class Verifier:
         if connection >= 0:
             refused = Refused(s.id, code, message, retry_after=1.0, fatal=True)
             actions.append(Send(connection, refused))
+        elif not doomed:
+            actions.append(Ended(s.id, "expired"))

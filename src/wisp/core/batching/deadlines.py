@@ -46,6 +46,7 @@ PUT_BACK = 150  # pieces placed again in attempts to put something back
 STARTS = 128  # pieces with which the first step might begin, with far too many
 FEW = 12  # pieces, for which a second schedule is made
 KEEP = 1e3  # tokens that delivering a piece at all is worth in that
+LEAST_S = 1e-12  # that a piece adds to a step: some machines' time is all in the step itself
 EPS = 1e-9  # seconds; sums in another order differ by less
 
 _due = attrgetter("due")
@@ -172,7 +173,7 @@ class _Schedule:
             shorter = self._cost(w, w.new - w.n_draft)
             if seconds > gain * shorter:
                 gain, seconds = 1.0, shorter
-        return gain / max(seconds, 1e-12), seconds
+        return gain / seconds, seconds
 
     def fill(self, order: Sequence[Work]) -> None:
         """Plan for the pieces, as far as we look."""
@@ -364,11 +365,11 @@ class _Schedule:
             heappush(self.heap, (form.rate, i, k))
 
     def _cost(self, w: Work, new: int) -> float:
-        """What a piece adds to a step."""
+        """What a piece adds to a step, never 0."""
         seconds = new * (self.token + self.attention * (w.cached + new)) + self.cached * w.cached + self.slice
         if new > self.most and w.kind is Kind.PREFILL:
             seconds += (self.fixed + self.slice) * ((new - 1) // self.most)
-        return seconds
+        return max(seconds, LEAST_S)
 
     def _forms(self, w: Work) -> list[_Form]:
         """From whole to dropped. Shorter drafts as long as they lose fewer tokens per second than dropping it would."""
@@ -379,9 +380,9 @@ class _Schedule:
         while draft:
             cut = (draft + 3) // 4
             shorter, less = self._cost(w, new - cut), gains[draft - cut] + self.keep
-            rate = (gain - less) / max(seconds - shorter, 1e-12)
+            rate = (gain - less) / max(seconds - shorter, LEAST_S)
             if rate * seconds > gain:
                 break
             out.append(_Form(new, seconds, gain, rate))
             new, seconds, gain, draft = new - cut, shorter, less, draft - cut
-        return [*out, _Form(new, seconds, gain, gain / max(seconds, 1e-12)), _Form(0, 0.0, 0.0, math.inf)]
+        return [*out, _Form(new, seconds, gain, gain / seconds), _Form(0, 0.0, 0.0, math.inf)]

@@ -16,7 +16,7 @@ import msgspec
 from wisp.core.admission import Admission
 from wisp.core.batching import batching_policy
 from wisp.core.errors import EngineError
-from wisp.core.events import Action, EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick
+from wisp.core.events import Action, EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
 from wisp.core.messages import Cancel, Draft, Open, Verdict, decode_from_edge, encode
 from wisp.core.session import IN_ENGINE
 from wisp.core.verifier import Verifier
@@ -153,7 +153,7 @@ class Cloud:
             elif isinstance(action, Run):
                 self.counts["decoded_for_absent_edges"] += sum(s.session in absent for s in action.slices)
                 self._run(action)
-            else:
+            elif isinstance(action, WakeAt):
                 self._wake(action.at)
         if not isinstance(event, Tick) and not self._tick_due and not self.verifier.running:
             self._tick_due = True

@@ -19,7 +19,7 @@ from wisp.core.cost import Coefficients, CostModel, Load, load_of
 from wisp.core.drafter import DONE, Action, Drafter, Task
 from wisp.core.drafting import Ahead, Policies
 from wisp.core.errors import RequestError
-from wisp.core.events import EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick
+from wisp.core.events import EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.pace import Pace
 from wisp.core.sampling import Sampling
@@ -156,7 +156,7 @@ class Cloud:
                     sender(message)
             elif isinstance(action, Run):
                 self._run(action)
-            else:
+            elif isinstance(action, WakeAt):
                 self._wake_at(action.at)
         if not (verifier.running or self._tick_due or isinstance(event, Tick)):
             self._tick_due = True
