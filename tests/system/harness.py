@@ -15,15 +15,15 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
+from waiting import PATIENCE_S, eventually
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
@@ -50,19 +50,9 @@ MODEL = served_name(TARGET)
 ENGINE = os.environ.get("WISP_TEST_ENGINE", "llama.cpp")  # `make test-vllm` runs the same tests on vLLM
 MODE = "exact" if ENGINE == "llama.cpp" else "fast"
 
-START_S = 30.0 if ENGINE == "llama.cpp" else 300.0  # vLLM: ten seconds of CPU for each of its processes
-T = TypeVar("T")
+START_S = PATIENCE_S if ENGINE == "llama.cpp" else 600.0  # vLLM: ten seconds of CPU for each of its processes
 # Without `verify`: certificates are for the edges to check, and loading them for each request takes long.
-HTTP: dict[str, Any] = {"trust_env": False, "timeout": 60.0, "verify": False}
-
-
-def eventually(look: Callable[[], T], timeout_s: float = 15.0) -> T:
-    """Poll until `look` returns something true. What it last returned is in the error."""
-    deadline = time.monotonic() + timeout_s
-    while not (seen := look()):
-        assert time.monotonic() < deadline, f"not within {timeout_s} s; last seen: {seen!r}"
-        time.sleep(0.02)
-    return seen
+HTTP: dict[str, Any] = {"trust_env": False, "timeout": PATIENCE_S, "verify": False}
 
 
 def free_port() -> int:
@@ -137,7 +127,7 @@ class Process:
         self.popen.kill()
         self.popen.wait()
 
-    def wait(self, timeout_s: float = 15.0) -> int:
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
         """The exit status."""
         return self.popen.wait(timeout_s)
 
@@ -198,7 +188,7 @@ class Fleet:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
         )
 
@@ -350,6 +340,8 @@ class Peer:
             compression=None,
             proxy=None,
             max_size=None,
+            open_timeout=PATIENCE_S,
+            ping_interval=None,
             close_timeout=1,
         )
         self.socket: ClientConnection = self._stack.enter_context(connection)
@@ -368,7 +360,7 @@ class Peer:
     def say(self, message: Message | bytes | str) -> None:
         self.socket.send(encode(message) if isinstance(message, Message) else message)
 
-    def hear(self, timeout_s: float = 10.0) -> FromCloud:
+    def hear(self, timeout_s: float = PATIENCE_S) -> FromCloud:
         frame = self.socket.recv(timeout_s)
         assert isinstance(frame, bytes)
         return decode_from_cloud(frame)

@@ -66,8 +66,8 @@ def test_an_edge_that_is_killed_leaves_parked_sessions_that_are_freed(fleet: Fle
         one.until(lambda answer: len(answer.text) > 5)
         two.until(lambda answer: len(answer.text) > 5)
         edge.kill()
-    eventually(lambda: server.metrics()["wisp:num_requests_parked"] == 2, 0.9)
-    eventually(lambda: idle(server), 5)  # --park-s 1
+    eventually(lambda: server.metrics()["wisp:num_requests_parked"] == 2)
+    eventually(lambda: idle(server))  # --park-s 1
 
 
 def test_a_line_that_drops_in_the_middle_of_a_round_loses_nothing(fleet: Fleet, server: Process) -> None:
@@ -121,7 +121,7 @@ def test_without_a_verifier_answers_fail_clearly_and_in_time(fleet: Fleet) -> No
     assert int(fresh.headers["retry-after"]) >= 1
     assert "wisp serve" in fresh.error["message"]
     server.start()
-    eventually(lambda: edge.health() == 200, 30)
+    eventually(lambda: edge.health() == 200)
     assert ask(edge.url, "Anyone?").status == 200
 
 
