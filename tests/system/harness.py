@@ -162,8 +162,9 @@ class Fleet:
         env: Mapping[str, str] | None = None,
         ready: bool = True,
     ) -> Process:
-        """`wisp serve`; a small one unless flags say otherwise."""
+        """`wisp serve`; a small one, and patient, unless flags say otherwise."""
         words = ["--target", target, "--engine", engine, "--threads", "1", "--slots", "4", "--context", "512"]
+        words += ["--drain-s", "600"]
         return self._process("serve", [*words, *flags], port or free_port(), env, ready)
 
     def edge(
@@ -175,9 +176,9 @@ class Fleet:
         env: Mapping[str, str] | None = None,
         ready: bool = True,
     ) -> Process:
-        """`wisp edge` against the verifier at `server`. It always drafts, whether that pays here or not."""
+        """`wisp edge` against the verifier at `server`, and patient. It always drafts, whether that pays or not."""
         words = ["--server", server, "--draft", draft, "--drafting", drafting]
-        words += ["--threads", "1", "--keep-alive-s", "0.2"]
+        words += ["--threads", "1", "--keep-alive-s", "0.2", "--give-up-s", "600"]
         return self._process("edge", [*words, *flags], free_port(), env, ready)
 
     def run(self, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
