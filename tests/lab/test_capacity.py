@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,9 +12,9 @@ import msgspec
 import psutil
 import pytest
 from typer.testing import CliRunner
-from waiting import eventually
 
 import wisp.lab.sim.runs
+from waiting import eventually
 from wisp.cli import app
 from wisp.core.errors import ConfigError
 from wisp.lab.sim.capacity import Search, capacity, variants

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from waiting import PATIENCE_S, eventually
 
+from waiting import PATIENCE_S, eventually
 from wisp.lab import children as module
 from wisp.lab.children import Child, ChildError, Children, free_ports
 

@@ -37,7 +37,11 @@ def test_a_page_of_what_was_found(
     def made(job: Job) -> Report:
         missed = 0.0 if job.scenario.devices_n <= 40 else 0.5
         return msgspec.structs.replace(
-            blank, violation_rate=missed, system=job.system.name, seed=job.seed, devices=job.scenario.devices_n
+            blank,
+            violation_rate=missed,
+            system=job.system.name,
+            seed=job.seed,
+            devices=job.scenario.devices_n,
         )
 
     monkeypatch.setattr(runs, "run", made)

@@ -16,8 +16,8 @@ import msgspec
 import pytest
 import simpy
 from typer.testing import CliRunner
-from waiting import PATIENCE_S
 
+from waiting import PATIENCE_S
 from wisp.api.process import event_loop_factory
 from wisp.cli import app
 from wisp.core.errors import ConfigError, UnavailableError

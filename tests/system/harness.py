@@ -23,10 +23,10 @@ from types import TracebackType
 from typing import Any
 
 import httpx
-from waiting import PATIENCE_S, eventually
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
+from waiting import PATIENCE_S, eventually
 from wisp.core.messages import (
     SUBPROTOCOL,
     VERSION,

@@ -93,7 +93,6 @@ def test_limits_are_429_with_retry_after_for_thin_clients_and_through_an_edge(
     for _ in range(2):
         assert ask(server.url, "Hi", key="bob-secret", max_tokens=2).status == 200
     for answer in (  # well before half a minute brings another request
-
         ask(server.url, "Hi", key="bob-secret"),
         ask(server.url, "Hi", key="bob-secret", stream=True),
         ask(edge.url, "Hi"),

@@ -35,8 +35,8 @@ from harness import (
     free_port,
     opening,
 )
-from waiting import PATIENCE_S
 
+from waiting import PATIENCE_S
 from wisp.api.backend import Generation
 from wisp.core.drafting import Policies
 from wisp.core.messages import VERSION, Cancel, Draft, Hello, Redirect, Refused

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import ENGINE, Fleet, ask, eventually
+from harness import ENGINE, START_S, Fleet, ask, eventually
 
 import wisp.engines
 
