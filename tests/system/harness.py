@@ -7,6 +7,8 @@ clients that see every byte; `Peer` speaks the session protocol by hand; `Cutter
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -55,11 +57,18 @@ START_S = PATIENCE_S if ENGINE == "llama.cpp" else 600.0  # vLLM: ten seconds of
 HTTP: dict[str, Any] = {"trust_env": False, "timeout": PATIENCE_S, "verify": False}
 
 
+# Below the ports that the system gives to outgoing connections, or one of those could take a port before it is used.
+# Above each there is room for the replicas of a front; and each process of tests begins elsewhere.
+PORTS = itertools.cycle(20_000 + (os.getpid() * 37 + n) % 1_200 * 10 for n in range(1_200))
+
+
 def free_port() -> int:
     """A loopback port that nobody uses just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    for port in PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("PORTS has no end")
 
 
 # --- processes
