@@ -142,14 +142,14 @@ def alone(server: Process, jobs: list[tuple[str, dict[str, Any]]]) -> list[str]:
 def all_of(
     urls: list[str], jobs: list[tuple[str, dict[str, Any]]], meanwhile: Callable[[], None]
 ) -> list[str]:
-    """Every job as a stream, all at once, while something happens."""
-    streams = [Stream(urls[i % len(urls)], prompt, **p) for i, (prompt, p) in enumerate(jobs)]
+    """Every job as a stream, all at once, while something happens: that begins before the last is open."""
 
-    def rest(stream: Stream) -> Answer:
-        return stream.rest()
+    def answer(number: int) -> Answer:
+        prompt, parameters = jobs[number]
+        return Stream(urls[number % len(urls)], prompt, **parameters).rest()
 
     with ThreadPoolExecutor(len(jobs)) as pool:
-        answers = [pool.submit(rest, stream) for stream in streams]
+        answers = [pool.submit(answer, number) for number in range(len(jobs))]
         meanwhile()
         done = [answer.result(PATIENCE_S) for answer in answers]
     assert [a.status for a in done] == [200] * len(jobs)
