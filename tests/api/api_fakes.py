@@ -167,4 +167,4 @@ def serving(app: Starlette) -> Iterator[int]:
         yield server.servers[0].sockets[0].getsockname()[1]
     finally:
         server.should_exit = True
-        thread.join(5)
+        thread.join()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from api_fakes import MODEL, ByteTokenizer, Recorder, ScriptedBackend, committed, make_app
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
+
+from waiting import PATIENCE_S, until
 
 FIELDS = [
     "model", "messages", "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "logprobs",
@@ -43,7 +45,7 @@ def client() -> Iterator[TestClient]:
         yield client
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250)
 @given(
     path=st.sampled_from(["chat/completions", "completions"]),
     fields=st.dictionaries(st.sampled_from(FIELDS), JSON),
@@ -77,7 +79,8 @@ async def call(backend: ScriptedBackend, recorder: Recorder, leave_on: bytes | N
         received += message.get("body", b"")
         if leave_on is not None and leave_on in received:
             left.set()
-            await asyncio.sleep(0.01)  # as on a full socket: time enough to notice
+            for _ in range(100):  # as on a full socket: time enough to notice
+                await asyncio.sleep(0)
 
     scope = {
         "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
@@ -106,12 +109,11 @@ def test_who_hangs_up_in_the_middle_was_not() -> None:
 
 def test_a_shutdown_cancels_and_is_recorded() -> None:
     backend, recorder = ScriptedBackend(), Recorder()
-    backend.script = [30.0]
+    backend.script = [2 * PATIENCE_S]
 
     async def shut_down() -> None:
         task = asyncio.create_task(call(backend, recorder, None))
-        while not backend.running:
-            await asyncio.sleep(0.001)
+        await until(lambda: backend.running)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -122,28 +124,29 @@ def test_a_shutdown_cancels_and_is_recorded() -> None:
 
 
 class SlowTokenizer(ByteTokenizer):
-    """Takes its time, as with a long prompt."""
+    """Takes as long, as with a long prompt, as it takes the event loop to see that it has begun."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.seen = threading.Event(), threading.Event()
 
     def encode(self, text: str, **how: Any) -> list[int]:
-        time.sleep(0.3)
+        self.begun.set()
+        assert self.seen.wait(PATIENCE_S), "the event loop stood still meanwhile"
         return super().encode(text, **how)
 
 
 def test_a_long_prompt_does_not_hold_up_the_others() -> None:
     backend = ScriptedBackend()
-    backend.tokenizer = SlowTokenizer()
-    longest = 0.0
+    backend.tokenizer = tokenizer = SlowTokenizer()
 
-    async def scenario() -> None:
-        nonlocal longest
-        task = asyncio.create_task(call(backend, Recorder(), None))
-        while not task.done():
-            start = time.monotonic()
-            await asyncio.sleep(0.001)
-            longest = max(longest, time.monotonic() - start)
+    async def scenario() -> bytes:
+        answering = asyncio.create_task(call(backend, Recorder(), None))
+        await until(tokenizer.begun.is_set)
+        tokenizer.seen.set()
+        return await answering
 
-    asyncio.run(scenario())
-    assert longest < 0.25
+    assert b"Hello" in asyncio.run(scenario())
 
 
 def test_a_refused_key_or_prompt_never_reaches_the_log(

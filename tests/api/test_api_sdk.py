@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Iterator
 
 import openai
 import pytest
 from api_fakes import KEY, MODEL, Recorder, ScriptedBackend, committed, make_app, say, serving
 
+from waiting import PATIENCE_S, eventually
 from wisp.core.errors import RequestError
 
 
@@ -129,44 +129,35 @@ def send(port: int, stream: bool) -> socket.socket:
         f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     )
-    connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+    connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
     connection.sendall((head + body).encode())
     return connection
 
 
-def eventually(condition: object, seconds: float = 3.0) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
-
-
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_cancels_its_generation(served: Served, stream: bool) -> None:
-    served.backend.script = [committed("Hel"), 30.0]
+    served.backend.script = [committed("Hel"), 2 * PATIENCE_S]
     with send(served.port, stream) as connection:
         if stream:
             received = b""
             while b"Hel" not in received:
                 received += connection.recv(4096)
         else:
-            assert eventually(lambda: served.backend.running == 1)
-    assert served.backend.closed.wait(3), "the generation went on without its client"
-    assert eventually(lambda: served.recorder.records)
+            eventually(lambda: served.backend.running == 1)
+    assert served.backend.closed.wait(PATIENCE_S), "the generation went on without its client"
+    eventually(lambda: served.recorder.records)
     record = served.recorder.records[0]
     assert (record.status, record.finish, record.stream) == (499, "cancelled", stream)
     assert record.completion_tokens == 3
 
 
 def test_an_sdk_stream_that_is_closed_early_cancels(served: Served) -> None:
-    served.backend.script = [committed("Hel"), 30.0]
+    served.backend.script = [committed("Hel"), 2 * PATIENCE_S]
     with served.client() as client:
         stream = client.completions.create(model=MODEL, prompt="Hi", stream=True)
         assert next(iter(stream)).choices[0].text == "Hel"
         stream.close()
-    assert served.backend.closed.wait(3)
+    assert served.backend.closed.wait(PATIENCE_S)
 
 
 def test_a_connection_is_used_again(served: Served) -> None:

@@ -12,14 +12,15 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from waiting import run, until
 from wisp.api.attainment import Attainment, read_slo_classes
 from wisp.api.observe import RequestRecord
 from wisp.api.requests import parse_slo
-from wisp.cloud.event_log import FLUSH_S, read_events, read_runs
+from wisp.cloud.event_log import read_events, read_runs
 from wisp.cloud.host import VerifierHost
 from wisp.cloud.metrics import Tally
 from wisp.core.admission import Admission, KeyLimits
-from wisp.core.cost import Coefficients
+from wisp.core.cost import Coefficients, Load
 from wisp.core.errors import ConfigError, RequestError
 from wisp.core.events import StepDone
 from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
@@ -58,6 +59,23 @@ def opening(session: str, **fields: object) -> Open:
     return Open(session, **given)  # type: ignore[arg-type]
 
 
+class StepClock:
+    """A host's loop on which time passes while the engine is at work, and only then."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._now = loop.time()
+
+    def time(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        self._now += seconds
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._loop, name)
+
+
 def with_host(
     scenario: Callable[[VerifierHost], Awaitable[None]],
     log: Path | None = None,
@@ -66,8 +84,9 @@ def with_host(
     park_s: float = 60.0,
 ) -> None:
     async def main() -> None:
+        clock = StepClock(asyncio.get_running_loop())
         host = VerifierHost(
-            EmulatedTarget("fast", profile, text),
+            EmulatedTarget("fast", profile, text, now=clock.time, sleep=clock.sleep),
             PlainTokenizer(),
             Admission(3, {"alice": KeyLimits(sessions=3)}),
             model="fast",
@@ -76,12 +95,13 @@ def with_host(
             event_log=log,
             park_s=park_s,
         )
+        host._loop = clock  # type: ignore[assignment]
         try:
-            await asyncio.wait_for(scenario(host), 20)
+            await scenario(host)
         finally:
             host.stop()
 
-    asyncio.run(main())
+    run(main())
 
 
 def samples(host: VerifierHost) -> dict[str, float]:
@@ -109,7 +129,8 @@ def test_a_step_is_told_by_what_it_held_and_what_it_cost_each_slice() -> None:
         assert seen['wisp:engine_step_slices_sum{kind="decode"}'] == 0
         assert seen['wisp:engine_step_slices_count{kind="decode"}'] == 2
         assert seen["wisp:verification_interference_seconds_count"] == 2
-        assert seen["wisp:verification_interference_seconds_sum"] < 0.5  # each was alone
+        # Each was alone: what is beyond the cost model is what this knows too little of.
+        assert seen["wisp:verification_interference_seconds_sum"] < 0.01
         assert seen["wisp:cost_model_predicted_seconds_total"] > 0.005
         # 60 s for the first token, 5 s for each that follows: far in hand, but never behind
         assert seen['wisp:slack_at_dispatch_seconds_bucket{le="0.0"}'] == 0
@@ -132,10 +153,10 @@ def test_company_is_interference() -> None:
         seen = samples(host)
         assert seen['wisp:engine_step_slices_sum{kind="prefill"}'] == 2
         assert seen['wisp:engine_step_rows_sum{kind="prefill"}'] == 600
-        took = seen["wisp:engine_step_seconds_sum"]
+        took = FAST.step_ms(Load().plus(300, 0).plus(300, 0)) / 1e3
         alone = (1.0 + 300 * 0.001) / 1e3
         waited = seen["wisp:verification_interference_seconds_sum"]
-        assert 2 * (took - alone) <= waited < 2 * (took - alone) + 0.2  # and the way through the loop
+        assert waited == pytest.approx(2 * (took - alone))
 
     with_host(scenario, cost=Coefficients(step=1.0, token=0.001))
 
@@ -237,14 +258,13 @@ def test_every_session_that_ends_is_counted_once_by_how_it_ended() -> None:
     with_host(scenario, park_s=0.0)
 
 
-def test_the_event_log_is_readable_within_a_second_and_rebuilds_the_verifier(tmp_path: Path) -> None:
+def test_the_event_log_is_readable_while_it_is_written_and_rebuilds_the_verifier(tmp_path: Path) -> None:
     path = tmp_path / "events.log"
 
     async def scenario(host: VerifierHost) -> None:
         client = Client(host)
         await client.ask(opening("session-1"))
-        await asyncio.sleep(FLUSH_S + 0.3)
-        assert any(isinstance(event, StepDone) for _, event in read_events(path))
+        await until(lambda: any(isinstance(event, StepDone) for _, event in read_events(path)))
 
     with_host(scenario, path)
     with_host(scenario, path)  # a second run goes behind the first

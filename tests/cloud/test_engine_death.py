@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
+from waiting import run, until
 from wisp.cloud.host import VerifierHost
 from wisp.core.admission import Admission
 from wisp.core.errors import EngineDeadError, EngineError
@@ -47,13 +47,11 @@ def history(*errors: Exception) -> list[str]:
         for number in range(2):
             before = len(heard)
             host.receive(connection, Open(f"session-{number}", 1, [1, 2], Sampling(), 8, draft=[3]))
-            while len(heard) == before:
-                await asyncio.sleep(0.001)
-            await asyncio.sleep(0.01)
+            await until(lambda n=before: len(heard) > n)
         host.stop()
         return heard
 
-    return asyncio.run(scenario())
+    return run(scenario())
 
 
 def test_a_step_that_fails_ends_its_sessions_and_nothing_else() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from waiting import run, until
 from wisp.api import keys as module
 from wisp.api.keys import ANONYMOUS, Keyring, on_behalf
 from wisp.core.admission import KeyLimits
@@ -97,22 +98,18 @@ def test_a_changed_file_is_taken_up_and_trouble_is_logged_once(
     def write(text: str) -> None:
         path.write_text(text)
 
-    async def until(text: str) -> None:
-        while text not in caplog.text:
-            await asyncio.sleep(0.01)
-
     async def scenario() -> None:
         watch = asyncio.create_task(ring.watch(lambda: changes.append(1)))
         write("broken [")
-        await until("stay in force")
+        await until(lambda: "stay in force" in caplog.text)
         await asyncio.sleep(0.1)
         assert caplog.text.count("stay in force") == 1
         assert ring.authorize("Bearer old") == "a"
         write('[keys.a]\nsecret = "newer"\n')
-        await until("read again")
+        await until(lambda: "read again" in caplog.text)
         watch.cancel()
 
-    asyncio.run(asyncio.wait_for(scenario(), 10))
+    run(scenario())
     assert changes == [1]
     refused(ring, "Bearer old")
     assert ring.authorize("Bearer newer") == "a"

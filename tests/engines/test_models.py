@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from waiting import PATIENCE_S
 from wisp.core.errors import ModelError
 from wisp.engines import models
 from wisp.engines.models import cache_dir, cards, hub, is_cached, packages, pull, pulling, resolve, store
@@ -501,7 +502,7 @@ class FakeHub(types.ModuleType):
         return f"hub:{repo}/{file}"
 
     def get_hf_file_metadata(self, url: str, timeout: float) -> object:
-        self.silent.wait(5)
+        self.silent.wait(2 * PATIENCE_S)
         if self.error is not None:
             raise self.error
         return types.SimpleNamespace(etag=self.etag)
@@ -550,13 +551,12 @@ def test_a_silent_hub_is_given_up_after_its_deadline(
 ) -> None:
     monkeypatch.setattr(hub, "DEADLINE_S", 0.05)
     fake_hub.silent.clear()
-    began = time.monotonic()
     try:
         path = resolve("toy", sources=Sources(package=index.fetch))
     finally:
         fake_hub.silent.set()
     assert path.read_bytes() == CONTENT
-    assert time.monotonic() - began < 4
+    assert fake_hub.downloads == 0
 
 
 def test_another_build_on_the_hub_is_not_even_downloaded(fake_hub: FakeHub, index: Index) -> None:

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 import wisp.engines
+from waiting import run, until
 from wisp.api.process import Listen
 from wisp.cloud.app import Settings
 from wisp.cloud.control import MOVE_PATH, Report
@@ -142,16 +143,11 @@ def with_fleet(launcher: PretendLauncher, replicas: int, scenario: Scenario) -> 
         fleet._client = httpx.AsyncClient(transport=httpx.MockTransport(launcher.answer))
         fleet.add(replicas)
         try:
-            await asyncio.wait_for(scenario(fleet, launcher), 10)
+            await scenario(fleet, launcher)
         finally:
             await fleet.close()
 
-    asyncio.run(main())
-
-
-async def until(look: Callable[[], object]) -> None:
-    while not look():
-        await asyncio.sleep(0.01)
+    run(main())
 
 
 @pytest.fixture(autouse=True)

@@ -6,16 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
 import pytest
 
+from waiting import PATIENCE_S, eventually
 from wisp.lab import children as module
 from wisp.lab.children import Child, ChildError, Children, free_ports
 
-SLEEP = "import time; print('here', flush=True); time.sleep(60)"
+SLEEP = "import time; print('here', flush=True); time.sleep(600)"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEP
 
 
@@ -33,10 +33,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_for(path: Path, text: str) -> None:
-    deadline = time.monotonic() + 10
-    while text not in path.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    eventually(lambda: text in path.read_text())
 
 
 def test_children_end_with_the_block_and_take_their_logs_along() -> None:
@@ -97,7 +94,7 @@ def test_a_signal_to_the_parent_ends_its_children(number: signal.Signals) -> Non
         "with Children() as children:\n"
         f"    child = children.start('one', ['-c', {SLEEP!r}], 1)\n"
         "    print(child.process.pid, flush=True)\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(600)\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", parent_code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -106,7 +103,7 @@ def test_a_signal_to_the_parent_ends_its_children(number: signal.Signals) -> Non
         pid = int(parent.stdout.readline())
         assert is_alive(pid)
         parent.send_signal(number)
-        assert parent.wait(10) != 0
+        assert parent.wait(PATIENCE_S) != 0
     assert not is_alive(pid)
 
 
@@ -117,7 +114,7 @@ def test_children_do_not_inherit_settings_of_other_processes(monkeypatch: pytest
     show = "import os; print(sorted(k for k in os.environ if k.startswith('WISP_')))"
     with Children() as children:
         child = children.start("one", ["-c", show], 1)
-        child.process.wait(10)
+        child.process.wait(PATIENCE_S)
         assert child.log.read_text() == "['WISP_CACHE']\n"
 
 

@@ -1,9 +1,14 @@
-"""`wisp fleet`: emulated devices against a live verifier. Every run here is a few seconds of real time."""
+"""`wisp fleet`: emulated devices against a live verifier. Every run here is a second of real time.
+
+What devices ask first, they ask at second 0 and get in the end, whatever the machine does meanwhile: that is what tests
+hold on to. How fast a verifier is, and how near to a simulation, is for `wisp fleet` and `wisp experiments reality`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import selectors
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,22 +17,25 @@ import pytest
 import simpy
 from typer.testing import CliRunner
 
+from waiting import PATIENCE_S
 from wisp.api.process import event_loop_factory
 from wisp.cli import app
 from wisp.core.errors import ConfigError, UnavailableError
-from wisp.core.messages import Draft, Open, decode_from_edge
+from wisp.core.messages import Draft, Open, Verdict, decode_from_edge
 from wisp.core.sampling import Sampling
 from wisp.engines.emulated import HARDWARE
 from wisp.lab.children import Child
 from wisp.lab.sim import figures, serving
-from wisp.lab.sim.figures import Figures, Watching
-from wisp.lab.sim.fleet import check_live, run_live, verifier
+from wisp.lab.sim.figures import Engine, Figures, Watched
+from wisp.lab.sim.fleet import Live, check_live, run_live, verifier
 from wisp.lab.sim.live import HOME, Clock, Line, Sockets
 from wisp.lab.sim.scenario import Kit, Scenario, SloClass
 from wisp.lab.sim.simulate import scripts_of
 from wisp.lab.sim.systems import system
+from wisp.lab.sim.world import Request
 
 DEVICES = 12
+OURS = "ours,admission=no"  # who would be late here is served all the same
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +55,16 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
         prompt_tokens=(10, 40),
         output_tokens=(8, 24),
         devices_n=DEVICES,
-        warmup_s=0.4,
-        window_s=1.2,
-        drain_s=3.0,
+        warmup_s=0.0,  # so nobody joins later than at second 0
+        window_s=0.8,
+        drain_s=PATIENCE_S,
     )
 
 
 @pytest.fixture(scope="module")
 def server(quick: Scenario):
     """`wisp serve` as a child process; not all tests need one of their own."""
-    with verifier(quick, system("ours")) as child:
+    with verifier(quick, system(OURS)) as child:
         yield child
 
 
@@ -82,7 +90,7 @@ def play(scenario: Scenario, name: str, server: Child, seed: int = 1) -> Figures
 @pytest.fixture(scope="module")
 def ours(quick: Scenario, server: Child) -> Figures:
     """A run that several tests look at."""
-    return play(quick, "ours", server)
+    return play(quick, OURS, server)
 
 
 @pytest.mark.parametrize("name", ["central", "wisp"])
@@ -106,20 +114,20 @@ def served_and_exact(found: Figures) -> None:
 def test_the_report_has_what_benchmark_tools_look_for(ours: Figures) -> None:
     found = json.loads(msgspec.json.encode(ours))
     for latency in ("ttft", "tpot", "itl", "e2el"):
-        three = [found[f"{which}_{latency}_ms"] for which in ("mean", "median", "p99")]
-        assert 0 < three[1] <= three[2]
-        assert three[0] <= three[2]
+        mean, median, p99 = (found[f"{which}_{latency}_ms"] for which in ("mean", "median", "p99"))
+        assert 0 <= median <= p99
+        assert mean >= 0
+    assert found["median_ttft_ms"] >= 10.0  # the nearer devices' round trip
     assert found["goodput"] <= found["output_throughput"]
     assert found["request_goodput"] <= found["request_throughput"]
     assert found["violation_rate"] == pytest.approx(1 - found["met"] / found["arrived"])
     assert [c["name"] for c in found["by_class"]] == ["fast", "slow"]
     assert sum(c["arrived"] for c in found["by_class"]) == found["arrived"]
-    assert 0 < found["engine"]["utilisation"] <= 1.05
-    assert found["engine"]["tokens_per_s"] > 0
     machine = found["machine"]
     assert machine["fleet_cpu"] > 0
-    assert machine["server_cpu"] > 0
+    assert machine["server_cpu"] >= 0
     assert machine["loop_lag_ms_p99"] >= machine["loop_lag_ms_p50"] >= 0
+    assert found["engine"].keys() == set(Engine.__struct_fields__)
 
 
 def test_a_wrong_token_is_counted(quick: Scenario, server: Child, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,35 +142,34 @@ def test_a_wrong_token_is_counted(quick: Scenario, server: Child, monkeypatch: p
     assert play(quick, "central", server).mismatches > 0
 
 
-def test_devices_come_go_and_vanish(quick: Scenario, server: Child) -> None:
-    scenario = msgspec.structs.replace(
-        quick, population=((0.0, 4), (0.5, 10), (1.0, 6)), vanish=0.4, think_s=0.05
-    )
-    found = play(scenario, "ours", server)
+class Fickle(Watched):
+    """Every third device is switched off when it has read the beginning of its first answer."""
+
+    def _seen(self, request: Request, verdict: Verdict) -> None:
+        super()._seen(request, verdict)
+        if self.index % 3 == 1:
+            self.vanish()
+
+
+def test_devices_come_go_and_vanish(quick: Scenario, server: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Live, "handset", Fickle)
+    scenario = msgspec.structs.replace(quick, population=((0.0, 4), (0.3, 10), (0.6, 6)), think_s=0.05)
+    found = play(scenario, OURS, server)
     assert found.devices == 10
     assert found.mismatches == 0
-    assert found.failed > 0
-    assert found.completed > 0
+    assert found.failed == 3  # of devices 1, 4 and 7
+    assert found.arrived >= 10
+    assert found.completed == found.arrived - found.failed
 
 
 def test_a_full_verifier_is_asked_again_later(quick: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests that are refused count as missed, and their devices wait as they are told."""
+    """Requests that are refused count as missed, and their devices wait as they are told: beyond the window."""
     monkeypatch.setattr(serving, "MOST_SESSIONS", 3)
-    with verifier(quick, system("ours")) as child:
-        found = play(quick, "ours", child)
-    assert found.refused > 0
-    assert found.refused <= DEVICES * (quick.warmup_s + quick.window_s + 1)
-    assert found.completed > 0
+    with verifier(quick, system(OURS)) as child:
+        found = play(quick, OURS, child)
+    assert 0 < found.refused == found.failed <= DEVICES
+    assert found.completed == found.arrived - found.refused > 0
     assert found.mismatches == 0
-
-
-def test_the_simulator_says_about_the_same(quick: Scenario, ours: Figures) -> None:
-    """On a machine that may be busy: held to a factor only."""
-    live, simulated = ours, Watching(quick, system("ours"), 1).figures(1)
-    assert simulated.mismatches == 0
-    assert simulated.tokens_checked > 0
-    assert simulated.engine is not None
-    assert live.arrived == pytest.approx(simulated.arrived, rel=0.5)
 
 
 # --- what goes wrong
@@ -247,8 +254,31 @@ def test_what_was_said_to_a_front_is_said_again_where_it_sends_and_later_drafts_
 # --- the clock
 
 
+class Instant(selectors.SelectSelector):
+    """Whoever waits finds that the time has passed, and a little more."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if timeout and not ready:
+            self.now += timeout + 0.0007
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Time is of whole milliseconds, as uvloop's is, and timers are late."""
+
+    def __init__(self) -> None:
+        self._instant = Instant()
+        super().__init__(self._instant)
+
+    def time(self) -> float:
+        return int(self._instant.now * 1e3) / 1e3
+
+
 def on_a_loop(what: Callable[[simpy.Environment, Clock], None], seconds: float) -> simpy.Environment:
-    """Let `what` set things up, and time pass."""
+    """Let `what` set things up, and virtual time pass."""
     env = simpy.Environment()
 
     async def run() -> None:
@@ -258,7 +288,7 @@ def on_a_loop(what: Callable[[simpy.Environment, Clock], None], seconds: float) 
         clock.stop()
 
     failures: list[Exception] = []
-    with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(run())
     if failures:
         raise failures[0]
@@ -279,7 +309,7 @@ def test_timers_that_follow_each_other_do_not_drift() -> None:
 
         env.timeout(0.0033).callbacks.append(step)
 
-    on_a_loop(what, 0.5)
+    on_a_loop(what, 0.11)
     assert times == pytest.approx([0.0033 * (i + 1) for i in range(30)])
 
 

@@ -73,8 +73,12 @@ def test_the_same_seed_gives_the_same_run(bench: Bench) -> None:
     assert first.counts == second.counts
 
 
-def test_sampled_tokens_have_the_targets_distribution(bench: Bench) -> None:
-    found = chi_square(bench, 400, seed=1)
+SAMPLES = pytest.mark.parametrize("samples", [100, pytest.param(400, marks=pytest.mark.extended)])
+
+
+@SAMPLES
+def test_sampled_tokens_have_the_targets_distribution(bench: Bench, samples: int) -> None:
+    found = chi_square(bench, samples, seed=1)
     assert found.p > ALARM, found
     assert all(t.bins > 3 for t in found.tests)
 
@@ -155,9 +159,10 @@ class ArgMaxResampling(Wrapped):
         return results
 
 
-def test_a_biased_sampler_is_found_by_statistics(bench: Bench) -> None:
+@SAMPLES
+def test_a_biased_sampler_is_found_by_statistics(bench: Bench, samples: int) -> None:
     bench.engine = ArgMaxResampling(bench.engine)
-    assert chi_square(bench, 400, seed=1).p < ALARM
+    assert chi_square(bench, samples, seed=1).p < ALARM
 
 
 # --- the judge, on a vocabulary of letters

@@ -7,6 +7,8 @@ clients that see every byte; `Peer` speaks the session protocol by hand; `Cutter
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -15,18 +17,18 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
+from waiting import PATIENCE_S, eventually
 from wisp.core.messages import (
     SUBPROTOCOL,
     VERSION,
@@ -50,26 +52,23 @@ MODEL = served_name(TARGET)
 ENGINE = os.environ.get("WISP_TEST_ENGINE", "llama.cpp")  # `make test-vllm` runs the same tests on vLLM
 MODE = "exact" if ENGINE == "llama.cpp" else "fast"
 
-START_S = 30.0 if ENGINE == "llama.cpp" else 300.0  # vLLM: ten seconds of CPU for each of its processes
-T = TypeVar("T")
+START_S = PATIENCE_S if ENGINE == "llama.cpp" else 600.0  # vLLM: ten seconds of CPU for each of its processes
 # Without `verify`: certificates are for the edges to check, and loading them for each request takes long.
-HTTP: dict[str, Any] = {"trust_env": False, "timeout": 60.0, "verify": False}
+HTTP: dict[str, Any] = {"trust_env": False, "timeout": PATIENCE_S, "verify": False}
 
 
-def eventually(look: Callable[[], T], timeout_s: float = 15.0) -> T:
-    """Poll until `look` returns something true. What it last returned is in the error."""
-    deadline = time.monotonic() + timeout_s
-    while not (seen := look()):
-        assert time.monotonic() < deadline, f"not within {timeout_s} s; last seen: {seen!r}"
-        time.sleep(0.02)
-    return seen
+# Below the ports that the system gives to outgoing connections, or one of those could take a port before it is used.
+# Above each there is room for the replicas of a front; and each process of tests begins elsewhere.
+PORTS = itertools.cycle(20_000 + (os.getpid() * 37 + n) % 1_200 * 10 for n in range(1_200))
 
 
 def free_port() -> int:
     """A loopback port that nobody uses just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    for port in PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("PORTS has no end")
 
 
 # --- processes
@@ -137,7 +136,7 @@ class Process:
         self.popen.kill()
         self.popen.wait()
 
-    def wait(self, timeout_s: float = 15.0) -> int:
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
         """The exit status."""
         return self.popen.wait(timeout_s)
 
@@ -172,8 +171,9 @@ class Fleet:
         env: Mapping[str, str] | None = None,
         ready: bool = True,
     ) -> Process:
-        """`wisp serve`; a small one unless flags say otherwise."""
+        """`wisp serve`; a small one, and patient, unless flags say otherwise."""
         words = ["--target", target, "--engine", engine, "--threads", "1", "--slots", "4", "--context", "512"]
+        words += ["--drain-s", "600"]
         return self._process("serve", [*words, *flags], port or free_port(), env, ready)
 
     def edge(
@@ -185,9 +185,9 @@ class Fleet:
         env: Mapping[str, str] | None = None,
         ready: bool = True,
     ) -> Process:
-        """`wisp edge` against the verifier at `server`. It always drafts, whether that pays here or not."""
+        """`wisp edge` against the verifier at `server`, and patient. It always drafts, whether that pays or not."""
         words = ["--server", server, "--draft", draft, "--drafting", drafting]
-        words += ["--threads", "1", "--keep-alive-s", "0.2"]
+        words += ["--threads", "1", "--keep-alive-s", "0.2", "--give-up-s", "600"]
         return self._process("edge", [*words, *flags], free_port(), env, ready)
 
     def run(self, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -198,7 +198,7 @@ class Fleet:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
         )
 
@@ -350,6 +350,8 @@ class Peer:
             compression=None,
             proxy=None,
             max_size=None,
+            open_timeout=PATIENCE_S,
+            ping_interval=None,
             close_timeout=1,
         )
         self.socket: ClientConnection = self._stack.enter_context(connection)
@@ -368,7 +370,7 @@ class Peer:
     def say(self, message: Message | bytes | str) -> None:
         self.socket.send(encode(message) if isinstance(message, Message) else message)
 
-    def hear(self, timeout_s: float = 10.0) -> FromCloud:
+    def hear(self, timeout_s: float = PATIENCE_S) -> FromCloud:
         frame = self.socket.recv(timeout_s)
         assert isinstance(frame, bytes)
         return decode_from_cloud(frame)

@@ -103,7 +103,7 @@ def test_a_front_hands_engine_and_slo_classes_to_its_replicas(fleet: Fleet, hard
     classes.write_text(CLASSES)
     flags = ("--replicas", "2", "--slo-classes", str(classes), "--kv-tokens", "5000")
     front = fleet.serve(*flags, target=hardware, engine="emulated", ready=False)
-    eventually(lambda: front.health() == 200, 60.0)
+    eventually(lambda: front.health() == 200)
     edge = fleet.edge(front.url, draft="ngram")
     job: dict[str, Any] = {"seed": 7, "model": NAME, "max_tokens": 20}
     thin, drafted = ask(front.url, "abc", **job), ask(edge.url, "abc", **job)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import pytest
 from harness import DRAFT, Answer, Cutter, Fleet, Process, Stream, ask, body_of, eventually
+
+from waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_pair")]
 
 LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
+ENDLESS: dict[str, Any] = {"max_tokens": 950, "ignore_eos": True}  # longer than it takes to look at metrics
 
 
 def idle(server: Process) -> bool:
@@ -29,7 +33,7 @@ def running(server: Process) -> float:
 
 @pytest.fixture(scope="module")
 def server(tiny_pair: None, shared: Fleet) -> Process:
-    return shared.serve("--park-s", "1")
+    return shared.serve("--park-s", "1", "--context", "1024")
 
 
 @pytest.fixture(scope="module")
@@ -45,29 +49,31 @@ def test_a_client_that_leaves_takes_its_work_along(
     asked = server if at == "server" else edge
     committed = server.metrics()["wisp:generation_tokens_total"]
     if stream:
-        with Stream(asked.url, "Tell me a story.", **LONG) as s:
+        with Stream(asked.url, "Tell me a story.", **ENDLESS) as s:
             s.until(lambda answer: len(answer.text) > 5)
     else:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(
-                f"{asked.url}/v1/chat/completions",
-                json=body_of("Tell me a story.", **LONG),
-                trust_env=False,
-                timeout=0.15,
-            )
+        body = json.dumps(body_of("Tell me a story.", **ENDLESS))
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", asked.port)) as client:
+            client.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
+            eventually(lambda: server.metrics()["wisp:generation_tokens_total"] > committed)
     eventually(lambda: idle(server))
-    assert server.metrics()["wisp:generation_tokens_total"] - committed < 400
+    assert server.metrics()["wisp:generation_tokens_total"] - committed < ENDLESS["max_tokens"]
     assert asked.health() == 200
 
 
-def test_an_edge_that_is_killed_leaves_parked_sessions_that_are_freed(fleet: Fleet, server: Process) -> None:
+@pytest.mark.parametrize("park_s", ["600", "0.1"])
+def test_an_edge_that_is_killed_leaves_parked_sessions_that_are_freed(fleet: Fleet, park_s: str) -> None:
+    server = fleet.serve("--park-s", park_s)
     edge = fleet.edge(server.url)
     with Stream(edge.url, "Tell me a story.", **LONG) as one, Stream(edge.url, "Another.", **LONG) as two:
         one.until(lambda answer: len(answer.text) > 5)
         two.until(lambda answer: len(answer.text) > 5)
         edge.kill()
-    eventually(lambda: server.metrics()["wisp:num_requests_parked"] == 2, 0.9)
-    eventually(lambda: idle(server), 5)  # --park-s 1
+    if float(park_s) > PATIENCE_S:
+        eventually(lambda: server.metrics()["wisp:num_requests_parked"] == 2)
+    else:
+        eventually(lambda: idle(server))
 
 
 def test_a_line_that_drops_in_the_middle_of_a_round_loses_nothing(fleet: Fleet, server: Process) -> None:
@@ -76,14 +82,14 @@ def test_a_line_that_drops_in_the_middle_of_a_round_loses_nothing(fleet: Fleet, 
     with Cutter(server.port, seed=1, budget=(10**9, 10**9)) as line:
         edge = fleet.edge(line.url)
         with Stream(edge.url, "Tell me a story about Belomi.", **sampled) as s:
-            for length in (20, 60, 100):
+            for cuts, length in enumerate((20, 60, 100)):
                 s.until(lambda answer, n=length: len(answer.text) > n)
+                eventually(lambda: edge.health() == 200)
                 line.cut()
+                eventually(lambda n=cuts: edge.metrics()["wisp:verifier_connections_lost"] > n)
             answer = s.rest()
-        lost = edge.metrics()["wisp:verifier_connections_lost"]
     assert (answer.text, answer.finish) == (alone.text, alone.finish)
     assert answer.usage["completion_tokens"] == 300
-    assert lost >= 2
     eventually(lambda: idle(server))
 
 
@@ -121,7 +127,7 @@ def test_without_a_verifier_answers_fail_clearly_and_in_time(fleet: Fleet) -> No
     assert int(fresh.headers["retry-after"]) >= 1
     assert "wisp serve" in fresh.error["message"]
     server.start()
-    eventually(lambda: edge.health() == 200, 30)
+    eventually(lambda: edge.health() == 200)
     assert ask(edge.url, "Anyone?").status == 200
 
 
@@ -175,10 +181,10 @@ def test_many_sessions_on_several_edges_survive_broken_lines_and_a_dead_verifier
     with ThreadPoolExecutor(24) as pool:
         answers = [pool.submit(work, n) for n in range(24)]
         for _ in range(6):
-            assert begun.acquire(timeout=60)
+            assert begun.acquire(timeout=PATIENCE_S)
         server.kill()
         server.start()
-        texts = [answer.result(120).text for answer in answers]
+        texts = [answer.result(PATIENCE_S).text for answer in answers]
     assert texts == [answer.text for answer in alone]
     assert sum(line.broken for line in lines) >= 10
     assert all(edge.metrics()["wisp:verifier_connections_lost"] >= 2 for edge in edges)

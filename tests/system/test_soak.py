@@ -14,7 +14,7 @@ from wisp.engines.null import null_token
 
 pytestmark = pytest.mark.slow
 
-SESSIONS = 1000  # of which the first 200 warm up
+WARM_UP = 200  # sessions
 MAX_TOKENS = 24
 
 
@@ -78,15 +78,16 @@ def check_sums(server: Process, sums: Sums) -> None:
 
 
 @pytest.mark.modelless
-def test_a_thousand_short_sessions_leave_nothing_behind(fleet: Fleet) -> None:
+@pytest.mark.parametrize("sessions", [400, pytest.param(2000, marks=pytest.mark.extended)])
+def test_many_short_sessions_leave_nothing_behind(fleet: Fleet, sessions: int) -> None:
     server = fleet.serve(target="null", engine="null")
     memory = psutil.Process(server.pid).memory_info
     sums = Sums()
     with Peer(server.url) as peer:
-        for number in range(200):
+        for number in range(WARM_UP):
             short_session(peer, number, sums)
         warm = memory().rss
-        for number in range(200, SESSIONS):
+        for number in range(WARM_UP, WARM_UP + sessions):
             short_session(peer, number, sums)
             if number % 100 == 0:  # edges come and go
                 with Peer(server.url) as other:

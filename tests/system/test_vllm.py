@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import ENGINE, Fleet, ask, eventually
+from harness import ENGINE, START_S, Fleet, ask, eventually
 
 import wisp.engines
 
@@ -54,7 +54,7 @@ def test_a_folder_of_the_hub_split_over_two_workers(fleet: Fleet, folder: Path) 
     victim = next(p for p in workers if "Worker" in p.name())
     os.kill(victim.pid, signal.SIGKILL)
     assert ask(server.url, "And then?").status >= 500
-    eventually(lambda: server.popen.poll() is not None, 60.0)
+    eventually(lambda: server.popen.poll() is not None)
     assert server.popen.returncode == 2
     assert "wisp: a worker process of vLLM has died; start the verifier again" in server.log()
     assert "Belomi" not in server.log()
@@ -64,7 +64,7 @@ def test_replicas_of_it_behind_a_front(fleet: Fleet, folder: Path) -> None:
     """The front reads the hub's kind of tokenizer, and engine options reach the replicas."""
     flags = ("--replicas", "2", "--gpu-memory", "0.8")
     front = fleet.serve(*flags, target=str(folder), ready=False)
-    eventually(lambda: front.health() == 200, 240.0)
+    eventually(lambda: front.health() == 200, START_S)
     edge = fleet.edge(front.url)
     for parameters in ({}, {"temperature": 0.9, "top_p": 0.9, "seed": 3}):
         prompt = "Tell me a story about Belomi."

@@ -11,7 +11,7 @@ import httpx
 
 from wisp.lab.children import Child, Children, free_ports
 
-START_S = 30.0  # for a process to answer
+START_S = 120.0  # for a process to answer
 
 
 class Server:

@@ -97,7 +97,8 @@ async def run_live(
     pings: list[float] = []
     probe = asyncio.create_task(sockets.probe(pings))
     try:
-        clock.happen(fleet.begin)
+        fleet.begin()  # at second 0, however late this loop is
+        clock.arm()
 
         async def until(second: float) -> None:
             while clock.now < second:
