@@ -18,6 +18,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from wisp.core.errors import ConfigError, RequestError
 
 log = logging.getLogger("wisp.keys")
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 ANONYMOUS = "anonymous"
 POLL_S = 2.0
 
@@ -158,8 +160,10 @@ def _parse(document: dict[str, Any], path: Path) -> tuple[dict[str, str], dict[s
         except msgspec.ValidationError as error:
             raise ConfigError(f"{path}: [keys.{name}]: {error}") from None
         digest = entry.sha256.lower() or (_digest(entry.secret) if entry.secret else "")
-        if len(digest) != 64 or digest in names:
+        if not digest or digest in names:
             raise ConfigError(f"{path}: [keys.{name}] needs a secret or a sha256 of its own")
+        if not _SHA256.fullmatch(digest):
+            raise ConfigError(f"{path}: [keys.{name}]: sha256 is 64 hexadecimal digits, as `sha256sum` prints them")
         names[digest] = name
         limits[name] = KeyLimits(entry.sessions, entry.requests_per_minute, entry.tokens_per_minute)
         if entry.admin:

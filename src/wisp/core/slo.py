@@ -14,6 +14,9 @@ from collections.abc import Iterable
 import msgspec
 
 
+LONGEST_MS = 1e9  # of a target: eleven days
+
+
 class Slo(msgspec.Struct, frozen=True, array_like=True):
     """Targets in milliseconds; 0 means "none"."""
 

@@ -24,7 +24,9 @@ def serve_replicas(spec: ReplicaSpec, keys: Keyring, replicas: int, launcher: st
 
     async def run() -> None:
         front = FrontApp(spec, replicas, launch, keys)
-        await run_app(front.asgi, spec.listen, front.drain, front.fleet.ended, at_once=launch.close)
+        await run_app(
+            front.asgi, spec.listen, front.drain, front.fleet.ended, keyed=bool(keys), at_once=launch.close
+        )
         if front.failed is not None:
             raise front.failed
 
