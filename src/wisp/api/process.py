@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import uvicorn
@@ -106,14 +107,15 @@ async def run_app(
     stopped: Callable[[], Awaitable[None]] | None = None,
     signals: bool = True,
     at_once: Callable[[], None] = lambda: None,
+    loading: Callable[[], bool] = lambda: False,
     bound: socket.socket | None = None,
 ) -> None:
     """Serve until SIGTERM, SIGINT or `ended`, then `drain`, then stop. Raises ConfigError if the port is taken.
 
     keyed: `app` asks every caller for a key; otherwise web pages are kept out here.
     stopped: returns when a stop is wanted for another reason than a signal. `at_once` is called before an end
-    without a drain. Without `signals` none are looked at: then this may run in any thread. `bound` is a socket that
-    listens at `listen` already.
+    without a drain. Without `signals` none are looked at: then this may run in any thread. `loading`: does a thread load
+    a model? A stop does not wait for it, and ends the process. `bound` is a socket that listens at `listen` already.
     """
     config = uvicorn_config(app, listen, keyed=keyed)
     try:
@@ -132,8 +134,7 @@ async def run_app(
         if stopping:
             log.warning("ending at once, with whatever is open")
             at_once()
-            logging.shutdown()
-            os._exit(1)  # a step of the engine may take long yet, and cannot be interrupted
+            _exit(1)  # a step of the engine may take long yet, and cannot be interrupted
         stopping = True
         log.info("stopping: draining; a second signal ends at once")
         task = asyncio.ensure_future(drain())
@@ -152,10 +153,20 @@ async def run_app(
         await server.serve([bound] if bound is not None else None)
         if asked is not None:
             asked.cancel()
+        if signals and loading():
+            _exit(0)
     except SystemExit:
-        raise ConfigError(
-            f"cannot listen on {listen.host}:{listen.port}; is it taken? choose another with --port"
-        ) from None
+        message = f"cannot listen on {listen.host}:{listen.port}; is it taken? choose another with --port"
+        if signals and loading():
+            print(f"wisp: {message}", file=sys.stderr)
+            _exit(2)
+        raise ConfigError(message) from None
+
+
+def _exit(status: int) -> NoReturn:
+    """End, whatever the threads do. Threads in native code neither listen nor survive an orderly end of the process."""
+    logging.shutdown()
+    os._exit(status)
 
 
 class _JsonLines(logging.Formatter):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -32,6 +33,16 @@ def scraped(request: Request, registry: CollectorRegistry, model: str, keys: Key
         return error_response(error, request_id(request))
     page = generate_latest(_View(registry, model, shown))
     return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def read_page(page: str) -> dict[str, float]:
+    """The values of such a page by name and labels as they are written there, but for the model's name."""
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            labels = ",".join(f'{k}="{v}"' for k, v in sample.labels.items() if k != "model_name")
+            values[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return values
 
 
 def _shown(keys: Keyring, header: str | None) -> Callable[[str], bool]:

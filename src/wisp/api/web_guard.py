@@ -34,7 +34,7 @@ def is_loopback(host: str) -> bool:
 
 def host_names(text: str) -> tuple[str, ...]:
     """The names in a list by comma, as `--allowed-hosts` has it. Raises ConfigError."""
-    names = tuple(_name(part) for part in text.split(",") if part.strip())
+    names = tuple(part.strip().lower().rstrip(".") for part in text.split(",") if part.strip())
     for name in names:
         if not (_NAME.fullmatch(name) or _is_address(name)):
             raise ConfigError(f"--allowed-hosts: {name!r} is no host name; give names such as wisp.example.com")

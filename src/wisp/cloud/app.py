@@ -97,6 +97,11 @@ class CloudApp:
         """Is the model loaded?"""
         return self._host is not None
 
+    @property
+    def loading(self) -> bool:
+        """Does a thread load the model? It cannot be interrupted."""
+        return self._host is None and self.failed is None
+
     def thin(self) -> ThinBackend:
         """The backend for thin clients. Raises UnavailableError while the model loads."""
         self.host()
