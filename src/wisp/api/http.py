@@ -85,7 +85,7 @@ class PunctualH11(H11Protocol):
             headers = [
                 ("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")
             ]  # fmt: skip
-            for event in (h11.Response(status_code=408, headers=headers), h11.Data(body), h11.EndOfMessage()):
+            for event in (h11.Response(status_code=408, headers=headers, reason=b"Request Timeout"), h11.Data(body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         if self.cycle is not None:
             self.cycle.disconnected = True  # what the application still says goes nowhere
