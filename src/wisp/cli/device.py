@@ -104,10 +104,12 @@ def generate(
     predictor: PredictorFile = None,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 is off.", min=0)] = 0,
+    top_k: Annotated[int, typer.Option(help="0 is off.", min=0, max=2**31)] = 0,
     min_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Default: drawn, and reported.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seed: Annotated[
+        int | None, typer.Option(help="Default: drawn, and reported.", min=-(2**63), max=2**64 - 1)
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, max=2**31)] = 256,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Complete the prompt as it is, without a chat template.")
