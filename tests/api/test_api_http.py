@@ -394,7 +394,9 @@ def test_bad_messages_are_refused_where_they_are_bad(client: TestClient, param: 
 
 @pytest.mark.parametrize("name", ["x-slo-ttft-ms", "x-slo-tpot-ms"])
 @pytest.mark.parametrize("value", ["0", "-5", "nan", "inf", "soon", "1.1e9", "1e300"])
-def test_slo_headers_must_be_positive_and_no_more_than_a_verifier_takes(client: TestClient, name: str, value: str) -> None:
+def test_slo_headers_must_be_positive_and_no_more_than_a_verifier_takes(
+    client: TestClient, name: str, value: str
+) -> None:
     assert error(client.post(CHAT, json=chat(), headers={name: value}), 400)["param"] == name
 
 
@@ -433,8 +435,13 @@ def test_a_body_may_be_as_large_as_the_context_has_use_for(
     for context in (0, 1000, 100_000):
         backend.context = context
         limit = body_limit(context)
-        for content in (b" " * (limit + 1), (b" " * SMALL_BODY_BYTES for _ in range(limit // SMALL_BODY_BYTES + 1))):
-            assert error(client.post(CHAT, content=content, headers=headers), 413)["code"] == "request_too_large"
+        for content in (
+            b" " * (limit + 1),
+            (b" " * SMALL_BODY_BYTES for _ in range(limit // SMALL_BODY_BYTES + 1)),
+        ):
+            assert (
+                error(client.post(CHAT, content=content, headers=headers), 413)["code"] == "request_too_large"
+            )
         assert error(client.post(CHAT, content=b" " * limit, headers=headers), 400)["code"] == "invalid_json"
     assert LEAST_LIMIT_BYTES < body_limit(1000) < body_limit(100_000)
 

@@ -67,7 +67,9 @@ def test_every_series_names_the_model_as_vllms_do(registry: CollectorRegistry) -
     assert "model_name" not in bytes(scrape(registry, Keyring(), model="").body).decode()
 
 
-def test_customers_are_named_to_operators_and_to_themselves(registry: CollectorRegistry, tmp_path: Path) -> None:
+def test_customers_are_named_to_operators_and_to_themselves(
+    registry: CollectorRegistry, tmp_path: Path
+) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(KEYS)
     keys = Keyring(path, secrets="from-the-environment")

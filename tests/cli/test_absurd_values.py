@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
 from wisp import cli
 from wisp.api import process
@@ -24,7 +26,11 @@ Wisp = Callable[..., tuple[int, str]]
 def numbers(command: Callable[..., Any]) -> list[str]:
     """The options of a command that are numbers."""
     hints = typing.get_type_hints(command)
-    return [f"--{n.replace('_', '-')}" for n, hint in hints.items() if hint in (int, float, int | None, float | None)]
+    return [
+        f"--{n.replace('_', '-')}"
+        for n, hint in hints.items()
+        if hint in (int, float, int | None, float | None)
+    ]
 
 
 OPTIONS = [
@@ -48,6 +54,7 @@ def wisp(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
     monkeypatch.setenv("WISP_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(typer.main, "get_command", GET_COMMAND)
 
     def run(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["wisp", *arguments])
@@ -61,6 +68,7 @@ def wisp(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
     return run
 
 
+GET_COMMAND = functools.cache(typer.main.get_command)  # a tenth of a second for each
 SERVE = ("serve", "--engine", "null", "--target", "null", "--port", "0")
 EDGE = ("edge", "--draft", "none", "--port", "0")
 GENERATE = ("generate", "Hi", "--server", "http://127.0.0.1:9")
@@ -93,11 +101,13 @@ CASES = [
     (GENERATE, "no verifier at"),
     (("replicas", "list", "--server", "http://127.0.0.1:9"), "cannot reach"),
     (("pull", "no-such-model"), "no model"),
+    (("train", "--seed", "-1"), "--seed"),
     (("train", "--traces", NOWHERE), NOWHERE),
     (("replay", "--traces", NOWHERE), NOWHERE),
     (("simulate", NOWHERE), NOWHERE),
     (("simulate", "/"), "/"),
     (("plan", "--hardware", "", "--devices", "1", "--device", "1", "--rate", "1"), "hardware"),
+    (("profile", "--draft", "tiny-draft", "--out", "x.json"), "--out"),
     (("no-such-command",), "no-such-command"),
     (("--config", NOWHERE, "serve"), NOWHERE),
     (("--config", "/", "serve"), "/"),
@@ -133,7 +143,9 @@ def test_an_option_that_wants_a_number_is_given_none(wisp: Wisp, command: str, o
         ("[serve]\napi_keys = 1", "--api-keys"),
     ],
 )
-def test_a_configuration_of_the_wrong_types_is_explained(wisp: Wisp, tmp_path: Path, text: str, advice: str) -> None:
+def test_a_configuration_of_the_wrong_types_is_explained(
+    wisp: Wisp, tmp_path: Path, text: str, advice: str
+) -> None:
     path = tmp_path / "wisp.toml"
     path.write_text(text)
     status, said = wisp("--config", str(path), *SERVE[:5])
@@ -147,6 +159,17 @@ def test_a_file_whose_name_is_no_utf8_is_served_under_a_name_that_is(wisp: Wisp,
     status, said = wisp("serve", "--target", str(tmp_path / name))
     assert status == 2
     assert "no" in said
+
+
+def test_a_model_that_may_not_be_read_is_not_called_no_model(
+    wisp: Wisp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.gguf"
+    path.write_bytes(b"GGUF")
+    monkeypatch.setattr(os, "access", lambda file, mode: file != path)  # root may read anything
+    status, said = wisp("serve", "--target", str(path))
+    assert status == 2
+    assert "may not be read" in said
 
 
 def test_a_terminal_without_the_characters_of_the_answer_is_shown_others(

@@ -35,8 +35,10 @@ SERVE = ("serve", "--target", MODEL, "--port", "0")
 
 
 @pytest.mark.parametrize(
-    ("command", "status"), [(EDGE, -signal.SIGINT), (GENERATE, -signal.SIGINT), (SERVE, 0)], ids=["edge", "generate", "serve"]
-)  # fmt: skip
+    ("command", "status"),
+    [(EDGE, -signal.SIGINT), (GENERATE, -signal.SIGINT), (SERVE, 0)],
+    ids=["edge", "generate", "serve"],
+)
 def test_ctrl_c_ends_a_process_that_loads_a_model(command: tuple[str, ...], status: int) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *command],

@@ -1,7 +1,7 @@
 """Reading a JSON body: of bounded size, of the right type, and an object.
 
-Decoding and checking a large one takes seconds of CPU. That happens in a thread, so that the event loop goes on, and one
-after the other: more threads would only take the interpreter away from the loop more often.
+Decoding and checking a large one may take seconds of CPU. That happens in a thread, so that the event loop goes on, and
+one after the other: more threads would only take the interpreter away from the loop more often.
 """
 
 from __future__ import annotations

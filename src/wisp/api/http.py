@@ -16,7 +16,9 @@ from wisp.api.errors import error_body
 from wisp.core.errors import RequestError
 
 READ_S = 10.0  # for the head of a request, and for a body that hardly comes
-READ_BYTES_PER_S = 4096  # a longer body has a second more for each so many bytes: half of what a GPRS modem sends
+READ_BYTES_PER_S = (
+    4096  # a longer body has a second more for each so many bytes: half of what a GPRS modem sends
+)
 KEEP_ALIVE_S = 75.0  # nginx's; clients and proxies give up idle connections after 60 s or less, and before us
 
 
@@ -85,7 +87,11 @@ class PunctualH11(H11Protocol):
             headers = [
                 ("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")
             ]  # fmt: skip
-            for event in (h11.Response(status_code=408, headers=headers, reason=b"Request Timeout"), h11.Data(body), h11.EndOfMessage()):
+            for event in (
+                h11.Response(status_code=408, headers=headers, reason=b"Request Timeout"),
+                h11.Data(body),
+                h11.EndOfMessage(),
+            ):
                 self.transport.write(self.conn.send(event) or b"")
         if self.cycle is not None:
             self.cycle.disconnected = True  # what the application still says goes nowhere

@@ -142,7 +142,9 @@ def _named(secrets: str) -> dict[str, str]:
 def _sound(secret: str) -> str:
     """Raises ConfigError for a secret that no client could send in a header."""
     if not secret.isascii() or not secret.isprintable() or secret != secret.strip():
-        raise ConfigError("API keys are of ASCII characters, without white space around them; set another one")
+        raise ConfigError(
+            "API keys are of ASCII characters, without white space around them; set another one"
+        )
     return secret
 
 
@@ -172,7 +174,9 @@ def _parse(document: dict[str, Any], path: Path) -> tuple[dict[str, str], dict[s
         if not digest or digest in names or (entry.secret and entry.sha256):
             raise ConfigError(f"{path}: [keys.{name}] needs a secret or a sha256 of its own")
         if not _SHA256.fullmatch(digest):
-            raise ConfigError(f"{path}: [keys.{name}]: sha256 is 64 hexadecimal digits, as `sha256sum` prints them")
+            raise ConfigError(
+                f"{path}: [keys.{name}]: sha256 is 64 hexadecimal digits, as `sha256sum` prints them"
+            )
         names[digest] = name
         limits[name] = KeyLimits(entry.sessions, entry.requests_per_minute, entry.tokens_per_minute)
         if entry.admin:

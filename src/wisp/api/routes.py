@@ -158,7 +158,9 @@ class _Generating:
     async def _answer(
         self, body: bytes, headers: Mapping[str, str], exchange: Exchange, stream: EventSender
     ) -> Response:
-        ask = exchange.ask = await parsed(body, lambda fields: self._parse(fields, headers, self._slo_classes))
+        ask = exchange.ask = await parsed(
+            body, lambda fields: self._parse(fields, headers, self._slo_classes)
+        )
         target = await self._target(ask, stream)
         _check_model(ask.model, target)
         generation = await asyncio.to_thread(prepare, ask, target, request_id=exchange.id, key=exchange.key)

@@ -1,7 +1,7 @@
 """What /metrics of all our processes have in common.
 
-Every series has the label `model_name`, as vLLM's have. Series of an API key (label `key`) name customers: where there are
-keys, a key that may manage replicas sees all of them, any other its own, and who shows none sees the rest of the page.
+Every series has the label `model_name`, as vLLM's have. Series of an API key (label `key`) name customers: where there
+are keys, a key that may manage replicas sees all of them, any other its own, and who shows none sees the rest.
 """
 
 from __future__ import annotations

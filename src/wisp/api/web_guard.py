@@ -1,9 +1,9 @@
 """Keeps web pages away from a process that asks for no key.
 
-Any page in a visitor's browser can send requests to loopback. Two headers give it away, and it cannot forge them: `Host` is
-the name that the page used (after DNS rebinding, its own), and `Origin` is where the page came from. Where keys are asked
-for, a page has none, and Host may be any name; a WebSocket of a foreign page is refused even so, for browsers ask nobody
-before they open one.
+Any page in a visitor's browser can send requests to loopback. Two headers give it away, and it cannot forge them: `Host`
+is the name that the page used (after DNS rebinding, its own), and `Origin` is where the page came from. Where keys are
+asked for, a page has none, and Host may be any name; a WebSocket of a foreign page is refused even so, for browsers ask
+nobody before they open one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def host_names(text: str) -> tuple[str, ...]:
     names = tuple(part.strip().lower().rstrip(".") for part in text.split(",") if part.strip())
     for name in names:
         if not (_NAME.fullmatch(name) or _is_address(name)):
-            raise ConfigError(f"--allowed-hosts: {name!r} is no host name; give names such as wisp.example.com")
+            raise ConfigError(
+                f"--allowed-hosts: {name!r} is no host name; give names such as wisp.example.com"
+            )
     return names
 
 
@@ -95,7 +97,8 @@ class WebGuard:
             name = parts.hostname
         except ValueError:
             return False
-        return origin in self._origins or bool(name) and (parts.netloc == host.lower() or name in self._hosts)
+        own = bool(name) and (parts.netloc == host.lower() or name in self._hosts)
+        return own or origin in self._origins
 
 
 async def refuse(scope: Scope, receive: Receive, send: Send, error: RequestError) -> None:

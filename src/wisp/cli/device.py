@@ -45,7 +45,9 @@ def edge(
     give_up_s: Annotated[
         float, typer.Option(help="Seconds without a verifier before answers fail.", min=0)
     ] = 30.0,
-    keep_alive_s: Annotated[float, typer.Option(help="Seconds between keep-alive comments in a stream.", min=0.1)] = 10.0,
+    keep_alive_s: Annotated[
+        float, typer.Option(help="Seconds between keep-alive comments in a stream.", min=0.1)
+    ] = 10.0,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM key.")] = None,
     allowed_hosts: AllowedHosts = "",

@@ -10,7 +10,9 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never download anything.")]
-MOST_THREADS = 4 * (os.cpu_count() or 1)  # beyond this they only wait for each other; llama.cpp ends with SIGSEGV at some point
+MOST_THREADS = 4 * (
+    os.cpu_count() or 1
+)  # beyond this they only wait for each other; llama.cpp ends with SIGSEGV at some point
 Threads = Annotated[
     int | None, typer.Option(help="Threads of the engine (default: one per core).", min=1, max=MOST_THREADS)
 ]
@@ -24,7 +26,8 @@ AllowedHosts = Annotated[
     ),
 ]
 HttpKeepAlive = Annotated[
-    float, typer.Option(help="Seconds that an idle HTTP connection is kept for its next request.", min=1, max=86400)
+    float,
+    typer.Option(help="Seconds that an idle HTTP connection is kept for its next request.", min=1, max=86400),
 ]
 Server = Annotated[str, typer.Option(help="Address of the verifier.")]
 Model = Annotated[str, typer.Option(help="A catalogue name, a path, or hf:user/repo/file.gguf.")]

@@ -49,8 +49,8 @@ class ProtocolError(WispError):
 class RequestError(WispError):
     """A request that cannot be served as asked.
 
-    `status` is the HTTP status; `code`, `param` and `type` fill OpenAI's error object (`code` is never null: without one
-    it is the status's); `retry_after` (seconds) becomes the Retry-After header.
+    `status` is the HTTP status; `code`, `param` and `type` fill OpenAI's error object (`code` is never null: without
+    one it is the status's); `retry_after` (seconds) becomes the Retry-After header.
     """
 
     CODES: ClassVar = {400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found"}

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 
 import msgspec
 
-
 LONGEST_MS = 1e9  # of a target: eleven days
 
 

@@ -42,7 +42,9 @@ def read_predictor(path: Path | None = None) -> Predictor:
 
 def served_name(name: str) -> str:
     """What clients call the model: the catalogue's name, or the file's without its ending."""
-    name = name.encode("utf-8", "replace").decode()  # the name of a file may be no UTF-8, which cannot be sent
+    name = name.encode(
+        "utf-8", "replace"
+    ).decode()  # the name of a file may be no UTF-8, which cannot be sent
     return Path(name.removeprefix("hf:")).name.removesuffix(".gguf").removesuffix(".toml")
 
 
@@ -231,7 +233,7 @@ def load_drafter(
 @contextlib.contextmanager
 def _ctrl_c_ends_it() -> Iterator[None]:
     """Python takes no signals while native code runs, and to load a model takes up to a minute: meanwhile Ctrl-C ends
-    the process without asking it. In other threads than the main one, and where somebody else handles it, it is left alone.
+    the process without asking it. In other threads, and where somebody else handles it, it is left alone.
     """
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

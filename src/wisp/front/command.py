@@ -20,6 +20,12 @@ def serve_replicas(spec: ReplicaSpec, keys: Keyring, replicas: int, launcher: st
         raise ConfigError("replicas take the ports above the front's: give --port a number")
     if gpus and launcher != "ray":
         raise ConfigError("--gpus-per-replica goes with --launcher ray")
+    try:
+        spec.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"a replica is told of files by names in UTF-8, and {error.object!r} is none; rename it"
+        ) from None
     launch = _launcher(launcher, gpus)
 
     async def run() -> None:
