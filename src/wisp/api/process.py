@@ -115,7 +115,7 @@ async def run_app(
     keyed: `app` asks every caller for a key; otherwise web pages are kept out here.
     stopped: returns when a stop is wanted for another reason than a signal. `at_once` is called before an end
     without a drain. Without `signals` none are looked at: then this may run in any thread. `loading`: does a thread
-    load a model? A stop does not wait for it, and ends the process. `bound` is a socket that listens at `listen` already.
+    load a model? A stop does not wait for it, and ends the process. `bound` is a socket that listens there already.
     """
     config = uvicorn_config(app, listen, keyed=keyed)
     try:

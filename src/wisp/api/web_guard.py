@@ -1,6 +1,6 @@
 """Keeps web pages away from a process that asks for no key.
 
-Any page in a visitor's browser can send requests to loopback. Two headers give it away, and it cannot forge them: `Host`
+Any page in a visitor's browser can send requests to loopback. Two headers give it away that it cannot forge: `Host`
 is the name that the page used (after DNS rebinding, its own), and `Origin` is where the page came from. Where keys are
 asked for, a page has none, and Host may be any name; a WebSocket of a foreign page is refused even so, for browsers ask
 nobody before they open one.
