@@ -64,10 +64,18 @@ def main() -> None:
         typer.echo(f"wisp: {error}", err=True)
         sys.exit(2)
     except OSError as error:  # a full disk, a file that may not be read or written
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.close()  # what it holds cannot be written, either, and Python would say so at length
+        _flush_or_close()
         typer.echo(f"wisp: {error}", err=True)
         sys.exit(1)
+
+
+def _flush_or_close() -> None:
+    """What standard output still holds cannot be written if that was the trouble, and Python would say so at length."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
 
 
 def _open_streams() -> None:

@@ -53,4 +53,4 @@ System = Annotated[str, typer.Option("--system", "--policy", help=SYSTEM_HELP)]
 Seed = Annotated[
     int | None, typer.Option(help="Of everything that is random (default: the scenario's first one).")
 ]
-Jobs = Annotated[int, typer.Option(help="Processes.", min=1)]
+Jobs = Annotated[int, typer.Option(help="Processes.", min=1, max=MOST_THREADS)]
