@@ -195,10 +195,11 @@ def test_closed_streams_lead_nowhere(wisp: Wisp, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_full_disk_is_said_in_a_line(wisp: Wisp, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = Path("/dev/full").open("w")  # noqa: SIM115
-    monkeypatch.setattr(sys, "stdout", full)
+    full = io.FileIO("/dev/full", "w")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(full)))
     monkeypatch.setattr("wisp.lab.commands.list_models", lambda *, as_json: print("x" * 100_000))
     status, said = wisp("pull")
     assert status == 1
     assert said.startswith("wisp: ")
     assert "No space left" in said
+    full.close()
