@@ -24,7 +24,7 @@ from api_fakes import (
 from starlette.testclient import TestClient
 
 from wisp.api.backend import Target
-from wisp.api.body import MAX_BODY_BYTES
+from wisp.api.body import LEAST_LIMIT_BYTES, SMALL_BODY_BYTES, body_limit
 from wisp.core.errors import EngineError, RequestError, UnavailableError
 
 CHAT = "/v1/chat/completions"
@@ -67,6 +67,7 @@ def error(response: Any, status: int) -> dict[str, Any]:
     body = response.json()
     assert list(body) == ["error"]
     assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["code"], "clients tell refusals apart by their code"
     return body["error"]
 
 
@@ -336,6 +337,10 @@ def test_streamed_logprobs_are_those_of_the_whole(client: TestClient, backend: S
 # --- models
 
 
+def test_a_slash_at_the_end_of_the_models_is_no_model_without_a_name(client: TestClient) -> None:
+    assert client.get("/v1/models/").json() == client.get("/v1/models").json()
+
+
 def test_models(client: TestClient) -> None:
     listed = client.get("/v1/models").json()
     assert [m["id"] for m in listed["data"]] == [MODEL]
@@ -407,8 +412,10 @@ def test_bad_messages_are_refused_where_they_are_bad(client: TestClient, param: 
 
 
 @pytest.mark.parametrize("name", ["x-slo-ttft-ms", "x-slo-tpot-ms"])
-@pytest.mark.parametrize("value", ["0", "-5", "nan", "inf", "soon"])
-def test_slo_headers_must_be_positive(client: TestClient, name: str, value: str) -> None:
+@pytest.mark.parametrize("value", ["0", "-5", "nan", "inf", "soon", "1.1e9", "1e300"])
+def test_slo_headers_must_be_positive_and_no_more_than_a_verifier_takes(
+    client: TestClient, name: str, value: str
+) -> None:
     assert error(client.post(CHAT, json=chat(), headers={name: value}), 400)["param"] == name
 
 
@@ -440,11 +447,22 @@ def test_malformed_json(client: TestClient, body: bytes) -> None:
     assert error(client.post(CHAT, content=body, headers=headers), 400)["code"] == "invalid_json"
 
 
-def test_a_body_that_is_too_large(client: TestClient) -> None:
+def test_a_body_may_be_as_large_as_the_context_has_use_for(
+    client: TestClient, backend: ScriptedBackend
+) -> None:
     headers = {"content-type": "application/json"}
-    parts = (b" " * (1 << 20) for _ in range(MAX_BODY_BYTES // (1 << 20) + 1))
-    assert error(client.post(CHAT, content=b" " * (MAX_BODY_BYTES + 1), headers=headers), 413)
-    assert error(client.post(CHAT, content=parts, headers=headers), 413)["code"] == "request_too_large"
+    for context in (0, 1000, 100_000):
+        backend.context = context
+        limit = body_limit(context)
+        for content in (
+            b" " * (limit + 1),
+            (b" " * SMALL_BODY_BYTES for _ in range(limit // SMALL_BODY_BYTES + 1)),
+        ):
+            assert (
+                error(client.post(CHAT, content=content, headers=headers), 413)["code"] == "request_too_large"
+            )
+        assert error(client.post(CHAT, content=b" " * limit, headers=headers), 400)["code"] == "invalid_json"
+    assert LEAST_LIMIT_BYTES < body_limit(1000) < body_limit(100_000)
 
 
 def test_only_json_is_taken_so_that_a_web_page_cannot_post(client: TestClient) -> None:

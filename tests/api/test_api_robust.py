@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from waiting import PATIENCE_S, until
+from wisp.api.body import SMALL_BODY_BYTES, parsed
 
 FIELDS = [
     "model", "messages", "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "logprobs",
@@ -147,6 +148,58 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
         return await answering
 
     assert b"Hello" in asyncio.run(scenario())
+
+
+def test_a_large_body_is_parsed_off_the_event_loop_and_one_at_a_time() -> None:
+    body = json.dumps({"model": MODEL, "prompt": "x" * SMALL_BODY_BYTES}).encode()
+    at_work: list[int] = []
+    most = 0
+    go = threading.Event()
+
+    def parse(fields: dict[str, Any]) -> str:
+        nonlocal most
+        at_work.append(1)
+        most = max(most, len(at_work))
+        assert go.wait(60.0), "the event loop stood still"
+        at_work.pop()
+        return threading.current_thread().name
+
+    async def scenario() -> list[str]:
+        tasks = [asyncio.create_task(parsed(body, parse)) for _ in range(4)]
+        while not at_work:
+            await asyncio.sleep(0.001)
+        assert await parsed(b"{}", lambda fields: "at once") == "at once"  # others go on meanwhile
+        go.set()
+        return await asyncio.gather(*tasks)
+
+    names = asyncio.run(scenario())
+    assert threading.current_thread().name not in names
+    assert most == 1
+
+
+def test_who_leaves_while_the_own_body_waits_for_its_turn_is_not_parsed() -> None:
+    body = json.dumps({"prompt": "x" * SMALL_BODY_BYTES}).encode()
+    busy, go = threading.Event(), threading.Event()
+    parsed_second: list[int] = []
+
+    def first(fields: dict[str, Any]) -> None:
+        busy.set()
+        assert go.wait(60.0)
+
+    async def scenario() -> None:
+        working = asyncio.create_task(parsed(body, first))
+        while not busy.is_set():
+            await asyncio.sleep(0.001)
+        waiting = asyncio.create_task(parsed(body, lambda fields: parsed_second.append(1)))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        go.set()
+        await working
+        await parsed(body, lambda fields: None)  # a third one, so the second had its turn
+
+    asyncio.run(scenario())
+    assert not parsed_second
 
 
 def test_a_refused_key_or_prompt_never_reaches_the_log(

@@ -69,7 +69,13 @@ def test_an_empty_file_lets_nobody_in(path: Path) -> None:
     [
         ("", "expected tables"),
         ("[keys.a]\n", r"\[keys.a\] needs a secret"),
-        ('[keys.a]\nsha256 = "short"\n', "needs a secret"),
+        ('[keys.a]\nsha256 = "short"\n', "64 hexadecimal digits"),
+        (f'[keys.a]\nsha256 = "{"é" * 64}"\n', "64 hexadecimal digits"),
+        (f'[keys.a]\nsha256 = "{"g" * 64}"\n', "64 hexadecimal digits"),
+        (f'[keys.a]\nsecret = "x"\nsha256 = "{"0" * 64}"\n', "a secret or a sha256"),
+        ('[keys.a]\nsecret = "pässword"\n', "ASCII"),
+        ('[keys.a]\nsecret = " x"\n', "white space"),
+        ('[keys."a\\nb"]\nsecret = "x"\n', "no name for a key"),
         ('[keys.a]\nsecret = "x"\n[keys.b]\nsecret = "x"\n', r"\[keys.b\].* of its own"),
         ('[keys.a]\nsecret = "x"\nlimit = 3\n', "limit"),
         ("[keys", "cannot read"),
@@ -139,3 +145,9 @@ def test_who_may_manage_replicas(path: Path) -> None:
     assert [ring.is_admin(name) for name in ("a", "b", "default", ANONYMOUS)] == [True, False, False, False]
     assert Keyring(None, "secret").is_admin("default")
     assert Keyring().is_admin(ANONYMOUS)
+
+
+def test_a_secret_that_no_header_can_carry_is_refused_at_start() -> None:
+    for secrets in ("pässword", "good,b\udcffd"):
+        with pytest.raises(ConfigError, match="ASCII"):
+            Keyring(secrets=secrets)

@@ -29,6 +29,7 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from waiting import PATIENCE_S, eventually
+from wisp.api.scrape import read_page
 from wisp.core.messages import (
     SUBPROTOCOL,
     VERSION,
@@ -141,9 +142,8 @@ class Process:
         return self.popen.wait(timeout_s)
 
     def metrics(self) -> dict[str, float]:
-        """/metrics by sample name, labels included as they are written."""
-        lines = httpx.get(f"{self.url}/metrics", **HTTP).text.splitlines()
-        return {k: float(v) for k, v in (x.rsplit(" ", 1) for x in lines if x and x[0] != "#")}
+        """/metrics by sample name, labels included as they are written, but for the model's name."""
+        return read_page(httpx.get(f"{self.url}/metrics", **HTTP).text)
 
 
 class Fleet:

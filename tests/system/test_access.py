@@ -11,6 +11,8 @@ import openai
 import pytest
 from harness import HTTP, MODEL, Fleet, Peer, Process, Stream, ask, eventually, free_port, opening
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from wisp.core.messages import Refused
 
@@ -208,6 +210,25 @@ def test_nobody_listens_beyond_loopback_without_a_key(fleet: Fleet) -> None:
             assert "without an API key" in ended.stderr
             assert "--api-keys" in ended.stderr
             assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.modelless
+def test_a_web_page_gets_nothing_from_a_process_without_keys(fleet: Fleet) -> None:
+    server = fleet.serve(**NULL)
+    edge = fleet.edge(server.url, draft="none")
+    named = fleet.serve("--allowed-hosts", "wisp.example", **NULL)
+    for process in (server, edge, named):
+        for header in ({"host": "evil.example"}, {"origin": "https://evil.example"}):
+            refused = httpx.get(f"{process.url}/v1/models", headers=header, **HTTP)
+            assert refused.status_code == 403
+            assert refused.json()["error"]["code"] in ("host_not_allowed", "origin_not_allowed")
+        assert httpx.get(f"{process.url}/v1/models", **HTTP).status_code == 200
+    assert httpx.get(f"{named.url}/v1/models", headers={"host": "wisp.example"}, **HTTP).status_code == 200
+    with pytest.raises(InvalidStatus) as refused_upgrade:
+        connect(
+            f"ws://127.0.0.1:{server.port}/v1/sessions", origin=Origin("https://evil.example"), proxy=None
+        )
+    assert refused_upgrade.value.response.status_code == 403
 
 
 @pytest.mark.modelless

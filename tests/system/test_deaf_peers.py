@@ -123,7 +123,13 @@ def with_server(
 
             serving = asyncio.ensure_future(
                 run_app(
-                    cloud.asgi, Listen(port=port), cloud.drain, stopped=stopped, signals=False, bound=bound
+                    cloud.asgi,
+                    Listen(port=port),
+                    cloud.drain,
+                    keyed=False,
+                    stopped=stopped,
+                    signals=False,
+                    bound=bound,
                 )
             )
             while cloud._host is None:

@@ -9,6 +9,7 @@ A client chooses a class with the header `x-slo-class`; `x-slo-ttft-ms` and `x-s
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -20,10 +21,10 @@ from prometheus_client import CollectorRegistry, Counter
 
 from wisp.api.observe import RequestRecord
 from wisp.core.errors import ConfigError
-from wisp.core.slo import Slo, met
+from wisp.core.slo import LONGEST_MS, Slo, met
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_Target = Annotated[float, msgspec.Meta(ge=0)]
+_Target = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_MS)]
 
 
 class _Class(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,6 +51,8 @@ def read_slo_classes(given: Path | str | Mapping[str, Any]) -> dict[str, Slo]:
             found = msgspec.convert(table, _Class)
         except msgspec.ValidationError as error:
             raise ConfigError(f"{where}: [{name}]: {error}") from None
+        if math.isnan(found.ttft_ms + found.tpot_ms):
+            raise ConfigError(f"{where}: [{name}]: nan is no number of milliseconds")
         if not found.ttft_ms and not found.tpot_ms:
             raise ConfigError(f"{where}: [{name}] needs ttft_ms, tpot_ms or both")
         classes[name] = Slo(found.ttft_ms, found.tpot_ms)

@@ -35,6 +35,11 @@ class Target(msgspec.Struct, frozen=True):
 class Backend(Protocol):
     """Generates. One per process."""
 
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and output; 0 while there is no model yet."""
+        ...
+
     async def target(self) -> Target:
         """The model served. Waits a stated time for a verifier, then raises UnavailableError."""
         ...

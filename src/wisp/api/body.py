@@ -1,28 +1,73 @@
-"""Reading a JSON body: of bounded size, of the right type, and an object."""
+"""Reading a JSON body: of bounded size, of the right type, and an object.
+
+Decoding and checking a large one may take seconds of CPU. That happens in a thread, so that the event loop goes on, and
+one after the other: more threads would only take the interpreter away from the loop more often.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
 
 from wisp.core.errors import RequestError
 
-MAX_BODY_BYTES = 8 << 20
+T = TypeVar("T")
+
+SMALL_BODY_BYTES = 64 << 10  # decoded on the event loop: a few milliseconds at most
+LEAST_LIMIT_BYTES = 1 << 20  # tools, and the structure around the text, take room in any context
+BYTES_PER_TOKEN = 64  # four of text, times six where JSON escapes them, and some for runs of spaces
+UNKNOWN_LIMIT_BYTES = 8 << 20  # while the context is not known
+
+_reader = ThreadPoolExecutor(1, thread_name_prefix="body")
+
+
+def body_limit(context: int) -> int:
+    """Most bytes of a body for a model with a context of so many tokens (0: not known)."""
+    return LEAST_LIMIT_BYTES + context * BYTES_PER_TOKEN if context else UNKNOWN_LIMIT_BYTES
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body, if it claims to be JSON and has at most `limit` bytes. Raises RequestError 413 or 415."""
+    _check_media_type(request)
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit:
+        raise _too_large(limit)
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+async def parsed(body: bytes, parse: Callable[[dict[str, Any]], T]) -> T:
+    """What `parse` makes of the JSON object in `body`. Raises RequestError 400, and what `parse` raises."""
+    if len(body) <= SMALL_BODY_BYTES:
+        return parse(_decode(body))
+    return await asyncio.get_running_loop().run_in_executor(_reader, lambda: parse(_decode(body)))
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The request's JSON object. Raises RequestError 400, 413 or 415."""
-    _check_media_type(request)
+    """The request's JSON object, a small one. Raises RequestError 400, 413 or 415."""
+    return _decode(await read_body(request, SMALL_BODY_BYTES))
+
+
+def _decode(body: bytes) -> dict[str, Any]:
     try:
-        body = msgspec.json.decode(await _read(request))
+        value = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         # The decoder's message gives a byte offset and never the text
         raise RequestError(400, f"The body is not valid JSON: {exc}", code="invalid_json") from exc
-    if not isinstance(body, dict):
+    if not isinstance(value, dict):
         raise RequestError(400, "The body must be a JSON object.", code="invalid_json")
-    return body
+    return value
 
 
 def _check_media_type(request: Request) -> None:
@@ -33,20 +78,6 @@ def _check_media_type(request: Request) -> None:
         raise RequestError(415, message, code="unsupported_media_type")
 
 
-async def _read(request: Request) -> bytes:
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > MAX_BODY_BYTES:
-        raise _too_large()
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise _too_large()
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _too_large() -> RequestError:
-    message = f"The body is larger than {MAX_BODY_BYTES} bytes."
+def _too_large(limit: int) -> RequestError:
+    message = f"The body is larger than {limit} bytes, more than this server's model has context for."
     return RequestError(413, message, code="request_too_large")

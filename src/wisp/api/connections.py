@@ -12,9 +12,10 @@ import logging
 import socket
 from typing import Any, cast
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
+
+from wisp.api.http import PunctualH11
 
 log = logging.getLogger("wisp.connections")
 
@@ -107,7 +108,7 @@ class _Watched(asyncio.Protocol):
         return cast(_Transport, self.transport)
 
 
-class HttpConnection(_Watched, AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+class HttpConnection(_Watched, PunctualH11):
     """An HTTP connection."""
 
 

@@ -113,7 +113,7 @@ async def _http_exception(request: Request, exc: Exception) -> Response:
     message, code = {
         404: (f"There is no {method} {path} here.", "not_found"),
         405: (f"{path} does not take {method}.", "method_not_allowed"),
-    }.get(exc.status_code, (exc.detail, None))
+    }.get(exc.status_code, (exc.detail, ""))
     type_ = "server_error" if exc.status_code >= 500 else "invalid_request_error"
     response = error_response(
         RequestError(exc.status_code, message, code=code, type=type_), request_id(request)

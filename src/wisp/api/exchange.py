@@ -54,7 +54,7 @@ class Exchange:
             raise
         except Exception as exc:
             error = to_request_error(exc, self.id)
-            self._end(error.status, "error", error.code or "")
+            self._end(error.status, "error", error.code)
             raise error from exc
         else:
             self._end(200, self.output.finish if self.output else "")

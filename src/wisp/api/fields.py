@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from wisp.core.errors import RequestError
 
 
-def refuse(param: str, message: str, code: str | None = None) -> NoReturn:
+def refuse(param: str, message: str, code: str = "invalid_value") -> NoReturn:
     """Raise the 400 that says what is wrong with `param`."""
     raise RequestError(400, f"{param}: {message}", param=param, code=code)
 

@@ -18,6 +18,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from wisp.core.errors import ConfigError, RequestError
 
 log = logging.getLogger("wisp.keys")
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 ANONYMOUS = "anonymous"
 POLL_S = 2.0
 
@@ -133,8 +135,17 @@ def on_behalf(token: str, name: str) -> str:
 
 def _named(secrets: str) -> dict[str, str]:
     """Names by digest: a key each, as prefixes are shared and turns are taken by key."""
-    found = dict.fromkeys(_digest(secret.strip()) for secret in secrets.split(",") if secret.strip())
+    found = dict.fromkeys(_digest(_sound(secret.strip())) for secret in secrets.split(",") if secret.strip())
     return {digest: f"default-{n}" if n > 1 else "default" for n, digest in enumerate(found, 1)}
+
+
+def _sound(secret: str) -> str:
+    """Raises ConfigError for a secret that no client could send in a header."""
+    if not secret.isascii() or not secret.isprintable() or secret != secret.strip():
+        raise ConfigError(
+            "API keys are of ASCII characters, without white space around them; set another one"
+        )
+    return secret
 
 
 def _digest(secret: str) -> str:
@@ -157,9 +168,15 @@ def _parse(document: dict[str, Any], path: Path) -> tuple[dict[str, str], dict[s
             entry = msgspec.convert(table, _Entry)
         except msgspec.ValidationError as error:
             raise ConfigError(f"{path}: [keys.{name}]: {error}") from None
-        digest = entry.sha256.lower() or (_digest(entry.secret) if entry.secret else "")
-        if len(digest) != 64 or digest in names:
+        if not name.isprintable():
+            raise ConfigError(f"{path}: {name!r} is no name for a key: it goes into logs")
+        digest = entry.sha256.lower() or (_digest(_sound(entry.secret)) if entry.secret else "")
+        if not digest or digest in names or (entry.secret and entry.sha256):
             raise ConfigError(f"{path}: [keys.{name}] needs a secret or a sha256 of its own")
+        if not _SHA256.fullmatch(digest):
+            raise ConfigError(
+                f"{path}: [keys.{name}]: sha256 is 64 hexadecimal digits, as `sha256sum` prints them"
+            )
         names[digest] = name
         limits[name] = KeyLimits(entry.sessions, entry.requests_per_minute, entry.tokens_per_minute)
         if entry.admin:

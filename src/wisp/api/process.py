@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import logging
 import os
@@ -13,12 +12,15 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import uvicorn
 from starlette.types import ASGIApp
 
 from wisp.api.connections import HttpConnection, SessionConnection
+from wisp.api.http import KEEP_ALIVE_S
+from wisp.api.web_guard import WebGuard, is_loopback
 from wisp.core.errors import ConfigError
 from wisp.core.messages import FRAME_EXTRA
 
@@ -26,14 +28,29 @@ log = logging.getLogger("wisp")
 
 LEVELS = ("debug", "info", "warning", "error")
 
+# What uvicorn logs, some with a traceback, where a peer is at fault and has been told so: an upgrade that was refused
+# with a status, a text frame that is no text, a request that is no HTTP. Anybody could fill the disk with these.
+_PEERS_FAULTS = (
+    "ASGI callable returned without completing handshake",
+    "Invalid UTF-8 sequence received",
+    "Invalid HTTP request received",
+    "Unsupported upgrade request",
+)
+
 
 class Listen(msgspec.Struct, frozen=True):
-    """Where to listen. `cert` and `key` are PEM files; both or neither."""
+    """Where to listen, and for whom. `cert` and `key` are PEM files; both or neither.
+
+    allowed_hosts: names besides loopback's that clients without a key may call this process by
+    keep_alive_s: how long an idle HTTP connection is kept for its client's next request
+    """
 
     host: str = "127.0.0.1"
     port: int = 8100
     cert: Path | None = None
     key: Path | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    keep_alive_s: float = KEEP_ALIVE_S
 
     def check(self, *, keyed: bool) -> None:
         """Raises ConfigError where others could reach this process without a key, or a file is missing."""
@@ -49,16 +66,6 @@ class Listen(msgspec.Struct, frozen=True):
                 raise ConfigError(f"no such TLS file: {file}")
 
 
-def is_loopback(host: str) -> bool:
-    """Can only this machine reach what listens there?"""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 class _Server(uvicorn.Server):
     """Uvicorn, but signals are ours: the first asks for a drain, the second ends at once."""
 
@@ -67,25 +74,11 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def run_app(
-    app: ASGIApp,
-    listen: Listen,
-    drain: Callable[[], Awaitable[None]],
-    ended: Callable[[], Awaitable[None]] | None = None,
-    *,
-    stopped: Callable[[], Awaitable[None]] | None = None,
-    signals: bool = True,
-    at_once: Callable[[], None] = lambda: None,
-    bound: socket.socket | None = None,
-) -> None:
-    """Serve until SIGTERM, SIGINT or `ended`, then `drain`, then stop. Raises ConfigError if the port is taken.
-
-    stopped: returns when a stop is wanted for another reason than a signal. `at_once` is called before an end
-    without a drain. Without `signals` none are looked at: then this may run in any thread. `bound` is a socket that
-    listens at `listen` already.
-    """
-    config = uvicorn.Config(
-        app,
+def uvicorn_config(app: ASGIApp, listen: Listen, *, keyed: bool) -> uvicorn.Config:
+    """How `app` is served: what every port of ours has in common."""
+    guarded = WebGuard(app, keyed=keyed, hosts={listen.host, *listen.allowed_hosts})
+    return uvicorn.Config(
+        guarded,
         host=listen.host,
         port=listen.port,
         ssl_certfile=listen.cert,
@@ -94,6 +87,7 @@ async def run_app(
         access_log=False,
         lifespan="on",
         http=HttpConnection,
+        timeout_keep_alive=listen.keep_alive_s,  # type: ignore[arg-type] # any number will do
         ws=SessionConnection,
         ws_max_size=FRAME_EXTRA,  # until the application says what it takes
         ws_per_message_deflate=False,
@@ -102,6 +96,29 @@ async def run_app(
         timeout_graceful_shutdown=5,
         server_header=False,
     )
+
+
+async def run_app(
+    app: ASGIApp,
+    listen: Listen,
+    drain: Callable[[], Awaitable[None]],
+    ended: Callable[[], Awaitable[None]] | None = None,
+    *,
+    keyed: bool,
+    stopped: Callable[[], Awaitable[None]] | None = None,
+    signals: bool = True,
+    at_once: Callable[[], None] = lambda: None,
+    loading: Callable[[], bool] = lambda: False,
+    bound: socket.socket | None = None,
+) -> None:
+    """Serve until SIGTERM, SIGINT or `ended`, then `drain`, then stop. Raises ConfigError if the port is taken.
+
+    keyed: `app` asks every caller for a key; otherwise web pages are kept out here.
+    stopped: returns when a stop is wanted for another reason than a signal. `at_once` is called before an end
+    without a drain. Without `signals` none are looked at: then this may run in any thread. `loading`: does a thread
+    load a model? A stop does not wait for it, and ends the process. `bound` is a socket that listens there already.
+    """
+    config = uvicorn_config(app, listen, keyed=keyed)
     try:
         config.load()
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
@@ -118,8 +135,7 @@ async def run_app(
         if stopping:
             log.warning("ending at once, with whatever is open")
             at_once()
-            logging.shutdown()
-            os._exit(1)  # a step of the engine may take long yet, and cannot be interrupted
+            _exit(1)  # a step of the engine may take long yet, and cannot be interrupted
         stopping = True
         log.info("stopping: draining; a second signal ends at once")
         task = asyncio.ensure_future(drain())
@@ -138,10 +154,20 @@ async def run_app(
         await server.serve([bound] if bound is not None else None)
         if asked is not None:
             asked.cancel()
+        if signals and loading():
+            _exit(0)
     except SystemExit:
-        raise ConfigError(
-            f"cannot listen on {listen.host}:{listen.port}; is it taken? choose another with --port"
-        ) from None
+        message = f"cannot listen on {listen.host}:{listen.port}; is it taken? choose another with --port"
+        if signals and loading():
+            print(f"wisp: {message}", file=sys.stderr)
+            _exit(2)
+        raise ConfigError(message) from None
+
+
+def _exit(status: int) -> NoReturn:
+    """End, whatever the threads do. Threads in native code neither listen nor survive an orderly end of the process."""
+    logging.shutdown()
+    os._exit(status)
 
 
 class _JsonLines(logging.Formatter):
@@ -180,10 +206,7 @@ def set_up_logging(level: str = "info", *, json_lines: bool = False, who: str = 
     root.setLevel(level.upper())
     for noisy in ("httpx", "httpcore", "websockets", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
-    # What uvicorn says of every upgrade that is refused with a status, as if it were a mistake
-    logging.getLogger("uvicorn.error").addFilter(
-        lambda r: "without completing handshake" not in r.getMessage()
-    )
+    logging.getLogger("uvicorn.error").addFilter(lambda r: not r.getMessage().startswith(_PEERS_FAULTS))
 
 
 def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -16,7 +16,7 @@ import msgspec
 from wisp.api.fields import Fields, refuse
 from wisp.api.messages import Message, parse_messages, parse_tools
 from wisp.core.sampling import Sampling
-from wisp.core.slo import Slo
+from wisp.core.slo import LONGEST_MS, Slo
 
 SloClasses = Mapping[str, Slo]
 NO_CLASSES: SloClasses = {}
@@ -237,6 +237,6 @@ def _target_ms(headers: Mapping[str, str], name: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0.0 < value < 1e12:  # also false for nan
-        refuse(name, "expected a positive number of milliseconds")
+    if not 0.0 < value <= LONGEST_MS:  # also false for nan
+        refuse(name, f"expected milliseconds, more than 0 and at most {LONGEST_MS:.0e}")
     return value

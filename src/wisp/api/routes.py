@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from wisp.api import responses
 from wisp.api.backend import Backend, Generation, Target
-from wisp.api.body import read_json
+from wisp.api.body import body_limit, parsed, read_body
 from wisp.api.errors import (
     JsonResponse,
     error_body,
@@ -100,8 +100,10 @@ def _model_routes(backend: Backend, authorize: Authorize | None) -> list[Route]:
         _check_model(request.path_params["id"], target)
         return responses.model_object(target)
 
+    list_ = guarded(lambda _, target: responses.model_list(target))
     return [
-        Route("/v1/models", guarded(lambda _, target: responses.model_list(target)), methods=["GET"]),
+        Route("/v1/models", list_, methods=["GET"]),
+        Route("/v1/models/", list_, methods=["GET"]),  # otherwise a model without a name
         Route("/v1/models/{id:path}", guarded(retrieve), methods=["GET"]),
     ]
 
@@ -157,10 +159,15 @@ class _Generating:
     async def _handle(self, request: Request, exchange: Exchange, stream: EventSender) -> Response:
         if self._authorize is not None:
             exchange.key = self._authorize(request)
-        ask = exchange.ask = self._parse(await read_json(request), request.headers, self._slo_classes)
-        return await unless_gone(request.receive, self._answer(ask, exchange, stream))
+        body = await read_body(request, body_limit(self._backend.context))
+        return await unless_gone(request.receive, self._answer(body, request.headers, exchange, stream))
 
-    async def _answer(self, ask: Ask, exchange: Exchange, stream: EventSender) -> Response:
+    async def _answer(
+        self, body: bytes, headers: Mapping[str, str], exchange: Exchange, stream: EventSender
+    ) -> Response:
+        ask = exchange.ask = await parsed(
+            body, lambda fields: self._parse(fields, headers, self._slo_classes)
+        )
         target = await self._target(ask, stream)
         _check_model(ask.model, target)
         work = functools.partial(prepare, ask, target, exchange.id, exchange.key)
@@ -180,8 +187,8 @@ class _Generating:
             return Response()
         async with aclosing(deltas):
             whole = [delta async for delta in deltas]
-        body = shape.whole(whole, *_statistics(generation, output))
-        return JsonResponse(body, headers={"x-request-id": exchange.id})
+        answer = shape.whole(whole, *_statistics(generation, output))
+        return JsonResponse(answer, headers={"x-request-id": exchange.id})
 
     async def _target(self, ask: Ask, stream: EventSender) -> Target:
         """The model, once there is one. A stream is kept alive meanwhile."""

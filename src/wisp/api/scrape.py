@@ -1,11 +1,22 @@
-"""What all our /metrics have in common."""
+"""What /metrics of all our processes have in common.
+
+Every series has the label `model_name`, as vLLM's have. Series of an API key (label `key`) name customers: where there
+are keys, a key that may manage replicas sees all of them, any other its own, and who shows none sees the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.requests import Request
 from starlette.responses import Response
+
+from wisp.api.errors import error_response, request_id
+from wisp.api.keys import Keyring
+from wisp.core.errors import RequestError
 
 
 def add_gauges(registry: CollectorRegistry, gauges: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
@@ -14,6 +25,51 @@ def add_gauges(registry: CollectorRegistry, gauges: Mapping[str, tuple[str, Call
         Gauge(f"wisp:{name}", text, registry=registry).set_function(read)
 
 
-def scraped(registry: CollectorRegistry) -> Response:
-    """All there is, in the text format that Prometheus reads."""
-    return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+def scraped(request: Request, registry: CollectorRegistry, model: str, keys: Keyring) -> Response:
+    """All that the caller may see, in the text format that Prometheus reads. `model`: "" while none is known."""
+    try:
+        shown = _shown(keys, request.headers.get("authorization"))
+    except RequestError as error:
+        return error_response(error, request_id(request))
+    page = generate_latest(_View(registry, model, shown))
+    return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def read_page(page: str) -> dict[str, float]:
+    """The values of such a page by name and labels as they are written there, but for the model's name."""
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            labels = ",".join(f'{k}="{v}"' for k, v in sample.labels.items() if k != "model_name")
+            values[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return values
+
+
+def _shown(keys: Keyring, header: str | None) -> Callable[[str], bool]:
+    """Of which keys may the caller see series? Raises RequestError 401 for a wrong key."""
+    if not keys:
+        return lambda key: True
+    if header is None:
+        return lambda key: False
+    caller = keys.authorize(header)
+    return lambda key: key == caller or keys.is_admin(caller)
+
+
+class _View(CollectorRegistry):
+    """A registry as one caller sees it."""
+
+    def __init__(self, registry: CollectorRegistry, model: str, shown: Callable[[str], bool]) -> None:
+        super().__init__()
+        self._of = registry
+        self._model = {"model_name": model} if model else {}
+        self._shown = shown
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self._of.collect():
+            seen = Metric(metric.name, metric.documentation, metric.type, metric.unit)
+            seen.samples = [
+                sample._replace(labels=self._model | sample.labels)
+                for sample in metric.samples
+                if "key" not in sample.labels or self._shown(sample.labels["key"])
+            ]
+            yield seen

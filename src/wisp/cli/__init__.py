@@ -6,6 +6,8 @@ file with a table per command. What a command needs is imported when it runs, so
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 
@@ -54,9 +56,32 @@ app.add_typer(replicas.app, name="replicas")
 
 
 def main() -> None:
-    """Entry point. Errors that users can mend are one line, exit code 2."""
+    """Entry point. Errors that users can mend are one line: exit code 2, or 1 where the system said no."""
+    _open_streams()
     try:
         app()
     except WispError as error:
         typer.echo(f"wisp: {error}", err=True)
         sys.exit(2)
+    except OSError as error:  # a full disk, a file that may not be read or written
+        _flush_or_close()
+        typer.echo(f"wisp: {error}", err=True)
+        sys.exit(1)
+
+
+def _flush_or_close() -> None:
+    """What standard output still holds cannot be written if that was the trouble, and Python would say so at length."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+
+
+def _open_streams() -> None:
+    """Streams that were closed lead nowhere, and characters that a terminal does not have are replaced."""
+    null = open(os.devnull, "r+", encoding="utf-8") if None in (sys.stdin, sys.stdout, sys.stderr) else None  # noqa: SIM115
+    sys.stdin, sys.stdout, sys.stderr = (s or null for s in (sys.stdin, sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")

@@ -11,9 +11,11 @@ from typing import Annotated
 import typer
 
 from wisp.cli.options import (
+    AllowedHosts,
     Draft,
     DraftAhead,
     Drafting,
+    HttpKeepAlive,
     Json,
     LogJson,
     LogLevel,
@@ -43,9 +45,13 @@ def edge(
     give_up_s: Annotated[
         float, typer.Option(help="Seconds without a verifier before answers fail.", min=0)
     ] = 30.0,
-    keep_alive_s: Annotated[float, typer.Option(help="Seconds between keep-alive comments.", min=0.1)] = 10.0,
+    keep_alive_s: Annotated[
+        float, typer.Option(help="Seconds between keep-alive comments in a stream.", min=0.1)
+    ] = 10.0,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM key.")] = None,
+    allowed_hosts: AllowedHosts = "",
+    http_keep_alive_s: HttpKeepAlive = 75.0,
     offline: Offline = False,
     log_level: LogLevel = "info",
     log_json: LogJson = False,
@@ -55,6 +61,7 @@ def edge(
     from wisp.api.attainment import read_slo_classes
     from wisp.api.keys import Keyring
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
+    from wisp.api.web_guard import host_names
     from wisp.core.drafting import Ahead
     from wisp.edge.app import EdgeApp
     from wisp.engines.build import drafting_policies, load_drafter
@@ -62,7 +69,7 @@ def edge(
 
     set_up_logging(log_level, json_lines=log_json)
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
-    listen = Listen(host, port, tls_cert, tls_key)
+    listen = Listen(host, port, tls_cert, tls_key, host_names(allowed_hosts), http_keep_alive_s)
     listen.check(keyed=bool(keys))
     policies = drafting_policies(drafting, predictor)
     classes = read_slo_classes(slo_classes) if slo_classes else {}
@@ -84,7 +91,7 @@ def edge(
             keep_alive_s=keep_alive_s,
             slo_classes=classes,
         )
-        await run_app(device.asgi, listen, device.drain)
+        await run_app(device.asgi, listen, device.drain, keyed=bool(keys))
 
     with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
         runner.run(run())
@@ -99,10 +106,12 @@ def generate(
     predictor: PredictorFile = None,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 is off.", min=0)] = 0,
+    top_k: Annotated[int, typer.Option(help="0 is off.", min=0, max=2**31)] = 0,
     min_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Default: drawn, and reported.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seed: Annotated[
+        int | None, typer.Option(help="Default: drawn, and reported.", min=-(2**63), max=2**64 - 1)
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, max=2**31)] = 256,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Complete the prompt as it is, without a chat template.")

@@ -61,6 +61,10 @@ def profile(
     """How fast this device drafts (--draft), or how long a target's steps take: the cost model (--target)."""
     if (draft is None) == (target is None):
         raise ConfigError("give --draft MODEL or --target MODEL, one of the two")
+    if draft is not None and out is not None:
+        raise ConfigError(
+            "--out is for the cost profile of a --target; how fast a draft model is goes to the terminal"
+        )
     if target is not None:
         from wisp.lab.profiling.target import profile_target
 
@@ -80,7 +84,7 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Write the predictor here, for `wisp edge --predictor`.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of rounds and of fitting.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of rounds and of fitting.", min=0, max=2**32 - 1)] = 0,
     json: Json = False,
 ) -> None:
     """Fit a predictor of acceptance to traces, and say how good it is on prompts and domains kept apart."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,9 +10,25 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never download anything.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of the engine (default: one per core).", min=1)]
+MOST_THREADS = 4 * (
+    os.cpu_count() or 1
+)  # beyond this they only wait for each other; llama.cpp ends with SIGSEGV at some point
+Threads = Annotated[
+    int | None, typer.Option(help="Threads of the engine (default: one per core).", min=1, max=MOST_THREADS)
+]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Log JSON lines.")]
+AllowedHosts = Annotated[
+    str,
+    typer.Option(
+        help="Names, by comma, that a reverse proxy on this machine serves this port under (without keys, only "
+        "loopback's own are answered)."
+    ),
+]
+HttpKeepAlive = Annotated[
+    float,
+    typer.Option(help="Seconds that an idle HTTP connection is kept for its next request.", min=1, max=86400),
+]
 Server = Annotated[str, typer.Option(help="Address of the verifier.")]
 Model = Annotated[str, typer.Option(help="A catalogue name, a path, or hf:user/repo/file.gguf.")]
 Draft = Annotated[str, typer.Option(help="A model as for --target, ngram, ngram+MODEL, or none.")]
@@ -36,4 +53,4 @@ System = Annotated[str, typer.Option("--system", "--policy", help=SYSTEM_HELP)]
 Seed = Annotated[
     int | None, typer.Option(help="Of everything that is random (default: the scenario's first one).")
 ]
-Jobs = Annotated[int, typer.Option(help="Processes.", min=1)]
+Jobs = Annotated[int, typer.Option(help="Processes.", min=1, max=MOST_THREADS)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wisp.cli.options import LogJson, LogLevel, Offline, SloClasses, Threads
+from wisp.cli.options import AllowedHosts, HttpKeepAlive, LogJson, LogLevel, Offline, SloClasses, Threads
 from wisp.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def serve(
     drain_s: Annotated[float, typer.Option(help="Seconds to finish sessions on SIGTERM.", min=0)] = 30.0,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM key.")] = None,
+    allowed_hosts: AllowedHosts = "",
+    http_keep_alive_s: HttpKeepAlive = 75.0,
     event_log: Annotated[
         Path | None, typer.Option(help="Record every event, for replay. Holds prompts!")
     ] = None,
@@ -107,6 +109,7 @@ def serve(
     from wisp.api.attainment import read_slo_classes
     from wisp.api.keys import Keyring
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
+    from wisp.api.web_guard import host_names
     from wisp.cloud.app import CloudApp, Settings
     from wisp.core.batching import batching_policy
     from wisp.engines.build import check_engine, fetch_target, load_target, served_name
@@ -114,7 +117,7 @@ def serve(
 
     set_up_logging(log_level, json_lines=log_json)
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
-    listen = Listen(host, port, tls_cert, tls_key)
+    listen = Listen(host, port, tls_cert, tls_key, host_names(allowed_hosts), http_keep_alive_s)
     listen.check(keyed=bool(keys))
     batching_policy(batching)
     check_engine(engine, mode=mode, kv_tokens=kv_tokens)
@@ -162,7 +165,9 @@ def serve(
     cloud = CloudApp(settings, keys, lambda: load_target(target, **of_engine, written=written))
 
     async def run() -> None:
-        await run_app(cloud.asgi, listen, cloud.drain, cloud.ended)
+        await run_app(
+            cloud.asgi, listen, cloud.drain, cloud.ended, keyed=bool(keys), loading=lambda: cloud.loading
+        )
         if cloud.failed is not None:
             raise cloud.failed
 

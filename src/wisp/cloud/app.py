@@ -3,7 +3,7 @@
     /v1/sessions          WebSocket: edges
     /v1/chat/completions  and the rest of the OpenAI surface: thin clients
     /v1/tokenizers/{fp}   the target's tokenizer, for edges
-    /health  /metrics     without a key
+    /health  /metrics     without a key; what keys have used is shown to them alone
 
 The model loads in the background once the port is open; /health says 503 until it is ready.
 """
@@ -97,6 +97,16 @@ class CloudApp:
         if self._host is None:
             raise UnavailableError("the model is still loading", retry_after=2.0)
         return self._host
+
+    @property
+    def ready(self) -> bool:
+        """Is the model loaded?"""
+        return self._host is not None
+
+    @property
+    def loading(self) -> bool:
+        """Does a thread load the model? It cannot be interrupted."""
+        return self._host is None and self.failed is None
 
     def thin(self) -> ThinBackend:
         """The backend for thin clients. Raises UnavailableError while the model loads."""
@@ -194,7 +204,7 @@ class CloudApp:
     async def _metrics(self, request: Request) -> Response:
         if self._host is None:
             return Response("", status_code=503)
-        return scraped(self._host.metrics.registry)
+        return scraped(request, self._host.metrics.registry, self.settings.model, self.keys)
 
     async def _tokenizer(self, request: Request) -> Response:
         try:
@@ -213,6 +223,10 @@ class _Late:
 
     def __init__(self, app: CloudApp) -> None:
         self.app = app
+
+    @property
+    def context(self) -> int:
+        return self.app.thin().context if self.app.ready else 0
 
     async def target(self) -> Target:
         return await self.app.thin().target()

@@ -25,6 +25,11 @@ class ThinBackend:
         self.host = host
         self._target = Target(host.model, host.tokenizer, host.limits.slot_tokens)
 
+    @property
+    def context(self) -> int:
+        """Of the model served here."""
+        return self._target.context
+
     async def target(self) -> Target:
         """The model served here."""
         return self._target

@@ -13,6 +13,8 @@ WispError
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class WispError(Exception):
     """Base of every error that WISP raises on purpose."""
@@ -52,9 +54,11 @@ class ProtocolError(WispError):
 class RequestError(WispError):
     """A request that cannot be served as asked.
 
-    `status` is the HTTP status; `code`, `param` and `type` fill OpenAI's error object;
-    `retry_after` (seconds) becomes the Retry-After header.
+    `status` is the HTTP status; `code`, `param` and `type` fill OpenAI's error object (`code` is never null: without
+    one it is the status's); `retry_after` (seconds) becomes the Retry-After header.
     """
+
+    CODES: ClassVar = {400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found"}
 
     def __init__(
         self,
@@ -68,7 +72,7 @@ class RequestError(WispError):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.code = code
+        self.code = code or self.CODES.get(status) or f"status_{status}"
         self.param = param
         self.type = type
         self.retry_after = retry_after

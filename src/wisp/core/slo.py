@@ -13,6 +13,8 @@ from collections.abc import Iterable
 
 import msgspec
 
+LONGEST_MS = 1e9  # of a target: eleven days
+
 
 class Slo(msgspec.Struct, frozen=True, array_like=True):
     """Targets in milliseconds; 0 means "none"."""

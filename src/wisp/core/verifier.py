@@ -52,9 +52,8 @@ from wisp.core.session import (
     Pending,
     Session,
 )
+from wisp.core.slo import LONGEST_MS
 from wisp.core.work import Slice, SliceResult
-
-LONGEST_MS = 1e9  # of an SLO's targets: eleven days
 
 
 class Verifier:

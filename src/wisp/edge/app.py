@@ -89,4 +89,5 @@ class EdgeApp:
         return JsonResponse({"status": "ok", "model": welcome.model, "mode": welcome.mode})
 
     async def _metrics(self, request: Request) -> Response:
-        return scraped(self.metrics.registry)
+        welcome = self.link.welcome
+        return scraped(request, self.metrics.registry, welcome.model if welcome else "", self.keys)

@@ -90,6 +90,11 @@ class EdgeBackend:
         self.sessions = 0  # live ones
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draft")
 
+    @property
+    def context(self) -> int:
+        """The verifier's; 0 without one."""
+        return self.link.welcome.context if self.link.welcome is not None else 0
+
     async def target(self) -> Target:
         """The verifier's model; waits for a verifier as long as the link allows."""
         welcome = await self.link.connected()

@@ -35,6 +35,11 @@ class Customers:
         self._admission = Admission(NO_PLACES, keys.limits)
         self._secret = secrets.token_bytes(32)
 
+    @property
+    def context(self) -> int:
+        """As the other says."""
+        return self._backend.context
+
     async def target(self) -> Target:
         """As the other says."""
         return await self._backend.target()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -38,6 +42,9 @@ def read_predictor(path: Path | None = None) -> Predictor:
 
 def served_name(name: str) -> str:
     """What clients call the model: the catalogue's name, or the file's without its ending."""
+    name = name.encode(
+        "utf-8", "replace"
+    ).decode()  # the name of a file may be no UTF-8, which cannot be sent
     return Path(name.removeprefix("hf:")).name.removesuffix(".gguf").removesuffix(".toml")
 
 
@@ -110,15 +117,16 @@ def load_target(
     from wisp.engines.llama.target import LlamaTarget
     from wisp.engines.llama.tokenizer import LlamaTokenizer
 
-    target = LlamaTarget(
-        path,
-        name=served_name(name),
-        mode="fast" if mode == "fast" else "exact",
-        slots=slots,
-        slot_tokens=context,
-        threads=threads,
-    )
-    return target, LlamaTokenizer.open(path)
+    with _ctrl_c_ends_it():
+        target = LlamaTarget(
+            path,
+            name=served_name(name),
+            mode="fast" if mode == "fast" else "exact",
+            slots=slots,
+            slot_tokens=context,
+            threads=threads,
+        )
+        return target, LlamaTokenizer.open(path)
 
 
 def check_engine(engine: str, *, mode: str | None = None, kv_tokens: int | None = None) -> None:
@@ -214,8 +222,25 @@ def load_drafter(
     from wisp.engines.llama.tokenizer import LlamaTokenizer
 
     path = resolve(name, offline=offline, progress=progress)
-    tokenizer = LlamaTokenizer.open(path)
-    fingerprint = tokenizer.fingerprint
-    tokenizer.close()
-    drafter = LlamaDraft(path, slots=slots, slot_tokens=2048, threads=threads, name=served_name(name))
+    with _ctrl_c_ends_it():
+        tokenizer = LlamaTokenizer.open(path)
+        fingerprint = tokenizer.fingerprint
+        tokenizer.close()
+        drafter = LlamaDraft(path, slots=slots, slot_tokens=2048, threads=threads, name=served_name(name))
     return drafter, fingerprint
+
+
+@contextlib.contextmanager
+def _ctrl_c_ends_it() -> Iterator[None]:
+    """Python takes no signals while native code runs, and to load a model takes up to a minute: meanwhile Ctrl-C ends
+    the process without asking it. In other threads, and where somebody else handles it, it is left alone.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

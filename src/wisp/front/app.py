@@ -144,7 +144,8 @@ class FrontApp:
         return JsonResponse(body | {"replicas": count})
 
     async def _metrics(self, request: Request) -> Response:
-        return scraped(self.metrics.registry)
+        welcome = self.fleet.welcome
+        return scraped(request, self.metrics.registry, welcome.model if welcome else "", self.keys)
 
     async def _tokenizer(self, request: Request) -> Response:
         try:

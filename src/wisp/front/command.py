@@ -20,11 +20,19 @@ def serve_replicas(spec: ReplicaSpec, keys: Keyring, replicas: int, launcher: st
         raise ConfigError("replicas take the ports above the front's: give --port a number")
     if gpus and launcher != "ray":
         raise ConfigError("--gpus-per-replica goes with --launcher ray")
+    try:
+        spec.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"a replica is told of files by names in UTF-8, and {error.object!r} is none; rename it"
+        ) from None
     launch = _launcher(launcher, gpus, keyed=bool(keys))
 
     async def run() -> None:
         front = FrontApp(spec, replicas, launch, keys)
-        await run_app(front.asgi, spec.listen, front.drain, front.fleet.ended, at_once=launch.close)
+        await run_app(
+            front.asgi, spec.listen, front.drain, front.fleet.ended, keyed=bool(keys), at_once=launch.close
+        )
         if front.failed is not None:
             raise front.failed
 

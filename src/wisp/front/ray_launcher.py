@@ -13,7 +13,8 @@ import os
 import threading
 from typing import Any
 
-from wisp.api.process import event_loop_factory, is_loopback, set_up_logging
+from wisp.api.process import event_loop_factory, set_up_logging
+from wisp.api.web_guard import is_loopback
 from wisp.core.errors import ConfigError
 from wisp.front.launch import Running, own_url
 from wisp.front.replica import ReplicaSpec, listen_above, run_replica

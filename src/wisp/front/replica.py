@@ -68,8 +68,8 @@ async def run_replica(
     """Serve until `stopped` returns. Raises what kept the model from loading."""
     keys = Keyring(spec.key_file, spec.secrets, spec.token)
     cloud = CloudApp(spec.settings, keys, lambda: load_target(spec.target, **spec.engine))
-    run = functools.partial(run_app, stopped=stopped, signals=signals, bound=bound)
-    await run(cloud.asgi, spec.listen, cloud.drain, cloud.ended)
+    run = functools.partial(run_app, keyed=bool(keys), stopped=stopped, signals=signals, bound=bound)
+    await run(cloud.asgi, spec.listen, cloud.drain, cloud.ended, loading=lambda: cloud.loading)
     if cloud.failed is not None:
         raise cloud.failed
 

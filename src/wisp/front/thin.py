@@ -120,6 +120,11 @@ class FrontBackend:
         self._policies = Policies("fixed:1")  # made, never asked
         self.tokenizers = FrontTokenizers(host)
 
+    @property
+    def context(self) -> int:
+        """The replicas'; 0 while none is up."""
+        return self._edge("").context
+
     async def target(self) -> Target:
         """The model that all replicas serve."""
         if self._host.draining:

@@ -115,6 +115,8 @@ def _local(path: Path) -> Path:
         own = path == _bundled_dir() / path.name
         remedy = "Reinstall WISP" if own else "Mend the path; a file of the hub is hf:user/repo/file.gguf"
         raise ModelError(f"There is no file {path}. {remedy}.")
+    if not os.access(path, os.R_OK):
+        raise ModelError(f"{path} may not be read by this user. Mend its permissions, or copy it.")
     if not store.is_gguf(path):
         raise ModelError(f"{path} is not a GGUF file. WISP loads models in llama.cpp's GGUF format only.")
     return path

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 
+from wisp.api.scrape import read_page
 from wisp.lab.children import Child, Children, free_ports
 
 START_S = 120.0  # for a process to answer
@@ -58,6 +59,5 @@ def echo(reply_bytes: int) -> contextlib.AbstractContextManager[Server]:
 async def steps(server: Server) -> tuple[float, float]:
     """Engine steps and slices of a verifier so far."""
     async with httpx.AsyncClient(trust_env=False) as client:
-        lines = (await client.get(f"{server.child.url}/metrics")).text.splitlines()
-    values = dict(line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
-    return float(values["wisp:engine_step_seconds_count"]), float(values["wisp:engine_slices_total"])
+        values = read_page((await client.get(f"{server.child.url}/metrics")).text)
+    return values["wisp:engine_step_seconds_count"], values["wisp:engine_slices_total"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,8 @@ def writable(path: Path) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
     if path.is_dir():
         raise ConfigError(f"cannot write {path}: it is a folder; give a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"cannot write {path}: this user may not")
 
 
 @contextmanager
@@ -84,7 +87,11 @@ def run_simulate(
     if plot is not None:
         from wisp.lab.plots import pyplot
 
-        pyplot()  # is it there at all?
+        plt = pyplot()  # is it there at all?
+        kinds = plt.figure().canvas.get_supported_filetypes()
+        plt.close()
+        if plot.suffix[1:] not in kinds:
+            raise ConfigError(f"cannot draw {plot}: give it one of the endings {', '.join(sorted(kinds))}")
     simulation = Simulation(scenario, system(spec), seed, trace=chrome is not None or plot is not None)
     with _bar("simulating", scenario.warmup_s + scenario.window_s) as (progress, task):
 

@@ -28,6 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from wisp.api.process import event_loop_factory
+from wisp.api.scrape import read_page
 from wisp.core.batching import batching_policy
 from wisp.core.errors import ConfigError, UnavailableError
 from wisp.core.messages import Cancel, Welcome
@@ -228,14 +229,9 @@ async def _scrape(url: str) -> Totals:
     """A verifier's counters, from its metrics. Raises UnavailableError."""
     try:
         async with httpx.AsyncClient(trust_env=False) as client:
-            lines = (await client.get(url)).text.splitlines()
+            values = read_page((await client.get(url)).text)
     except httpx.HTTPError as error:
         raise UnavailableError(f"no metrics at {url}: {str(error) or 'no answer'}") from None
-    values: dict[str, float] = {}
-    for line in lines:
-        name, _, value = line.rpartition(" ")
-        if not line.startswith("#"):
-            values[name] = float(value)
 
     def of(name: str) -> float:
         return values.get(f"wisp:{name}", 0.0)

@@ -1,0 +1,205 @@
+"""Whatever the command line, the configuration or the surroundings say: a message that helps, and never a traceback."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from wisp import cli
+from wisp.api import process
+from wisp.core.errors import ConfigError
+from wisp.edge import link
+from wisp.engines.build import served_name
+
+Wisp = Callable[..., tuple[int, str]]
+
+
+def numbers(command: Callable[..., Any]) -> list[str]:
+    """The options of a command that are numbers."""
+    hints = typing.get_type_hints(command)
+    return [
+        f"--{n.replace('_', '-')}"
+        for n, hint in hints.items()
+        if hint in (int, float, int | None, float | None)
+    ]
+
+
+OPTIONS = [
+    (info.name or info.callback.__name__.replace("_", "-"), option)
+    for info in cli.app.registered_commands
+    if info.callback is not None
+    for option in numbers(info.callback)
+]
+
+
+@pytest.fixture
+def wisp(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Wisp:
+    """Runs a command to its end, or to where it would serve. Gives its status and what it said."""
+
+    async def serve(server: object, sockets: object = None) -> None:
+        raise ConfigError("it would serve")
+
+    monkeypatch.setattr(process._Server, "serve", serve)
+    monkeypatch.setitem(link.VerifierLink.__init__.__kwdefaults__, "give_up_s", 0.0)  # for `wisp generate`
+    monkeypatch.setenv("WISP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("WISP_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(typer.main, "get_command", GET_COMMAND)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["wisp", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert isinstance(ended.value.code, int)
+        seen = capfd.readouterr()
+        assert "Traceback" not in seen.out + seen.err
+        return ended.value.code, seen.out + seen.err
+
+    return run
+
+
+GET_COMMAND = functools.cache(typer.main.get_command)  # a tenth of a second for each
+SERVE = ("serve", "--engine", "null", "--target", "null", "--port", "0")
+EDGE = ("edge", "--draft", "none", "--port", "0")
+GENERATE = ("generate", "Hi", "--server", "http://127.0.0.1:9")
+NOWHERE = "/no/such/file"
+CASES = [
+    (("serve",), "--target"),
+    (("serve", "--target", ""), "model"),
+    (("serve", "--target", NOWHERE), "no file"),
+    (("serve", "--target", "/"), "/"),
+    ((*SERVE, "--threads", "100000"), "--threads"),
+    ((*EDGE, "--threads", "100000"), "--threads"),
+    ((*GENERATE, "--threads", "100000"), "--threads"),
+    ((*SERVE, "--slots", "1e18"), "--slots"),
+    ((*SERVE, "--batching", ""), "batching"),
+    ((*SERVE, "--cost", NOWHERE), NOWHERE),
+    ((*SERVE, "--cost", "/"), "/"),
+    ((*SERVE, "--api-keys", "/"), "API keys"),
+    ((*SERVE, "--slo-classes", "/"), "SLO classes"),
+    ((*SERVE, "--tls-cert", NOWHERE, "--tls-key", NOWHERE), "TLS"),
+    ((*SERVE, "--allowed-hosts", "http://x"), "--allowed-hosts"),
+    ((*SERVE, "--http-keep-alive-s", "0"), "--http-keep-alive-s"),
+    ((*SERVE, "--host", "::", "--replicas", "2"), "API key"),
+    ((*EDGE, "--drafting", ""), "drafting"),
+    ((*EDGE, "--predictor", "/"), "predictor"),
+    ((*EDGE, "--server", "ftp://x"), "address"),
+    ((*EDGE, "--energy", "nan"), "--energy"),
+    ((*GENERATE, "--seed", "9" * 30), "--seed"),
+    ((*GENERATE, "--top-k", "9" * 30), "--top-k"),
+    ((*GENERATE, "--max-tokens", "9" * 30), "--max-tokens"),
+    (GENERATE, "no verifier at"),
+    (("replicas", "list", "--server", "http://127.0.0.1:9"), "cannot reach"),
+    (("pull", "no-such-model"), "no model"),
+    (("train", "--seed", "-1"), "--seed"),
+    (("train", "--traces", NOWHERE), NOWHERE),
+    (("replay", "--traces", NOWHERE), NOWHERE),
+    (("simulate", NOWHERE), NOWHERE),
+    (("simulate", "/"), "/"),
+    (("simulate", "mixed", "--plot", "picture.gguf"), "png"),
+    (("simulate", "mixed", "--chrome-trace", "/dev/null/x"), "/dev/null/x"),
+    (("capacity", "mixed", "--jobs", "9" * 20), "--jobs"),
+    (("plan", "--hardware", "", "--devices", "1", "--device", "1", "--rate", "1"), "hardware"),
+    (("profile", "--draft", "tiny-draft", "--out", "x.json"), "--out"),
+    (("no-such-command",), "no-such-command"),
+    (("--config", NOWHERE, "serve"), NOWHERE),
+    (("--config", "/", "serve"), "/"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "advice"), CASES, ids=[" ".join(c[0])[:60] for c in CASES])
+def test_what_cannot_work_ends_with_status_2_and_says_what_to_do(
+    wisp: Wisp, arguments: tuple[str, ...], advice: str
+) -> None:
+    status, said = wisp(*arguments)
+    assert status == 2
+    assert advice in said
+
+
+@pytest.mark.parametrize(("command", "option"), OPTIONS, ids=[" ".join(o) for o in OPTIONS])
+def test_an_option_that_wants_a_number_is_given_none(wisp: Wisp, command: str, option: str) -> None:
+    for value in ("", "seven", "1e", "[1]"):
+        status, said = wisp(command, option, value)
+        assert status == 2
+        assert option in said
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("[serve", "cannot read"),
+        ("[serve]\nthreads = 'many'", "--threads"),
+        ("[serve]\nport = [1]", "--port"),
+        ("[serve]\nsuch = 1", "has no such"),
+        ("serve = 1", "not a command"),
+        ("[replicas]\nserver = 1", "has no server"),
+        ("[serve]\napi_keys = 1", "--api-keys"),
+    ],
+)
+def test_a_configuration_of_the_wrong_types_is_explained(
+    wisp: Wisp, tmp_path: Path, text: str, advice: str
+) -> None:
+    path = tmp_path / "wisp.toml"
+    path.write_text(text)
+    status, said = wisp("--config", str(path), *SERVE[:5])
+    assert status == 2
+    assert advice in said
+
+
+def test_a_file_whose_name_is_no_utf8_is_served_under_a_name_that_is(wisp: Wisp, tmp_path: Path) -> None:
+    name = os.fsdecode(b"mod\xe9l.gguf")
+    assert served_name(str(tmp_path / name)).encode() == b"mod?l"
+    status, said = wisp("serve", "--target", str(tmp_path / name))
+    assert status == 2
+    assert "no" in said
+
+
+def test_a_model_that_may_not_be_read_is_not_called_no_model(
+    wisp: Wisp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.gguf"
+    path.write_bytes(b"GGUF")
+    monkeypatch.setattr(os, "access", lambda file, mode: file != path)  # root may read anything
+    status, said = wisp("serve", "--target", str(path))
+    assert status == 2
+    assert "may not be read" in said
+
+
+def test_a_terminal_without_the_characters_of_the_answer_is_shown_others(
+    wisp: Wisp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr("wisp.lab.commands.list_models", lambda *, as_json: print("é"))
+    wisp("pull")
+    sys.stdout.flush()
+    assert written.getvalue() == b"?\n"
+
+
+def test_closed_streams_lead_nowhere(wisp: Wisp, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, None)
+    assert wisp("generate", "-", *GENERATE[2:])[0] == 2
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.close()
+
+
+def test_a_full_disk_is_said_in_a_line(wisp: Wisp, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = io.FileIO("/dev/full", "w")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(full)))
+    monkeypatch.setattr("wisp.lab.commands.list_models", lambda *, as_json: print("x" * 100_000))
+    status, said = wisp("pull")
+    assert status == 1
+    assert said.startswith("wisp: ")
+    assert "No space left" in said
+    full.close()
