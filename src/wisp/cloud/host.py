@@ -144,7 +144,8 @@ class VerifierHost:
         """A message came in."""
         key = self._keys[connection]
         if self.draining and isinstance(message, Open):
-            refused = Refused(message.session, "shutting_down", "this verifier is shutting down", 1.0, True)
+            text = "this verifier is shutting down"
+            refused = Refused(message.session, "shutting_down", text, 1.0, True, message.round)
             self.metrics.admission(refused.code)
             self._send(connection, refused)
             return

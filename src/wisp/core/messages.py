@@ -27,7 +27,7 @@ from wisp.core.work import TokenLogprob
 
 VERSION = 1
 SUBPROTOCOL = "wisp.v1"
-MAX_FRAME = 4 << 20  # bytes; a prompt of a million tokens fits, an attack on memory does not
+MAX_FRAME = 4 << 20  # bytes; a prompt of 800,000 tokens fits, an attack on memory does not
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
@@ -105,6 +105,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     engine: str = ""
     mode: str = ""
     park_s: float = 0.0  # how long a session outlives its connection
+    max_frame: int = MAX_FRAME  # bytes of the longest frame that it takes
 
 
 class Verdict(Message, frozen=True, tag="verdict"):
@@ -130,7 +131,8 @@ class Verdict(Message, frozen=True, tag="verdict"):
 class Refused(Message, frozen=True, tag="refused"):
     """What was asked will not be done, and the session is as it was (unless `fatal`: then it is over).
 
-    `session` is "" when the connection as a whole is refused. `retry_after` is seconds, 0 for "do not".
+    `session` is "" when the connection as a whole is refused. `retry_after` is seconds, 0 for "do not". `round` is
+    that of the last Open or Draft which is meant; -1: the sender does not say.
     """
 
     session: str
@@ -138,6 +140,7 @@ class Refused(Message, frozen=True, tag="refused"):
     message: str
     retry_after: float = 0.0
     fatal: bool = False
+    round: int = -1
 
 
 class Redirect(Message, frozen=True, tag="redirect"):

@@ -205,6 +205,14 @@ class Session:
             return self.first_at + committed * self.tpot_s if slo.tpot_ms else math.inf
         return self.opened + slo.ttft_ms / 1e3 * TTFT_HERE if slo.ttft_ms else math.inf
 
+    def append(self, tokens: list[int], logprobs: list[TokenLogprob]) -> None:
+        """Commit `tokens`. `logprobs` are of the first of them; those of a step that was not asked for any are missing."""
+        self.chain += tokens
+        if self.logprobs is None or len(logprobs) < len(tokens):
+            self.entries = []  # what there is must be of the last tokens
+        else:
+            self.entries += logprobs[: len(tokens)]
+
     def committed_from(self, base: int) -> list[int]:
         """Generated tokens from `base` on."""
         return self.chain[self.n_prompt + base :]
@@ -327,7 +335,8 @@ class Session:
             self.discard = self.state in IN_ENGINE
         self.heard = len(open_.committed)
         self.serve = open_.serve
-        self.logprobs = open_.logprobs
+        if open_.logprobs != self.logprobs:
+            self.logprobs, self.entries = open_.logprobs, []
         self.pending = None
         self.inbox = None
         self.verdict = None

@@ -122,7 +122,8 @@ class Verifier:
         except ProtocolError as error:
             retry_after = error.retry_after if isinstance(error, Refusal) else 0.0
             fatal = isinstance(message, Open) and message.session not in self._by_id
-            refused = Refused(message.session, error.code, str(error), retry_after, fatal)
+            round_ = -1 if isinstance(message, Cancel) else message.round
+            refused = Refused(message.session, error.code, str(error), retry_after, fatal, round_)
             return [Send(event.connection, refused)]
         return [Send(event.connection, answer)] if answer is not None else []
 
@@ -344,9 +345,7 @@ class Verifier:
             self._next(now, s, actions)
             return
         tokens, finish = self._cut(s, result.tokens) if slice_.sample else ([], "")
-        s.chain += tokens
-        if s.logprobs is not None:
-            s.entries += result.logprobs[: len(tokens)]
+        s.append(tokens, result.logprobs)
         fed = slice_.start + len(slice_.tokens) - slice_.n_draft + result.accepted
         self.admission.served(now, s.key, max(0, min(fed, s.n_prompt) - slice_.start), len(tokens))
         verdict = None
@@ -419,11 +418,12 @@ class Verifier:
     def _fail(self, s: Session, code: str, message: str, actions: list[Action]) -> None:
         """End a session that the engine could not serve. Its edge may open it again."""
         connection = s.connection
+        round_ = s.inbox.round if s.inbox is not None else s.round  # the last that was heard
         s.go(FINISHED)
         if s.slot is not None:
             self.kv.drop(s.slot)
             s.slot = None
         self._end(s)
         if connection >= 0:
-            refused = Refused(s.id, code, message, retry_after=1.0, fatal=True)
+            refused = Refused(s.id, code, message, retry_after=1.0, fatal=True, round=round_)
             actions.append(Send(connection, refused))

@@ -94,7 +94,7 @@ class FrontHost:
         c = self._connections[connection]
         if isinstance(message, Draft):
             text = "this is a front, which verifies nothing; open the session again with what is committed"
-            c.send(Refused(message.session, "unknown_session", text))
+            c.send(Refused(message.session, "unknown_session", text, round=message.round))
             return
         if self._has_all(c.key) and not self._placement.knows(message.session):
             task = asyncio.ensure_future(self._look_twice(c, message))
@@ -121,7 +121,7 @@ class FrontHost:
             choice = self._place(c.key, open_)
         except Refusal as error:
             self._metrics.refused.labels(error.code).inc()
-            c.send(Refused(open_.session, error.code, str(error), error.retry_after, fatal=True))
+            c.send(Refused(open_.session, error.code, str(error), error.retry_after, True, open_.round))
             return
         self._metrics.placed(choice)
         if c.close is not None:
