@@ -11,7 +11,7 @@ import pytest
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from wisp.core.errors import ConfigError, RequestError, UnavailableError
+from wisp.core.errors import RequestError, UnavailableError
 from wisp.core.messages import (
     MAX_FRAME,
     VERSION,
@@ -25,7 +25,7 @@ from wisp.core.messages import (
     encode,
 )
 from wisp.edge import link as module
-from wisp.edge.link import LOST, FromLink, VerifierLink, http_url
+from wisp.edge.link import LOST, FromLink, VerifierLink
 
 WELCOME = Welcome(VERSION, "m", "f", 100, [1], 512, 64)
 SESSION = "session-1"
@@ -221,23 +221,3 @@ def test_nothing_is_sent_on_a_new_connection_that_was_meant_for_an_old_one() -> 
         assert heard == [Cancel("session-new")]
 
     run(scenario())
-
-
-@pytest.mark.parametrize(
-    ("server", "session_url"),
-    [
-        ("http://h:1", "ws://h:1/v1/sessions"),
-        ("https://h/", "wss://h/v1/sessions"),
-        ("h:8100", "ws://h:8100/v1/sessions"),
-        ("https://h/wisp/v1", "wss://h/wisp/v1/sessions"),
-    ],
-)
-def test_addresses(server: str, session_url: str) -> None:
-    assert VerifierLink(server).url == session_url
-    assert http_url(server, "/v1/x") == session_url.replace("ws", "http", 1).replace("/v1/sessions", "/v1/x")
-
-
-@pytest.mark.parametrize("server", ["ftp://h", "http://", ""])
-def test_what_is_no_address_is_refused(server: str) -> None:
-    with pytest.raises(ConfigError, match="not an address"):
-        VerifierLink(server)

@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 
 from wisp.api.backend import Generation
 from wisp.core.drafting import Ahead, Policies
-from wisp.core.errors import ProtocolError, RequestError, UnavailableError
+from wisp.core.errors import RequestError, UnavailableError
 from wisp.core.messages import (
     VERSION,
     Cancel,
@@ -36,7 +36,7 @@ from wisp.core.sampling import Sampling
 from wisp.core.signals import Signal
 from wisp.edge import link as link_module
 from wisp.edge.backend import EdgeBackend
-from wisp.edge.link import VerifierLink, redirected_url
+from wisp.edge.link import VerifierLink
 from wisp.engines.base import DraftEngine, Proposal, Tokenizer
 
 WELCOME = Welcome(VERSION, "m", "f", 1000, [999], 512, 64)
@@ -427,24 +427,3 @@ def test_a_connection_without_sessions_is_let_go(monkeypatch: pytest.MonkeyPatch
         assert verifier.connections == 2
 
     run(scenario())
-
-
-@pytest.mark.parametrize(
-    ("server", "address", "url"),
-    [
-        ("http://h:8100", ":8101", "ws://h:8101/v1/sessions"),
-        ("http://h:8100/proxied/v1", ":8101", "ws://h:8101/v1/sessions"),
-        ("https://h", "10.0.0.7:8101", "wss://10.0.0.7:8101/v1/sessions"),
-        ("http://[::1]:8100", ":8101", "ws://[::1]:8101/v1/sessions"),
-        ("http://h:8100", "[fd00::7]:8101", "ws://[fd00::7]:8101/v1/sessions"),
-    ],
-)
-def test_addresses_keep_scheme_and_where_none_is_given_host(server: str, address: str, url: str) -> None:
-    assert redirected_url(VerifierLink(server).url, address) == url
-    assert VerifierLink(url).url == url
-
-
-@pytest.mark.parametrize("address", ["", "h", "h:", ":x", "http://h:1", "h:1/x", "u@h:1", ":123456", "h :1"])
-def test_what_is_no_address_is_not_followed(address: str) -> None:
-    with pytest.raises(ProtocolError, match="HOST:PORT"):
-        redirected_url("ws://h/v1/sessions", address)

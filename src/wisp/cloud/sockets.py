@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.messages import (
     MAX_FRAME,
+    REFUSAL_HEADER,
     SUBPROTOCOL,
     Cancel,
     Draft,
@@ -196,7 +197,8 @@ async def _deny(receive: Receive, send: Send, scope: Scope, error: RequestError)
     """Refuse the upgrade with an HTTP status, or, where the server cannot, with a close code."""
     await receive()
     if "websocket.http.response" in scope.get("extensions", {}):
-        headers = [(b"content-type", b"text/plain")]
+        own = (error.code or "refused").encode()  # an edge tells by it that no proxy in between said this
+        headers = [(b"content-type", b"text/plain; charset=utf-8"), (REFUSAL_HEADER.encode(), own)]
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         await send({"type": "websocket.http.response.start", "status": error.status, "headers": headers})

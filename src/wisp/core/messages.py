@@ -27,6 +27,7 @@ from wisp.core.work import TokenLogprob
 
 VERSION = 1
 SUBPROTOCOL = "wisp.v1"
+REFUSAL_HEADER = "x-wisp-error"  # of an HTTP refusal: this is a WISP server's own, by this code
 MAX_FRAME = 4 << 20  # bytes; a prompt of 800,000 tokens fits, an attack on memory does not
 
 

@@ -206,7 +206,7 @@ class Session:
         return self.opened + slo.ttft_ms / 1e3 * TTFT_HERE if slo.ttft_ms else math.inf
 
     def append(self, tokens: list[int], logprobs: list[TokenLogprob]) -> None:
-        """Commit `tokens`. `logprobs` are of the first of them; those of a step that was not asked for any are missing."""
+        """Commit `tokens`, with their log probabilities, unless the step was not asked for any."""
         self.chain += tokens
         if self.logprobs is None or len(logprobs) < len(tokens):
             self.entries = []  # what there is must be of the last tokens

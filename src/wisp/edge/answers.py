@@ -1,0 +1,69 @@
+"""What to make of HTTP answers that are not a verifier's, and of proxies that cannot be used."""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import urlsplit
+
+import msgspec
+from websockets.exceptions import InvalidProxy
+
+LONGEST = 300  # characters of what others say that are passed on
+
+_PROXIES = ("all_proxy", "https_proxy", "http_proxy", "socks_proxy", "wss_proxy", "ws_proxy")
+
+
+class Error(msgspec.Struct):
+    """Of OpenAI's error object, what is read here."""
+
+    message: str = ""
+    code: str | None = None
+
+
+class _Body(msgspec.Struct):
+    error: Error
+
+
+def error_in(body: bytes) -> Error | None:
+    """The error that a WISP server states in the body of an answer; None if none of them wrote it."""
+    try:
+        error = msgspec.json.decode(body, type=_Body).error
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    error.message = plain(error.message)
+    return error
+
+
+def plain(text: str) -> str:
+    """What others say, as far as it may stand in one line of a log."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else "?" for c in line[:LONGEST])
+
+
+def stranger(status: int, location: str | None = None) -> str:
+    """Why an answer with this status, which is not WISP's own, is of no use; and what to do about it."""
+    if location and 300 <= status < 400:
+        return (
+            f"HTTP {status}: redirected to {plain(location)}, which is not followed; if the verifier is there, "
+            "give that address. A network that wants a sign-in does the same"
+        )
+    if status == 404:
+        return "HTTP 404: there is no WISP at this path; is the address right, to the end?"
+    if status == 407:
+        return "HTTP 407: the proxy asks for a name and password; they go into its address in HTTPS_PROXY"
+    return (
+        f"HTTP {status}, and not from a WISP verifier: a proxy, a network's sign-in page or another server "
+        "answers there"
+    )
+
+
+def proxy_problem(error: Exception, url: str) -> str | None:
+    """What to do about a proxy that the environment names, if `error` is about one."""
+    if isinstance(error, InvalidProxy):
+        what = plain(str(error))
+    elif isinstance(error, ImportError):  # of what opens SOCKS proxies, by websockets or httpx
+        what = "a SOCKS proxy needs packages: pip install python-socks socksio"
+    else:
+        return None
+    named = sorted(name for name in os.environ if name.lower() in _PROXIES)
+    return f"{what} (from {', '.join(named) or 'the system'}); without a proxy: NO_PROXY={urlsplit(url).hostname}"
