@@ -8,12 +8,15 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import msgspec
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
 
 from wisp.api.backend import Generation
 from wisp.core.drafting import Ahead, Policies
@@ -34,6 +37,7 @@ from wisp.core.messages import (
 )
 from wisp.core.sampling import Sampling
 from wisp.core.signals import Signal
+from wisp.edge import backend as backend_module
 from wisp.edge import link as link_module
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
@@ -52,14 +56,20 @@ class Listener(ABC):
         self.said: list[Message] = []
         self.connections = 0
         self.closed = 0
+        self.refusals: list[Response] = []  # of the next upgrades
         self.address = ""
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator[str]:
         port = int(self.address[1:] or 0)  # the same as before, if it listened before
-        async with serve(self._talk, "127.0.0.1", port, compression=None) as server:
+        async with serve(
+            self._talk, "127.0.0.1", port, compression=None, process_request=self._refuse
+        ) as server:
             self.address = f":{server.sockets[0].getsockname()[1]}"
             yield f"http://127.0.0.1{self.address}"
+
+    def _refuse(self, peer: ServerConnection, request: Request) -> Response | None:
+        return self.refusals.pop() if self.refusals else None
 
     async def _talk(self, peer: ServerConnection) -> None:
         self.connections += 1
@@ -168,7 +178,7 @@ async def answer(backend: EdgeBackend) -> list[int]:
 
 def run(scenario: Awaitable[None]) -> None:
     async def main() -> None:
-        await asyncio.wait_for(scenario, 20)
+        await asyncio.wait_for(scenario, 60)
 
     asyncio.run(main())
 
@@ -341,6 +351,88 @@ def test_a_session_that_is_redirected_does_not_need_the_front() -> None:
                 await front_is_gone.wait()
                 await stack.aclose()
                 assert await answering == TRUTH
+
+    run(scenario())
+
+
+class Stumbling(FakeVerifier):
+    """Hangs up after three tokens, once, and then does what is asked of it."""
+
+    def __init__(self, then: Callable[[Stumbling], object]) -> None:
+        super().__init__(3, "hang up")
+        self.then = then
+
+    async def opened(self, peer: ServerConnection, message: Open) -> None:
+        await super().opened(peer, message)
+        if self.stumble:
+            self.stumble = ""
+            self.then(self)
+
+
+def test_an_answer_under_way_outlives_a_proxy_that_refuses_for_a_moment() -> None:
+    def refuse(verifier: Stumbling) -> None:
+        verifier.refusals = [Response(status, "no", Headers(), b"proxy") for status in (401, 403, 404, 502)]
+
+    async def scenario() -> None:
+        verifier = Stumbling(refuse)
+        async with verifier.listening() as url, device(url, give_up_s=60.0) as edge:
+            assert await answer(edge) == TRUTH
+        assert not verifier.refusals
+
+    run(scenario())
+
+
+def test_an_answer_under_way_ends_when_its_key_is_refused() -> None:
+    def refuse(verifier: Stumbling) -> None:
+        headers = Headers({"x-wisp-error": "invalid_api_key"})
+        verifier.refusals = [Response(401, "no", headers, b"not known here")] * 100
+
+    async def scenario() -> None:
+        verifier = Stumbling(refuse)
+        async with verifier.listening() as url, device(url, give_up_s=60.0) as edge:
+            with pytest.raises(RequestError, match="not known here") as error:
+                await answer(edge)
+        assert error.value.code == "verifier_unauthorized"
+
+    run(scenario())
+
+
+def test_a_device_that_sleeps_in_mid_answer_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + slept[0])
+    monkeypatch.setattr(link_module, "time", clock)
+    monkeypatch.setattr(backend_module, "time", clock)
+
+    async def scenario() -> None:
+        gone = asyncio.Event()
+        verifier = Stumbling(lambda _: gone.set())
+        async with contextlib.AsyncExitStack() as stack:
+            url = await stack.enter_async_context(verifier.listening())
+            async with device(url, give_up_s=60.0) as edge:
+                answering = asyncio.ensure_future(answer(edge))
+                await gone.wait()
+                await stack.aclose()
+                heard: asyncio.Queue[object] = asyncio.Queue()
+                edge.link.listen("somebody else", heard.put_nowait)
+                for slept[0] in (0.0, 1000.0, 5000.0):
+                    await heard.get()  # another attempt has failed
+                    await heard.get()
+                async with verifier.listening():
+                    assert await answering == TRUTH
+
+    run(scenario())
+
+
+def test_a_prompt_too_long_for_the_way_fails_alone() -> None:
+    async def scenario() -> None:
+        verifier = FakeVerifier()
+        verifier.welcome = msgspec.structs.replace(WELCOME, context=10**6, max_frame=2000)
+        async with verifier.listening() as url, device(url) as edge:
+            with pytest.raises(RequestError, match="shorten the prompt") as error:
+                await anext(edge.generate(Generation([7] * 2000, Sampling(seed=7), TOKENS)))
+            assert error.value.status == 400
+            assert await answer(edge) == TRUTH
+        assert verifier.connections == 1
 
     run(scenario())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import msgspec
 from websockets.exceptions import InvalidProxy
@@ -57,13 +58,15 @@ def stranger(status: int, location: str | None = None) -> str:
     )
 
 
-def proxy_problem(error: Exception, url: str) -> str | None:
-    """What to do about a proxy that the environment names, if `error` is about one."""
-    if isinstance(error, InvalidProxy):
-        what = plain(str(error))
-    elif isinstance(error, ImportError):  # of what opens SOCKS proxies, by websockets or httpx
+def reason(error: Exception, url: str) -> str:
+    """Why nothing came of going to `url`; of a proxy that the environment names, also what to do about it."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, InvalidProxy) or (isinstance(error, ValueError | OverflowError) and getproxies()):
+        what = "the proxy's address is none"  # which is not repeated here: it may hold a password
+    elif isinstance(error, ImportError) and "socks" in str(error).lower():  # websockets' or httpx's
         what = "a SOCKS proxy needs packages: pip install python-socks socksio"
     else:
-        return None
+        return plain(str(error)) or type(error).__name__
     named = sorted(name for name in os.environ if name.lower() in _PROXIES)
     return f"{what} (from {', '.join(named) or 'the system'}); without a proxy: NO_PROXY={urlsplit(url).hostname}"

@@ -39,7 +39,7 @@ from wisp.core.messages import (
 )
 from wisp.core.patience import BEAT_S, Patience
 from wisp.edge.address import is_local, redirected_url, session_url
-from wisp.edge.answers import plain, proxy_problem, stranger
+from wisp.edge.answers import plain, reason, stranger
 
 log = logging.getLogger("wisp.link")
 
@@ -47,7 +47,7 @@ BACKOFF_S = (0.05, 5.0)  # first and longest wait between attempts
 HANDSHAKE_S = 10.0
 IDLE_S = 30.0  # a link to a redirected address is kept this long after its last session
 # What happens to connections. Anything else is a mistake of ours, and is logged as one
-EXPECTED = (OSError, TimeoutError, EOFError, WebSocketException, ProtocolError, ImportError)
+EXPECTED = (OSError, EOFError, WebSocketException, ProtocolError, ImportError)
 
 
 class Lost:
@@ -256,7 +256,7 @@ class VerifierLink:
     def _note(self, error: Exception) -> None:
         """Remember why, and whether trying again can help."""
         before = self.problem
-        self.problem = plain(str(error)) or type(error).__name__
+        self.problem = reason(error, self.url)
         self.fatal = None
         if isinstance(error, InvalidStatus):
             response = error.response
@@ -268,10 +268,6 @@ class VerifierLink:
                 self.fatal = RequestError(502, message, code="verifier_unauthorized", type="server_error")
         elif isinstance(error, ProtocolError) and error.code in ("version_mismatch", "vocabulary_mismatch"):
             self.fatal = RequestError(502, str(error), code=error.code, type="server_error")
-        elif (why := proxy_problem(error, self.url)) is not None:
-            self.problem = why
-        elif not isinstance(error, EXPECTED):
-            self.problem = f"{type(error).__name__}: {self.problem}"
         if self.problem != before:
             log.log(
                 logging.ERROR if self.fatal else logging.WARNING,

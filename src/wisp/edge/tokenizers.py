@@ -19,7 +19,7 @@ import httpx
 
 from wisp.core.errors import ConfigError, ModelError, RequestError, WispError
 from wisp.edge.address import http_url, is_local
-from wisp.edge.answers import error_in, plain, proxy_problem, stranger
+from wisp.edge.answers import error_in, reason, stranger
 from wisp.engines.base import Tokenizer
 from wisp.engines.build import read_tokenizer
 from wisp.engines.models import cache_dir
@@ -93,8 +93,9 @@ class TokenizerCache:
             async with httpx.AsyncClient(timeout=60.0, mounts=_DIRECT if is_local(url) else None) as client:
                 response = await client.get(url, headers=headers)
         except Exception as error:  # a proxy of the environment may be wrong in ways of its own
-            why = proxy_problem(error, url) or plain(str(error)) or type(error).__name__
-            raise _unavailable(f"cannot fetch the target's tokenizer from {url}: {why}") from None
+            raise _unavailable(
+                f"cannot fetch the target's tokenizer from {url}: {reason(error, url)}"
+            ) from None
         blob = response.content
         if not response.is_success or not blob.startswith((_GGUF, _JSON)):
             own = error_in(blob)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from wisp.core.errors import ConfigError, RequestError
 from wisp.edge.address import http_url, is_local
-from wisp.edge.answers import error_in, plain, proxy_problem, stranger
+from wisp.edge.answers import error_in, reason, stranger
 
 PATH = "/v1/replicas"
 TIMEOUT_S = 600.0  # a drain waits for sessions that cannot move
@@ -28,8 +28,9 @@ def ask(server: str, action: str = "", body: dict[str, object] | None = None) ->
         with httpx.Client(timeout=TIMEOUT_S, trust_env=not is_local(url), headers=headers) as client:
             response = client.post(url, json=body) if body is not None else client.get(url)
     except Exception as error:  # a proxy of the environment may be wrong in ways of its own
-        why = proxy_problem(error, url) or plain(str(error)) or type(error).__name__
-        raise ConfigError(f"cannot reach {url}: {why}; is `wisp serve` running there?") from None
+        raise ConfigError(
+            f"cannot reach {url}: {reason(error, url)}; is `wisp serve` running there?"
+        ) from None
     if response.is_success:
         with contextlib.suppress(ValueError):
             answer = response.json()
