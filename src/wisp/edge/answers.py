@@ -54,7 +54,7 @@ def stranger(status: int, location: str | None = None) -> str:
         return "HTTP 407: the proxy asks for a name and password; they go into its address in HTTPS_PROXY"
     return (
         f"HTTP {status}, and not from a WISP verifier: a proxy, a network's sign-in page or another server "
-        "answers there"
+        f"answers there{', or there is no WISP at this path' if status == 403 else ''}"
     )
 
 

@@ -41,7 +41,7 @@ def cache_dir() -> Path:
         xdg = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         return Path(xdg).expanduser() / "huggingface" / "wisp"
     except RuntimeError:
-        message = "this user has no home directory; set WISP_CACHE to a folder for what WISP downloads"
+        message = "the cache would be in a home directory that there is not; set WISP_CACHE to a folder"
         raise ConfigError(message) from None
 
 
