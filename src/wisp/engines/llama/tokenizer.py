@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 import struct
-import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cached_property
@@ -140,7 +139,7 @@ class LlamaTokenizer:
 @contextlib.contextmanager
 def _as_file(blob: bytes) -> Iterator[Path]:
     """A path for a library that reads nothing else: in memory on Linux, as disks may be full or not ours to write."""
-    if sys.platform == "linux":
+    if hasattr(os, "memfd_create"):
         with os.fdopen(os.memfd_create("wisp-tokenizer"), "wb") as file:
             file.write(blob)
             file.flush()
