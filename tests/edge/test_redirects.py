@@ -294,13 +294,16 @@ def test_a_draft_made_ahead_of_the_answer_to_an_open_goes_where_the_session_goes
     """Nobody else would decode what it bet on: the session would wait for ever."""
 
     class LateFront(FakeFront):
-        """Redirects when the draft that was sent ahead is here."""
+        """Redirects when the draft that was sent ahead is here, which it refuses, as fronts do."""
 
         async def opened(self, peer: ServerConnection, message: Open) -> None:
             if message.epoch:
                 await super().opened(peer, message)
 
         async def drafted(self, peer: ServerConnection, message: Draft) -> None:
+            await peer.send(
+                encode(Refused(message.session, "unknown_session", "a front", round=message.round))
+            )
             if not self.opens[-1].epoch:
                 await super().opened(peer, self.opens[-1])
 

@@ -226,6 +226,9 @@ class _Session:
             if away and event.code in ELSEWHERE:
                 self._go_home(drafter, refused=event.message)
                 return []
+            opening = self.opening
+            if opening is not None and event.code == "unknown_session" and event.round > opening.round:
+                return []  # a front takes no drafts; this one will be said again where it sends us
             return drafter.refused(event)
         if away and not isinstance(event, Welcome):
             self._go_home(drafter)
