@@ -472,6 +472,45 @@ def test_some_refusals_are_mended_by_opening_again(code: str, after_s: float) ->
     assert (again.committed, again.draft) == ([10], [11, 12])
 
 
+def sent_ahead() -> tuple[Drafter, list[Draft]]:
+    """Two drafts are with the verifier."""
+    made = opened(Fixed(2), ahead=Always(send=True))
+    first = only_draft(propose(made, 11, 12))
+    return made, [first, only_draft(propose(made, 13, 14, 15))]
+
+
+def test_what_was_in_flight_behind_a_failed_step_is_one_failure_with_it() -> None:
+    made, sent = sent_ahead()
+    for _ in range(MAX_REOPENINGS):
+        failed = Refused("s", "engine_error", "failed", 1.0, True, sent[-1].round)
+        assert made.refused(failed) == [Reopen(1.0)]
+        for draft in sent:
+            assert made.refused(Refused("s", "unknown_session", "no such", round=draft.round)) == []
+        (again,) = made.connected(300.0, 16)
+        assert isinstance(again, Open)
+        for draft in sent:
+            assert made.refused(Refused("s", "unknown_session", "no such", round=draft.round)) == []
+        assert made.phase is Phase.IN_FLIGHT
+        sent = [Draft("s", again.round, 1, [])]
+    made.verdict(310.0, Verdict("s", again.round, 1, 0, [20]))
+    assert made.committed == [10, 20]
+
+
+@pytest.mark.parametrize("code", ["malformed", "conflict", "stale_epoch"])
+def test_a_refusal_that_a_later_open_has_overtaken_ends_nothing(code: str) -> None:
+    made, sent = sent_ahead()
+    made.lost()
+    made.connected(300.0, 16)
+    assert made.refused(Refused("s", code, "of before", round=sent[0].round)) == []
+    assert made.phase is Phase.IN_FLIGHT
+
+
+def test_a_verifier_of_an_earlier_release_does_not_say_what_it_refuses() -> None:
+    made, _ = sent_ahead()
+    assert made.refused(Refused("s", "unknown_session", "no such")) == [Reopen(0.0)]
+    assert made.refused(Refused("s", "unknown_session", "no such")) == []
+
+
 def test_opening_again_without_getting_anywhere_ends() -> None:
     made = opened(Fixed(2))
     for _ in range(MAX_REOPENINGS):

@@ -524,6 +524,35 @@ def test_a_failing_step_fails_its_sessions_only_and_forgets_all_kv(rig: Rig) -> 
     assert rig.verdict(1).tokens == TEXT[1:4]
 
 
+def test_a_refusal_says_which_message_is_meant(rig: Rig) -> None:
+    rig.receive(opening())
+    rig.settle()
+    rig.verdict()
+    rig.receive(Draft(ID, 1, 1, TEXT[1:3]))
+    rig.dispatch()
+    rig.receive(opening(epoch=1, round=2, committed=TEXT[:1]), connection=2)  # while its step runs
+    rig.fail("out of memory")
+    assert (rig.refused(2).round, rig.silent) == (2, True)
+    rig.receive(Draft(ID, 3, 1, []), connection=2)
+    assert rig.refused(2).round == 3
+    rig.receive(opening(epoch=2, round=4, prompt=[]), connection=2)
+    assert rig.refused(2).round == 4
+
+
+def test_log_probabilities_switched_off_and_on_name_the_tokens_they_are_of(rig: Rig) -> None:
+    said: list[int] = []
+    for epoch, logprobs in enumerate((0, None, 0, 2)):
+        fields = {"committed": said, "serve": True, "logprobs": logprobs}
+        rig.receive(opening(epoch=epoch, round=epoch, **fields), connection=epoch)
+        rig.steps(2)
+        for verdict in list(rig.sent[epoch]):
+            assert [e.token for e in verdict.logprobs] in ([], verdict.tokens)
+        if logprobs == 0:
+            assert rig.sent[epoch][-1].logprobs
+            said = TEXT[: rig.sent[epoch][-1].base + len(rig.sent[epoch][-1].tokens)]
+        rig.lose(epoch)  # of the others nothing was heard
+
+
 def test_who_has_no_slo_gets_a_slot_and_an_end_among_those_who_have() -> None:
     rig = Rig(slots=2, slot_tokens=200, step_tokens=100, batching="laxity")
     rig.receive(opening("calm-session", serve=True, max_tokens=60), connection=0)

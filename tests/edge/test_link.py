@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
 
+import msgspec
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
 
 from waiting import run
-from wisp.core.errors import ConfigError, RequestError, UnavailableError
+from wisp.core.errors import RequestError, UnavailableError
 from wisp.core.messages import (
     MAX_FRAME,
     VERSION,
     Cancel,
     Hello,
     Message,
+    Open,
     Refused,
     Verdict,
     Welcome,
     decode_from_edge,
     encode,
 )
+from wisp.core.sampling import Sampling
 from wisp.edge import link as module
-from wisp.edge.link import LOST, FromLink, VerifierLink, http_url
+from wisp.edge.link import LOST, FromLink, VerifierLink
 
 WELCOME = Welcome(VERSION, "m", "f", 100, [1], 512, 64)
 SESSION = "session-1"
@@ -34,19 +43,29 @@ Talk = Callable[[ServerConnection], Awaitable[None]]
 
 
 class Script:
-    """A verifier whose connections each run the next of `talks` (the last one again and again)."""
+    """A verifier whose connections each run the next of `talks` (the last one again and again).
 
-    def __init__(self, *talks: Talk) -> None:
+    answers: what it says to the first upgrades instead of accepting them
+    """
+
+    def __init__(self, *talks: Talk, answers: list[Response] | None = None) -> None:
         self.talks = talks
+        self.answers = answers or []
         self.greetings: list[Hello] = []
         self.arrived = 0
         self.port = 0
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator[str]:
-        async with serve(self._talk, "127.0.0.1", self.port, compression=None) as server:
+        refuse = self._refuse
+        async with serve(
+            self._talk, "127.0.0.1", self.port, compression=None, process_request=refuse
+        ) as server:
             self.port = server.sockets[0].getsockname()[1]
             yield f"http://127.0.0.1:{self.port}"
+
+    def _refuse(self, peer: ServerConnection, request: Request) -> Response | None:
+        return self.answers.pop(0) if self.answers else None
 
     async def _talk(self, peer: ServerConnection) -> None:
         number = self.arrived
@@ -56,6 +75,12 @@ class Script:
             assert isinstance(hello, Hello)
             self.greetings.append(hello)
             await self.talks[min(number, len(self.talks) - 1)](peer)
+
+
+def answer(status: int, body: bytes = b"<html>No.</html>", **headers: str) -> Response:
+    """An HTTP answer to an upgrade."""
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Response(status, "whatever", Headers(fields | {"content-length": str(len(body))}), body)
 
 
 def say(*messages: Message | bytes | str, stay: bool = True) -> Talk:
@@ -229,21 +254,199 @@ def test_nothing_is_sent_on_a_new_connection_that_was_meant_for_an_old_one() -> 
     run(scenario())
 
 
+async def until(link: VerifierLink, seen: Callable[[], bool]) -> None:
+    """Wait until what an attempt has left behind is as expected."""
+    while not seen():
+        await asyncio.wait_for(link._changed.wait(), 60)
+
+
 @pytest.mark.parametrize(
-    ("server", "session_url"),
+    ("refusal", "why"),
     [
-        ("http://h:1", "ws://h:1/v1/sessions"),
-        ("https://h/", "wss://h/v1/sessions"),
-        ("h:8100", "ws://h:8100/v1/sessions"),
-        ("https://h/wisp/v1", "wss://h/wisp/v1/sessions"),
+        (answer(200), "HTTP 200, and not from a WISP verifier"),
+        (
+            answer(302, location="http://portal.example/sign-in"),
+            r"redirected to http://portal\.example/sign-in",
+        ),
+        (answer(302, location="mailto:root@[::1"), "redirected to"),
+        (answer(401, www_authenticate="Bearer"), "HTTP 401, and not from a WISP verifier"),
+        (answer(403), "HTTP 403, and not from a WISP verifier"),
+        (answer(404), "no WISP at this path"),
+        (answer(407), "the proxy asks"),
+        (answer(502), "HTTP 502, and not from a WISP verifier"),
+        (answer(503, b"the model is still loading", x_wisp_error="verifier_unavailable"), "^the model is"),
     ],
+    ids=["sign-in page", "redirect", "odd redirect", "401", "403", "404", "407", "502", "loading"],
 )
-def test_addresses(server: str, session_url: str) -> None:
-    assert VerifierLink(server).url == session_url
-    assert http_url(server, "/v1/x") == session_url.replace("ws", "http", 1).replace("/v1/sessions", "/v1/x")
+def test_what_is_not_wisps_own_refusal_of_the_key_passes(refusal: Response, why: str) -> None:
+    """A proxy that reconnects, a hotel's sign-in page, a wrong path."""
+    script = Script(say(WELCOME), answers=[refusal])
+
+    async def scenario() -> None:
+        problems: list[str] = []
+        async with script.listening() as url, linked(url, api_key="secret") as (link, heard):
+            while not isinstance(await heard.get(), Welcome):
+                assert link.fatal is None
+                problems.append(link.problem)
+            assert len(problems) == 1
+            assert re.search(why, problems[0])
+
+    run(scenario())
 
 
-@pytest.mark.parametrize("server", ["ftp://h", "http://", ""])
-def test_what_is_no_address_is_refused(server: str) -> None:
-    with pytest.raises(ConfigError, match="not an address"):
-        VerifierLink(server)
+def test_a_redirect_is_not_followed_with_our_key_or_without() -> None:
+    elsewhere = Script(say(WELCOME))
+
+    async def scenario() -> None:
+        async with elsewhere.listening() as other:
+            script = Script(say(WELCOME), answers=[answer(307, location=f"{other}/v1/sessions")])
+            async with script.listening() as url, linked(url, api_key="secret") as (_, heard):
+                await next_of(heard, Welcome)
+        assert (len(elsewhere.arrived), len(script.arrived)) == (0, 1)
+
+    run(scenario())
+
+
+def test_wisps_own_refusal_of_the_key_is_final_until_it_is_taken_back() -> None:
+    refusal = answer(401, b"this API key is not known here", x_wisp_error="invalid_api_key")
+    script = Script(say(WELCOME), answers=[refusal])
+
+    async def scenario() -> None:
+        async with script.listening() as url, linked(url, api_key="secret") as (link, _):
+            with pytest.raises(RequestError, match="not known here; set WISP_API_KEY") as error:
+                await link.connected()
+            assert (error.value.status, error.value.code) == (502, "verifier_unauthorized")
+            await until(link, lambda: link.welcome is not None)
+            assert await link.connected() == WELCOME
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("odd"), ImportError("odd"), ValueError("odd"), KeyError("odd")]
+)
+def test_no_failure_whatever_ends_the_link_in_silence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, left = module.VerifierLink._one_connection, [error] * 3
+
+    async def broken(self: VerifierLink) -> object:
+        if left:
+            raise left.pop()
+        return await real(self)
+
+    monkeypatch.setattr(module.VerifierLink, "_one_connection", broken)
+    script = Script(say(WELCOME))
+
+    async def scenario() -> None:
+        async with script.listening() as url, linked(url) as (link, heard):
+            await until(link, lambda: bool(link.problem))
+            assert "odd" in link.problem
+            await next_of(heard, Welcome)
+            assert link.problem == ""
+
+    with caplog.at_level(logging.WARNING):
+        run(scenario())
+    told = [r for r in caplog.records if "no verifier at" in r.getMessage()]
+    assert len(told) == 1  # and not once for each attempt
+    assert (told[0].exc_info is not None) == (not isinstance(error, ImportError))
+
+
+@pytest.mark.parametrize(
+    ("proxy", "why"),
+    [("socks5://127.0.0.1:1", "python-socks"), ("http://me:secret@h:99999", "proxy's address")],
+)
+def test_a_proxy_that_cannot_be_used_is_named_with_what_to_do(
+    proxy: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "no_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "NO_PROXY",
+        "ALL_PROXY",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", proxy)
+
+    async def scenario() -> None:
+        async with linked("http://verifier.invalid:8100") as (link, _):
+            await until(link, lambda: bool(link.problem))
+            assert why in link.problem
+            assert "https_proxy" in link.problem
+            assert "secret" not in link.problem
+            assert "NO_PROXY=verifier.invalid" in link.problem
+            assert link.fatal is None
+
+    monkeypatch.setattr("websockets.asyncio.client.connect_socks_proxy", _without_python_socks)
+    run(scenario())
+
+
+async def _without_python_socks(*_: Any, **__: Any) -> None:
+    raise ImportError("connecting through a SOCKS proxy requires python-socks")
+
+
+def test_a_message_too_long_for_the_verifier_is_not_sent_and_cuts_nobody_off() -> None:
+    heard: list[Message] = []
+
+    async def listen(peer: ServerConnection) -> None:
+        await peer.send(encode(msgspec.structs.replace(WELCOME, max_frame=1000)))
+        async for frame in peer:
+            assert isinstance(frame, bytes)
+            heard.append(decode_from_edge(frame))
+
+    script = Script(listen)
+
+    async def scenario() -> None:
+        async with script.listening() as url, linked(url) as (link, events):
+            await next_of(events, Welcome)
+            with pytest.raises(RequestError, match="shorten the prompt") as error:
+                link.send(Open(SESSION, 0, [7] * 1000, Sampling(), 1))
+            assert (error.value.status, error.value.code) == (400, "context_length_exceeded")
+            short = Open(SESSION, 0, [7] * 900, Sampling(), 1)
+            link.send(short)
+            link.send(Cancel(SESSION))
+            while len(heard) < 2:
+                await asyncio.sleep(0.01)
+            assert heard == [short, Cancel(SESSION)]
+            assert link.reconnects == 0
+
+    run(scenario())
+
+
+def test_a_verifier_that_names_no_limit_takes_what_all_take() -> None:
+    fields = msgspec.msgpack.decode(encode(WELCOME))
+    older = msgspec.msgpack.encode(fields[: fields.index(0.0) + 1])
+
+    async def scenario() -> None:
+        script = Script(say(older))
+        async with script.listening() as url, linked(url) as (link, events):
+            await next_of(events, Welcome)
+            with pytest.raises(RequestError):
+                link.send(Open(SESSION, 0, [70_000] * (MAX_FRAME // 5), Sampling(), 1))
+
+    run(scenario())
+
+
+def test_a_device_that_was_frozen_does_not_give_up_on_waking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was away for an hour, and what it was connected to is back a moment after it wakes."""
+    slept = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + slept[0]))
+    script = Script(say(WELCOME))
+
+    async def scenario() -> None:
+        async with script.listening() as url:
+            pass
+        async with linked(url, give_up_s=60.0) as (link, heard):
+            waiting = asyncio.ensure_future(link.connected())
+            assert await heard.get() is LOST
+            slept[0] = 3600.0
+            assert await heard.get() is LOST  # an attempt, and whoever waits has looked at the clock
+            late = asyncio.ensure_future(link.connected())
+            assert await heard.get() is LOST
+            async with script.listening():
+                assert await waiting == await late == WELCOME
+
+    run(scenario())

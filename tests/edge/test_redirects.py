@@ -8,17 +8,20 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import msgspec
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
 
 from waiting import PATIENCE_S, run
 from wisp.api.backend import Generation
 from wisp.core.drafting import Ahead, Policies
-from wisp.core.errors import ProtocolError, RequestError, UnavailableError
+from wisp.core.errors import RequestError, UnavailableError
 from wisp.core.messages import (
     VERSION,
     Cancel,
@@ -35,9 +38,10 @@ from wisp.core.messages import (
 )
 from wisp.core.sampling import Sampling
 from wisp.core.signals import Signal
+from wisp.edge import backend as backend_module
 from wisp.edge import link as link_module
 from wisp.edge.backend import EdgeBackend
-from wisp.edge.link import VerifierLink, redirected_url
+from wisp.edge.link import VerifierLink
 from wisp.engines.base import DraftEngine, Proposal, Tokenizer
 
 WELCOME = Welcome(VERSION, "m", "f", 1000, [999], 512, 64)
@@ -54,14 +58,20 @@ class Listener(ABC):
         self.said: list[Message] = []
         self.connections = 0
         self.closed = 0
+        self.refusals: list[Response] = []  # of the next upgrades
         self.address = ""
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator[str]:
         port = int(self.address[1:] or 0)  # the same as before, if it listened before
-        async with serve(self._talk, "127.0.0.1", port, compression=None) as server:
+        async with serve(
+            self._talk, "127.0.0.1", port, compression=None, process_request=self._refuse
+        ) as server:
             self.address = f":{server.sockets[0].getsockname()[1]}"
             yield f"http://127.0.0.1{self.address}"
+
+    def _refuse(self, peer: ServerConnection, request: Request) -> Response | None:
+        return self.refusals.pop() if self.refusals else None
 
     async def _talk(self, peer: ServerConnection) -> None:
         self.connections += 1
@@ -220,7 +230,7 @@ def test_a_front_that_only_sends_astray_is_given_up_in_time(address: str) -> Non
         front = FakeFront(lambda _: astray)
         async with front.listening() as url, device(url) as edge:
             await edge.link.connected()
-            edge.link.give_up_s = 0.5
+            edge.link.patience.give_up_s = 0.5
             started = time.monotonic()
             with pytest.raises(UnavailableError, match="is that port open"):
                 await answer(edge)
@@ -240,7 +250,7 @@ def test_a_request_that_kills_every_verifier_does_not_go_round_for_ever() -> Non
             url = await stack.enter_async_context(front.listening())
             edge = await stack.enter_async_context(device(url))
             await edge.link.connected()
-            edge.link.give_up_s = 1.0
+            edge.link.patience.give_up_s = 1.0
             with pytest.raises(RequestError, match="6 verifiers in a row") as error:
                 await answer(edge)
             assert (error.value.status, error.value.code) == (502, "verifiers_lost")
@@ -281,13 +291,16 @@ def test_a_draft_made_ahead_of_the_answer_to_an_open_goes_where_the_session_goes
     """Nobody else would decode what it bet on: the session would wait for ever."""
 
     class LateFront(FakeFront):
-        """Redirects when the draft that was sent ahead is here."""
+        """Redirects when the draft that was sent ahead is here, which it refuses, as fronts do."""
 
         async def opened(self, peer: ServerConnection, message: Open) -> None:
             if message.epoch:
                 await super().opened(peer, message)
 
         async def drafted(self, peer: ServerConnection, message: Draft) -> None:
+            await peer.send(
+                encode(Refused(message.session, "unknown_session", "a front", round=message.round))
+            )
             if not self.opens[-1].epoch:
                 await super().opened(peer, self.opens[-1])
 
@@ -337,13 +350,95 @@ def test_a_session_that_is_redirected_does_not_need_the_front() -> None:
                 answering = asyncio.ensure_future(answer(edge))
                 await working.wait()
                 await stack.aclose()
-                edge.link.give_up_s = 0.0
+                edge.link.patience.give_up_s = 0.0
                 while edge.link.welcome is not None:
                     await asyncio.sleep(0.01)
                 with pytest.raises(UnavailableError):
                     await edge.link.connected()
                 front_is_gone.set()
                 assert await answering == TRUTH
+
+    run(scenario())
+
+
+class Stumbling(FakeVerifier):
+    """Hangs up after three tokens, once, and then does what is asked of it."""
+
+    def __init__(self, then: Callable[[Stumbling], object]) -> None:
+        super().__init__(3, "hang up")
+        self.then = then
+
+    async def opened(self, peer: ServerConnection, message: Open) -> None:
+        await super().opened(peer, message)
+        if self.stumble:
+            self.stumble = ""
+            self.then(self)
+
+
+def test_an_answer_under_way_outlives_a_proxy_that_refuses_for_a_moment() -> None:
+    def refuse(verifier: Stumbling) -> None:
+        verifier.refusals = [Response(status, "no", Headers(), b"proxy") for status in (401, 403, 404, 502)]
+
+    async def scenario() -> None:
+        verifier = Stumbling(refuse)
+        async with verifier.listening() as url, device(url, give_up_s=60.0) as edge:
+            assert await answer(edge) == TRUTH
+        assert not verifier.refusals
+
+    run(scenario())
+
+
+def test_an_answer_under_way_ends_when_its_key_is_refused() -> None:
+    def refuse(verifier: Stumbling) -> None:
+        headers = Headers({"x-wisp-error": "invalid_api_key"})
+        verifier.refusals = [Response(401, "no", headers, b"not known here")] * 100
+
+    async def scenario() -> None:
+        verifier = Stumbling(refuse)
+        async with verifier.listening() as url, device(url, give_up_s=60.0) as edge:
+            with pytest.raises(RequestError, match="not known here") as error:
+                await answer(edge)
+        assert error.value.code == "verifier_unauthorized"
+
+    run(scenario())
+
+
+def test_a_device_that_sleeps_in_mid_answer_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + slept[0])
+    monkeypatch.setattr(link_module, "time", clock)
+    monkeypatch.setattr(backend_module, "time", clock)
+
+    async def scenario() -> None:
+        gone = asyncio.Event()
+        verifier = Stumbling(lambda _: gone.set())
+        async with contextlib.AsyncExitStack() as stack:
+            url = await stack.enter_async_context(verifier.listening())
+            async with device(url, give_up_s=60.0) as edge:
+                answering = asyncio.ensure_future(answer(edge))
+                await gone.wait()
+                await stack.aclose()
+                heard: asyncio.Queue[object] = asyncio.Queue()
+                edge.link.listen("somebody else", heard.put_nowait)
+                for slept[0] in (0.0, 1000.0, 5000.0):
+                    await heard.get()  # another attempt has failed
+                    await heard.get()
+                async with verifier.listening():
+                    assert await answering == TRUTH
+
+    run(scenario())
+
+
+def test_a_prompt_too_long_for_the_way_fails_alone() -> None:
+    async def scenario() -> None:
+        verifier = FakeVerifier()
+        verifier.welcome = msgspec.structs.replace(WELCOME, context=10**6, max_frame=2000)
+        async with verifier.listening() as url, device(url) as edge:
+            with pytest.raises(RequestError, match="shorten the prompt") as error:
+                await anext(edge.generate(Generation([7] * 2000, Sampling(seed=7), TOKENS)))
+            assert error.value.status == 400
+            assert await answer(edge) == TRUTH
+        assert verifier.connections == 1
 
     run(scenario())
 
@@ -434,24 +529,3 @@ def test_a_connection_without_sessions_is_let_go(monkeypatch: pytest.MonkeyPatch
         assert verifier.connections == 2
 
     run(scenario())
-
-
-@pytest.mark.parametrize(
-    ("server", "address", "url"),
-    [
-        ("http://h:8100", ":8101", "ws://h:8101/v1/sessions"),
-        ("http://h:8100/proxied/v1", ":8101", "ws://h:8101/v1/sessions"),
-        ("https://h", "10.0.0.7:8101", "wss://10.0.0.7:8101/v1/sessions"),
-        ("http://[::1]:8100", ":8101", "ws://[::1]:8101/v1/sessions"),
-        ("http://h:8100", "[fd00::7]:8101", "ws://[fd00::7]:8101/v1/sessions"),
-    ],
-)
-def test_addresses_keep_scheme_and_where_none_is_given_host(server: str, address: str, url: str) -> None:
-    assert redirected_url(VerifierLink(server).url, address) == url
-    assert VerifierLink(url).url == url
-
-
-@pytest.mark.parametrize("address", ["", "h", "h:", ":x", "http://h:1", "h:1/x", "u@h:1", ":123456", "h :1"])
-def test_what_is_no_address_is_not_followed(address: str) -> None:
-    with pytest.raises(ProtocolError, match="HOST:PORT"):
-        redirected_url("ws://h/v1/sessions", address)

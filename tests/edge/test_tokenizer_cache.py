@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import pwd
 import sys
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 
 import wisp.engines
 from wisp.core.errors import RequestError
+from wisp.edge import tokenizers
 from wisp.edge.tokenizers import TokenizerCache
 from wisp.engines.huggingface import HfTokenizer
 from wisp.engines.llama.tokenizer import LlamaTokenizer
@@ -75,18 +79,113 @@ def test_another_tokenizer_than_the_one_asked_for_is_not_used_and_not_kept(
     assert files(folder) == []
 
 
-def test_a_damaged_file_is_replaced(original: LlamaTokenizer, folder: Path) -> None:
+def test_a_damaged_answer_is_not_kept(original: LlamaTokenizer, folder: Path) -> None:
     for damaged in (b"", b"GGUF", original.blob()[:2000]):
         with pytest.raises(RequestError):
             asyncio.run(Fetched(damaged).get(original.fingerprint))
         assert files(folder) == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"GGUF", b"{}", b"<html>", None])
+def test_a_damaged_file_is_fetched_again(
+    damage: bytes | None, original: LlamaTokenizer, folder: Path
+) -> None:
     path = folder / "tokenizers" / f"{original.fingerprint}.gguf"
-    path.write_bytes(original.blob()[:2000])  # as a full disk leaves it
+    path.parent.mkdir()
+    path.write_bytes(original.blob()[:2000] if damage is None else damage)  # as a full disk leaves it
     cache = Fetched(original.blob())
-    with pytest.raises(RequestError):
-        asyncio.run(cache.get(original.fingerprint))
     tokenizer = asyncio.run(cache.get(original.fingerprint))
     assert tokenizer.fingerprint == original.fingerprint
+    assert cache.fetches == 1
+    assert path.read_bytes() == original.blob()
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("trouble", ["below a file", "full", "no home", "no such user"])
+def test_a_cache_that_takes_nothing_costs_a_warning_and_no_answer(
+    trouble: str,
+    original: LlamaTokenizer,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if trouble == "below a file":
+        (folder / "file").write_text("")
+        monkeypatch.setenv("WISP_CACHE", str(folder / "file"))
+    elif trouble == "full":
+        monkeypatch.setattr(tokenizers.os, "replace", full)
+    elif trouble == "no such user":
+        monkeypatch.setenv("WISP_CACHE", "~nobody-of-this-name/cache")
+    else:
+        for name in ("WISP_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+
+    async def scenario() -> None:
+        cache = Fetched(original.blob())
+        first = await cache.get(original.fingerprint)
+        assert first.fingerprint == original.fingerprint
+        assert await cache.get(original.fingerprint) is first
+        assert cache.fetches == 1
+
+    asyncio.run(scenario())
+    (record,) = caplog.records
+    assert "WISP_CACHE" in record.getMessage()
+    assert files(folder) == []
+
+
+def test_others_may_read_what_lies_in_a_shared_cache(original: LlamaTokenizer, folder: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        asyncio.run(Fetched(original.blob()).get(original.fingerprint))
+    finally:
+        os.umask(before)
+    (file,) = files(folder)
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "why"),
+    [
+        ("200 OK", b"<html>Sign in to this network</html>", "HTTP 200, and not from a WISP verifier"),
+        ("403 Forbidden", b"<html>No</html>", "HTTP 403, and not from a WISP verifier"),
+        ("302 Found\r\nlocation: http://portal.example/", b"", "redirected to http://portal.example/"),
+        ("404 Not Found", b'{"error": {"message": "another vocabulary"}}', "another vocabulary"),
+        ("404 Not Found", b'{"error": "nothing"}', "no WISP at this path"),
+    ],
+    ids=["sign-in page", "proxy", "redirect", "wisp", "another server"],
+)
+def test_an_answer_that_is_no_tokenizer_is_told_for_what_it_is(
+    status: str, body: bytes, why: str, folder: Path
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        writer.write(head.encode() + body)
+        await writer.drain()
+        writer.close()
+
+    async def scenario() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            with pytest.raises(RequestError, match=why) as error:
+                await TokenizerCache(url).get("1" * 64)
+            assert (error.value.status, error.value.code) == (502, "tokenizer_unavailable")
+
+    asyncio.run(scenario())
+    assert files(folder) == []
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "nonsense://x", "http://127.0.0.1:99999"])
+def test_a_proxy_that_cannot_be_used_is_named(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("all_proxy", proxy)
+    with pytest.raises(RequestError, match=r"all_proxy.*NO_PROXY=verifier.invalid"):
+        asyncio.run(TokenizerCache("http://verifier.invalid").get("1" * 64))
 
 
 def test_a_verifier_that_does_not_answer_is_named() -> None:

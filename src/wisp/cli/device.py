@@ -63,11 +63,13 @@ def edge(
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
     from wisp.api.web_guard import host_names
     from wisp.core.drafting import Ahead
+    from wisp.edge.address import session_url
     from wisp.edge.app import EdgeApp
     from wisp.engines.build import drafting_policies, load_drafter
     from wisp.engines.models import RichProgress
 
     set_up_logging(log_level, json_lines=log_json)
+    session_url(server)  # before a model is loaded
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
     listen = Listen(host, port, tls_cert, tls_key, host_names(allowed_hosts), http_keep_alive_s)
     listen.check(keyed=bool(keys))
@@ -122,10 +124,12 @@ def generate(
 ) -> None:
     """Generate once, streamed; tokens are coloured by origin: accepted draft green, the target's own plain."""
     from wisp.core.drafting import Ahead
+    from wisp.edge.address import session_url
     from wisp.edge.once import Request, generate_once
     from wisp.engines.build import drafting_policies, load_drafter
     from wisp.engines.models import RichProgress
 
+    session_url(server)  # before a model is loaded
     policies = drafting_policies(drafting, predictor)
     with RichProgress() as progress:
         drafter, fingerprint = load_drafter(draft, threads=threads, offline=offline, progress=progress)

@@ -40,7 +40,17 @@ from wisp.core.events import (
     WakeAt,
 )
 from wisp.core.messages import VERSION as PROTOCOL
-from wisp.core.messages import Cancel, Draft, Hello, Open, Refused, Verdict, Welcome, check_hello
+from wisp.core.messages import (
+    Cancel,
+    Draft,
+    Hello,
+    Open,
+    Refused,
+    Verdict,
+    Welcome,
+    check_hello,
+    frame_limit,
+)
 from wisp.core.session import Session, State
 from wisp.core.verifier import Verifier
 from wisp.engines.base import TargetEngine, Tokenizer
@@ -154,6 +164,7 @@ class VerifierHost:
             self.info.engine,
             self.info.mode,
             self.limits.park_s,
+            frame_limit(self.limits.slot_tokens),
         )
 
     # --- connections
@@ -195,7 +206,8 @@ class VerifierHost:
             if self.failed is None:
                 return
         if not isinstance(message, Cancel):
-            refused = Refused(message.session, "shutting_down", "this verifier is shutting down", 1.0, True)
+            text = "this verifier is shutting down"
+            refused = Refused(message.session, "shutting_down", text, 1.0, True, message.round)
             self.metrics.admission(refused.code)
             self._send(connection, refused)
 

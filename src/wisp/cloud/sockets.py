@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from wisp.api.connections import FRAME_LIMIT
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.messages import (
+    REFUSAL_HEADER,
     SUBPROTOCOL,
     Cancel,
     Draft,
@@ -30,7 +31,6 @@ from wisp.core.messages import (
     Welcome,
     decode_from_edge,
     encode,
-    frame_limit,
 )
 
 log = logging.getLogger("wisp.sockets")
@@ -222,12 +222,12 @@ class SessionEndpoint:
         try:
             key = authorize()
             host = self.host()
-            context = host.welcome().context
+            longest = host.welcome().max_frame
         except RequestError as error:  # a wrong key, or the model is still loading
             await deny(receive, send, scope, error)
             return
         if (limit := scope.get("extensions", {}).get(FRAME_LIMIT)) is not None:
-            limit(frame_limit(context))
+            limit(longest)
         reading = self._reading.setdefault(key, Reading())
         await SessionSocket(host, key, receive, send, authorize, reading).run()
 
@@ -236,7 +236,8 @@ async def deny(receive: Receive, send: Send, scope: Scope, error: RequestError) 
     """Refuse the upgrade with an HTTP status, or, where the server cannot, with a close code."""
     await receive()
     if "websocket.http.response" in scope.get("extensions", {}):
-        headers = [(b"content-type", b"text/plain")]
+        own = (error.code or "refused").encode()  # an edge tells by it that no proxy in between said this
+        headers = [(b"content-type", b"text/plain; charset=utf-8"), (REFUSAL_HEADER.encode(), own)]
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         await send({"type": "websocket.http.response.start", "status": error.status, "headers": headers})

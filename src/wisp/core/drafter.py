@@ -96,9 +96,9 @@ class Drafter:
     """
 
     __slots__ = (
-        "_began_ms", "_dry", "_ended", "_epoch", "_flights", "_goes_on_ms", "_odds", "_p", "_reopenings", "_round",
-        "_unasked", "_warm", "ahead", "chain", "committed", "eos", "max_draft", "pace", "phase", "policy", "sent",
-        "serve", "session", "task", "wasted",
+        "_began_ms", "_dry", "_ended", "_epoch", "_flights", "_goes_on_ms", "_odds", "_opened", "_p", "_reopenings",
+        "_round", "_unasked", "_warm", "ahead", "chain", "committed", "eos", "max_draft", "pace", "phase", "policy",
+        "sent", "serve", "session", "task", "wasted",
     )  # fmt: skip
 
     def __init__(
@@ -126,6 +126,7 @@ class Drafter:
         self._odds: list[Odds] = []  # of the chain
         self._p: list[float] = []  # their probabilities alone, as policies read them
         self._round = -1
+        self._opened = -1  # the round of the last Open
         self._epoch = -1
         self.serve = policy is None  # what the last message asked for
         self._warm = False  # the draft engine has read the prompt
@@ -169,6 +170,7 @@ class Drafter:
         self.max_draft = max_draft
         self._epoch += 1
         self._round += 1
+        self._opened = self._round
         self.serve = self.policy is None
         self.sent = max(0, min(self.sent or len(self.chain), self.max_draft, self._left() - 1))
         self._began_ms = now_ms
@@ -266,7 +268,13 @@ class Drafter:
         return deliver
 
     def refused(self, refused: Refused) -> list[Action]:
-        """The verifier will not. Some refusals are mended by opening again; the others raise RequestError."""
+        """The verifier will not. Some refusals are mended by opening again; the others raise RequestError.
+
+        One that a later Open has overtaken, or will, tells nothing new: whatever was in flight behind a draft that
+        is refused is refused as well.
+        """
+        if self.phase is DETACHED or self.phase is DONE or 0 <= refused.round < self._opened:
+            return []
         if refused.code in REOPEN and self._reopenings < MAX_REOPENINGS:
             self._reopenings += 1
             self.lost()

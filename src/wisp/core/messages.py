@@ -28,6 +28,7 @@ from wisp.core.work import TokenLogprob
 
 VERSION = 1
 SUBPROTOCOL = "wisp.v1"
+REFUSAL_HEADER = "x-wisp-error"  # of an HTTP refusal: this is a WISP server's own, by this code
 MAX_FRAME = (
     4 << 20
 )  # bytes that an edge takes; a prompt of a million tokens fits, an attack on memory does not
@@ -117,6 +118,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     engine: str = ""
     mode: str = ""
     park_s: float = 0.0  # how long a session outlives its connection
+    max_frame: int = MAX_FRAME  # bytes of the longest frame that it takes
 
 
 class Verdict(Message, frozen=True, tag="verdict"):
@@ -142,7 +144,8 @@ class Verdict(Message, frozen=True, tag="verdict"):
 class Refused(Message, frozen=True, tag="refused"):
     """What was asked will not be done, and the session is as it was (unless `fatal`: then it is over).
 
-    `session` is "" when the connection as a whole is refused. `retry_after` is seconds, 0 for "do not".
+    `session` is "" when the connection as a whole is refused. `retry_after` is seconds, 0 for "do not". `round` is
+    that of the last Open or Draft which is meant; -1: the sender does not say.
     """
 
     session: str
@@ -150,6 +153,7 @@ class Refused(Message, frozen=True, tag="refused"):
     message: str
     retry_after: float = 0.0
     fatal: bool = False
+    round: int = -1
 
 
 class Redirect(Message, frozen=True, tag="redirect"):

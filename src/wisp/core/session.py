@@ -180,6 +180,11 @@ class Session:
         return len(self.chain) - self.n_prompt
 
     @property
+    def heard_round(self) -> int:
+        """The last round that its edge is known to have sent."""
+        return self.inbox.round if self.inbox is not None else self.round
+
+    @property
     def room(self) -> int:
         """Generated tokens still allowed."""
         return self.max_tokens - len(self.chain) + self.n_prompt
@@ -206,6 +211,14 @@ class Session:
         if self.first_at < math.inf:
             return self.first_at + committed * self.tpot_s if slo.tpot_ms else math.inf
         return self.opened + slo.ttft_ms / 1e3 * TTFT_HERE if slo.ttft_ms else math.inf
+
+    def append(self, tokens: list[int], logprobs: list[TokenLogprob]) -> None:
+        """Commit `tokens`, with their log probabilities, unless the step was not asked for any."""
+        self.chain.fromlist(tokens)
+        if self.logprobs is None or len(logprobs) < len(tokens):
+            self.entries = []  # what there is must be of the last tokens
+        else:
+            self.entries += logprobs[: len(tokens)]
 
     def committed_from(self, base: int) -> list[int]:
         """Generated tokens from `base` on."""
@@ -330,7 +343,8 @@ class Session:
             self.discard = self.state in IN_ENGINE
         self.heard = len(open_.committed)
         self.serve = open_.serve
-        self.logprobs = open_.logprobs
+        if open_.logprobs != self.logprobs:
+            self.logprobs, self.entries = open_.logprobs, []
         self.pending = None
         self.inbox = None
         self.verdict = None

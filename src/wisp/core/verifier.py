@@ -134,7 +134,8 @@ class Verifier:
         except ProtocolError as error:
             retry_after = error.retry_after if isinstance(error, Refusal) else 0.0
             fatal = isinstance(message, Open) and message.session not in self._by_id
-            refused = Refused(message.session, error.code, str(error), retry_after, fatal)
+            round_ = -1 if isinstance(message, Cancel) else message.round
+            refused = Refused(message.session, error.code, str(error), retry_after, fatal, round_)
             return [*actions, Send(event.connection, refused)]
         return [*actions, Send(event.connection, answer)] if answer is not None else actions
 
@@ -176,7 +177,7 @@ class Verifier:
             return False
         if session.connection >= 0:
             message = "all places are taken, and this one went to another; try again"
-            refused = Refused(session.id, "overloaded", message, retry_after=1.0, fatal=True)
+            refused = Refused(session.id, "overloaded", message, 1.0, True, session.heard_round)
             actions.append(Send(session.connection, refused))
         else:
             actions.append(Ended(session.id, "expired"))
@@ -387,9 +388,7 @@ class Verifier:
             self._next(now, s, actions)
             return
         tokens, finish = self._cut(s, result.tokens) if slice_.sample else ([], "")
-        s.chain.fromlist(tokens)
-        if s.logprobs is not None:
-            s.entries += result.logprobs[: len(tokens)]
+        s.append(tokens, result.logprobs)
         fed = slice_.start + len(slice_.tokens) - slice_.n_draft + result.accepted
         self.admission.served(now, s.key, max(0, min(fed, s.n_prompt) - slice_.start), len(tokens))
         verdict = None
@@ -466,13 +465,14 @@ class Verifier:
         """End a session that the engine could not serve. Its edge may open it again."""
         doomed = s.state is DOOMED
         connection = -1 if doomed else s.connection
+        round_ = s.heard_round
         s.go(FINISHED)
         if s.slot is not None:
             self.kv.drop(s.slot)
             s.slot = None
         self._end(s)
         if connection >= 0:
-            refused = Refused(s.id, code, message, retry_after=1.0, fatal=True)
+            refused = Refused(s.id, code, message, retry_after=1.0, fatal=True, round=round_)
             actions.append(Send(connection, refused))
         elif not doomed:
             actions.append(Ended(s.id, "expired"))

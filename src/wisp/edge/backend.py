@@ -28,6 +28,7 @@ from wisp.core.drafting import Ahead, Policies
 from wisp.core.errors import ProtocolError, RequestError, UnavailableError
 from wisp.core.messages import Cancel, Draft, Message, Open, Redirect, Refused, Verdict, Welcome
 from wisp.core.pace import Pace
+from wisp.core.patience import Patience
 from wisp.core.signals import Signal
 from wisp.edge.link import FromLink, Listener, Redirects
 from wisp.engines.base import DraftEngine, Proposal, Tokenizer
@@ -45,8 +46,7 @@ class Link(Protocol):
     """Where sessions live: the way to a verifier or to a front (`VerifierLink` documents it)."""
 
     reconnects: int
-    lost_at: float
-    give_up_s: float
+    patience: Patience
     problem: str
     fatal: RequestError | None
     redirects: Redirects
@@ -153,7 +153,7 @@ class _Session:
         self.address = ""  # of `link`, where a front sent us
         self.avoid = ""
         self.trips = 0  # back home from where a front sent us, since the last verdict
-        self.astray_since = 0.0
+        self.astray_since = 0.0  # this, and the next: by the home link's patience
         self.came_home = 0.0
 
     async def run(self) -> AsyncIterator[Committed]:
@@ -235,6 +235,9 @@ class _Session:
             if away and event.code in ELSEWHERE:
                 self._go_home(drafter, refused=event.message)
                 return []
+            opening = self.opening
+            if opening is not None and event.code == "unknown_session" and event.round > opening.round:
+                return []  # a front takes no drafts; this one will be said again where it sends us
             return drafter.refused(event)
         if away and not isinstance(event, Welcome):
             self._go_home(drafter)
@@ -259,8 +262,8 @@ class _Session:
             else:
                 if link.fatal is not None:
                     raise link.fatal
-                timeout = max(link.lost_at, self.came_home) + link.give_up_s - time.monotonic()
-                if timeout <= 0:
+                timeout = link.patience.left_s(time.monotonic(), self.came_home)
+                if not timeout:
                     raise link.gave_up()
             try:
                 where, event, arrived = await asyncio.wait_for(self.events.get(), timeout)
@@ -288,14 +291,16 @@ class _Session:
         """The verifier at the redirected address is gone, full, drained or out of reach: ask the front again."""
         drafter.lost()
         unheard = bool(refused) or self.opening is not None
-        wait, now = 0.0, time.monotonic()
+        wait, now = 0.0, self.home.patience.beat(time.monotonic())
         self.came_home = now
         self.trips += 1
         if self.trips == 1:
             self.astray_since = now
         else:
             wait = min(BOUNCE_S[0] * 2**self.trips, BOUNCE_S[1]) * random.uniform(0.5, 1.0)
-            if now > self.astray_since + self.home.give_up_s and (unheard or self.trips > MAX_LOSSES):
+            if now > self.astray_since + self.home.patience.give_up_s and (
+                unheard or self.trips > MAX_LOSSES
+            ):
                 raise self._went_astray(refused, unheard)
         if unheard:
             self.avoid = self.address

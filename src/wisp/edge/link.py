@@ -13,11 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
 import ssl
 import time
 from collections.abc import Callable
-from urllib.parse import urlsplit, urlunsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus, WebSocketException
@@ -27,6 +25,7 @@ from wisp import __version__
 from wisp.core.errors import ConfigError, ProtocolError, RequestError, UnavailableError
 from wisp.core.messages import (
     MAX_FRAME,
+    REFUSAL_HEADER,
     SUBPROTOCOL,
     VERSION,
     Hello,
@@ -38,14 +37,17 @@ from wisp.core.messages import (
     decode_from_cloud,
     encode,
 )
+from wisp.core.patience import BEAT_S, Patience
+from wisp.edge.address import is_local, redirected_url, session_url
+from wisp.edge.answers import plain, reason, stranger
 
 log = logging.getLogger("wisp.link")
 
-SESSION_PATH = "/v1/sessions"
 BACKOFF_S = (0.05, 5.0)  # first and longest wait between attempts
 HANDSHAKE_S = 10.0
 IDLE_S = 30.0  # a link to a redirected address is kept this long after its last session
-_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*):[0-9]{1,5}")
+# What happens to connections. Anything else is a mistake of ours, and is logged as one
+EXPECTED = (OSError, EOFError, WebSocketException, ProtocolError, ImportError)
 
 
 class Lost:
@@ -74,12 +76,11 @@ class VerifierLink:
 
         once: try to connect a single time, and end with the connection.
         """
-        self.url = _websocket_url(server)
+        self.url = session_url(server)
         self.api_key = _checked(api_key)
         self.fingerprint = fingerprint
-        self.give_up_s = give_up_s
+        self.patience = Patience(give_up_s, time.monotonic())
         self.welcome: Welcome | None = None  # while connected
-        self.lost_at = time.monotonic()  # when it was last lost, or first tried
         self.problem: str = ""  # why it is not connected
         self.fatal: RequestError | None = None  # trying again will not help
         self.reconnects = 0
@@ -92,30 +93,35 @@ class VerifierLink:
         self._listeners: dict[str, Listener] = {}
         self._out: asyncio.Queue[bytes] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
+        self._beats: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Begin to connect, on the running event loop."""
         self._task = asyncio.create_task(self._keep_connected())
+        if not self.once:  # nobody waits for one of those
+            self._beat()
 
     async def close(self) -> None:
         """Close the connection, and those to redirected addresses, and stop trying."""
         self._closing = True
+        if self._beats is not None:
+            self._beats.cancel()
         await self.redirects.close()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def connected(self) -> Welcome:
-        """Wait for a verifier. Raises UnavailableError after `give_up_s` without one, or what is fatal."""
+        """Wait for a verifier. Raises UnavailableError once patience is at its end, or what is fatal."""
         while self.welcome is None:
             if self.fatal is not None:
                 raise self.fatal
-            remaining = self.lost_at + self.give_up_s - time.monotonic()
-            if remaining <= 0:
+            left_s = self.patience.left_s(time.monotonic())
+            if not left_s:
                 raise self.gave_up()
             changed = self._changed
             try:
-                await asyncio.wait_for(changed.wait(), remaining)
+                await asyncio.wait_for(changed.wait(), left_s)
             except TimeoutError:
                 continue
         return self.welcome
@@ -123,7 +129,7 @@ class VerifierLink:
     def gave_up(self) -> UnavailableError:
         """The error for those who have waited long enough."""
         return UnavailableError(
-            f"no verifier at {self.url} for {self.give_up_s:g} s ({self.problem or 'no answer'}); "
+            f"no verifier at {self.url} for {self.patience.give_up_s:g} s ({self.problem or 'no answer'}); "
             "is `wisp serve` running there?"
         )
 
@@ -138,9 +144,16 @@ class VerifierLink:
             asyncio.get_running_loop().call_later(IDLE_S, self._end_if_idle)
 
     def send(self, message: Message) -> None:
-        """Send, if connected; otherwise drop it: sessions open again when the connection is back."""
-        if self.welcome is not None:
-            self._out.put_nowait(encode(message))
+        """Send, if connected; otherwise drop it: sessions open again when the connection is back.
+
+        Raises RequestError for a message that is too long for the verifier, which would cut off everybody's sessions.
+        """
+        if self.welcome is None:
+            return
+        frame = encode(message)
+        if len(frame) > self.welcome.max_frame:
+            raise _too_long(len(frame), self.welcome.max_frame)
+        self._out.put_nowait(frame)
 
     def _end_if_idle(self) -> None:
         if not self._listeners and self._task is not None:
@@ -151,29 +164,35 @@ class VerifierLink:
         url = redirected_url(self.url, address)
         return VerifierLink(url, self.api_key, fingerprint=self.fingerprint, once=True)
 
+    def _beat(self) -> None:
+        self.patience.beat(time.monotonic())
+        self._beats = asyncio.get_running_loop().call_later(BEAT_S, self._beat)
+
     # --- the connection
 
     async def _keep_connected(self) -> None:
         wait = BACKOFF_S[0]
         while not self.ended:
+            attempt = self.patience.began(time.monotonic())
             try:
-                welcomed = await self._one_connection()
-                wait = BACKOFF_S[0] if welcomed else wait
-            except (OSError, TimeoutError, WebSocketException, ProtocolError) as error:
+                await self._one_connection()
+            except Exception as error:  # whatever it is: a link that ended without a word would help nobody
                 self._note(error)
-                if self.welcome is not None:
-                    wait = BACKOFF_S[0]
             finally:
                 self.ended = self.once
+                if self.welcome is not None:
+                    wait = BACKOFF_S[0]
+                else:
+                    self.patience.failed(attempt)
                 self._lose()
             if self.ended:
                 return
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))
             wait = min(wait * 2, BACKOFF_S[1])
 
-    async def _one_connection(self) -> bool:
+    async def _one_connection(self) -> None:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        async with connect(
+        async with _Connect(
             self.url,
             subprotocols=[Subprotocol(SUBPROTOCOL)],
             additional_headers=headers,
@@ -200,7 +219,6 @@ class VerifierLink:
                     self._dispatch(frame)
             finally:
                 writer.cancel()
-            return True
 
     async def _write(self, socket: ClientConnection) -> None:
         while True:
@@ -224,7 +242,7 @@ class VerifierLink:
         if self.welcome is not None:
             self.welcome = None
             self.reconnects += 1
-            self.lost_at = time.monotonic()
+            self.patience.lost(time.monotonic())
             level = logging.DEBUG if self._closing else logging.WARNING
             log.log(level, "connection to %s lost: %s", self.url, self.problem or "closed by the verifier")
         self._tell(LOST)
@@ -238,12 +256,16 @@ class VerifierLink:
     def _note(self, error: Exception) -> None:
         """Remember why, and whether trying again can help."""
         before = self.problem
-        self.problem = str(error) or type(error).__name__
+        self.problem = reason(error, self.url)
         self.fatal = None
-        if isinstance(error, InvalidStatus) and error.response.status_code in (401, 403):
-            self.problem = (error.response.body or b"").decode("utf-8", "replace") or "the key was refused"
-            message = f"the verifier refused our key: {self.problem}; set WISP_API_KEY"
-            self.fatal = RequestError(502, message, code="verifier_unauthorized", type="server_error")
+        if isinstance(error, InvalidStatus):
+            response = error.response
+            code = response.headers.get(REFUSAL_HEADER)
+            said = plain((response.body or b"").decode("utf-8", "replace"))
+            self.problem = said if code else stranger(response.status_code, response.headers.get("location"))
+            if code == "invalid_api_key":
+                message = f"the verifier refused our key: {said}; set WISP_API_KEY"
+                self.fatal = RequestError(502, message, code="verifier_unauthorized", type="server_error")
         elif isinstance(error, ProtocolError) and error.code in ("version_mismatch", "vocabulary_mismatch"):
             self.fatal = RequestError(502, str(error), code=error.code, type="server_error")
         if self.problem != before:
@@ -252,7 +274,23 @@ class VerifierLink:
                 "no verifier at %s: %s",
                 self.url,
                 self.problem,
+                exc_info=None if isinstance(error, EXPECTED) else error,
             )
+
+
+class _Connect(connect):
+    """Follows no redirects: a sign-in page's would lead anywhere, and our key stays with the address given."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        return exc
+
+
+def _too_long(size: int, most: int) -> RequestError:
+    message = (
+        f"Prompt and answer take {size} bytes on the way to the verifier, which takes {most}. "
+        "Please shorten the prompt."
+    )
+    return RequestError(400, message, code="context_length_exceeded", param="messages")
 
 
 class Redirects:
@@ -278,42 +316,9 @@ class Redirects:
         await asyncio.gather(*(link.close() for link in links.values()))
 
 
-def redirected_url(url: str, address: str) -> str:
-    """The session socket at another host and port, by the same scheme. Raises ProtocolError if `address` is none."""
-    if not _ADDRESS.fullmatch(address):
-        raise ProtocolError("malformed", f"the front redirected to {address!r}, which is not HOST:PORT")
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    own = f"[{host}]" if ":" in host else host
-    netloc = own + address if address[0] == ":" else address
-    return urlunsplit((parts.scheme, netloc, SESSION_PATH, "", ""))
-
-
 def _checked(key: str | None) -> str | None:
     """The key without white space around it. Raises ConfigError if it cannot stand in a header."""
     key = (key or "").strip()
     if not key.isascii() or not key.isprintable():
         raise ConfigError("the API key in WISP_API_KEY has characters that no key has; set it again")
     return key or None
-
-
-def is_local(url: str) -> bool:
-    """A proxy from the environment has no business with a verifier on this machine."""
-    host = urlsplit(url).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def _websocket_url(server: str) -> str:
-    parts = urlsplit(server if "://" in server else f"http://{server}")
-    schemes = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
-    if parts.scheme not in schemes or not parts.hostname:
-        raise ConfigError(f"server {server!r} is not an address such as http://127.0.0.1:8100")
-    path = parts.path.rstrip("/").removesuffix(SESSION_PATH).removesuffix("/v1") + SESSION_PATH
-    return urlunsplit((schemes[parts.scheme], parts.netloc, path, "", ""))
-
-
-def http_url(server: str, path: str) -> str:
-    """The HTTP address of `path` on the same server."""
-    parts = urlsplit(_websocket_url(server))
-    scheme = "https" if parts.scheme == "wss" else "http"
-    return urlunsplit((scheme, parts.netloc, parts.path.removesuffix(SESSION_PATH) + path, "", ""))

@@ -1,27 +1,35 @@
 """The target's tokenizer on the edge: fetched once from the verifier, cached by fingerprint, checked by it.
 
-So an edge needs no model to read and write text, and never mixes up two vocabularies.
+So an edge needs no model to read and write text, and never mixes up two vocabularies. The files are a convenience:
+without a disk that takes them, each start fetches the tokenizer again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 import re
-import tempfile
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 
-from wisp.core.errors import ModelError, RequestError, WispError
-from wisp.edge.link import http_url, is_local
+from wisp.core.errors import ConfigError, ModelError, RequestError, WispError
+from wisp.edge.address import http_url, is_local
+from wisp.edge.answers import error_in, reason, stranger
 from wisp.engines.base import Tokenizer
-from wisp.engines.build import open_tokenizer
+from wisp.engines.build import read_tokenizer
 from wisp.engines.models import cache_dir
+
+log = logging.getLogger("wisp.edge")
 
 # No proxy from the environment on the way to this machine; certificates from there still count.
 _DIRECT: dict[str, httpx.AsyncBaseTransport | None] = {"http://": None, "https://": None, "all://": None}
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_GGUF, _JSON = b"GGUF", b"{"  # what a verifier hands over begins with one of them
 TOKENIZER_PATH = "/v1/tokenizers"
 
 
@@ -33,6 +41,7 @@ class TokenizerCache:
         self.api_key = api_key
         self._loaded: dict[str, Tokenizer] = {}
         self._lock = asyncio.Lock()
+        self._warned = False
 
     async def get(self, fingerprint: str) -> Tokenizer:
         """The tokenizer whose vocabulary has this fingerprint. Raises RequestError if it cannot be had."""
@@ -41,23 +50,41 @@ class TokenizerCache:
             raise RequestError(502, message, code="tokenizer_unavailable", type="server_error")
         async with self._lock:
             if fingerprint not in self._loaded:
-                path = await self._file(fingerprint)
-                try:
-                    self._loaded[fingerprint] = await asyncio.to_thread(_load, path, fingerprint)
-                except WispError as error:
-                    raise _unavailable(f"the target's tokenizer is of no use: {error}") from None
+                kept = await asyncio.to_thread(self._from_disk, fingerprint)
+                self._loaded[fingerprint] = kept or await self._from_verifier(fingerprint)
             return self._loaded[fingerprint]
 
-    async def _file(self, fingerprint: str) -> Path:
-        """Where it is on disk, after fetching it if need be."""
-        paths = [cache_dir() / "tokenizers" / f"{fingerprint}{ending}" for ending in (".gguf", ".json")]
-        for path in paths:
-            if path.exists():
-                return path
-        data = await self._fetch(fingerprint)
-        path = paths[0 if data.startswith(b"GGUF") else 1]
-        _write(path, data)
-        return path
+    async def _from_verifier(self, fingerprint: str) -> Tokenizer:
+        blob = await self._fetch(fingerprint)
+        try:
+            tokenizer = await asyncio.to_thread(_read, blob, fingerprint)
+        except (WispError, OSError) as error:
+            raise _unavailable(f"the target's tokenizer is of no use: {error}") from None
+        await asyncio.to_thread(self._keep, fingerprint, blob)
+        return tokenizer
+
+    def _from_disk(self, fingerprint: str) -> Tokenizer | None:
+        """What an earlier start has kept, unless it is damaged: then it is fetched again."""
+        with contextlib.suppress(OSError, ConfigError):
+            for path in _files(fingerprint):
+                if not path.is_file():
+                    continue
+                try:
+                    return _read(path.read_bytes(), fingerprint)
+                except ModelError as error:
+                    log.warning("%s is damaged and fetched again: %s", path, error)
+        return None
+
+    def _keep(self, fingerprint: str, blob: bytes) -> None:
+        """For the next start. A disk that will not have it costs that start a moment, and no more."""
+        try:
+            gguf, json = _files(fingerprint)
+            _write(gguf if blob.startswith(_GGUF) else json, blob)
+        except (OSError, ConfigError) as error:
+            if not self._warned:
+                message = "cannot keep the target's tokenizer (%s): it is fetched anew at each start. %s"
+                log.warning(message, error, "Set WISP_CACHE to a folder that can be written to")
+            self._warned = True
 
     async def _fetch(self, fingerprint: str) -> bytes:
         url = http_url(self.server, f"{TOKENIZER_PATH}/{fingerprint}")
@@ -65,33 +92,43 @@ class TokenizerCache:
         try:
             async with httpx.AsyncClient(timeout=60.0, mounts=_DIRECT if is_local(url) else None) as client:
                 response = await client.get(url, headers=headers)
-                response.raise_for_status()
-                return response.content
-        except httpx.HTTPError as error:
-            raise _unavailable(f"cannot fetch the target's tokenizer from {url}: {error}") from None
+        except Exception as error:  # a proxy of the environment may be wrong in ways of its own
+            raise _unavailable(
+                f"cannot fetch the target's tokenizer from {url}: {reason(error, url)}"
+            ) from None
+        blob = response.content
+        if not response.is_success or not blob.startswith((_GGUF, _JSON)):
+            own = error_in(blob)
+            why = own.message if own else stranger(response.status_code, response.headers.get("location"))
+            raise _unavailable(f"cannot fetch the target's tokenizer from {url}: {why}")
+        return blob
 
 
 def _unavailable(message: str) -> RequestError:
     return RequestError(502, message, code="tokenizer_unavailable", type="server_error")
 
 
-def _load(path: Path, fingerprint: str) -> Tokenizer:
-    tokenizer: Tokenizer
-    try:
-        tokenizer = open_tokenizer(path)
-    except ModelError:
-        path.unlink(missing_ok=True)
-        raise
+def _read(blob: bytes, fingerprint: str) -> Tokenizer:
+    """Raises ModelError or ConfigError."""
+    tokenizer = read_tokenizer(blob)
     if tokenizer.fingerprint != fingerprint:
-        path.unlink(missing_ok=True)
-        raise ModelError(f"the tokenizer in {path} is not the one asked for; it was deleted, try again")
+        raise ModelError(f"it is not the one asked for, but that of vocabulary {tokenizer.fingerprint[:12]}")
     return tokenizer
 
 
+def _files(fingerprint: str) -> Iterator[Path]:
+    """Where it may lie, in either format. Raises ConfigError."""
+    folder = cache_dir() / "tokenizers"
+    return (folder / f"{fingerprint}{ending}" for ending in (".gguf", ".json"))
+
+
 def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, and as readable for others as the umask says: caches are shared. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.replace(name, path)
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with fresh.open("xb") as file:
+            file.write(data)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)

@@ -162,17 +162,6 @@ def _emulated(name: str, profile: Hardware, written: Written | None) -> tuple[Ta
     return target, NumberTokenizer(written.n_vocab, written.eos)
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a file, as a verifier hands it to its edges. Raises ModelError or ConfigError."""
-    with path.open("rb") as file:
-        start = file.read(len(_GGUF))
-    if start == _GGUF:
-        from wisp.engines.llama.tokenizer import LlamaTokenizer
-
-        return LlamaTokenizer.open(path)
-    return read_tokenizer(path.read_bytes())
-
-
 def read_tokenizer(blob: bytes) -> Tokenizer:
     """The tokenizer that a verifier hands over as `blob`. Raises ModelError or ConfigError."""
     from wisp.engines.plain import read_plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import Any
@@ -11,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from wisp.core.errors import ConfigError, RequestError
-from wisp.edge.link import http_url, is_local
+from wisp.edge.address import http_url, is_local
+from wisp.edge.answers import error_in, reason, stranger
 
 PATH = "/v1/replicas"
 TIMEOUT_S = 600.0  # a drain waits for sessions that cannot move
@@ -25,22 +27,26 @@ def ask(server: str, action: str = "", body: dict[str, object] | None = None) ->
     try:
         with httpx.Client(timeout=TIMEOUT_S, trust_env=not is_local(url), headers=headers) as client:
             response = client.post(url, json=body) if body is not None else client.get(url)
-    except httpx.HTTPError as error:
-        raise ConfigError(f"cannot reach {url}: {error}; is `wisp serve` running there?") from None
-    try:
-        answer: dict[str, Any] = response.json()
-    except ValueError:
-        answer = {}
-    if response.is_success and "replicas" in answer:
-        return answer
-    error_ = answer.get("error") or {}
-    if response.status_code == 404 and error_.get("code") == "not_found":
+    except Exception as error:  # a proxy of the environment may be wrong in ways of its own
+        raise ConfigError(
+            f"cannot reach {url}: {reason(error, url)}; is `wisp serve` running there?"
+        ) from None
+    if response.is_success:
+        with contextlib.suppress(ValueError):
+            answer = response.json()
+            if isinstance(answer, dict) and "replicas" in answer:
+                return answer
+    refused = error_in(response.content)
+    if refused is None:
+        why = stranger(response.status_code, response.headers.get("location"))
+        raise ConfigError(f"cannot use {url}: {why}")
+    if response.status_code == 404 and refused.code == "not_found":
         raise ConfigError(
             f"the verifier at {server} has no replicas; start it with --replicas N or --launcher"
         )
     if response.status_code == 401:
-        raise ConfigError(f"{error_.get('message', 'the key was refused')}; set WISP_API_KEY")
-    raise RequestError(response.status_code, error_.get("message") or f"status {response.status_code}")
+        raise ConfigError(f"{refused.message}; set WISP_API_KEY")
+    raise RequestError(response.status_code, refused.message)
 
 
 def show(answer: dict[str, Any], *, as_json: bool) -> None:

@@ -133,7 +133,7 @@ class FrontHost:
             return
         if isinstance(message, Draft):
             text = "this is a front, which verifies nothing; open the session again with what is committed"
-            c.send(Refused(message.session, "unknown_session", text))
+            c.send(Refused(message.session, "unknown_session", text, round=message.round))
             return
         open_ = self._without_ballast(message)
         if self._has_all(c.key) and not self._placement.knows(c.key, open_.session):
@@ -209,7 +209,7 @@ class FrontHost:
 
     def _refuse(self, c: _Connection, open_: Open, why: Refusal) -> None:
         self._metrics.refused.labels(why.code).inc()
-        c.send(Refused(open_.session, why.code, str(why), why.retry_after, fatal=True))
+        c.send(Refused(open_.session, why.code, str(why), why.retry_after, True, open_.round))
 
     def _place(self, key: str, open_: Open) -> Choice:
         if self.draining:

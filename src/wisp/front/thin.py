@@ -19,6 +19,7 @@ from wisp.core.drafter import busy_error
 from wisp.core.drafting import Policies
 from wisp.core.errors import ProtocolError, RequestError, UnavailableError
 from wisp.core.messages import Cancel, Draft, Message, Open, Redirect, Refused, Verdict, Welcome
+from wisp.core.patience import BEAT_S, Patience
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import LOST, Listener, Redirects, VerifierLink
 from wisp.engines.base import Tokenizer
@@ -34,8 +35,7 @@ class Door:
 
     def __init__(self, host: FrontHost, key: str, tls: ssl.SSLContext | None) -> None:
         self.reconnects = 0
-        self.lost_at = time.monotonic()
-        self.give_up_s = GIVE_UP_S
+        self.patience = Patience(GIVE_UP_S, time.monotonic())
         self.problem = ""
         self.fatal: RequestError | None = None
         self.redirects = Redirects(self._replica)
@@ -46,6 +46,8 @@ class Door:
         self._connection = host.attach(key, self._heard)
         self._open = host.here
         self._changed = asyncio.Event()
+        self._attempt = 0
+        self._beat()
 
     @property
     def welcome(self) -> Welcome | None:
@@ -54,20 +56,22 @@ class Door:
 
     async def connected(self) -> Welcome:
         """Wait for a replica. Raises UnavailableError."""
-        deadline = self.lost_at + self.give_up_s
         while (welcome := self.welcome) is None:
             if self._host.draining:
                 raise UnavailableError("this server is shutting down", retry_after=2.0)
+            left_s = self.patience.left_s(time.monotonic())
+            if not left_s:
+                raise self.gave_up()
             changed = self._changed
             try:
-                await asyncio.wait_for(changed.wait(), deadline - time.monotonic())
+                await asyncio.wait_for(changed.wait(), left_s)
             except TimeoutError:
-                raise self.gave_up() from None
+                continue
         return welcome
 
     def gave_up(self) -> UnavailableError:
         """The error for those who have waited long enough."""
-        return UnavailableError(f"no replica is up since {self.give_up_s:g} s; see /v1/replicas and the log")
+        return UnavailableError(f"no replica is up since {GIVE_UP_S:g} s; see /v1/replicas and the log")
 
     def listen(self, session: str, listener: Listener) -> None:
         """Messages for `session`, and the coming and going of all replicas, go to `listener`."""
@@ -89,11 +93,21 @@ class Door:
             return
         self._open = welcome is not None
         if welcome is None:
-            self.lost_at = time.monotonic()
+            self.patience.lost(time.monotonic())
         self._changed.set()
         self._changed = asyncio.Event()
         for listener in list(self._listeners.values()):
             listener(welcome or LOST)
+
+    def close(self) -> None:
+        """Count no more."""
+        self._beats.cancel()
+
+    def _beat(self) -> None:
+        """Between two beats the front has looked at its replicas several times: that is an attempt."""
+        self.patience.failed(self._attempt)
+        self._attempt = self.patience.began(time.monotonic())
+        self._beats = asyncio.get_running_loop().call_later(BEAT_S, self._beat)
 
     def _heard(self, message: Verdict | Refused | Redirect) -> None:
         listener = self._listeners.get(message.session)
@@ -149,6 +163,8 @@ class FrontBackend:
 
     async def close(self) -> None:
         """Close every link."""
+        for door in self._doors.values():
+            door.close()
         await asyncio.gather(*(door.redirects.close() for door in self._doors.values()))
         for edge in self._edges.values():
             edge.close()

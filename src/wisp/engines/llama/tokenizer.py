@@ -6,7 +6,9 @@ tables. Ids are exchanged, never text, and both sides compare `fingerprint` firs
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
 import struct
 import tempfile
@@ -56,9 +58,7 @@ class LlamaTokenizer:
     def from_blob(cls, blob: bytes) -> LlamaTokenizer:
         """From what `blob()` returned, elsewhere. Raises ModelError if it is not such a blob."""
         gguf.check_blob(blob)
-        with tempfile.TemporaryDirectory(prefix="wisp-") as folder:
-            path = Path(folder) / "tokenizer.gguf"
-            path.write_bytes(blob)
+        with _as_file(blob) as path:
             tokenizer = cls.open(path)
         tokenizer.__dict__["_blob"] = blob
         return tokenizer
@@ -184,3 +184,18 @@ class LlamaTokenizer:
             return ""
         text = self._api.lib.llama_vocab_get_text(self._model.vocab, token)
         return str(self._api.ffi.string(text).decode("utf-8", "replace"))
+
+
+@contextlib.contextmanager
+def _as_file(blob: bytes) -> Iterator[Path]:
+    """A path for a library that reads nothing else: in memory on Linux, as disks may be full or not ours to write."""
+    if hasattr(os, "memfd_create"):
+        with os.fdopen(os.memfd_create("wisp-tokenizer"), "wb") as file:
+            file.write(blob)
+            file.flush()
+            yield Path(f"/proc/self/fd/{file.fileno()}")
+        return
+    with tempfile.TemporaryDirectory(prefix="wisp-") as folder:
+        path = Path(folder) / "tokenizer.gguf"
+        path.write_bytes(blob)
+        yield path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -69,12 +70,13 @@ def is_cached(name: str) -> bool:
     if name.startswith("hf:"):
         return hub.cached(parse_hub(name)) is not None
     if _is_path(name):
-        return Path(name).expanduser().is_file()
+        return os.path.isfile(Path(name).expanduser())
     card = find(name)
     if card.bundled:
         return _bundled(card).is_file()
-    path = store.final_path(card)
-    return path.is_file() and path.stat().st_size == card.size
+    with contextlib.suppress(OSError):  # not there, or not ours to look at
+        return store.final_path(card).stat().st_size == card.size
+    return False
 
 
 def parse_hub(spec: str) -> HubFile:
@@ -111,7 +113,7 @@ def _bundled(card: ModelCard) -> Path:
 
 def _local(path: Path) -> Path:
     """`path`, if a GGUF file is there. Raises ModelError."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # which says no, too, where we may not look
         own = path == _bundled_dir() / path.name
         remedy = "Reinstall WISP" if own else "Mend the path; a file of the hub is hf:user/repo/file.gguf"
         raise ModelError(f"There is no file {path}. {remedy}.")
@@ -144,7 +146,7 @@ def _from_catalogue(card: ModelCard, offline: bool, report: Progress, sources: S
     if store.is_verified(final, card, report):
         return final
     if offline:
-        state = "is damaged" if final.exists() else "is not here"
+        state = "is damaged" if os.path.exists(final) else "is not here"
         raise ModelError(
             f"{card.name} {state} ({final}), and WISP is offline. "
             f"Pull it once while online: wisp pull {card.name}"

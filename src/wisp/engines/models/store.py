@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from wisp.core.errors import ModelError
+from wisp.core.errors import ConfigError, ModelError
 from wisp.engines.models.cards import ModelCard
 from wisp.engines.models.progress import Progress
 
@@ -31,13 +31,18 @@ def cache_dir() -> Path:
     """The folder for everything WISP downloads; it may not exist yet.
 
     `WISP_CACHE`, else `HF_HOME`/wisp, else `XDG_CACHE_HOME`/huggingface/wisp, else ~/.cache/huggingface/wisp.
+    Raises ConfigError where that needs a home directory and there is none.
     """
-    if own := os.environ.get("WISP_CACHE"):
-        return Path(own).expanduser()
-    if hub := os.environ.get("HF_HOME"):
-        return Path(hub).expanduser() / "wisp"
-    xdg = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(xdg).expanduser() / "huggingface" / "wisp"
+    try:
+        if own := os.environ.get("WISP_CACHE"):
+            return Path(own).expanduser()
+        if hub := os.environ.get("HF_HOME"):
+            return Path(hub).expanduser() / "wisp"
+        xdg = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(xdg).expanduser() / "huggingface" / "wisp"
+    except RuntimeError:
+        message = "the cache would be in a home directory that there is not; set WISP_CACHE to a folder"
+        raise ConfigError(message) from None
 
 
 def final_path(card: ModelCard) -> Path:

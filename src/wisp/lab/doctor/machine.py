@@ -102,7 +102,7 @@ def cache_writable() -> Check:
 
 def _existing(folder: Path) -> Path:
     """`folder`, or the nearest folder above it that exists."""
-    return next(f for f in (folder.absolute(), *folder.absolute().parents) if f.is_dir())
+    return next(f for f in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(f))
 
 
 def ports() -> Check:

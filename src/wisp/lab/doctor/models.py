@@ -25,7 +25,7 @@ def model_cached(card: ModelCard) -> Check:
         return Check(
             name, "warn", finding, f"wisp pull {card.name} (reads it once, and fetches it again if need be)"
         )
-    if path.exists():
+    if os.path.exists(path):
         return Check(name, "warn", f"{path} is damaged", f"wisp pull {card.name}")
     return Check(name, "ok", f"not here; {size_text(card.size)} to pull")
 

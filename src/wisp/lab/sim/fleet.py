@@ -32,7 +32,7 @@ from wisp.api.scrape import read_page
 from wisp.core.batching import batching_policy
 from wisp.core.errors import ConfigError, UnavailableError
 from wisp.core.messages import Cancel, Welcome
-from wisp.edge.link import http_url
+from wisp.edge.address import http_url
 from wisp.lab.children import Child
 from wisp.lab.sim.commands import one_class, writable
 from wisp.lab.sim.compare import differences

@@ -37,6 +37,7 @@ from wisp import __version__
 from wisp.core.errors import ConfigError, ProtocolError, UnavailableError
 from wisp.core.messages import (
     MAX_FRAME,
+    REFUSAL_HEADER,
     SUBPROTOCOL,
     VERSION,
     Cancel,
@@ -51,8 +52,9 @@ from wisp.core.messages import (
     decode_from_cloud,
     encode,
 )
+from wisp.edge.address import redirected_url, session_url
 from wisp.edge.backend import BOUNCE_S, ELSEWHERE
-from wisp.edge.link import HANDSHAKE_S, SESSION_PATH, http_url, redirected_url
+from wisp.edge.link import HANDSHAKE_S
 
 EARLY_S = 5e-4  # an event loop's timers are good to a millisecond: what is due within half of one is done
 AT_ONCE = 32  # connections being opened
@@ -191,7 +193,7 @@ class Sockets:
 
     def __init__(self, server: str, api_key: str | None = None) -> None:
         """Raises ConfigError for a bad URL."""
-        self.url = "ws" + http_url(server, SESSION_PATH).removeprefix("http")
+        self.url = session_url(server)
         self.senders: dict[int, Callable[[Verdict | Refused], None]] = {}
         self.clock: Clock | None = None  # once time passes
         self.frames_out = self.frames_in = self.redirects = 0
@@ -291,7 +293,8 @@ class Sockets:
                 )
                 frame = await wire.ready
         except (OSError, TimeoutError, WebSocketException) as error:
-            if isinstance(error, InvalidStatus) and error.response.status_code in (401, 403):
+            code = error.response.headers.get(REFUSAL_HEADER) if isinstance(error, InvalidStatus) else None
+            if code == "invalid_api_key":
                 raise ConfigError(f"the verifier at {url} refused our key; set WISP_API_KEY") from None
             raise UnavailableError(f"no verifier at {url}: {str(error) or 'no answer'}") from None
         if wire.ended:  # in the same moment

@@ -1,0 +1,72 @@
+"""What to make of HTTP answers that are not a verifier's, and of proxies that cannot be used."""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import msgspec
+from websockets.exceptions import InvalidProxy
+
+LONGEST = 300  # characters of what others say that are passed on
+
+_PROXIES = ("all_proxy", "https_proxy", "http_proxy", "socks_proxy", "wss_proxy", "ws_proxy")
+
+
+class Error(msgspec.Struct):
+    """Of OpenAI's error object, what is read here."""
+
+    message: str = ""
+    code: str | None = None
+
+
+class _Body(msgspec.Struct):
+    error: Error
+
+
+def error_in(body: bytes) -> Error | None:
+    """The error that a WISP server states in the body of an answer; None if none of them wrote it."""
+    try:
+        error = msgspec.json.decode(body, type=_Body).error
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    error.message = plain(error.message)
+    return error
+
+
+def plain(text: str) -> str:
+    """What others say, as far as it may stand in one line of a log."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else "?" for c in line[:LONGEST])
+
+
+def stranger(status: int, location: str | None = None) -> str:
+    """Why an answer with this status, which is not WISP's own, is of no use; and what to do about it."""
+    if location and 300 <= status < 400:
+        return (
+            f"HTTP {status}: redirected to {plain(location)}, which is not followed; if the verifier is there, "
+            "give that address. A network that wants a sign-in does the same"
+        )
+    if status == 404:
+        return "HTTP 404: there is no WISP at this path; is the address right, to the end?"
+    if status == 407:
+        return "HTTP 407: the proxy asks for a name and password; they go into its address in HTTPS_PROXY"
+    return (
+        f"HTTP {status}, and not from a WISP verifier: a proxy, a network's sign-in page or another server "
+        f"answers there{', or there is no WISP at this path' if status == 403 else ''}"
+    )
+
+
+def reason(error: Exception, url: str) -> str:
+    """Why nothing came of going to `url`; of a proxy that the environment names, also what to do about it."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, InvalidProxy) or (isinstance(error, ValueError | OverflowError) and getproxies()):
+        what = "the proxy's address is none"  # which is not repeated here: it may hold a password
+    elif isinstance(error, ImportError) and "socks" in str(error).lower():  # websockets' or httpx's
+        what = "a SOCKS proxy needs packages: pip install python-socks socksio"
+    else:
+        return plain(str(error)) or type(error).__name__
+    named = sorted(name for name in os.environ if name.lower() in _PROXIES)
+    return f"{what} (from {', '.join(named) or 'the system'}); without a proxy: NO_PROXY={urlsplit(url).hostname}"
