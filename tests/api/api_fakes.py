@@ -19,6 +19,7 @@ from wisp.core.errors import RequestError
 from wisp.core.work import TokenLogprob, TopLogprob
 
 MODEL = "org/tiny-7b"
+DIGEST = "0123456789abcdef0123456789abcdef"
 EOS, BOS, IM_START, IM_END = 256, 257, 258, 259
 SPECIAL = {"<eos>": EOS, "<bos>": BOS, "<|im_start|>": IM_START, "<|im_end|>": IM_END}
 KEY = "sk-secret"
@@ -68,7 +69,7 @@ class ScriptedBackend:
     async def target(self) -> Target:
         if self.target_error is not None:
             raise self.target_error
-        return Target(model=MODEL, tokenizer=self.tokenizer, context=self.context)
+        return Target(model=MODEL, tokenizer=self.tokenizer, context=self.context, digest=DIGEST)
 
     async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         self.asked.append(generation)

@@ -27,7 +27,7 @@ from wisp.core.messages import (
 from wisp.edge import link as module
 from wisp.edge.link import LOST, FromLink, VerifierLink, http_url
 
-WELCOME = Welcome(VERSION, "m", "f", 100, [1], 512, 64)
+WELCOME = Welcome(VERSION, "m", "f", 100, [1], 512, 64, digest="d1")
 SESSION = "session-1"
 Talk = Callable[[ServerConnection], Awaitable[None]]
 

@@ -39,7 +39,7 @@ from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink, redirected_url
 from wisp.engines.base import DraftEngine, Proposal, Tokenizer
 
-WELCOME = Welcome(VERSION, "m", "f", 1000, [999], 512, 64)
+WELCOME = Welcome(VERSION, "m", "f", 1000, [999], 512, 64, digest="d1")
 TOKENS = 8
 TRUTH = [100 + position for position in range(TOKENS)]
 
@@ -312,11 +312,12 @@ def test_a_draft_made_ahead_of_the_answer_to_an_open_goes_where_the_session_goes
 def test_a_replica_of_another_model_is_not_let_go_on() -> None:
     async def scenario() -> None:
         verifier = FakeVerifier()
-        verifier.welcome = msgspec.structs.replace(WELCOME, model="other")
+        verifier.welcome = msgspec.structs.replace(WELCOME, digest="d2")
         front = FakeFront(lambda _: verifier.address)
         async with verifier.listening(), front.listening() as url, device(url) as edge:
-            with pytest.raises(RequestError, match="now serves other"):
+            with pytest.raises(RequestError, match="not the one that this answer was begun with") as caught:
                 await answer(edge)
+            assert caught.value.code == "model_changed"
         assert verifier.opens == []
 
     run(scenario())

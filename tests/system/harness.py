@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
+import msgspec
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
@@ -366,6 +367,9 @@ class Peer:
         self._stack.close()
 
     def say(self, message: Message | bytes | str) -> None:
+        """Send. What an Open has committed is this verifier's text, unless it says otherwise."""
+        if isinstance(message, Open) and not message.digest:
+            message = msgspec.structs.replace(message, digest=self.welcome.digest)
         self.socket.send(encode(message) if isinstance(message, Message) else message)
 
     def hear(self, timeout_s: float = 10.0) -> FromCloud:

@@ -23,6 +23,7 @@ def prepare(ask: Ask, target: Target, *, request_id: str, key: str) -> Generatio
         ignore_eos=ask.ignore_eos,
         logprobs=ask.logprobs,
         slo=ask.slo,
+        digest=target.digest,
         request_id=request_id,
         key=key,
     )

@@ -29,7 +29,7 @@ from wisp.core.events import (
     WakeAt,
 )
 from wisp.core.forecast import Forecast, keepable
-from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
+from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict, check_digest
 from wisp.core.planning import Files, Planner
 from wisp.core.session import (
     CANCEL,
@@ -48,7 +48,7 @@ from wisp.core.session import (
     Pending,
     Session,
 )
-from wisp.core.work import Slice, SliceResult
+from wisp.core.work import ENGINE_ERROR, Slice, SliceResult
 
 LONGEST_MS = 1e9  # of an SLO's targets: eleven days
 
@@ -232,6 +232,7 @@ class Verifier:
         limits = self.limits
         if not 8 <= len(o.session) <= 64:
             raise ProtocolError("malformed", "a session id has 8 to 64 characters")
+        check_digest(o, limits.digest)
         if not o.prompt:
             raise ProtocolError("malformed", "the prompt is empty")
         if len(o.prompt) + 1 > limits.slot_tokens:
@@ -336,7 +337,7 @@ class Verifier:
         assert s.slot is not None
         if result.error:
             self.kv.record(now, s.slot, [])
-            self._fail(s, "engine_error", result.error, actions)
+            self._fail(s, result.code, result.error, actions)
             return
         if s.discard:
             s.discard = False
@@ -414,10 +415,10 @@ class Verifier:
     def _step_failed(self, step: dict[int, Slice], error: str, actions: list[Action]) -> None:
         self.planner.failed()
         for handle in step:
-            self._fail(self.sessions[handle], "engine_error", error, actions)
+            self._fail(self.sessions[handle], ENGINE_ERROR, error, actions)
 
     def _fail(self, s: Session, code: str, message: str, actions: list[Action]) -> None:
-        """End a session that the engine could not serve. Its edge may open it again."""
+        """End a session that the engine could not serve. After ENGINE_ERROR its edge may open it again."""
         connection = s.connection
         s.go(FINISHED)
         if s.slot is not None:
@@ -425,5 +426,6 @@ class Verifier:
             s.slot = None
         self._end(s)
         if connection >= 0:
-            refused = Refused(s.id, code, message, retry_after=1.0, fatal=True)
+            retry_after = 1.0 if code == ENGINE_ERROR else 0.0
+            refused = Refused(s.id, code, message, retry_after, fatal=True)
             actions.append(Send(connection, refused))

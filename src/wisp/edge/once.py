@@ -117,7 +117,7 @@ def _generation(request: Request, target: Target) -> Generation:
     sampling = Sampling(request.temperature, request.top_k, request.top_p, request.min_p, seed)
     if problem := sampling.problem():
         raise ConfigError(f"--{problem[0].replace('_', '-')} {problem[1]}")
-    return Generation(prompt, sampling, min(request.max_tokens, room))
+    return Generation(prompt, sampling, min(request.max_tokens, room), digest=target.digest)
 
 
 def _report(generation: Generation, target: Target, answer: Answer) -> dict[str, object]:

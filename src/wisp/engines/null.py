@@ -11,9 +11,11 @@ from wisp.core.messages import vocabulary_fingerprint
 from wisp.core.sampling import hash32
 from wisp.core.work import Copy, Slice, SliceResult
 from wisp.engines.base import EngineInfo
+from wisp.engines.identity import engine_digest
 
 N_VOCAB = 257  # bytes and an end of sequence that never comes
 EOS = 256
+DIGEST = engine_digest("null")
 
 
 def null_token(seed: int, position: int) -> int:
@@ -35,6 +37,7 @@ class NullTarget:
             slot_tokens,
             slots * slot_tokens,
             1 << 20,
+            DIGEST,
         )
 
     @property

@@ -92,6 +92,7 @@ class Context:
         params.flash_attn_type = _FLASH_ON if flash else _FLASH_AUTO
         params.kv_unified = unified
         params.offload_kqv = params.op_offload = offload
+        self.kv_types = (int(params.type_k), int(params.type_v))  # ggml's numbers for them
         self._api.log.clear()
         pointer = lib.llama_init_from_model(model.pointer, params)
         if pointer == ffi.NULL:

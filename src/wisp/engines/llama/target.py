@@ -23,7 +23,9 @@ import numpy as np
 from wisp.core.errors import EngineError, ModelError
 from wisp.core.work import Copy, Slice, SliceResult
 from wisp.engines.base import EngineInfo
+from wisp.engines.identity import engine_digest, gguf_digest
 from wisp.engines.llama import selfcheck
+from wisp.engines.llama.capi import PIN, kernels
 from wisp.engines.llama.context import Context, DecodeError, Logits, physical_cores
 from wisp.engines.llama.model import Model
 from wisp.engines.llama.verification import Run, Tap
@@ -204,8 +206,22 @@ class LlamaTarget:
             slot_tokens=self._slot_tokens,
             kv_tokens=self._slots * self._slot_tokens,
             step_tokens=STEP_TOKENS[self._mode],
+            digest=self._digest(),
             flip_gap=self._flip_gap,
             notes=tuple(self._notes),
+        )
+
+    def _digest(self) -> str:
+        """A longer context may choose other rotary factors. Bits are the same between kernels of the same kind alone;
+        fast mode, whose bits differ from batch to batch anyway, may go on with others."""
+        return engine_digest(
+            "llama.cpp",
+            build=PIN,
+            weights=gguf_digest(self._path),
+            mode=self._mode,
+            kv=list(self._context.kv_types),
+            context=self._slot_tokens,
+            kernels=kernels() if self._mode == "exact" else "",
         )
 
     # -- a step
