@@ -37,6 +37,7 @@ class Rig:
         batching: str = "continuous",
         limits: dict[str, KeyLimits] | None = None,
         max_sessions: int = 100,
+        digest: str = "",
     ) -> None:
         self.engine = ToyEngine(slots)
         self.limits = Limits(
@@ -47,6 +48,7 @@ class Rig:
             kv_tokens or slots * slot_tokens,
             step_tokens,
             max_draft=8,
+            digest=digest,
         )
         self.verifier = Verifier(self.limits, batching_policy(batching), Admission(max_sessions, limits))
         self.now = 0.0

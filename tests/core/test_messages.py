@@ -29,7 +29,7 @@ from wisp.core.sampling import Sampling
 from wisp.core.slo import Slo
 from wisp.core.work import TokenLogprob, TopLogprob
 
-GOLDEN = {
+GOLDEN: dict[str, Message] = {
     "95a568656c6c6f01a26162a163c3": Hello(1, "ab", "c", True),
     "93a87265646972656374a173a53a38313031": Redirect("s", ":8101"),
     "96a56472616674a17307" + "02" + "920304" + "c3": Draft("s", 7, 2, [3, 4], True),
@@ -37,23 +37,35 @@ GOLDEN = {
     "96a772656675736564a173a163a16dcb3ff0000000000000c2": Refused("s", "c", "m", 1.0, False),
 }
 OPEN = Open("s", 1, [5], Sampling(0.5, 1, 0.25, 0.0, 9), 4, 2, [6], [7], False, True, 3, Slo(1.0, 2.0))
-EARLIER = {"94a568656c6c6f01a26162a163": Hello(1, "ab", "c")}  # frames of releases with fewer fields
+OPENED = "a46f70656ea17301910595cb000000000000000000cb3ff0000000000000" "cb00000000000000000004009090c2c2c0c0a0"
+WELCOMED = "a777656c636f6d6501a16da1660a91024008a96c6c616d612e637070a56578616374cb404e000000000000"
+DIGEST = "a164"  # behind all that earlier releases say
+GOLDEN |= {
+    "9f" + OPENED + DIGEST: Open("s", 1, [5], Sampling(), 4, digest="d"),
+    "9c" + WELCOMED + DIGEST: Welcome(1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0, "d"),
+}
+EARLIER: dict[str, Message] = {  # frames of releases with fewer fields
+    "94a568656c6c6f01a26162a163": Hello(1, "ab", "c"),
+    "9e" + OPENED: Open("s", 1, [5], Sampling(), 4),
+    "9b" + WELCOMED: Welcome(1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0),
+}
 VERDICT = Verdict(
     "s", 1, 2, 1, [3, 4], "stop", [TokenLogprob(3, -0.5, [TopLogprob(1, -0.25)])], 0.5, 1.0, 0.0
 )
-WELCOME = Welcome(1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0)
+WELCOME = Welcome(1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0, "d")
 
 
 @pytest.mark.parametrize(("frame", "message"), GOLDEN.items())
 def test_golden_frames(frame: str, message: Message) -> None:
     assert encode(message).hex() == frame
-    decode = decode_from_cloud if isinstance(message, Refused | Redirect) else decode_from_edge
+    decode = decode_from_cloud if isinstance(message, Refused | Redirect | Welcome) else decode_from_edge
     assert decode(bytes.fromhex(frame)) == message
 
 
 @pytest.mark.parametrize(("frame", "message"), EARLIER.items())
 def test_frames_of_earlier_releases_are_understood(frame: str, message: Message) -> None:
-    assert decode_from_edge(bytes.fromhex(frame)) == message
+    decode = decode_from_cloud if isinstance(message, Welcome) else decode_from_edge
+    assert decode(bytes.fromhex(frame)) == message
 
 
 def test_every_message_survives_the_wire() -> None:

@@ -17,7 +17,8 @@ import msgspec
 from wisp.core.sampling import Sampling
 
 ENGINE_ERROR = "engine_error"
-NOT_FINITE = "logits_not_finite"  # the model computed a NaN or an infinity, from which no token can be chosen
+NOT_FINITE = "logits_not_finite"
+NO_TOKEN = "the model computed a NaN or an infinity, from which no token can be chosen"  # and NOT_FINITE
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -179,11 +179,11 @@ class Context:
         self._api.lib.llama_memory_seq_cp(self._memory, source, target, 0 if self.unified else -1, end)
         self.drop(target, tokens)
 
-    def clear(self) -> None:
-        """Forgets what every slot holds."""
+    def clear(self, *, wipe: bool = False) -> None:
+        """Forgets what every slot holds. `wipe`: and zeroes it, where it may be what nothing can be multiplied by."""
         self._check_open()
         self.discard()
-        self._api.lib.llama_memory_clear(self._memory, False)
+        self._api.lib.llama_memory_clear(self._memory, wipe)
 
     def close(self) -> None:
         """Frees the context. Closing twice does nothing."""

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from wisp.core.errors import EngineDeadError, EngineError
-from wisp.core.work import Copy, Slice, SliceResult
+from wisp.core.work import ENGINE_ERROR, NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult
 from wisp.engines.base import EngineInfo
 from wisp.engines.identity import engine_digest, folder_digest
 from wisp.engines.slots import check_copy, slice_problem
@@ -62,6 +62,7 @@ class _Task:
     chosen: Chosen | None = None
     done: bool = False
     error: str = ""
+    code: str = ""
 
     @property
     def accepted(self) -> int:
@@ -69,7 +70,7 @@ class _Task:
 
     def result(self) -> SliceResult:
         if self.error:
-            return SliceResult(self.work.session, error=self.error)
+            return SliceResult(self.work.session, error=self.error, code=self.code)
         if self.chosen is None or not self.work.sample:
             return SliceResult(self.work.session)
         return SliceResult(self.work.session, self.accepted, self.chosen.tokens, self.chosen.logprobs)
@@ -283,6 +284,9 @@ class VllmTarget:
         slot.anchor = max(part.start, part.firm // block * block)
         if slot.computed < len(task.chain):
             return
+        if not chosen.finite:
+            self._fail(task, NO_TOKEN, NOT_FINITE)
+            return
         task.chosen, task.done = chosen, True
         self._cut(slot, len(task.chain) - task.work.n_draft + task.accepted)
 
@@ -322,8 +326,8 @@ class VllmTarget:
         sizes = {"slots": len(self._slots), "slot_tokens": self._slot_tokens, "n_vocab": self._info.n_vocab}
         return slice_problem(work, self.held, **sizes)
 
-    def _fail(self, task: _Task, error: str) -> None:
-        task.error, task.done = error, True
+    def _fail(self, task: _Task, error: str, code: str = ENGINE_ERROR) -> None:
+        task.error, task.code, task.done = error, code, True
         self._drop_blocks(task.slot)
         task.slot.tokens = []
 
