@@ -419,7 +419,7 @@ class Verifier:
 
     def _fail(self, s: Session, code: str, message: str, actions: list[Action]) -> None:
         """End a session that the engine could not serve. After ENGINE_ERROR its edge may open it again."""
-        connection = s.connection
+        connection = -1 if s.state is DOOMED else s.connection
         s.go(FINISHED)
         if s.slot is not None:
             self.kv.drop(s.slot)
