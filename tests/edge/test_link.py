@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import msgspec
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
@@ -241,3 +242,18 @@ def test_addresses(server: str, session_url: str) -> None:
 def test_what_is_no_address_is_refused(server: str) -> None:
     with pytest.raises(ConfigError, match="not an address"):
         VerifierLink(server)
+
+
+def test_a_verifier_that_does_not_say_which_weights_it_runs_is_refused_until_it_does() -> None:
+    script = Script(say(msgspec.structs.replace(WELCOME, digest="")), say(WELCOME))
+
+    async def scenario() -> None:
+        async with script.listening() as url, linked(url) as (link, heard):
+            with pytest.raises(RequestError, match=r"install WISP 0\.2\.0 or later there") as caught:
+                await link.connected()
+            assert caught.value.code == "version_mismatch"
+            assert "0.2.0" in link.problem  # what /health says
+            assert await next_of(heard, Welcome) == WELCOME
+            assert link.fatal is None
+
+    run(scenario())

@@ -323,6 +323,48 @@ def test_a_replica_of_another_model_is_not_let_go_on() -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("change", [{"digest": "d2"}, {"model": "another name"}])
+def test_a_verifier_that_comes_back_goes_on_if_its_weights_are_the_same(change: dict[str, str]) -> None:
+    """It hangs up in mid-answer, and is another when the edge finds it again."""
+
+    class Exchanged(FakeVerifier):
+        async def opened(self, peer: ServerConnection, message: Open) -> None:
+            self.stumble = "" if len(self.opens) > 1 else "hang up"
+            self.welcome = msgspec.structs.replace(WELCOME, **change)
+            await super().opened(peer, message)
+
+    async def scenario() -> None:
+        verifier = Exchanged(3)
+        async with verifier.listening() as url, device(url) as edge:
+            if "digest" in change:
+                with pytest.raises(RequestError, match="other weights") as caught:
+                    await answer(edge)
+                assert caught.value.code == "model_changed"
+                assert len(verifier.opens) == 1
+            else:
+                assert await answer(edge) == TRUTH
+                assert [(o.digest, o.committed) for o in verifier.opens] == [("d1", []), ("d1", TRUTH[:3])]
+            assert await answer(edge) == TRUTH  # a new one is for whoever is there
+            assert verifier.opens[-1].digest == verifier.welcome.digest
+
+    run(scenario())
+
+
+def test_a_prompt_that_was_encoded_for_the_model_before_is_not_answered_by_this_one() -> None:
+    """The verifier was exchanged between the two: its tokens may mean other words now."""
+
+    async def scenario() -> None:
+        verifier = FakeVerifier()
+        async with verifier.listening() as url, device(url) as edge:
+            generation = Generation([1, 2, 3], Sampling(seed=7), TOKENS, digest="d0")
+            with pytest.raises(RequestError, match="other weights"):
+                async for _ in edge.generate(generation):
+                    pass
+        assert verifier.opens == []
+
+    run(scenario())
+
+
 def test_a_session_that_is_redirected_does_not_need_the_front() -> None:
     class SlowVerifier(FakeVerifier):
         async def opened(self, peer: ServerConnection, message: Open) -> None:

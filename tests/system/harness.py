@@ -119,6 +119,10 @@ class Process:
         except httpx.TransportError:
             return 0
 
+    def health_body(self) -> dict[str, Any]:
+        """What /health says."""
+        return httpx.get(f"{self.url}/health", **HTTP).json()  # type: ignore[no-any-return]
+
     def wait_ready(self) -> Process:
         """Wait until /health is 200."""
 
