@@ -19,7 +19,9 @@ from wisp.engines.llama.target import LlamaTarget, Mode
 
 MODES: list[Mode] = ["exact", "fast"]
 POISON = 300  # the token whose embedding is no number
-LONG = [int(t) for t in np.random.default_rng(1).integers(0, POISON, 150)]  # attention is tiled from 64 rows on
+LONG = [
+    int(t) for t in np.random.default_rng(1).integers(0, POISON, 150)
+]  # attention is tiled from 64 rows on
 GREEDY = Sampling()
 
 

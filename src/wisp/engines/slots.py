@@ -8,7 +8,9 @@ from collections.abc import Callable
 from wisp.core.errors import EngineError
 from wisp.core.work import Copy, Slice
 
-NONSENSE = "this model computes NaN or infinity where it should say how likely tokens are; fetch or convert it again"
+NONSENSE = (
+    "this model computes NaN or infinity where it should say how likely tokens are; fetch or convert it again"
+)
 
 
 def slice_problem(

@@ -339,7 +339,9 @@ class Fleet:
         if ours is None or ours.digest == welcome.digest:
             return ""
         if not any(r.state in SERVING for r in self.replicas.values()):
-            log.warning("the fleet's model has changed: %s (%s), was %s (%s)", *_names(welcome), *_names(ours))
+            log.warning(
+                "the fleet's model has changed: %s (%s), was %s (%s)", *_names(welcome), *_names(ours)
+            )
             return ""
         (model, digest), (of, same) = _names(welcome), _names(ours)
         what = f"runs {model} ({digest}), with other weights or settings than the others' {of} ({same})"

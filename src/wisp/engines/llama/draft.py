@@ -114,7 +114,9 @@ class LlamaDraft:
 
     def _give_up(self, session: str) -> None:
         """No more drafts for it. What was computed must not stay where attention masks it by multiplying with 0."""
-        log.warning("the draft model %s computes NaN or infinity here; this answer goes on without drafts", self.name)
+        log.warning(
+            "the draft model %s computes NaN or infinity here; this answer goes on without drafts", self.name
+        )
         self._lost.add(session)
         self._context.clear(wipe=True)
         self._held = [[] for _ in self._held]

@@ -11,7 +11,6 @@ from typing import Any
 from wisp.core.errors import EngineError, ModelError
 from wisp.engines.llama.capi import api
 
-
 _BROKEN = re.compile("tensor '([^']*)' has invalid data")  # what llama.cpp says of them
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from wisp.core.errors import EngineError, ModelError
 from wisp.core.sampling import Sampling
 from wisp.core.work import NOT_FINITE, Copy, Slice, SliceResult
-from wisp.engines.slots import NONSENSE
 from wisp.engines.llama.context import Context, Logits, Tokens
+from wisp.engines.slots import NONSENSE
 
 _PROMPT, _NEW = 9, 11  # tokens; about 75 rows are evaluated in all
 _SAMPLING = Sampling(temperature=1.0, seed=1)  # greedy text repeats itself, and repeats test little

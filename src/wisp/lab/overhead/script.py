@@ -44,7 +44,14 @@ def script(index: int, truth: list[int], seed: int, committed: int = 0) -> Scrip
         if number == 0:
             sampling = Sampling(seed=seed)
             opening = Open(
-                name, 0, _prompt(index), sampling, len(truth), committed=truth[:base], draft=draft, digest=DIGEST
+                name,
+                0,
+                _prompt(index),
+                sampling,
+                len(truth),
+                committed=truth[:base],
+                draft=draft,
+                digest=DIGEST,
             )
             frame = encode(opening)
         rounds.append(Round(frame, answer))
