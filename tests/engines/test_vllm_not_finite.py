@@ -41,7 +41,10 @@ def test_one_of_a_batch_fails_and_the_others_say_what_they_would_alone(
     with engine_of(folder(tmp_path, POISON, "token_embd.weight")) as engine:
         [alone] = engine.run([Slice(9, 0, 0, LONG, sampling=sampling)])
         engine.clear()
-        batch = [Slice(1, 1, 0, [*LONG, POISON, 5], sampling=sampling), Slice(2, 0, 0, LONG, sampling=sampling)]
+        batch = [
+            Slice(1, 1, 0, [*LONG, POISON, 5], sampling=sampling),
+            Slice(2, 0, 0, LONG, sampling=sampling),
+        ]
         bad, good = engine.run(batch)
         assert (bad.code, bad.tokens, engine.held(1)) == (NOT_FINITE, [], 0)
         assert (good.error, good.tokens) == ("", alone.tokens)

@@ -208,7 +208,9 @@ def check_hello(hello: Hello, fingerprint: str, model: str) -> None:
 def check_welcome(welcome: Welcome) -> None:
     """Does the verifier say which model it runs? Raises ProtocolError."""
     if not welcome.digest:
-        message = f"the verifier of {welcome.model} does not say which weights it runs, so no answer can be resumed"
+        message = (
+            f"the verifier of {welcome.model} does not say which weights it runs, so no answer can be resumed"
+        )
         raise ProtocolError("version_mismatch", f"{message}; install WISP {DIGESTS_SINCE} or later there")
 
 
