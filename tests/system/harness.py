@@ -372,7 +372,7 @@ class Peer:
 
     def say(self, message: Message | bytes | str) -> None:
         """Send. What an Open has committed is this verifier's text, unless it says otherwise."""
-        if isinstance(message, Open) and not message.digest:
+        if isinstance(message, Open) and message.committed and not message.digest:
             message = msgspec.structs.replace(message, digest=self.welcome.digest)
         self.socket.send(encode(message) if isinstance(message, Message) else message)
 
