@@ -51,3 +51,21 @@ def test_one_of_a_batch_fails_and_the_others_say_what_they_would_alone(
         for slot in (1, 2):  # in the very slot of the one that failed, and elsewhere
             [later] = engine.run([Slice(2 + slot, slot, 0, LONG, sampling=sampling)])
             assert (later.error, later.tokens) == ("", alone.tokens)
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["on the CPU", "as on a device"])
+def test_rows_behind_a_rejected_draft_token_may_be_anything(here: bool) -> None:
+    import torch
+
+    from wisp.engines.vllm.parts import Part
+    from wisp.engines.vllm.worker import choose
+
+    logits = torch.zeros(6, 10)
+    logits[:, 4] = 1.0
+    logits[1, 2] = logits[5, 2] = torch.nan
+    greedy = Sampling()
+    wrong, right = Part(0, [1, 2], [2], True, 0, greedy), Part(0, [1, 4], [4], True, 0, greedy)
+    rejected, fine, lost = choose(logits, [wrong, right, right], here=here)
+    assert (rejected.finite, rejected.tokens) == (True, [4])
+    assert (fine.finite, fine.tokens) == (True, [4, 4])
+    assert (lost.finite, lost.tokens) == (False, [4])
