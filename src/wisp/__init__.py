@@ -4,4 +4,4 @@
 `api` is the OpenAI surface both share; `lab` measures; `cli` is the command line.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -21,6 +21,7 @@ from wisp.engines.base import Check, unasked
 from wisp.engines.special import NO_STAND_INS, Special, SpecialTokens, StandIns
 
 MODEL = "org/tiny-7b"
+DIGEST = "0123456789abcdef0123456789abcdef"
 EOS, BOS, IM_START, IM_END = 256, 257, 258, 259
 SPECIAL = {"<eos>": EOS, "<bos>": BOS, "<|im_start|>": IM_START, "<|im_end|>": IM_END}
 MARKERS = SpecialTokens(Special(token, text, control=True) for text, token in SPECIAL.items())
@@ -83,7 +84,7 @@ class ScriptedBackend:
     async def target(self) -> Target:
         if self.target_error is not None:
             raise self.target_error
-        return Target(model=MODEL, tokenizer=self.tokenizer, context=self.context)
+        return Target(model=MODEL, tokenizer=self.tokenizer, context=self.context, digest=DIGEST)
 
     def admit(self, key: str) -> None:
         if self.refusal is not None:

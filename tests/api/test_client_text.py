@@ -36,7 +36,7 @@ def ids(
     ask = Ask(
         chat=True, model=MODEL, sampling=Sampling(), messages=messages, tools=tools or [], template_args=args
     )
-    return prompt_ids(ask, Target(MODEL, tokenizer, 1 << 20))
+    return prompt_ids(ask, Target(MODEL, tokenizer, 1 << 20, "digest"))
 
 
 def written(prompt: list[int]) -> str:

@@ -116,7 +116,8 @@ def test_a_peer_that_does_not_read_is_let_go_and_its_sessions_are_parked() -> No
         again = back.connect(endpoint_of(host))
         back.say(Hello(VERSION))
         await back.hear()
-        back.say(opening("session-1", epoch=asked + 1, round=known + asked + 1, committed=truth[:known]))
+        last = {"epoch": asked + 1, "round": known + asked + 1, "digest": host.info.digest}
+        back.say(opening("session-1", committed=truth[:known], **last))
         resumed = await back.hear()
         assert isinstance(resumed, Verdict)
         assert resumed.tokens == truth[known : known + 1]

@@ -38,6 +38,7 @@ class Rig:
         limits: dict[str, KeyLimits] | None = None,
         max_sessions: int = 100,
         forecast: bool = False,
+        digest: str = "",
     ) -> None:
         self.engine = ToyEngine(slots)
         self.limits = Limits(
@@ -49,6 +50,7 @@ class Rig:
             step_tokens,
             max_draft=8,
             forecast=forecast,
+            digest=digest,
         )
         self.verifier = Verifier(self.limits, batching_policy(batching), Admission(max_sessions, limits))
         self.now = 0.0

@@ -590,3 +590,45 @@ def test_the_salt_of_a_task_goes_with_every_open() -> None:
         assert isinstance(opening, Open)
         assert opening.salt == "of-one"
         drafter.lost()
+
+
+def test_a_session_goes_on_with_the_model_that_it_was_begun_with() -> None:
+    made = drafter(None)
+    (first,) = made.connected(0.0, 16, "ours")
+    assert isinstance(first, Open)
+    assert first.digest == "ours"
+    made.verdict(1.0, Verdict("s", 0, 0, 0, [10]))
+    made.lost()
+    (again,) = made.connected(9.0, 16, "ours")
+    assert isinstance(again, Open)
+    assert (again.committed, again.digest) == ([10], "ours")
+
+
+@pytest.mark.parametrize("committed", [[], [10, 11]])
+def test_a_session_ends_where_the_model_has_changed(committed: list[int]) -> None:
+    """Its prompt was encoded for the old one, so that it may not even begin with the new one."""
+    made = drafter(None)
+    made.connected(0.0, 16, "ours")
+    if committed:
+        made.verdict(1.0, Verdict("s", 0, 0, 0, committed))
+    made.lost()
+    with pytest.raises(RequestError, match="other weights") as caught:
+        made.connected(9.0, 16, "theirs")
+    assert (caught.value.status, caught.value.code) == (502, "model_changed")
+    assert made.phase is Phase.DONE
+    assert made.connected(9.0, 16, "ours") == []
+
+
+def test_a_prompt_that_was_encoded_for_another_model_is_not_sent() -> None:
+    made = Drafter("s", Task(PROMPT, Sampling(), 40, digest="ours"), None, frozenset({EOS}))
+    with pytest.raises(RequestError):
+        made.connected(0.0, 16, "theirs")
+
+
+@pytest.mark.parametrize("code", ["model_changed", "logits_not_finite"])
+def test_what_would_not_go_better_another_time_is_not_tried_again(code: str) -> None:
+    made = opened(Fixed(2))
+    with pytest.raises(RequestError, match="because") as caught:
+        made.refused(Refused("s", code, "because"))
+    assert caught.value.code == code
+    assert made.phase is Phase.DONE

@@ -29,7 +29,7 @@ from wisp.core.sampling import Sampling
 from wisp.core.slo import Slo
 from wisp.core.work import TokenLogprob, TopLogprob
 
-GOLDEN = {
+GOLDEN: dict[str, Message] = {
     "95a568656c6c6f01a26162a163c3": Hello(1, "ab", "c", True),
     "93a87265646972656374a173a53a38313031": Redirect("s", ":8101"),
     "96a56472616674a873657373696f6e3107" + "02" + "920304" + "c3": Draft("session1", 7, 2, [3, 4], True),
@@ -38,33 +38,45 @@ GOLDEN = {
 }
 OPEN = Open(
     "session1", 1, [5], Sampling(0.5, 1, 0.25, 0.0, 9, 2, (3,)), 4, 2, [6], [7], False, True, 3, Slo(1.0, 2.0), ":1",
-    "of-one",
+    "of-one", "d",
 )  # fmt: skip
 BARE_OPEN = (
     "9da46f70656ea873657373696f6e3101910595cb3fe000000000000001cb3fd0000000000000cb0000000000000000"
     "09040291069107c2c30392cb3ff0000000000000cb4000000000000000"
 )
-EARLIER = {  # frames of releases with fewer fields
+GOLDEN |= {
+    "dc0010a46f70656ea873657373696f6e3101910597cb3fe000000000000001cb3fd0000000000000cb00000000000000"
+    "0009029103040291069107c2c30392cb3ff0000000000000cb4000000000000000a23a31a66f662d6f6e65a164": OPEN,
+    "9da777656c636f6d6501a16da1660a91024008a96c6c616d612e637070a56578616374cb404e000000000000a164cd1000": Welcome(
+        1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0, "d", 4096
+    ),
+}
+EARLIER: dict[str, Message] = {  # frames of releases with fewer fields
     "94a568656c6c6f01a26162a163": Hello(1, "ab", "c"),
     "96a772656675736564a173a163a16dcb3ff0000000000000c2": Refused("s", "c", "m", 1.0, False),
-    BARE_OPEN: msgspec.structs.replace(OPEN, sampling=Sampling(0.5, 1, 0.25, 0.0, 9), avoid="", salt=""),
+    BARE_OPEN: msgspec.structs.replace(
+        OPEN, sampling=Sampling(0.5, 1, 0.25, 0.0, 9), avoid="", salt="", digest=""
+    ),
+    "9ba777656c636f6d6501a16da1660a91024008a96c6c616d612e637070a56578616374cb404e000000000000": Welcome(
+        1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0
+    ),
 }
 VERDICT = Verdict(
     "s", 1, 2, 1, [3, 4], "stop", [TokenLogprob(3, -0.5, [TopLogprob(1, -0.25)])], 0.5, 1.0, 0.0
 )
-WELCOME = Welcome(1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0)
+WELCOME = Welcome(1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0, "d")
 
 
 @pytest.mark.parametrize(("frame", "message"), GOLDEN.items())
 def test_golden_frames(frame: str, message: Message) -> None:
     assert encode(message).hex() == frame
-    decode = decode_from_cloud if isinstance(message, Refused | Redirect) else decode_from_edge
+    decode = decode_from_cloud if isinstance(message, Refused | Redirect | Welcome) else decode_from_edge
     assert decode(bytes.fromhex(frame)) == message
 
 
 @pytest.mark.parametrize(("frame", "message"), EARLIER.items())
 def test_frames_of_earlier_releases_are_understood(frame: str, message: Message) -> None:
-    decode = decode_from_cloud if isinstance(message, Refused) else decode_from_edge
+    decode = decode_from_cloud if isinstance(message, Refused | Welcome) else decode_from_edge
     assert decode(bytes.fromhex(frame)) == message
 
 

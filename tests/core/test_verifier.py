@@ -19,7 +19,7 @@ from wisp.core.planning import work_of
 from wisp.core.session import TRANSITIONS, Event, State
 from wisp.core.slo import Slo
 from wisp.core.verifier import Verifier
-from wisp.core.work import Copy
+from wisp.core.work import NO_TOKEN, Copy
 
 ID = "session-1"
 PROMPT = [1, 2, 3]
@@ -746,3 +746,75 @@ def test_sessions_that_end_unheard_are_told_of() -> None:
     rig.feed(Tick())
     assert rig.ended[1:] == [Ended("session-2", "abort"), Ended("session-1", "expired")]
     assert not rig.verifier.sessions
+
+
+# --- whose text it is, and what cannot be computed
+
+
+@pytest.mark.parametrize("committed", [[], TEXT[:3]])
+def test_a_verifier_goes_on_with_the_text_of_its_own_model(committed: list[int]) -> None:
+    rig = Rig(digest="ours")
+    rig.receive(opening(committed=committed, digest="ours"))
+    rig.settle()
+    assert rig.verdict().tokens == TEXT[len(committed) :][:1]
+
+
+@pytest.mark.parametrize("committed", [[], TEXT[:3]])
+def test_a_verifier_does_not_go_on_with_the_text_of_another_model(committed: list[int]) -> None:
+    rig = Rig(digest="ours")
+    rig.receive(opening(committed=committed, digest="theirs"))
+    refused = rig.refused()
+    assert (refused.code, refused.fatal, refused.retry_after) == ("model_changed", True, 0.0)
+    assert not rig.verifier.sessions
+
+
+def test_text_of_which_nobody_says_whose_it_is_is_not_gone_on_with() -> None:
+    """An edge of a release that says no digests may begin answers, and not resume them."""
+    rig = Rig(digest="ours")
+    rig.receive(opening(committed=TEXT[:3]))
+    refused = rig.refused()
+    assert (refused.code, refused.fatal) == ("model_changed", True)
+    assert "WISP 0.2.0 or later" in refused.message
+    rig.receive(opening())
+    rig.settle()
+    assert rig.verdict().tokens == TEXT[:1]
+
+
+def test_a_parked_session_is_resumed_by_the_model_that_began_it() -> None:
+    rig = Rig(digest="ours")
+    rig.receive(opening(digest="ours"))
+    rig.settle()
+    rig.verdict()
+    rig.lose()
+    rig.receive(opening(epoch=1, committed=TEXT[:1], digest="theirs"), connection=2)
+    assert rig.refused(2).code == "model_changed"
+    rig.receive(opening(epoch=1, committed=TEXT[:1], digest="ours"), connection=2)
+    rig.settle()
+    assert rig.verdict(2).tokens == TEXT[1:2]
+
+
+@pytest.mark.parametrize("its_edge", ["waits", "is lost", "has cancelled"])
+def test_logits_that_are_not_finite_end_their_own_session_and_no_other(rig: Rig, its_edge: str) -> None:
+    rig.engine.poison = 33
+    rig.receive(opening("poisoned-1", prompt=[1, 2, 33]))
+    rig.receive(opening("bystander", prompt=[4, 5, 6]), connection=2)
+    rig.dispatch()
+    assert rig.run is not None
+    assert len(rig.run.slices) == 2
+    if its_edge == "is lost":
+        rig.lose()
+    elif its_edge == "has cancelled":
+        rig.receive(Cancel("poisoned-1"))
+    rig.finish()
+    if its_edge == "waits":
+        refused = rig.refused()
+        assert (refused.session, refused.code, refused.fatal) == ("poisoned-1", "logits_not_finite", True)
+        assert (refused.message, refused.retry_after) == (NO_TOKEN, 0.0)
+    rig.settle()
+    assert rig.verdict(2).tokens == toy_text([4, 5, 6], SAMPLING, 1)
+    assert [s.id for s in rig.verifier.sessions.values()] == ["bystander"]
+    rig.engine.poison = -1
+    rig.receive(opening("follow-up", prompt=[1, 2, 33, 4]))
+    rig.settle()
+    assert rig.verdict().tokens == toy_text([1, 2, 33, 4], SAMPLING, 1)
+    assert rig.runs[-1].slices[0].start == 0  # none of the first one's KV is believed in

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 
 from wisp.core.sampling import Sampling
-from wisp.core.work import Copy, Slice, SliceResult, TokenLogprob
+from wisp.core.work import NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult, TokenLogprob
 
 N_VOCAB = 50
 EOS = 49
@@ -42,6 +42,7 @@ class ToyEngine:
     def __init__(self, slots: int) -> None:
         self.held: list[list[int]] = [[] for _ in range(slots)]
         self.rows = 0  # tokens fed in all
+        self.poison = -1  # a token whose weights are NaN
 
     def copy(self, copy: Copy) -> None:
         assert len(self.held[copy.source]) >= copy.tokens
@@ -58,6 +59,9 @@ class ToyEngine:
         self.rows += len(s.tokens)
         solid = len(s.tokens) - s.n_draft
         chain = held[: s.start] + s.tokens[:solid]
+        if self.poison in chain:
+            self.held[s.slot] = []
+            return SliceResult(s.session, error=NO_TOKEN, code=NOT_FINITE)
         tokens: list[int] = []
         if s.sample:
             for i in range(s.n_draft + 1):

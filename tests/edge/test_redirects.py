@@ -44,7 +44,7 @@ from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
 from wisp.engines.base import DraftEngine, Proposal, Tokenizer
 
-WELCOME = Welcome(VERSION, "m", "f", 1000, [999], 512, 64)
+WELCOME = Welcome(VERSION, "m", "f", 1000, [999], 512, 64, digest="d1")
 TOKENS = 8
 TRUTH = [100 + position for position in range(TOKENS)]
 NEVER_S = 2 * PATIENCE_S  # whoever waits for it, waits in vain
@@ -322,11 +322,54 @@ def test_a_draft_made_ahead_of_the_answer_to_an_open_goes_where_the_session_goes
 def test_a_replica_of_another_model_is_not_let_go_on() -> None:
     async def scenario() -> None:
         verifier = FakeVerifier()
-        verifier.welcome = msgspec.structs.replace(WELCOME, model="other")
+        verifier.welcome = msgspec.structs.replace(WELCOME, digest="d2")
         front = FakeFront(lambda _: verifier.address)
         async with verifier.listening(), front.listening() as url, device(url) as edge:
-            with pytest.raises(RequestError, match="now serves other"):
+            with pytest.raises(RequestError, match="not the one that this answer was begun with") as caught:
                 await answer(edge)
+            assert caught.value.code == "model_changed"
+        assert verifier.opens == []
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("change", [{"digest": "d2"}, {"model": "another name"}])
+def test_a_verifier_that_comes_back_goes_on_if_its_weights_are_the_same(change: dict[str, str]) -> None:
+    """It hangs up in mid-answer, and is another when the edge finds it again."""
+
+    class Exchanged(FakeVerifier):
+        async def opened(self, peer: ServerConnection, message: Open) -> None:
+            self.stumble = "" if len(self.opens) > 1 else "hang up"
+            self.welcome = msgspec.structs.replace(WELCOME, **change)
+            await super().opened(peer, message)
+
+    async def scenario() -> None:
+        verifier = Exchanged(3)
+        async with verifier.listening() as url, device(url) as edge:
+            if "digest" in change:
+                with pytest.raises(RequestError, match="other weights") as caught:
+                    await answer(edge)
+                assert caught.value.code == "model_changed"
+                assert len(verifier.opens) == 1
+            else:
+                assert await answer(edge) == TRUTH
+                assert [(o.digest, o.committed) for o in verifier.opens] == [("d1", []), ("d1", TRUTH[:3])]
+            assert await answer(edge) == TRUTH  # a new one is for whoever is there
+            assert verifier.opens[-1].digest == verifier.welcome.digest
+
+    run(scenario())
+
+
+def test_a_prompt_that_was_encoded_for_the_model_before_is_not_answered_by_this_one() -> None:
+    """The verifier was exchanged between the two: its tokens may mean other words now."""
+
+    async def scenario() -> None:
+        verifier = FakeVerifier()
+        async with verifier.listening() as url, device(url) as edge:
+            generation = Generation([1, 2, 3], Sampling(seed=7), TOKENS, digest="d0")
+            with pytest.raises(RequestError, match="other weights"):
+                async for _ in edge.generate(generation):
+                    pass
         assert verifier.opens == []
 
     run(scenario())
@@ -484,7 +527,7 @@ def test_the_wait_for_a_front_begins_when_it_is_needed(monkeypatch: pytest.Monke
                 await stack.aclose()
                 while edge.link.welcome is not None:
                     await asyncio.sleep(0.01)
-                edge.link.lost_at -= 2 * NEVER_S
+                edge.link.patience._lost -= 2 * NEVER_S
                 front_was_away.set()
                 while not first.closed:
                     await asyncio.sleep(0.01)

@@ -185,7 +185,7 @@ def test_a_profile_of_one_s_own_and_what_may_be_wrong_with_it(tmp_path: Path) ->
 
 
 def test_text_from_elsewhere_is_written_in_numbers() -> None:
-    written = Written(lambda seed, position: 1000 + seed + position, 2000, frozenset({1999}))
+    written = Written(lambda seed, position: 1000 + seed + position, 2000, frozenset({1999}), "said")
     target, tokenizer = load_target("a100-qwen3-32b", engine="emulated", written=written)
     assert decoded(target, 4, seed=3) == [1003, 1004, 1005, 1006]  # type: ignore[arg-type]
     assert b"".join(map(tokenizer.piece, [1003, 17, 1999])) == b" 1003 17"

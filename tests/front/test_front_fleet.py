@@ -31,7 +31,7 @@ from wisp.front.ray_launcher import RayLauncher
 from wisp.front.replica import ReplicaSpec, listen_above
 from wisp.front.thin import _load
 
-WELCOME = Welcome(VERSION, "m", "f" * 64, 100, [1], 512, 64)
+WELCOME = Welcome(VERSION, "m", "f" * 64, 100, [1], 512, 64, digest="d1")
 SPEC = ReplicaSpec("r1", "target", {"slots": 4}, Settings("m"), Listen(port=8100), "token")
 
 
@@ -255,16 +255,33 @@ def test_one_that_keeps_dying_is_started_less_and_less_often(monkeypatch: pytest
     assert waits == sorted(waits)
 
 
-def test_a_replica_of_another_model_is_ended() -> None:
+@pytest.mark.parametrize("digest", ["d2", ""])
+def test_a_replica_with_other_weights_is_not_taken_in(digest: str) -> None:
+    """Nor one of a release that does not say which it has. Operators see why."""
+
     async def scenario(fleet: Fleet, launcher: PretendLauncher) -> None:
         await until(lambda: names(fleet) == ["r1"])
-        launcher.welcome = msgspec.structs.replace(WELCOME, fingerprint="0" * 64)
+        launcher.welcome = msgspec.structs.replace(WELCOME, digest=digest)
         fleet.add()
         await until(lambda: fleet.replicas["r2"].restarts >= 2)
         assert names(fleet) == ["r1"]
         assert fleet.welcome == WELCOME
+        (why,) = (v.last_end for v in fleet.view() if v.name == "r2")
+        assert ("other weights" if digest else "WISP 0.2.0 or later") in why
         launcher.welcome = WELCOME
         await until(lambda: names(fleet) == ["r1", "r2"])
+
+    with_fleet(PretendLauncher(), 1, scenario)
+
+
+def test_a_fleet_whose_last_replica_ends_comes_back_with_whatever_weights_there_are() -> None:
+    """Edges were let go meanwhile, and say to each session whether it may go on."""
+
+    async def scenario(fleet: Fleet, launcher: PretendLauncher) -> None:
+        await until(lambda: names(fleet) == ["r1"])
+        launcher.welcome = msgspec.structs.replace(WELCOME, digest="d2")
+        launcher.started[0].over("out of memory")
+        await until(lambda: names(fleet) == ["r1"] and fleet.welcome == launcher.welcome)
 
     with_fleet(PretendLauncher(), 1, scenario)
 

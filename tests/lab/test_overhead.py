@@ -23,7 +23,7 @@ class VerifierPeer:
     def __init__(self) -> None:
         self.engine = NullTarget(slots=2)
         i = self.engine.info
-        limits = Limits(i.n_vocab, i.eos, i.slots, i.slot_tokens, i.kv_tokens, i.step_tokens)
+        limits = Limits(i.n_vocab, i.eos, i.slots, i.slot_tokens, i.kv_tokens, i.step_tokens, digest=i.digest)
         self.verifier = Verifier(limits, batching_policy("continuous"), Admission(4))
         self.inbox = []
 

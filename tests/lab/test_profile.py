@@ -25,7 +25,7 @@ from wisp.lab.sim.profiled import profiled
 
 SAID = 7  # by the toy, whatever it is asked
 TRUTH = Coefficients(step=8.0, token=0.7, cached=3e-4, attention=2e-4)
-INFO = EngineInfo("toy", "toy", "exact", 100, frozenset({0}), 12, 600, 12 * 600, 64)
+INFO = EngineInfo("toy", "toy", "exact", 100, frozenset({0}), 12, 600, 12 * 600, 64, "digest")
 
 
 class Machine:

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 import httpx
+import msgspec
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
@@ -117,6 +118,10 @@ class Process:
             return httpx.get(f"{self.url}/health", **HTTP).status_code
         except httpx.TransportError:
             return 0
+
+    def health_body(self) -> dict[str, Any]:
+        """What /health says."""
+        return httpx.get(f"{self.url}/health", **HTTP).json()  # type: ignore[no-any-return]
 
     def wait_ready(self) -> Process:
         """Wait until /health is 200."""
@@ -368,6 +373,9 @@ class Peer:
         self._stack.close()
 
     def say(self, message: Message | bytes | str) -> None:
+        """Send. What an Open has committed is this verifier's text, unless it says otherwise."""
+        if isinstance(message, Open) and message.committed and not message.digest:
+            message = msgspec.structs.replace(message, digest=self.welcome.digest)
         self.socket.send(encode(message) if isinstance(message, Message) else message)
 
     def hear(self, timeout_s: float = PATIENCE_S) -> FromCloud:

@@ -25,11 +25,12 @@ class Generation(Task, frozen=True):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """The model behind a backend. `context`: most tokens of prompt + output."""
+    """The model behind a backend. `context`: most tokens of prompt + output; `digest`: see `messages.Welcome`."""
 
     model: str
     tokenizer: Tokenizer
     context: int
+    digest: str
 
 
 class Backend(Protocol):

@@ -48,6 +48,7 @@ def prepare(
         ignore_eos=ask.ignore_eos,
         logprobs=ask.logprobs,
         slo=ask.slo,
+        digest=target.digest,
         request_id=request_id,
         key=key,
     )

@@ -40,7 +40,7 @@ def new_head(chat: bool, target: Target) -> Head:
         id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=target.model,
-        system_fingerprint=f"wisp-{target.tokenizer.fingerprint[:12]}",
+        system_fingerprint=f"wisp-{target.digest[:12]}",
     )
 
 

@@ -198,8 +198,8 @@ class CloudApp:
             status = "failed" if self.failed else "loading" if self._host is None else "draining"
             return JsonResponse({"status": status}, status_code=503, headers={"retry-after": "2"})
         host = self._host
-        body = {"status": "ok", "model": host.model, "mode": host.info.mode, "sessions": host.n_sessions}
-        return JsonResponse(body)
+        body = {"status": "ok", "model": host.model, "mode": host.info.mode, "digest": host.info.digest}
+        return JsonResponse({**body, "sessions": host.n_sessions})
 
     async def _metrics(self, request: Request) -> Response:
         if self._host is None:

@@ -115,6 +115,7 @@ class VerifierHost:
             step_tokens=info.step_tokens,
             park_s=park_s,
             forecast=forecast,
+            digest=info.digest,
         )
         self.limits = limits
         self.verifier = Verifier(limits, batching_policy(batching), admission, CostModel(cost))
@@ -164,6 +165,7 @@ class VerifierHost:
             self.info.engine,
             self.info.mode,
             self.limits.park_s,
+            self.limits.digest,
             frame_limit(self.limits.slot_tokens),
         )
 

@@ -23,7 +23,7 @@ class ThinBackend:
 
     def __init__(self, host: VerifierHost) -> None:
         self.host = host
-        self._target = Target(host.model, host.tokenizer, host.limits.slot_tokens)
+        self._target = Target(host.model, host.tokenizer, host.limits.slot_tokens, host.limits.digest)
 
     @property
     def context(self) -> int:
@@ -49,15 +49,16 @@ class ThinBackend:
         inbox: asyncio.Queue[Verdict | Refused] = asyncio.Queue()
         connection = host.attach(generation.key, inbox.put_nowait)
         drafter = Drafter(secrets.token_hex(16), generation, None, host.limits.eos)
+        max_draft, digest = host.limits.max_draft, host.limits.digest
         try:
-            actions = drafter.connected(0.0, host.limits.max_draft)
+            actions = drafter.connected(0.0, max_draft, digest)
             while True:
                 for action in actions:
                     if isinstance(action, Open | Draft):
                         host.receive(connection, action)
                     elif isinstance(action, Reopen):
                         await asyncio.sleep(action.after_s)
-                        for again in drafter.connected(0.0, host.limits.max_draft):
+                        for again in drafter.connected(0.0, max_draft, digest):
                             assert isinstance(again, Open)
                             host.receive(connection, again)
                     elif isinstance(action, Committed):

@@ -12,7 +12,8 @@ and the guess at the verdict's own token included. If all that was right, the ve
 its step ends, and no round trip is waited for; otherwise it costs the verifier nothing but a comparison.
 
 The edge owns the truth: prompt and committed tokens live here. Whatever happens to a connection or a verifier,
-`connected` opens the session again from what is committed, and text goes on where it was.
+`connected` opens the session again from what is committed, and text goes on where it was; but never with another
+model than the one that it was begun with.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import msgspec
 
 from wisp.core.drafting import Ahead, DraftingPolicy, Odds, View
 from wisp.core.errors import ProtocolError, RequestError
-from wisp.core.messages import Draft, Open, Refused, Verdict
+from wisp.core.messages import MODEL_CHANGED, Draft, Open, Refused, Verdict
 from wisp.core.pace import Pace
 from wisp.core.sampling import Sampling
 from wisp.core.signals import Signal
@@ -77,7 +78,10 @@ class Flight(msgspec.Struct):
 
 
 class Task(msgspec.Struct, frozen=True):
-    """What is to be generated. `max_tokens` fits the context together with the prompt. `salt`: see `messages.Open`."""
+    """What is to be generated. `max_tokens` fits the context together with the prompt. `salt`: see `messages.Open`.
+
+    digest: of the model for which the prompt was encoded; "" for the first that is met.
+    """
 
     prompt: list[int]
     sampling: Sampling
@@ -86,6 +90,7 @@ class Task(msgspec.Struct, frozen=True):
     logprobs: int | None = None
     slo: Slo | None = None
     salt: str = ""
+    digest: str = ""
 
 
 class Drafter:
@@ -97,8 +102,8 @@ class Drafter:
 
     __slots__ = (
         "_began_ms", "_dry", "_ended", "_epoch", "_flights", "_goes_on_ms", "_odds", "_opened", "_p", "_reopenings",
-        "_round", "_unasked", "_warm", "ahead", "chain", "committed", "eos", "max_draft", "pace", "phase", "policy",
-        "sent", "serve", "session", "task", "wasted",
+        "_round", "_unasked", "_warm", "ahead", "chain", "committed", "digest", "eos", "max_draft", "pace", "phase",
+        "policy", "sent", "serve", "session", "task", "wasted",
     )  # fmt: skip
 
     def __init__(
@@ -113,6 +118,7 @@ class Drafter:
     ) -> None:
         self.session = session
         self.task = task
+        self.digest = task.digest  # of the model that this session is of
         self.policy = policy
         self.ahead = ahead
         self.eos = eos
@@ -163,10 +169,14 @@ class Drafter:
 
     # --- events
 
-    def connected(self, now_ms: float, max_draft: int) -> list[Action]:
-        """A verifier is there and takes drafts up to `max_draft`: open the session, or open it again."""
+    def connected(self, now_ms: float, max_draft: int, digest: str = "") -> list[Action]:
+        """A verifier is there and takes drafts up to `max_draft`: open the session, or open it again.
+
+        digest: of its model. Raises RequestError if the session is of another.
+        """
         if self.phase is DONE:
             return []
+        self.require(digest)
         self.max_draft = max_draft
         self._epoch += 1
         self._round += 1
@@ -192,8 +202,16 @@ class Drafter:
             logprobs=task.logprobs,
             slo=task.slo,
             salt=task.salt,
+            digest=self.digest,
         )
         return [open_]
+
+    def require(self, digest: str) -> None:
+        """Is this the model that the session is of? Raises RequestError, and the session is over, if it is not."""
+        if self.digest and digest != self.digest:
+            self.phase = DONE
+            raise RequestError(502, MODEL_CHANGED, code="model_changed", type="server_error")
+        self.digest = digest
 
     def lost(self) -> None:
         """The connection is gone."""

@@ -14,6 +14,7 @@ class Limits(msgspec.Struct, frozen=True):
 
     park_s: a session outlives its connection this long. idle_s: a session that has kept its edge's silence
     this long may lose its KV to one that has work. forecast: refuse sessions whose SLO could not be kept.
+    digest: of the engine (see `messages.Welcome`); "" where there is but one.
     """
 
     n_vocab: int
@@ -26,6 +27,7 @@ class Limits(msgspec.Struct, frozen=True):
     park_s: float = 60.0
     idle_s: float = 1.0
     forecast: bool = False
+    digest: str = ""
 
 
 # --- events

@@ -29,6 +29,7 @@ from wisp.core.work import TokenLogprob
 VERSION = 1
 SUBPROTOCOL = "wisp.v1"
 REFUSAL_HEADER = "x-wisp-error"  # of an HTTP refusal: this is a WISP server's own, by this code
+DIGESTS_SINCE = "0.2.0"  # the first release whose peers say which model a text is of
 MAX_FRAME = (
     4 << 20
 )  # bytes that an edge takes; a prompt of a million tokens fits, an attack on memory does not
@@ -68,6 +69,7 @@ class Open(Message, frozen=True, tag="open"):
     `logprobs`: None, or how many alternatives to report per token. `max_tokens` counts from the start of
     the session, `committed` included. `avoid` is the address of a Redirect that the edge could not follow.
     `salt` stands for whom the edge serves: of one API key's sessions, only those of one salt share prefixes.
+    `digest` is that of the Welcome for whose model the session began: no other may go on with what is committed.
     """
 
     session: SessionId
@@ -84,6 +86,7 @@ class Open(Message, frozen=True, tag="open"):
     slo: Slo | None = None
     avoid: Address = ""
     salt: Salt = ""
+    digest: str = ""
 
 
 class Draft(Message, frozen=True, tag="draft"):
@@ -106,7 +109,10 @@ class Cancel(Message, frozen=True, tag="cancel"):
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """Second frame. What the verifier is, and what it will take."""
+    """Second frame. What the verifier is, and what it will take.
+
+    `digest` stands for all that decides its text: weights, engine, build, mode. Equal digests write equal texts.
+    """
 
     version: int
     model: str
@@ -118,6 +124,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     engine: str = ""
     mode: str = ""
     park_s: float = 0.0  # how long a session outlives its connection
+    digest: str = ""
     max_frame: int = MAX_FRAME  # bytes of the longest frame that it takes
 
 
@@ -170,6 +177,11 @@ class Redirect(Message, frozen=True, tag="redirect"):
 FromEdge = Hello | Open | Draft | Cancel
 FromCloud = Welcome | Verdict | Refused | Redirect
 
+MODEL_CHANGED = (
+    "the verifier's model is not the one that this answer was begun with (other weights, engine, build or settings); "
+    "ask again"
+)
+
 _encoder = msgspec.msgpack.Encoder()
 _from_edge: msgspec.msgpack.Decoder[FromEdge] = msgspec.msgpack.Decoder(FromEdge)
 _from_cloud: msgspec.msgpack.Decoder[FromCloud] = msgspec.msgpack.Decoder(FromCloud)
@@ -212,6 +224,25 @@ def check_hello(hello: Hello, fingerprint: str, model: str) -> None:
             f"the edge's vocabulary {hello.fingerprint[:12]} is not that of {model} ({fingerprint[:12]}); "
             "draft with a model of the same family, or with ngram or none",
         )
+
+
+def check_welcome(welcome: Welcome) -> None:
+    """Does the verifier say which model it runs? Raises ProtocolError."""
+    if not welcome.digest:
+        message = (
+            f"the verifier of {welcome.model} does not say which weights it runs, so no answer can be resumed"
+        )
+        raise ProtocolError("version_mismatch", f"{message}; install WISP {DIGESTS_SINCE} or later there")
+
+
+def check_digest(open_: Open, digest: str) -> None:
+    """May a verifier with this digest go on with the session? Raises ProtocolError("model_changed")."""
+    if open_.digest == digest or not (open_.digest or open_.committed):
+        return
+    if not open_.digest:
+        message = "this edge does not say which model wrote what is committed, so nothing may be added to it"
+        raise ProtocolError("model_changed", f"{message}; install WISP {DIGESTS_SINCE} or later there")
+    raise ProtocolError("model_changed", MODEL_CHANGED)
 
 
 def vocabulary_fingerprint(pieces: Iterable[tuple[int, bytes]]) -> str:

@@ -28,6 +28,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+RULE = 1  # raise it when the same logits, parameters and seed may give another token than before
+
 FloatArray = npt.NDArray[np.floating]
 
 _MASK = (1 << 64) - 1

@@ -32,7 +32,7 @@ from wisp.core.events import (
     WakeAt,
 )
 from wisp.core.forecast import Forecast, keepable
-from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
+from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict, check_digest
 from wisp.core.places import gives_way, keeps_place
 from wisp.core.planning import Files, Planner
 from wisp.core.session import (
@@ -53,7 +53,7 @@ from wisp.core.session import (
     Session,
 )
 from wisp.core.slo import LONGEST_MS
-from wisp.core.work import Slice, SliceResult
+from wisp.core.work import ENGINE_ERROR, Slice, SliceResult
 
 
 class Verifier:
@@ -272,6 +272,7 @@ class Verifier:
 
     def _check_open(self, o: Open) -> None:
         limits = self.limits
+        check_digest(o, limits.digest)
         if not o.prompt:
             raise ProtocolError("malformed", "the prompt is empty")
         if len(o.prompt) + 1 > limits.slot_tokens:
@@ -380,7 +381,7 @@ class Verifier:
         assert s.slot is not None
         if result.error:
             self.kv.record(now, s.slot, [])
-            self._fail(s, "engine_error", result.error, actions)
+            self._fail(s, result.code, result.error, actions)
             return
         if s.discard:
             s.discard = False
@@ -459,10 +460,10 @@ class Verifier:
     def _step_failed(self, step: dict[int, Slice], error: str, actions: list[Action]) -> None:
         self.planner.failed()
         for handle in step:
-            self._fail(self.sessions[handle], "engine_error", error, actions)
+            self._fail(self.sessions[handle], ENGINE_ERROR, error, actions)
 
     def _fail(self, s: Session, code: str, message: str, actions: list[Action]) -> None:
-        """End a session that the engine could not serve. Its edge may open it again."""
+        """End a session that the engine could not serve. After ENGINE_ERROR its edge may open it again."""
         doomed = s.state is DOOMED
         connection = -1 if doomed else s.connection
         round_ = s.heard_round
@@ -472,7 +473,8 @@ class Verifier:
             s.slot = None
         self._end(s)
         if connection >= 0:
-            refused = Refused(s.id, code, message, retry_after=1.0, fatal=True, round=round_)
+            retry_after = 1.0 if code == ENGINE_ERROR else 0.0
+            refused = Refused(s.id, code, message, retry_after, True, round_)
             actions.append(Send(connection, refused))
         elif not doomed:
             actions.append(Ended(s.id, "expired"))

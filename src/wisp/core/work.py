@@ -16,6 +16,10 @@ import msgspec
 
 from wisp.core.sampling import Sampling
 
+ENGINE_ERROR = "engine_error"
+NOT_FINITE = "logits_not_finite"
+NO_TOKEN = "the model computed a NaN or an infinity, from which no token can be chosen"  # and NOT_FINITE
+
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
     """One alternative at a position. `logprob` is natural log, of the target before noise and truncation."""
@@ -64,6 +68,7 @@ class SliceResult(msgspec.Struct, frozen=True, array_like=True):
     tokens:   the accepted draft tokens and one token more (correction or bonus); [] if `sample` was False
     logprobs: one entry per token of `tokens`, or [] if none were asked for
     error:    non-empty if this slice alone failed; the slot is then empty
+    code:     of the error: ENGINE_ERROR may go better another time, NOT_FINITE will not
 
     Afterwards the slot holds start + len(slice.tokens) - n_draft + accepted tokens: all that was fed
     and not rejected. The last of `tokens` is not among them: the next slice feeds it.
@@ -74,6 +79,7 @@ class SliceResult(msgspec.Struct, frozen=True, array_like=True):
     tokens: list[int] = []
     logprobs: list[TokenLogprob] = []
     error: str = ""
+    code: str = ENGINE_ERROR
 
 
 class Copy(msgspec.Struct, frozen=True, array_like=True):

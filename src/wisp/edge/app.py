@@ -86,7 +86,8 @@ class EdgeApp:
         if welcome is None:
             problem = self.link.problem or "connecting"
             return JsonResponse({"status": "no verifier", "problem": problem}, status_code=503)
-        return JsonResponse({"status": "ok", "model": welcome.model, "mode": welcome.mode})
+        body = {"status": "ok", "model": welcome.model, "mode": welcome.mode, "digest": welcome.digest}
+        return JsonResponse(body)
 
     async def _metrics(self, request: Request) -> Response:
         welcome = self.link.welcome

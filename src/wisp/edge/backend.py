@@ -99,7 +99,7 @@ class EdgeBackend:
         """The verifier's model; waits for a verifier as long as the link allows."""
         welcome = await self.link.connected()
         tokenizer = await self.tokenizers.get(welcome.fingerprint)
-        return Target(welcome.model, tokenizer, welcome.context)
+        return Target(welcome.model, tokenizer, welcome.context, welcome.digest)
 
     def admit(self, key: str) -> None:
         """An edge has no limits of its own; the verifier's answer comes with the first verdict."""
@@ -142,7 +142,6 @@ class _Session:
         self.generation = generation
         self.id = secrets.token_hex(16)
         self.drafts = f"{generation.salt}/{self.id}"  # its name for the draft engine
-        self.model = ""
         self.finished = False
         # What was heard, where, and when (ms)
         self.events: asyncio.Queue[tuple[Link, FromLink, float]] = asyncio.Queue()
@@ -158,7 +157,6 @@ class _Session:
 
     async def run(self) -> AsyncIterator[Committed]:
         welcome = await self.home.connected()
-        self.model = welcome.model
         g = self.generation
         backend = self.backend
         policy = backend.policies.make(g.sampling.temperature) if backend.drafter is not None else None
@@ -167,7 +165,7 @@ class _Session:
         self._move(self.home)
         self.backend.sessions += 1
         try:
-            actions = drafter.connected(_now_ms(), welcome.max_draft)
+            actions = drafter.connected(_now_ms(), welcome.max_draft, welcome.digest)
             if policy is not None and ahead is None:  # the draft model reads the prompt while the target does
                 self.warm = asyncio.create_task(self.backend.propose(self.drafts, g.prompt, 0, g))
             while True:
@@ -242,16 +240,17 @@ class _Session:
         if away and not isinstance(event, Welcome):
             self._go_home(drafter)
             return []
-        if isinstance(event, Welcome) and event.model != self.model:
-            message = f"the verifier now serves {event.model}; this answer was begun by {self.model}"
-            raise RequestError(502, message, code="model_changed", type="server_error")
+        if isinstance(event, Welcome):
+            drafter.require(event.digest)
         if away and self.opening is not None:  # redirected: say the same to this one
             for said in (self.opening, *self.since):
                 self.link.send(said)
             self.opening = None
             return []
         drafter.lost()
-        return drafter.connected(_now_ms(), event.max_draft) if isinstance(event, Welcome) else []
+        if not isinstance(event, Welcome):
+            return []
+        return drafter.connected(_now_ms(), event.max_draft, event.digest)
 
     async def _event(self) -> tuple[FromLink, float]:
         """The next event and when it came; gives up when there has been no verifier for the stated time."""

@@ -34,6 +34,7 @@ from wisp.core.messages import (
     Refused,
     Verdict,
     Welcome,
+    check_welcome,
     decode_from_cloud,
     encode,
 )
@@ -211,6 +212,7 @@ class VerifierLink:
                 raise ProtocolError(
                     getattr(first, "code", "malformed"), getattr(first, "message", "no welcome")
                 )
+            check_welcome(first)
             self._out = asyncio.Queue()
             self._gain(first)
             writer = asyncio.create_task(self._write(socket))

@@ -31,6 +31,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     step_tokens: tokens to put into one step before it becomes too long to be interactive
     n_vocab:     ids 0 <= id < n_vocab are valid
     eos:         ids that end a generation
+    digest:      of all that decides the text (`engines.identity`): engines of equal digests write equal texts
     flip_gap:    in fast mode, two scores closer than this may swap between batch shapes; 0.0 in exact mode
     """
 
@@ -43,6 +44,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     slot_tokens: int
     kv_tokens: int
     step_tokens: int
+    digest: str
     flip_gap: float = 0.0
     notes: tuple[str, ...] = ()
 

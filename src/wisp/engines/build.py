@@ -158,8 +158,9 @@ def _emulated(name: str, profile: Hardware, written: Written | None) -> tuple[Ta
 
     if written is None:
         return EmulatedTarget(name, profile), PlainTokenizer()
-    target = EmulatedTarget(name, profile, written.text, n_vocab=written.n_vocab, eos=written.eos)
-    return target, NumberTokenizer(written.n_vocab, written.eos)
+    text, n_vocab, eos, digest = written
+    target = EmulatedTarget(name, profile, text, n_vocab=n_vocab, eos=eos, digest=digest)
+    return target, NumberTokenizer(n_vocab, eos)
 
 
 def read_tokenizer(blob: bytes) -> Tokenizer:

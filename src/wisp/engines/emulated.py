@@ -34,6 +34,7 @@ from wisp.core.errors import ConfigError, EngineError
 from wisp.core.sampling import hash32
 from wisp.core.work import Copy, Slice, SliceResult
 from wisp.engines.base import EngineInfo
+from wisp.engines.identity import engine_digest
 from wisp.engines.null import EOS as BYTE_EOS
 from wisp.engines.null import N_VOCAB as BYTES
 from wisp.engines.null import null_token
@@ -145,11 +146,12 @@ def hardware(name: str) -> Hardware:
 
 
 class Written(NamedTuple):
-    """A target's text from elsewhere: what `Text` says, in a vocabulary of its own."""
+    """A target's text from elsewhere: what `Text` says, in a vocabulary of its own. `digest` is of all of it."""
 
     text: Text
     n_vocab: int
     eos: frozenset[int]
+    digest: str
 
 
 class VirtualClock:
@@ -168,7 +170,8 @@ class VirtualClock:
 
 
 class EmulatedTarget:
-    """TargetEngine of a profile. `text` says the target's tokens; None: a hash of prompt, seed and position.
+    """TargetEngine of a profile. `text` says the target's tokens; None: a hash of prompt, seed and position. `digest`
+    is that of the text: the profile decides its timing alone.
 
     `now` and `sleep` (seconds) are the clock by which `run` takes its time. A simulator, whose time is its own, asks
     `verify` and `step_ms` instead. What a slot holds is kept as a real engine keeps its KV: a slice that builds on
@@ -183,6 +186,7 @@ class EmulatedTarget:
         *,
         n_vocab: int = BYTES,
         eos: frozenset[int] = frozenset({BYTE_EOS}),
+        digest: str = "",
         seed: int = 0,
         now: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
@@ -205,6 +209,7 @@ class EmulatedTarget:
             slot_tokens=min(profile.slot_tokens, profile.kv_tokens),
             kv_tokens=profile.kv_tokens,
             step_tokens=profile.step_tokens,
+            digest=engine_digest("emulated", text=digest, n_vocab=n_vocab, eos=sorted(eos)),
             notes=(f"no model: {name} emulates the timing of {profile.about}",),
         )
 

@@ -11,10 +11,12 @@ from wisp.core.messages import vocabulary_fingerprint
 from wisp.core.sampling import hash32
 from wisp.core.work import Copy, Slice, SliceResult
 from wisp.engines.base import Check, EngineInfo, unasked
+from wisp.engines.identity import engine_digest
 from wisp.engines.special import NO_STAND_INS, StandIns
 
 N_VOCAB = 257  # bytes and an end of sequence that never comes
 EOS = 256
+DIGEST = engine_digest("null")
 
 
 def null_token(seed: int, position: int) -> int:
@@ -36,6 +38,7 @@ class NullTarget:
             slot_tokens,
             slots * slot_tokens,
             1 << 20,
+            DIGEST,
         )
 
     @property

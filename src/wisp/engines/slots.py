@@ -1,4 +1,5 @@
-"""What engines refuse: slices and copies that do not fit what their slots hold. In words, the same of all engines."""
+"""What engines refuse: slices and copies that do not fit what their slots hold, and models that compute nothing. In
+words, the same of all engines."""
 
 from __future__ import annotations
 
@@ -6,6 +7,10 @@ from collections.abc import Callable
 
 from wisp.core.errors import EngineError
 from wisp.core.work import Copy, Slice
+
+NONSENSE = (
+    "this model computes NaN or infinity where it should say how likely tokens are; fetch or convert it again"
+)
 
 
 def slice_problem(

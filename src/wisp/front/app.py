@@ -140,8 +140,8 @@ class FrontApp:
             body: dict[str, object] = {"status": status, "replicas": count}
             return JsonResponse(body, status_code=503, headers={"retry-after": "2"})
         welcome, sessions = self.host.welcome(), sum(v.sessions for v in views)
-        body = {"status": "ok", "model": welcome.model, "mode": welcome.mode, "sessions": sessions}
-        return JsonResponse(body | {"replicas": count})
+        body = {"status": "ok", "model": welcome.model, "mode": welcome.mode, "digest": welcome.digest}
+        return JsonResponse({**body, "sessions": sessions, "replicas": count})
 
     async def _metrics(self, request: Request) -> Response:
         welcome = self.fleet.welcome

@@ -26,7 +26,7 @@ import msgspec
 from wisp.api.keys import on_behalf
 from wisp.cloud.control import MOVE_PATH, REPORT_PATH, Report
 from wisp.core.errors import ConfigError, RequestError, UnavailableError, WispError
-from wisp.core.messages import Welcome
+from wisp.core.messages import DIGESTS_SINCE, Welcome
 from wisp.core.placement import Placement, Room
 from wisp.front.launch import Launcher, Running
 from wisp.front.replica import ReplicaSpec
@@ -52,6 +52,9 @@ class State(Enum):
     DOWN = "down"  # between two lives
 
 
+SERVING = frozenset({State.UP, State.SILENT, State.DRAINING})
+
+
 class Replica:
     """What is known of one."""
 
@@ -67,6 +70,7 @@ class Replica:
         self.wanted = True
         self.planned = False  # its next end is no accident
         self.was = ""  # how its last life ended
+        self.unlike = ""  # why this life was not taken in
         self.life: asyncio.Task[None] | None = None
         self.over = asyncio.Event()  # set at the end of each life
 
@@ -99,7 +103,7 @@ class Fleet:
     ) -> None:
         self.launcher = launcher
         self.replicas: dict[str, Replica] = {}
-        self.welcome: Welcome | None = None  # of the first that was up
+        self.welcome: Welcome | None = None  # of those that are up, or were last
         self.failed: WispError | None = None  # none could start
         self.stopping = False
         self._ended = asyncio.Event()
@@ -274,6 +278,7 @@ class Fleet:
         r.state = State.STARTING
         r.token = secrets.token_hex(32)
         r.lives += 1
+        r.unlike = ""
         running = r.running = await self.launcher.start(self._spec(r))
         ended = asyncio.ensure_future(running.ended())
         try:
@@ -287,7 +292,7 @@ class Fleet:
                     look.cancel()
                 await asyncio.wait({look})
                 await asyncio.wait({ended}, timeout=LOOK_S)
-            return ended.result()
+            return r.unlike or ended.result()
         finally:
             if not ended.done():
                 running.kill()
@@ -314,7 +319,9 @@ class Fleet:
             return
         r.heard, r.report = now, report
         if r.state is State.STARTING:
-            if not self._is_alike(r, report.welcome):
+            if problem := self._other(report.welcome):
+                log.error("replica %s %s; it is not taken in", r.name, problem)
+                r.unlike = problem
                 running.kill()
                 return
             self._placement.up(r.name, Room(report.slots, report.kv_tokens, report.max_sessions))
@@ -327,14 +334,22 @@ class Fleet:
         self._placement.reported(asyncio.get_running_loop().time(), r.name, report.sessions)
         self._heard(r, report)
 
-    def _is_alike(self, r: Replica, welcome: Welcome) -> bool:
-        """Would the others have written the same? The model's file may have been replaced under way."""
+    def _other(self, welcome: Welcome) -> str:
+        """What of it is another than the fleet's, in words, or "": sessions move between replicas in mid-answer, and
+        the model's file may have been replaced under way. Where no other has sessions, the new one is the fleet's."""
+        if not welcome.digest:
+            return f"does not say which weights it runs: it needs WISP {DIGESTS_SINCE} or later"
         ours = self.welcome
-        if ours is None or (ours.model, ours.fingerprint) == (welcome.model, welcome.fingerprint):
-            return True
-        message = "replica %s serves %s (vocabulary %.12s), the others %s (%.12s); it is ended"
-        log.error(message, r.name, welcome.model, welcome.fingerprint, ours.model, ours.fingerprint)
-        return False
+        if ours is None or ours.digest == welcome.digest:
+            return ""
+        if not any(r.state in SERVING for r in self.replicas.values()):
+            log.warning(
+                "the fleet's model has changed: %s (%s), was %s (%s)", *_names(welcome), *_names(ours)
+            )
+            return ""
+        (model, digest), (of, same) = _names(welcome), _names(ours)
+        what = f"runs {model} ({digest}), with other weights or settings than the others' {of} ({same})"
+        return f"{what}: if that is meant, restart those, too"
 
     def _become(self, r: Replica, state: State) -> None:
         r.state = state
@@ -400,6 +415,11 @@ class Fleet:
         log.warning("replica %s did not end in time, and is killed", r.name)
         if r.running is not None:
             r.running.kill()
+
+
+def _names(welcome: Welcome) -> tuple[str, str]:
+    """A model as operators tell it from others."""
+    return welcome.model, welcome.digest[:12]
 
 
 def _us(r: Replica) -> dict[str, str]:

@@ -158,6 +158,12 @@ def api() -> Api:
         return _load()
 
 
+def kernels() -> str:
+    """The kinds of kernels that this machine's processor gets: the same ones compute the same bits."""
+    text: bytes = api().ffi.string(api().lib.llama_print_system_info())
+    return text.decode("utf-8", "replace")
+
+
 @functools.cache
 def _load() -> Api:
     import cffi

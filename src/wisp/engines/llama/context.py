@@ -92,6 +92,7 @@ class Context:
         params.flash_attn_type = _FLASH_ON if flash else _FLASH_AUTO
         params.kv_unified = unified
         params.offload_kqv = params.op_offload = offload
+        self.kv_types = (int(params.type_k), int(params.type_v))  # ggml's numbers for them
         self._api.log.clear()
         pointer = lib.llama_init_from_model(model.pointer, params)
         if pointer == ffi.NULL:
@@ -178,11 +179,11 @@ class Context:
         self._api.lib.llama_memory_seq_cp(self._memory, source, target, 0 if self.unified else -1, end)
         self.drop(target, tokens)
 
-    def clear(self) -> None:
-        """Forgets what every slot holds."""
+    def clear(self, *, wipe: bool = False) -> None:
+        """Forgets what every slot holds. `wipe`: and zeroes it, where it may be what nothing can be multiplied by."""
         self._check_open()
         self.discard()
-        self._api.lib.llama_memory_clear(self._memory, False)
+        self._api.lib.llama_memory_clear(self._memory, wipe)
 
     def close(self) -> None:
         """Frees the context. Closing twice does nothing."""

@@ -6,6 +6,7 @@ settings, one row a call once a context has been caught up with.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,12 @@ from wisp.core.signals import signal
 from wisp.engines.base import Proposal
 from wisp.engines.llama.context import Context, Logits, Tokens, physical_cores
 from wisp.engines.llama.model import Model
+from wisp.engines.slots import NONSENSE
+
+log = logging.getLogger("wisp.draft")
 
 _ROWS = 128
+_SAMPLE = 8  # tokens read at the start, to see that the model computes anything
 _WORTH_COPYING = 16  # tokens; a copy moves a whole slot, which takes about as long as evaluating a few rows
 
 
@@ -33,7 +38,8 @@ class LlamaDraft:
                  `propose` returns None
     threads:     default: one per physical core
 
-    Raises ModelError if the model cannot be loaded.
+    A session for which it computes NaN or infinity gets no more proposals. Raises ModelError if the model cannot be
+    loaded, or has weights that are not finite.
     """
 
     def __init__(
@@ -69,6 +75,11 @@ class LlamaDraft:
         self._held: list[list[int]] = [[] for _ in range(slots)]  # what each slot's KV is of
         self._sharers = [""] * slots  # and those who may begin with it
         self._sessions: OrderedDict[str, int] = OrderedDict()  # slot of each, least recently used first
+        self._lost: set[str] = set()  # sessions for which it computes nonsense
+        if not np.isfinite(self._evaluate(0, 0, np.arange(min(_SAMPLE, self._n_own), dtype=np.int32))).all():
+            self.close()
+            raise ModelError(f"{path}: {NONSENSE}")
+        self._context.drop(0)
 
     def propose(
         self, session: str, context: Sequence[int], position: int, sampling: Sampling
@@ -76,7 +87,7 @@ class LlamaDraft:
         """The drafter's token after `context` (see DraftEngine.propose); None also where `context` is empty, longer
         than a slot, or has ids the drafter does not know. Raises EngineError; the session then starts afresh."""
         tokens = list(context)
-        if not 0 < len(tokens) <= self._slot_tokens:
+        if not 0 < len(tokens) <= self._slot_tokens or session in self._lost:
             return None
         slot = self._slot_for(session, tokens)
         # The last token is evaluated even if it is held: its logits are wanted, and are gone.
@@ -85,6 +96,9 @@ class LlamaDraft:
         if feed.min() < 0 or feed.max() >= self._n_own:
             return None
         logits = self._evaluate(slot, common, feed)[: self._n_vocab]
+        if not np.isfinite(logits).all():
+            self._give_up(session)
+            return None
         self._held[slot] = tokens
         token = target_token(logits, sampling, position)
         return Proposal(token, signal(logits, token, sampling, position))
@@ -97,6 +111,16 @@ class LlamaDraft:
     def forget(self, session: str) -> None:
         """The session is over. Its slot is free, but what it holds may still serve a session that begins alike."""
         self._sessions.pop(session, None)
+        self._lost.discard(session)
+
+    def _give_up(self, session: str) -> None:
+        """No more drafts for it. What was computed must not stay where attention masks it by multiplying with 0."""
+        log.warning(
+            "the draft model %s computes NaN or infinity here; this answer goes on without drafts", self.name
+        )
+        self._lost.add(session)
+        self._context.clear(wipe=True)
+        self._held = [[] for _ in self._held]
 
     def close(self) -> None:
         self._model.close()

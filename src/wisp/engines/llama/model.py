@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import weakref
 from pathlib import Path
 from typing import Any
 
 from wisp.core.errors import EngineError, ModelError
 from wisp.engines.llama.capi import api
+
+_BROKEN = re.compile("tensor '([^']*)' has invalid data")  # what llama.cpp says of them
 
 
 class Model:
@@ -17,13 +20,20 @@ class Model:
     repack:  let llama.cpp rearrange weights for speed; it changes results with the number of rows, so exact
              mode does without
     gpu:     let layers go to an accelerator, where the build has one
+    check:   refuse weights that are NaN or infinite; it reads all of them once, at the speed of memory
     vocab_only: read tokenizer and metadata only (milliseconds to tenths of a second, a few MB)
 
     Raises ModelError if the file is missing, is not a GGUF model, or is of a kind whose KV cannot be rolled back.
     """
 
     def __init__(
-        self, path: str | Path, *, repack: bool = True, gpu: bool = True, vocab_only: bool = False
+        self,
+        path: str | Path,
+        *,
+        repack: bool = True,
+        gpu: bool = True,
+        check: bool = True,
+        vocab_only: bool = False,
     ) -> None:
         self.path = Path(path)
         if not self.path.is_file():
@@ -33,14 +43,19 @@ class Model:
         params = lib.llama_model_default_params()
         params.vocab_only = vocab_only
         params.use_extra_bufts = repack
+        params.check_tensors = check
         if not gpu:
             params.n_gpu_layers = 0
         self._api.log.clear()
         pointer = lib.llama_model_load_from_file(os.fsencode(self.path), params)
         if pointer == ffi.NULL:
-            raise ModelError(
-                f"llama.cpp cannot load {self.path}: {self._api.log.tail() or 'no reason given'}"
-            )
+            said = self._api.log.tail()
+            if broken := _BROKEN.search(said):
+                raise ModelError(
+                    f"{self.path} has weights that are not finite numbers (in {broken[1]}): the file is damaged, or "
+                    "was converted wrongly; fetch or convert it again"
+                )
+            raise ModelError(f"llama.cpp cannot load {self.path}: {said or 'no reason given'}")
         self._pointer: Any = pointer
         self._contexts: weakref.WeakSet[Any] = weakref.WeakSet()
         self._free = weakref.finalize(self, lib.llama_model_free, pointer)

@@ -11,10 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
-from wisp.core.errors import EngineError
+from wisp.core.errors import EngineError, ModelError
 from wisp.core.sampling import Sampling
-from wisp.core.work import Copy, Slice, SliceResult
+from wisp.core.work import NOT_FINITE, Copy, Slice, SliceResult
 from wisp.engines.llama.context import Context, Logits, Tokens
+from wisp.engines.slots import NONSENSE
 
 _PROMPT, _NEW = 9, 11  # tokens; about 75 rows are evaluated in all
 _SAMPLING = Sampling(temperature=1.0, seed=1)  # greedy text repeats itself, and repeats test little
@@ -38,7 +39,10 @@ def _some_tokens(n: int, n_vocab: int) -> list[int]:
 
 
 def check(engine: Checked) -> str:
-    """Why this engine is not exact, in words, or "" if two ways of evaluating the same text agree in every bit."""
+    """Why this engine is not exact, in words, or "" if two ways of evaluating the same text agree in every bit.
+
+    Raises ModelError for a model that computes what is not finite.
+    """
     try:
         return _check(engine)
     except EngineError as error:
@@ -84,6 +88,8 @@ def _check(engine: Checked) -> str:
 
 
 def _require(result: SliceResult) -> None:
+    if result.code == NOT_FINITE:
+        raise ModelError(NONSENSE)
     if result.error:
         raise EngineError(result.error)
 
@@ -93,11 +99,14 @@ def measure_flip_gap(context: Context) -> float:
 
     The same tokens are evaluated in one wide call, and in narrow calls ending in single rows. At each of the last
     positions take the `_TOP` ids of largest logit; the result is the largest change, over positions, of the
-    distance between any two of them, times 1.5 for positions not looked at. Never below `_FLOOR`.
+    distance between any two of them, times 1.5 for positions not looked at. Never below `_FLOOR`. Raises ModelError
+    for a model that computes what is not finite.
     """
     tokens: Tokens = np.array(_some_tokens(_LENGTH, context.n_vocab), np.int32)
     wide = _evaluate(context, tokens, [_LENGTH])
     narrow = _evaluate(context, tokens, [3] * ((_LENGTH - _POSITIONS) // 3) + [1] * _POSITIONS)
+    if not (np.isfinite(wide).all() and np.isfinite(narrow).all()):
+        raise ModelError(NONSENSE)
     top = np.argpartition(wide, -_TOP, axis=1)[:, -_TOP:] if context.n_vocab > _TOP else np.argsort(wide)
     change = np.take_along_axis(wide - narrow, top, axis=1)
     return max(_FLOOR, 1.5 * float((change.max(axis=1) - change.min(axis=1)).max()))

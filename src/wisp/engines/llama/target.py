@@ -21,9 +21,11 @@ from typing import Literal
 import numpy as np
 
 from wisp.core.errors import EngineError, ModelError
-from wisp.core.work import Copy, Slice, SliceResult
+from wisp.core.work import NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult
 from wisp.engines.base import EngineInfo
+from wisp.engines.identity import engine_digest, gguf_digest
 from wisp.engines.llama import selfcheck
+from wisp.engines.llama.capi import PIN, kernels
 from wisp.engines.llama.context import Context, DecodeError, Logits, physical_cores
 from wisp.engines.llama.model import Model
 from wisp.engines.llama.verification import Run, Tap
@@ -36,6 +38,7 @@ FAST_ROWS = 128  # more rows a call are no faster on a CPU, and each takes n_voc
 STEP_TOKENS = {"exact": 32, "fast": 96}
 UNMEASURED_FLIP_GAP = 1.0  # without the check at start-up; 0.4 to 1.0 was measured on quantised models
 SLOT_TOKENS = 2048  # where nothing else is asked for
+_NARROW = 32  # rows a call where NaN may be about: from 64 rows on, attention multiplies what it masks by 0
 _SPARE = 8  # cells beyond slot_tokens, for the dummy row
 
 
@@ -56,11 +59,11 @@ class LlamaTarget:
     slot_tokens: context length of each (default 2048); the model's training context where that is shorter, with a note
                  if more was asked for
     threads:     default: one per physical core
-    check:       verify exactness (or measure `flip_gap`) at start-up: a few dozen positions, seconds at most
+    check:       verify weights, and exactness (or measure `flip_gap`), at start-up: a few dozen positions, seconds
 
-    A slice that cannot be run (out of room, out of vocabulary, ...) fails alone.
+    A slice that cannot be run (out of room, out of vocabulary, logits that are not finite, ...) fails alone.
 
-    Raises ModelError if the model cannot be loaded.
+    Raises ModelError if the model cannot be loaded, or has weights that are not finite.
     """
 
     def __init__(
@@ -87,18 +90,23 @@ class LlamaTarget:
         self._fewest_outputs = 2
         self._flip_gap = 0.0 if mode == "exact" else UNMEASURED_FLIP_GAP
         self._tap: Tap | None = None  # sees (slot, place, logits) of each sampled row
+        self._check, self._tainted = check, False
         self._open(mode)
         if slot_tokens is not None and slot_tokens > self._slot_tokens:
             self._notes.append(
                 f"a context of {slot_tokens} tokens was asked for, but {self._name} was trained on "
                 f"{self._slot_tokens}: sessions have {self._slot_tokens}"
             )
-        if check and self._mode == "exact":
-            self._check_exact()
-        if check and self._mode == "fast":
-            self._flip_gap = selfcheck.measure_flip_gap(self._context)
-        self.clear()
-        self._info = self._describe()
+        try:
+            if check and self._mode == "exact":
+                self._check_exact()
+            if check and self._mode == "fast":
+                self._flip_gap = selfcheck.measure_flip_gap(self._context)
+            self.clear()
+            self._info = self._describe()
+        except ModelError as error:
+            self._model.close()
+            raise ModelError(f"{self._path}: {error}") from None
 
     @property
     def info(self) -> EngineInfo:
@@ -123,6 +131,8 @@ class LlamaTarget:
         slots = [work.slot for work in batch]
         if len(set(slots)) != len(slots):
             raise EngineError("two slices of one batch use the same slot")
+        if self._tainted and not any(self._held):
+            self.clear()
         runs = [self._admit(work) for work in batch]
         for run in runs:
             self._cut(run.work.slot, 0 if run.error else run.work.start)
@@ -153,7 +163,8 @@ class LlamaTarget:
 
     def clear(self) -> None:
         """Empties every slot."""
-        self._context.clear()
+        self._context.clear(wipe=self._tainted)
+        self._tainted = False
         self._held = [0] * self._slots
 
     def close(self) -> None:
@@ -164,7 +175,7 @@ class LlamaTarget:
     def _open(self, mode: Mode) -> None:
         exact = mode == "exact"
         self._mode: Mode = mode
-        self._model = Model(self._path, repack=not exact, gpu=not exact)
+        self._model = Model(self._path, repack=not exact, gpu=not exact, check=self._check)
         self._slot_tokens = min(self._slot_tokens, self._model.n_ctx_train)
         try:
             self._context = Context(
@@ -204,8 +215,22 @@ class LlamaTarget:
             slot_tokens=self._slot_tokens,
             kv_tokens=self._slots * self._slot_tokens,
             step_tokens=STEP_TOKENS[self._mode],
+            digest=self._digest(),
             flip_gap=self._flip_gap,
             notes=tuple(self._notes),
+        )
+
+    def _digest(self) -> str:
+        """A longer context may choose other rotary factors. Bits are the same between kernels of the same kind alone;
+        fast mode, whose bits differ from batch to batch anyway, may go on with others."""
+        return engine_digest(
+            "llama.cpp",
+            build=PIN,
+            weights=gguf_digest(self._path),
+            mode=self._mode,
+            kv=list(self._context.kv_types),
+            context=self._slot_tokens,
+            kernels=kernels() if self._mode == "exact" else "",
         )
 
     # -- a step
@@ -234,6 +259,12 @@ class LlamaTarget:
                     yield [(run, piece)]
             return
         while True:
+            if self._tainted:
+                left = next((run for run in runs if not run.done), None)
+                if left is None:
+                    return
+                yield [(left, min(_NARROW, len(left.feed) - left.fed))]
+                continue
             call: list[tuple[Run, int]] = []
             room = FAST_ROWS
             for run in runs:
@@ -248,13 +279,15 @@ class LlamaTarget:
     def _evaluate(self, call: list[tuple[Run, int]]) -> None:
         """One llama_decode; its logits go to the runs they belong to."""
         asked: list[int] = []
+        exact = self._mode == "exact"
         for run, rows in call:
             slot, place = run.work.slot, run.work.start + run.fed
             feed, needed = run.feed[run.fed : run.fed + rows], run.wanted(rows)
-            # Only exact mode has a fewest; outputs beyond the needed ones are of earlier rows, or of the dummy.
-            outputs = max(needed, self._fewest_outputs) if needed and self._mode == "exact" else needed
+            # Outputs beyond the needed ones are of earlier rows, or of the dummy. In fast mode the last row of each
+            # slice tells whether all before it are finite.
+            outputs = (max(needed, self._fewest_outputs) if needed else 0) if exact else max(needed, 1)
             self._context.add(slot, place, feed, min(outputs, rows))
-            if rows == 1 and self._mode == "exact":
+            if rows == 1 and exact:
                 self._context.add(slot, place + 1, feed, outputs - min(outputs, rows))
                 rows += 1
             self._held[slot] = place + rows
@@ -264,12 +297,25 @@ class LlamaTarget:
         except DecodeError as error:
             self._fail(call, error)
             return
+        if not (exact or self._tainted or np.isfinite(logits).all()):
+            self._part(call)
+            return
         first = 0
         for (run, rows), outputs in zip(call, asked, strict=True):
             needed = run.wanted(rows)
-            skip = 0 if rows == 1 else outputs - needed  # the dummy's output comes last, earlier rows' first
+            if self._tainted and not needed and not np.isfinite(logits).all():
+                run.fail(NO_TOKEN, NOT_FINITE)
+            # The dummy's output comes last, earlier rows' first
+            skip = 0 if exact and rows == 1 else outputs - needed
             run.take(rows, logits[first + skip : first + skip + needed])
             first += outputs
+
+    def _part(self, call: list[tuple[Run, int]]) -> None:
+        """A call of slices that share their cells gave what is not finite. Whose it is shows when each is evaluated
+        by itself, in narrow calls; and so it stays until every slot is empty and the cells can be wiped."""
+        self._tainted = True
+        for run, _ in call:
+            self._cut(run.work.slot, run.work.start + run.fed)
 
     def _fail(self, call: list[tuple[Run, int]], error: DecodeError) -> None:
         """The slices of a failed call fail and their slots are dropped; a fatal error fails the step."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from wisp.core.sampling import log_probability, target_token
-from wisp.core.work import Slice, SliceResult, TokenLogprob, TopLogprob
+from wisp.core.work import ENGINE_ERROR, NO_TOKEN, NOT_FINITE, Slice, SliceResult, TokenLogprob, TopLogprob
 from wisp.engines.llama.context import Logits, Tokens
 
 Tap = Callable[[int, int, Logits], None]  # (slot, place, logits) of a sampled row; the logits are only lent
@@ -26,7 +26,7 @@ class Run:
         self.accepted = 0
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
-        self.error = ""
+        self.error = self.code = ""
         self.done = False
         self._tap = tap
         self.feed: Tokens = np.empty(0, np.int32)
@@ -61,6 +61,9 @@ class Run:
     def _choose(self, step: int, row: Logits) -> None:
         """The target's token after `step` accepted draft tokens; done unless the draft says the same."""
         work = self.work
+        if not np.isfinite(row).all():
+            self.fail(NO_TOKEN, NOT_FINITE)
+            return
         token = target_token(row, work.sampling, work.position + step)
         self.tokens.append(token)
         if work.logprobs is not None:
@@ -71,10 +74,10 @@ class Run:
         else:
             self.done = True
 
-    def fail(self, error: str) -> None:
-        self.error, self.done = error, True
+    def fail(self, error: str, code: str = ENGINE_ERROR) -> None:
+        self.error, self.code, self.done = error, code, True
 
     def result(self) -> SliceResult:
         if self.error:
-            return SliceResult(self.work.session, error=self.error)
+            return SliceResult(self.work.session, error=self.error, code=self.code)
         return SliceResult(self.work.session, self.accepted, self.tokens, self.logprobs)

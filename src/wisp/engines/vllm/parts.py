@@ -45,9 +45,11 @@ class Part(NamedTuple):
 class Chosen(NamedTuple):
     """What the target says along a part: the accepted draft tokens and one more, with what was asked for.
 
+    finite: could they be chosen? False: the model computed a NaN or an infinity at one of their rows
     logits: float32 array [rows, vocabulary] of the sampled rows, or None
     """
 
     tokens: list[int]
     logprobs: list[TokenLogprob]
     logits: Any = None
+    finite: bool = True

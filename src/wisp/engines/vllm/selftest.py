@@ -11,10 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from wisp.core.errors import ConfigError
+from wisp.core.errors import ConfigError, ModelError
 from wisp.core.sampling import Sampling, target_token
-from wisp.core.work import Slice, SliceResult
+from wisp.core.work import NOT_FINITE, Slice, SliceResult
 from wisp.engines.base import EngineInfo
+from wisp.engines.slots import NONSENSE
 
 _PROMPT, _NEW = 40, 12  # tokens
 _TOP = 16
@@ -34,7 +35,8 @@ class Tested(Protocol):
 def check(engine: Tested) -> float:
     """How close two scores must be to change places between batch shapes, measured.
 
-    Raises ConfigError if drafts change what is said by more than such ties.
+    Raises ConfigError if drafts change what is said by more than such ties, ModelError for a model that computes what
+    is not finite.
     """
     info = engine.info
     size = min(_PROMPT, info.slot_tokens - _NEW - 4)
@@ -102,5 +104,7 @@ def _unlike(a: Any, b: Any) -> bool:
 
 
 def _require(result: SliceResult) -> None:
+    if result.code == NOT_FINITE:
+        raise ModelError(NONSENSE)
     if result.error:
         raise ConfigError(f"the self-test of --engine vllm failed: {result.error}")

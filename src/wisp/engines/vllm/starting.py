@@ -111,6 +111,16 @@ class Started:
         return int(self.core.vllm_config.model_config.get_vocab_size())
 
     @property
+    def dtype(self) -> str:
+        """Of weights and activations."""
+        return str(self.core.vllm_config.model_config.dtype)
+
+    @property
+    def kv_dtype(self) -> str:
+        """Of KV; "auto": the same."""
+        return str(self.core.vllm_config.cache_config.cache_dtype)
+
+    @property
     def kv_tokens(self) -> int:
         """KV tokens that can be held, whatever is left empty in each sequence's last block."""
         config = self.core.vllm_config

@@ -20,11 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import msgspec
+
 from wisp.core.errors import EngineDeadError, EngineError
-from wisp.core.work import Copy, Slice, SliceResult
+from wisp.core.work import ENGINE_ERROR, NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult
 from wisp.engines.base import EngineInfo
+from wisp.engines.identity import engine_digest, folder_digest
 from wisp.engines.slots import check_copy, slice_problem
 from wisp.engines.vllm import selftest
+from wisp.engines.vllm.models import fetched
 from wisp.engines.vllm.parts import Chosen, Part
 from wisp.engines.vllm.starting import Started, Wanted
 
@@ -58,6 +62,7 @@ class _Task:
     chosen: Chosen | None = None
     done: bool = False
     error: str = ""
+    code: str = ""
 
     @property
     def accepted(self) -> int:
@@ -65,7 +70,7 @@ class _Task:
 
     def result(self) -> SliceResult:
         if self.error:
-            return SliceResult(self.work.session, error=self.error)
+            return SliceResult(self.work.session, error=self.error, code=self.code)
         if self.chosen is None or not self.work.sample:
             return SliceResult(self.work.session)
         return SliceResult(self.work.session, self.accepted, self.chosen.tokens, self.chosen.logprobs)
@@ -89,6 +94,7 @@ class VllmTarget:
         self._clock = 0
         self._opened = 0
         self._observing = False
+        self._model = wanted.model
         self._slots = [_Slot() for _ in range(wanted.slots)]
         try:
             self._started = self._call(lambda: Started(wanted))
@@ -97,8 +103,7 @@ class VllmTarget:
             raise
         try:
             self._info = self._describe(name, frozenset(eos))
-            gap = selftest.check(self)
-            self._info = self._describe(name, frozenset(eos), gap)
+            self._info = msgspec.structs.replace(self._info, flip_gap=selftest.check(self))
         except BaseException:
             self.close()
             raise
@@ -279,6 +284,9 @@ class VllmTarget:
         slot.anchor = max(part.start, part.firm // block * block)
         if slot.computed < len(task.chain):
             return
+        if not chosen.finite:
+            self._fail(task, NO_TOKEN, NOT_FINITE)
+            return
         task.chosen, task.done = chosen, True
         self._cut(slot, len(task.chain) - task.work.n_draft + task.accepted)
 
@@ -318,8 +326,8 @@ class VllmTarget:
         sizes = {"slots": len(self._slots), "slot_tokens": self._slot_tokens, "n_vocab": self._info.n_vocab}
         return slice_problem(work, self.held, **sizes)
 
-    def _fail(self, task: _Task, error: str) -> None:
-        task.error, task.done = error, True
+    def _fail(self, task: _Task, error: str, code: str = ENGINE_ERROR) -> None:
+        task.error, task.code, task.done = error, code, True
         self._drop_blocks(task.slot)
         task.slot.tokens = []
 
@@ -334,7 +342,7 @@ class VllmTarget:
         for slot in self._slots:
             slot.tokens, slot.sequence, slot.computed, slot.anchor = [], None, 0, 0
 
-    def _describe(self, name: str, eos: frozenset[int], gap: float = 0.0) -> EngineInfo:
+    def _describe(self, name: str, eos: frozenset[int]) -> EngineInfo:
         started = self._started
         return EngineInfo(
             engine="vllm",
@@ -346,5 +354,19 @@ class VllmTarget:
             slot_tokens=self._slot_tokens,
             kv_tokens=min(started.kv_tokens, len(self._slots) * self._slot_tokens),
             step_tokens=started.step_tokens,
-            flip_gap=gap,
+            digest=self._digest(eos),
+        )
+
+    def _digest(self, eos: frozenset[int]) -> str:
+        """A longer context may choose other rotary factors."""
+        started = self._started
+        return engine_digest(
+            "vllm",
+            build=started.version,
+            weights=folder_digest(fetched(self._model, offline=True)),
+            device=started.device,
+            dtype=started.dtype,
+            kv=started.kv_dtype,
+            context=self._slot_tokens,
+            eos=sorted(eos),
         )

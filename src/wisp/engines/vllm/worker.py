@@ -116,6 +116,7 @@ def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> list[C
     """
     if here:
         rows = logits.float().numpy()
+        finite: list[bool] = np.isfinite(rows).all(axis=1).tolist()
         said: list[int] | None = None
         plain = (p.sampling.greedy and not p.sampling.barred(p.position) for p in parts if p.rows)
         if all(plain):
@@ -123,6 +124,7 @@ def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> list[C
     else:
         asked = [(part.sampling, part.position + i) for part in parts for i in range(part.rows)]
         said = target_tokens(logits[: len(asked)], asked)
+        finite = torch.isfinite(logits[: len(asked)]).all(dim=1).tolist()
         rows = np.empty((0, 0), np.float32)
     chosen: list[Chosen] = []
     first = 0
@@ -130,7 +132,11 @@ def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> list[C
         span = range(first, first + part.rows)
         first += part.rows
         tokens: list[int] = []
+        sound = True
         for i, row in enumerate(span):
+            if not finite[row]:
+                sound = False
+                break
             token = (
                 said[row] if said is not None else target_token(rows[row], part.sampling, part.position + i)
             )
@@ -142,7 +148,7 @@ def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> list[C
             some = span if part.observed else span[: len(tokens)]
             reported = logits[some.start : some.stop].float().cpu().numpy().copy()
         entries = [] if part.logprobs is None else list(_entries(reported, tokens, part.logprobs))
-        chosen.append(Chosen(tokens, entries, reported if part.observed else None))
+        chosen.append(Chosen(tokens, entries, reported if part.observed else None, sound))
     return chosen
 
 

@@ -6,7 +6,7 @@ import msgspec
 
 from wisp.core.messages import Cancel, Draft, Open, encode
 from wisp.core.sampling import Sampling
-from wisp.engines.null import null_token
+from wisp.engines.null import DIGEST, null_token
 
 DRAFT = 4  # tokens per draft
 RIGHT = (4, 4, 2, 4, 0)  # how many of them agree, in turn: 70 %
@@ -43,9 +43,17 @@ def script(index: int, truth: list[int], seed: int, committed: int = 0) -> Scrip
         frame = encode(Draft(name, number, base, draft))
         if number == 0:
             sampling = Sampling(seed=seed)
-            frame = encode(
-                Open(name, 0, _prompt(index), sampling, len(truth), committed=truth[:base], draft=draft)
+            opening = Open(
+                name,
+                0,
+                _prompt(index),
+                sampling,
+                len(truth),
+                committed=truth[:base],
+                draft=draft,
+                digest=DIGEST,
             )
+            frame = encode(opening)
         rounds.append(Round(frame, answer))
         base += n
     return Script(rounds, encode(Cancel(name)))

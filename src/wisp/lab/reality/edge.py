@@ -115,9 +115,9 @@ class _NotingDrafter(Drafter):
         self.story.events.append(Asked(now_ms, wants))
         return wants
 
-    def connected(self, now_ms: float, max_draft: int) -> list[Action]:
+    def connected(self, now_ms: float, max_draft: int, digest: str = "") -> list[Action]:
         self.story.events.append(Connected(now_ms, max_draft))
-        return self._noted(super().connected(now_ms, max_draft))
+        return self._noted(super().connected(now_ms, max_draft, digest))
 
     def proposed(
         self, now_ms: float, token: int | None, signal: Signal, took_ms: float = 0.0

@@ -142,12 +142,13 @@ class Line:
         self.opening: Open | None = None  # said at home, and to be said again where that sends it
         self.since: list[Draft] = []  # said after it
         self.avoid = ""
+        self.digest = ""  # of the model that its first verifier had; others have to have the same
         self.trips = 0  # back home in vain, since the last verdict
 
     def open(self, message: Open) -> None:
         """A session begins, or begins again, at home."""
         self.at, self.session, self.since = HOME, message.session, []
-        self.opening = msgspec.structs.replace(message, avoid=self.avoid)
+        self.opening = msgspec.structs.replace(message, avoid=self.avoid, digest=self.digest)
         self.say(self.opening)
 
     def draft(self, message: Draft) -> None:
@@ -210,7 +211,9 @@ class Sockets:
         async def one(index: int) -> Welcome:
             async with gate:
                 line = self._lines[index] = Line()
-                return await self._extend(index, line, HOME)
+                welcome = await self._extend(index, line, HOME)
+                line.digest = welcome.digest
+                return welcome
 
         try:
             welcomes = await asyncio.gather(*(one(i) for i in range(devices)))

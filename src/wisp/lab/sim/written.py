@@ -8,7 +8,9 @@ from pathlib import Path
 
 from wisp.core.errors import ConfigError
 from wisp.engines.emulated import Written
+from wisp.engines.identity import files_digest
 from wisp.lab.sim.scripts import Library, Scripts, library
+from wisp.lab.traces.format import trace_folder
 
 _RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 
@@ -20,7 +22,10 @@ def written(traces: Path, output_tokens: str = "100-300", acceptance: float | No
     """
     lengths = read_range(output_tokens)
     found = library(traces)
-    return Written(Scripts(found, lengths, acceptance).token, n_vocab(found), found.eos)
+    folder = trace_folder(traces)
+    said = files_digest(sorted(folder.glob("*.npz")) if folder.is_dir() else [folder])
+    digest = f"{said} {lengths} {acceptance}"
+    return Written(Scripts(found, lengths, acceptance).token, n_vocab(found), found.eos, digest)
 
 
 def n_vocab(found: Library) -> int:
