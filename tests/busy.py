@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,15 @@ def busy(loops: int) -> Iterator[None]:
             loop.wait()
 
 
+def run(command: list[str]) -> int:
+    """Its exit status. Ctrl-C and SIGTERM end it together with this process."""
+    with subprocess.Popen(command) as running:
+        try:
+            return running.wait()
+        finally:
+            running.terminate()
+
+
 def main() -> int:
     """The first exit status that is not 0."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -37,10 +47,11 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=1)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with busy(given.loops):
         for time_ in range(1, given.times + 1):
             began = time.monotonic()
-            status = subprocess.run(given.command, check=False).returncode
+            status = run(given.command)
             print(
                 f"busy: {time_} of {given.times}: status {status} after {time.monotonic() - began:.0f} s",
                 flush=True,
