@@ -62,7 +62,9 @@ def reason(error: Exception, url: str) -> str:
     """Why nothing came of going to `url`; of a proxy that the environment names, also what to do about it."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
-    if isinstance(error, InvalidProxy) or (isinstance(error, ValueError | OverflowError) and getproxies()):
+    # A certificate that is not trusted is a ValueError, too, and an OSError; "no" names hosts that need no proxy.
+    odd = isinstance(error, ValueError | OverflowError) and not isinstance(error, OSError)
+    if isinstance(error, InvalidProxy) or (odd and getproxies().keys() - {"no"}):
         what = "the proxy's address is none"  # which is not repeated here: it may hold a password
     elif isinstance(error, ImportError) and "socks" in str(error).lower():  # websockets' or httpx's
         what = "a SOCKS proxy needs packages: pip install python-socks socksio"
