@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from wisp.api.backend import Committed
 from wisp.api.output import Output
 from wisp.api.text import TextStream
-from wisp.core.work import TokenLogprob
+from wisp.core.protocol.step import TokenLogprob
 
 
 def run(

@@ -16,17 +16,17 @@ from waiting import run, until
 from wisp.api.attainment import Attainment, read_slo_classes
 from wisp.api.observe import RequestRecord
 from wisp.api.requests import parse_slo
-from wisp.cloud.event_log import read_events, read_runs
-from wisp.cloud.host import VerifierHost
-from wisp.cloud.metrics import Tally
-from wisp.core.admission import Admission, KeyLimits
-from wisp.core.cost import Coefficients, Load
+from wisp.server.event_log import read_events, read_runs
+from wisp.server.host import VerifierHost
+from wisp.server.metrics import Tally
+from wisp.core.verify.admission import Admission, KeyLimits
+from wisp.core.verify.cost import Coefficients, Load
 from wisp.core.errors import ConfigError, RequestError
-from wisp.core.events import StepDone
-from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
-from wisp.core.sampling import Sampling
-from wisp.core.slo import Slo
-from wisp.core.stats import SpecStats
+from wisp.core.verify.events import StepDone
+from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.slo import Slo
+from wisp.core.draft.stats import SpecStats
 from wisp.engines.emulated import EmulatedTarget, Hardware, hardware
 from wisp.engines.null import null_token
 from wisp.engines.plain import PlainTokenizer

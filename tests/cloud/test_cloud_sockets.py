@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from waiting import PATIENCE_S, run
-from wisp.cloud import sockets
-from wisp.cloud.host import VerifierHost
-from wisp.cloud.sockets import Reading, SessionEndpoint
-from wisp.core.admission import Admission
+from wisp.server import sockets
+from wisp.server.host import VerifierHost
+from wisp.server.sockets import Reading, SessionEndpoint
+from wisp.core.verify.admission import Admission
 from wisp.core.errors import RequestError, UnavailableError
-from wisp.core.messages import (
+from wisp.core.protocol.messages import (
     VERSION,
     Draft,
-    FromCloud,
+    ServerMessage,
     Hello,
     Message,
     Open,
@@ -27,7 +27,7 @@ from wisp.core.messages import (
     decode_from_cloud,
     encode,
 )
-from wisp.core.sampling import Sampling
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.null import ByteTokenizer, NullTarget, null_token
 
 Scenario = Callable[[VerifierHost], Awaitable[None]]
@@ -66,7 +66,7 @@ class Wire:
     def say(self, message: Message) -> None:
         self.inbox.put_nowait({"type": "websocket.receive", "bytes": encode(message)})
 
-    async def hear(self) -> FromCloud:
+    async def hear(self) -> ServerMessage:
         while (event := await self.events.get())["type"] != "websocket.send":
             pass
         return decode_from_cloud(event["bytes"])
@@ -211,7 +211,7 @@ def test_a_key_that_is_over_its_rate_is_not_read_meanwhile_on_any_connection(
             waiting[seconds] = asyncio.Event()
             await waiting[seconds].wait()
 
-        monkeypatch.setattr("wisp.cloud.sockets.asyncio.sleep", sleep)
+        monkeypatch.setattr("wisp.server.sockets.asyncio.sleep", sleep)
         endpoint = SessionEndpoint(lambda: host, str)
         flood = opening("session-1", prompt=[999] * 4000)  # no such token
         wires = {name: Wire() for name in ("flood", "same key", "other key")}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from wisp.cloud.crowd import Crowd
+from wisp.server.crowd import Crowd
 from wisp.core.errors import RequestError
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from waiting import run, until
-from wisp.cloud.host import VerifierHost
-from wisp.core.admission import Admission
+from wisp.server.host import VerifierHost
+from wisp.core.verify.admission import Admission
 from wisp.core.errors import EngineDeadError, EngineError
-from wisp.core.messages import Open, Refused, Verdict
-from wisp.core.sampling import Sampling
-from wisp.core.work import Slice, SliceResult
+from wisp.core.protocol.messages import Open, Refused, Verdict
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import Slice, SliceResult
 from wisp.engines.null import ByteTokenizer, NullTarget
 
 

@@ -12,17 +12,17 @@ import httpx
 import pytest
 
 from wisp.api.keys import Keyring
-from wisp.cloud.app import CloudApp, Settings
-from wisp.cloud.event_log import read_runs
-from wisp.cloud.host import VerifierHost
-from wisp.cloud.watchdog import LoopWatch, StepWatch, patience_s
-from wisp.core.admission import Admission
-from wisp.core.cost import Coefficients, CostModel, Load
+from wisp.server.app import ServerApp, Settings
+from wisp.server.event_log import read_runs
+from wisp.server.host import VerifierHost
+from wisp.server.watchdog import LoopWatch, StepWatch, patience_s
+from wisp.core.verify.admission import Admission
+from wisp.core.verify.cost import Coefficients, CostModel, Load
 from wisp.core.errors import EngineDeadError, InternalError
-from wisp.core.events import Run
-from wisp.core.messages import Open, Refused, Verdict
-from wisp.core.sampling import Sampling
-from wisp.core.work import Slice, SliceResult
+from wisp.core.verify.events import Run
+from wisp.core.protocol.messages import Open, Refused, Verdict
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import Slice, SliceResult
 from wisp.engines.null import ByteTokenizer, NullTarget
 
 DEADLINE_S = 60.0
@@ -124,7 +124,7 @@ def test_a_log_that_was_given_up_ends_with_a_whole_record_and_can_be_appended_to
             assert isinstance(await client.ask(opening(f"session-{number}", LONG)), Verdict)
 
     with monkeypatch.context() as patched:
-        patched.setattr("wisp.cloud.event_log.os.write", until_full)
+        patched.setattr("wisp.server.event_log.os.write", until_full)
         with_host(scenario, event_log=path)
     before = path.stat().st_size
     assert 100_000 < before < 300_000
@@ -172,7 +172,7 @@ def test_an_exception_in_the_host_ends_the_verifier_and_sends_its_sessions_elsew
 
 def test_a_failed_verifier_says_so_in_its_health_and_asks_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        cloud = CloudApp(Settings("m"), Keyring(None, None), lambda: (NullTarget(4), ByteTokenizer()))
+        cloud = ServerApp(Settings("m"), Keyring(None, None), lambda: (NullTarget(4), ByteTokenizer()))
         async with cloud.asgi.router.lifespan_context(cloud.asgi):
             transport = httpx.ASGITransport(cloud.asgi)
             async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:

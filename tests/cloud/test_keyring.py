@@ -12,7 +12,7 @@ import pytest
 from waiting import run, until
 from wisp.api import keys as module
 from wisp.api.keys import ANONYMOUS, Keyring, on_behalf
-from wisp.core.admission import KeyLimits
+from wisp.core.verify.admission import KeyLimits
 from wisp.core.errors import ConfigError, RequestError
 
 

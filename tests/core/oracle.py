@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from wisp.core.batching import Kind, Work
-from wisp.core.batching.deadlines import curve
-from wisp.core.cost import Coefficients, Load
+from wisp.core.verify.batching import Kind, Candidate
+from wisp.core.verify.batching.deadlines import curve
+from wisp.core.verify.cost import Coefficients, Load
 
 
 class Form(NamedTuple):
@@ -39,7 +39,7 @@ class Best(NamedTuple):
 EPS = 1e-9
 
 
-def piece(w: Work, cost: Coefficients) -> Piece:
+def piece(w: Candidate, cost: Coefficients) -> Piece:
     """All forms of a piece of work: a draft may be cut to any length, a prompt is run whole."""
 
     def seconds(new: int) -> float:
@@ -52,7 +52,7 @@ def piece(w: Work, cost: Coefficients) -> Piece:
     )
 
 
-def value(w: Work, kept: int) -> float:
+def value(w: Candidate, kept: int) -> float:
     """Tokens that a piece is expected to commit with so many draft tokens."""
     return w.gain if kept == w.n_draft else curve(w.n_draft, round(w.gain, 2))[kept]
 

@@ -6,11 +6,11 @@ from collections import deque
 
 from toy import EOS, N_VOCAB, ToyEngine
 
-from wisp.core.admission import Admission, KeyLimits
-from wisp.core.batching import batching_policy
-from wisp.core.events import EdgeLost, Ended, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
-from wisp.core.messages import (
-    FromCloud,
+from wisp.core.verify.admission import Admission, KeyLimits
+from wisp.core.verify.batching import batching_policy
+from wisp.core.verify.events import EdgeLost, Ended, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
+from wisp.core.protocol.messages import (
+    ServerMessage,
     Message,
     Refused,
     Verdict,
@@ -18,8 +18,8 @@ from wisp.core.messages import (
     decode_from_edge,
     encode,
 )
-from wisp.core.sampling import Sampling
-from wisp.core.verifier import Verifier
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.verify.verifier import Verifier
 
 SAMPLING = Sampling(seed=3)
 
@@ -54,7 +54,7 @@ class Rig:
         )
         self.verifier = Verifier(self.limits, batching_policy(batching), Admission(max_sessions, limits))
         self.now = 0.0
-        self.sent: dict[int, deque[FromCloud]] = {}
+        self.sent: dict[int, deque[ServerMessage]] = {}
         self.run: Run | None = None
         self.wake_at: float | None = None
         self.lost = 0  # messages on connections that broke
@@ -122,7 +122,7 @@ class Rig:
             self.finish()
         raise AssertionError("still busy")
 
-    def take(self, connection: int = 1) -> FromCloud:
+    def take(self, connection: int = 1) -> ServerMessage:
         return self.sent[connection].popleft()
 
     def verdict(self, connection: int = 1) -> Verdict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from wisp.core.admission import Admission, KeyLimits, Refusal
+from wisp.core.verify.admission import Admission, KeyLimits, Refusal
 
 
 def test_a_full_verifier_refuses_with_a_time_to_come_back() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from wisp.core.batching import Continuous, Fcfs, Grant, Kind, StepLimits, Work, batching_policy
+from wisp.core.verify.batching import Continuous, Fcfs, Grant, Kind, StepLimits, Candidate, batching_policy
 from wisp.core.errors import ConfigError
 
 
-def work(session: int, kind: Kind, new: int, since: float = 0.0, opened: float = 0.0, key: str = "") -> Work:
-    return Work(session, kind, new, 0, max(new - 1, 0), since, opened, key)
+def work(session: int, kind: Kind, new: int, since: float = 0.0, opened: float = 0.0, key: str = "") -> Candidate:
+    return Candidate(session, kind, new, 0, max(new - 1, 0), since, opened, key)
 
 
 def test_continuous_takes_every_generation_and_fills_up_with_prompts() -> None:
@@ -67,6 +67,6 @@ def test_unknown_policy_names_the_known_ones() -> None:
 
 
 def test_laxity_can_be_told_to_keep_what_it_gave() -> None:
-    assert batching_policy("laxity").lends
-    keeps = batching_policy("laxity:keep")
-    assert (keeps.name, keeps.lends) == ("laxity", False)
+    assert batching_policy("wisp").preempts
+    keeps = batching_policy("wisp:keep")
+    assert (keeps.name, keeps.preempts) == ("wisp", False)

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 import pytest
 
-from wisp.core.drafter import MAX_REOPENINGS, REOPEN, Action, Drafter, Phase, Reopen, Task
-from wisp.core.drafting import Ahead, DraftingPolicy, Fixed, Odds, View
+from wisp.core.draft.drafter import MAX_REOPENINGS, REOPEN, Action, Drafter, Phase, Reopen, Task
+from wisp.core.draft.policies import Ahead, DraftingPolicy, Fixed, Odds, View
 from wisp.core.errors import ProtocolError, RequestError
-from wisp.core.messages import Draft, Open, Refused, Verdict
-from wisp.core.sampling import Sampling
-from wisp.core.signals import Signal
-from wisp.core.work import Committed
+from wisp.core.protocol.messages import Draft, Open, Refused, Verdict
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.draft.signals import Signal
+from wisp.core.protocol.step import Committed
 
 EOS = 99
 PROMPT = [50, 51]
@@ -594,21 +594,21 @@ def test_the_salt_of_a_task_goes_with_every_open() -> None:
 
 def test_a_session_goes_on_with_the_model_that_it_was_begun_with() -> None:
     made = drafter(None)
-    (first,) = made.connected(0.0, 16, "ours")
+    (first,) = made.connected(0.0, 16, "wisp")
     assert isinstance(first, Open)
-    assert first.digest == "ours"
+    assert first.digest == "wisp"
     made.verdict(1.0, Verdict("s", 0, 0, 0, [10]))
     made.lost()
-    (again,) = made.connected(9.0, 16, "ours")
+    (again,) = made.connected(9.0, 16, "wisp")
     assert isinstance(again, Open)
-    assert (again.committed, again.digest) == ([10], "ours")
+    assert (again.committed, again.digest) == ([10], "wisp")
 
 
 @pytest.mark.parametrize("committed", [[], [10, 11]])
 def test_a_session_ends_where_the_model_has_changed(committed: list[int]) -> None:
     """Its prompt was encoded for the old one, so that it may not even begin with the new one."""
     made = drafter(None)
-    made.connected(0.0, 16, "ours")
+    made.connected(0.0, 16, "wisp")
     if committed:
         made.verdict(1.0, Verdict("s", 0, 0, 0, committed))
     made.lost()
@@ -616,11 +616,11 @@ def test_a_session_ends_where_the_model_has_changed(committed: list[int]) -> Non
         made.connected(9.0, 16, "theirs")
     assert (caught.value.status, caught.value.code) == (502, "model_changed")
     assert made.phase is Phase.DONE
-    assert made.connected(9.0, 16, "ours") == []
+    assert made.connected(9.0, 16, "wisp") == []
 
 
 def test_a_prompt_that_was_encoded_for_another_model_is_not_sent() -> None:
-    made = Drafter("s", Task(PROMPT, Sampling(), 40, digest="ours"), None, frozenset({EOS}))
+    made = Drafter("s", Task(PROMPT, Sampling(), 40, digest="wisp"), None, frozenset({EOS}))
     with pytest.raises(RequestError):
         made.connected(0.0, 16, "theirs")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisp.core.kv import KvPool, Placement, common_prefix, packed
+from wisp.core.verify.kv import KvPool, Placement, common_prefix, packed
 
 
 class Pool(KvPool):

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import msgspec
 
-from wisp.core.batching import Kind, StepLimits, Work, batching_policy
-from wisp.core.cost import Coefficients, CostModel
+from wisp.core.verify.batching import Kind, StepLimits, Candidate, batching_policy
+from wisp.core.verify.cost import Coefficients, CostModel
 
 NOW = 50.0
 LIMITS = StepLimits(2048, 256, {}, CostModel(Coefficients(step=30.0, token=0.4)))
 
 
-def going(session: int, ahead_s: float) -> Work:
+def going(session: int, ahead_s: float) -> Candidate:
     """A draft of four tokens, of a session whose next token is due in `ahead_s`."""
-    return Work(
+    return Candidate(
         session=session, kind=Kind.VERIFY, new=5, cached=200, n_draft=4, since=NOW, opened=NOW - 9.0,
         due=NOW + ahead_s, tpot_s=0.125, gain=3.4, usual=3.0, room=90, lag_s=-ahead_s,
     )  # fmt: skip
 
 
-def prompt(session: int, tokens: int, within_s: float) -> Work:
+def prompt(session: int, tokens: int, within_s: float) -> Candidate:
     """The prompt of a newcomer whose first token is due `within_s`."""
-    return Work(
+    return Candidate(
         session=session, kind=Kind.PREFILL, new=tokens, cached=0, n_draft=0, since=NOW, opened=NOW,
         due=NOW + within_s, tpot_s=0.125, room=200, first=True,
     )  # fmt: skip
 
 
-def granted(*work: Work) -> dict[int, int]:
+def granted(*work: Candidate) -> dict[int, int]:
     """Tokens by session."""
-    return {g.session: g.tokens for g in batching_policy("laxity").plan(NOW, work, LIMITS).grants}
+    return {g.session: g.tokens for g in batching_policy("wisp").plan(NOW, work, LIMITS).grants}
 
 
 def test_sessions_far_ahead_yield_to_a_crowd_of_prompts() -> None:
@@ -68,7 +68,7 @@ def test_whoever_could_not_wait_for_a_long_step_does_not_yield() -> None:
     far = [msgspec.structs.replace(going(i, 3.0), **patient) for i in range(20)]
     near = [msgspec.structs.replace(going(20 + i, 0.65), room=6, **patient) for i in range(5)]
     crowd = [prompt(100 + i, 200, 3.0) for i in range(40)]
-    plan = batching_policy("laxity").plan(NOW, [*far, *near, *crowd], slow)
+    plan = batching_policy("wisp").plan(NOW, [*far, *near, *crowd], slow)
     found = {g.session for g in plan.grants}
     assert found >= {w.session for w in near}
     assert not found & {w.session for w in far}
@@ -86,12 +86,12 @@ def test_nobody_yields_to_prompts_for_which_there_is_no_kv() -> None:
     sessions = [going(i, 2.0) for i in range(20)]
     crowd = [prompt(100 + i, 150, 3.0) for i in range(40)]
     limits = msgspec.structs.replace(LIMITS, room=300.0)  # the sessions' drafts, a prompt, and a half
-    found = {g.session for g in batching_policy("laxity").plan(NOW, [*sessions, *crowd], limits).grants}
+    found = {g.session for g in batching_policy("wisp").plan(NOW, [*sessions, *crowd], limits).grants}
     assert found == {*range(20), 100}
 
 
-def owed(*work: Work) -> float:
-    return batching_policy("laxity").plan(NOW, work, LIMITS).left_ms
+def owed(*work: Candidate) -> float:
+    return batching_policy("wisp").plan(NOW, work, LIMITS).left_ms
 
 
 def test_drafts_become_dear_when_sessions_are_hardly_ahead() -> None:
@@ -105,14 +105,14 @@ def test_drafts_become_dear_when_sessions_are_hardly_ahead() -> None:
 def test_a_cost_model_that_takes_steps_for_free_stops_nobody() -> None:
     limits = StepLimits(2048, 256, {}, CostModel(Coefficients(step=0.0, token=0.0)))
     work = [going(1, 2.0), prompt(100, 150, 0.0), prompt(101, 150, -1.0)]
-    found = {g.session for g in batching_policy("laxity").plan(NOW, work, limits).grants}
+    found = {g.session for g in batching_policy("wisp").plan(NOW, work, limits).grants}
     assert found == {1, 100, 101}
 
 
 def test_with_nothing_to_do_but_prompts_without_kv_it_looks_again_soon() -> None:
     away = msgspec.structs.replace(going(1, 9.0), absent=True, kind=Kind.DECODE, new=1, n_draft=0)
     limits = msgspec.structs.replace(LIMITS, room=10.0)
-    plan = batching_policy("laxity").plan(NOW, [away, prompt(100, 150, 2.9)], limits)
+    plan = batching_policy("wisp").plan(NOW, [away, prompt(100, 150, 2.9)], limits)
     assert not plan.grants
     assert plan.wake_at is not None
     assert NOW < plan.wake_at < NOW + 0.1

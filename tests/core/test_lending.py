@@ -1,26 +1,26 @@
-"""Lending KV: who lends, to whom, and that nobody is harmed by it."""
+"""Lending KV: who preempts, to whom, and that nobody is harmed by it."""
 
 from __future__ import annotations
 
-from wisp.core.batching import Kind, Work
-from wisp.core.cost import Coefficients, CostModel
-from wisp.core.lending import ENDING, is_urgent, lenders, slot_lenders
+from wisp.core.verify.batching import Kind, Candidate
+from wisp.core.verify.cost import Coefficients, CostModel
+from wisp.core.verify.preemption import ENDING, is_urgent, victims, slot_victims
 
 COST = CostModel(Coefficients(step=40.0, token=0.3))
 
 
-def going(i: int, ahead_s: float, cached: int = 100, draft: int = 0, room: int = 100) -> Work:
+def going(i: int, ahead_s: float, cached: int = 100, draft: int = 0, room: int = 100) -> Candidate:
     """A session that is so far ahead of its pace."""
     kind = Kind.VERIFY if draft else Kind.DECODE
-    return Work(i, kind, 1 + draft, cached, draft, 0.0, float(i), due=ahead_s, tpot_s=0.1, room=room)
+    return Candidate(i, kind, 1 + draft, cached, draft, 0.0, float(i), due=ahead_s, tpot_s=0.1, room=room)
 
 
-def prompt(i: int, new: int, due_s: float, cached: int = 0) -> Work:
-    return Work(i, Kind.PREFILL, new, cached, 0, 0.0, float(i), due=due_s, tpot_s=0.1, first=True)
+def prompt(i: int, new: int, due_s: float, cached: int = 0) -> Candidate:
+    return Candidate(i, Kind.PREFILL, new, cached, 0, 0.0, float(i), due=due_s, tpot_s=0.1, first=True)
 
 
-def chosen(*work: Work, room: float) -> list[int]:
-    return lenders(0.0, work, room, COST)
+def chosen(*work: Candidate, room: float) -> list[int]:
+    return victims(0.0, work, room, COST)
 
 
 def test_who_is_furthest_ahead_lends_to_a_newcomer_who_cannot_wait() -> None:
@@ -71,12 +71,12 @@ def test_nobody_lends_for_their_own_sake() -> None:
 
 
 def test_a_slot_is_lent_by_who_can_spare_it() -> None:
-    assert slot_lenders(0.0, [going(1, 4.0), going(2, 9.0)], COST) == [2, 1]
-    assert slot_lenders(0.0, [going(1, 2.0)], COST) == []
+    assert slot_victims(0.0, [going(1, 4.0), going(2, 9.0)], COST) == [2, 1]
+    assert slot_victims(0.0, [going(1, 2.0)], COST) == []
 
 
 def test_rather_than_stand_still_somebody_lends_to_who_could_wait() -> None:
-    half_read = Work(1, Kind.PREFILL, 200, 100, 0, 0.0, 1.0, due=20.0, tpot_s=0.1, room=100)
+    half_read = Candidate(1, Kind.PREFILL, 200, 100, 0, 0.0, 1.0, due=20.0, tpot_s=0.1, room=100)
     assert chosen(half_read, prompt(9, 80, 2.9), room=10) == [1]
     assert chosen(half_read, prompt(9, 80, 2.9), room=90) == []
 
@@ -85,7 +85,7 @@ def test_a_short_prompt_that_has_no_kv_yet_is_not_under_way() -> None:
     """Else newcomers would take each other's slots before anything is read."""
     newcomer = going(9, float("inf"), cached=0)
     assert not is_urgent(0.0, newcomer, COST)
-    assert slot_lenders(0.0, [newcomer], COST) == []
+    assert slot_victims(0.0, [newcomer], COST) == []
 
 
 def test_whose_own_need_is_large_is_passed_over() -> None:

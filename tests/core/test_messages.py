@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wisp.core.errors import ProtocolError
-from wisp.core.messages import (
+from wisp.core.protocol.messages import (
     Cancel,
     Draft,
     Hello,
@@ -25,9 +25,9 @@ from wisp.core.messages import (
     encode,
     vocabulary_fingerprint,
 )
-from wisp.core.sampling import Sampling
-from wisp.core.slo import Slo
-from wisp.core.work import TokenLogprob, TopLogprob
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.slo import Slo
+from wisp.core.protocol.step import TokenLogprob, TopLogprob
 
 GOLDEN: dict[str, Message] = {
     "95a568656c6c6f01a26162a163c3": Hello(1, "ab", "c", True),

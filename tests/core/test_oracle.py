@@ -11,27 +11,27 @@ import oracle
 import pytest
 from oracle import Form, Piece, best, enumerate_all
 
-from wisp.core.batching import Grant, Kind, Laxity, StepLimits, Work
-from wisp.core.batching.deadlines import first_step
-from wisp.core.cost import Coefficients, CostModel, Load
+from wisp.core.verify.batching import Grant, Kind, Wisp, StepLimits, Candidate
+from wisp.core.verify.batching.deadlines import first_step
+from wisp.core.verify.cost import Coefficients, CostModel, Load
 
 MOST = 4096
 INSTANCES = 300
-Decide = Callable[[float, Sequence[Work], Coefficients], list[Grant]]
+Decide = Callable[[float, Sequence[Candidate], Coefficients], list[Grant]]
 
 
-def strict(now: float, work: Sequence[Work], cost: Coefficients) -> list[Grant]:
+def strict(now: float, work: Sequence[Candidate], cost: Coefficients) -> list[Grant]:
     return first_step(now, work, cost, 1.0, MOST)[0]
 
 
-def laxity(now: float, work: Sequence[Work], cost: Coefficients) -> list[Grant]:
-    return Laxity().plan(now, work, StepLimits(MOST, 64, cost=CostModel(cost))).grants
+def laxity(now: float, work: Sequence[Candidate], cost: Coefficients) -> list[Grant]:
+    return Wisp().plan(now, work, StepLimits(MOST, 64, cost=CostModel(cost))).grants
 
 
 class Instance(msgspec.Struct):
     """Pieces of work, all there at time 0, and what steps cost."""
 
-    work: list[Work]
+    work: list[Candidate]
     cost: Coefficients
 
 
@@ -55,7 +55,7 @@ def instance(seed: int) -> Instance:
         cached = 0 if kind is Kind.PREFILL else rng.randint(10, 3000)
         room = new + 1 if kind is Kind.PREFILL else int(gain)
         work.append(
-            Work(
+            Candidate(
                 i, kind, new, cached, n_draft, 0.0, 0.0,
                 tpot_s=0.05, gain=gain, usual=2.0, room=room, first=kind is Kind.PREFILL,
             )
@@ -139,7 +139,7 @@ def test_the_oracle_finds_what_trying_everything_finds() -> None:
 def test_where_everything_fits_first_step_fills_it_in_due_order() -> None:
     cost = Coefficients(step=10.0, token=1.0)
     work = [
-        Work(i, Kind.VERIFY, 5, 0, 4, 0.0, 0.0, due=due, gain=3.0)
+        Candidate(i, Kind.VERIFY, 5, 0, 4, 0.0, 0.0, due=due, gain=3.0)
         for i, due in enumerate([0.050, 0.021, 0.030])
     ]
     assert first_step(0.0, work, cost, 1.0, 100) == ([Grant(1, 5), Grant(2, 5)], [])
@@ -147,7 +147,7 @@ def test_where_everything_fits_first_step_fills_it_in_due_order() -> None:
 
 def test_a_draft_is_cut_rather_than_somebody_dropped() -> None:
     cost = Coefficients(step=10.0, token=1.0)
-    work = [Work(i, Kind.VERIFY, 5, 0, 4, 0.0, 0.0, due=0.018, gain=3.0) for i in range(2)]
+    work = [Candidate(i, Kind.VERIFY, 5, 0, 4, 0.0, 0.0, due=0.018, gain=3.0) for i in range(2)]
     grants, given_up = first_step(0.0, work, cost, 1.0, 100)
     assert sum(g.tokens for g in grants) == 8
     assert len(grants) == 2
@@ -156,19 +156,19 @@ def test_a_draft_is_cut_rather_than_somebody_dropped() -> None:
 
 def test_what_nobody_can_save_is_given_up_and_harms_no_one() -> None:
     cost = Coefficients(step=10.0, token=1.0)
-    lost = Work(1, Kind.PREFILL, 500, 0, 0, 0.0, 0.0, due=0.1)
-    fine = Work(2, Kind.DECODE, 1, 0, 0, 0.0, 0.0, due=0.2)
+    lost = Candidate(1, Kind.PREFILL, 500, 0, 0, 0.0, 0.0, due=0.1)
+    fine = Candidate(2, Kind.DECODE, 1, 0, 0, 0.0, 0.0, due=0.2)
     assert first_step(0.0, [lost, fine], cost, 1.0, 1000) == ([Grant(2, 1)], [1])
 
 
 def test_a_prompt_longer_than_a_step_is_cut() -> None:
     cost = Coefficients(step=10.0, token=0.1)
-    work = [Work(1, Kind.PREFILL, 500, 0, 0, 0.0, 0.0, due=1.0)]
+    work = [Candidate(1, Kind.PREFILL, 500, 0, 0, 0.0, 0.0, due=1.0)]
     assert first_step(0.0, work, cost, 1.0, 200) == ([Grant(1, 200)], [])
 
 
 def test_what_is_late_already_makes_nobody_late() -> None:
     cost = Coefficients(step=10.0, token=1.0)
-    late = Work(1, Kind.PREFILL, 100, 0, 0, 0.0, 0.0, due=0.9, first=True, late=True)
-    soon = Work(2, Kind.DECODE, 1, 9, 0, 0.9, 0.0, due=1.05, room=1, tpot_s=0.1)
+    late = Candidate(1, Kind.PREFILL, 100, 0, 0, 0.0, 0.0, due=0.9, first=True, late=True)
+    soon = Candidate(2, Kind.DECODE, 1, 9, 0, 0.9, 0.0, due=1.05, room=1, tpot_s=0.1)
     assert laxity(1.0, [late, soon], cost) == [Grant(2, 1)]

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from wisp.core.pace import TYPICAL, Line, Mean, Pace
+from wisp.core.draft.round_times import TYPICAL, Line, Mean, RoundTimes
 
 
 def test_a_mean_starts_at_the_first_measurement_and_follows_a_change() -> None:
@@ -72,9 +72,9 @@ def test_nothing_is_known_before_the_first_point() -> None:
     assert (Line().slope, Line().intercept) == (0.0, 0.0)
 
 
-def measured(draft_ms: float, wait_ms: float, token_ms: float, acceptance: float) -> Pace:
+def measured(draft_ms: float, wait_ms: float, token_ms: float, acceptance: float) -> RoundTimes:
     """Many verdicts of drafts of all lengths."""
-    pace = Pace()
+    pace = RoundTimes()
     pace.draft.add(draft_ms)
     for i in range(120):
         k = i % 7
@@ -102,7 +102,7 @@ def test_best_speed_is_that_of_the_best_fixed_length(
 def test_before_a_round_was_timed_no_speed_is_promised() -> None:
     """A wait of 0 because none was measured would promise an infinite speed, next to which no draft is worth its time;
     and without drafts none would ever be measured."""
-    pace = Pace()
+    pace = RoundTimes()
     for _ in range(50):
         pace.drafted(10.0)
         pace.verdict(3, None, 2.0, 60.0)  # sent ahead, so its wait says nothing

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from rig import SAMPLING, Rig
 from toy import toy_text
 
-from wisp.core.admission import KeyLimits
-from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
-from wisp.core.slo import Slo
+from wisp.core.verify.admission import KeyLimits
+from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
+from wisp.core.protocol.slo import Slo
 
 PROMPT = [1, 2, 3]
 TEXT = toy_text(PROMPT, SAMPLING, 40)
@@ -170,7 +170,7 @@ def test_what_becomes_of_its_last_step_is_nothing_to_a_session_that_was_ended() 
 
 
 def test_silent_sessions_are_not_what_a_newcomers_slo_is_refused_for() -> None:
-    rig = hogged(12, kv_tokens=200, batching="laxity", forecast=True)  # beside all of them there is no room
+    rig = hogged(12, kv_tokens=200, batching="wisp", forecast=True)  # beside all of them there is no room
     rig.receive(opening("guest-0001", slo=Slo(1000.0, 1000.0)), connection=GUEST, key="guest")
     rig.settle()
     verdict = rig.take(GUEST)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from wisp.core.batching import POLICIES, Grant, Kind, Plan, StepLimits, Work, batching_policy
-from wisp.core.batching.deadlines import first_step
-from wisp.core.cost import Coefficients, CostModel, Load
+from wisp.core.verify.batching import POLICIES, Grant, Kind, Plan, StepLimits, Candidate, batching_policy
+from wisp.core.verify.batching.deadlines import first_step
+from wisp.core.verify.cost import Coefficients, CostModel, Load
 
 NAMES = sorted(POLICIES)
 COST = Coefficients(step=20.0, token=0.4, cached=0.0005)
@@ -26,7 +26,7 @@ def limits(tokens: int, slices: int) -> StepLimits:
 @st.composite
 def pieces(
     draw: st.DrawFn, *, hurry: bool = True, absent: bool = True, most: int = 16, longest: int = 900
-) -> list[Work]:
+) -> list[Candidate]:
     """Up to `most` sessions, as a verifier describes them. Without `hurry`, nobody has an SLO."""
     out = []
     for session in range(draw(st.integers(0, most))):
@@ -39,7 +39,7 @@ def pieces(
         gain = draw(st.floats(1.0, n_draft + 1.0)) if n_draft else 1.0
         since = NOW - draw(st.floats(0.0, 3.0))
         out.append(
-            Work(
+            Candidate(
                 session=session,
                 kind=kind,
                 new=missing + n_draft,
@@ -62,19 +62,19 @@ def pieces(
     return out
 
 
-def seen(name: str, work: Sequence[Work]) -> list[Work]:
+def seen(name: str, work: Sequence[Candidate]) -> list[Candidate]:
     """What a verifier shows that policy."""
-    return [w for w in work if not w.absent or batching_policy(name).absentees]
+    return [w for w in work if not w.absent or batching_policy(name).wants_drafting]
 
 
-def total(work: Sequence[Work]) -> Load:
+def total(work: Sequence[Candidate]) -> Load:
     load = Load()
     for w in work:
         load = load.plus(w.new, w.cached)
     return load
 
 
-def planned(name: str, work: Sequence[Work], step: StepLimits) -> Plan:
+def planned(name: str, work: Sequence[Candidate], step: StepLimits) -> Plan:
     return batching_policy(name).plan(NOW, work, step)
 
 
@@ -107,7 +107,7 @@ def test_a_machine_whose_time_goes_all_into_one_thing_is_no_trouble(
 def test_a_schedule_of_pieces_that_cost_nothing_by_themselves_is_made() -> None:
     """All of the time is in the step itself, and some pieces are too late for any."""
     work = [
-        Work(i, Kind.VERIFY, 1 + i % 5, 10 * i, i % 5, NOW - 1.0, NOW - 9.0, due=NOW + 0.004 * i, gain=1.0)
+        Candidate(i, Kind.VERIFY, 1 + i % 5, 10 * i, i % 5, NOW - 1.0, NOW - 9.0, due=NOW + 0.004 * i, gain=1.0)
         for i in range(40)
     ]
     grants, lost = first_step(NOW, work, Coefficients(step=20.0, token=0.0), 1.0, 8)
@@ -117,9 +117,9 @@ def test_a_schedule_of_pieces_that_cost_nothing_by_themselves_is_made() -> None:
 
 def test_the_papers_policy_asks_the_cost_model_for_what_slices_cost() -> None:
     """Ten pieces of a token, 30 ms each by the slice: two are over before the first is due, three are not."""
-    work = [Work(i, Kind.DECODE, 1, 10, 0, NOW - 1.0, NOW - 9.0, due=NOW + 0.08) for i in range(10)]
+    work = [Candidate(i, Kind.DECODE, 1, 10, 0, NOW - 1.0, NOW - 9.0, due=NOW + 0.08) for i in range(10)]
     step = StepLimits(64, 16, {}, CostModel(Coefficients(step=10.0, token=0.0, slice=30.0)))
-    assert len(batching_policy("wisp").plan(NOW, work, step).grants) == 2
+    assert len(batching_policy("paper").plan(NOW, work, step).grants) == 2
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -157,22 +157,22 @@ def test_the_same_work_gives_the_same_plan(name: str, data: st.DataObject) -> No
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=50, deadline=None)
 @given(work=pieces(absent=False))
-def test_where_there_is_work_something_runs_or_a_time_is_named(name: str, work: list[Work]) -> None:
+def test_where_there_is_work_something_runs_or_a_time_is_named(name: str, work: list[Candidate]) -> None:
     plan = planned(name, work, limits(200, 16))
     assert plan.grants or plan.wake_at is not None or not work
 
 
 @settings(max_examples=120, deadline=None)
 @given(work=pieces(hurry=False, absent=False), tokens=st.integers(1, 600), slices=st.integers(1, 32))
-def test_without_due_times_laxity_is_continuous_batching(work: list[Work], tokens: int, slices: int) -> None:
-    ours, theirs = (planned(name, work, limits(tokens, slices)).grants for name in ("laxity", "continuous"))
+def test_without_due_times_laxity_is_continuous_batching(work: list[Candidate], tokens: int, slices: int) -> None:
+    ours, theirs = (planned(name, work, limits(tokens, slices)).grants for name in ("wisp", "continuous"))
     assert {(g.session, g.tokens) for g in ours} == {(g.session, g.tokens) for g in theirs}
 
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=80, deadline=None)
 @given(work=pieces(most=6, absent=False, longest=40), slack=st.floats(2.0, 10.0))
-def test_an_idle_server_runs_everything_at_once(name: str, work: list[Work], slack: float) -> None:
+def test_an_idle_server_runs_everything_at_once(name: str, work: list[Candidate], slack: float) -> None:
     """Few pieces, nobody behind, and all together take no longer than anybody can wait between two tokens."""
     assume(COST.ms(total(work)) / 1e3 < min((w.tpot_s for w in work if w.tpot_s), default=math.inf))
     work = [
@@ -187,7 +187,7 @@ def test_an_idle_server_runs_everything_at_once(name: str, work: list[Work], sla
     assert not plan.lost
 
 
-def closed_loop(name: str, work: list[Work], step: StepLimits, steps: int) -> dict[int, int]:
+def closed_loop(name: str, work: list[Candidate], step: StepLimits, steps: int) -> dict[int, int]:
     """Sessions come back as soon as they are answered. How often each was served to the end of its piece."""
     policy, now = batching_policy(name), NOW
     pending = {w.session: w for w in work}
@@ -217,7 +217,7 @@ def closed_loop(name: str, work: list[Work], step: StepLimits, steps: int) -> di
     return served
 
 
-def again(w: Work, grant: Grant, now: float) -> Work:
+def again(w: Candidate, grant: Grant, now: float) -> Candidate:
     """The next piece of that session: the same prompt for a newcomer, a draft of the same length for the others."""
     if w.kind is Kind.PREFILL:
         tokens = w.new + w.cached
@@ -228,15 +228,15 @@ def again(w: Work, grant: Grant, now: float) -> Work:
     return msgspec.structs.replace(w, since=now, due=due, lag_s=lag_s)
 
 
-def crowd(drafters: int, prompts: int, tpot_s: float, prompt: int = 300) -> list[Work]:
+def crowd(drafters: int, prompts: int, tpot_s: float, prompt: int = 300) -> list[Candidate]:
     """So many sessions that draft 4 tokens, in a hurry of `tpot_s` a token (0: none), and so many newcomers."""
     due = NOW + 0.2 if tpot_s else math.inf
     out = [
-        Work(i, Kind.VERIFY, 5, 300, 4, NOW, NOW - 9.0, due=due, tpot_s=tpot_s, gain=3.0, usual=3.0, room=400)
+        Candidate(i, Kind.VERIFY, 5, 300, 4, NOW, NOW - 9.0, due=due, tpot_s=tpot_s, gain=3.0, usual=3.0, room=400)
         for i in range(drafters)
     ]
     return out + [
-        Work(
+        Candidate(
             drafters + i, Kind.PREFILL, prompt, 0, 0, NOW, NOW,
             due=NOW + 2.0 if tpot_s else math.inf, tpot_s=tpot_s, first=True, room=400,
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from wisp.core.pressure import Pressure
+from wisp.core.verify.congestion import CongestionPrice
 
 
 def test_it_is_free_while_the_server_keeps_up() -> None:
-    pressure = Pressure()
+    pressure = CongestionPrice()
     for _ in range(50):
         pressure.planned(100.0, 0.0)
         pressure.stepped(80, 100.0)
@@ -16,7 +16,7 @@ def test_it_is_free_while_the_server_keeps_up() -> None:
 
 
 def test_under_full_load_it_is_what_its_time_would_commit_elsewhere() -> None:
-    pressure = Pressure()
+    pressure = CongestionPrice()
     for _ in range(200):
         pressure.planned(100.0, 500.0)
         pressure.stepped(80, 100.0)
@@ -24,4 +24,4 @@ def test_under_full_load_it_is_what_its_time_would_commit_elsewhere() -> None:
 
 
 def test_nothing_is_priced_before_a_step() -> None:
-    assert Pressure().price(0.4) == 0.0
+    assert CongestionPrice().price(0.4) == 0.0

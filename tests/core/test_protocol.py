@@ -16,14 +16,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from rig import Rig
 from toy import EOS, N_VOCAB, toy_text, toy_token
 
-from wisp.core.drafter import Drafter, Phase, Reopen, Task
-from wisp.core.drafting import Ahead, Fixed, View
+from wisp.core.draft.drafter import Drafter, Phase, Reopen, Task
+from wisp.core.draft.policies import Ahead, Fixed, View
 from wisp.core.errors import RequestError
-from wisp.core.messages import Cancel, Message, Refused, Verdict
-from wisp.core.sampling import Sampling
-from wisp.core.signals import Signal
-from wisp.core.slo import Slo
-from wisp.core.work import Committed
+from wisp.core.protocol.messages import Cancel, Message, Refused, Verdict
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.draft.signals import Signal
+from wisp.core.protocol.slo import Slo
+from wisp.core.protocol.step import Committed
 
 PROMPTS = [[1, 2, 3], [1, 2, 3, 4, 5, 6], [7, 7, 7], [i % 40 for i in range(25)], [i % 40 for i in range(30)]]
 EOS_SET = frozenset({EOS})
@@ -98,7 +98,7 @@ class Fleet(RuleBasedStateMachine):
     """Small steps in any order."""
 
     @initialize(
-        batching=st.sampled_from(["continuous", "fcfs", "laxity"]),
+        batching=st.sampled_from(["continuous", "fcfs", "wisp"]),
         slots=st.integers(1, 3),
         tight=st.booleans(),
         places=st.sampled_from([2, 100]),

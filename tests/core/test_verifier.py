@@ -10,16 +10,16 @@ import pytest
 from rig import SAMPLING, Rig
 from toy import EOS, N_VOCAB, toy_text
 
-from wisp.core.admission import Admission, KeyLimits
-from wisp.core.batching import Kind, batching_policy
-from wisp.core.cost import Coefficients, CostModel, Load
-from wisp.core.events import Ended, FromEdge, InEvent, Run, Send, Tick
-from wisp.core.messages import Cancel, Draft, Open, decode_from_edge, encode
-from wisp.core.planning import work_of
-from wisp.core.session import TRANSITIONS, Event, State
-from wisp.core.slo import Slo
-from wisp.core.verifier import Verifier
-from wisp.core.work import NO_TOKEN, Copy
+from wisp.core.verify.admission import Admission, KeyLimits
+from wisp.core.verify.batching import Kind, batching_policy
+from wisp.core.verify.cost import Coefficients, CostModel, Load
+from wisp.core.verify.events import Ended, FromEdge, InEvent, Run, Send, Tick
+from wisp.core.protocol.messages import Cancel, Draft, Open, decode_from_edge, encode
+from wisp.core.verify.planner import candidate_of
+from wisp.core.verify.session import TRANSITIONS, Event, State
+from wisp.core.protocol.slo import Slo
+from wisp.core.verify.verifier import Verifier
+from wisp.core.protocol.step import NO_TOKEN, Copy
 
 ID = "session-1"
 PROMPT = [1, 2, 3]
@@ -462,7 +462,7 @@ CALM = Slo(ttft_ms=500.0, tpot_ms=1000.0)  # steps take 10 ms here: whoever is u
 
 
 def test_a_session_far_ahead_lends_its_kv_to_a_newcomer_who_cannot_wait_and_says_the_same() -> None:
-    rig = Rig(slots=3, slot_tokens=300, kv_tokens=300, step_tokens=200, batching="laxity")
+    rig = Rig(slots=3, slot_tokens=300, kv_tokens=300, step_tokens=200, batching="wisp")
     for i in range(2):
         rig.receive(opening(f"session-{i}", serve=True, max_tokens=250, slo=CALM), connection=i)
     rig.steps(100)
@@ -479,7 +479,7 @@ def test_a_session_far_ahead_lends_its_kv_to_a_newcomer_who_cannot_wait_and_says
 
 
 def test_a_slot_is_lent_too() -> None:
-    rig = Rig(slots=1, step_tokens=40, batching="laxity")
+    rig = Rig(slots=1, step_tokens=40, batching="wisp")
     rig.receive(opening("session-0", serve=True, max_tokens=50, slo=CALM), connection=0)
     rig.steps(20)
     rig.receive(opening("session-1", serve=True, max_tokens=5, slo=CALM), connection=1)
@@ -495,7 +495,7 @@ def test_time_that_prompts_take_is_no_part_of_the_price(monkeypatch: pytest.Monk
     """Every step takes 10 ms here. With a chunk of a prompt in it, less of that is the decoding's."""
     rig = Rig(step_tokens=16, slot_tokens=64)
     told: list[float] = []
-    monkeypatch.setattr(rig.verifier.pressure, "stepped", lambda tokens, ms: told.append(ms))
+    monkeypatch.setattr(rig.verifier.congestion, "stepped", lambda tokens, ms: told.append(ms))
     rig.receive(opening("session-a", serve=True), connection=1)
     for _ in range(2):
         rig.dispatch()
@@ -554,7 +554,7 @@ def test_log_probabilities_switched_off_and_on_name_the_tokens_they_are_of(rig: 
 
 
 def test_who_has_no_slo_gets_a_slot_and_an_end_among_those_who_have() -> None:
-    rig = Rig(slots=2, slot_tokens=200, step_tokens=100, batching="laxity")
+    rig = Rig(slots=2, slot_tokens=200, step_tokens=100, batching="wisp")
     rig.receive(opening("calm-session", serve=True, max_tokens=60), connection=0)
     for i in range(1, 60):
         rig.receive(opening(f"session-{i}", serve=True, max_tokens=20, slo=Slo(800.0, 60.0)), connection=i)
@@ -565,7 +565,7 @@ def test_who_has_no_slo_gets_a_slot_and_an_end_among_those_who_have() -> None:
 
 
 def test_a_prompt_for_which_there_is_no_room_is_not_read_over_and_over() -> None:
-    rig = Rig(slots=4, slot_tokens=300, kv_tokens=300, step_tokens=100, batching="laxity")
+    rig = Rig(slots=4, slot_tokens=300, kv_tokens=300, step_tokens=100, batching="wisp")
     for i in range(2):
         rig.receive(opening(f"session-{i}", serve=True, max_tokens=120, slo=CALM), connection=i)
     rig.steps(50)
@@ -599,7 +599,7 @@ def test_a_failed_step_leaves_those_parked_in_order() -> None:
 
 
 def test_after_a_failed_step_an_absent_edges_session_goes_on() -> None:
-    rig = Rig(batching="laxity")
+    rig = Rig(batching="wisp")
     rig.receive(opening("session-a", slo=CALM), connection=1)
     rig.dispatch()
     rig.finish()
@@ -672,7 +672,7 @@ def test_kinds_of_work_are_told_apart() -> None:
     rig = Rig(step_tokens=4)
     rig.receive(opening(prompt=[1] * 12, draft=[1, 2]))
     session = rig.verifier.sessions[1]
-    assert work_of(session).kind is Kind.PREFILL
+    assert candidate_of(session).kind is Kind.PREFILL
 
 
 def test_an_edge_that_returns_in_the_last_step_hears_the_whole_end(rig: Rig) -> None:
@@ -697,7 +697,7 @@ def test_a_draft_answered_at_once_leaves_nothing_to_run(rig: Rig) -> None:
 
 
 def test_an_slo_that_nobody_could_keep_is_served_like_none() -> None:
-    rig = Rig(batching="laxity")
+    rig = Rig(batching="wisp")
     rig.verifier.cost = rig.verifier.planner.cost = CostModel(Coefficients(step=40.0, token=0.3))
     rig.receive(opening(slo=Slo(ttft_ms=1.0, tpot_ms=0.001)))
     [session] = rig.verifier.sessions.values()
@@ -753,15 +753,15 @@ def test_sessions_that_end_unheard_are_told_of() -> None:
 
 @pytest.mark.parametrize("committed", [[], TEXT[:3]])
 def test_a_verifier_goes_on_with_the_text_of_its_own_model(committed: list[int]) -> None:
-    rig = Rig(digest="ours")
-    rig.receive(opening(committed=committed, digest="ours"))
+    rig = Rig(digest="wisp")
+    rig.receive(opening(committed=committed, digest="wisp"))
     rig.settle()
     assert rig.verdict().tokens == TEXT[len(committed) :][:1]
 
 
 @pytest.mark.parametrize("committed", [[], TEXT[:3]])
 def test_a_verifier_does_not_go_on_with_the_text_of_another_model(committed: list[int]) -> None:
-    rig = Rig(digest="ours")
+    rig = Rig(digest="wisp")
     rig.receive(opening(committed=committed, digest="theirs"))
     refused = rig.refused()
     assert (refused.code, refused.fatal, refused.retry_after) == ("model_changed", True, 0.0)
@@ -770,7 +770,7 @@ def test_a_verifier_does_not_go_on_with_the_text_of_another_model(committed: lis
 
 def test_text_of_which_nobody_says_whose_it_is_is_not_gone_on_with() -> None:
     """An edge of a release that says no digests may begin answers, and not resume them."""
-    rig = Rig(digest="ours")
+    rig = Rig(digest="wisp")
     rig.receive(opening(committed=TEXT[:3]))
     refused = rig.refused()
     assert (refused.code, refused.fatal) == ("model_changed", True)
@@ -781,14 +781,14 @@ def test_text_of_which_nobody_says_whose_it_is_is_not_gone_on_with() -> None:
 
 
 def test_a_parked_session_is_resumed_by_the_model_that_began_it() -> None:
-    rig = Rig(digest="ours")
-    rig.receive(opening(digest="ours"))
+    rig = Rig(digest="wisp")
+    rig.receive(opening(digest="wisp"))
     rig.settle()
     rig.verdict()
     rig.lose()
     rig.receive(opening(epoch=1, committed=TEXT[:1], digest="theirs"), connection=2)
     assert rig.refused(2).code == "model_changed"
-    rig.receive(opening(epoch=1, committed=TEXT[:1], digest="ours"), connection=2)
+    rig.receive(opening(epoch=1, committed=TEXT[:1], digest="wisp"), connection=2)
     rig.settle()
     assert rig.verdict(2).tokens == TEXT[1:2]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from wisp.core.sampling import Sampling
-from wisp.core.work import NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult, TokenLogprob
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult, TokenLogprob
 
 N_VOCAB = 50
 EOS = 49

@@ -20,7 +20,7 @@ from websockets.http11 import Request, Response
 
 from waiting import run
 from wisp.core.errors import RequestError, UnavailableError
-from wisp.core.messages import (
+from wisp.core.protocol.messages import (
     MAX_FRAME,
     VERSION,
     Cancel,
@@ -33,13 +33,13 @@ from wisp.core.messages import (
     decode_from_edge,
     encode,
 )
-from wisp.core.sampling import Sampling
+from wisp.core.protocol.sampling import Sampling
 from wisp.edge import link as module
 from wisp.edge.link import LOST, FromLink, VerifierLink
 
 WELCOME = Welcome(VERSION, "m", "f", 100, [1], 512, 64, digest="d1")
 SESSION = "session-1"
-Talk = Callable[[ServerConnection], Awaitable[None]]
+ChaosSession = Callable[[ServerConnection], Awaitable[None]]
 
 
 class Script:
@@ -48,7 +48,7 @@ class Script:
     answers: what it says to the first upgrades instead of accepting them
     """
 
-    def __init__(self, *talks: Talk, answers: list[Response] | None = None) -> None:
+    def __init__(self, *talks: ChaosSession, answers: list[Response] | None = None) -> None:
         self.talks = talks
         self.answers = answers or []
         self.greetings: list[Hello] = []
@@ -83,7 +83,7 @@ def answer(status: int, body: bytes = b"<html>No.</html>", **headers: str) -> Re
     return Response(status, "whatever", Headers(fields | {"content-length": str(len(body))}), body)
 
 
-def say(*messages: Message | bytes | str, stay: bool = True) -> Talk:
+def say(*messages: Message | bytes | str, stay: bool = True) -> ChaosSession:
     async def talk(peer: ServerConnection) -> None:
         for message in messages:
             await peer.send(encode(message) if isinstance(message, Message) else message)

@@ -20,9 +20,9 @@ from websockets.http11 import Request, Response
 
 from waiting import PATIENCE_S, run
 from wisp.api.backend import Generation
-from wisp.core.drafting import Ahead, Policies
+from wisp.core.draft.policies import Ahead, Policies
 from wisp.core.errors import RequestError, UnavailableError
-from wisp.core.messages import (
+from wisp.core.protocol.messages import (
     VERSION,
     Cancel,
     Draft,
@@ -36,8 +36,8 @@ from wisp.core.messages import (
     decode_from_edge,
     encode,
 )
-from wisp.core.sampling import Sampling
-from wisp.core.signals import Signal
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.draft.signals import Signal
 from wisp.edge import backend as backend_module
 from wisp.edge import link as link_module
 from wisp.edge.backend import EdgeBackend

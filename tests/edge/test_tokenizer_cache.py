@@ -156,7 +156,7 @@ def test_others_may_read_what_lies_in_a_shared_cache(original: LlamaTokenizer, f
         ("404 Not Found", b'{"error": {"message": "another vocabulary"}}', "another vocabulary"),
         ("404 Not Found", b'{"error": "nothing"}', "no WISP at this path"),
     ],
-    ids=["sign-in page", "proxy", "redirect", "wisp", "another server"],
+    ids=["sign-in page", "proxy", "redirect", "paper", "another server"],
 )
 def test_an_answer_that_is_no_tokenizer_is_told_for_what_it_is(
     status: str, body: bytes, why: str, folder: Path

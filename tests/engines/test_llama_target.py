@@ -8,7 +8,7 @@ import pytest
 from slices import PROMPT, SAMPLING, other, verify
 
 from wisp.core.errors import EngineError, ModelError
-from wisp.core.work import Copy, Slice
+from wisp.core.protocol.step import Copy, Slice
 from wisp.engines.llama import selfcheck
 from wisp.engines.llama.context import DecodeError
 from wisp.engines.llama.model import Model

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from vllm_rig import with_vllm
 
-from wisp.core.sampling import Sampling, target_token
+from wisp.core.protocol.sampling import Sampling, target_token
 
 pytestmark = with_vllm
 SAMPLINGS = (

@@ -22,12 +22,12 @@ from vllm_rig import (
     with_vllm,
 )
 
-from wisp.core.admission import Admission
-from wisp.core.batching import batching_policy
-from wisp.core.events import EdgeLost, FromEdge, Limits, Run, Send, StepDone, Tick
-from wisp.core.messages import Cancel, Draft, Open, Verdict
-from wisp.core.sampling import Sampling
-from wisp.core.verifier import Verifier
+from wisp.core.verify.admission import Admission
+from wisp.core.verify.batching import batching_policy
+from wisp.core.verify.events import EdgeLost, FromEdge, Limits, Run, Send, StepDone, Tick
+from wisp.core.protocol.messages import Cancel, Draft, Open, Verdict
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.verify.verifier import Verifier
 
 pytestmark = with_vllm
 

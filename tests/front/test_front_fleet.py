@@ -15,21 +15,21 @@ import pytest
 import wisp.engines
 from waiting import run, until
 from wisp.api.process import Listen
-from wisp.cloud.app import Settings
-from wisp.cloud.control import MOVE_PATH, Report
-from wisp.core.cost import Coefficients
+from wisp.server.app import Settings
+from wisp.server.control import MOVE_PATH, Report
+from wisp.core.verify.cost import Coefficients
 from wisp.core.errors import ConfigError, ModelError, RequestError
-from wisp.core.messages import VERSION, Welcome
-from wisp.core.placement import Placement
-from wisp.core.slo import Slo
+from wisp.core.protocol.messages import VERSION, Welcome
+from wisp.core.route.placement import Placement
+from wisp.core.protocol.slo import Slo
 from wisp.engines.huggingface import HfTokenizer
 from wisp.engines.plain import NumberTokenizer, PlainTokenizer
-from wisp.front import fleet as module
-from wisp.front.fleet import Fleet, Replica
-from wisp.front.launch import Running
-from wisp.front.ray_launcher import RayLauncher
-from wisp.front.replica import ReplicaSpec, listen_above
-from wisp.front.thin import _load
+from wisp.router import fleet as module
+from wisp.router.fleet import Fleet, Replica
+from wisp.router.launch import Running
+from wisp.router.ray_launcher import RayLauncher
+from wisp.router.replica import ReplicaSpec, listen_above
+from wisp.router.thin import _load
 
 WELCOME = Welcome(VERSION, "m", "f" * 64, 100, [1], 512, 64, digest="d1")
 SPEC = ReplicaSpec("r1", "target", {"slots": 4}, Settings("m"), Listen(port=8100), "token")
@@ -39,7 +39,7 @@ def test_a_replica_is_told_all_that_its_front_was() -> None:
     """As text: engine arguments, and settings with what a cost model starts from."""
     settings = Settings(
         "m",
-        "wisp",
+        "paper",
         event_log=Path("events"),
         cost=Coefficients(3.0, 0.5),
         slo_classes={"hurry": Slo(1.0, 2.0)},

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from wisp.core.admission import Admission, KeyLimits, KeyUsage
-from wisp.core.messages import VERSION, Cancel, Open, Redirect, Refused, Welcome
-from wisp.core.placement import Placement, Room
-from wisp.core.sampling import Sampling
-from wisp.front import host as module
-from wisp.front.host import FrontHost
-from wisp.front.metrics import FrontMetrics
+from wisp.core.verify.admission import Admission, KeyLimits, KeyUsage
+from wisp.core.protocol.messages import VERSION, Cancel, Open, Redirect, Refused, Welcome
+from wisp.core.route.placement import Placement, Room
+from wisp.core.protocol.sampling import Sampling
+from wisp.router import host as module
+from wisp.router.host import RouterHost
+from wisp.router.metrics import RouterMetrics
 
 ROOM = Room(slots=8, kv_tokens=1 << 20, max_sessions=1000)
 LIMITS = {"limited": KeyLimits(sessions=1)}
@@ -43,7 +43,7 @@ class PretendFleet:
 class Edge:
     """A connection, and what came over it."""
 
-    def __init__(self, host: FrontHost, key: str) -> None:
+    def __init__(self, host: RouterHost, key: str) -> None:
         self.heard: list[Any] = []
         self.host = host
         self.connection = host.attach(key, self.heard.append, close=lambda: None)
@@ -58,7 +58,7 @@ class Edge:
         return [m.session for m in self.heard if isinstance(m, Redirect)]
 
 
-Scenario = Callable[[FrontHost, PretendFleet, Admission], Awaitable[None]]
+Scenario = Callable[[RouterHost, PretendFleet, Admission], Awaitable[None]]
 
 
 def with_front(scenario: Scenario, room: Room = ROOM) -> None:
@@ -66,8 +66,8 @@ def with_front(scenario: Scenario, room: Room = ROOM) -> None:
         fleet, placement, admission = PretendFleet(), Placement(), Admission(1 << 40, LIMITS)
         for name in ("r1", "r2"):
             placement.up(name, room)
-        metrics = FrontMetrics(lambda: fleet)  # type: ignore[arg-type, return-value]
-        await scenario(FrontHost(fleet, placement, admission, metrics), fleet, admission)  # type: ignore[arg-type]
+        metrics = RouterMetrics(lambda: fleet)  # type: ignore[arg-type, return-value]
+        await scenario(RouterHost(fleet, placement, admission, metrics), fleet, admission)  # type: ignore[arg-type]
 
     asyncio.run(asyncio.wait_for(main(), 60))
 
@@ -83,7 +83,7 @@ async def until(look: Callable[[], object]) -> None:
 
 
 def test_while_a_replica_hangs_few_opens_of_a_key_wait_and_the_others_are_told_when_to_come_again() -> None:
-    async def scenario(front: FrontHost, fleet: PretendFleet, admission: Admission) -> None:
+    async def scenario(front: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
         edge, other = Edge(front, "limited"), Edge(front, "another")
         edge.open("first-of-all")
         assert edge.placed() == ["first-of-all"]
@@ -104,7 +104,7 @@ def test_while_a_replica_hangs_few_opens_of_a_key_wait_and_the_others_are_told_w
 
 
 def test_long_prompts_that_wait_are_fewer_still() -> None:
-    async def scenario(front: FrontHost, fleet: PretendFleet, admission: Admission) -> None:
+    async def scenario(front: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
         edge = Edge(front, "limited")
         edge.open("first-of-all")
         for n in range(39):
@@ -116,7 +116,7 @@ def test_long_prompts_that_wait_are_fewer_still() -> None:
 
 
 def test_what_is_not_looked_at_here_is_not_kept_while_it_waits() -> None:
-    async def scenario(front: FrontHost, fleet: PretendFleet, admission: Admission) -> None:
+    async def scenario(front: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
         edge = Edge(front, "limited")
         edge.open("first-of-all")
         edge.open("not-a-prompt", prompt=(1 << 20) + 1)  # beyond the context: its replica will say so
@@ -131,7 +131,7 @@ def test_what_is_not_looked_at_here_is_not_kept_while_it_waits() -> None:
 
 
 def test_who_has_left_or_thought_better_of_it_waits_no_longer() -> None:
-    async def scenario(front: FrontHost, fleet: PretendFleet, admission: Admission) -> None:
+    async def scenario(front: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
         edge, gone = Edge(front, "limited"), Edge(front, "limited")
         edge.open("first-of-all")
         gone.open("session-a")
@@ -149,7 +149,7 @@ def test_who_has_left_or_thought_better_of_it_waits_no_longer() -> None:
 
 
 def test_who_comes_while_others_are_asked_about_is_asked_about_afterwards() -> None:
-    async def scenario(front: FrontHost, fleet: PretendFleet, admission: Admission) -> None:
+    async def scenario(front: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
         edge = Edge(front, "limited")
         edge.open("first-of-all")
         edge.open("session-a")
@@ -165,7 +165,7 @@ def test_who_comes_while_others_are_asked_about_is_asked_about_afterwards() -> N
 def test_where_one_key_fills_all_replicas_another_is_sent_to_one_all_the_same() -> None:
     """It has fewer places than it may have: the replica makes room for it."""
 
-    async def scenario(front: FrontHost, fleet: PretendFleet, admission: Admission) -> None:
+    async def scenario(front: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
         hog, guest = Edge(front, "hog"), Edge(front, "guest")
         for n in range(8):
             hog.open(f"session-{n}")
@@ -178,7 +178,7 @@ def test_where_one_key_fills_all_replicas_another_is_sent_to_one_all_the_same() 
 
 
 def test_prefixes_draw_sessions_only_within_one_salt() -> None:
-    async def scenario(front: FrontHost, fleet: PretendFleet, admission: Admission) -> None:
+    async def scenario(front: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
         edge = Edge(front, "edge")
         edge.open("session-1", prompt=64, salt="a")
         edge.open("session-2", prompt=64, salt="b")  # goes to the emptier one

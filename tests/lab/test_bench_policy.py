@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from wisp.core.batching import POLICIES, Kind
-from wisp.lab.bench_policy import Edges, measure, pending
+from wisp.core.verify.batching import POLICIES, Kind
+from benchmarks.policy import Edges, measure, pending
 
 
 def test_the_usual_mix_has_all_there_is() -> None:
@@ -23,7 +23,7 @@ def test_every_policy_is_measured() -> None:
 
 
 def test_edges_are_served_to_the_end() -> None:
-    edges = Edges("laxity", 8, 1)
+    edges = Edges("wisp", 8, 1)
     for _ in range(600):
         edges.step()
     assert edges.opened > 16

@@ -13,16 +13,16 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-import wisp.lab.sim.runs
+import wisp.sim.runs
 from waiting import eventually
 from wisp.cli import app
 from wisp.core.errors import ConfigError
-from wisp.lab.sim.capacity import Search, capacity, variants
-from wisp.lab.sim.paper import PAPER, RATES, cap, paper_capacity
-from wisp.lab.sim.report import Report
-from wisp.lab.sim.runs import Job, Runs, key, remembered, run
-from wisp.lab.sim.scenario import load_scenario
-from wisp.lab.sim.systems import system
+from wisp.sim.capacity import Search, capacity, variants
+from wisp.sim.paper import PAPER, RATES, cap, paper_capacity
+from wisp.sim.report import Report
+from wisp.sim.runs import Job, Runs, key, remembered, run
+from wisp.sim.scenario import load_scenario
+from wisp.sim.systems import system
 
 SCENARIO = load_scenario("a100-qwen3-32b").at_rate(16.0)
 SMALL = SCENARIO.with_devices(3).brief(2.0, 6.0, 30.0)
@@ -76,19 +76,19 @@ def line(job: Job) -> float:
 @pytest.mark.parametrize("at", [1, 2, 17, 61, 62, 200, 1000])
 def test_a_step_is_found_wherever_it_is(blank: Report, at: int) -> None:
     runs = Made(blank, step(at))
-    found = capacity(SCENARIO, "ours", runs=runs, grain=0.0)
+    found = capacity(SCENARIO, "wisp", runs=runs, grain=0.0)
     assert (found.capacity, found.capacity_at_1_percent) == (at, at)
     assert found.low < at < found.high
     assert len(runs.done) < 90
 
 
 def test_nothing_works_at_all(blank: Report) -> None:
-    found = capacity(SCENARIO, "ours", runs=Made(blank, lambda job: 0.9))
+    found = capacity(SCENARIO, "wisp", runs=Made(blank, lambda job: 0.9))
     assert (found.capacity, found.capacity_at_1_percent, found.fraction) == (0, 0, 0.0)
 
 
 def test_a_slope_is_crossed_at_both_tolerances_with_an_interval_by_its_seeds(blank: Report) -> None:
-    found = capacity(SCENARIO, "ours", runs=Made(blank, line), grain=0.0)
+    found = capacity(SCENARIO, "wisp", runs=Made(blank, line), grain=0.0)
     assert found.capacity == 58
     assert found.capacity_at_1_percent == 40
     assert found.violation_rate == pytest.approx(0.1)
@@ -99,12 +99,12 @@ def test_a_slope_is_crossed_at_both_tolerances_with_an_interval_by_its_seeds(bla
 
 def test_seeds_that_agree_give_the_least_interval(blank: Report) -> None:
     runs = Made(blank, lambda job: 0.005 * max(0.0, job.scenario.devices_n - 37.5))
-    found = capacity(SCENARIO, "ours", runs=runs, grain=0.0)
+    found = capacity(SCENARIO, "wisp", runs=runs, grain=0.0)
     assert (found.low, found.capacity, found.high) == (56, 57, 58)
 
 
 def test_a_coarse_search_says_so_by_its_interval(blank: Report) -> None:
-    found = capacity(SCENARIO, "ours", runs=Made(blank, step(100)), grain=0.1, strict=False)
+    found = capacity(SCENARIO, "wisp", runs=Made(blank, step(100)), grain=0.1, strict=False)
     assert found.capacity <= 100 < found.high + 1
     assert found.high - found.capacity >= 0.1 * found.capacity - 1
     assert found.capacity_at_1_percent is None
@@ -112,7 +112,7 @@ def test_a_coarse_search_says_so_by_its_interval(blank: Report) -> None:
 
 def test_few_devices_are_watched_for_longer(blank: Report) -> None:
     runs = Made(blank, step(2))
-    capacity(SCENARIO, "ours", runs=runs)
+    capacity(SCENARIO, "wisp", runs=runs)
     each_s = 200 / SCENARIO.slo[0].rate
     for job in runs.done:
         s = job.scenario
@@ -140,7 +140,7 @@ def test_central_may_cap_what_runs_at_once() -> None:
 
 def test_no_number_of_devices_is_measured_twice(blank: Report) -> None:
     runs = Made(blank, line)
-    search = Search(SCENARIO, system("ours"), (1, 2), runs, 0.1)
+    search = Search(SCENARIO, system("wisp"), (1, 2), runs, 0.1)
     search.crossing(30, 0.1, 1)
     search.crossing(60, 0.1, 2)
     asked = [(j.scenario.devices_n, j.seed) for j in runs.done]
@@ -181,15 +181,15 @@ def test_a_hopeless_run_is_cut_and_says_so() -> None:
 
 
 def test_a_good_run_is_never_cut() -> None:
-    calm = run(Job(SMALL, system("ours"), 1, give_up=0.01))
+    calm = run(Job(SMALL, system("wisp"), 1, give_up=0.01))
     assert not calm.cut
     assert calm.violation_rate == 0.0
-    assert msgspec.structs.replace(calm, cut=False) == run(Job(SMALL, system("ours"), 1))
+    assert msgspec.structs.replace(calm, cut=False) == run(Job(SMALL, system("wisp"), 1))
 
 
 def test_a_run_is_done_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WISP_CACHE", str(tmp_path))
-    job = Job(SMALL, system("ours"), 1)
+    job = Job(SMALL, system("wisp"), 1)
     first = remembered(job)
     done: list[Job] = []
 
@@ -197,15 +197,15 @@ def test_a_run_is_done_once_and_remembered(tmp_path: Path, monkeypatch: pytest.M
         done.append(job)
         return first
 
-    monkeypatch.setattr(wisp.lab.sim.runs, "run", counted)
+    monkeypatch.setattr(wisp.sim.runs, "run", counted)
     assert remembered(job) == first
     assert (
-        remembered(Job(SMALL, system("ours,ahead=yes"), 1)).system == "ours,ahead=yes"
+        remembered(Job(SMALL, system("wisp,ahead=yes"), 1)).system == "wisp,ahead=yes"
     )  # the same by another name
     assert done == []
     for other in (
-        Job(SMALL, system("ours"), 2),
-        Job(SMALL, system("wisp"), 1),
+        Job(SMALL, system("wisp"), 2),
+        Job(SMALL, system("paper"), 1),
         Job(SMALL.with_devices(4), job.system, 1),
     ):
         assert key(other) != key(job)
@@ -223,7 +223,7 @@ def test_a_damaged_memory_is_no_memory(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_two_processes_find_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = [Job(SMALL, system("ours"), seed) for seed in (1, 2)]
+    jobs = [Job(SMALL, system("wisp"), seed) for seed in (1, 2)]
     monkeypatch.setenv("WISP_CACHE", str(tmp_path / "two"))
     with Runs(2) as runs:
         two = runs.reports(jobs)
@@ -234,7 +234,7 @@ def test_two_processes_find_what_one_does(tmp_path: Path, monkeypatch: pytest.Mo
 
 _KILLED = """
 import operator, os, time
-from wisp.lab.sim.runs import Runs
+from wisp.sim.runs import Runs
 
 if __name__ == "__main__":
     with Runs(2) as runs:
@@ -258,7 +258,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WISP_CACHE", str(tmp_path))
     path = tmp_path / "tiny.toml"
     path.write_text(TIGHT)
-    options = ["--policy", "wisp", "--seeds", "2", "--jobs", "1", "--json"]
+    options = ["--policy", "paper", "--seeds", "2", "--jobs", "1", "--json"]
     found = CliRunner().invoke(app, ["capacity", str(path), *options])
     assert found.exit_code == 0, found.output
     data = json.loads(found.stdout)

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from waiting import PATIENCE_S, eventually
-from wisp.lab import children as module
-from wisp.lab.children import Child, ChildError, Children, free_ports
+from wisp import children as module
+from wisp.children import Child, ChildError, Children, free_ports
 
 SLEEP = "import time; print('here', flush=True); time.sleep(600)"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEP
@@ -88,7 +88,7 @@ def test_one_that_never_gets_ready_is_reported() -> None:
 def test_a_signal_to_the_parent_ends_its_children(number: signal.Signals) -> None:
     parent_code = (
         "import signal, time\n"
-        "from wisp.lab.children import Children\n"
+        "from wisp.children import Children\n"
         # A shell starts what runs in its background with Ctrl-C ignored; here it is to count.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with Children() as children:\n"

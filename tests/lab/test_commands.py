@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from wisp.engines.models import PAIRS, catalogue
-from wisp.lab.commands import list_models, pull_model
+from wisp.check.catalogue import list_models, pull_model
 
 
 def test_the_catalogue_as_json_names_every_model_and_pair(capsys: pytest.CaptureFixture[str]) -> None:

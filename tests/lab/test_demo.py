@@ -12,10 +12,10 @@ from rich.console import Console
 
 from wisp.core.errors import ConfigError
 from wisp.engines.models import PAIRS, is_cached
-from wisp.lab import demo
-from wisp.lab.children import Child, ChildError, Children, free_ports
-from wisp.lab.comparison import Answer, Comparison, Token, measure, remark
-from wisp.lab.demo import run_demo
+from wisp.check import demo
+from wisp.children import Child, ChildError, Children, free_ports
+from wisp.check.comparison import Answer, Comparison, Token, measure, remark
+from wisp.check.demo import run_demo
 
 DIES_WHEN_ASKED = """
 import http.server, os, sys

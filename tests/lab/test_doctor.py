@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from wisp.engines.models import catalogue, is_cached
-from wisp.lab import doctor
-from wisp.lab.doctor import engine, machine, models, run_doctor
-from wisp.lab.doctor.check import Check
+from wisp.check import doctor
+from wisp.check.doctor import engine, machine, models, run_doctor
+from wisp.check.doctor.check import Check
 
 
 def test_here_everything_works(capsys: pytest.CaptureFixture[str]) -> None:

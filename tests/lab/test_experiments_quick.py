@@ -9,15 +9,15 @@ import msgspec
 import pytest
 
 from wisp.core.errors import ConfigError
-from wisp.lab.sim import runs
-from wisp.lab.sim.capacity import Capacity
-from wisp.lab.sim.experiments import EXPERIMENTS, run_experiments, table
-from wisp.lab.sim.experiments.bursts import spikes
-from wisp.lab.sim.paper import PAPER, RATES
-from wisp.lab.sim.report import Report
-from wisp.lab.sim.runs import Job
-from wisp.lab.sim.scenario import load_scenario
-from wisp.lab.sim.systems import system
+from wisp.sim import runs
+from wisp.sim.capacity import Capacity
+from benchmarks.experiments import EXPERIMENTS, run_experiments, table
+from benchmarks.experiments.bursts import spikes
+from wisp.sim.paper import PAPER, RATES
+from wisp.sim.report import Report
+from wisp.sim.runs import Job
+from wisp.sim.scenario import load_scenario
+from wisp.sim.systems import system
 
 SIMULATED = [name for name in EXPERIMENTS if name != "reality"]
 
@@ -102,13 +102,13 @@ def test_the_spikes_of_the_shipped_scenario() -> None:
 
 def test_the_papers_wisp_row_is_predicted_from_its_centralised_row() -> None:
     found = table._predictions()
-    for predicted, published in zip(found["wisp"], PAPER[table.MAIN]["wisp"].capacity, strict=True):
+    for predicted, published in zip(found["paper"], PAPER[table.MAIN]["paper"].capacity, strict=True):
         assert 0.5 < predicted / published < 2.0
 
 
 def test_the_whole_page_of_the_table_from_made_up_capacities() -> None:
     def made(system: str, rate: float) -> dict[str, object]:
-        n = round(800 / rate) if system == "ours" else round(400 / rate)
+        n = round(800 / rate) if system == "wisp" else round(400 / rate)
         found = Capacity(
             "made up", system, system, rate, 0.1, (1,), n, n - 1, n + 1, n * rate, 0.09, 130.0, n - 3, 1.2 * n, 0.83,
             1.4 * n, 0.71,
@@ -118,12 +118,12 @@ def test_the_whole_page_of_the_table_from_made_up_capacities() -> None:
     data = {
         "main": [made(s, r) for r in table.MAIN_RATES for s in table.SYSTEMS],
         "paper": [
-            {"target": t, **made(s, r)} for t in table.TARGETS for r in RATES for s in ("ours", *table.THEIRS)
+            {"target": t, **made(s, r)} for t in table.TARGETS for r in RATES for s in ("wisp", *table.THEIRS)
         ],
         "overlap": [
             {"overlap": o, **made(s, r)}
             for o in table.OVERLAPS
-            for s in ("ours", "wisp", "central")
+            for s in ("wisp", "paper", "central")
             for r in table.OVERLAP_RATES
         ],
         "predicted": table._predictions(),

@@ -21,21 +21,21 @@ from waiting import PATIENCE_S
 from wisp.api.process import event_loop_factory
 from wisp.cli import app
 from wisp.core.errors import ConfigError, UnavailableError
-from wisp.core.messages import Draft, Open, Verdict, decode_from_edge
-from wisp.core.sampling import Sampling
+from wisp.core.protocol.messages import Draft, Open, Verdict, decode_from_edge
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.emulated import HARDWARE
-from wisp.lab.children import Child
-from wisp.lab.sim import figures, serving
-from wisp.lab.sim.figures import Engine, Figures, Watched
-from wisp.lab.sim.fleet import Live, check_live, run_live, verifier
-from wisp.lab.sim.live import HOME, Clock, Line, Sockets
-from wisp.lab.sim.scenario import Kit, Scenario, SloClass
-from wisp.lab.sim.simulate import scripts_of
-from wisp.lab.sim.systems import system
-from wisp.lab.sim.world import Request
+from wisp.children import Child
+from wisp.sim import figures, serving
+from wisp.sim.figures import Engine, Figures, Watched
+from wisp.sim.fleet import Live, check_live, run_live, verifier
+from wisp.sim.live import HOME, Clock, Line, Sockets
+from wisp.sim.scenario import Kit, Scenario, SloClass
+from wisp.sim.simulate import scripts_of
+from wisp.sim.systems import system
+from wisp.sim.world import Request
 
 DEVICES = 12
-OURS = "ours,admission=no"  # who would be late here is served all the same
+OURS = "wisp,admission=no"  # who would be late here is served all the same
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def ours(quick: Scenario, server: Child) -> Figures:
     return play(quick, OURS, server)
 
 
-@pytest.mark.parametrize("name", ["central", "wisp"])
+@pytest.mark.parametrize("name", ["central", "paper"])
 def test_every_token_that_devices_see_is_the_scripts(name: str, quick: Scenario, server: Child) -> None:
     found = play(quick, name, server)
     served_and_exact(found)
@@ -180,7 +180,7 @@ def test_a_verifier_that_says_something_else_is_refused(
 ) -> None:
     monkeypatch.setattr(scripts_of(quick).library, "eos", frozenset({1}))
     with pytest.raises(ConfigError, match="does not say what the devices expect"):
-        play(quick, "ours", server)
+        play(quick, "wisp", server)
 
 
 def test_nobody_there() -> None:
@@ -193,11 +193,11 @@ def test_nobody_there() -> None:
 
 def test_a_verifier_that_dies_ends_the_run(quick: Scenario) -> None:
     scenario = msgspec.structs.replace(quick, window_s=30.0)
-    with verifier(quick, system("ours")) as child:
+    with verifier(quick, system("wisp")) as child:
 
         async def run() -> None:
             asyncio.get_running_loop().call_later(0.7, child.process.kill)
-            await run_live(scenario, system("ours"), 1, child.url)
+            await run_live(scenario, system("wisp"), 1, child.url)
 
         with asyncio.Runner(loop_factory=event_loop_factory()) as runner, pytest.raises(UnavailableError):
             runner.run(run())
@@ -205,7 +205,7 @@ def test_a_verifier_that_dies_ends_the_run(quick: Scenario) -> None:
 
 @pytest.mark.parametrize(
     ("change", "of"),
-    [({"arrivals_per_s": 2.0}, "ours"), ({"domain": "code"}, "ours"), ({}, "central-speculative")],
+    [({"arrivals_per_s": 2.0}, "wisp"), ({"domain": "code"}, "wisp"), ({}, "central-speculative")],
 )
 def test_what_only_the_simulator_has_is_refused_by_name(
     change: dict[str, object], of: str, quick: Scenario
@@ -362,7 +362,7 @@ def test_policies_are_compared_and_held_against_the_simulator(quick: Scenario, t
     assert result.exit_code in (0, 1), result.output
     runs = json.loads(result.stdout)
     assert [(r["batching"], r["where"]) for r in runs] == [
-        ("fcfs", "live"), ("fcfs", "simulator"), ("laxity", "live"), ("laxity", "simulator"),
+        ("fcfs", "live"), ("fcfs", "simulator"), ("wisp", "live"), ("wisp", "simulator"),
     ]  # fmt: skip
     assert all(r["mismatches"] == 0 and r["tokens_checked"] > 0 for r in runs)
 

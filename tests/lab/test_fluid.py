@@ -7,12 +7,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from wisp.lab.sim.fluid import Demand, bound, fluid_bound, operating_points
-from wisp.lab.sim.runs import clearly_missed
-from wisp.lab.sim.scenario import Kit, Scenario, SloClass, load_scenario
-from wisp.lab.sim.scripts import library
-from wisp.lab.sim.simulate import Simulation
-from wisp.lab.sim.systems import system
+from wisp.sim.fluid import Demand, bound, fluid_bound, operating_points
+from wisp.sim.runs import clearly_missed
+from wisp.sim.scenario import Kit, Scenario, SloClass, load_scenario
+from wisp.calibrate.traces.scripts import library
+from wisp.sim.simulate import Simulation
+from wisp.sim.systems import system
 
 LIBRARY = library(Path("data/traces"))
 SCENARIO = load_scenario("a100-qwen3-32b").at_rate(16.0)
@@ -105,7 +105,7 @@ def _misses(scenario: Scenario, spec: str) -> bool:
     return clearly_missed(simulation, 0.1) is not None or outcome.account.violation_rate > 0.1
 
 
-@pytest.mark.parametrize("spec", ["ours", "wisp", "central", "sled"])
+@pytest.mark.parametrize("spec", ["wisp", "paper", "central", "sled"])
 def test_no_system_gets_past_the_bound_with_waiting(spec: str) -> None:
     brief = load_scenario("a100-qwen3-32b").at_rate(20.0).brief(15.0, 30.0, 30.0)
     most = bound(brief, central=spec == "central").waiting / 0.9  # a tenth might be served not at all

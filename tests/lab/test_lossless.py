@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 import wisp.engines
-from wisp.core.sampling import Sampling, target_token
-from wisp.core.session import Session
-from wisp.core.work import Copy, Slice, SliceResult
+from wisp.core.protocol.sampling import Sampling, target_token
+from wisp.core.verify.session import Session
+from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.engines.base import EngineInfo, TargetEngine
 from wisp.engines.llama.target import LlamaTarget
-from wisp.lab.lossless.cases import TINY
-from wisp.lab.lossless.check import PROMISED, Bench, check, chi_square
-from wisp.lab.lossless.chi_square import ALARM, distribution, fit, survival
-from wisp.lab.lossless.judge import Case, Judge, Outcome, Reference, flip_distance
+from wisp.check.lossless.cases import TINY
+from wisp.check.lossless.check import PROMISED, Bench, check, chi_square
+from wisp.check.lossless.chi_square import ALARM, distribution, fit, survival
+from wisp.check.lossless.judge import Case, Judge, Outcome, Reference, flip_distance
 
 SCALE = msgspec.structs.replace(TINY, chats=4, plain=2, seeds=1, samples=0)
 

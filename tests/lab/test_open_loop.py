@@ -8,16 +8,16 @@ import msgspec
 import pytest
 
 from wisp.core.errors import ConfigError
-from wisp.core.messages import Open
-from wisp.lab.sim.scenario import Scenario, load_scenario, recorded_arrivals
-from wisp.lab.sim.simulate import Outcome, Simulation
-from wisp.lab.sim.systems import system
-from wisp.lab.sim.world import Cloud, Request
+from wisp.core.protocol.messages import Open
+from wisp.sim.scenario import Scenario, load_scenario, recorded_arrivals
+from wisp.sim.simulate import Outcome, Simulation
+from wisp.sim.systems import system
+from wisp.sim.world import Cloud, Request
 
 POISSON = load_scenario("poisson").brief(10.0, 50.0, 30.0)
 
 
-def ran(scenario: Scenario, spec: str = "ours", seed: int = 1) -> tuple[Simulation, Outcome]:
+def ran(scenario: Scenario, spec: str = "wisp", seed: int = 1) -> tuple[Simulation, Outcome]:
     simulation = Simulation(scenario, system(spec), seed)
     return simulation, simulation.run()
 
@@ -29,12 +29,12 @@ def window(scenario: Scenario, outcome: Outcome) -> list[Request]:
 
 def test_requests_come_at_the_rate_asked_for_whatever_the_answers_take() -> None:
     asked = {}
-    for spec in ("ours", "central"):
+    for spec in ("wisp", "central"):
         _, outcome = ran(POISSON, spec)
         asked[spec] = [(r.arrived, r.seed, len(r.prompt)) for r in window(POISSON, outcome)]
-    assert 200 - 42 < len(asked["ours"]) < 200 + 42  # three standard deviations of 50 s at 4 a second
-    assert asked["ours"] == asked["central"]
-    gaps = [b - a for (a, *_), (b, *_) in zip(asked["ours"], asked["ours"][1:], strict=False)]
+    assert 200 - 42 < len(asked["wisp"]) < 200 + 42  # three standard deviations of 50 s at 4 a second
+    assert asked["wisp"] == asked["central"]
+    gaps = [b - a for (a, *_), (b, *_) in zip(asked["wisp"], asked["wisp"][1:], strict=False)]
     assert (
         0.05 < sum(gap < 0.025 for gap in gaps) / len(gaps) < 0.15
     )  # exponential: 1 - exp(-4 * 0.025) = 0.095

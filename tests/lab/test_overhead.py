@@ -5,16 +5,16 @@ import json
 
 import pytest
 
-from wisp.core.admission import Admission
-from wisp.core.batching import batching_policy
+from wisp.core.verify.admission import Admission
+from wisp.core.verify.batching import batching_policy
 from wisp.core.errors import ProtocolError
-from wisp.core.events import FromEdge, Limits, Run, StepDone, Tick
-from wisp.core.messages import Cancel, decode_from_edge, encode
-from wisp.core.verifier import Verifier
+from wisp.core.verify.events import FromEdge, Limits, Run, StepDone, Tick
+from wisp.core.protocol.messages import Cancel, decode_from_edge, encode
+from wisp.core.verify.verifier import Verifier
 from wisp.engines.null import NullTarget
-from wisp.lab import overhead
-from wisp.lab.overhead.client import Tally, play
-from wisp.lab.overhead.script import MAX_TOKENS, Round, Script, scripts
+from benchmarks import overhead
+from benchmarks.overhead.client import Tally, play
+from benchmarks.overhead.script import MAX_TOKENS, Round, Script, scripts
 
 
 class VerifierPeer:

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from wisp.cli import app
 from wisp.core.errors import ConfigError
-from wisp.lab.sim.fluid import bound
-from wisp.lab.sim.plan import Plan, Verdict, plan, scenario_for
-from wisp.lab.sim.plan.estimate import expected, reached
-from wisp.lab.sim.report import Report
-from wisp.lab.sim.runs import Job, Runs
-from wisp.lab.sim.scenario import Scenario
-from wisp.lab.sim.written import read_range
+from wisp.sim.fluid import bound
+from wisp.sim.plan import Plan, Verdict, plan, scenario_for
+from wisp.sim.plan.estimate import expected, reached
+from wisp.sim.report import Report
+from wisp.sim.runs import Job, Runs
+from wisp.sim.scenario import Scenario
+from wisp.calibrate.traces.written import read_range
 
 A100, H200 = "a100-qwen3-32b", "h200-qwen3-32b"
 
@@ -33,9 +33,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 class Fake(Runs):
     """Runs in which each system carries so many devices and no more."""
 
-    def __init__(self, ours: int, central: int) -> None:
+    def __init__(self, wisp: int, central: int) -> None:
         super().__init__()
-        self.most = {"ours": ours, "central": central}
+        self.most = {"wisp": wisp, "central": central}
         self.asked: list[tuple[str, int]] = []
 
     def map(self, do: Any, items: Sequence[Any]) -> Iterable[Any]:
@@ -71,8 +71,8 @@ def test_fast_users_on_good_devices_use_wisp() -> None:
 def test_simulations_confirm_that_fast_users_on_good_devices_use_wisp() -> None:
     quick, confirmed = both(30, "100", 20.0, 20.0)
     assert quick.verdict is confirmed.verdict is Verdict.WISP
-    assert confirmed.ours.simulated is not None
-    assert confirmed.ours.simulated < 0.1
+    assert confirmed.wisp.simulated is not None
+    assert confirmed.wisp.simulated < 0.1
     assert confirmed.central.simulated is not None
     assert confirmed.central.simulated > 0.5
     assert 0 < confirmed.central.devices < 30
@@ -98,19 +98,19 @@ def test_more_than_one_server_is_asked_for_where_one_is_not_enough() -> None:
     found = plan(scenario_for(A100, 150, "100", 20.0, 20.0))
     assert found.verdict is Verdict.MORE
     assert "servers with WISP" in found.reasons[-1]
-    assert found.ours.servers(150) < found.central.servers(150)
+    assert found.wisp.servers(150) < found.central.servers(150)
 
 
 def test_a_pace_that_no_step_can_keep() -> None:
     found = plan(scenario_for(A100, 10, "8", 20.0, 60.0))
     assert found.verdict is Verdict.NEITHER
-    assert (found.ours.devices, found.central.devices) == (0, 0)
+    assert (found.wisp.devices, found.central.devices) == (0, 0)
     assert "no number of such servers" in told(found)
     assert found.commands == ()
 
 
 def test_wisp_is_not_said_to_serve_as_many_where_it_does_not() -> None:
-    runs = Fake(ours=20, central=30)
+    runs = Fake(wisp=20, central=30)
     found = plan(scenario_for(A100, 30, "100", 20.0, 8.0), simulate=True, runs=runs)
     assert found.verdict is Verdict.ENOUGH
     assert "as well" not in told(found)
@@ -121,7 +121,7 @@ def test_wisp_is_not_said_to_serve_as_many_where_it_does_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "central", "verdict", "last"),
+    ("wisp", "central", "verdict", "last"),
     [
         (39, 20, Verdict.WISP, ""),
         (60, 39, Verdict.ENOUGH, "as well"),
@@ -133,14 +133,14 @@ def test_wisp_is_not_said_to_serve_as_many_where_it_does_not() -> None:
     ],
 )
 def test_all_that_is_said_follows_from_what_was_simulated(
-    ours: int, central: int, verdict: Verdict, last: str
+    wisp: int, central: int, verdict: Verdict, last: str
 ) -> None:
-    runs = Fake(ours, central)
+    runs = Fake(wisp, central)
     found = plan(scenario_for(A100, 39, "25", 100.0, 18.0), simulate=True, runs=runs)
     assert found.verdict is verdict
     assert last in found.reasons[-1]
     assert "1 server " not in told(found)
-    for name, e, most in (("ours", found.ours, ours), ("central", found.central, central)):
+    for name, e, most in (("wisp", found.wisp, wisp), ("central", found.central, central)):
         assert e.carries(39) == (most >= 39)
         assert e.simulated == pytest.approx(0.02 if most >= 39 else 0.3)
         if most < 39:
@@ -151,7 +151,7 @@ def test_all_that_is_said_follows_from_what_was_simulated(
 
 def test_more_than_was_estimated_may_be_found() -> None:
     estimated = plan(scenario_for(A100, 80, "100", 20.0, 16.0))
-    assert estimated.ours.devices < 80
+    assert estimated.wisp.devices < 80
     found = plan(scenario_for(A100, 80, "100", 20.0, 16.0), simulate=True, runs=Fake(90, 20))
     assert found.verdict is Verdict.WISP
     assert "at least 80 devices (simulated) with WISP" in told(found)
@@ -165,11 +165,11 @@ def test_more_than_was_estimated_may_be_found() -> None:
 def test_what_is_expected_a_simulation_can_carry(
     devices: int, device: str, rtt_ms: float, rate: float, prompt: tuple[int, int]
 ) -> None:
-    n = int(0.95 * plan(scenario_for(A100, devices, device, rtt_ms, rate, prompt)).ours.devices)
+    n = int(0.95 * plan(scenario_for(A100, devices, device, rtt_ms, rate, prompt)).wisp.devices)
     found = plan(scenario_for(A100, n, device, rtt_ms, rate, prompt), simulate=True)
     assert 0 < n < devices
-    assert found.ours.simulated is not None
-    assert found.ours.simulated <= 0.1
+    assert found.wisp.simulated is not None
+    assert found.wisp.simulated <= 0.1
 
 
 def test_what_was_simulated_is_watched() -> None:
@@ -187,7 +187,7 @@ def test_what_was_simulated_is_watched() -> None:
 # --- the estimate
 
 
-def _share(scenario: Scenario, name: str = "ours", tolerance: float = 0.1) -> float:
+def _share(scenario: Scenario, name: str = "wisp", tolerance: float = 0.1) -> float:
     """Of its bound."""
     return expected(name, scenario, tolerance) / bound(scenario, central=name == "central").devices
 
@@ -198,14 +198,14 @@ def test_expectations_are_what_capacity_searches_reached() -> None:
     assert len(searched) == 8
     for (name, rate), c in searched.items():
         usual = scenario_for(A100, 10, "100", 20.0, rate)
-        close = 0.1 if name == "ours" else 0.05
+        close = 0.1 if name == "wisp" else 0.05
         for tolerance, devices in ((0.1, c["capacity"]), (0.01, c["capacity_at_1_percent"])):
             assert expected(name, usual, tolerance) == pytest.approx(devices, rel=close, abs=1.0), (
                 "put the new figures into plan.OURS and plan.CENTRAL"
             )
     assert reached("central", 16.0) < reached("central", 14.0) < reached("central", 12.0)
-    assert reached("ours", 8.0, 0.01) < reached("ours", 8.0, 0.03) < reached("ours", 8.0)
-    assert reached("ours", 8.0, 0.3) == reached("ours", 8.0)
+    assert reached("wisp", 8.0, 0.01) < reached("wisp", 8.0, 0.03) < reached("wisp", 8.0)
+    assert reached("wisp", 8.0, 0.3) == reached("wisp", 8.0)
 
 
 def test_less_of_the_bound_is_expected_where_it_is_harder_to_reach() -> None:
@@ -221,14 +221,14 @@ def test_less_of_the_bound_is_expected_where_it_is_harder_to_reach() -> None:
 
 def test_acceptance_is_the_readers_to_state() -> None:
     def devices(acceptance: float | None) -> int:
-        return plan(scenario_for(A100, 50, "100", 20.0, 16.0, acceptance=acceptance)).ours.devices
+        return plan(scenario_for(A100, 50, "100", 20.0, 16.0, acceptance=acceptance)).wisp.devices
 
     assert devices(0.5) < devices(0.75) < devices(0.95)
 
 
 def test_a_device_that_throttles_is_planned_at_the_speed_that_it_keeps_up() -> None:
     hot, slow = (plan(scenario_for(A100, 50, d, 20.0, 16.0)) for d in ("60+throttle", "30"))
-    assert hot.ours == slow.ours
+    assert hot.wisp == slow.wisp
 
 
 # --- what limits it
@@ -236,18 +236,18 @@ def test_a_device_that_throttles_is_planned_at_the_speed_that_it_keeps_up() -> N
 
 def test_the_limit_is_called_by_its_name() -> None:
     many = plan(scenario_for(H200, 500, "100", 20.0, 8.0))
-    assert many.ours.limit == "slots"
+    assert many.wisp.limit == "slots"
     assert "512 by the hardware profile" in told(many)
     assert "KV" not in told(many)
     long = plan(scenario_for(A100, 100, "100", 20.0, 4.0, (1000, 3000)))
-    assert long.ours.limit == "kv"
+    assert long.wisp.limit == "kv"
     assert "room for KV" in told(long)
 
 
 def test_sessions_longer_than_a_slot() -> None:
     found = plan(scenario_for(A100, 10, "100", 20.0, 8.0, (9000, 90_000)), simulate=True)
     assert found.verdict is Verdict.NEITHER
-    assert found.ours.limit == found.central.limit == "context"
+    assert found.wisp.limit == found.central.limit == "context"
     assert "the context is the limit" in told(found)
     assert "8,192" in told(found)
 
@@ -255,7 +255,7 @@ def test_sessions_longer_than_a_slot() -> None:
 def test_a_first_token_that_cannot_be_there_in_time() -> None:
     found = plan(scenario_for(A100, 10, "100", 20.0, 8.0, ttft_s=0.05), simulate=True)
     assert found.verdict is Verdict.NEITHER
-    assert found.ours.limit == "ttft"
+    assert found.wisp.limit == "ttft"
     assert "users wait 0.05 s" in told(found)
 
 
@@ -273,7 +273,7 @@ def test_why_drafts_are_left_out_is_said_once(device: str, rtt_ms: float, why: s
 
 def test_where_drafts_are_left_out_wisp_is_not_expected_to_carry_more() -> None:
     found = plan(scenario_for(A100, 60, "8", 60.0, 20.0))
-    assert found.ours.devices <= found.central.devices
+    assert found.wisp.devices <= found.central.devices
 
 
 def test_if_wisp_carries_more_all_the_same_it_is_not_for_its_drafts() -> None:
@@ -285,7 +285,7 @@ def test_if_wisp_carries_more_all_the_same_it_is_not_for_its_drafts() -> None:
 
 def test_devices_slower_than_users_read_are_left_out() -> None:
     found = plan(scenario_for(A100, 60, "18", 20.0, 20.0))
-    assert found.ours.bound == found.central.bound
+    assert found.wisp.bound == found.central.bound
     assert "left out" in told(found)
 
 
@@ -340,7 +340,7 @@ def test_what_cannot_be_planned(option: str, value: str) -> None:
     assert option in str(found.exception)
 
 
-@pytest.mark.parametrize(("n", "policy"), [(30, "laxity"), (150, "laxity"), (10, "continuous")])
+@pytest.mark.parametrize(("n", "policy"), [(30, "wisp"), (150, "wisp"), (10, "continuous")])
 def test_what_it_says_to_run_are_commands_that_there_are(n: int, policy: str) -> None:
     found = plan(scenario_for(A100, n, "100", 20.0, 20.0))
     assert f"batching {policy}" in " ".join(found.assumed) or policy == "continuous"

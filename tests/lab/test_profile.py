@@ -13,15 +13,15 @@ import pytest
 from typer.testing import CliRunner
 
 from wisp import cli
-from wisp.core.cost import Coefficients, load_of
+from wisp.core.verify.cost import Coefficients, load_of
 from wisp.core.errors import ConfigError
-from wisp.core.work import Copy, Slice, SliceResult
+from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.engines.base import EngineInfo
 from wisp.engines.emulated import HARDWARE, VirtualClock, hardware
-from wisp.lab.profiling.grid import Cell, Room, cells
-from wisp.lab.profiling.measure import Bench, Timed
-from wisp.lab.profiling.target import CostProfile, judge, read_cost, split
-from wisp.lab.sim.profiled import profiled
+from wisp.calibrate.profile.grid import Cell, Room, cells
+from wisp.calibrate.profile.measure import Bench, Timed
+from wisp.calibrate.profile.target import CostProfile, judge, read_cost, split
+from wisp.calibrate.hardware import profiled
 
 SAID = 7  # by the toy, whatever it is asked
 TRUTH = Coefficients(step=8.0, token=0.7, cached=3e-4, attention=2e-4)

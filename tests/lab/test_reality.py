@@ -14,20 +14,20 @@ from pathlib import Path
 import pytest
 
 import wisp.engines
-from wisp.core.drafting import Ahead, Policies
-from wisp.core.signals import Signal
+from wisp.core.draft.policies import Ahead, Policies
+from wisp.core.draft.signals import Signal
 from wisp.engines.base import DraftEngine
 from wisp.engines.build import read_predictor
 from wisp.engines.llama.draft import LlamaDraft
-from wisp.lab.devices import Device, Link, Server
-from wisp.lab.reality.distance import DelayedLine, PacedDraft
-from wisp.lab.reality.edge import Edge, Event, Proposed, Story, Told, verifier
-from wisp.lab.reality.feeding import fed_back
-from wisp.lab.replay import MAX_DRAFT, Bench, replay
-from wisp.lab.traces import Trace
-from wisp.lab.traces.format import as_signal
-from wisp.lab.traces.prompts import Prompt
-from wisp.lab.traces.record import Recording, Settings
+from wisp.sim.devices import Device, Link, Server
+from benchmarks.reality.distance import DelayedLine, PacedDraft
+from benchmarks.reality.edge import Edge, Event, Proposed, Story, Told, verifier
+from benchmarks.reality.feeding import fed_back
+from wisp.sim.replay import MAX_DRAFT, Bench, replay
+from wisp.calibrate.traces import Trace
+from wisp.calibrate.traces.format import as_signal
+from wisp.calibrate.traces.prompts import Prompt
+from wisp.calibrate.traces.record import Recording, Settings
 
 TINY = Path(wisp.engines.__file__).parent / "data"
 MAX_TOKENS = 40

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-import wisp.lab.replay
-from wisp.core.drafter import Drafter
-from wisp.core.drafting import POLICIES, Ahead, Policies
+import wisp.sim.replay
+from wisp.core.draft.drafter import Drafter
+from wisp.core.draft.policies import POLICIES, Ahead, Policies
 from wisp.core.errors import ConfigError
-from wisp.core.sampling import Sampling
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.build import read_predictor
-from wisp.lab.devices import DEVICES, Device, Link, Server, device
-from wisp.lab.grid import FIXED, summary
-from wisp.lab.replay import Bench, Tally, replay
-from wisp.lab.traces.format import OffPath, Trace, TraceSet
+from wisp.sim.devices import DEVICES, Device, Link, Server, device
+from wisp.sim.replay_grid import FIXED, summary
+from wisp.sim.replay import Bench, Tally, replay
+from wisp.calibrate.traces.format import OffPath, Trace, TraceSet
 
 TRACES = Path(__file__).parents[2] / "data" / "traces" / "qwen2.5-coder"
 COLUMNS = ("confidence", "entropy", "margin", "spread", "lead")
@@ -58,7 +58,7 @@ def drafters(monkeypatch: pytest.MonkeyPatch) -> list[Drafter]:
             super().__init__(*args, **options)
             found.append(self)
 
-    monkeypatch.setattr(wisp.lab.replay, "Drafter", Kept)
+    monkeypatch.setattr(wisp.sim.replay, "Drafter", Kept)
     return found
 
 

@@ -16,20 +16,20 @@ from typer.testing import CliRunner
 from wisp.cli import app
 from wisp.cli.options import SYSTEM_HELP
 from wisp.core.errors import ConfigError, UnavailableError
-from wisp.core.messages import Welcome
-from wisp.lab.children import Child, ChildError
-from wisp.lab.sim import commands, fleet, runs, scenario
-from wisp.lab.sim.capacity import PAPER_MODELS, Search, capacity, limit_of
-from wisp.lab.sim.figures import Figures, Watching
-from wisp.lab.sim.fluid import bound
-from wisp.lab.sim.paper import paper_capacity
-from wisp.lab.sim.report import Report, report, table
-from wisp.lab.sim.runs import SOURCES, Job, Runs, key, remembered
-from wisp.lab.sim.scenario import Kit, Scenario, SloClass, load_scenario, recorded_arrivals
-from wisp.lab.sim.simulate import Simulation
-from wisp.lab.sim.systems import SYSTEMS, system
-from wisp.lab.traces import format as traces
-from wisp.lab.traces.format import trace_folder
+from wisp.core.protocol.messages import Welcome
+from wisp.children import Child, ChildError
+from wisp.sim import commands, fleet, runs, scenario
+from wisp.sim.capacity import PAPER_MODELS, Search, capacity, limit_of
+from wisp.sim.figures import Figures, Watching
+from wisp.sim.fluid import bound
+from wisp.sim.paper import paper_capacity
+from wisp.sim.report import Report, report, table
+from wisp.sim.runs import SOURCES, Job, Runs, key, remembered
+from wisp.sim.scenario import Kit, Scenario, SloClass, load_scenario, recorded_arrivals
+from wisp.sim.simulate import Simulation
+from wisp.sim.systems import SYSTEMS, system
+from wisp.calibrate.traces import format as traces
+from wisp.calibrate.traces.format import trace_folder
 
 ROOT = Path(__file__).parents[2]
 PLAIN = """
@@ -159,7 +159,7 @@ def test_traces_ship_and_are_found_from_anywhere(tmp_path: Path, monkeypatch: py
 
 def test_the_wheel_and_the_sources_have_the_traces() -> None:
     about = (ROOT / "pyproject.toml").read_text()
-    assert '"data/traces" = "wisp/lab/traces/shipped"' in about
+    assert '"data/traces" = "wisp/calibrate/traces/shipped"' in about
     assert re.search(r'sdist\]\ninclude = \[.*"data"', about)
 
 
@@ -196,7 +196,7 @@ def test_paths_are_relative_to_the_scenario_or_else_to_the_current_folder(
 @pytest.mark.parametrize("name", ["poisson", "recorded"])
 def test_an_open_loop_has_no_capacity_and_takes_no_devices(name: str) -> None:
     with pytest.raises(ConfigError, match="come by themselves"):
-        capacity(load_scenario(name), "ours")
+        capacity(load_scenario(name), "wisp")
     with pytest.raises(ConfigError, match="leave out --devices"):
         commands.chosen(name, None, 5)
     assert commands.chosen(name, None, None).open
@@ -252,7 +252,7 @@ def test_a_search_refuses_a_scenario_in_which_nothing_arrives(
 ) -> None:
     monkeypatch.setenv("WISP_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match="longer window_s"):
-        capacity(quiet, "wisp", seeds=(1,), runs=Nothing())
+        capacity(quiet, "paper", seeds=(1,), runs=Nothing())
     assert Search(quiet, system("central"), (1,), Runs(), 0.1).rate(1, 1) == 1.0
     assert remembered(Job(quiet, system("central"), 1)).arrived == 0
     assert not list(tmp_path.rglob("*.json"))
@@ -272,7 +272,7 @@ def test_a_changed_file_of_arrivals_that_ships_is_another_run(
     keys = set()
     for tokens in (5, 6):
         (shipped / "some.jsonl").write_text(f'{{"at_s": 1.0, "prompt_tokens": {tokens}}}')
-        keys.add(key(Job(given, system("ours"), 1)))
+        keys.add(key(Job(given, system("wisp"), 1)))
     assert len(keys) == 2
 
 
@@ -291,7 +291,7 @@ def load_one() -> Scenario:
 
 
 def test_all_that_a_run_depends_on_is_part_of_its_key() -> None:
-    assert {"lab/profiling/grid.py", "lab/profiling/target.py", "lab/traces/format.py"} <= set(SOURCES)
+    assert {"calibrate/profile/grid.py", "calibrate/profile/target.py", "calibrate/traces/format.py"} <= set(SOURCES)
     for pattern in SOURCES:
         assert list((ROOT / "src" / "wisp").glob(pattern)), pattern
 
@@ -303,7 +303,7 @@ def test_each_system_has_the_bound_of_what_it_may_do() -> None:
     slow = msgspec.structs.replace(load_scenario("a100-qwen3-32b").at_rate(16.0), devices=(Kit("20", 150.0),))
     undrafted, drafted = bound(slow, central=True), bound(slow)
     assert limit_of(system("central"), slow) == limit_of(system("central,slots=10"), slow) == undrafted
-    assert limit_of(system("ours,ahead=no"), slow) == drafted
+    assert limit_of(system("wisp,ahead=no"), slow) == drafted
     beside = limit_of(system("central-speculative"), slow)
     assert beside.devices > 1.1 * drafted.devices
     far = msgspec.structs.replace(slow, devices=(Kit("8", 400.0),))
@@ -366,15 +366,15 @@ def test_a_fleet_takes_a_policy_and_the_scenarios_seed(
 
     monkeypatch.setattr(fleet, "_one", noted)
     name = written(tmp_path, PLAIN + "seeds = [7, 8]\n" + SLO)
-    CliRunner().invoke(app, ["fleet", name, "--policy", "wisp"])
-    assert asked == [("wisp", 7)]
+    CliRunner().invoke(app, ["fleet", name, "--policy", "paper"])
+    assert asked == [("paper", 7)]
 
 
 def test_a_switch_is_yes_or_no() -> None:
-    assert system("ours,ahead=no").ahead is False
-    assert system("wisp,ahead=yes").ahead is True
+    assert system("wisp,ahead=no").ahead is False
+    assert system("paper,ahead=yes").ahead is True
     with pytest.raises(ConfigError, match="give ahead=yes or ahead=no"):
-        system("ours,ahead=maybe")
+        system("wisp,ahead=maybe")
 
 
 def test_folders_are_made_before_the_run_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,9 +419,9 @@ def test_a_broken_connection_is_told_with_the_verifiers_log(
     with pytest.raises(
         ChildError, match=r"closed a connection: 1011\. Its log \(.*verifier\.log\) ends:\n.*why it went"
     ):
-        fleet._one(load_one(), system("ours"), 1, "", lambda now, text: None)
+        fleet._one(load_one(), system("wisp"), 1, "", lambda now, text: None)
     with pytest.raises(UnavailableError):
-        fleet._one(load_one(), system("ours"), 1, "http://127.0.0.1:9", lambda now, text: None)
+        fleet._one(load_one(), system("wisp"), 1, "http://127.0.0.1:9", lambda now, text: None)
 
 
 def test_scripts_are_there_before_any_device_connects(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,5 +443,5 @@ def test_scripts_are_there_before_any_device_connects(monkeypatch: pytest.Monkey
     monkeypatch.setattr(fleet, "_as_served", lambda welcome, scenario, url: scenario)
     monkeypatch.setattr(fleet, "scripts_of", lambda scenario: done.append("scripts"))
     with pytest.raises(UnavailableError):
-        asyncio.run(fleet.run_live(load_one(), system("ours"), 1, "http://127.0.0.1:9"))
+        asyncio.run(fleet.run_live(load_one(), system("wisp"), 1, "http://127.0.0.1:9"))
     assert done == ["connect 1", "close", "scripts", "connect 50"]

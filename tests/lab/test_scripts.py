@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from wisp.lab.sim.scenario import load_scenario
-from wisp.lab.sim.scripts import Scripts, library
+from wisp.sim.scenario import load_scenario
+from wisp.calibrate.traces.scripts import Scripts, library
 
 
 @pytest.mark.parametrize("acceptance", [None, 0.7])

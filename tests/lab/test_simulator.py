@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from wisp.cli import app
 from wisp.core.errors import ConfigError
-from wisp.lab.sim.report import Report, chrome_trace, report
-from wisp.lab.sim.scenario import SHIPPED, Kit, Scenario, SloClass, load_scenario
-from wisp.lab.sim.simulate import Outcome, Simulation
-from wisp.lab.sim.systems import SYSTEMS, system
-from wisp.lab.sim.world import Handset, Request
+from wisp.sim.report import Report, chrome_trace, report
+from wisp.sim.scenario import SHIPPED, Kit, Scenario, SloClass, load_scenario
+from wisp.sim.simulate import Outcome, Simulation
+from wisp.sim.systems import SYSTEMS, system
+from wisp.sim.world import SimDevice, Request
 
 SMALL = load_scenario("a100-qwen3-32b").at_rate(12.0).with_devices(8).brief(3.0, 8.0, 30.0)
 TINY = """
@@ -33,7 +33,7 @@ rate = 12.0
 BAD_LINE = msgspec.structs.replace(SMALL, devices=(Kit("40", 60.0, 20.0, 0.02), Kit("pi5", 10.0, share=0.5)))
 
 
-class Kept(Handset):
+class Kept(SimDevice):
     """A device that holds what it has committed against its script."""
 
     finished = 0
@@ -47,13 +47,13 @@ class Kept(Handset):
 
 
 def ran(
-    scenario: Scenario, spec: str = "ours", seed: int = 1, *, trace: bool = False
+    scenario: Scenario, spec: str = "wisp", seed: int = 1, *, trace: bool = False
 ) -> tuple[Simulation, Outcome]:
     simulation = Simulation(scenario, system(spec), seed, trace=trace)
     return simulation, simulation.run()
 
 
-def reported(scenario: Scenario, spec: str = "ours", seed: int = 1) -> Report:
+def reported(scenario: Scenario, spec: str = "wisp", seed: int = 1) -> Report:
     simulation, _ = ran(scenario, spec, seed)
     return report(simulation, seed)
 
@@ -67,7 +67,7 @@ def test_every_token_committed_is_the_scripts(spec: str, monkeypatch: pytest.Mon
     assert outcome.counts.tokens >= sum(r.tokens for r in outcome.requests)
 
 
-@pytest.mark.parametrize("spec", ["ours", "wisp", "central"])
+@pytest.mark.parametrize("spec", ["wisp", "paper", "central"])
 def test_a_seed_decides_everything(spec: str) -> None:
     assert reported(BAD_LINE, spec) == reported(BAD_LINE, spec)
     assert reported(BAD_LINE, spec).e2el_ms != reported(BAD_LINE, spec, seed=2).e2el_ms
@@ -143,15 +143,15 @@ def test_every_shipped_scenario_runs_and_says_what_it_is(path: Path) -> None:
 
 
 def test_a_system_with_changes_or_refused_with_what_can_be_changed() -> None:
-    changed = system("ours,ahead=no,drafting=fixed:4,slots=7")
+    changed = system("wisp,ahead=no,drafting=fixed:4,slots=7")
     assert (changed.ahead, changed.drafting, changed.slots, changed.batching) == (
         False,
         "fixed:4",
         7,
-        "laxity",
+        "wisp",
     )
     with pytest.raises(ConfigError, match="drafting, batching"):
-        system("ours,colour=red")
+        system("wisp,colour=red")
     with pytest.raises(ConfigError, match="number of sessions"):
         system("central,slots=many")
     with pytest.raises(ConfigError, match="central"):
@@ -178,7 +178,7 @@ def test_runs_that_are_over_are_let_go() -> None:
     alive = []
     for seed in range(4):
         simulation = Simulation(
-            load_scenario("a100-qwen3-32b").with_devices(4).brief(2.0, 2.0, 0.0), system("ours"), seed
+            load_scenario("a100-qwen3-32b").with_devices(4).brief(2.0, 2.0, 0.0), system("wisp"), seed
         )
         simulation.run()
         alive.append(weakref.ref(simulation))

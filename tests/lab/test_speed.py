@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from wisp.cli import app
-from wisp.lab.sim.scenario import load_scenario
-from wisp.lab.sim.speed import enlarged, measure
+from wisp.sim.scenario import load_scenario
+from benchmarks.simulator import enlarged, measure
 
 
 def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found == json.loads(out.read_text())
-    assert [s["system"] for s in found["long"]] == ["ours", "wisp", "central"]
+    assert [s["system"] for s in found["long"]] == ["wisp", "paper", "central"]
     assert [s["devices"] for s in found["carried"]] == [10]
     for s in (*found["long"], *found["carried"]):
         assert s["tokens"] > 100
@@ -34,7 +34,7 @@ def test_an_enlarged_verifier_carries_what_is_too_much_for_the_usual_one(tmp_pat
     assert larger.slots == 3 * profile.slots
     assert larger.tflops == pytest.approx(3 * profile.tflops)
     assert (larger.about, larger.graphs, larger.noise) == (profile.about, profile.graphs, profile.noise)
-    usual, enough = (measure(scenario, "ours", 300, 12.0, size) for size in (1, 3))
+    usual, enough = (measure(scenario, "wisp", 300, 12.0, size) for size in (1, 3))
     assert usual.refusals > 20
     assert enough.refusals == 0
     assert enough.tokens > 1.3 * usual.tokens

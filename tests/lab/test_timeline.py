@@ -7,7 +7,7 @@ import random
 import pytest
 import simpy
 
-from wisp.lab.sim.timeline import Timeline
+from wisp.sim.timeline import Timeline
 
 
 def played(env: simpy.Environment, seed: int) -> list[tuple[float, int]]:

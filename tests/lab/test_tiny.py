@@ -12,12 +12,12 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import wisp.engines
-from wisp.core.sampling import Sampling
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.llama.draft import LlamaDraft
 from wisp.engines.llama.reference import reference_tokens
 from wisp.engines.llama.tokenizer import LlamaTokenizer
-from wisp.lab.tiny.text import CHAT_TEMPLATE, END, KINDS, SPECIALS, START, STOP, documents, turn
-from wisp.lab.tiny.vocabulary import Vocabulary, gguf_tokens, learn
+from tools.tiny.text import CHAT_TEMPLATE, END, KINDS, SPECIALS, START, STOP, documents, turn
+from tools.tiny.vocabulary import Vocabulary, gguf_tokens, learn
 
 DATA = Path(wisp.engines.__file__).parent / "data"
 TARGET, DRAFT = DATA / "tiny-target.gguf", DATA / "tiny-draft.gguf"

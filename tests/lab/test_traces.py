@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 import wisp.engines
 from wisp.cli import app
 from wisp.core.errors import ConfigError, ModelError
-from wisp.core.sampling import Sampling, gumbels, target_token
-from wisp.core.signals import STATISTICS, Signal, signal
+from wisp.core.protocol.sampling import Sampling, gumbels, target_token
+from wisp.core.draft.signals import STATISTICS, Signal, signal
 from wisp.engines.llama.draft import LlamaDraft
 from wisp.engines.llama.reference import reference_tokens
-from wisp.lab.traces import COLUMNS, OffPath, Trace, TraceSet
-from wisp.lab.traces.format import load_file, rounded, save_file
-from wisp.lab.traces.prompts import SPLITS, Prompt, load_prompts
-from wisp.lab.traces.record import PARTS, Recording, Settings, parse_sampling, seed_of, summary
-from wisp.lab.traces.statistics import statistics
+from wisp.calibrate.traces import COLUMNS, OffPath, Trace, TraceSet
+from wisp.calibrate.traces.format import load_file, rounded, save_file
+from wisp.calibrate.traces.prompts import SPLITS, Prompt, load_prompts
+from wisp.calibrate.traces.record import PARTS, Recording, Settings, parse_sampling, seed_of, summary
+from wisp.calibrate.traces.statistics import statistics
 
 TINY = Path(wisp.engines.__file__).parent / "data"
 SHIPPED = Path(__file__).parents[2] / "data"

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from wisp.core.errors import ConfigError
-from wisp.core.predictor import FEATURES, Predictor
+from wisp.core.draft.predictor import FEATURES, Predictor
 from wisp.engines.build import read_predictor
-from wisp.lab import train as training
-from wisp.lab.traces.format import TraceSet
-from wisp.lab.train import (
+from wisp.calibrate import train as training
+from wisp.calibrate.traces.format import TraceSet
+from wisp.calibrate.train import (
     Examples,
     auc,
     calibration_error,

@@ -14,7 +14,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin
 
-from wisp.core.messages import Refused
+from wisp.core.protocol.messages import Refused
 
 pytestmark = pytest.mark.slow
 

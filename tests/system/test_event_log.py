@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from harness import Fleet, Peer, eventually, opening
 
-from wisp.cloud.event_log import read_events, read_runs
-from wisp.core.admission import KeyLimits
-from wisp.core.events import FromEdge, Run, Send, StepDone
-from wisp.core.messages import Cancel, Draft, Refused, Verdict
-from wisp.core.sampling import Sampling
+from wisp.server.event_log import read_events, read_runs
+from wisp.core.verify.admission import KeyLimits
+from wisp.core.verify.events import FromEdge, Run, Send, StepDone
+from wisp.core.protocol.messages import Cancel, Draft, Refused, Verdict
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.null import NullTarget, null_token
 
 pytestmark = [pytest.mark.slow, pytest.mark.modelless]
@@ -42,7 +42,7 @@ def test_the_event_log_of_a_live_run_replays_to_the_same_actions(fleet: Fleet) -
     assert server.wait() == 0
 
     [(header, events)] = read_runs(path)
-    assert (header.policy, header.max_sessions, header.engine) == ("laxity", 50, "null")
+    assert (header.policy, header.max_sessions, header.engine) == ("wisp", 50, "null")
     assert events == read_events(path)
     verifier = header.verifier()
     engine = NullTarget(slots=256)

@@ -11,7 +11,7 @@ import pytest
 from harness import DRAFT, HTTP, MODEL, TARGET, Fleet, Process, ask, eventually
 
 from wisp.api.template import chat_template
-from wisp.core.sampling import Sampling
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.llama.reference import reference_tokens
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 from wisp.engines.models import resolve

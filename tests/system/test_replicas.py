@@ -39,21 +39,21 @@ from harness import (
 
 from waiting import PATIENCE_S
 from wisp.api.backend import Generation
-from wisp.core.drafting import Policies
-from wisp.core.messages import VERSION, Cancel, Draft, Hello, Redirect, Refused
-from wisp.core.sampling import Sampling
+from wisp.core.draft.policies import Policies
+from wisp.core.protocol.messages import VERSION, Cancel, Draft, Hello, Redirect, Refused
+from wisp.core.protocol.sampling import Sampling
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
 from wisp.engines.base import Tokenizer
 from wisp.engines.build import served_name
 from wisp.engines.models import resolve
 from wisp.engines.null import null_token
-from wisp.lab.sim.figures import Figures
-from wisp.lab.sim.fleet import run_live
-from wisp.lab.sim.scenario import Kit, Scenario, SloClass
-from wisp.lab.sim.systems import system
-from wisp.lab.traces.prompts import Prompt
-from wisp.lab.traces.record import Recording, Settings
+from wisp.sim.figures import Figures
+from wisp.sim.fleet import run_live
+from wisp.sim.scenario import Kit, Scenario, SloClass
+from wisp.sim.systems import system
+from wisp.calibrate.traces.prompts import Prompt
+from wisp.calibrate.traces.record import Recording, Settings
 
 pytestmark = [
     pytest.mark.slow,
@@ -690,7 +690,7 @@ async def _play(
     happening = asyncio.ensure_future(asyncio.to_thread(meanwhile))
     found: list[Figures] = []
     while not happening.done():
-        found.append(await run_live(scenario, system("ours,server_mode=no"), len(found), url))
+        found.append(await run_live(scenario, system("wisp,server_mode=no"), len(found), url))
     await happening
     return found
 

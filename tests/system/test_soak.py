@@ -8,8 +8,8 @@ import psutil
 import pytest
 from harness import Fleet, Peer, Process, ask, eventually, opening
 
-from wisp.core.messages import Draft
-from wisp.core.sampling import Sampling
+from wisp.core.protocol.messages import Draft
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.null import null_token
 
 pytestmark = pytest.mark.slow

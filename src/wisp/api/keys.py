@@ -27,7 +27,7 @@ from urllib.parse import quote, unquote
 
 import msgspec
 
-from wisp.core.admission import KeyLimits
+from wisp.core.verify.admission import KeyLimits
 from wisp.core.errors import ConfigError, RequestError
 
 log = logging.getLogger("wisp.keys")

@@ -16,7 +16,7 @@ def bench_overhead(
     json: Json = False,
 ) -> None:
     """What a verification costs beside the engine: a null engine, real sockets, and a bare echo for comparison."""
-    from wisp.lab.overhead import run_bench
+    from benchmarks.overhead import run_bench
 
     raise typer.Exit(run_bench(sessions=sessions, seconds=seconds, as_json=json))
 
@@ -26,7 +26,7 @@ def bench_policy(
     json: Json = False,
 ) -> None:
     """What one decision of each batching policy costs, how that grows, and what a server pays for a step."""
-    from wisp.lab.bench_policy import run_bench_policy
+    from benchmarks.policy import run_bench_policy
 
     run_bench_policy(pending, as_json=json)
 
@@ -38,7 +38,7 @@ def bench_vllm(
     json: Json = False,
 ) -> None:
     """What it costs that WISP decides the steps of vLLM: decode steps beside vLLM's own, in turn."""
-    from wisp.lab.vllm_overhead import run_bench
+    from benchmarks.vllm_overhead import run_bench
 
     run_bench(target, out, as_json=json, offline=offline)
 
@@ -49,7 +49,7 @@ def bench_ahead(
     json: Json = False,
 ) -> None:
     """Drafting ahead on real processes over a delayed line, and what a replay predicts of it. Takes minutes."""
-    from wisp.lab.reality.ahead import run_ahead
+    from benchmarks.reality.ahead import run_ahead
 
     run_ahead(out, repeats=repeats, as_json=json)
 
@@ -61,6 +61,6 @@ def bench_simulator(
     json: Json = False,
 ) -> None:
     """CPU time of simulated runs, and what a token costs from ten devices to two thousand."""
-    from wisp.lab.sim.speed import run_bench_simulator
+    from benchmarks.simulator import run_bench_simulator
 
     run_bench_simulator(minutes, most, out, as_json=json)

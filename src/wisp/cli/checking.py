@@ -15,7 +15,7 @@ def pull(
     json: Json = False,
 ) -> None:
     """Download a model, or list the catalogue."""
-    from wisp.lab.commands import list_models, pull_model
+    from wisp.check.catalogue import list_models, pull_model
 
     pull_model(name, offline=offline, as_json=json) if name else list_models(as_json=json)
 
@@ -29,7 +29,7 @@ def demo(
     json: Json = False,
 ) -> None:
     """Start a verifier and an edge, and show that speculative text is the target's own, token for token."""
-    from wisp.lab.demo import run_demo
+    from wisp.check.demo import run_demo
 
     raise typer.Exit(
         run_demo(pair, engine=engine, drafting=drafting, max_tokens=max_tokens, offline=offline, as_json=json)
@@ -38,7 +38,7 @@ def demo(
 
 def doctor(offline: Offline = False, json: Json = False) -> None:
     """What is installed, what the engine can do here, self-checks, and what to fix."""
-    from wisp.lab.doctor import run_doctor
+    from wisp.check.doctor import run_doctor
 
     raise typer.Exit(run_doctor(offline=offline, as_json=json))
 
@@ -58,7 +58,7 @@ def check_lossless(
     json: Json = False,
 ) -> None:
     """Hold the speculative path against a slow reference decoder, under interleaving, eviction and resumption."""
-    from wisp.lab.lossless import run_check
+    from wisp.check.lossless import run_check
 
     raise typer.Exit(
         run_check(pair, engine=engine, mode=mode, cases=cases, seed=seed, offline=offline, as_json=json)

@@ -62,7 +62,7 @@ def edge(
     from wisp.api.keys import Keyring
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
     from wisp.api.web_guard import host_names
-    from wisp.core.drafting import Ahead
+    from wisp.core.draft.policies import Ahead
     from wisp.edge.address import session_url
     from wisp.edge.app import EdgeApp
     from wisp.engines.build import drafting_policies, load_drafter
@@ -123,7 +123,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Generate once, streamed; tokens are coloured by origin: accepted draft green, the target's own plain."""
-    from wisp.core.drafting import Ahead
+    from wisp.core.draft.policies import Ahead
     from wisp.edge.address import session_url
     from wisp.edge.once import Request, generate_once
     from wisp.engines.build import drafting_policies, load_drafter

@@ -12,7 +12,7 @@ from wisp.cli.options import SYSTEM_HELP, Jobs, Json, Rate, ScenarioName, Seed, 
 
 def fleet(
     scenario: Annotated[str, typer.Argument(help="A scenario that ships, or a TOML file.")],
-    system: System = "ours",
+    system: System = "wisp",
     server: Annotated[
         str, typer.Option(help="A verifier that serves the scenario (default: one is started).")
     ] = "",
@@ -31,7 +31,7 @@ def fleet(
     json: Json = False,
 ) -> None:
     """Emulated devices by the hundred against a live verifier, in real time; every token is checked."""
-    from wisp.lab.sim.fleet import run_fleet
+    from wisp.sim.fleet import run_fleet
 
     code = run_fleet(
         scenario,
@@ -52,7 +52,7 @@ def fleet(
 
 def simulate(
     scenario: ScenarioName,
-    system: System = "ours",
+    system: System = "wisp",
     rate: Rate = None,
     devices: Annotated[int | None, typer.Option(help="Default: the scenario's.", min=1)] = None,
     seed: Seed = None,
@@ -61,7 +61,7 @@ def simulate(
     json: Json = False,
 ) -> None:
     """A fleet and its verifier in virtual time: the live decisions, modelled time."""
-    from wisp.lab.sim.commands import run_simulate
+    from wisp.sim.commands import run_simulate
 
     run_simulate(
         scenario, system, rate=rate, devices=devices, seed=seed, chrome=chrome_trace, plot=plot, as_json=json
@@ -78,7 +78,7 @@ def capacity(
             help="central-paper or sled-paper (the paper's figures, nothing is simulated), or a system: "
             + SYSTEM_HELP,
         ),
-    ] = "ours",
+    ] = "wisp",
     rate: Rate = None,
     tolerance: Annotated[
         float, typer.Option(help="Share of requests that may miss their SLO.", min=0.001, max=0.9)
@@ -92,7 +92,7 @@ def capacity(
 ) -> None:
     """The most devices that a system serves in time, with its interval, and how far that is from the fluid bound.
     Baselines are tuned first. Runs are remembered."""
-    from wisp.lab.sim.commands import run_capacity
+    from wisp.sim.commands import run_capacity
 
     run_capacity(scenario, policy, rate=rate, tolerance=tolerance, seeds=seeds, jobs=jobs, as_json=json)
 
@@ -122,9 +122,9 @@ def plan(
 ) -> None:
     """About how many devices to expect a verifier to carry, whether WISP or serving centrally is the way, and the
     commands for it."""
-    from wisp.lab.sim.commands import run_plan
-    from wisp.lab.sim.plan import scenario_for
-    from wisp.lab.sim.written import read_range
+    from wisp.sim.commands import run_plan
+    from wisp.sim.plan import scenario_for
+    from wisp.calibrate.traces.written import read_range
 
     prompts, outputs = read_range(prompt, "--prompt"), read_range(output, "--output")
     planned = scenario_for(
@@ -143,6 +143,6 @@ def experiments(
     json: Json = False,
 ) -> None:
     """Simulated experiments, each a page with its data and a plot. --json prints the data, by page."""
-    from wisp.lab.sim.experiments import run_experiments
+    from benchmarks.experiments import run_experiments
 
     run_experiments(names or [], quick=quick, out=out, jobs=jobs, as_json=json)

@@ -26,8 +26,8 @@ def trace(
     json: Json = False,
 ) -> None:
     """Record what target and drafter say along the target's text, for replay. Interrupted, it goes on where it was."""
-    from wisp.lab.traces.command import run_trace
-    from wisp.lab.traces.record import Settings
+    from wisp.calibrate.traces.command import run_trace
+    from wisp.calibrate.traces.record import Settings
 
     settings = Settings.named(samplings, max_tokens, depth, seed, mode, threads)
     run_trace(target, draft, prompts, out, settings, offline=offline, as_json=json)
@@ -66,14 +66,14 @@ def profile(
             "--out is for the cost profile of a --target; how fast a draft model is goes to the terminal"
         )
     if target is not None:
-        from wisp.lab.profiling.target import profile_target
+        from wisp.calibrate.profile.target import profile_target
 
         profile_target(
             target, engine=engine, mode=mode, slots=slots, context=context, threads=threads, kv_tokens=kv_tokens,
             quick=quick, cpu_time=cpu_time, limit_s=limit_s, out=out, offline=offline, as_json=json,
         )  # fmt: skip
         return
-    from wisp.lab.profiling.draft import profile_draft
+    from wisp.calibrate.profile.draft import profile_draft
 
     assert draft is not None
     profile_draft(draft, steps=steps, threads=threads, offline=offline, as_json=json)
@@ -88,7 +88,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Fit a predictor of acceptance to traces, and say how good it is on prompts and domains kept apart."""
-    from wisp.lab.train import run_train
+    from wisp.calibrate.train import run_train
 
     run_train(traces, out, seed=seed, as_json=json)
 
@@ -107,7 +107,7 @@ def replay(
     json: Json = False,
 ) -> None:
     """Replay traces under drafting policies, over a grid of devices, links and verifiers, in virtual time."""
-    from wisp.lab.grid import run_grid
+    from wisp.sim.replay_grid import run_grid
 
     names = [p for p in policies.split(",") if p]
     run_grid(traces, names, predictor, price=price, limit=limit, out=out, as_json=json)

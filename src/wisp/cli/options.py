@@ -47,8 +47,8 @@ ScenarioName = Annotated[str, typer.Argument(help="A scenario that ships, or a T
 Rate = Annotated[
     float | None, typer.Option(help="Tokens per second that users expect (default: the scenario's).", min=0.1)
 ]
-SYSTEMS = "ours, wisp, central, sled, sled-confidence or central-speculative"
-SYSTEM_HELP = f"{SYSTEMS}; with changes: ours,ahead=no,drafting=fixed:4 (docs/simulator.md lists them)."
+SYSTEMS = "wisp, paper, central, sled, sled-confidence or central-speculative"
+SYSTEM_HELP = f"{SYSTEMS}; with changes: wisp,ahead=no,drafting=fixed:4 (docs/simulator.md lists them)."
 System = Annotated[str, typer.Option("--system", "--policy", help=SYSTEM_HELP)]
 Seed = Annotated[
     int | None, typer.Option(help="Of everything that is random (default: the scenario's first one).")

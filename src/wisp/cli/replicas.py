@@ -18,7 +18,7 @@ Name = Annotated[str, typer.Argument(help="As `wisp replicas list` calls it.")]
 @app.command(name="list")
 def list_replicas(server: Front = "http://127.0.0.1:8100", json: Json = False) -> None:
     """Show them."""
-    from wisp.front.admin import ask, show
+    from wisp.router.admin import ask, show
 
     show(ask(server), as_json=json)
 
@@ -26,7 +26,7 @@ def list_replicas(server: Front = "http://127.0.0.1:8100", json: Json = False) -
 @app.command()
 def drain(name: Name, server: Front = "http://127.0.0.1:8100", json: Json = False) -> None:
     """Move a replica's sessions to the others, and end it."""
-    from wisp.front.admin import ask, show
+    from wisp.router.admin import ask, show
 
     show(ask(server, f"/{name}/drain", {}), as_json=json)
 
@@ -34,7 +34,7 @@ def drain(name: Name, server: Front = "http://127.0.0.1:8100", json: Json = Fals
 @app.command()
 def restart(name: Name, server: Front = "http://127.0.0.1:8100", json: Json = False) -> None:
     """Move a replica's sessions to the others, and start it afresh: with what is installed now."""
-    from wisp.front.admin import ask, show
+    from wisp.router.admin import ask, show
 
     show(ask(server, f"/{name}/restart", {}), as_json=json)
 
@@ -46,6 +46,6 @@ def scale(
     json: Json = False,
 ) -> None:
     """Start more replicas, or drain the youngest."""
-    from wisp.front.admin import ask, show
+    from wisp.router.admin import ask, show
 
     show(ask(server, "/scale", {"replicas": count}), as_json=json)

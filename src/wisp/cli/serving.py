@@ -14,7 +14,7 @@ from wisp.cli.options import AllowedHosts, HttpKeepAlive, LogJson, LogLevel, Off
 from wisp.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from wisp.core.cost import Coefficients
+    from wisp.core.verify.cost import Coefficients
     from wisp.engines.emulated import Written
 
 
@@ -33,7 +33,7 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    batching: Annotated[str, typer.Option(help="laxity, wisp, continuous or fcfs.")] = "laxity",
+    batching: Annotated[str, typer.Option(help="wisp, continuous, fcfs or paper.")] = "wisp",
     cost: Annotated[
         Path | None, typer.Option(help="Cost profile to start from, written by `wisp profile --target`.")
     ] = None,
@@ -110,8 +110,8 @@ def serve(
     from wisp.api.keys import Keyring
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
     from wisp.api.web_guard import host_names
-    from wisp.cloud.app import CloudApp, Settings
-    from wisp.core.batching import batching_policy
+    from wisp.server.app import ServerApp, Settings
+    from wisp.core.verify.batching import batching_policy
     from wisp.engines.build import check_engine, fetch_target, load_target, served_name
     from wisp.engines.models import RichProgress
 
@@ -123,7 +123,7 @@ def serve(
     check_engine(engine, mode=mode, kv_tokens=kv_tokens)
     start, written = _emulation(target, engine, slots, context, kv_tokens, traces, output_tokens, acceptance)
     if cost is not None:
-        from wisp.lab.profiling.target import read_cost
+        from wisp.calibrate.profile.target import read_cost
 
         start, measured_on = read_cost(cost)
         if measured_on not in ("", served_name(target)):
@@ -149,8 +149,8 @@ def serve(
         "kv_tokens": kv_tokens,
     }
     if replicas > 1 or launcher is not None:
-        from wisp.front.command import serve_replicas
-        from wisp.front.replica import ReplicaSpec
+        from wisp.router.command import serve_replicas
+        from wisp.router.replica import ReplicaSpec
 
         if written is not None:
             raise ConfigError("--traces does not go with replicas: leave out --replicas and --launcher")
@@ -162,7 +162,7 @@ def serve(
         return
     if gpus_per_replica:
         raise ConfigError("--gpus-per-replica goes with --launcher ray")
-    cloud = CloudApp(settings, keys, lambda: load_target(target, **of_engine, written=written))
+    cloud = ServerApp(settings, keys, lambda: load_target(target, **of_engine, written=written))
 
     async def run() -> None:
         await run_app(
@@ -185,8 +185,8 @@ def _emulation(
             raise ConfigError("--traces and --acceptance are for --engine emulated: a model has its own text")
         return None, None
     from wisp.engines.build import emulated_hardware
-    from wisp.lab.sim.profiled import profiled
-    from wisp.lab.sim.written import written
+    from wisp.calibrate.hardware import profiled
+    from wisp.calibrate.traces.written import written
 
     if traces is None and acceptance is not None:
         raise ConfigError("--acceptance is of what traces say; give --traces too")

@@ -15,8 +15,8 @@ from wisp.api.errors import JsonResponse, exception_handlers
 from wisp.api.keys import Keyring
 from wisp.api.routes import openai_routes
 from wisp.api.scrape import scraped
-from wisp.core.drafting import Ahead, Policies
-from wisp.core.slo import Slo
+from wisp.core.draft.policies import Ahead, Policies
+from wisp.core.protocol.slo import Slo
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.customers import Customers
 from wisp.edge.link import VerifierLink

@@ -1,4 +1,4 @@
-"""The edge's generations: the draft engine proposes, the verifier decides, `core.drafter` says what comes next.
+"""The edge's generations: the draft engine proposes, the verifier decides, `core.draft.drafter` says what comes next.
 
 while not done:
     if it is the draft engine's turn:  propose a token
@@ -23,13 +23,13 @@ from typing import Protocol
 import msgspec
 
 from wisp.api.backend import Committed, Generation, Target
-from wisp.core.drafter import Action, Drafter, Phase, Reopen
-from wisp.core.drafting import Ahead, Policies
+from wisp.core.draft.drafter import Action, Drafter, Phase, Reopen
+from wisp.core.draft.policies import Ahead, Policies
 from wisp.core.errors import ProtocolError, RequestError, UnavailableError
-from wisp.core.messages import Cancel, Draft, Message, Open, Redirect, Refused, Verdict, Welcome
-from wisp.core.pace import Pace
-from wisp.core.patience import Patience
-from wisp.core.signals import Signal
+from wisp.core.protocol.messages import Cancel, Draft, Message, Open, Redirect, Refused, Verdict, Welcome
+from wisp.core.draft.round_times import RoundTimes
+from wisp.core.draft.patience import Patience
+from wisp.core.draft.signals import Signal
 from wisp.edge.link import FromLink, Listener, Redirects
 from wisp.engines.base import DraftEngine, Proposal, Tokenizer
 
@@ -86,7 +86,7 @@ class EdgeBackend:
         self.drafter = drafter
         self.policies = policies
         self.ahead = ahead
-        self.pace = Pace()  # of the last session: where the next one starts
+        self.pace = RoundTimes()  # of the last session: where the next one starts
         self.sessions = 0  # live ones
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draft")
 
@@ -111,7 +111,7 @@ class EdgeBackend:
     async def propose(
         self, session: str, context: Sequence[int], position: int, g: Generation
     ) -> Proposal | None:
-        """Ask the draft engine, in its own thread. If it fails, this round goes without."""
+        """GenerationRequest the draft engine, in its own thread. If it fails, this round goes without."""
         assert self.drafter is not None
         call = functools.partial(self.drafter.propose, session, context, position, g.sampling)
         try:

@@ -1,7 +1,7 @@
 """The edge's connection to its verifier: one WebSocket, many sessions, kept up for as long as the process lives.
 
 When it breaks, every session is told, and told again when it is back; what to do about it is theirs
-(`core.drafter`). Reconnecting backs off exponentially, with jitter, so that a restarted verifier is not
+(`core.draft.drafter`). Reconnecting backs off exponentially, with jitter, so that a restarted verifier is not
 stormed by a fleet.
 
 Where the server is a front, it redirects sessions to other addresses. Each of these gets one more link, which
@@ -23,7 +23,7 @@ from websockets.typing import Subprotocol
 
 from wisp import __version__
 from wisp.core.errors import ConfigError, ProtocolError, RequestError, UnavailableError
-from wisp.core.messages import (
+from wisp.core.protocol.messages import (
     MAX_FRAME,
     REFUSAL_HEADER,
     SUBPROTOCOL,
@@ -38,7 +38,7 @@ from wisp.core.messages import (
     decode_from_cloud,
     encode,
 )
-from wisp.core.patience import BEAT_S, Patience
+from wisp.core.draft.patience import BEAT_S, Patience
 from wisp.edge.address import is_local, redirected_url, session_url
 from wisp.edge.answers import plain, reason, stranger
 

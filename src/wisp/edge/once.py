@@ -13,11 +13,11 @@ import msgspec
 from wisp.api.backend import Committed, Generation, Target
 from wisp.api.messages import Message
 from wisp.api.prepare import prepare
-from wisp.api.requests import Ask
-from wisp.core.drafting import Ahead, Policies
+from wisp.api.requests import GenerationRequest
+from wisp.core.draft.policies import Ahead, Policies
 from wisp.core.errors import ConfigError
-from wisp.core.sampling import Sampling
-from wisp.core.stats import SpecStats
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.draft.stats import SpecStats
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
 from wisp.edge.tokenizers import TokenizerCache
@@ -106,7 +106,7 @@ def _generation(request: Request, target: Target) -> Generation:
         raise ConfigError(f"--{problem[0].replace('_', '-')} {problem[1]}")
     messages: list[Message] = [{"role": "system", "content": request.system}] if request.system else []
     messages.append({"role": "user", "content": request.prompt})
-    ask = Ask(
+    ask = GenerationRequest(
         chat=not request.raw,
         model=target.model,
         sampling=sampling,

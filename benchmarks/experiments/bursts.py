@@ -1,0 +1,209 @@
+"""Bursts: who keeps their pace while several times the usual load is asked for, and how soon it is over.
+
+What counts is a user's request, once, however often it had to be sent. Who is refused asks again when Retry-After says
+so, until served; the time to the first token counts from the first attempt. So refusing early and serving late are
+measured alike: neither user had an answer in time. What refusing is good for (the server spends nothing on answers
+that come too late, and keeps the others in time) shows in goodput and in who is met; what it does to users, in how
+many were refused and how often.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import msgspec
+
+from wisp.core.protocol.slo import met
+from benchmarks.experiments.page import Data, markdown
+from wisp.sim.fluid import bound
+from wisp.sim.runs import Runs
+from wisp.sim.scenario import Scenario, load_scenario
+from wisp.sim.simulate import Simulation
+from wisp.sim.systems import system
+from wisp.sim.world import Request
+
+SYSTEMS = ("wisp", "paper", "central", "sled")
+WELL = 0.9  # attainment that counts as recovered
+SPAN_S = 5.0  # over which it is taken
+
+
+class Burst(msgspec.Struct, frozen=True):
+    """One run of a population."""
+
+    scenario: Scenario
+    system: str
+    seed: int
+
+
+def run(quick: bool, runs: Runs) -> Data:
+    """Every system, on the same seeds."""
+    scenario = load_scenario("bursts")
+    if quick:
+        scenario = msgspec.structs.replace(
+            scenario.brief(8.0, 30.0, 20.0), population=((0.0, 10), (15.0, 110), (25.0, 20))
+        )
+    slots = round(bound(scenario, central=True).devices)
+    specs = {s: f"central,slots={slots}" if s == "central" else s for s in SYSTEMS[: 2 if quick else 4]}
+    seeds = (1,) if quick else (1, 2, 3)
+    jobs = [Burst(scenario, spec, seed) for spec in specs.values() for seed in seeds]
+    found = list(runs.map(burst, jobs))
+    by = {
+        name: [f for f, j in zip(found, jobs, strict=True) if j.system == spec]
+        for name, spec in specs.items()
+    }
+    return {
+        "population": scenario.population,
+        "spikes": spikes(scenario),
+        "bound": bound(scenario).devices,
+        "bound_central": bound(scenario, central=True).devices,
+        "systems": {name: _mean(of) for name, of in by.items()},
+        "variants": specs,
+    }
+
+
+def spikes(scenario: Scenario) -> list[tuple[float, float, int]]:
+    """From, until, devices: where the population jumps to what is at least double, for a while."""
+    steps = scenario.population
+    return [
+        (at, until, n)
+        for (_, before), (at, n), (until, after) in zip(steps, steps[1:], steps[2:], strict=False)
+        if n >= 1.9 * before and n > 1.9 * after
+    ]
+
+
+def burst(job: Burst) -> dict[str, Any]:
+    """Attainment by class, in all and of what arrived in each spike; and the seconds until all was well again.
+
+    requests: distinct ones per second of the window; met: those that met their SLO
+    refused:  share that was refused at least once; refusals: how often, on average, a request was
+    """
+    simulation = Simulation(job.scenario, system(job.system), job.seed)
+    outcome = simulation.run()
+    now, s = outcome.now, job.scenario
+    window = [r for r in outcome.requests if s.warmup_s <= r.arrived < s.warmup_s + s.window_s]
+    names = [c.name for c in s.slo]
+    of = {c.name: [r for r in window if r.slo == c.slo] for c in s.slo}
+    periods = spikes(s)
+    ends = [at for at, _, _ in periods[1:]] + [s.warmup_s + s.window_s]
+    return {
+        "all": _share(window, now),
+        "requests": outcome.account.arrived / s.window_s,
+        "met": outcome.account.met / s.window_s,
+        "goodput": outcome.account.goodput,
+        "refused": fmean([r.refusals > 0 for r in window]),
+        "refusals": fmean([r.refusals for r in window]),
+        "classes": {name: _share(of[name], now) for name in names},
+        "spikes": [
+            {name: _share([r for r in of[name] if at <= r.arrived < until], now) for name in names}
+            | {"all": _share([r for r in window if at <= r.arrived < until], now)}
+            for at, until, _ in periods
+        ],
+        "recovery_s": [
+            _recovery(window, until, end, now) for (_, until, _), end in zip(periods, ends, strict=True)
+        ],
+        "timeline": _timeline(window, s, now),
+    }
+
+
+def _share(requests: list[Request], now: float) -> float:
+    return fmean([met(r.served(), now) for r in requests]) if requests else 1.0
+
+
+def _recovery(requests: list[Request], since: float, end: float, now: float) -> float:
+    """Seconds after `since` until enough meets its SLO of what arrives in each of three spans in a row.
+
+    While the server works off what the spike left, nobody may arrive: such spans are not well.
+    """
+    at = since
+    while at < end:
+        spans = [
+            [r for r in requests if t <= r.arrived < t + SPAN_S] for t in (at, at + SPAN_S, at + 2 * SPAN_S)
+        ]
+        if all(of and _share(of, now) >= WELL for of in spans):
+            return at - since
+        at += SPAN_S
+    return end - since
+
+
+def _timeline(requests: list[Request], s: Scenario, now: float) -> list[tuple[float, float]]:
+    spans = [s.warmup_s + i * SPAN_S for i in range(int(s.window_s / SPAN_S))]
+    return [(t, _share([r for r in requests if t <= r.arrived < t + SPAN_S], now)) for t in spans]
+
+
+def _mean(found: list[Any]) -> Any:
+    """The mean of nested figures."""
+    first = found[0]
+    if isinstance(first, dict):
+        return {key: _mean([f[key] for f in found]) for key in first}
+    if isinstance(first, list | tuple):
+        return [_mean(list(of)) for of in zip(*found, strict=True)]
+    return round(fmean(found), 4)
+
+
+def lines(data: Data) -> list[str]:
+    """Markdown."""
+    systems = data["systems"]
+    names = list(next(iter(systems.values()))["classes"])
+    out = [
+        "Bursts",
+        "Classes of 2, 4, 6 and 8 tokens/s, a quarter of the requests each, on one A100 with Qwen3-32B; a few dozen "
+        "devices, and spikes far beyond what the server can carry: the fluid bound for this mix is "
+        f"{data['bound']:.0f} devices with drafts and lent KV, {data['bound_central']:.0f} without "
+        "either. `central` has its best cap on running sequences. Means over seeds.",
+        "",
+        "Every request of a user counts once, however often it had to be sent. Who is refused asks again after the "
+        "Retry-After that it was told, until it is served, and its time to the first token counts from the first "
+        "attempt: to be refused and served later is as late as to wait in a queue. `requests` and `met` are per "
+        "second (devices that wait longer ask less often, so a slow system is asked for less); `refused` is the share "
+        "of requests that were refused at least once, `times` how often a request was refused on average.",
+        "",
+        "## SLO attainment of all requests, by class",
+        "",
+        *markdown(
+            ("system", *names, "all", "requests", "met", "goodput, tokens/s", "refused", "times"),
+            (
+                (
+                    s,
+                    *(f"{of['classes'][n]:.0%}" for n in names),
+                    f"{of['all']:.0%}",
+                    f"{of['requests']:.2f}",
+                    f"{of['met']:.2f}",
+                    f"{of['goodput']:.0f}",
+                    f"{of['refused']:.0%}",
+                    f"{of['refusals']:.1f}",
+                )
+                for s, of in systems.items()
+            ),
+        ),
+        "## Of requests that arrived in a spike; and seconds until at least 90 % were well again",
+        "",
+    ]
+    rows = []
+    for i, (at, until, n) in enumerate(data["spikes"]):
+        for s, of in systems.items():
+            spike = of["spikes"][i]
+            shares = [f"{spike[name]:.0%}" for name in (*names, "all")]
+            rows.append((f"{n} for {until - at:g} s", s, *shares, f"{of['recovery_s'][i]:.0f} s"))
+    return [*out, *markdown(("spike", "system", *names, "all", "recovery"), rows)]
+
+
+def draw(data: Data, path: Path) -> None:
+    """Attainment over time, above the population."""
+    from wisp.sim.plots import pyplot
+
+    plt = pyplot()
+    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5), sharex=True, height_ratios=(3, 1))
+    for name, of in data["systems"].items():
+        above.plot([t for t, _ in of["timeline"]], [v for _, v in of["timeline"]], label=name)
+    above.set_ylabel("SLO met, by arrival")
+    above.legend()
+    below.step(
+        [t for t, _ in data["population"]], [n for _, n in data["population"]], where="post", color="black"
+    )
+    below.set_ylabel("devices")
+    below.set_xlabel("seconds")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,14 @@
+"""The child of `wisp.check.doctor.engine`: a line of JSON for each check, as soon as it is done, so that the parent knows
+which one was the last.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+
+from wisp.check.doctor.check import guarded
+from wisp.check.doctor.engine import ENGINE, vllm_self_test
+
+if __name__ == "__main__":
+    for name, check in ({"vllm": vllm_self_test} if sys.argv[1:] == ["vllm"] else ENGINE).items():
+        print(json.dumps(asdict(guarded(name, check))), flush=True)

@@ -1,0 +1,30 @@
+"""Batching policies by name. Each is a small class that plans one step at a time; see `base` for what it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from wisp.core.verify.batching.base import BatchingPolicy, Grant, Kind, Plan, StepLimits, Candidate
+from wisp.core.verify.batching.wisp import Wisp
+from wisp.core.verify.batching.paper import Paper
+from wisp.core.verify.batching.simple import Continuous, Fcfs
+from wisp.core.errors import ConfigError
+
+POLICIES: dict[str, Callable[[], BatchingPolicy]] = {
+    "wisp": Wisp,
+    "paper": Paper,
+    "continuous": Continuous,
+    "fcfs": Fcfs,
+}
+
+
+def batching_policy(name: str) -> BatchingPolicy:
+    """The policy of that name; "wisp:keep" is laxity without lending KV. Raises ConfigError."""
+    if name == "wisp:keep":
+        return Wisp(preempts=False)
+    if name not in POLICIES:
+        raise ConfigError(f"unknown batching policy {name!r}; choose one of: {', '.join(POLICIES)}")
+    return POLICIES[name]()
+
+
+__all__ = ["POLICIES", "BatchingPolicy", "Grant", "Kind", "Plan", "StepLimits", "Candidate", "batching_policy"]

@@ -1,0 +1,63 @@
+"""The paper's batching policy, from what is known of it.
+
+Candidate that would miss its due time unless it started now goes first, earliest due first; the rest follows by density,
+expected tokens over predicted time. After each addition: does it fit, and does the batch as it is now still end
+before the earliest due time in it? If not, that piece waits for another step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from operator import attrgetter
+
+from wisp.core.verify.batching.base import Grant, Kind, Plan, StepLimits, Candidate
+from wisp.core.verify.cost import Load
+
+_due = attrgetter("due")
+
+
+class Paper:
+    """Urgent work by earliest due time, the rest by density, with a check after each addition."""
+
+    name = "paper"
+    wants_drafting = False
+    preempts = False
+
+    def plan(self, now: float, work: Sequence[Candidate], limits: StepLimits) -> Plan:
+        ms, scale = limits.cost.now.ms_of, limits.cost.margin / 1e3
+        urgent: list[Candidate] = []
+        rest: list[tuple[float, int, Candidate]] = []
+        for w in work:
+            new, cached = w.new, w.cached
+            alone = ms(new, new * (cached + new), cached, 1)
+            # Started after a step like its own, it would be late.
+            if now + 2.0 * alone * scale > w.due:
+                urgent.append(w)
+            else:
+                rest.append((-w.gain / alone, w.session, w))
+        urgent.sort(key=_due)
+        rest.sort()
+        grants: list[Grant] = []
+        load = Load()
+        earliest, left = math.inf, limits.tokens
+        for w in (*urgent, *(w for *_, w in rest)):
+            if len(grants) >= limits.slices or left <= 0:
+                break
+            n = len(grants) + 1
+            if now + ms(load.new + 1, load.attention, load.cached, n) * scale > earliest:
+                break  # not even one token more
+            tokens = w.new
+            if tokens > left and grants and w.kind is not Kind.PREFILL:
+                continue
+            if w.kind is Kind.PREFILL:
+                tokens = min(tokens, left)
+            more = load.plus(tokens, w.cached)
+            end = now + limits.cost.ms(more) * scale
+            if grants and (end > earliest or end > w.due > now):
+                continue
+            grants.append(Grant(w.session, tokens))
+            load, left = more, left - tokens
+            if w.due >= end:  # what is late whatever happens binds nobody
+                earliest = min(earliest, w.due)
+        return Plan(grants)

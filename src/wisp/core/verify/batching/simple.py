@@ -1,0 +1,63 @@
+"""Batching without deadlines: centralised serving at its best, and first come first served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import nsmallest
+from operator import attrgetter
+
+from wisp.core.verify.batching.base import Grant, Kind, Plan, StepLimits, Candidate
+
+_arrival = attrgetter("since", "session")
+
+
+class Continuous:
+    """Centralised serving at its best: continuous batching with chunked prefill.
+
+    Every session that can commit a token takes part in every step, oldest wait first; what is left of the
+    step's tokens goes to prompts, in chunks, first come first served (the least served key first). Prompts
+    are sure of a quarter of the step, so a full house of decoders cannot lock newcomers out.
+    """
+
+    name = "continuous"
+    wants_drafting = False
+    preempts = False
+
+    def plan(self, now: float, work: Sequence[Candidate], limits: StepLimits) -> Plan:
+        going = nsmallest(limits.slices, (w for w in work if w.kind is not Kind.PREFILL), key=_arrival)
+        prompts = sorted(
+            (w for w in work if w.kind is Kind.PREFILL),
+            key=lambda w: (limits.shares.get(w.key, 0.0), w.opened, w.session),
+        )
+        reserved = min(limits.tokens // 4, sum(w.new for w in prompts))
+        grants: list[Grant] = []
+        left = limits.tokens
+        for w in going:
+            if len(grants) >= limits.slices or (grants and w.new > left - reserved):
+                break
+            grants.append(Grant(w.session, w.new))
+            left -= w.new
+        for w in prompts:
+            if len(grants) >= limits.slices or left <= 0:
+                break
+            grants.append(Grant(w.session, min(w.new, left)))
+            left -= grants[-1].tokens
+        return Plan(grants)
+
+
+class Fcfs:
+    """SLED's server: requests in order of arrival, whole, until the step is full. Nobody overtakes."""
+
+    name = "fcfs"
+    wants_drafting = False
+    preempts = False
+
+    def plan(self, now: float, work: Sequence[Candidate], limits: StepLimits) -> Plan:
+        grants: list[Grant] = []
+        left = limits.tokens
+        for w in nsmallest(limits.slices, work, key=_arrival):
+            if grants and w.new > left:
+                break
+            grants.append(Grant(w.session, w.new))
+            left -= w.new
+        return Plan(grants)

@@ -1,0 +1,488 @@
+"""A fleet in real time: the simulator's devices, their time kept by an event loop, their verifier behind sockets.
+
+    SimDevice (core.Drafter, link, script)  --Uplink-->  Sockets  --one WebSocket per device-->  a live `wisp serve`
+                  ^ SimPy environment, advanced by Clock
+
+Where that is a front of several verifiers, a device follows its redirects as an edge does, by one more WebSocket for
+each verifier that it was sent to, and comes back to the front when that one is lost or drained.
+
+Devices are the simulator's own objects: only waiting differs. All their timers are one heap (SimPy's), which one timer
+of the event loop follows; a device has no task, and a token costs what its decision costs. What a device does happens
+at the time it was due, not a little later when the loop got there, so that timers of a millisecond do not add up to a
+slower device; how much later is measured (`Clock.lags_ms`), and makes a run invalid if it is much.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import ssl
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import cast
+from urllib.parse import urlsplit
+
+import msgspec
+import simpy
+from websockets.client import ClientProtocol
+from websockets.exceptions import InvalidStatus, WebSocketException
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Response
+from websockets.protocol import OPEN
+from websockets.typing import Subprotocol
+from websockets.uri import parse_uri
+
+from wisp import __version__
+from wisp.core.errors import ConfigError, ProtocolError, UnavailableError
+from wisp.core.protocol.messages import (
+    MAX_FRAME,
+    REFUSAL_HEADER,
+    SUBPROTOCOL,
+    VERSION,
+    Cancel,
+    Draft,
+    ServerMessage,
+    Hello,
+    Open,
+    Redirect,
+    Refused,
+    Verdict,
+    Welcome,
+    decode_from_cloud,
+    encode,
+)
+from wisp.edge.address import redirected_url, session_url
+from wisp.edge.backend import BOUNCE_S, ELSEWHERE
+from wisp.edge.link import HANDSHAKE_S
+
+EARLY_S = 5e-4  # an event loop's timers are good to a millisecond: what is due within half of one is done
+AT_ONCE = 32  # connections being opened
+CLOSE_S = 0.2  # for goodbyes
+PROBE_S = 0.05  # between measurements of the verifier's loop
+
+
+class Clock:
+    """Lets the time of a SimPy environment pass as an event loop's does. Zero is when it is made."""
+
+    def __init__(self, env: simpy.Environment, failed: Callable[[Exception], None]) -> None:
+        """`failed` hears of the first exception of an event; then time stands still."""
+        self.env = env
+        self.lags_ms: list[float] = []  # how late the loop came to what was due, each time
+        self._loop = asyncio.get_running_loop()
+        self._zero = self._loop.time() - env.now
+        self._failed = failed
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0  # of the timer
+        self._stopped = False
+
+    @property
+    def now(self) -> float:
+        """Seconds, by the loop's clock: uvloop's is of whole milliseconds, and so its timers come when they are due."""
+        return self._loop.time() - self._zero
+
+    def stop(self) -> None:
+        """Let no more time pass."""
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def happen(self, what: Callable[[], None]) -> None:
+        """Something happens from outside, now: after all that was due before."""
+        if self._stopped:
+            return
+        try:
+            self._advance(self.now)
+            what()
+        except Exception as error:
+            self._fail(error)
+            return
+        self.arm()
+
+    def arm(self) -> None:
+        """Wake up for what is due next."""
+        due = self.env.peek()
+        if due == float("inf") or (self._timer is not None and self._due <= due):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = due
+        self._timer = self._loop.call_at(self._zero + due, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        now = self.now
+        self.lags_ms.append(max(0.0, now - self._due) * 1e3)
+        try:
+            self._advance(now + EARLY_S)
+        except Exception as error:
+            self._fail(error)
+            return
+        self.arm()
+
+    def _advance(self, to: float) -> None:
+        if to > self.env.now:
+            self.env.run(until=to)
+
+    def _fail(self, error: Exception) -> None:
+        self.stop()
+        self._failed(error)
+
+
+HOME = ""  # the address of the server that was given
+
+
+class Line:
+    """A device's way to its verifier: where its present session is, and its connections, by address."""
+
+    def __init__(self) -> None:
+        self.wires: dict[str, Wire] = {}
+        self.at = HOME
+        self.session = ""
+        self.opening: Open | None = None  # said at home, and to be said again where that sends it
+        self.since: list[Draft] = []  # said after it
+        self.avoid = ""
+        self.digest = ""  # of the model that its first verifier had; others have to have the same
+        self.trips = 0  # back home in vain, since the last verdict
+
+    def open(self, message: Open) -> None:
+        """A session begins, or begins again, at home."""
+        self.at, self.session, self.since = HOME, message.session, []
+        self.opening = msgspec.structs.replace(message, avoid=self.avoid, digest=self.digest)
+        self.say(self.opening)
+
+    def draft(self, message: Draft) -> None:
+        """Said where the session is, and again where its opening will be said."""
+        if self.opening is not None:
+            self.since.append(message)
+            if self.at != HOME:
+                return  # nothing before the Open
+        self.say(message)
+
+    def opened(self) -> None:
+        """On to the verifier that a front named: say there what was said to the front."""
+        assert self.opening is not None
+        self.say(self.opening)
+        for draft in self.since:
+            self.say(draft)
+        self.opening = None
+
+    def verdict(self) -> None:
+        """The session is where it is."""
+        self.opening, self.avoid, self.trips = None, "", 0
+
+    def go_home(self, *, refused: bool) -> Refused:
+        """Where it was sent is gone, full, drained or out of reach. Returns what its device makes of that."""
+        if refused or self.opening is not None:
+            self.avoid = self.at
+        self.at, self.opening = HOME, None
+        self.trips += 1
+        wait = min(BOUNCE_S[0] * 2**self.trips, BOUNCE_S[1]) if self.trips > 1 else 0.0
+        return Refused(self.session, "unknown_session", "its verifier is gone; open it again", wait)
+
+    def say(self, message: Open | Draft | Cancel) -> None:
+        """Send, if there is a connection."""
+        if (wire := self.wires.get(self.at)) is not None:
+            wire.send(encode(message))
+
+
+class Sockets:
+    """`world.Uplink` to a live verifier, or a front: one WebSocket for each device, and what fronts add to that.
+
+    redirects: how often a front sent a session somewhere
+    """
+
+    def __init__(self, server: str, api_key: str | None = None) -> None:
+        """Raises ConfigError for a bad URL."""
+        self.url = session_url(server)
+        self.senders: dict[int, Callable[[Verdict | Refused], None]] = {}
+        self.clock: Clock | None = None  # once time passes
+        self.frames_out = self.frames_in = self.redirects = 0
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._lines: dict[int, Line] = {}
+        self._open: list[Wire] = []  # all that were opened
+        self._following: set[asyncio.Task[None]] = set()
+        self._closing = False
+
+    async def connect(self, devices: int) -> Welcome:
+        """Open the sockets, and say what the verifier is. Raises UnavailableError, ConfigError or ProtocolError."""
+        gate = asyncio.Semaphore(AT_ONCE)
+
+        async def one(index: int) -> Welcome:
+            async with gate:
+                line = self._lines[index] = Line()
+                welcome = await self._extend(index, line, HOME)
+                line.digest = welcome.digest
+                return welcome
+
+        try:
+            welcomes = await asyncio.gather(*(one(i) for i in range(devices)))
+        except UnavailableError:
+            await self.close()
+            raise
+        return welcomes[0]
+
+    async def probe(self, lags_ms: list[float]) -> None:
+        """Until cancelled, note how long the verifier's event loop takes to answer a ping."""
+        wire, _ = await self._wire(self.url, lambda frame: None, self._ended)
+        try:
+            while True:
+                started = time.monotonic()
+                await wire.ping()
+                lags_ms.append((time.monotonic() - started) * 1e3)
+                await asyncio.sleep(PROBE_S)
+        finally:
+            wire.close()
+
+    # --- Uplink
+
+    def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
+        """A device's message leaves."""
+        self.frames_out += 1
+        line = self._lines[connection]
+        if isinstance(message, Open):
+            line.open(message)
+        elif isinstance(message, Draft):
+            line.draft(message)
+        else:
+            line.say(message)
+
+    def lost(self, connection: int) -> None:
+        """A device is switched off: its connections break without a word."""
+        for wire in self._lines.pop(connection).wires.values():
+            wire.abort()
+
+    async def close(self) -> None:
+        """Close all sockets, whatever state they are in."""
+        self._closing = True
+        for task in self._following:
+            task.cancel()
+        for wire in self._open:
+            wire.close()
+        await asyncio.sleep(CLOSE_S)
+        for wire in self._open:
+            wire.abort()
+        await asyncio.sleep(0)
+
+    # --- sockets
+
+    async def _extend(self, index: int, line: Line, address: str) -> Welcome:
+        """Connect a line to another address. Raises UnavailableError, ConfigError or ProtocolError."""
+        url = redirected_url(self.url, address) if address else self.url
+        heard = functools.partial(self._heard, index, address)
+        broken = functools.partial(self._broken, index, address)
+        line.wires[address], welcome = await self._wire(url, heard, broken)
+        return welcome
+
+    async def _wire(
+        self, url: str, heard: Callable[[bytes], None], broken: Callable[[str], None]
+    ) -> tuple[Wire, Welcome]:
+        parts = urlsplit(url)
+        secure = parts.scheme == "wss"
+        loop = asyncio.get_running_loop()
+
+        def opened() -> Wire:
+            wire = Wire(url, self._headers, heard, broken)
+            self._open.append(wire)
+            return wire
+
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                _, wire = await loop.create_connection(
+                    opened,
+                    parts.hostname or "",
+                    parts.port or (443 if secure else 80),
+                    ssl=ssl.create_default_context() if secure else None,
+                )
+                frame = await wire.ready
+        except (OSError, TimeoutError, WebSocketException) as error:
+            code = error.response.headers.get(REFUSAL_HEADER) if isinstance(error, InvalidStatus) else None
+            if code == "invalid_api_key":
+                raise ConfigError(f"the verifier at {url} refused our key; set WISP_API_KEY") from None
+            raise UnavailableError(f"no verifier at {url}: {str(error) or 'no answer'}") from None
+        if wire.ended:  # in the same moment
+            raise UnavailableError(f"the verifier at {url} went away")
+        first = decode_from_cloud(frame)
+        if not isinstance(first, Welcome):
+            raise ProtocolError(getattr(first, "code", "malformed"), getattr(first, "message", "no welcome"))
+        return wire, first
+
+    def _heard(self, index: int, address: str, frame: bytes) -> None:
+        self.frames_in += 1
+        clock = self.clock
+        if clock is not None:
+            clock.happen(lambda: self._take(index, address, decode_from_cloud(frame)))
+
+    def _take(self, index: int, address: str, message: ServerMessage) -> None:
+        if isinstance(message, Refused) and not message.session:
+            raise ProtocolError(message.code, f"the verifier refused a frame: {message.message}")
+        line = self._lines.get(index)
+        if line is None or line.at != address or isinstance(message, Welcome):
+            return  # switched off, or said before the session moved
+        if isinstance(message, Redirect):
+            if line.opening is not None and message.session == line.session and address == HOME:
+                self._follow(index, line, message.address)
+            return
+        if isinstance(message, Verdict):
+            line.verdict()
+        elif address != HOME and message.code in ELSEWHERE:
+            message = line.go_home(refused=True)
+        self.senders[index](message)
+
+    def _follow(self, index: int, line: Line, address: str) -> None:
+        """A front sends a session somewhere."""
+        self.redirects += 1
+        line.at = address
+        if address in line.wires:
+            line.opened()
+            return
+        task = asyncio.ensure_future(self._reach(index, line, address))
+        self._following.add(task)
+        task.add_done_callback(self._following.discard)
+
+    async def _reach(self, index: int, line: Line, address: str) -> None:
+        try:
+            await self._extend(index, line, address)
+        except (UnavailableError, ConfigError, ProtocolError):
+            self._return(index, line, refused=True)
+        else:
+            if line.at == address and line.opening is not None:
+                line.opened()
+
+    def _return(self, index: int, line: Line, *, refused: bool) -> None:
+        """A device's session goes home, if the device is still there."""
+        if self.clock is not None and index in self._lines and not self._closing:
+            self.clock.happen(lambda: self.senders[index](line.go_home(refused=refused)))
+
+    def _broken(self, index: int, address: str, reason: str) -> None:
+        if address == HOME:
+            self._ended(reason)
+        elif (line := self._lines.get(index)) is not None:
+            line.wires.pop(address, None)
+            if line.at == address:
+                self._return(index, line, refused=False)
+
+    def _ended(self, reason: str) -> None:
+        """The server that was given is gone."""
+        if not self._closing and self.clock is not None:
+
+            def fail() -> None:
+                raise UnavailableError(f"the verifier closed a connection: {reason}")
+
+            self.clock.happen(fail)
+
+
+class Wire(asyncio.Protocol):
+    """One WebSocket, without tasks or queues: each frame is handed on as it arrives. Says hello by itself.
+
+    ready: the first frame that came
+    """
+
+    def __init__(
+        self, url: str, headers: dict[str, str], heard: Callable[[bytes], None], broken: Callable[[str], None]
+    ) -> None:
+        self.ready: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._heard = heard
+        self._broken = broken
+        self._headers = headers
+        self._socket = ClientProtocol(
+            parse_uri(url), subprotocols=[Subprotocol(SUBPROTOCOL)], max_size=MAX_FRAME
+        )
+        self._pong: asyncio.Future[None] | None = None
+        self._transport: asyncio.Transport | None = (
+            None  # before the connection is made, and after it is lost
+        )
+        self._ended = False
+
+    @property
+    def ended(self) -> bool:
+        """Is the connection gone?"""
+        return self._ended
+
+    async def ping(self) -> None:
+        """Returns with the answer."""
+        self._pong = asyncio.get_running_loop().create_future()
+        self._socket.send_ping(b"")
+        self._flush()
+        await self._pong
+
+    def send(self, frame: bytes) -> None:
+        """Send a binary frame; nothing, if the connection is gone, or about to be."""
+        if self._ended or self._socket.state is not OPEN:
+            return
+        self._socket.send_binary(frame)
+        self._flush()
+
+    def close(self) -> None:
+        """Say goodbye."""
+        if self._ended:
+            return
+        self._ended = True
+        if self._transport is None or not self.ready.done():
+            self.abort()
+        else:
+            self._socket.send_close(1000)
+            self._flush()
+
+    def abort(self) -> None:
+        """Break it."""
+        self._ended = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """GenerationRequest for the upgrade."""
+        self._transport = cast("asyncio.Transport", transport)
+        request = self._socket.connect()
+        for name, value in self._headers.items():
+            request.headers[name] = value
+        self._socket.send_request(request)
+        self._flush()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came."""
+        self._socket.receive_data(data)
+        for event in self._socket.events_received():
+            if isinstance(event, Frame):
+                self._frame(event)
+            elif isinstance(event, Response) and event.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
+                self._socket.send_binary(
+                    encode(Hello(VERSION, client=f"wisp-fleet/{__version__}", redirects=True))
+                )
+        self._flush()
+
+    def eof_received(self) -> None:
+        """The peer is done."""
+        self._socket.receive_eof()
+        self._flush()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The connection is gone."""
+        self._transport = None
+        reason = str(self._socket.handshake_exc or error or self._socket.close_reason or "no reason given")
+        if not self.ready.done():
+            self.ready.set_exception(self._socket.handshake_exc or ConnectionError(reason))
+        elif not self._ended:
+            self._ended = True
+            self._broken(reason)
+
+    def _frame(self, frame: Frame) -> None:
+        if frame.opcode is Opcode.PONG:
+            if self._pong is not None and not self._pong.done():
+                self._pong.set_result(None)
+        elif frame.opcode is Opcode.BINARY and not self.ready.done():
+            self.ready.set_result(bytes(frame.data))
+        elif frame.opcode is Opcode.BINARY:
+            self._heard(bytes(frame.data))  # a verifier does not fragment
+
+    def _flush(self) -> None:
+        transport = self._transport
+        if transport is None:
+            return
+        for data in self._socket.data_to_send():
+            if data:
+                transport.write(data)
+            elif transport.can_write_eof():
+                transport.write_eof()
