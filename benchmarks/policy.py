@@ -1,4 +1,4 @@
-"""`wisp bench-policy`: what one decision costs, by policy, and how that grows with the pending work.
+"""`make bench-policy`: what one decision costs, by policy, and how that grows with the pending work.
 
 Three things are timed, in turn, so that what else the machine does hits all alike; after a warm-up, and with the
 garbage collector run between measurements and not within. Times are CPU time of this thread: what a decision costs,
@@ -32,15 +32,15 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from wisp.core.verify.admission import Admission
-from wisp.core.verify.batching import POLICIES, Kind, StepLimits, Candidate, batching_policy
-from wisp.core.verify.cost import Coefficients, CostModel, load_of
-from wisp.core.verify.events import Action, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick
 from wisp.core.protocol.messages import Draft, Open, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
-from wisp.core.verify.verifier import Verifier
 from wisp.core.protocol.step import Slice, SliceResult
+from wisp.core.verify.admission import Admission
+from wisp.core.verify.batching import POLICIES, Candidate, Kind, StepLimits, batching_policy
+from wisp.core.verify.cost import Coefficients, CostModel, load_of
+from wisp.core.verify.events import Action, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick
+from wisp.core.verify.verifier import Verifier
 
 COST = Coefficients(step=38.0, token=0.42, cached=0.00005, attention=1e-6)
 BIG = Coefficients(
@@ -268,7 +268,9 @@ def _in_turn(
 
 
 def _call(
-    plan: Callable[[float, Sequence[Candidate], StepLimits], object], work: list[Candidate], limits: StepLimits
+    plan: Callable[[float, Sequence[Candidate], StepLimits], object],
+    work: list[Candidate],
+    limits: StepLimits,
 ) -> Callable[[], object]:
     return lambda: plan(0.0, work, limits)
 

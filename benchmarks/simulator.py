@@ -1,4 +1,4 @@
-"""`wisp bench-simulator`: CPU time of simulated runs, and what a token costs with ten devices and with thousands.
+"""`make bench-simulator`: CPU time of simulated runs, and what a token costs with ten devices and with thousands.
 
 Three questions, all at 8 tokens/s on the main comparison's scenario: how long ten minutes of a hundred devices take;
 what a committed token costs from ten devices to two thousand, on a verifier that is enlarged with them so that it
@@ -81,9 +81,9 @@ def measure(scenario: Scenario, name: str, devices: int, seconds: float, size: i
         simulation = Simulation(brief, system(name), 1)
     gc.collect()  # what the run before has left is not this one's
     start = time.process_time()
-    outcome = simulation.run()
-    cpu_s, tokens = time.process_time() - start, outcome.counts.tokens
-    refusals = sum(r.refusals for r in outcome.requests)
+    simulation.run()
+    cpu_s, tokens = time.process_time() - start, simulation.verifier.counts.tokens
+    refusals = sum(r.refusals for r in simulation.requests)
     return Speed(
         name,
         devices,

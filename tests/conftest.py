@@ -8,12 +8,12 @@ from hypothesis import HealthCheck, settings
 # A busy machine is slow at random moments, so no example may be late, and a slow one is no reason to fail.
 # `pytest --hypothesis-profile=default` tries others than the usual examples.
 settings.register_profile(
-    "paper",
+    "wisp",
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-settings.load_profile("paper")
+settings.load_profile("wisp")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

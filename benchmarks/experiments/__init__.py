@@ -1,4 +1,4 @@
-"""The experiments on simulated time: `wisp experiments` writes a page, its data and a plot for each.
+"""The experiments on simulated time: `make bench` writes a page, its data and a plot for each.
 
 Each module has three functions:
 
@@ -17,9 +17,9 @@ from types import ModuleType
 
 from rich.console import Console
 
-from wisp.core.errors import ConfigError
 from benchmarks.experiments import ablations, bursts, reality, regimes, table
 from benchmarks.experiments.page import write
+from wisp.core.errors import ConfigError
 from wisp.sim.runs import Runs
 
 EXPERIMENTS: dict[str, ModuleType] = {

@@ -1,4 +1,4 @@
-"""What each part of ours is worth, and what upsets it: one part out at a time, one thing wrong at a time."""
+"""What each part of WISP is worth, and what upsets it: one part out at a time, one thing wrong at a time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import msgspec
 
-from wisp.sim.capacity import Capacity
 from benchmarks.experiments.page import BOUND, Cell, Data, interval, markdown, of_bound, ratio, search_all
+from wisp.sim.capacity import Capacity
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Scenario, load_scenario
 
@@ -17,9 +17,9 @@ WITHOUT = {
     "wisp,drafting=fixed:4": "four tokens instead of gain",
     "wisp,ahead=no": "no drafting ahead",
     "wisp,server_mode=no": "no server mode",
-    "wisp,batching=continuous": "continuous batching instead of laxity",
-    "wisp,batching=wisp:keep": "no lending of KV",
-    "wisp,batching=paper": "the paper's scheduler instead of laxity",
+    "wisp,batching=continuous": "continuous batching instead of our own",
+    "wisp,batching=wisp:keep": "no preemption",
+    "wisp,batching=paper": "the paper's scheduler instead of our own",
     "wisp,admission=no": "everyone is let in",
 }
 RATES = (4.0, 8.0, 16.0)
@@ -104,13 +104,13 @@ def lines(data: Data) -> list[str]:
         "",
         "## One part taken out",
         "",
-        *markdown(("tokens/s", "ours with", "capacity", "of ours", "bound: share"), parts),
+        *markdown(("tokens/s", "`wisp` with", "capacity", "of `wisp`", "bound: share"), parts),
         "## One thing going wrong, at 12 tokens/s",
         "",
         "With stated acceptance, tokens agree each for itself; recorded ones agree in runs. A vanished device's last "
         "request counts as missed. `mixed` has classes of 6 and 16 tokens/s.",
         "",
-        *markdown(("", *systems, "ours/central"), troubles),
+        *markdown(("", *systems, "wisp/central"), troubles),
     ]
 
 

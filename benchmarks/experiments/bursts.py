@@ -15,9 +15,10 @@ from typing import Any
 
 import msgspec
 
-from wisp.core.protocol.slo import met
 from benchmarks.experiments.page import Data, markdown
+from wisp.core.protocol.slo import met
 from wisp.sim.fluid import bound
+from wisp.sim.report import report
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.simulate import Simulation
@@ -80,18 +81,17 @@ def burst(job: Burst) -> dict[str, Any]:
     refused:  share that was refused at least once; refusals: how often, on average, a request was
     """
     simulation = Simulation(job.scenario, system(job.system), job.seed)
-    outcome = simulation.run()
-    now, s = outcome.now, job.scenario
-    window = [r for r in outcome.requests if s.warmup_s <= r.arrived < s.warmup_s + s.window_s]
+    simulation.run()
+    found, window, now, s = report(simulation), simulation.window(), simulation.env.now, job.scenario
     names = [c.name for c in s.slo]
     of = {c.name: [r for r in window if r.slo == c.slo] for c in s.slo}
     periods = spikes(s)
     ends = [at for at, _, _ in periods[1:]] + [s.warmup_s + s.window_s]
     return {
         "all": _share(window, now),
-        "requests": outcome.account.arrived / s.window_s,
-        "met": outcome.account.met / s.window_s,
-        "goodput": outcome.account.goodput,
+        "requests": found.arrived / s.window_s,
+        "met": found.met / s.window_s,
+        "goodput": found.goodput,
         "refused": fmean([r.refusals > 0 for r in window]),
         "refusals": fmean([r.refusals for r in window]),
         "classes": {name: _share(of[name], now) for name in names},
@@ -150,7 +150,7 @@ def lines(data: Data) -> list[str]:
         "Bursts",
         "Classes of 2, 4, 6 and 8 tokens/s, a quarter of the requests each, on one A100 with Qwen3-32B; a few dozen "
         "devices, and spikes far beyond what the server can carry: the fluid bound for this mix is "
-        f"{data['bound']:.0f} devices with drafts and lent KV, {data['bound_central']:.0f} without "
+        f"{data['bound']:.0f} devices with drafts and preemption, {data['bound_central']:.0f} without "
         "either. `central` has its best cap on running sequences. Means over seeds.",
         "",
         "Every request of a user counts once, however often it had to be sent. Who is refused asks again after the "

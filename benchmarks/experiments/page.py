@@ -24,7 +24,7 @@ MODELLED = (
     "model of one machine."
 )
 BOUND = (
-    "`bound` is the fluid bound with every device being served (central: without drafts, and without lending KV), and "
+    "`bound` is the fluid bound with every device being served (central: without drafts, and without preemption), and "
     "the percentage is what share of it was reached. Devices that wait for a first token within the TTFT target need "
     "nothing meanwhile, so a share above 100 % is no contradiction; `w/` is the share of the bound that counts such "
     "waiting."
@@ -74,7 +74,7 @@ def write(name: str, module: ModuleType, *, quick: bool, runs: Runs, out: Path) 
     seconds = perf_counter() - began
     out.mkdir(parents=True, exist_ok=True)
     module.draw(data, out / f"{name}.png")
-    command = f"wisp experiments {name}{' --quick' if quick else ''}"
+    command = f"python -m benchmarks experiments {name}{' --quick' if quick else ''}"
     today = datetime.date.today().isoformat()
     head = {"command": command, "date": today, "wisp": __version__, "seconds": round(seconds, 1)}
     (out / f"{name}.json").write_text(json.dumps(head | data, indent=1, default=msgspec.to_builtins) + "\n")

@@ -20,19 +20,20 @@ from typing import Any
 
 import msgspec
 
+from benchmarks.experiments.page import Data, markdown
+from tools.tiny.text import story
 from wisp.api.process import event_loop_factory
 from wisp.core.errors import UnavailableError
 from wisp.sim.compare import SHOWN, Difference, differences
-from benchmarks.experiments.page import Data, markdown
-from wisp.sim.figures import Figures, Watching
 from wisp.sim.fleet import run_live
 from wisp.sim.fluid import bound
 from wisp.sim.plan.estimate import reached
+from wisp.sim.report import Report, report
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Kit, Scenario, SloClass, load_scenario
 from wisp.sim.serving import verifier
+from wisp.sim.simulate import Simulation
 from wisp.sim.systems import system
-from tools.tiny.text import story
 
 ABOUT = (
     "**Time is modelled** in the columns `simulated`; the others were measured, on real processes, sockets and "
@@ -101,13 +102,13 @@ def _both(scenario: Scenario) -> dict[str, Any]:
     of = system("wisp")
     with verifier(scenario, of) as child, asyncio.Runner(loop_factory=event_loop_factory()) as runner:
         live = runner.run(run_live(scenario, of, 1, child.url, child=child))
-    simulated = Watching(scenario, of, 1).figures(1)
+    simulated = _simulated(scenario)
     return {
         "title": scenario.title,
         "devices": scenario.devices_n,
         "rate": scenario.slo[0].rate,
-        "live": msgspec.to_builtins(live),
-        "simulated": msgspec.to_builtins(simulated),
+        "live": live.benchmark(),
+        "simulated": simulated.benchmark(),
         "differences": [msgspec.to_builtins(d) for d in differences(live, simulated)],
     }
 
@@ -123,8 +124,14 @@ def _most(scenario: Scenario) -> int:
     return low
 
 
+def _simulated(scenario: Scenario) -> Report:
+    simulation = Simulation(scenario, system("wisp"), 1)
+    simulation.run()
+    return report(simulation)
+
+
 def _carries(scenario: Scenario, n: int) -> bool:
-    return Watching(scenario.with_devices(n), system("wisp"), 1).figures(1).violation_rate <= 0.1
+    return _simulated(scenario.with_devices(n)).missed <= 0.1
 
 
 def _prompts(n: int) -> list[dict[str, str]]:
@@ -134,7 +141,7 @@ def _prompts(n: int) -> list[dict[str, str]]:
 
 
 def _wisp(*arguments: str) -> None:
-    """A command of ours. Raises UnavailableError."""
+    """Run `wisp ARGUMENTS`. Raises UnavailableError."""
     done = subprocess.run(
         [sys.executable, "-m", "wisp.cli", *arguments], capture_output=True, text=True, check=False
     )
@@ -160,13 +167,13 @@ def lines(data: Data) -> list[str]:
         "The simulator against reality",
         f"The same requests, devices and seed, at {data['load']:.0%} of what the verifier can carry, and once at all "
         "of it (emulated engine: of the fluid bound times the share of it that capacity searches reached; tiny: of "
-        "what simulations carried). `ours`: with drafts, drafting ahead and admission. Aims, at the lower load: "
+        "what simulations carried). `wisp`: with drafts, drafting ahead and admission. Aims, at the lower load: "
         "goodput within 5 %, attainment within 5 points, TPOT within 5 % at the median and 15 % at p99. TTFT has none: "
         "it hangs on which requests meet in a step.",
         "",
     ]
     for found in data["runs"]:
-        live = msgspec.convert(found["live"], Figures)
+        live = found["live"]
         engine = (
             "emulated" if found["engine"] == "emulated" else "real: llama.cpp on this machine, exact mode"
         )
@@ -174,12 +181,12 @@ def lines(data: Data) -> list[str]:
             f"## {found['title']}, at {found['load']:.0%}",
             "",
             f"Engine {engine}. {found['devices']} devices that expect {found['rate']:g} tokens/s, "
-            f"{live.duration:g} s, {live.arrived} requests; {live.tokens_checked:,} tokens held against what was "
-            f"recorded, {live.mismatches} wrong.",
+            f"{live['duration']:g} s, {live['arrived']} requests; {live['tokens_checked']:,} tokens compared with "
+            f"their scripts, {live['mismatches']} wrong.",
             "",
             *markdown(("", "live", "simulated", "difference"), map(_row, found["differences"])),
         ]
-        for problem in live.machine.problems if live.machine else ():
+        for problem in (live["machine"] or {}).get("problems", ()):
             out += [f"**Not valid**: {problem}", ""]
     return out
 

@@ -1,4 +1,4 @@
-"""Where drafting on devices pays: ours and the paper's over strong centralised serving, over 60 combinations."""
+"""Where drafting on devices pays: WISP and the paper's over strong centralised serving, over 60 combinations."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from wisp.sim.capacity import Capacity
 from benchmarks.experiments.page import Cell, Data, markdown, of_bound, ratio, search_all
+from wisp.sim.capacity import Capacity
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Kit, Scenario, load_scenario
 
@@ -72,16 +72,16 @@ def lines(data: Data) -> list[str]:
                 of_bound(of["central"]),
             )
         )
-    head = ("tokens/s", "drafts/s", "RTT", "context", *SYSTEMS, "ours/central", "wisp/central")
+    head = ("tokens/s", "drafts/s", "RTT", "context", *SYSTEMS, "wisp/central", "paper/central")
     return [
         "Where drafting on devices pays",
-        f"Ours carries more devices than strong centralised serving in **{wins} of {len(body)}** combinations, "
+        f"WISP carries more devices than strong centralised serving in **{wins} of {len(body)}** combinations, "
         f"and fewer in {fewer}. One A100 with Qwen3-32B; one seed and a window of 25 s a cell, longer "
         "where fewer than a hundred requests would arrive, capacities to 8 %: good "
         "for the shape of the map, not for its last digit. Short context: prompts of 60 to 200 tokens; long: 500 to "
         "1,100.",
         "",
-        *markdown((*head, "ours: bound", "central: bound"), body),
+        *markdown((*head, "wisp: bound", "central: bound"), body),
     ]
 
 
@@ -106,7 +106,7 @@ def draw(data: Data, path: Path) -> None:
         axis.imshow(values, cmap="RdYlGn", vmin=0.5, vmax=2.0, aspect="auto")
         axis.set_xticks(range(len(columns)), [f"{r:g}" for r in columns])
         axis.set_yticks(range(len(rows)), [f"{s:g}/s, {r:g} ms" for s, r in rows])
-        axis.set_title(f"{context} context: ours over central", fontsize=9)
+        axis.set_title(f"{context} context: wisp over central", fontsize=9)
         axis.set_xlabel("tokens/s expected")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -13,9 +13,9 @@ from statistics import geometric_mean
 
 import msgspec
 
+from benchmarks.experiments.page import BOUND, Cell, Data, interval, markdown, of_bound, ratio, search_all
 from wisp.core.verify.cost import Load
 from wisp.sim.capacity import Capacity
-from benchmarks.experiments.page import BOUND, Cell, Data, interval, markdown, of_bound, ratio, search_all
 from wisp.sim.fluid import demand_of, operating_points
 from wisp.sim.paper import PAPER, RATES, cap, paper_capacity
 from wisp.sim.report import number
@@ -228,11 +228,11 @@ def _paper_lines(data: Data) -> list[str]:
                 paper = PAPER[hardware]
                 published = paper["paper"].goodput / paper[other].goodput
                 ratios.append((target, f"{ours} / {other}", " / ".join(simulated), f"{published:.2f}"))
-    out += markdown(("target", "ratio", "capacity, simulated", "goodput, the paper's wisp"), ratios)
+    out += markdown(("target", "ratio", "capacity, simulated", "goodput, the paper's"), ratios)
     ours = next(c["capacity"] for c in data["main"] if (c["system"], c["rate"]) == ("wisp", 8.0))
     capped = {of: paper_capacity(MAIN, of, 8.0) for of in ("central", "sled")}
     out += [
-        f"Against the paper's own baselines, as throughput caps fitted to its rows: at 8 tokens/s `ours` carries "
+        f"Against the paper's own baselines, as throughput caps fitted to its rows: at 8 tokens/s `wisp` carries "
         f"{ours} devices, {ratio(ours, capped['central'])} times `central-paper` ({capped['central']}; its claim is "
         f"2.1) and {ratio(ours, capped['sled'])} times `sled-paper` ({capped['sled']}; its claim is 4.1).",
         "",
@@ -289,7 +289,7 @@ def _overlap_lines(data: Data) -> list[str]:
         "`overlap` 1: reading weights and arithmetic do not overlap at all; 2: most of it does. The first table "
         "has the 1.3 that ships.",
         "",
-        *markdown(("tokens/s", "overlap", "wisp", "paper", "central", "ours/central", "ours/wisp"), body),
+        *markdown(("tokens/s", "overlap", "wisp", "paper", "central", "wisp/central", "wisp/paper"), body),
     ]
 
 

@@ -1,4 +1,4 @@
-"""`wisp bench-overhead`: what a verification costs beside the engine.
+"""`make bench-overhead`: what a verification costs beside the engine.
 
 A verifier with the null engine runs as a process of its own, as anybody would start it. Sessions, each on a
 connection of its own, draft as fast as they are answered and check every token. In turn with that, the same
@@ -23,11 +23,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 import msgspec
 
-from wisp.api.process import event_loop_factory
 from benchmarks.overhead.client import measure
 from benchmarks.overhead.report import Load, LongContext, Percentiles, Report, show
 from benchmarks.overhead.script import Round, Script, scripts
 from benchmarks.overhead.servers import Server, echo, steps, verifier
+from wisp.api.process import event_loop_factory
 
 REPEATS = 3  # of A and of B
 LONG = 2000  # tokens committed before the long sessions go on

@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator, Sequence
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-from wisp.core.errors import ProtocolError
-from wisp.core.protocol.messages import SUBPROTOCOL, Hello, Verdict, decode_from_cloud, encode
-from wisp.core.protocol.messages import VERSION as PROTOCOL
 from benchmarks.overhead.report import Load, Percentiles
 from benchmarks.overhead.script import Round, Script
 from benchmarks.overhead.servers import Server
+from wisp.core.errors import ProtocolError
+from wisp.core.protocol.messages import SUBPROTOCOL, Hello, Verdict, decode_from_cloud, encode
+from wisp.core.protocol.messages import VERSION as PROTOCOL
 
 
 class Tally:

@@ -53,7 +53,7 @@ def verifier(sessions: int) -> contextlib.AbstractContextManager[Server]:
 
 def echo(reply_bytes: int) -> contextlib.AbstractContextManager[Server]:
     """A bare `websockets` server that answers every frame with `reply_bytes` bytes."""
-    return started("echo", lambda port: ["-m", "benchmarks.overhead", str(port), str(reply_bytes)], "/")
+    return started("echo", lambda port: ["-m", "benchmarks.overhead.echo", str(port), str(reply_bytes)], "/")
 
 
 async def steps(server: Server) -> tuple[float, float]:

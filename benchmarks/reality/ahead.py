@@ -1,4 +1,4 @@
-"""`wisp bench-ahead`: drafting ahead, measured, beside what a replay predicts of it."""
+"""`make bench-ahead`: drafting ahead, measured, beside what a replay predicts of it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.reality.distance import DelayedLine, PacedDraft
+from benchmarks.reality.edge import Edge, Heard, Proposed, Story, verifier
 from wisp import __version__
+from wisp.calibrate.traces.format import Trace
+from wisp.children import Child
 from wisp.core.draft.policies import Ahead, Policies
 from wisp.engines.base import DraftEngine
 from wisp.engines.build import read_predictor
 from wisp.engines.llama.draft import LlamaDraft
 from wisp.engines.models import resolve
-from wisp.children import Child
 from wisp.sim.devices import Device, Link, Server
-from benchmarks.reality.distance import DelayedLine, PacedDraft
-from benchmarks.reality.edge import Edge, Heard, Proposed, Story, verifier
 from wisp.sim.replay import Bench, replay
-from wisp.calibrate.traces.format import Trace
 
 RTTS_MS = (5.0, 20.0, 60.0, 150.0)
 DRAFT_MS = 15.0  # 67 tokens per second: a small accelerator
@@ -100,7 +100,7 @@ def measure_ahead(
     return {
         "wisp": __version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "wisp bench-ahead",
+        "command": "python -m benchmarks ahead",
         "pair": PAIR,
         "draft_ms": draft_ms,
         "generations": len(traces),
@@ -166,7 +166,7 @@ def _cell(
 
 
 def run_ahead(out: Path | None, *, repeats: int, as_json: bool) -> None:
-    """`wisp bench-ahead`: measure and report; with `out`, write a page and its data into that folder."""
+    """Measure and report; with `out`, write a page and its data into that folder."""
     result = measure_ahead(repeats=repeats, progress=Console(stderr=True))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

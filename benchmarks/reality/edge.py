@@ -12,18 +12,18 @@ import httpx
 import msgspec
 
 from wisp.api.backend import Generation
+from wisp.children import Child, Children, free_ports
 from wisp.core.draft.drafter import Action, Drafter
 from wisp.core.draft.policies import Ahead, Policies
+from wisp.core.draft.signals import Signal
 from wisp.core.protocol.messages import Draft, Open, Verdict
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.draft.signals import Signal
 from wisp.core.protocol.step import Committed
 from wisp.edge import backend
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
 from wisp.edge.tokenizers import TokenizerCache
 from wisp.engines.base import DraftEngine
-from wisp.children import Child, Children, free_ports
 
 
 @dataclass(frozen=True)

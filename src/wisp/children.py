@@ -1,4 +1,4 @@
-"""Processes that serve HTTP on loopback, as children of this one: logs in a folder, awaited, and always ended."""
+"""Child processes that serve HTTP on loopback: their logs are in a folder, and they always end with this process."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ from wisp.core.errors import WispError
 
 START_S = 180.0  # a large model on a slow disk
 STOP_S = 8.0  # between SIGTERM and SIGKILL
-_KEPT = frozenset(
-    {"WISP_CACHE", "WISP_OFFLINE"}
-)  # any other variable of ours is meant for the user's own processes
+_KEPT = frozenset({"WISP_CACHE", "WISP_OFFLINE"})  # other variables are meant for the user's own processes
 
 
 class ChildError(WispError):
@@ -50,7 +48,7 @@ class Child:
             raise self.failed(how)
 
     def failed(self, what: str) -> ChildError:
-        """The error that says `what` happened, and how the log ends."""
+        """An error with `what` happened, and the end of the log."""
         return ChildError(f"the {self.name} {what}. Its log ({self.log}) ends:\n{self.tail()}")
 
     def tail(self, lines: int = 15) -> str:
@@ -59,7 +57,7 @@ class Child:
         return "\n".join(f"    {line}" for line in text) or "    (nothing was logged)"
 
     def wait_healthy(self, client: httpx.Client, timeout_s: float = START_S) -> dict[str, Any]:
-        """Poll /health until it is 200, and return what it says. Raises ChildError."""
+        """Poll /health until its status is 200, and return its body. Raises ChildError."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self.check()
@@ -73,7 +71,7 @@ class Child:
 
 
 class Children:
-    """A context in which children live. However it is left (Ctrl-C and SIGTERM included), none outlives it.
+    """A context that children do not outlive, even if it is left by Ctrl-C or SIGTERM.
 
     The folder with the logs goes, too, unless it is left by an error.
     """
@@ -132,7 +130,7 @@ class Children:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that nobody uses just now."""
+    """Free ports of the loopback address."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

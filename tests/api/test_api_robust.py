@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from api_fakes import MODEL, ByteTokenizer, Recorder, ScriptedBackend, committed, make_app
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from api_fakes import MODEL, ByteTokenizer, Recorder, ScriptedBackend, committed, make_app
 from waiting import PATIENCE_S, until
 from wisp.api.body import SMALL_BODY_BYTES, parsed
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import codecs
 import itertools
 
-from api_fakes import ByteTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from api_fakes import ByteTokenizer
 from wisp.api.backend import Committed
 from wisp.api.output import Output
 from wisp.api.text import TextStream

@@ -8,11 +8,11 @@ import threading
 from typing import Any
 
 import pytest
-from api_fakes import BOS, EOS, IM_END, IM_START, MARKERS, MODEL, ByteTokenizer, ScriptedBackend, make_app
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from api_fakes import BOS, EOS, IM_END, IM_START, MARKERS, MODEL, ByteTokenizer, ScriptedBackend, make_app
 from wisp.api.backend import Target
 from wisp.api.guard import guard
 from wisp.api.prepare import AT_ONCE, PromptWork, prompt_ids

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from wisp.core.verify.batching import Kind, Candidate
+from wisp.core.verify.batching import Candidate, Kind
 from wisp.core.verify.batching.deadlines import curve
 from wisp.core.verify.cost import Coefficients, Load
 

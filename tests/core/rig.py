@@ -5,20 +5,30 @@ from __future__ import annotations
 from collections import deque
 
 from toy import EOS, N_VOCAB, ToyEngine
-
-from wisp.core.verify.admission import Admission, KeyLimits
-from wisp.core.verify.batching import batching_policy
-from wisp.core.verify.events import EdgeLost, Ended, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
 from wisp.core.protocol.messages import (
-    ServerMessage,
     Message,
     Refused,
+    ServerMessage,
     Verdict,
     decode_from_cloud,
     decode_from_edge,
     encode,
 )
 from wisp.core.protocol.sampling import Sampling
+from wisp.core.verify.admission import Admission, KeyLimits
+from wisp.core.verify.batching import batching_policy
+from wisp.core.verify.events import (
+    EdgeLost,
+    Ended,
+    FromEdge,
+    InEvent,
+    Limits,
+    Run,
+    Send,
+    StepDone,
+    Tick,
+    WakeAt,
+)
 from wisp.core.verify.verifier import Verifier
 
 SAMPLING = Sampling(seed=3)

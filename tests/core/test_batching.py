@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from wisp.core.verify.batching import Continuous, Fcfs, Grant, Kind, StepLimits, Candidate, batching_policy
 from wisp.core.errors import ConfigError
+from wisp.core.verify.batching import Candidate, Continuous, Fcfs, Grant, Kind, StepLimits, batching_policy
 
 
-def work(session: int, kind: Kind, new: int, since: float = 0.0, opened: float = 0.0, key: str = "") -> Candidate:
+def work(
+    session: int, kind: Kind, new: int, since: float = 0.0, opened: float = 0.0, key: str = ""
+) -> Candidate:
     return Candidate(session, kind, new, 0, max(new - 1, 0), since, opened, key)
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wisp.core.verify.cost import Coefficients, CostModel, Load, decoding_of, errors, fit, load_of
 from wisp.core.protocol.step import Slice
+from wisp.core.verify.cost import Coefficients, CostModel, Load, decoding_of, errors, fit, load_of
 from wisp.engines.emulated import hardware
 
 TRUTH = Coefficients(step=40.0, token=0.3, cached=2e-4, attention=2e-5)

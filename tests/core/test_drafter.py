@@ -8,10 +8,10 @@ import pytest
 
 from wisp.core.draft.drafter import MAX_REOPENINGS, REOPEN, Action, Drafter, Phase, Reopen, Task
 from wisp.core.draft.policies import Ahead, DraftingPolicy, Fixed, Odds, View
+from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.protocol.messages import Draft, Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.draft.signals import Signal
 from wisp.core.protocol.step import Committed
 
 EOS = 99

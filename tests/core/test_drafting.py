@@ -19,10 +19,10 @@ from wisp.core.draft.policies import (
     Predicted,
     View,
 )
-from wisp.core.errors import ConfigError
-from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.predictor import FEATURES, Predictor
+from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.signals import Signal
+from wisp.core.errors import ConfigError
 from wisp.engines.build import read_predictor
 
 N = len(FEATURES)

@@ -8,14 +8,14 @@ import random
 
 import pytest
 
+from wisp.core.protocol.messages import Open
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.slo import Slo
 from wisp.core.verify import slo_admission as forecast
 from wisp.core.verify.admission import Refusal
 from wisp.core.verify.cost import Coefficients, CostModel, Load
 from wisp.core.verify.events import Limits
-from wisp.core.protocol.messages import Open
-from wisp.core.protocol.sampling import Sampling
 from wisp.core.verify.session import Session, State
-from wisp.core.protocol.slo import Slo
 
 COST = CostModel(Coefficients(step=40.0, token=0.3))
 LATER = itertools.count(1.0)  # seconds: each time everybody is looked at anew
@@ -37,7 +37,11 @@ def limits(kv: int = 10**6, slots: int = 1000) -> Limits:
 
 
 def admitted(
-    sessions: list[Session], newcomer: Session, told: forecast.SloAdmission, kv: int = 10**6, preempts: bool = False
+    sessions: list[Session],
+    newcomer: Session,
+    told: forecast.SloAdmission,
+    kv: int = 10**6,
+    preempts: bool = False,
 ) -> bool:
     try:
         told.check(next(LATER), sessions, newcomer, COST, limits(kv), preempts=preempts)
@@ -113,7 +117,12 @@ def test_what_there_is_no_kv_for_may_be_lent_while_there_is_time_to_read_it_agai
         while len(inside) < 500:
             try:
                 told.check(
-                    next(LATER), inside, session(999, calm, begun=False), COST, limits(**of), preempts=preempts
+                    next(LATER),
+                    inside,
+                    session(999, calm, begun=False),
+                    COST,
+                    limits(**of),
+                    preempts=preempts,
                 )
             except Refusal:
                 break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from wisp.core.verify.batching import Kind, StepLimits, Candidate, batching_policy
+from wisp.core.verify.batching import Candidate, Kind, StepLimits, batching_policy
 from wisp.core.verify.cost import Coefficients, CostModel
 
 NOW = 50.0

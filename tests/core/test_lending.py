@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from wisp.core.verify.batching import Kind, Candidate
+from wisp.core.verify.batching import Candidate, Kind
 from wisp.core.verify.cost import Coefficients, CostModel
-from wisp.core.verify.preemption import ENDING, is_urgent, victims, slot_victims
+from wisp.core.verify.preemption import ENDING, is_urgent, slot_victims, victims
 
 COST = CostModel(Coefficients(step=40.0, token=0.3))
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import msgspec
-import oracle
 import pytest
-from oracle import Form, Piece, best, enumerate_all
 
-from wisp.core.verify.batching import Grant, Kind, Wisp, StepLimits, Candidate
+import oracle
+from oracle import Form, Piece, best, enumerate_all
+from wisp.core.verify.batching import Candidate, Grant, Kind, StepLimits, Wisp
 from wisp.core.verify.batching.deadlines import first_step
 from wisp.core.verify.cost import Coefficients, CostModel, Load
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wisp.core.route import placement
-from wisp.core.verify.admission import Refusal
 from wisp.core.route.placement import BLOCK, SETTLE_S, Choice, Placement, Reason, Room
+from wisp.core.verify.admission import Refusal
 
 ROOM = Room(slots=8, kv_tokens=1 << 20, max_sessions=1000)
 SYSTEM = list(range(100, 100 + 4 * BLOCK))  # what many prompts begin with

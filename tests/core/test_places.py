@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rig import SAMPLING, Rig
 from toy import toy_text
-
-from wisp.core.verify.admission import KeyLimits
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.protocol.slo import Slo
+from wisp.core.verify.admission import KeyLimits
 
 PROMPT = [1, 2, 3]
 TEXT = toy_text(PROMPT, SAMPLING, 40)

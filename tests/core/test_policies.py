@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from wisp.core.verify.batching import POLICIES, Grant, Kind, Plan, StepLimits, Candidate, batching_policy
+from wisp.core.verify.batching import POLICIES, Candidate, Grant, Kind, Plan, StepLimits, batching_policy
 from wisp.core.verify.batching.deadlines import first_step
 from wisp.core.verify.cost import Coefficients, CostModel, Load
 
@@ -107,7 +107,9 @@ def test_a_machine_whose_time_goes_all_into_one_thing_is_no_trouble(
 def test_a_schedule_of_pieces_that_cost_nothing_by_themselves_is_made() -> None:
     """All of the time is in the step itself, and some pieces are too late for any."""
     work = [
-        Candidate(i, Kind.VERIFY, 1 + i % 5, 10 * i, i % 5, NOW - 1.0, NOW - 9.0, due=NOW + 0.004 * i, gain=1.0)
+        Candidate(
+            i, Kind.VERIFY, 1 + i % 5, 10 * i, i % 5, NOW - 1.0, NOW - 9.0, due=NOW + 0.004 * i, gain=1.0
+        )
         for i in range(40)
     ]
     grants, lost = first_step(NOW, work, Coefficients(step=20.0, token=0.0), 1.0, 8)
@@ -164,7 +166,9 @@ def test_where_there_is_work_something_runs_or_a_time_is_named(name: str, work: 
 
 @settings(max_examples=120, deadline=None)
 @given(work=pieces(hurry=False, absent=False), tokens=st.integers(1, 600), slices=st.integers(1, 32))
-def test_without_due_times_laxity_is_continuous_batching(work: list[Candidate], tokens: int, slices: int) -> None:
+def test_without_due_times_laxity_is_continuous_batching(
+    work: list[Candidate], tokens: int, slices: int
+) -> None:
     ours, theirs = (planned(name, work, limits(tokens, slices)).grants for name in ("wisp", "continuous"))
     assert {(g.session, g.tokens) for g in ours} == {(g.session, g.tokens) for g in theirs}
 
@@ -232,7 +236,9 @@ def crowd(drafters: int, prompts: int, tpot_s: float, prompt: int = 300) -> list
     """So many sessions that draft 4 tokens, in a hurry of `tpot_s` a token (0: none), and so many newcomers."""
     due = NOW + 0.2 if tpot_s else math.inf
     out = [
-        Candidate(i, Kind.VERIFY, 5, 300, 4, NOW, NOW - 9.0, due=due, tpot_s=tpot_s, gain=3.0, usual=3.0, room=400)
+        Candidate(
+            i, Kind.VERIFY, 5, 300, 4, NOW, NOW - 9.0, due=due, tpot_s=tpot_s, gain=3.0, usual=3.0, room=400
+        )
         for i in range(drafters)
     ]
     return out + [

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from wisp.core.draft.policies import Judgement, Odds
-from wisp.core.errors import ConfigError
 from wisp.core.draft.predictor import FEATURES, Calibration, Predictor, features
 from wisp.core.draft.signals import Signal
+from wisp.core.errors import ConfigError
 
 N = len(FEATURES)
 

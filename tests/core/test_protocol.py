@@ -13,15 +13,15 @@ from collections import deque
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from rig import Rig
 from toy import EOS, N_VOCAB, toy_text, toy_token
-
 from wisp.core.draft.drafter import Drafter, Phase, Reopen, Task
 from wisp.core.draft.policies import Ahead, Fixed, View
+from wisp.core.draft.signals import Signal
 from wisp.core.errors import RequestError
 from wisp.core.protocol.messages import Cancel, Message, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.draft.signals import Signal
 from wisp.core.protocol.slo import Slo
 from wisp.core.protocol.step import Committed
 

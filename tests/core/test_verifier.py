@@ -7,19 +7,19 @@ import tracemalloc
 
 import msgspec
 import pytest
+
 from rig import SAMPLING, Rig
 from toy import EOS, N_VOCAB, toy_text
-
+from wisp.core.protocol.messages import Cancel, Draft, Open, decode_from_edge, encode
+from wisp.core.protocol.slo import Slo
+from wisp.core.protocol.step import NO_TOKEN, Copy
 from wisp.core.verify.admission import Admission, KeyLimits
 from wisp.core.verify.batching import Kind, batching_policy
 from wisp.core.verify.cost import Coefficients, CostModel, Load
 from wisp.core.verify.events import Ended, FromEdge, InEvent, Run, Send, Tick
-from wisp.core.protocol.messages import Cancel, Draft, Open, decode_from_edge, encode
 from wisp.core.verify.planner import candidate_of
 from wisp.core.verify.session import TRANSITIONS, Event, State
-from wisp.core.protocol.slo import Slo
 from wisp.core.verify.verifier import Verifier
-from wisp.core.protocol.step import NO_TOKEN, Copy
 
 ID = "session-1"
 PROMPT = [1, 2, 3]

@@ -21,6 +21,7 @@ from websockets.http11 import Request, Response
 from waiting import PATIENCE_S, run
 from wisp.api.backend import Generation
 from wisp.core.draft.policies import Ahead, Policies
+from wisp.core.draft.signals import Signal
 from wisp.core.errors import RequestError, UnavailableError
 from wisp.core.protocol.messages import (
     VERSION,
@@ -37,7 +38,6 @@ from wisp.core.protocol.messages import (
     encode,
 )
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.draft.signals import Signal
 from wisp.edge import backend as backend_module
 from wisp.edge import link as link_module
 from wisp.edge.backend import EdgeBackend

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from slices import PROMPT, SAMPLING, other, verify
 
+from slices import PROMPT, SAMPLING, other, verify
 from wisp.core.errors import EngineError, ModelError
 from wisp.core.protocol.step import Copy, Slice
 from wisp.engines.llama import selfcheck

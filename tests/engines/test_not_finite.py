@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_files import Weights
 
+from gguf_files import Weights
 from wisp.core.errors import ModelError
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import NOT_FINITE, Slice, SliceResult

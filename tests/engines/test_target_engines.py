@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from slices import PROMPT, SAMPLING, Target, other, verify
 from vllm_rig import reference, with_vllm
-
 from wisp.core.errors import EngineError
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Copy, Slice

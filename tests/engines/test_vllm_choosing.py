@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from vllm_rig import with_vllm
 
+from vllm_rig import with_vllm
 from wisp.core.protocol.sampling import Sampling, target_token
 
 pytestmark = with_vllm

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+
 from vllm_rig import (
     GREEDY,
     Device,
@@ -21,12 +22,11 @@ from vllm_rig import (
     steps_of,
     with_vllm,
 )
-
+from wisp.core.protocol.messages import Cancel, Draft, Open, Verdict
+from wisp.core.protocol.sampling import Sampling
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
 from wisp.core.verify.events import EdgeLost, FromEdge, Limits, Run, Send, StepDone, Tick
-from wisp.core.protocol.messages import Cancel, Draft, Open, Verdict
-from wisp.core.protocol.sampling import Sampling
 from wisp.core.verify.verifier import Verifier
 
 pytestmark = with_vllm

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 import pytest
+
 from slices import PROMPT, SAMPLING, verify
 from vllm_rig import EOS, engine_of, reference, steps_of, with_vllm
-
 from wisp.core.errors import ConfigError, EngineError
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Copy, Slice

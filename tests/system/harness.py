@@ -34,11 +34,11 @@ from wisp.api.scrape import read_page
 from wisp.core.protocol.messages import (
     SUBPROTOCOL,
     VERSION,
-    ServerMessage,
     Hello,
     Message,
     Open,
     Refused,
+    ServerMessage,
     Verdict,
     Welcome,
     decode_from_cloud,

@@ -9,11 +9,11 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from harness import HTTP, MODEL, Fleet, Peer, Process, Stream, ask, eventually, free_port, opening
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin
 
+from harness import HTTP, MODEL, Fleet, Peer, Process, Stream, ask, eventually, free_port, opening
 from wisp.core.protocol.messages import Refused
 
 pytestmark = pytest.mark.slow

@@ -15,11 +15,11 @@ from wisp.api import connections
 from wisp.api.connections import HttpConnection, SessionConnection
 from wisp.api.keys import Keyring
 from wisp.api.process import Listen, event_loop_factory, run_app
-from wisp.server.app import ServerApp, Settings
 from wisp.core.protocol.messages import VERSION, Hello, Message, Open, encode, frame_limit
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Slice, SliceResult
 from wisp.engines.null import ByteTokenizer, NullTarget
+from wisp.server.app import ServerApp, Settings
 
 DEADLINE_S = 60.0
 CONTEXT = 1 << 16

@@ -5,14 +5,14 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from harness import Fleet, Peer, eventually, opening
 
-from wisp.server.event_log import read_events, read_runs
-from wisp.core.verify.admission import KeyLimits
-from wisp.core.verify.events import FromEdge, Run, Send, StepDone
+from harness import Fleet, Peer, eventually, opening
 from wisp.core.protocol.messages import Cancel, Draft, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
+from wisp.core.verify.admission import KeyLimits
+from wisp.core.verify.events import FromEdge, Run, Send, StepDone
 from wisp.engines.null import NullTarget, null_token
+from wisp.server.event_log import read_events, read_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.modelless]
 

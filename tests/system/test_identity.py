@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from harness import (
     DRAFT,
     ENGINE,
@@ -28,7 +29,6 @@ from harness import (
     free_port,
     opening,
 )
-
 from wisp.engines.models import resolve
 
 pytestmark = [

@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from harness import DRAFT, HTTP, MODEL, TARGET, Fleet, Process, ask, eventually
 
+from harness import DRAFT, HTTP, MODEL, TARGET, Fleet, Process, ask, eventually
 from wisp.api.template import chat_template
 from wisp.core.protocol.sampling import Sampling
 from wisp.engines.llama.reference import reference_tokens

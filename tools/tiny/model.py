@@ -23,7 +23,7 @@ EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
-class ResponseFormat:
+class Shape:
     """Sizes of a model. `width` is the residual stream's, `hidden` the feed-forward layer's."""
 
     width: int
@@ -45,7 +45,7 @@ class Phase:
     length: int
 
 
-def initial(shape: ResponseFormat, seed: int) -> Weights:
+def initial(shape: Shape, seed: int) -> Weights:
     """Random weights; matrices are [out, in]. The output layer is the embedding, transposed."""
     rng = torch.Generator().manual_seed(seed)
 
@@ -70,7 +70,7 @@ def initial(shape: ResponseFormat, seed: int) -> Weights:
     return weights | {"output_norm.weight": torch.ones(shape.width)}
 
 
-def forward(weights: Weights, shape: ResponseFormat, tokens: Tensor) -> Tensor:
+def forward(weights: Weights, shape: Shape, tokens: Tensor) -> Tensor:
     """Logits [batch, length, vocabulary] after each of `tokens` [batch, length]."""
     x = weights["token_embd.weight"][tokens]
     turns = _turns(tokens.shape[1], shape.head)
@@ -107,7 +107,7 @@ def _rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
-def _attention(layer: Weights, shape: ResponseFormat, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+def _attention(layer: Weights, shape: Shape, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
     batch, length, _ = x.shape
 
     def split(name: str, heads: int) -> Tensor:
@@ -121,7 +121,7 @@ def _attention(layer: Weights, shape: ResponseFormat, x: Tensor, turns: tuple[Te
     return fn.linear(mixed.transpose(1, 2).reshape(batch, length, -1), layer["attn_output"])
 
 
-def train(shape: ResponseFormat, data: Tensor, phases: list[Phase], peak: float, seed: int) -> Weights:
+def train(shape: Shape, data: Tensor, phases: list[Phase], peak: float, seed: int) -> Weights:
     """Weights after `phases` over random windows of `data` [tokens]; `peak` is the highest learning rate."""
     weights = initial(shape, seed)
     for tensor in weights.values():

@@ -13,13 +13,13 @@ from pathlib import Path
 import gguf
 import torch
 
-from tools.tiny.model import EPSILON, ROPE_BASE, Phase, ResponseFormat, Weights, train
+from tools.tiny.model import EPSILON, ROPE_BASE, Phase, Shape, Weights, train
 from tools.tiny.text import CHAT_TEMPLATE, END, SPECIALS, STOP, documents
 from tools.tiny.vocabulary import Vocabulary, gguf_tokens, learn
 
 VOCABULARY = 512
-TARGET = ResponseFormat(width=192, layers=5, heads=6, kv_heads=2, hidden=512, vocabulary=VOCABULARY)
-DRAFT = ResponseFormat(width=96, layers=2, heads=3, kv_heads=1, hidden=192, vocabulary=VOCABULARY)
+TARGET = Shape(width=192, layers=5, heads=6, kv_heads=2, hidden=512, vocabulary=VOCABULARY)
+DRAFT = Shape(width=96, layers=2, heads=3, kv_heads=1, hidden=192, vocabulary=VOCABULARY)
 DOCUMENTS = 12_000  # nine million tokens, more than training looks at
 PEAK = 0.008  # learning rate
 
@@ -48,7 +48,7 @@ def main() -> None:
         print(f"{path}: {parameters} parameters, {path.stat().st_size} bytes")
 
 
-def write(path: Path, name: str, shape: ResponseFormat, weights: Weights, vocabulary: Vocabulary) -> None:
+def write(path: Path, name: str, shape: Shape, weights: Weights, vocabulary: Vocabulary) -> None:
     """A GGUF file of 32-bit floats. Without an output matrix, llama.cpp takes the embedding for it."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(name)
@@ -65,7 +65,7 @@ def write(path: Path, name: str, shape: ResponseFormat, weights: Weights, vocabu
     writer.close()
 
 
-def _add_shape(writer: gguf.GGUFWriter, shape: ResponseFormat) -> None:
+def _add_shape(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_vocab_size(shape.vocabulary)
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.width)

@@ -27,8 +27,8 @@ from urllib.parse import quote, unquote
 
 import msgspec
 
-from wisp.core.verify.admission import KeyLimits
 from wisp.core.errors import ConfigError, RequestError
+from wisp.core.verify.admission import KeyLimits
 
 log = logging.getLogger("wisp.keys")
 

@@ -6,8 +6,8 @@ from typing import Protocol
 
 import msgspec
 
-from wisp.core.protocol.slo import Served, Slo
 from wisp.core.draft.stats import SpecStats
+from wisp.core.protocol.slo import Served, Slo
 
 
 class RequestRecord(msgspec.Struct, frozen=True):

@@ -12,8 +12,8 @@ import msgspec
 
 from wisp.api.backend import Committed
 from wisp.api.text import TextStream
-from wisp.core.errors import EngineError
 from wisp.core.draft.stats import SpecStats
+from wisp.core.errors import EngineError
 from wisp.core.protocol.step import TokenLogprob
 from wisp.engines.base import Tokenizer
 

@@ -91,7 +91,9 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     slo_class: str = ""
 
 
-def parse_chat(body: dict[str, Any], headers: Mapping[str, str], classes: SloClasses = NO_CLASSES) -> GenerationRequest:
+def parse_chat(
+    body: dict[str, Any], headers: Mapping[str, str], classes: SloClasses = NO_CLASSES
+) -> GenerationRequest:
     """The body of `/v1/chat/completions`. Raises RequestError 400 with `param`."""
     fields = Fields(body)
     common = _common(fields, headers, classes, _NEUTRAL_CHAT)

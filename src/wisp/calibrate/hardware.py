@@ -1,4 +1,4 @@
-"""Hardware and its cost model: what `wisp profile` would fit to a profile, and a profile made of what it has fitted."""
+"""Hardware and its cost model: a fit to a hardware profile, and a hardware profile made of a fit."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from pathlib import Path
 
 import msgspec
 
-from wisp.core.verify.cost import Coefficients, Load, fit
+from wisp.calibrate.profile.grid import EngineSize, cells
+from wisp.calibrate.profile.target import FORMAT, CostProfile
 from wisp.core.errors import ConfigError
+from wisp.core.verify.cost import Coefficients, Load, fit
 from wisp.engines.build import CONTEXT, SLOTS
 from wisp.engines.emulated import Hardware
-from wisp.calibrate.profile.grid import Room, cells
-from wisp.calibrate.profile.target import FORMAT, CostProfile
 
 
 def profiled(profile: Hardware) -> Coefficients:
     """Coefficients fitted to the profile's own times."""
     if isinstance(profile, Measured):
         return profile.coefficients
-    room = Room(profile.step_tokens, profile.slots, profile.kv_tokens, profile.slot_tokens)
-    grid = cells(room)
+    size = EngineSize(profile.step_tokens, profile.slots, profile.kv_tokens, profile.slot_tokens)
+    grid = cells(size)
     loads = [c.load for c in grid]
     return fit(loads, [profile.step_ms(load) for load in loads])
 
 
 class Measured(Hardware, frozen=True):
-    """An engine of which it is known only how long its steps take. The data sheet's figures mean nothing."""
+    """An engine of which only the step times are known. The data sheet's figures mean nothing."""
 
     engine: str = ""
     model: str = ""
@@ -38,8 +38,7 @@ class Measured(Hardware, frozen=True):
 
 
 def measured(path: Path, slots: int = 0, kv_tokens: int = 0) -> Measured:
-    """Of a cost profile, as `wisp profile --target` writes it; 0: as many slots, of as many tokens, as `wisp serve`
-    has where none are asked for. Raises ConfigError."""
+    """Of a cost profile, as `wisp profile --target` writes it. 0: the default of `wisp serve`. Raises ConfigError."""
     from wisp.engines.llama.target import STEP_TOKENS
 
     slots = slots or SLOTS["llama.cpp"]

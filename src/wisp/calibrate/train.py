@@ -1,9 +1,9 @@
 """`wisp train`: from traces to a predictor of acceptance that an edge can afford.
 
 Three kinds are fitted: logistic regression, a multilayer perceptron (the paper's), and gradient-boosted trees for
-comparison only, since numpy cannot evaluate them in microseconds. The file holds the better of the first two by
-log loss on held-out prompts, cross-validated by prompt. Whole domains, and prompts of known domains, are kept
-apart for the report.
+comparison only, since numpy cannot evaluate trees in microseconds. The file holds the better of the first two by
+log loss on held-out prompts, cross-validated by prompt. Whole domains, and prompts of known domains, are held out for
+the report.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from wisp import __version__
-from wisp.core.errors import ConfigError
-from wisp.core.draft.round_times import Mean
-from wisp.core.draft.predictor import FEATURES, Calibration, Predictor, features
 from wisp.calibrate.traces.format import Trace, TraceSet, trace_folder
+from wisp.core.draft.predictor import FEATURES, Calibration, Predictor, features
+from wisp.core.draft.round_times import Mean
+from wisp.core.errors import ConfigError
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -48,10 +48,10 @@ class Examples:
 
 
 def examples(traces: Sequence[Trace], seed: int = 0) -> Examples:
-    """What a policy would have seen along each trace, in rounds of random length: one row per judged token.
+    """The view of a policy along each trace, in rounds of random length: one row per judged token.
 
-    A round goes on until its length or its first rejection, as on an edge. Every position is judged once: drafting
-    ahead judges even those that a correction or bonus settles.
+    A round ends at its length or its first rejection, as on an edge. Every position is judged once: drafting ahead
+    judges even the positions that a correction or bonus settles.
     """
     rng = np.random.default_rng(seed)
     rows: list[list[float]] = []
@@ -122,7 +122,7 @@ def log_loss(y: Bools, p: Floats) -> float:
 
 
 def recalibrated(data: Examples, z: Floats) -> Floats:
-    """Probabilities as a device would have had them: each from what was observed before it."""
+    """Probabilities on a device: each is calibrated by the outcomes before it."""
     calibration = Calibration()
     out = np.empty(len(data))
     for i in range(len(data)):
@@ -175,7 +175,7 @@ def fit(data: Examples, kind: str, seed: int = 0) -> Predictor:
 
 
 def _side_by_side(nets: list[list[tuple[Floats, Floats]]]) -> list[tuple[Floats, Floats]]:
-    """Networks of one shape as a single one, whose logit is the mean of theirs."""
+    """Networks of one shape as a single one with their mean logit."""
     layers = []
     for depth, parts in enumerate(zip(*nets, strict=True)):
         weights = [w for w, _ in parts]
@@ -284,7 +284,7 @@ def _tree_logits(model: Any, data: Examples) -> Floats:
 
 
 def _microseconds(predictor: Predictor) -> float:
-    """Median time of one prediction, features to calibrated probability excluded statistics of the logits."""
+    """Median time of one prediction, without the statistics of the logits."""
     x = [0.5] * len(FEATURES)
     times = []
     for _ in range(200):
@@ -313,7 +313,7 @@ def _need_sklearn() -> None:
     try:
         import sklearn  # noqa: F401
     except ImportError:
-        raise ConfigError("training needs scikit-learn: pip install 'wisp-serve[lab]'") from None
+        raise ConfigError("training needs scikit-learn: pip install 'wisp-serve[sim]'") from None
 
 
 # --- the command

@@ -13,7 +13,7 @@ from wisp.engines.models.store import sha256_of, stamp_path
 
 
 def list_models(*, as_json: bool) -> None:
-    """Print the catalogue: what there is, how large, under what licence, and whether it is here already."""
+    """Print the catalogue: models, their sizes and licences, and whether they are here."""
     rows = [_row(card) for card in catalogue()]
     if as_json:
         pairs = {name: {"target": target, "draft": draft} for name, (target, draft) in PAIRS.items()}
@@ -65,7 +65,7 @@ def _row(card: ModelCard) -> dict[str, object]:
 
 
 def _roles(name: str) -> list[str]:
-    """What a model is to which pair, e.g. ["target of tiny"]."""
+    """The roles of a model in pairs, e.g. ["target of tiny"]."""
     return [
         f"{role} of {pair}"
         for pair, models in PAIRS.items()

@@ -1,4 +1,4 @@
-"""The same request answered twice, by drafting and verifying and by the target alone: what differs, what it costs."""
+"""The same request answered twice, with drafts and by the target alone: the difference, and the cost."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Cost:
-    """What was measured over all answers, milliseconds. A round is: draft, send, verify.
+    """Means over all answers, in milliseconds. A round is: draft, send, verify.
 
-    committed: tokens that a round gave; drafted: tokens it guessed; accepted: share of these that agreed
+    committed, drafted: tokens of a round; accepted: share of drafted tokens
     """
 
     round_ms: float
@@ -134,7 +134,7 @@ def measure(compared: list[Comparison]) -> Cost:
 
 
 def remark(cost: Cost) -> str:
-    """What the measured costs say about speed, here and elsewhere."""
+    """The meaning of the measured costs for speed, here and elsewhere."""
     measured = (
         f"About speed: drafting and verifying {cost.drafted:.1f} tokens took {short(cost.round_ms)} ms a round and "
         f"gave {cost.committed:.2f} tokens; the target alone took {short(cost.step_ms)} ms a token. Speculation was "

@@ -1,4 +1,4 @@
-"""`wisp demo`: a verifier, an edge, and the proof before your eyes that drafts change nothing but speed.
+"""`wisp demo`: a verifier and an edge show that drafts change nothing but speed.
 
 pull the pair
 start `wisp serve` and `wisp edge`, two processes on loopback
@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from wisp.check.comparison import Answer, Comparison, Token, measure, remark, short
+from wisp.children import Child, ChildError, Children, free_ports
 from wisp.core.errors import ConfigError
 from wisp.engines.build import drafting_policies, fetch_target
 from wisp.engines.models import PAIRS, pull
-from wisp.children import Child, ChildError, Children, free_ports
-from wisp.check.comparison import Answer, Comparison, Token, measure, remark, short
 
 _ANSWER_TIMEOUT = httpx.Timeout(
     180.0, connect=5.0
@@ -94,7 +94,7 @@ def run_demo(
 
 
 def _explained(children: Children, edge: Child, error: Exception) -> ChildError:
-    """Why a request broke off: because a process is gone, as far as we can tell."""
+    """The reason for a broken request: usually, that a process is gone."""
     time.sleep(0.2)  # the connection breaks a moment before the process has ended
     try:
         children.check()
@@ -115,7 +115,7 @@ def _start(
     drafting: str,
     max_tokens: int,
 ) -> tuple[Child, Child, dict[str, Any]]:
-    """A verifier and an edge, ready, and what the verifier says of itself."""
+    """A verifier and an edge, ready, and the verifier's /health."""
     target, draft = PAIRS[pair]
     console.print(
         f"\n[bold]Starting a verifier[/] ({target}) and [bold]an edge[/] ({draft}), one thread each."
@@ -128,7 +128,7 @@ def _start(
     with console.status("loading the target and checking that it does what it promises..."):
         health = server.wait_healthy(client, _LOAD_S[engine])
     address = ["--server", server.url, "--port", str(ports[1]), "--give-up-s", "5"]
-    # Two processes on the same cores: what the edge drafts ahead would be taken from the verifier.
+    # Two processes on the same cores: drafting ahead would take time from the verifier.
     guess = ["-m", "wisp.cli", "edge", "--draft", draft, "--drafting", drafting, "--no-ahead"]
     edge = children.start("edge", [*guess, *address, *common], ports[1])
     with console.status("loading the drafter..."):
@@ -191,7 +191,7 @@ def _ask(client: httpx.Client, child: Child, body: dict[str, Any], show: Show) -
 
 
 def _events(response: httpx.Response) -> Iterator[list[dict[str, Any]]]:
-    """The events of a stream, those that came together together."""
+    """The events of a stream, in the groups in which they arrived."""
     rest = ""
     for text in response.iter_text():
         *whole, rest = (rest + text).split("\n\n")
@@ -261,7 +261,7 @@ def _conclude(
     health: dict[str, Any],
     wall_s: float,
 ) -> None:
-    """The table, what it means, and what to do next."""
+    """The table, its meaning, and next steps."""
     console.print()
     console.print(_table(compared))
     console.print(

@@ -56,8 +56,11 @@ def edge(
     log_level: LogLevel = "info",
     log_json: LogJson = False,
 ) -> None:
-    """Run an edge: an OpenAI endpoint on this device. Its key to the verifier is taken from WISP_API_KEY; keys
-    for its own endpoint may also be in WISP_API_KEYS, separated by commas."""
+    """Run an edge: an OpenAI endpoint on this device.
+
+    Its key to the verifier is taken from WISP_API_KEY; keys for its own endpoint may also be in WISP_API_KEYS,
+    separated by commas.
+    """
     from wisp.api.attainment import read_slo_classes
     from wisp.api.keys import Keyring
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging

@@ -24,12 +24,12 @@ import msgspec
 
 from wisp.api.backend import Committed, Generation, Target
 from wisp.core.draft.drafter import Action, Drafter, Phase, Reopen
+from wisp.core.draft.patience import Patience
 from wisp.core.draft.policies import Ahead, Policies
+from wisp.core.draft.round_times import RoundTimes
+from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError, UnavailableError
 from wisp.core.protocol.messages import Cancel, Draft, Message, Open, Redirect, Refused, Verdict, Welcome
-from wisp.core.draft.round_times import RoundTimes
-from wisp.core.draft.patience import Patience
-from wisp.core.draft.signals import Signal
 from wisp.edge.link import FromLink, Listener, Redirects
 from wisp.engines.base import DraftEngine, Proposal, Tokenizer
 
@@ -310,7 +310,7 @@ class _Session:
     def _went_astray(self, refused: str, unheard: bool) -> RequestError:
         if unheard:
             why = refused or self.link.problem
-            message = f"the front sends sessions to {self.address}, which is of no use from here ({why})"
+            message = f"the router sends sessions to {self.address}, which is of no use from here ({why})"
             return UnavailableError(f"{message}; is that port open to this device?")
         message = f"{self.trips} verifiers in a row were lost over this request; it is not tried again"
         return RequestError(502, message, code="verifiers_lost", type="server_error")

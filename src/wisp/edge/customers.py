@@ -17,9 +17,9 @@ import msgspec
 from wisp.api.backend import Backend, Committed, Generation, Target
 from wisp.api.keys import Keyring
 from wisp.api.sse import close
-from wisp.core.verify.admission import Admission, Refusal
 from wisp.core.draft.drafter import busy_error
 from wisp.core.errors import RequestError
+from wisp.core.verify.admission import Admission, Refusal
 
 NO_PLACES = 1 << 40  # sessions: the verifier says when it is full
 

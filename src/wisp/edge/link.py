@@ -22,6 +22,7 @@ from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
 from wisp import __version__
+from wisp.core.draft.patience import BEAT_S, Patience
 from wisp.core.errors import ConfigError, ProtocolError, RequestError, UnavailableError
 from wisp.core.protocol.messages import (
     MAX_FRAME,
@@ -38,7 +39,6 @@ from wisp.core.protocol.messages import (
     decode_from_cloud,
     encode,
 )
-from wisp.core.draft.patience import BEAT_S, Patience
 from wisp.edge.address import is_local, redirected_url, session_url
 from wisp.edge.answers import plain, reason, stranger
 

@@ -15,9 +15,9 @@ from wisp.api.messages import Message
 from wisp.api.prepare import prepare
 from wisp.api.requests import GenerationRequest
 from wisp.core.draft.policies import Ahead, Policies
+from wisp.core.draft.stats import SpecStats
 from wisp.core.errors import ConfigError
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.draft.stats import SpecStats
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
 from wisp.edge.tokenizers import TokenizerCache

@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from wisp.core.protocol.sampling import Sampling
 from wisp.core.draft.signals import Signal
+from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.engines.special import NO_STAND_INS, StandIns
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 
 from wisp.core.draft.policies import Policies
-from wisp.core.errors import ConfigError
 from wisp.core.draft.predictor import Predictor
+from wisp.core.errors import ConfigError
 from wisp.engines.base import DraftEngine, TargetEngine, Tokenizer
 from wisp.engines.emulated import EmulatedTarget, Hardware, Written, hardware
 from wisp.engines.models import Progress, resolve

@@ -30,18 +30,18 @@ from wisp.api.errors import JsonResponse, error_response, exception_handlers, re
 from wisp.api.keys import Keyring
 from wisp.api.routes import openai_routes
 from wisp.api.scrape import scraped
-from wisp.server.control import Report
-from wisp.server.crowd import Crowd
-from wisp.server.sockets import SessionEndpoint
-from wisp.core.verify.admission import Admission
 from wisp.core.errors import RequestError, UnavailableError, WispError
 from wisp.core.route.placement import Placement
+from wisp.core.verify.admission import Admission
 from wisp.router.fleet import Fleet, Replica
 from wisp.router.host import RouterHost
 from wisp.router.launch import Launcher
 from wisp.router.metrics import RouterMetrics
 from wisp.router.replica import ReplicaSpec
 from wisp.router.thin import RouterBackend
+from wisp.server.control import Report
+from wisp.server.crowd import Crowd
+from wisp.server.sockets import SessionEndpoint
 
 log = logging.getLogger("wisp.router")
 
@@ -152,7 +152,7 @@ class RouterApp:
             self._authorize(request)
             ours = self.host.welcome().fingerprint
             if request.path_params["fingerprint"] != ours:
-                raise RequestError(404, f"this front's vocabulary is {ours}")
+                raise RequestError(404, f"this router's vocabulary is {ours}")
             blob = await self.backend.tokenizers.blob(ours)
         except RequestError as error:
             return error_response(error, request_id(request))

@@ -17,7 +17,7 @@ LAUNCHERS = ("local", "ray")
 def serve_replicas(spec: ReplicaSpec, keys: Keyring, replicas: int, launcher: str, gpus: float) -> None:
     """Serve until stopped. Raises WispError."""
     if spec.listen.port == 0:
-        raise ConfigError("replicas take the ports above the front's: give --port a number")
+        raise ConfigError("replicas take the ports above the router's: give --port a number")
     if gpus and launcher != "ray":
         raise ConfigError("--gpus-per-replica goes with --launcher ray")
     try:

@@ -24,12 +24,12 @@ import httpx
 import msgspec
 
 from wisp.api.keys import on_behalf
-from wisp.server.control import MOVE_PATH, REPORT_PATH, Report
 from wisp.core.errors import ConfigError, RequestError, UnavailableError, WispError
 from wisp.core.protocol.messages import DIGESTS_SINCE, Welcome
 from wisp.core.route.placement import Placement, Room
 from wisp.router.launch import Launcher, Running
 from wisp.router.replica import ReplicaSpec
+from wisp.server.control import MOVE_PATH, REPORT_PATH, Report
 
 log = logging.getLogger("wisp.router")
 
@@ -366,7 +366,7 @@ class Fleet:
 
     def _check_running(self) -> None:
         if self.stopping:
-            raise RequestError(503, "the front is shutting down", code="shutting_down", type="server_error")
+            raise RequestError(503, "the router is shutting down", code="shutting_down", type="server_error")
 
     async def _leave(self, r: Replica) -> None:
         r.wanted = False

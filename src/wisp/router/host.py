@@ -12,15 +12,15 @@ from collections.abc import Callable
 
 import msgspec
 
-from wisp.server.control import Report
-from wisp.server.sockets import Sender
-from wisp.core.verify.admission import Admission, KeyUsage, Refusal
 from wisp.core.errors import ProtocolError, UnavailableError
 from wisp.core.protocol.messages import Cancel, Draft, Hello, Open, Redirect, Refused, Welcome, check_hello
-from wisp.core.route.placement import SETTLE_S, Choice, Placement
 from wisp.core.protocol.sampling import Sampling
+from wisp.core.route.placement import SETTLE_S, Choice, Placement
+from wisp.core.verify.admission import Admission, KeyUsage, Refusal
 from wisp.router.fleet import Fleet, Replica
 from wisp.router.metrics import RouterMetrics
+from wisp.server.control import Report
+from wisp.server.sockets import Sender
 
 WAITING = 64  # Opens of one key that may wait at a time
 WAITING_TOKENS = 1 << 18  # of their prompts: 10 MB
@@ -93,7 +93,7 @@ class RouterHost:
         check_hello(hello, welcome.fingerprint, welcome.model)
         if not hello.redirects:
             message = (
-                "this is a front of several verifiers, and this edge's release does not follow redirects"
+                "this is a router of several verifiers, and this edge's release does not follow redirects"
             )
             raise ProtocolError("version_mismatch", f"{message}; install the same release on both")
 
@@ -102,7 +102,7 @@ class RouterHost:
         welcome = self.fleet.welcome
         if welcome is None or not self.here:
             what = "shutting down" if self.draining else "waiting for a replica to come up"
-            raise UnavailableError(f"this front is {what}", retry_after=2.0)
+            raise UnavailableError(f"this router is {what}", retry_after=2.0)
         return welcome
 
     def attach(
@@ -132,7 +132,7 @@ class RouterHost:
                 self._waiting[c.key].drop(connection, message.session)
             return
         if isinstance(message, Draft):
-            text = "this is a front, which verifies nothing; open the session again with what is committed"
+            text = "this is a router, which verifies nothing; open the session again with what is committed"
             c.send(Refused(message.session, "unknown_session", text, round=message.round))
             return
         open_ = self._without_ballast(message)
@@ -213,7 +213,7 @@ class RouterHost:
 
     def _place(self, key: str, open_: Open) -> Choice:
         if self.draining:
-            raise Refusal("shutting_down", "this front is shutting down", 1.0)
+            raise Refusal("shutting_down", "this router is shutting down", 1.0)
         now = asyncio.get_running_loop().time()
         known = self._placement.knows(key, open_.session)  # it was admitted then
         owed = self.admission.richer(key) is not None

@@ -39,7 +39,7 @@ class ReplicaActor:
         if not self._here:
             if is_loopback(host):
                 raise ConfigError(
-                    f"this replica runs on {ip}, and edges could not reach it there, since the front listens on "
+                    f"this replica runs on {ip}, and edges could not reach it there, since the router listens on "
                     f"{host}; use --host 0.0.0.0, with --api-keys"
                 )
             host = ip

@@ -22,9 +22,9 @@ import msgspec
 
 from wisp.api.keys import Keyring
 from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
-from wisp.server.app import ServerApp, Settings
 from wisp.core.errors import ConfigError, WispError
 from wisp.engines.build import load_target
+from wisp.server.app import ServerApp, Settings
 
 PORTS = 256  # how far above the front's port replicas look for one
 

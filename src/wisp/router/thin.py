@@ -14,12 +14,12 @@ from collections.abc import AsyncIterator
 
 from wisp.api.backend import Committed, Generation, Target
 from wisp.api.keys import on_behalf
-from wisp.core.verify.admission import Refusal
 from wisp.core.draft.drafter import busy_error
+from wisp.core.draft.patience import BEAT_S, Patience
 from wisp.core.draft.policies import Policies
 from wisp.core.errors import ProtocolError, RequestError, UnavailableError
 from wisp.core.protocol.messages import Cancel, Draft, Message, Open, Redirect, Refused, Verdict, Welcome
-from wisp.core.draft.patience import BEAT_S, Patience
+from wisp.core.verify.admission import Refusal
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import LOST, Listener, Redirects, VerifierLink
 from wisp.engines.base import Tokenizer

@@ -29,17 +29,17 @@ from wisp.api.keys import Keyring
 from wisp.api.observe import RequestRecord
 from wisp.api.routes import openai_routes
 from wisp.api.scrape import scraped
+from wisp.core.errors import InternalError, RequestError, UnavailableError
+from wisp.core.protocol.slo import Slo
+from wisp.core.verify.admission import Admission
+from wisp.core.verify.cost import Coefficients
+from wisp.engines.base import TargetEngine, Tokenizer
 from wisp.server.control import control_routes
 from wisp.server.crowd import Crowd
 from wisp.server.host import VerifierHost
 from wisp.server.sockets import SessionEndpoint
 from wisp.server.thin import ThinBackend
 from wisp.server.watchdog import LoopWatch
-from wisp.core.verify.admission import Admission
-from wisp.core.verify.cost import Coefficients
-from wisp.core.errors import InternalError, RequestError, UnavailableError
-from wisp.core.protocol.slo import Slo
-from wisp.engines.base import TargetEngine, Tokenizer
 
 log = logging.getLogger("wisp.serve")
 

@@ -18,10 +18,10 @@ from starlette.routing import Route
 
 from wisp.api.errors import JsonResponse, error_response, request_id
 from wisp.api.keys import Keyring
-from wisp.server.host import VerifierHost
-from wisp.core.verify.admission import KeyUsage
 from wisp.core.errors import RequestError
 from wisp.core.protocol.messages import Welcome
+from wisp.core.verify.admission import KeyUsage
+from wisp.server.host import VerifierHost
 
 REPORT_PATH = "/v1/replica"
 MOVE_PATH = "/v1/replica/move"

@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from wisp.server.sockets import deny
 from wisp.core.errors import RequestError, UnavailableError
+from wisp.server.sockets import deny
 
 CLOSE_S = 1.0  # for saying why
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import msgspec
 
+from wisp.core.errors import ConfigError
 from wisp.core.verify.admission import Admission, KeyLimits
 from wisp.core.verify.batching import batching_policy
 from wisp.core.verify.cost import Coefficients, CostModel
-from wisp.core.errors import ConfigError
 from wisp.core.verify.events import InEvent, Limits
 from wisp.core.verify.verifier import Verifier
 

@@ -18,27 +18,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec
 
 from wisp import __version__
-from wisp.server.engine_thread import EngineThread
-from wisp.server.event_log import EventLog, LogHeader, read_events
-from wisp.server.metrics import Metrics
-from wisp.server.watchdog import LOOK_S, StepWatch, patience_s
-from wisp.core.verify.admission import Admission, KeyLimits, Refusal
-from wisp.core.verify.batching import batching_policy
-from wisp.core.verify.cost import Coefficients, CostModel
 from wisp.core.errors import EngineDeadError, InternalError
-from wisp.core.verify.events import (
-    Action,
-    EdgeLost,
-    FromEdge,
-    InEvent,
-    KeyLimitsChanged,
-    Limits,
-    Run,
-    Send,
-    StepDone,
-    Tick,
-    WakeAt,
-)
 from wisp.core.protocol.messages import VERSION as PROTOCOL
 from wisp.core.protocol.messages import (
     Cancel,
@@ -51,9 +31,29 @@ from wisp.core.protocol.messages import (
     check_hello,
     frame_limit,
 )
+from wisp.core.verify.admission import Admission, KeyLimits, Refusal
+from wisp.core.verify.batching import batching_policy
+from wisp.core.verify.cost import Coefficients, CostModel
+from wisp.core.verify.events import (
+    Action,
+    EdgeLost,
+    Ended,
+    FromEdge,
+    InEvent,
+    KeyLimitsChanged,
+    Limits,
+    Run,
+    Send,
+    StepDone,
+)
+from wisp.core.verify.loop import VerifierLoop
 from wisp.core.verify.session import Session, State
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.base import TargetEngine, Tokenizer
+from wisp.server.engine_thread import EngineThread
+from wisp.server.event_log import EventLog, LogHeader, read_events
+from wisp.server.metrics import Metrics
+from wisp.server.watchdog import LOOK_S, StepWatch, patience_s
 
 log = logging.getLogger("wisp.host")
 
@@ -142,8 +142,7 @@ class VerifierHost:
         self._keys: dict[int, str] = {}
         self._sockets: dict[int, bool] = {}  # connections of edges: can their sessions go elsewhere?
         self._next_connection = 0
-        self._tick_due = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._driver = VerifierLoop(self.verifier, self, self._log.write if self._log else None)
         self._step: Run | None = None
         self._watch = StepWatch(
             lambda: self._step, lambda step: patience(step, self.verifier.cost), self._give_up
@@ -271,7 +270,7 @@ class VerifierHost:
 
     @vital
     def _send_away(self, s: Session) -> None:
-        message = "this verifier is being drained; open the session again at the front"
+        message = "this verifier is being drained; open the session again at the router"
         refused = Refused(s.id, "shutting_down", message, fatal=True)
         self.metrics.sent(self._loop.time(), refused)
         self._send(s.connection, refused)
@@ -292,8 +291,7 @@ class VerifierHost:
 
     def stop(self) -> None:
         """End the engine thread (after its step) and free the engine. Blocks."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._driver.stop()
         self._looks.cancel()
         self._engine.stop(hung=self._hangs)
         if self._log:
@@ -303,47 +301,39 @@ class VerifierHost:
 
     def _feed(self, event: InEvent) -> list[Action]:
         """Hand over an event and carry out what follows."""
-        now = self._loop.time()
-        if self._log:
-            self._log.write(now, event)
-        actions = self.verifier.handle(now, event)
-        if isinstance(
-            event, StepDone
-        ):  # the engine's next step before anything else: it costs more than a socket
-            if self._log:
-                self._log.write(now, Tick())
-            then = self.verifier.handle(now, Tick())
-            actions = (
-                [a for a in then if isinstance(a, Run)]
-                + actions
-                + [a for a in then if not isinstance(a, Run)]
-            )
-        for action in actions:
-            if isinstance(action, Send):
-                self.metrics.sent(now, action.message)
-                self._send(action.connection, action.message)
-            elif isinstance(action, Run):
-                self._step = action
-                self.metrics.dispatched(now, action)
-                self._engine.submit(action)
-            elif isinstance(action, WakeAt):
-                self._wake_at(action.at)
-            else:
-                self.metrics.ended(action)
-        if not isinstance(event, Tick | StepDone) and not self._tick_due and not self.verifier.running:
-            self._tick_due = True
-            self._loop.call_soon(self._tick)
-        return actions
+        return self._driver.feed(event)
+
+    @property
+    def now(self) -> float:
+        """Seconds, by the event loop's clock."""
+        return self._loop.time()
+
+    def soon(self, do: Callable[[], None]) -> None:
+        """See `core.verify.loop.Surroundings`, as for the next ones."""
+        self._loop.call_soon(self._call, do)
+
+    def at(self, time: float, do: Callable[[], None]) -> Callable[[], None]:
+        """A timer."""
+        return self._loop.call_at(time, self._call, do).cancel
 
     @vital
-    def _tick(self) -> None:
-        self._tick_due = False
-        self._feed(Tick())
+    def _call(self, do: Callable[[], None]) -> None:
+        do()
 
-    def _wake_at(self, at: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(at, self._tick)
+    def run(self, step: Run) -> None:
+        """To the engine's thread."""
+        self._step = step
+        self.metrics.dispatched(self.now, step)
+        self._engine.submit(step)
+
+    def send(self, connection: int, message: Verdict | Refused) -> None:
+        """To an edge, or a thin client."""
+        self.metrics.sent(self.now, message)
+        self._send(connection, message)
+
+    def ended(self, ended: Ended) -> None:
+        """Only the metrics care."""
+        self.metrics.ended(ended)
 
     @vital
     def _look(self) -> None:

@@ -17,13 +17,13 @@ from prometheus_client.registry import Collector
 
 from wisp.api.attainment import Attainment
 from wisp.api.scrape import add_gauges
+from wisp.core.protocol.messages import Open, Refused, Verdict
+from wisp.core.protocol.step import Slice
 from wisp.core.verify.cost import Load, load_of
 from wisp.core.verify.events import Ended, Run, StepDone
-from wisp.core.protocol.messages import Open, Refused, Verdict
 from wisp.core.verify.planner import SHORT
 from wisp.core.verify.session import State
 from wisp.core.verify.verifier import Verifier
-from wisp.core.protocol.step import Slice
 
 # vLLM's bucket edges, seconds.
 _MILLISECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08)
@@ -185,7 +185,7 @@ class Metrics:
             registry=r,
         )  # fmt: skip
         self.preemptions = Counter(
-            "wisp:num_preemptions", "KV that was taken from a session, or lent by it, for others.", registry=r
+            "wisp:num_preemptions", "Times that a session's KV was taken for others.", registry=r
         )
         self._evicted = 0
         self.event_log_lost = Counter(

@@ -11,11 +11,11 @@ import secrets
 from collections.abc import AsyncIterator
 
 from wisp.api.backend import Committed, Generation, Target
-from wisp.server.host import VerifierHost
-from wisp.core.verify.admission import Refusal
 from wisp.core.draft.drafter import Drafter, Reopen, busy_error
 from wisp.core.errors import UnavailableError
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
+from wisp.core.verify.admission import Refusal
+from wisp.server.host import VerifierHost
 
 
 class ThinBackend:

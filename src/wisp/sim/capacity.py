@@ -36,14 +36,14 @@ LONGEST = 10.0  # times as long for it
 
 
 class Capacity(msgspec.Struct, frozen=True):
-    """What a search found.
+    """The result of a search.
 
     variant:     the system as tuned
     rate:        tokens per second that users expect (None: there are classes of them)
     capacity:    devices; low, high: its confidence interval
     goodput, violation_rate, violators_tpot_p99_ms: at capacity, means over seeds
     capacity_at_1_percent: the same with a tolerance of 1 % (None: not searched for)
-    bound:       the fluid bound for what this system may do (no drafts, drafts of devices, or of a drafter beside the
+    bound:       the fluid bound for this kind of system (no drafts, drafts of devices, or of a drafter beside the
                  target), all devices being served
     bound_waiting: with devices that wait for a first token as long as they may
     fraction, fraction_waiting: capacity over these
@@ -105,11 +105,8 @@ class Search:
         wanted = [s for s in self.seeds[:seeds] if s not in found]
         scenario = watched(self.scenario.with_devices(n))
         jobs = [Job(scenario, self.system, seed, self.give_up) for seed in wanted]
-        for seed, report in zip(wanted, self.runs.reports(jobs), strict=True):
-            if math.isnan(report.violation_rate):  # nothing arrived, so nothing shows that they are carried
-                report = msgspec.structs.replace(report, violation_rate=1.0)
-            found[seed] = report
-        return fmean(found[s].violation_rate for s in self.seeds[:seeds])
+        found |= zip(wanted, self.runs.reports(jobs), strict=True)
+        return fmean(found[s].missed for s in self.seeds[:seeds])
 
     def crossing(self, start: int, tolerance: float, seeds: int, stride: float = 0.12) -> int:
         """The most devices within tolerance: a bracket around `start`, then bisection. 0 if not even one is."""
@@ -137,7 +134,7 @@ class Search:
         With one seed the spread is that of independent requests, which is too small.
         """
         near = {n: r for n, r in self.known.items() if 0.7 * at <= n <= 1.3 * at}
-        rates = {n: [x.violation_rate for x in r.values()] for n, r in near.items()}
+        rates = {n: [x.missed for x in r.values()] for n, r in near.items()}
         groups = [v for v in rates.values() if len(v) > 1]
         if groups:
             freedom = sum(len(v) - 1 for v in groups)
@@ -169,13 +166,13 @@ def capacity(
     grain: float = GRAIN,
     watch: Callable[[str], None] = lambda what: None,
 ) -> Capacity:
-    """Search. strict: also at 1 %; grain: to one device or this share of them; watch: is told what is tried. Raises
+    """Search. strict: also at 1 %; grain: to one device or this share of them; watch: is told of each try. Raises
     ConfigError."""
     began = perf_counter()
     if scenario.open:
         raise ConfigError(
             f"{scenario.title}: its requests come by themselves, so it has no number of devices to search for; "
-            "take a scenario without arrivals_per_s and arrivals, or `wisp simulate` this one"
+            "take a scenario without arrivals_per_s and arrivals, or `wisp sim run` this one"
         )
     name = policy.partition(",")[0]
     if name in PAPER_MODELS:
@@ -225,7 +222,7 @@ def capacity(
         low=low,
         high=high,
         goodput=fmean([r.goodput for r in found_at] or [0.0]),
-        violation_rate=fmean([r.violation_rate for r in found_at] or [0.0]),
+        violation_rate=fmean([r.missed for r in found_at] or [0.0]),
         violators_tpot_p99_ms=max((r.violators_tpot_p99_ms or 0.0 for r in found_at), default=0.0) or None,
         capacity_at_1_percent=strictly,
         bound=_round(limit.devices),
@@ -239,14 +236,14 @@ def capacity(
 
 
 def watched(scenario: Scenario) -> Scenario:
-    """With a window in which so few devices ask often enough: that one late answer in ten decides nothing."""
+    """With a window long enough for few devices, so that a single late answer does not decide the rate."""
     each_s = scenario.answer_s + scenario.think_s
     window_s = max(scenario.window_s, min(FEWEST * each_s / scenario.devices_n, LONGEST * scenario.window_s))
     return msgspec.structs.replace(scenario, window_s=window_s)
 
 
 def limit_of(of: System, scenario: Scenario) -> Bound:
-    """The fluid bound for what a system may do."""
+    """The fluid bound for a kind of system."""
     if of.beside:  # no device drafts, and no draft is under way
         scenario = msgspec.structs.replace(scenario, devices=(Kit(f"{BESIDE:.0f}", 0.0),))
     return bound(scenario, central=not of.drafting)

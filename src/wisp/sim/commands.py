@@ -1,19 +1,17 @@
-"""`wisp simulate`, `wisp capacity` and `wisp plan`: the simulator on the command line."""
+"""`wisp sim run`, `wisp sim capacity` and `wisp plan`: the simulator on the command line."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from wisp.core.errors import ConfigError
+from wisp.progress import progress_bar
 from wisp.sim.capacity import Capacity, capacity
 from wisp.sim.plan import plan
 from wisp.sim.plan.estimate import Estimate
@@ -61,12 +59,6 @@ def writable(path: Path) -> None:
         raise ConfigError(f"cannot write {path}: this user may not")
 
 
-@contextmanager
-def _bar(what: str, total: float) -> Iterator[tuple[Progress, TaskID]]:
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        yield progress, progress.add_task(what, total=total)
-
-
 def run_simulate(
     name: str,
     spec: str,
@@ -93,14 +85,14 @@ def run_simulate(
         if plot.suffix[1:] not in kinds:
             raise ConfigError(f"cannot draw {plot}: give it one of the endings {', '.join(sorted(kinds))}")
     simulation = Simulation(scenario, system(spec), seed, trace=chrome is not None or plot is not None)
-    with _bar("simulating", scenario.warmup_s + scenario.window_s) as (progress, task):
+    with progress_bar() as tell:
 
         def step(running: Simulation) -> bool:
-            progress.update(task, completed=running.env.now)
+            tell("simulating", running.env.now, scenario.warmup_s + scenario.window_s)
             return False
 
         simulation.run(step)
-    found = report(simulation, seed)
+    found = report(simulation)
     if chrome is not None:
         chrome.write_text(chrome_trace(simulation))
     if plot is not None:
@@ -108,7 +100,7 @@ def run_simulate(
     if as_json:
         print(json.dumps(found.benchmark()))
     else:
-        Console().print(table(found))
+        Console().print(table([found]))
 
 
 def run_capacity(
@@ -162,13 +154,10 @@ def _shown(c: Capacity) -> Table:
 
 def run_plan(scenario: Scenario, *, tolerance: float, simulate: bool, jobs: int, as_json: bool) -> None:
     """Advice. Raises ConfigError."""
-    with (
-        Runs(jobs if simulate else 1) as runs,
-        _bar("simulating" if simulate else "planning", 1) as (bar, task),
-    ):
+    with Runs(jobs if simulate else 1) as runs, progress_bar() as tell:
 
-        def watch(what: str, done: int, of: int) -> None:
-            bar.update(task, description=f"simulating {what}, {done} of {of} runs", completed=done, total=of)
+        def watch(tried: str, done: int, of: int) -> None:
+            tell(f"simulating {tried}, {done} of {of} runs", done, of)
 
         found = plan(scenario, tolerance=tolerance, simulate=simulate, runs=runs, watch=watch)
     if as_json:

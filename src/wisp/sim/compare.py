@@ -1,10 +1,12 @@
-"""A live run beside a simulation of the same: what is compared, and how close they are meant to be."""
+"""A live run beside a simulation of the same: figures to compare, and the aim for each."""
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
-from wisp.sim.figures import Figures
+from wisp.sim.report import Report
 
 AIMS = {  # live against simulated
     "goodput": 0.05,
@@ -12,7 +14,10 @@ AIMS = {  # live against simulated
     "median_tpot_ms": 0.05,
     "p99_tpot_ms": 0.15,
 }
-SHOWN = ("median_ttft_ms", "p99_ttft_ms")  # without an aim: they hang on which requests meet in a step
+SHOWN = (
+    "median_ttft_ms",
+    "p99_ttft_ms",
+)  # without an aim: they depend on the requests that happen to share a step
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -38,11 +43,12 @@ class Difference(msgspec.Struct, frozen=True):
         return f"{off} (aim: within {aim}{', MISSED' if self.missed else ''})"
 
 
-def differences(live: Figures, simulated: Figures) -> list[Difference]:
-    """Of all that is compared."""
+def differences(live: Report, simulated: Report) -> list[Difference]:
+    """One for each compared figure. A figure that a run does not have is nan, which misses every aim."""
     found = []
+    ours, theirs = live.benchmark(), simulated.benchmark()
     for name in (*AIMS, *SHOWN):
-        a, b = getattr(live, name), getattr(simulated, name)
-        off = a - b if name == "attainment" else (a / b - 1 if b else float("nan"))
+        a, b = (math.nan if x[name] is None else x[name] for x in (ours, theirs))
+        off = a - b if name == "attainment" else (a / b - 1 if b else math.nan)
         found.append(Difference(name, a, b, off, AIMS.get(name, 0.0)))
     return found

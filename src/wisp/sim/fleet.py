@@ -1,11 +1,11 @@
-"""`wisp fleet`: hundreds of emulated devices against a live `wisp serve`, over real sockets and in real time.
+"""`wisp sim fleet`: hundreds of emulated devices against a live `wisp serve`, over real sockets and in real time.
 
     for each batching policy:  start a server (or use the one given), run the fleet, stop the server
     then, if asked:            simulate the same, and show both side by side
 
-The server may be a front of several verifiers, and its model a real one: then devices ask what was recorded of it.
-Every committed token is held against the script. A run counts as valid only if the machine kept up with it: the
-devices' event loop, which is late where it is overloaded, and the verifier's, which then answers pings late.
+The server may be a router of several verifiers, and its model a real one: then the requests are recorded ones. Every
+committed token is compared with the script. A run is valid only if the machine kept up with it: an overloaded event
+loop of the devices is late, and an overloaded verifier answers pings late.
 """
 
 from __future__ import annotations
@@ -14,38 +14,35 @@ import asyncio
 import contextlib
 import gc
 import itertools
-import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from wisp.api.process import event_loop_factory
 from wisp.api.scrape import read_page
-from wisp.core.verify.batching import batching_policy
+from wisp.calibrate.traces.format import TraceSet, trace_folder
+from wisp.children import Child
 from wisp.core.errors import ConfigError, UnavailableError
 from wisp.core.protocol.messages import Cancel, Welcome
+from wisp.core.verify.batching import batching_policy
 from wisp.edge.address import http_url
-from wisp.children import Child
+from wisp.progress import progress_bar
 from wisp.sim.commands import one_class, writable
 from wisp.sim.compare import differences
-from wisp.sim.figures import Engine, Figures, Machine, Totals, Watched, Watching, figures
 from wisp.sim.live import Clock, Sockets
-from wisp.calibrate.hardware import Measured
+from wisp.sim.report import Engine, Machine, Report, report, table
 from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.serving import cpu_s, verifier
-from wisp.sim.simulate import Fleet, quantile, scripts_of
+from wisp.sim.simulate import Fleet, Simulation, quantile, scripts_of
 from wisp.sim.systems import System, system
 from wisp.sim.timeline import Timeline
-from wisp.sim.world import Counts
-from wisp.calibrate.traces.format import TraceSet, trace_folder
+from wisp.sim.world import VerifierCounts
 
 LOOP_LAG_MS = 10.0  # p99 above which a run does not count: a draft step of a fast device
 SERVER_LAG_MS = 50.0  # likewise
@@ -53,15 +50,8 @@ STALL_MS = 10.0  # lateness that is more than timers and a busy loop
 STALLED = 0.02  # share of the time that may be lost to it
 
 
-class Live(Fleet):
-    """A fleet whose verifier is elsewhere."""
-
-    handset = Watched
-
-
-@dataclass
-class Mark:
-    """What is read at both ends of the window."""
+class Mark(NamedTuple):
+    """Counters at one end of the window. CPU time of fleet and server in s; lags, pings: how many were measured."""
 
     fleet_s: float
     server_s: float | None
@@ -69,17 +59,17 @@ class Mark:
     frames: int
     lags: int
     pings: int
-    totals: Totals
+    engine: VerifierCounts
 
 
-Shown = Callable[[float, str], None]  # second of the run, what to say
+Shown = Callable[[float, str], None]  # second of the run, a word on progress
 
 
 async def run_live(
     scenario: Scenario, of: System, seed: int, url: str, *, api_key: str | None = None,
     child: Child | None = None, shown: Shown = lambda now, text: None,
-) -> Figures:  # fmt: skip
-    """One run against the verifier at `url`. `child`: its process, if it is ours.
+) -> Report:  # fmt: skip
+    """One run against the verifier at `url`. `child`: its process, if this one started it.
 
     Raises ConfigError where that verifier does not serve the scenario's scripts, UnavailableError if it goes away.
     """
@@ -94,7 +84,7 @@ async def run_live(
     env = Timeline()
     broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     clock = sockets.clock = Clock(env, lambda error: None if broken.done() else broken.set_exception(error))
-    fleet = Live(scenario, of, seed, env, sockets, scripts, Counts(), welcome.n_vocab)
+    fleet = Fleet(scenario, of, seed, env, sockets, scripts, n_vocab=welcome.n_vocab)
     pings: list[float] = []
     probe = asyncio.create_task(sockets.probe(pings))
     try:
@@ -111,11 +101,11 @@ async def run_live(
                 shown(clock.now, f"{sum(r.ended is not None for r in fleet.requests)} answers")
 
         async def mark() -> Mark:
-            totals = await _scrape(http_url(url, "/metrics"))
+            engine = await _scrape(http_url(url, "/metrics"))
             server_s = cpu_s(child.process.pid) if child is not None else None
             frames = sockets.frames_in + sockets.frames_out
             lags = len(clock.lags_ms)
-            return Mark(time.process_time(), server_s, clock.now, frames, lags, len(pings), totals)
+            return Mark(time.process_time(), server_s, clock.now, frames, lags, len(pings), engine)
 
         end = scenario.warmup_s + scenario.window_s
         await until(scenario.warmup_s)
@@ -125,29 +115,24 @@ async def run_live(
         while clock.now < end + scenario.drain_s and fleet.busy():
             await until(min(end + scenario.drain_s, clock.now + 0.5))
         clock.happen(lambda: None)
-        found = figures(fleet, where="live", seed=seed)
-        if not sockets.redirects:  # a front has no engine, and its replicas' counters end with their lives
-            found.engine = Engine.between(a.totals, b.totals, b.wall - a.wall)
-        if scenario.as_recorded and not isinstance(
-            scenario.profile, Measured
-        ):  # no hardware profile says what its steps would have taken alone
-            found.mean_interference_ms = found.p99_interference_ms = math.nan
-        found.machine = _machine(a, b, clock.lags_ms, pings)
-        return found
+        engine = None
+        if not sockets.redirects:  # a router has no engine, and its replicas' counters end with them
+            engine = Engine.between(a.engine, b.engine, b.wall - a.wall)
+        return report(fleet, engine=engine, machine=_machine(a, b, clock.lags_ms, pings))
     finally:
         gc.unfreeze()
         clock.stop()
         if broken.done():
-            broken.exception()  # whatever else has gone wrong, this has been seen
+            broken.exception()  # marks it as seen, next to any other error
         probe.cancel()
-        for device in fleet.handsets:
-            if device.request is not None:
-                sockets.receive(device.index, Cancel(device.drafter.session))
+        for device in fleet.devices:
+            if device.generation is not None:
+                sockets.receive(device.index, Cancel(device.generation.drafter.session))
         await sockets.close()
 
 
 async def _greeted(url: str, api_key: str | None) -> Welcome:
-    """What a verifier says that it is. Raises UnavailableError, ConfigError or ProtocolError."""
+    """A verifier's welcome. Raises UnavailableError, ConfigError or ProtocolError."""
     sockets = Sockets(url, api_key)
     try:
         return await sockets.connect(1)
@@ -156,7 +141,7 @@ async def _greeted(url: str, api_key: str | None) -> Welcome:
 
 
 def check_live(scenario: Scenario, of: System) -> None:
-    """Raises ConfigError for what cannot be run live."""
+    """Raises ConfigError for a scenario or system that only the simulator has."""
     if scenario.open:
         raise ConfigError(
             "a live fleet has devices that wait for their answers; arrivals are for the simulator"
@@ -167,17 +152,17 @@ def check_live(scenario: Scenario, of: System) -> None:
         )
     if scenario.domain:
         raise ConfigError(
-            "`wisp serve` says what all traces say: a scenario with a domain is for the simulator"
+            "`wisp serve` speaks from all traces: a scenario with a domain is for the simulator"
         )
     for kit in scenario.devices:
         kit.build()
 
 
 def _as_served(welcome: Welcome, scenario: Scenario, url: str) -> Scenario:
-    """The scenario as this verifier serves it. Raises ConfigError if it does not say what devices expect.
+    """The scenario as this verifier serves it. Raises ConfigError if its text is not that of the scripts.
 
-    A text is a function of target, prompt, sampling and seed, so what `wisp trace` recorded of a target alone is what
-    a verifier of it must say to the same prompt, whatever drafts, replicas and crashes there are between.
+    A text is a function of target, prompt, sampling and seed. So a verifier must answer a recorded prompt with the text
+    that `wisp trace` recorded of its target alone, whatever drafts, replicas and crashes there are between.
     """
     folder = Path(scenario.traces)
     if welcome.engine not in ("emulated", "null"):
@@ -200,32 +185,35 @@ def _as_served(welcome: Welcome, scenario: Scenario, url: str) -> Scenario:
 def _machine(a: Mark, b: Mark, lags_ms: list[float], pings_ms: list[float]) -> Machine:
     wall = b.wall - a.wall
     lags, pings = lags_ms[a.lags : b.lags], pings_ms[a.pings : b.pings]
-    found = Machine(
-        fleet_cpu=(b.fleet_s - a.fleet_s) / wall,
-        server_cpu=(b.server_s - a.server_s) / wall
-        if a.server_s is not None and b.server_s is not None
-        else None,
-        loop_lag_ms_p50=quantile(lags, 0.5),
-        loop_lag_ms_p99=quantile(lags, 0.99),
-        server_lag_ms_p50=quantile(pings, 0.5),
-        server_lag_ms_p99=quantile(pings, 0.99),
-        stalled=max(sum(x - STALL_MS for x in found if x > STALL_MS) for found in (lags, pings)) / 1e3 / wall,
-        frames_per_s=(b.frames - a.frames) / wall,
-    )
-    for who, lag, most in (
-        ("the devices' event loop", found.loop_lag_ms_p99, LOOP_LAG_MS),
-        ("the verifier's event loop", found.server_lag_ms_p99, SERVER_LAG_MS),
-    ):
-        if not lag <= most:
-            found.problems.append(f"{who} was late by {lag:.0f} ms (p99); up to {most:g} ms counts as valid")
-    if found.stalled > STALLED:
-        found.problems.append(
-            f"the machine stood still for {found.stalled:.1%} of the time; up to {STALLED:.0%} is valid"
+    server_s = b.server_s - a.server_s if a.server_s is not None and b.server_s is not None else None
+    lag, ping = quantile(lags, 0.99), quantile(pings, 0.99)
+    stalled = max(sum(x - STALL_MS for x in late if x > STALL_MS) for late in (lags, pings)) / 1e3 / wall
+    problems = [
+        f"{loop} was late by {late:.0f} ms (p99); up to {most:g} ms counts as valid"
+        for loop, late, most in (
+            ("the devices' event loop", lag, LOOP_LAG_MS),
+            ("the verifier's event loop", ping, SERVER_LAG_MS),
         )
-    return found
+        if not late <= most
+    ]
+    if stalled > STALLED:
+        problems.append(
+            f"the machine stood still for {stalled:.1%} of the time; up to {STALLED:.0%} is valid"
+        )
+    return Machine(
+        fleet_cpu=(b.fleet_s - a.fleet_s) / wall,
+        server_cpu=None if server_s is None else server_s / wall,
+        loop_lag_ms_p50=quantile(lags, 0.5),
+        loop_lag_ms_p99=lag,
+        server_lag_ms_p50=quantile(pings, 0.5),
+        server_lag_ms_p99=ping,
+        stalled=stalled,
+        frames_per_s=(b.frames - a.frames) / wall,
+        problems=tuple(problems),
+    )
 
 
-async def _scrape(url: str) -> Totals:
+async def _scrape(url: str) -> VerifierCounts:
     """A verifier's counters, from its metrics. Raises UnavailableError."""
     try:
         async with httpx.AsyncClient(trust_env=False) as client:
@@ -236,14 +224,14 @@ async def _scrape(url: str) -> Totals:
     def of(name: str) -> float:
         return values.get(f"wisp:{name}", 0.0)
 
-    return Totals(
-        steps=of("engine_step_seconds_count"),
+    return VerifierCounts(
+        steps=int(of("engine_step_seconds_count")),
         busy_ms=of("engine_step_seconds_sum") * 1e3,
-        slices=of("engine_slices_total"),
-        rows=of("engine_tokens_total"),
-        tokens=of("generation_tokens_total"),
-        drafted=of("spec_decode_num_draft_tokens_total"),
-        accepted=of("spec_decode_num_accepted_tokens_total"),
+        slices=int(of("engine_slices_total")),
+        rows=int(of("engine_tokens_total")),
+        tokens=int(of("generation_tokens_total")),
+        draft_rows=int(of("spec_decode_num_draft_tokens_total")),
+        accepted=int(of("spec_decode_num_accepted_tokens_total")),
     )
 
 
@@ -268,14 +256,22 @@ def run_fleet(
     if out is not None:
         writable(out)
     console = Console(stderr=True)
-    runs: list[Figures] = []
+    runs: list[Report] = []
     for one in systems:
-        with _progress(console, scenario, one) as shown:
+        with progress_bar() as tell:
+            tell(f"{one.name}, {one.batching}: starting a server", 0.0, scenario.warmup_s + scenario.window_s)
+
+            def shown(now: float, text: str, of: System = one) -> None:
+                tell(f"{of.name}, {of.batching}: {text}", now, scenario.warmup_s + scenario.window_s)
+
             runs.append(_one(scenario, one, seed, server, shown))
         if against_simulator:
             with console.status("simulating the same"):
-                runs.append(Watching(scenario, one, seed).figures(seed))
-    data = msgspec.json.format(msgspec.json.encode(runs if len(runs) > 1 else runs[0]), indent=1)
+                simulation = Simulation(scenario, one, seed)
+                simulation.run()
+                runs.append(report(simulation))
+    found = [r.benchmark() for r in runs]
+    data = msgspec.json.format(msgspec.json.encode(found if len(found) > 1 else found[0]), indent=1)
     if out is not None:
         out.write_bytes(data + b"\n")
     if as_json:
@@ -285,7 +281,7 @@ def run_fleet(
     return int(any(r.mismatches or (r.machine and r.machine.problems) for r in runs))
 
 
-def _one(scenario: Scenario, of: System, seed: int, server: str, shown: Shown) -> Figures:
+def _one(scenario: Scenario, of: System, seed: int, server: str, shown: Shown) -> Report:
     key = os.environ.get("WISP_API_KEY")
     with contextlib.ExitStack() as stack:
         child = None if server else stack.enter_context(verifier(scenario, of))
@@ -313,82 +309,17 @@ def _changed(
     return msgspec.structs.replace(s, warmup_s=warmup_s) if warmup_s is not None else s
 
 
-@contextlib.contextmanager
-def _progress(console: Console, scenario: Scenario, of: System) -> Iterator[Shown]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        total = scenario.warmup_s + scenario.window_s
-        task = progress.add_task(f"{of.name}, {of.batching}", total=total, text="starting a server")
-        yield lambda now, text: progress.update(task, completed=min(now, total), text=text)
-
-
-# --- tables
-
-
-def _print(runs: list[Figures]) -> None:
+def _print(runs: list[Report]) -> None:
     console = Console()
-    live = [r for r in runs if r.where == "live"]
-    first = runs[0]
-    rates = ", ".join(f"{r:g}" for r in first.rates)
-    title = f"{first.scenario}: {first.devices} devices that want {rates} tokens/s, {first.duration:g} s"
-    table = Table(title=title)
-    for heading in (
-        "",
-        *(f"{r.system}, {r.batching}" + ("" if r.where == "live" else " (sim)") for r in runs),
-    ):
-        table.add_column(heading, justify="right" if heading else "left")
-    for label, text in _ROWS:
-        table.add_row(label, *(text(r) for r in runs))
-    console.print(table)
+    console.print(table(runs))
     for a, b in itertools.pairwise(runs):
         if a.where == "live" and b.where == "simulator":
             console.print(f"live against simulated ({a.system}, {a.batching}):")
             for d in differences(a, b):
                 console.print(f"  {d.name} {d}")
+    live = [r for r in runs if r.where == "live"]
     checked, wrong = sum(r.tokens_checked for r in live), sum(r.mismatches for r in live)
-    console.print(f"{checked:,} tokens held against their scripts, {wrong} wrong.")
+    console.print(f"{checked:,} tokens compared with their scripts, {wrong} wrong.")
     for r in live:
         for problem in r.machine.problems if r.machine else ():
             console.print(f"NOT VALID ({r.system}, {r.batching}): {problem}", style="bold red")
-
-
-def _engine(text: Callable[[Engine], str]) -> Callable[[Figures], str]:
-    return lambda r: text(r.engine) if r.engine else ""
-
-
-def _on_machine(text: Callable[[Machine], str]) -> Callable[[Figures], str]:
-    return lambda r: text(r.machine) if r.machine else ""
-
-
-_ROWS: list[tuple[str, Callable[[Figures], str]]] = [
-    ("requests arrived / met", lambda r: f"{r.arrived} / {r.met}"),
-    ("attainment", lambda r: f"{r.attainment:.1%}" if r.arrived else "nothing arrived"),
-    ("within 10 % / 1 % violations",
-     lambda r: " / ".join(_yes(r.violation_rate <= x) for x in (0.1, 0.01)) if r.arrived else ""),
-    ("goodput, tokens/s", lambda r: f"{r.goodput:,.0f}"),
-    ("output, tokens/s", lambda r: f"{r.output_throughput:,.0f}"),
-    ("TTFT p50 / p99, ms", lambda r: f"{r.median_ttft_ms:,.0f} / {r.p99_ttft_ms:,.0f}"),
-    ("TPOT p50 / p99, ms", lambda r: f"{r.median_tpot_ms:.1f} / {r.p99_tpot_ms:.1f}"),
-    ("chunks p50 / p99, ms", lambda r: f"{r.median_itl_ms:.0f} / {r.p99_itl_ms:.0f}"),
-    ("interference mean / p99, ms",
-     lambda r: f"{r.mean_interference_ms:.1f} / {r.p99_interference_ms:.1f}".replace("nan / nan", "")),
-    ("drafting, share of time", lambda r: f"{r.drafting_busy:.0%}"),
-    ("engine busy", _engine(lambda e: f"{e.utilisation:.0%}")),
-    ("step, ms", _engine(lambda e: f"{e.step_ms:.1f}")),
-    ("sequences / tokens per step", _engine(lambda e: f"{e.slices_per_step:.1f} / {e.rows_per_step:.1f}")),
-    ("draft tokens accepted", _engine(lambda e: f"{e.acceptance:.0%}")),
-    ("CPU of fleet / server, cores",
-     _on_machine(lambda m: f"{m.fleet_cpu:.2f} / " + ("?" if m.server_cpu is None else f"{m.server_cpu:.2f}"))),
-    ("lag of fleet p50 / p99, ms", _on_machine(lambda m: f"{m.loop_lag_ms_p50:.1f} / {m.loop_lag_ms_p99:.1f}")),
-    ("stood still, share of time", _on_machine(lambda m: f"{m.stalled:.1%}")),
-    ("lag of server p50 / p99, ms", _on_machine(lambda m: f"{m.server_lag_ms_p50:.1f} / {m.server_lag_ms_p99:.1f}")),
-]  # fmt: skip
-
-
-def _yes(it_is: bool) -> str:
-    return "yes" if it_is else "no"

@@ -1,4 +1,4 @@
-"""The fluid bound: what a perfect scheduler could carry, if load were a fluid and nothing ever waited by chance.
+"""The fluid bound: the devices of a perfect scheduler, if load were a fluid and nothing ever waited by chance.
 
 Sessions that draft do rounds: draft k tokens (or have them ready, drafted ahead), a round trip, a step. At rate r a
 round that commits E tokens may take E / r. Steps follow each other without a gap, each takes T, and a session takes
@@ -13,19 +13,19 @@ with rows(T) the tokens that fit into a step of length T by the hardware profile
 the recorded positions with the shipped predictor at every threshold: real false accepts and false rejects, ideal
 timing. Serving centrally is the case k = 0. The bound is the best of all that, over T and the threshold.
 
-KV and slots can be stretched: a session that does its rounds as fast as steps follow each other has its answer sooner
-than it needs it, and can do without KV for the rest of the time if its prompt is read twice. So, where `lends`, some of
-the sessions, as few as will do, hold KV for the share (T + round trip + drafting) / (E / r) of their time, and each
-costs `prompt` rows more. A server that keeps what it has begun (`central`) does not do that.
+Preemption stretches KV and slots: a session that does its rounds as fast as steps follow each other is ahead of its
+SLO, and can do without KV for the rest of the time if its prompt is read twice. So, where `preempts`, some of the
+sessions, as few as possible, hold KV for the share (T + round trip + drafting) / (E / r) of their time, and each
+costs `prompt` rows more. A server that never preempts (`central`) cannot do that.
 
 It counts devices that are all being served, and all in time. Two things are left out, so a real system may come
 closer than it should, or exceed it. A device may *wait* for its first token as long as the TTFT target allows, and
 needs no tokens and no KV meanwhile: `Bound.waiting` counts these too, with every answer waiting as long as it may.
 And a tolerance for violations could be spent on serving some users not at all.
 
-What can be *expected* of a good schedule is less (`ideal=False`): what is drafted ahead is of use only if the draft
-before it was accepted whole and the verdict's own token guessed. Then the next draft is with the verifier already; in
-all other rounds drafting begins with the verdict, and what comes of it finds a step under way, half over on average.
+A good schedule can be *expected* to do less (`ideal=False`): a draft made ahead is of use only if the draft before it
+was accepted whole and the verdict's own token was guessed. Then the next draft is with the verifier already. In all
+other rounds drafting begins with the verdict, and the draft finds a step under way, half over on average.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wisp.core.verify.cost import Load
+from wisp.calibrate.traces.scripts import RECENT, Library, Script, Scripts, library
 from wisp.core.draft.predictor import sigmoid
+from wisp.core.verify.cost import Load
 from wisp.engines.emulated import Hardware
 from wisp.sim.scenario import Kit, Scenario, SloClass
-from wisp.calibrate.traces.scripts import RECENT, Library, Script, Scripts, library
 
 LONGEST = 16  # tokens in a draft
 THRESHOLDS = (0.97, *(round(0.95 - 0.05 * i, 2) for i in range(18)))
@@ -117,7 +117,7 @@ class Bound:
     """Most devices, and how they would be served.
 
     devices: all of them being served; waiting: with those that wait for a first token as long as they may
-    limit:   what binds, "time", "kv" or "slots"
+    limit:   the scarce resource, "time", "kv" or "slots"
     """
 
     devices: float
@@ -129,7 +129,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Demand:
-    """What one session asks. Tokens are means; rate is in tokens per second, times in milliseconds."""
+    """The demand of one session. Tokens are means; rate is in tokens per second, times in milliseconds."""
 
     rate: float
     prompt: float
@@ -145,10 +145,10 @@ class Demand:
 
 
 def fluid_bound(
-    profile: Hardware, points: Sequence[Point], demand: Demand, *, ideal: bool = True, lends: bool = True
+    profile: Hardware, points: Sequence[Point], demand: Demand, *, ideal: bool = True, preempts: bool = True
 ) -> Bound:
     """Most devices with `demand`. `ideal`: drafting ahead hides all drafting, and no draft finds a step under way;
-    else only where what it bet on comes true. `lends`: sessions ahead lend their KV."""
+    else only where its guess comes true. `preempts`: sessions ahead of their SLO go without KV."""
     most, held_by = min((profile.kv_tokens / demand.context, "kv"), (float(profile.slots), "slots"))
     best = Bound(0.0, 0.0, points[0], 0.0, "time")
     for point in points:
@@ -166,7 +166,7 @@ def fluid_bound(
         read = point.committed * demand.prompt / demand.output
         t = (round_ms - away_ms) / (1.0 + 0.5 * unlucky)
         while t > 1.0:
-            spare = 1.0 - (t * (1.0 + 0.5 * unlucky) + away_ms) / round_ms if lends else 0.0
+            spare = 1.0 - (t * (1.0 + 0.5 * unlucky) + away_ms) / round_ms if preempts else 0.0
             n = _devices(profile, t, round_ms, point.sent + 1 + read, read, demand.context, most, spare)
             if n > best.devices:
                 best = Bound(n, 0.0, point, t, held_by if n > 0.99 * most else "time")
@@ -190,11 +190,11 @@ def _devices(
     low, high = 0.0, 2.0 * profile.slots * round_ms / t
     while high - low > 0.05:
         n = (low + high) / 2
-        lenders = max(0.0, 1.0 - most / n) / max(spare, 1e-9)
+        preempted = max(0.0, 1.0 - most / n) / max(spare, 1e-9)  # share of sessions
         sessions = n * t / round_ms  # in a step
-        rows = sessions * (rows_a_round + lenders * read_a_round)
+        rows = sessions * (rows_a_round + preempted * read_a_round)
         load = Load(max(1, round(rows)), int(rows * context), int(sessions * context), math.ceil(sessions))
-        if lenders <= 1.0 and rows <= profile.step_tokens and profile.step_ms(load) <= t:
+        if preempted <= 1.0 and rows <= profile.step_tokens and profile.step_ms(load) <= t:
             low = n
         else:
             high = n
@@ -202,9 +202,8 @@ def _devices(
 
 
 @functools.lru_cache(maxsize=256)
-def bound(scenario: Scenario, *, central: bool = False, ideal: bool = True, lends: bool = True) -> Bound:
-    """The bound of a scenario, or what can be expected if not `ideal`; `central`: of serving it without drafts, and
-    without lending KV.
+def bound(scenario: Scenario, *, central: bool = False, ideal: bool = True, preempts: bool = True) -> Bound:
+    """The bound of a scenario; that of a good schedule, if not `ideal`. `central`: without drafts and preemption.
 
     Users of several classes, or devices of several kinds, are given each its best way of being served, and the
     server's time is shared among them: a device of a kind of which the server could carry N alone takes 1/N of it.
@@ -223,7 +222,7 @@ def bound(scenario: Scenario, *, central: bool = False, ideal: bool = True, lend
         for slo in scenario.slo:
             share = kit.share / kits * slo.share / classes
             demand = demand_of(scenario, slo, kit)
-            found = fluid_bound(profile, points, demand, ideal=ideal, lends=lends and not central)
+            found = fluid_bound(profile, points, demand, ideal=ideal, preempts=preempts and not central)
             taken += share / max(found.devices, 1e-9)
             taken_waiting += share / max(found.waiting, 1e-9)
             if of_most is None or share > of_most[0]:
@@ -234,7 +233,7 @@ def bound(scenario: Scenario, *, central: bool = False, ideal: bool = True, lend
 
 
 def demand_of(scenario: Scenario, slo: SloClass, kit: Kit) -> Demand:
-    """What a session of this class on this device asks."""
+    """The demand of a session of this class on this device."""
     device, link = kit.build()
     return Demand(
         slo.rate,

@@ -1,15 +1,14 @@
 """A fleet in real time: the simulator's devices, their time kept by an event loop, their verifier behind sockets.
 
     SimDevice (core.Drafter, link, script)  --Uplink-->  Sockets  --one WebSocket per device-->  a live `wisp serve`
-                  ^ SimPy environment, advanced by Clock
+                  ^ Timeline, advanced by Clock
 
-Where that is a front of several verifiers, a device follows its redirects as an edge does, by one more WebSocket for
-each verifier that it was sent to, and comes back to the front when that one is lost or drained.
+Behind a router, a device follows redirects as an edge does: it opens one more WebSocket to each verifier that the
+router names, and comes back to the router when that verifier is lost or drained.
 
-Devices are the simulator's own objects: only waiting differs. All their timers are one heap (SimPy's), which one timer
-of the event loop follows; a device has no task, and a token costs what its decision costs. What a device does happens
-at the time it was due, not a little later when the loop got there, so that timers of a millisecond do not add up to a
-slower device; how much later is measured (`Clock.lags_ms`), and makes a run invalid if it is much.
+All timers of all devices are one heap, which one timer of the event loop follows; a device has no task. A callback runs
+with the time at which it was due, not the time at which the loop reached it, so that timers of a millisecond do not
+add up to a slower device. The delay is measured (`Clock.lags_ms`); a run with much of it is invalid.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from typing import cast
 from urllib.parse import urlsplit
 
 import msgspec
-import simpy
 from websockets.client import ClientProtocol
 from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.frames import Frame, Opcode
@@ -42,11 +40,11 @@ from wisp.core.protocol.messages import (
     VERSION,
     Cancel,
     Draft,
-    ServerMessage,
     Hello,
     Open,
     Redirect,
     Refused,
+    ServerMessage,
     Verdict,
     Welcome,
     decode_from_cloud,
@@ -55,20 +53,21 @@ from wisp.core.protocol.messages import (
 from wisp.edge.address import redirected_url, session_url
 from wisp.edge.backend import BOUNCE_S, ELSEWHERE
 from wisp.edge.link import HANDSHAKE_S
+from wisp.sim.timeline import Timeline
 
-EARLY_S = 5e-4  # an event loop's timers are good to a millisecond: what is due within half of one is done
+EARLY_S = 5e-4  # an event loop's timers are good to a millisecond: half of one early is in time
 AT_ONCE = 32  # connections being opened
 CLOSE_S = 0.2  # for goodbyes
 PROBE_S = 0.05  # between measurements of the verifier's loop
 
 
 class Clock:
-    """Lets the time of a SimPy environment pass as an event loop's does. Zero is when it is made."""
+    """Advances a Timeline with an event loop's time. Zero is when it is made."""
 
-    def __init__(self, env: simpy.Environment, failed: Callable[[Exception], None]) -> None:
-        """`failed` hears of the first exception of an event; then time stands still."""
+    def __init__(self, env: Timeline, failed: Callable[[Exception], None]) -> None:
+        """`failed` is told of the first exception of a callback; then time stands still."""
         self.env = env
-        self.lags_ms: list[float] = []  # how late the loop came to what was due, each time
+        self.lags_ms: list[float] = []  # how late the loop was, each time
         self._loop = asyncio.get_running_loop()
         self._zero = self._loop.time() - env.now
         self._failed = failed
@@ -78,7 +77,7 @@ class Clock:
 
     @property
     def now(self) -> float:
-        """Seconds, by the loop's clock: uvloop's is of whole milliseconds, and so its timers come when they are due."""
+        """Seconds by the loop's clock. (uvloop's counts whole milliseconds, and its timers fit that.)"""
         return self._loop.time() - self._zero
 
     def stop(self) -> None:
@@ -88,7 +87,7 @@ class Clock:
             self._timer.cancel()
 
     def happen(self, what: Callable[[], None]) -> None:
-        """Something happens from outside, now: after all that was due before."""
+        """Something happens from outside, now, after all callbacks that were due before."""
         if self._stopped:
             return
         try:
@@ -100,8 +99,8 @@ class Clock:
         self.arm()
 
     def arm(self) -> None:
-        """Wake up for what is due next."""
-        due = self.env.peek()
+        """Set the timer for the next callback."""
+        due = self.env.next
         if due == float("inf") or (self._timer is not None and self._due <= due):
             return
         if self._timer is not None:
@@ -131,65 +130,71 @@ class Clock:
 
 HOME = ""  # the address of the server that was given
 
+Said = Open | Draft | Cancel
+
 
 class Line:
-    """A device's way to its verifier: where its present session is, and its connections, by address."""
+    """The itinerary of a device's session: at home, or at the verifier that a router named. It sends nothing itself:
+    what its methods return is to be sent to `at`."""
 
     def __init__(self) -> None:
-        self.wires: dict[str, Wire] = {}
         self.at = HOME
         self.session = ""
-        self.opening: Open | None = None  # said at home, and to be said again where that sends it
-        self.since: list[Draft] = []  # said after it
-        self.avoid = ""
+        self._opening: Open | None = None  # said at home, and to be repeated where a router sends the session
+        self._since: list[Draft] = []  # said after it
+        self._avoid = ""  # the verifier that was of no use
         self.digest = ""  # of the model that its first verifier had; others have to have the same
-        self.trips = 0  # back home in vain, since the last verdict
+        self._trips = 0  # back home without a verdict
 
-    def open(self, message: Open) -> None:
-        """A session begins, or begins again, at home."""
-        self.at, self.session, self.since = HOME, message.session, []
-        self.opening = msgspec.structs.replace(message, avoid=self.avoid, digest=self.digest)
-        self.say(self.opening)
-
-    def draft(self, message: Draft) -> None:
-        """Said where the session is, and again where its opening will be said."""
-        if self.opening is not None:
-            self.since.append(message)
+    def say(self, message: Said) -> list[Said]:
+        """A message of the device."""
+        if isinstance(message, Open):
+            self.at, self.session, self._since = HOME, message.session, []
+            self._opening = msgspec.structs.replace(message, avoid=self._avoid, digest=self.digest)
+            return [self._opening]
+        if isinstance(message, Draft) and self._opening is not None:
+            self._since.append(message)
             if self.at != HOME:
-                return  # nothing before the Open
-        self.say(message)
+                return []  # nothing before the Open
+        return [message]
 
-    def opened(self) -> None:
-        """On to the verifier that a front named: say there what was said to the front."""
-        assert self.opening is not None
-        self.say(self.opening)
-        for draft in self.since:
-            self.say(draft)
-        self.opening = None
+    def follow(self, redirect: Redirect) -> bool:
+        """A router names a verifier. False if that answers an earlier Open."""
+        if self.at != HOME or self._opening is None or redirect.session != self.session:
+            return False
+        self.at = redirect.address
+        return True
 
-    def verdict(self) -> None:
-        """The session is where it is."""
-        self.opening, self.avoid, self.trips = None, "", 0
+    def connected(self, address: str) -> list[Said]:
+        """There is a connection to `address`: a session on its way there repeats what it told the router."""
+        if self._opening is None or address != self.at:
+            return []
+        said: list[Said] = [self._opening, *self._since]
+        self._opening = None
+        return said
+
+    def hear(self, message: Verdict | Refused) -> Verdict | Refused:
+        """A message from `at`, as the device is to take it."""
+        if isinstance(message, Verdict):
+            self._opening, self._avoid, self._trips = None, "", 0
+        elif self.at != HOME and message.code in ELSEWHERE:
+            return self.go_home(refused=True)
+        return message
 
     def go_home(self, *, refused: bool) -> Refused:
-        """Where it was sent is gone, full, drained or out of reach. Returns what its device makes of that."""
-        if refused or self.opening is not None:
-            self.avoid = self.at
-        self.at, self.opening = HOME, None
-        self.trips += 1
-        wait = min(BOUNCE_S[0] * 2**self.trips, BOUNCE_S[1]) if self.trips > 1 else 0.0
+        """The named verifier is gone, full, drained or out of reach. Returns what makes the device open again."""
+        if refused or self._opening is not None:
+            self._avoid = self.at
+        self.at, self._opening = HOME, None
+        self._trips += 1
+        wait = min(BOUNCE_S[0] * 2**self._trips, BOUNCE_S[1]) if self._trips > 1 else 0.0
         return Refused(self.session, "unknown_session", "its verifier is gone; open it again", wait)
-
-    def say(self, message: Open | Draft | Cancel) -> None:
-        """Send, if there is a connection."""
-        if (wire := self.wires.get(self.at)) is not None:
-            wire.send(encode(message))
 
 
 class Sockets:
-    """`world.Uplink` to a live verifier, or a front: one WebSocket for each device, and what fronts add to that.
+    """`world.Uplink` to a live verifier, or a router: one WebSocket for each device, and one for each redirection.
 
-    redirects: how often a front sent a session somewhere
+    redirects: how often a router sent a session somewhere
     """
 
     def __init__(self, server: str, api_key: str | None = None) -> None:
@@ -200,19 +205,20 @@ class Sockets:
         self.frames_out = self.frames_in = self.redirects = 0
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._lines: dict[int, Line] = {}
-        self._open: list[Wire] = []  # all that were opened
+        self._wires: dict[int, dict[str, Wire]] = {}  # of each device, by address
+        self._all: list[Wire] = []
         self._following: set[asyncio.Task[None]] = set()
         self._closing = False
 
     async def connect(self, devices: int) -> Welcome:
-        """Open the sockets, and say what the verifier is. Raises UnavailableError, ConfigError or ProtocolError."""
+        """Open the sockets. Returns the verifier's welcome. Raises UnavailableError, ConfigError or ProtocolError."""
         gate = asyncio.Semaphore(AT_ONCE)
 
         async def one(index: int) -> Welcome:
+            self._lines[index], self._wires[index] = Line(), {}
             async with gate:
-                line = self._lines[index] = Line()
-                welcome = await self._extend(index, line, HOME)
-                line.digest = welcome.digest
+                welcome = await self._extend(index, HOME)
+                self._lines[index].digest = welcome.digest
                 return welcome
 
         try:
@@ -223,7 +229,7 @@ class Sockets:
         return welcomes[0]
 
     async def probe(self, lags_ms: list[float]) -> None:
-        """Until cancelled, note how long the verifier's event loop takes to answer a ping."""
+        """Until cancelled, measure how long the verifier's event loop takes to answer a ping."""
         wire, _ = await self._wire(self.url, lambda frame: None, self._ended)
         try:
             while True:
@@ -236,42 +242,43 @@ class Sockets:
 
     # --- Uplink
 
-    def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
+    def receive(self, connection: int, message: Said) -> None:
         """A device's message leaves."""
         self.frames_out += 1
-        line = self._lines[connection]
-        if isinstance(message, Open):
-            line.open(message)
-        elif isinstance(message, Draft):
-            line.draft(message)
-        else:
-            line.say(message)
+        self._send(connection, self._lines[connection].say(message))
 
     def lost(self, connection: int) -> None:
         """A device is switched off: its connections break without a word."""
-        for wire in self._lines.pop(connection).wires.values():
+        del self._lines[connection]
+        for wire in self._wires.pop(connection).values():
             wire.abort()
 
     async def close(self) -> None:
-        """Close all sockets, whatever state they are in."""
+        """Close all sockets, in any state."""
         self._closing = True
         for task in self._following:
             task.cancel()
-        for wire in self._open:
+        for wire in self._all:
             wire.close()
         await asyncio.sleep(CLOSE_S)
-        for wire in self._open:
+        for wire in self._all:
             wire.abort()
         await asyncio.sleep(0)
 
     # --- sockets
 
-    async def _extend(self, index: int, line: Line, address: str) -> Welcome:
-        """Connect a line to another address. Raises UnavailableError, ConfigError or ProtocolError."""
+    def _send(self, index: int, messages: list[Said]) -> None:
+        if (wire := self._wires[index].get(self._lines[index].at)) is not None:
+            for message in messages:
+                wire.send(encode(message))
+
+    async def _extend(self, index: int, address: str) -> Welcome:
+        """Connect a device to another address. Raises UnavailableError, ConfigError or ProtocolError."""
         url = redirected_url(self.url, address) if address else self.url
         heard = functools.partial(self._heard, index, address)
         broken = functools.partial(self._broken, index, address)
-        line.wires[address], welcome = await self._wire(url, heard, broken)
+        wire, welcome = await self._wire(url, heard, broken)
+        self._wires.get(index, {})[address] = wire
         return welcome
 
     async def _wire(
@@ -283,7 +290,7 @@ class Sockets:
 
         def opened() -> Wire:
             wire = Wire(url, self._headers, heard, broken)
-            self._open.append(wire)
+            self._all.append(wire)
             return wire
 
         try:
@@ -317,50 +324,45 @@ class Sockets:
         if isinstance(message, Refused) and not message.session:
             raise ProtocolError(message.code, f"the verifier refused a frame: {message.message}")
         line = self._lines.get(index)
-        if line is None or line.at != address or isinstance(message, Welcome):
-            return  # switched off, or said before the session moved
+        if line is None or line.at != address:
+            return  # the device was switched off, or its session has moved
         if isinstance(message, Redirect):
-            if line.opening is not None and message.session == line.session and address == HOME:
-                self._follow(index, line, message.address)
-            return
-        if isinstance(message, Verdict):
-            line.verdict()
-        elif address != HOME and message.code in ELSEWHERE:
-            message = line.go_home(refused=True)
-        self.senders[index](message)
+            if line.follow(message):
+                self._follow(index, message.address)
+        elif not isinstance(message, Welcome):
+            self.senders[index](line.hear(message))
 
-    def _follow(self, index: int, line: Line, address: str) -> None:
-        """A front sends a session somewhere."""
+    def _follow(self, index: int, address: str) -> None:
         self.redirects += 1
-        line.at = address
-        if address in line.wires:
-            line.opened()
+        if address in self._wires[index]:
+            self._send(index, self._lines[index].connected(address))
             return
-        task = asyncio.ensure_future(self._reach(index, line, address))
+        task = asyncio.ensure_future(self._reach(index, address))
         self._following.add(task)
         task.add_done_callback(self._following.discard)
 
-    async def _reach(self, index: int, line: Line, address: str) -> None:
+    async def _reach(self, index: int, address: str) -> None:
         try:
-            await self._extend(index, line, address)
+            await self._extend(index, address)
         except (UnavailableError, ConfigError, ProtocolError):
-            self._return(index, line, refused=True)
+            self._return(index, refused=True)
         else:
-            if line.at == address and line.opening is not None:
-                line.opened()
+            if index in self._lines:
+                self._send(index, self._lines[index].connected(address))
 
-    def _return(self, index: int, line: Line, *, refused: bool) -> None:
+    def _return(self, index: int, *, refused: bool) -> None:
         """A device's session goes home, if the device is still there."""
         if self.clock is not None and index in self._lines and not self._closing:
+            line = self._lines[index]
             self.clock.happen(lambda: self.senders[index](line.go_home(refused=refused)))
 
     def _broken(self, index: int, address: str, reason: str) -> None:
         if address == HOME:
             self._ended(reason)
-        elif (line := self._lines.get(index)) is not None:
-            line.wires.pop(address, None)
-            if line.at == address:
-                self._return(index, line, refused=False)
+        elif index in self._lines:
+            self._wires[index].pop(address, None)
+            if self._lines[index].at == address:
+                self._return(index, refused=False)
 
     def _ended(self, reason: str) -> None:
         """The server that was given is gone."""
@@ -389,9 +391,7 @@ class Wire(asyncio.Protocol):
             parse_uri(url), subprotocols=[Subprotocol(SUBPROTOCOL)], max_size=MAX_FRAME
         )
         self._pong: asyncio.Future[None] | None = None
-        self._transport: asyncio.Transport | None = (
-            None  # before the connection is made, and after it is lost
-        )
+        self._transport: asyncio.Transport | None = None  # while there is a connection
         self._ended = False
 
     @property
@@ -433,7 +433,7 @@ class Wire(asyncio.Protocol):
     # --- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """GenerationRequest for the upgrade."""
+        """Ask for the upgrade."""
         self._transport = cast("asyncio.Transport", transport)
         request = self._socket.connect()
         for name, value in self._headers.items():

@@ -1,8 +1,8 @@
 """Replay a trace under any drafting policy, in virtual time, with the very `Drafter` that runs on an edge.
 
-What the target says is in the trace and does not depend on drafts, so a replay is exact: proposals on the true
-path and off it are the recorded ones, and verdicts follow from comparing. Only time is modelled: the device's
-draft step, the link, and the verifier's step.
+The target's text is in the trace and does not depend on drafts, so a replay is exact: all proposals, on the true path
+and off it, are recorded ones, and verdicts follow from comparison. Only time is modelled: the device's draft step,
+the link, and the verifier's step.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ import math
 import random
 from dataclasses import dataclass, field
 
+from wisp.calibrate.traces.format import Trace, as_signal
 from wisp.core.draft.drafter import Action, Drafter, Phase, Task
 from wisp.core.draft.policies import Ahead, Policies
-from wisp.core.protocol.messages import Draft, Open, Verdict
 from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.signals import Signal
+from wisp.core.protocol.messages import Draft, Open, Verdict
 from wisp.core.protocol.step import Committed
 from wisp.sim.devices import Device, Link, Server
-from wisp.calibrate.traces.format import Trace, as_signal
 
 MAX_DRAFT = 64
 
 
 @dataclass
 class Tally:
-    """What came of one or more replayed generations. Times in milliseconds."""
+    """Totals over replayed generations. Times in milliseconds."""
 
     tokens: int = 0  # committed
     timed_tokens: int = 0  # committed after the first message
-    time_ms: float = 0.0  # in which those came
+    time_ms: float = 0.0  # between their arrivals
     verifications: int = 0
     draft_tokens: int = 0  # sent
     accepted: int = 0
     drafting_ms: float = 0.0
-    wasted_ms: float = 0.0  # drafting beyond the first rejected token, of what was sent
+    wasted_ms: float = 0.0  # drafting past a first rejected token, in drafts that were sent
     ahead_wasted_ms: float = 0.0  # drafted and thrown away unsent
     rounds: list[Round] = field(default_factory=list)
 
@@ -59,7 +59,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Round:
-    """One verdict, for plots and comparisons: where it started, what was drafted and what agreed."""
+    """One verdict, for plots and comparisons: its base, the tokens drafted and those accepted."""
 
     base: int
     drafted: int
@@ -69,7 +69,7 @@ class Round:
 
 @dataclass
 class Bench:
-    """Where a trace is replayed. `price` is what the verifier asks per draft token."""
+    """The setting of a replay. `price`: of a draft token, in tokens."""
 
     device: Device
     link: Link
@@ -106,7 +106,7 @@ class _Generation:
         self.tally = tally
         self.source = source
         ended = trace.finish == "stop"
-        # What ended by itself was not near its limit.
+        # A text that ended by itself was not near its limit.
         task = Task([0], trace.sampling, len(trace) + (MAX_DRAFT if ended else 0))
         policy = policies.make(trace.sampling.temperature)
         self.drafter = Drafter("replay", task, policy, _ends(trace), ahead=ahead, pace=pace)
@@ -173,7 +173,7 @@ class _Generation:
         self._carry_out(self.drafter.proposed(self.now, token, signal, took))
 
     def _recorded(self) -> tuple[int | None, Signal]:
-        """What the drafter proposes next: on the true path, or as far off it as was recorded."""
+        """The drafter's next proposal: on the true path, or as far off it as was recorded."""
         base, chain, trace = len(self.drafter.committed), self.drafter.chain, self.trace
         for i, token in enumerate(chain):
             if token != self.target[base + i]:
@@ -188,7 +188,7 @@ class _Generation:
 
 
 def _ends(trace: Trace) -> frozenset[int]:
-    """The end-of-sequence ids that occur in a trace: they are what texts and off-path continuations stop at."""
+    """The end-of-sequence ids of a trace: where texts and off-path continuations stop."""
     depth = max((len(off.tokens) for off in trace.off.values()), default=0)
     ends = {int(trace.target[-1])} if trace.finish == "stop" else set()
     for position, off in trace.off.items():
@@ -200,7 +200,7 @@ def _ends(trace: Trace) -> frozenset[int]:
 
 
 class _Verifier:
-    """The other side: one session on a verifier whose step takes a known time, in server mode too."""
+    """The other side: one session on a verifier with a known step time, in server mode too."""
 
     def __init__(self, target: list[int], ended: bool, bench: Bench, source: random.Random) -> None:
         self.target = target

@@ -1,10 +1,11 @@
-"""`wisp replay`: drafting policies over a grid of devices, links and verifiers, on traces kept apart from training."""
+"""`wisp sim replay`: drafting policies over a grid of devices, links and verifiers, on traces kept apart from training."""
 
 from __future__ import annotations
 
 import datetime
 import itertools
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -15,13 +16,13 @@ from rich.progress import track
 from rich.table import Table
 
 from wisp import __version__
+from wisp.calibrate.traces.format import Trace, TraceSet, trace_folder
 from wisp.core.draft.policies import Ahead, Policies
-from wisp.core.errors import ConfigError
 from wisp.core.draft.predictor import Predictor
+from wisp.core.errors import ConfigError
 from wisp.engines.build import read_predictor
 from wisp.sim.devices import Device, Link, Server
 from wisp.sim.replay import Bench, Tally, replay
-from wisp.calibrate.traces.format import Trace, TraceSet, trace_folder
 
 SPEEDS = (8.0, 20.0, 40.0, 68.0, 130.0)  # drafted tokens per second
 RTTS = (5.0, 20.0, 60.0, 150.0)  # milliseconds
@@ -63,48 +64,73 @@ VARIANTS = (
 )
 
 
-def run_grid(
-    traces: Path,
-    names: list[str],
-    predictor: Path | None,
-    *,
-    price: float,
-    limit: int,
-    out: Path | None,
-    as_json: bool,
+@dataclass(frozen=True)
+class Study:
+    """What is replayed: policies on held-out traces, over the whole grid, with a predictor."""
+
+    variants: tuple[Variant, ...]
+    traces: list[Trace]
+    predictor: Predictor
+
+    @classmethod
+    def load(cls, traces: Path, names: Sequence[str], predictor: Path | None, limit: int) -> Study:
+        """Policies by name (none: all), and at most `limit` traces. Raises ConfigError."""
+        variants, model = _chosen(names), read_predictor(predictor)
+        held_out = _spread([t for t in TraceSet.load(trace_folder(traces)) if t.split != "train"], limit)
+        if not held_out:
+            raise ConfigError(f"{traces} has no traces that were kept apart from training")
+        return cls(variants, held_out, model)
+
+    def run(self, price: float) -> dict[str, Any]:
+        """Tokens per second and wasted time of each policy in each cell, and a summary if all policies take part.
+
+        price: what the verifier asks for a draft token, in committed tokens
+        """
+        console = Console(stderr=True)
+        cells = [
+            self._cell(Bench(Device(f"{speed:g}", speed), Link(rtt), server, price))
+            for speed, rtt, server in track(
+                list(itertools.product(SPEEDS, RTTS, SERVERS)), "replaying", console=console, transient=True
+            )
+        ]
+        whole = self.variants == VARIANTS
+        return {
+            "wisp": __version__,
+            "date": datetime.date.today().isoformat(),
+            "traces": len(self.traces),
+            "positions": sum(map(len, self.traces)),
+            "price": price,
+            "summary": summary(cells) if whole else {},
+            "high_price": self._at_high_price() if whole else {},
+            "cells": cells,
+        }
+
+    def _cell(self, bench: Bench) -> dict[str, Any]:
+        return {
+            "device_tokens_per_s": bench.device.tokens_per_s,
+            "rtt_ms": bench.link.rtt_ms,
+            "server": bench.server.name,
+            "policies": {v.label: v.run(self.traces, bench, self.predictor).report() for v in self.variants},
+        }
+
+    def _at_high_price(self) -> dict[str, float]:
+        """Draft tokens sent per committed token where the verifier asks a lot for each."""
+        bench = Bench(Device("68", 68.0), Link(20.0), SERVERS[1], HIGH_PRICE)
+        return {
+            v.label: v.run(self.traces, bench, self.predictor).report()["verifier_tokens_per_token"]
+            for v in self.variants
+        }
+
+
+def run_replay(
+    traces: Path, names: Sequence[str], predictor: Path | None, *, price: float, limit: int, as_json: bool
 ) -> None:
-    """Replay and report; with `out`, write a page with its data and a plot there. Raises ConfigError."""
-    variants = _chosen(names)
-    model = read_predictor(predictor)
-    everything = TraceSet.load(trace_folder(traces))
-    held_out = _spread([t for t in everything if t.split != "train"], limit)
-    if not held_out:
-        raise ConfigError(f"{traces} has no traces that were kept apart from training")
-    console = Console(stderr=True)
-    cells = [
-        _cell(variants, held_out, Bench(Device(f"{speed:g}", speed), Link(rtt), server, price), model)
-        for speed, rtt, server in track(
-            list(itertools.product(SPEEDS, RTTS, SERVERS)), "replaying", console=console, transient=True
-        )
-    ]
-    result: dict[str, Any] = {
-        "wisp": __version__,
-        "date": datetime.date.today().isoformat(),
-        "traces": len(held_out),
-        "positions": sum(map(len, held_out)),
-        "price": price,
-        "summary": summary(cells) if not names else {},
-        "high_price": _at_high_price(variants, held_out, model) if not names else {},
-        "cells": cells,
-    }
-    if out is not None:
-        from wisp.sim.plots import write_page
-
-        write_page(result, variants, held_out, model, out)
-    print(json.dumps(result)) if as_json else _show(result)
+    """Replay and report. Raises ConfigError."""
+    result = Study.load(traces, names, predictor, limit).run(price)
+    print(json.dumps(result)) if as_json else show(result)
 
 
-def _chosen(names: list[str]) -> tuple[Variant, ...]:
+def _chosen(names: Sequence[str]) -> tuple[Variant, ...]:
     if not names:
         return VARIANTS
     known = {v.label: v for v in VARIANTS}
@@ -115,25 +141,6 @@ def _spread(traces: list[Trace], limit: int) -> list[Trace]:
     """So many, evenly from all domains and samplings."""
     step = max(1.0, len(traces) / limit)
     return [traces[int(i * step)] for i in range(min(limit, len(traces)))]
-
-
-def _cell(
-    variants: tuple[Variant, ...], traces: list[Trace], bench: Bench, predictor: Predictor
-) -> dict[str, Any]:
-    return {
-        "device_tokens_per_s": bench.device.tokens_per_s,
-        "rtt_ms": bench.link.rtt_ms,
-        "server": bench.server.name,
-        "policies": {v.label: v.run(traces, bench, predictor).report() for v in variants},
-    }
-
-
-def _at_high_price(
-    variants: tuple[Variant, ...], traces: list[Trace], predictor: Predictor
-) -> dict[str, float]:
-    """Draft tokens sent per committed token where the verifier asks a lot for each."""
-    bench = Bench(Device("68", 68.0), Link(20.0), SERVERS[1], HIGH_PRICE)
-    return {v.label: v.run(traces, bench, predictor).report()["verifier_tokens_per_token"] for v in variants}
 
 
 # --- what it amounts to
@@ -172,7 +179,8 @@ def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _show(result: dict[str, Any]) -> None:
+def show(result: dict[str, Any]) -> None:
+    """Print a table of all cells, and the summary."""
     console = Console()
     labels = [name for name in result["cells"][0]["policies"] if name not in FIXED]
     table = Table(title="tokens per second; in brackets drafting time wasted, ms per token")
@@ -187,5 +195,15 @@ def _show(result: dict[str, Any]) -> None:
         row += [f"{of[n]['tokens_per_s']:.1f} [{of[n]['wasted_ms_per_token']:.1f}]" for n in labels]
         table.add_row(*(cell_text.replace("[", r"\[") for cell_text in row))
     console.print(table)
-    for name, value in result["summary"].items():
-        console.print(f"{name.replace('_', ' ')}: {value}")
+    for name, value in in_words(result["summary"]):
+        console.print(f"{name}: {value}")
+
+
+def in_words(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each line of a summary: a name, and a value or the values by RTT."""
+    for name, value in found.items():
+        by_rtt = isinstance(value, dict)
+        yield (
+            name.replace("_", " "),
+            ", ".join(f"{v} at {k} ms" for k, v in value.items()) if by_rtt else str(value),
+        )

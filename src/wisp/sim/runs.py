@@ -1,4 +1,4 @@
-"""Many runs: in several processes, stopped as soon as they are clear, and remembered on disk.
+"""Many runs: in several processes, stopped once their outcome is clear, and remembered on disk.
 
 A run is a function of scenario, system, seed and source, so its report can be kept: the key is a hash of all four. A
 changed line in a policy makes all of them new.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import multiprocessing
 import os
 import threading
@@ -21,30 +20,30 @@ from typing import TypeVar
 import msgspec
 
 import wisp
+from wisp.calibrate.traces.format import trace_folder
+from wisp.core.protocol.slo import met
 from wisp.engines.models.store import cache_dir
-from wisp.sim.report import Report, missed_for_sure, report
+from wisp.sim.report import Report, report
 from wisp.sim.scenario import Scenario, arrivals_file
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import System
-from wisp.calibrate.traces.format import trace_folder
+from wisp.sim.world import Request
 
 A = TypeVar("A")
 B = TypeVar("B")
 SOURCES = (
-    "core/*.py",
-    "core/verify/batching/*.py",
+    "core/**/*.py",
     "engines/emulated.py",
     "engines/data/predictor.json",
     "engines/data/hardware/*.toml",
-    "sim/devices.py",
-    "calibrate/profile/grid.py",
-    "calibrate/profile/target.py",
-    "calibrate/traces/format.py",
+    "calibrate/hardware.py",
+    *(f"calibrate/profile/{name}.py" for name in ("grid", "measure", "target")),
+    *(f"calibrate/traces/{name}.py" for name in ("format", "prompts", "scripts")),
     *(
         f"sim/{name}.py"
-        for name in ("profiled", "report", "runs", "scenario", "scripts", "simulate", "timeline", "world")
+        for name in ("devices", "report", "runs", "scenario", "simulate", "systems", "timeline", "world")
     ),
-)  # what a run depends on
+)  # files that a run depends on
 CLEARLY = 1.5  # a run is cut once this many times as many have missed as are tolerated
 
 
@@ -71,9 +70,7 @@ def run(job: Job, progress: Callable[[float], None] = lambda _: None) -> Report:
         return bool(estimate)
 
     simulation.run(enough)
-    if estimate:
-        return report(simulation, job.seed, cut=True, violation_rate=estimate[0])
-    return report(simulation, job.seed)
+    return report(simulation, violation_rate=estimate[0] if estimate else None)
 
 
 def clearly_missed(simulation: Simulation, tolerance: float) -> float | None:
@@ -94,9 +91,20 @@ def clearly_missed(simulation: Simulation, tolerance: float) -> float | None:
     return max(missed / expected, min(missed / max(settled, 1), 1.0) * 0.8)
 
 
+def missed_for_sure(request: Request, now: float) -> bool:
+    """Has it missed its SLO, whatever may follow?"""
+    served = request.served()
+    if served.ended is not None or not served.ok or served.tokens == 0:
+        return not met(served, now)
+    if served.slo.ttft_ms and served.ttft_ms > served.slo.ttft_ms:
+        return True
+    longest = (request.max_tokens - 1) * served.slo.tpot_ms
+    return bool(longest) and (now - served.first) * 1e3 > longest
+
+
 @functools.cache
 def source_hash() -> str:
-    """Of every file of ours that a run depends on."""
+    """Of every file of SOURCES."""
     root = Path(wisp.__file__).parent
     digest = hashlib.sha256()
     for pattern in SOURCES:
@@ -116,14 +124,14 @@ def _traces_hash(folder: str) -> str:
 
 
 def key(job: Job) -> str:
-    """What a run's report is remembered by."""
+    """The name under which a run's report is remembered."""
     data = msgspec.json.encode(msgspec.structs.replace(job, system=_unnamed(job.system)))
     parts = (data, source_hash().encode(), _traces_hash(job.scenario.traces).encode(), *_files(job.scenario))
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def _files(scenario: Scenario) -> list[bytes]:
-    """What the files hold that a scenario names, beside traces."""
+    """Contents of the files that a scenario names, beside traces."""
     named = [Path(scenario.hardware)]
     if scenario.arrivals:
         named.append(arrivals_file(Path(scenario.arrivals)))
@@ -143,8 +151,6 @@ def remembered(job: Job) -> Report:
     except (OSError, msgspec.DecodeError):
         pass
     done = run(job)
-    if math.isnan(done.violation_rate):  # nothing arrived; and JSON has no nan
-        return done
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_bytes(msgspec.json.encode(done))

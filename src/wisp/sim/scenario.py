@@ -12,12 +12,12 @@ from typing import TypeVar
 
 import msgspec
 
+from wisp.calibrate.hardware import measured
+from wisp.calibrate.traces.format import DEFAULT, trace_folder
 from wisp.core.errors import ConfigError
 from wisp.core.protocol.slo import Slo
 from wisp.engines.emulated import Hardware, hardware
 from wisp.sim.devices import Device, Link, device
-from wisp.calibrate.hardware import measured
-from wisp.calibrate.traces.format import DEFAULT, trace_folder
 
 T = TypeVar("T")
 MOST_DEVICES = 100_000
@@ -25,7 +25,7 @@ SHIPPED = Path(__file__).parent / "scenarios"
 
 
 class InvalidError(ConfigError, ValueError):
-    """A value that no scenario may have. A ValueError, too: msgspec adds to those where in a file they come from."""
+    """A value that no scenario may have. Also a ValueError, to which msgspec adds its place in the file."""
 
 
 def _check(it_is_fine: bool, what: str) -> None:
@@ -52,7 +52,7 @@ def _check_share(of: msgspec.Struct, *fields: str) -> None:
 
 
 class SloClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Users who expect the same. rate: tokens per second after the first; share: of all requests."""
+    """Users with the same expectations. rate: tokens per second after the first; share: of all requests."""
 
     rate: float
     ttft_s: float = 3.0
@@ -94,20 +94,20 @@ class Kit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is asked of a system. In a file, paths are relative to the file's folder, or else to the current one.
+    """The task of a system. In a file, paths are relative to the file's folder, or else to the current one.
 
-    hardware:      profile of the verifier's engine, or what `wisp profile --target` wrote of one (*.json)
+    hardware:      profile of the verifier's engine, or a file of `wisp profile --target` (*.json)
     kv_tokens, slots, overlap: if other than the profile's
     prompt_tokens, output_tokens: fewest and most, evenly between; the server learns an answer's end from its
                    end-of-sequence token, as it would live
     max_output:    `max_tokens` of the requests
-    slo, devices:  who asks, and from where
+    slo, devices:  the users, and their devices and links
     think_s:       mean pause between an answer and the device's next request (exponential)
     devices_n:     devices at work, for commands that do not search for it
     population:    pairs [second, devices]: how many are at work from then on; instead of devices_n
     arrivals_per_s: open loop: requests come by themselves at this rate, each from a device of its own
     arrivals:      file of recorded arrivals instead, see `Arrival`
-    traces, domain, acceptance: what target and drafter say; acceptance states a share instead of the recorded one
+    traces, domain, acceptance: the texts of target and drafter; acceptance is a share instead of the recorded one
     as_recorded:   each request is a recorded one, prompt and answer whole, so that the recorded target says the same
     warmup_s, window_s, drain_s: only requests that arrive in the window count
     retries:       times that a refused request is sent again after Retry-After (OpenAI's SDK does so twice). It stays
@@ -294,7 +294,7 @@ def load_scenario(name: str) -> Scenario:
 
 
 def _explained(error: str) -> str:
-    """What msgspec found wrong, with where it is first; and what an unknown key may have been meant to be."""
+    """msgspec's complaint, with its place in front and the nearest known key."""
     what, _, where = error.partition(" - at `$.")
     where = where.rstrip("`")
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what)

@@ -10,13 +10,13 @@ from pathlib import Path
 import httpx
 import msgspec
 
-from wisp.children import Child, Children, free_ports
 from wisp.calibrate.hardware import Measured
+from wisp.children import Child, Children, free_ports
 from wisp.sim.scenario import Scenario
 from wisp.sim.simulate import first_guess
 from wisp.sim.systems import System
 
-MOST_SESSIONS = 100_000  # of our own server: the fleet's own number is the limit
+MOST_SESSIONS = 100_000  # the fleet's own number is the limit
 
 
 @contextlib.contextmanager
@@ -63,7 +63,7 @@ def serve_arguments(scenario: Scenario, of: System, port: int, folder: Path) -> 
     return [
         *("-m", "wisp.cli", "serve"),
         *(part for name, value in flags.items() for part in (f"--{name}", value)),
-        "--forecast" if of.admission else "--no-forecast",
+        "--slo-admission" if of.admission else "--no-slo-admission",
     ]
 
 

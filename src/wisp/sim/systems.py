@@ -1,4 +1,4 @@
-"""The systems that are compared: what devices do, and how the server batches and admits."""
+"""The systems that are compared: the drafting of devices, the batching and the admission of the server."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ class System(msgspec.Struct, frozen=True):
 
 PAPER_MODELS = {"central-paper": "central", "sled-paper": "sled"}  # caps on throughput: see `paper`
 YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+OLD_NAMES = {"ours": "wisp"}  # for one release
 CHANGEABLE = ("drafting", "batching", "ahead", "server_mode", "admission", "beside", "slots")
 SYSTEMS = {
     s.name: s
     for s in (
-        System("central", about="continuous batching with chunked prefill; nobody drafts"),
+        System("central", about="continuous batching with chunked prefill; no drafts"),
         System("sled", "fixed:4", "fcfs", about="SLED: fixed drafts, first come first served"),
         System("sled-confidence", "confidence:0.4", "fcfs", about="SLED's other reading: drafts by confidence"),
         System("paper", "predictor", "paper", about="the paper's: predictor, cost model, its scheduler"),
-        System("wisp", "gain", "wisp", True, True, True, about="gain, drafting ahead, laxity, server mode"),
+        System("wisp", "gain", "wisp", True, True, True, about="gain, drafting ahead, wisp batching, server mode"),
         System("central-speculative", "fixed:3", "continuous", beside=True, about="a 0.6B drafter on the same GPU"),
     )
 }  # fmt: skip
@@ -41,9 +42,10 @@ SYSTEMS = {
 def system(spec: str) -> System:
     """A system by name, with changes: "wisp,batching=continuous,ahead=no". Raises ConfigError."""
     name, *changes = spec.split(",")
+    name = OLD_NAMES.get(name, name)
     if name in PAPER_MODELS:
         raise ConfigError(
-            f"{name}: a figure of the paper, nothing that runs; see `wisp capacity --policy {name}`"
+            f"{name}: a figure of the paper, nothing that runs; see `wisp sim capacity --policy {name}`"
         )
     if name not in SYSTEMS:
         raise ConfigError(f"unknown system {name!r}; choose one of {', '.join(SYSTEMS)}")
@@ -61,5 +63,5 @@ def system(spec: str) -> System:
             if value not in YES_NO:
                 raise ConfigError(f"{change}: give {key}=yes or {key}=no")
             typed = YES_NO[value]
-        found = msgspec.structs.replace(found, **{key: typed, "name": spec})
+        found = msgspec.structs.replace(found, **{key: typed, "name": ",".join((name, *changes))})
     return found

@@ -1,4 +1,4 @@
-"""`wisp profile --draft`: how fast this device drafts, and what knowing when to stop costs beside it."""
+"""`wisp profile --draft`: the drafting speed of this device, and the cost of the predictor beside it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.console import Console
 
 from wisp.core.draft.policies import Judgement
 from wisp.core.draft.predictor import Calibration
-from wisp.core.protocol.sampling import Sampling
 from wisp.core.draft.signals import Signal, signal
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.build import load_drafter, read_predictor, served_name
 from wisp.engines.models import RichProgress, resolve
 

@@ -1,4 +1,4 @@
-"""Which steps `wisp profile` times: sequences x new tokens x cached tokens, pieces of prompts, and mixtures."""
+"""The steps that `wisp profile` times: sequences x new tokens x cached tokens, pieces of prompts, and mixtures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ CACHED = (0, 64, 256, 1024, 4096)
 QUICK = ((1, 2, 4, 16, 64), (1, 3, 8), (128, 512), (0, 256, 1024))
 
 
-class Room(NamedTuple):
-    """What an engine takes: tokens in a step, slots, tokens in all slots and in each."""
+class EngineSize(NamedTuple):
+    """An engine's limits: tokens in a step, slots, tokens in all slots and in each."""
 
     step_tokens: int
     slots: int
@@ -35,37 +35,37 @@ class Cell(NamedTuple):
 
     @property
     def slices(self) -> int:
-        """How many there are."""
+        """Their number."""
         return self.sequences + (self.chunk > 0)
 
     @property
     def load(self) -> Load:
-        """What the cost model sees of it."""
+        """The load, as the cost model sees it."""
         n, new, cached, chunk = self
         load = Load(n * new, n * new * (cached + new), n * cached, n)
         return load.plus(chunk, cached) if chunk else load
 
-    def fits(self, room: Room) -> bool:
+    def fits(self, size: EngineSize) -> bool:
         """Can the engine run it?"""
         return (
-            self.slices <= room.slots
-            and self.load.new <= room.step_tokens
-            and self.load.new + self.slices * self.cached <= room.kv_tokens
-            and self.cached + max(self.new, self.chunk) < room.slot_tokens
+            self.slices <= size.slots
+            and self.load.new <= size.step_tokens
+            and self.load.new + self.slices * self.cached <= size.kv_tokens
+            and self.cached + max(self.new, self.chunk) < size.slot_tokens
         )
 
 
-def cells(room: Room, *, quick: bool = False) -> list[Cell]:
-    """The steps to time, by cached tokens. All sizes are cut to what the engine takes."""
+def cells(size: EngineSize, *, quick: bool = False) -> list[Cell]:
+    """The steps to time, by cached tokens. All sizes are cut to the engine's limits."""
     chosen: Sequence[tuple[int, ...]] = QUICK if quick else (SEQUENCES, NEW, CHUNKS, CACHED)
     sequences, new, chunks, cached = chosen
-    if room.slots not in sequences and room.slots < sequences[-1]:
-        sequences = (*(n for n in sequences if n < room.slots), room.slots)
-    whole = tuple(c for c in chunks if c <= room.step_tokens)
+    if size.slots not in sequences and size.slots < sequences[-1]:
+        sequences = (*(n for n in sequences if n < size.slots), size.slots)
+    whole = tuple(c for c in chunks if c <= size.step_tokens)
     if not whole:  # an engine whose steps are short takes prompts in pieces of that length
-        whole = tuple(c for c in (16, 32, 64, room.step_tokens) if c <= room.step_tokens)
+        whole = tuple(c for c in (16, 32, 64, size.step_tokens) if c <= size.step_tokens)
     found = [Cell(*c) for c in itertools.product(sequences, new, cached)]
     found += [Cell(*c) for c in itertools.product(sequences[:3], whole, cached)]
     mixed = itertools.product(sequences[1:], (1, 5), cached, whole[:2])
     found += [Cell(*c) for c in mixed]
-    return sorted({c for c in found if c.fits(room)}, key=lambda c: (c.cached, c))
+    return sorted({c for c in found if c.fits(size)}, key=lambda c: (c.cached, c))

@@ -1,10 +1,10 @@
 """Timing steps on a target engine, whichever it is.
 
 One slot is filled by pieces of a prompt and copied into the others; a step is then timed again and again from the same
-cached tokens, since an engine drops whatever lies beyond a slice's `start`. Repeats go round and round over all steps
-of a level, so that a spell of noise falls on many steps a little and not on one. Drafts are what the target itself says
-next, found beforehand: an engine may stop at the first token that it rejects, and a step is to be timed whole. A step's
-time is the median of its repeats without those far off; one whose repeats do not agree at all is left out, and counted.
+cached tokens, since an engine drops all tokens beyond a slice's `start`. Repeats go round over all steps of a level, so
+that a spell of noise falls on many steps a little and not on one. Drafts are the target's own next tokens, found
+beforehand: an engine may stop at the first token that it rejects, and a step is to be timed whole. A step's time is the
+median of its repeats without outliers; a step with disagreeing repeats is left out, and counted.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from statistics import median
 
+from wisp.calibrate.profile.grid import Cell
 from wisp.core.errors import ConfigError, EngineError
 from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.engines.base import TargetEngine
-from wisp.calibrate.profile.grid import Cell
+from wisp.progress import Tell
 
-Tell = Callable[[str, int, int], None]
 TOO_FEW = 12  # steps: no fit from fewer
 FEWEST = 3  # repeats
 LONGEST_DRAFT = 16  # tokens, with the one before it; slices of more are pieces of prompts
-DISAGREE = 0.25  # relative spread from which the repeats of a step say nothing
+DISAGREE = 0.25  # relative spread from which repeats disagree
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Timed:
 
 @dataclass
 class Measured:
-    """Steps with their times; those left out because repeats disagreed; whether time ran out; seconds it took."""
+    """Steps with their times; steps left out because repeats disagreed; whether time ran out; duration in s."""
 
     steps: list[Timed]
     left_out: list[Timed]
@@ -81,7 +81,7 @@ class Bench:
         ids = engine.info.n_vocab - 1
         self._vocabulary = [i for i in range(min(ids, 4096)) if i not in engine.info.eos]
         self._filled = 0  # tokens of a prompt in slot 0
-        self._text: list[int] = []  # a token, and what the target says after it
+        self._text: list[int] = []  # a token, and the target's text after it
 
     def measure(
         self, cells: Sequence[Cell], repeats: int, limit_s: float, tell: Tell = lambda *_: None
@@ -96,7 +96,7 @@ class Bench:
         done: list[Timed] = []
         cut = False
         for i, level in enumerate(levels):
-            # A level may take its share of what is left, and what those before it did not need.
+            # A level gets an equal share of the time that is left.
             left = limit_s - (self._now() - began)
             until = self._now() + left / (len(levels) - i)
             timed = [Timed(cell) for cell in level]

@@ -1,7 +1,7 @@
 """`wisp profile --target`: the cost model of an engine on this machine, fitted and judged, as a file for `wisp serve`.
 
-Three configurations in ten are kept out of the fit, and the figures told are theirs: ours, with the knee, and the
-paper's line beside it.
+Three configurations in ten are kept out of the fit. The reported errors are those on them: of our form, with the
+knee, and of the paper's line.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from wisp import __version__
-from wisp.core.verify.cost import Coefficients, Fit, errors, fit
+from wisp.calibrate.profile.grid import EngineSize, cells
+from wisp.calibrate.profile.measure import Bench, Measured, Timed
 from wisp.core.errors import ConfigError
+from wisp.core.verify.cost import Coefficients, Fit, errors, fit
 from wisp.engines.base import EngineInfo, TargetEngine
 from wisp.engines.build import check_engine, emulated_hardware, load_target, served_name
 from wisp.engines.emulated import EmulatedTarget, VirtualClock
 from wisp.engines.models import RichProgress
-from wisp.calibrate.profile.grid import Room, cells
-from wisp.calibrate.profile.measure import Bench, Measured, Tell, Timed
+from wisp.progress import progress_bar
 
 FORMAT = "wisp.cost.v1"
 KEPT_APART = 0.3
@@ -51,7 +52,7 @@ class Judged(msgspec.Struct, frozen=True):
 
 
 class CostProfile(msgspec.Struct, frozen=True):
-    """The file: `fit` is what a server uses, `line` the paper's form beside it. noise: median relative spread of
+    """The file: a server uses `fit`; `line` is the paper's form beside it. noise: median relative spread of
     repeats. steps: how many were fitted to and kept apart. measured: [sequences, new, cached, chunk, ms, spread]."""
 
     format: str
@@ -71,12 +72,12 @@ class CostProfile(msgspec.Struct, frozen=True):
 
     @property
     def coefficients(self) -> Coefficients:
-        """What a cost model starts from."""
+        """The start of a cost model."""
         return self.fit.coefficients
 
 
 def read_cost(path: Path) -> tuple[Coefficients, str]:
-    """What a cost model starts from, and the model that it was measured on.
+    """The start of a cost model, and the model that it was measured on.
 
     `path` is a profile, or a JSON object of coefficients alone (of no known model: ""). Raises ConfigError.
     """
@@ -166,14 +167,14 @@ def profile_target(
 def measure(
     engine: TargetEngine, now: Callable[[], float], *, quick: bool, limit_s: float, cpu_time: bool = False
 ) -> Measured:
-    """Time the grid of an engine, with a bar. `cpu_time`: by what a step takes of a core, whoever else is using it."""
+    """Time the grid of an engine, with a bar. `cpu_time`: count CPU time of one core, not wall time."""
     info = engine.info
-    room = Room(info.step_tokens, info.slots, info.kv_tokens, info.slot_tokens)
+    size = EngineSize(info.step_tokens, info.slots, info.kv_tokens, info.slot_tokens)
     # On a clock of its own nothing is waited for, so nothing needs to be cut short.
     limit = limit_s if now is time.perf_counter else float("inf")
-    with _Bar() as tell:
+    with progress_bar() as tell:
         return Bench(engine, now=now, timer=time.process_time if cpu_time else now).measure(
-            cells(room, quick=quick), QUICK_REPEATS if quick else REPEATS, limit, tell
+            cells(size, quick=quick), QUICK_REPEATS if quick else REPEATS, limit, tell
         )
 
 
@@ -207,7 +208,7 @@ def judge(
 
 
 def split(steps: Sequence[Timed]) -> tuple[list[Timed], list[Timed]]:
-    """Those to fit to and those kept apart, by lot, always the same."""
+    """(steps to fit to, steps kept apart), at random, always the same."""
     shuffled = sorted(steps, key=lambda t: t.cell)
     random.Random(1).shuffle(shuffled)
     apart = max(1, round(KEPT_APART * len(shuffled)))
@@ -215,7 +216,7 @@ def split(steps: Sequence[Timed]) -> tuple[list[Timed], list[Timed]]:
 
 
 def machine(threads: int | None) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine of the measurement."""
     cpu = ""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -251,28 +252,6 @@ def _readable(profile: CostProfile) -> bytes:
     return (head + ',\n "measured": [\n  ' + ",\n  ".join(map(json.dumps, steps)) + "\n ]\n}\n").encode()
 
 
-class _Bar:
-    """A bar on standard error, while that is a terminal."""
-
-    def __enter__(self) -> Tell:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bars
-
-        console = Console(stderr=True)
-        self._bars = Bars(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._bars.start()
-        task = self._bars.add_task("", total=None)
-        return lambda about, done, total: self._bars.update(
-            task, description=about, completed=done, total=total
-        )
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-
 def _show(profile: CostProfile, measured: Measured, out: Path | None) -> None:
     console = Console(highlight=False)
     steps = profile.steps
@@ -284,7 +263,7 @@ def _show(profile: CostProfile, measured: Measured, out: Path | None) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for name in (f"on {steps['kept_apart']} kept apart", "R2", "MAE ms", "MAPE", "ms a step", "ms a token"):
         table.add_column(name)
-    for name, j in (("ours", profile.fit), ("the paper's line", profile.line)):
+    for name, j in (("fit", profile.fit), ("the paper's line", profile.line)):
         c = j.coefficients
         token = f"{c.token:.3g}" + (f", {c.token + c.beyond:.3g} from {c.knee} on" if c.beyond else "")
         step = f"{c.step:.3g}" + (f" and {c.slice:.3g} a slice" if c.slice >= 1e-3 else "")

@@ -1,7 +1,7 @@
-"""Traces: what target and drafter said at every position of a text, so that drafting can be replayed.
+"""Traces: the tokens of target and drafter at every position of a text, so that drafting can be replayed.
 
     prompts.py     prompts from JSONL files
-    statistics.py  what is recorded of a draft distribution
+    statistics.py  recorded statistics of a draft distribution
     record.py      prompts in, trace files out: group by group, resumable
     target.py      phase 1: the target's text
     draft.py       phases 2 and 3: the drafter along that text, and beyond each rejection

@@ -1,20 +1,22 @@
-"""`wisp trace`: record traces with a progress bar, and say what came of it."""
+"""`wisp trace`: record traces with a progress bar, and print a summary."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from wisp.calibrate.traces.prompts import load_prompts
+from wisp.calibrate.traces.record import Recording, Report, Settings, summary
 from wisp.engines.build import served_name
 from wisp.engines.models import RichProgress, resolve
-from wisp.calibrate.traces.prompts import load_prompts
-from wisp.calibrate.traces.record import Recording, Settings, summary
+from wisp.progress import progress_bar
 
 
 def run_trace(
@@ -34,8 +36,8 @@ def run_trace(
     models = [(served_name(name), path) for name, path in zip((target, draft), paths, strict=True)]
     recording = Recording(models[0], models[1], chosen, settings, out)
     try:
-        with _Bar() as bar:
-            traces = recording.run(bar)
+        with _progress() as report:
+            traces = recording.run(report)
     except KeyboardInterrupt:
         print(
             f"Stopped. The same command goes on where it was; what is recorded is in {out}.", file=sys.stderr
@@ -45,29 +47,22 @@ def run_trace(
     print(json.dumps(about)) if as_json else _show(about)
 
 
-class _Bar:
-    """A bar on standard error; where that is no terminal, a line for each group begun."""
+@contextlib.contextmanager
+def _progress() -> Iterator[Report]:
+    """A bar; where standard error is no terminal, a line for each group begun."""
+    if sys.stderr.isatty():
+        with progress_bar() as tell:
+            yield lambda task, share: tell(task, share, 1.0)
+        return
+    said = ""
 
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        self._bars = Progress(*columns, console=Console(file=sys.stderr))
-        self._task = self._bars.add_task("trace", total=1.0)
-        self._said = ""
+    def say(task: str, share: float) -> None:
+        nonlocal said
+        if task != said:
+            print(f"{100 * share:5.1f} %  {task}", file=sys.stderr, flush=True)
+        said = task
 
-    def __call__(self, what: str, share: float) -> None:
-        if sys.stderr.isatty():
-            self._bars.update(self._task, description=what, completed=share)
-        elif what != self._said:
-            self._said = what
-            print(f"{100 * share:5.1f} %  {what}", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> _Bar:
-        if sys.stderr.isatty():
-            self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+    yield say
 
 
 def _show(about: dict[str, Any]) -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from wisp.core.verify.kv import common_prefix
-from wisp.core.protocol.sampling import Sampling, target_token
-from wisp.engines.llama.context import Context, Logits, Tokens
-from wisp.engines.llama.model import Model
 from wisp.calibrate.traces.format import OffPath
 from wisp.calibrate.traces.statistics import COLUMNS, statistics
+from wisp.core.protocol.sampling import Sampling, target_token
+from wisp.core.verify.kv import common_prefix
+from wisp.engines.llama.context import Context, Logits, Tokens
+from wisp.engines.llama.model import Model
 
 ROWS = 128  # of a batch in phase 2
 LINES = 8  # texts held at once; more would make the pool, and with it attention, larger
@@ -29,7 +29,7 @@ Report = Callable[[float], None]
 
 @dataclass
 class Line:
-    """A text to follow, and what the drafter says along it.
+    """A text, and the drafter's proposals along it.
 
     draft:   proposal at each position of `text`
     signals: statistics of each, shape [columns]
@@ -105,7 +105,7 @@ class DraftRecorder:
     # -- phase 2
 
     def _read(self, lines: Sequence[Line]) -> None:
-        """All but the last token of each prompt. What it shares with the line before is copied."""
+        """All but the last token of each prompt. The prefix shared with the line before is copied."""
         held: list[int] = []
         for slot, line in enumerate(lines):
             tokens = line.prompt[:-1]
@@ -181,6 +181,6 @@ class DraftRecorder:
 
 
 def _next_row(branch: _Branch) -> tuple[int, Tokens]:
-    """(place, token) of the row to evaluate next: the rejected proposal, or what came last."""
+    """(place, token) of the row to evaluate next: the rejected proposal, or the last continuation."""
     last = branch.tokens[-1] if branch.tokens else branch.line.draft[branch.position]
     return len(branch.line.prompt) + branch.position + len(branch.tokens), np.array([last], np.int32)

@@ -28,14 +28,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from wisp.calibrate.traces.prompts import SPLITS
+from wisp.core.draft.signals import STATISTICS, Signal
 from wisp.core.errors import ConfigError
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.draft.signals import STATISTICS, Signal
-from wisp.calibrate.traces.prompts import SPLITS
 
 FORMAT = "wisp.trace.v1"
 FINISHES = ("stop", "length")
-DEFAULT = Path("data/traces")  # where commands look for traces if not told
+DEFAULT = Path("data/traces")  # commands' default
 
 Tokens = npt.NDArray[np.int32]
 Signals = npt.NDArray[np.float32]
@@ -48,7 +48,7 @@ _ROUND, _KEEP = np.uint32(1 << 8), np.uint32(0xFFFFFE00)  # 14 of 23 bits of the
 
 
 class OffPath(NamedTuple):
-    """What the drafter goes on with after a rejected proposal at position i: tokens[j] is its proposal at position
+    """The drafter's continuation after a rejected proposal at position i: tokens[j] is its proposal at position
     i + 1 + j. Shorter than the trace's depth where it ends with an end-of-sequence token, and empty where the
     rejected proposal is one.
 
@@ -67,8 +67,8 @@ class Trace:
     label:    the sampling's name, "greedy" or e.g. "t0.7"
     sampling: as recorded, with the seed of this trace
     prompt:   int32[n_prompt], chat template included
-    target:   int32[n], what the target says; with `finish` "stop" the last is an end-of-sequence token
-    draft:    int32[n], what the drafter proposes after the prompt and the target's tokens before
+    target:   int32[n], the target's tokens; with `finish` "stop" the last is an end-of-sequence token
+    draft:    int32[n], the drafter's proposals, each after the prompt and the target's tokens before
     signals:  float32[n, columns], statistics of the draft distribution at each position
     off:      by position, for each position where draft and target differ
     columns:  names of the statistics
@@ -96,7 +96,7 @@ class Trace:
 
     @cached_property
     def accepted(self) -> npt.NDArray[np.bool_]:
-        """bool[n]: does the drafter, on the true path, say what the target says?"""
+        """bool[n]: does the drafter, on the true path, agree with the target?"""
         return np.equal(self.target, self.draft)
 
     def signal(self, position: int) -> Signal:
@@ -238,7 +238,7 @@ def _stacked(parts: Iterable[Signals], columns: int) -> Signals:
 
 
 def load_file(path: Path) -> tuple[dict[str, Any], list[Trace]]:
-    """(header, traces) of one file. Raises ConfigError, saying what is wrong with it."""
+    """(header, traces) of one file. Raises ConfigError with the reason."""
     try:
         header, arrays = _read(path)
         return header, list(_unpack(header, arrays))
@@ -260,7 +260,7 @@ def load_file(path: Path) -> tuple[dict[str, Any], list[Trace]]:
 
 
 class _Bad(Exception):
-    """What is wrong with the content of a file."""
+    """A fault in the content of a file."""
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:

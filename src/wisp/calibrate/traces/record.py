@@ -23,6 +23,11 @@ import numpy as np
 
 from wisp import __version__
 from wisp.api.template import chat_template
+from wisp.calibrate.traces.draft import DraftRecorder, Line
+from wisp.calibrate.traces.format import Trace, TraceSet, load_file, save_file
+from wisp.calibrate.traces.prompts import Prompt
+from wisp.calibrate.traces.statistics import COLUMNS
+from wisp.calibrate.traces.target import target_texts
 from wisp.core.errors import ConfigError, ModelError
 from wisp.core.protocol.sampling import Sampling
 from wisp.engines.llama.capi import PIN, api
@@ -30,20 +35,15 @@ from wisp.engines.llama.context import physical_cores
 from wisp.engines.llama.target import LlamaTarget
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 from wisp.engines.models.store import sha256_of
-from wisp.calibrate.traces.draft import DraftRecorder, Line
-from wisp.calibrate.traces.format import Trace, TraceSet, load_file, save_file
-from wisp.calibrate.traces.prompts import Prompt
-from wisp.calibrate.traces.statistics import COLUMNS
-from wisp.calibrate.traces.target import target_texts
 
 PARTS = ".parts"
 
 Report = Callable[[str, float], None]
-"""Told (what is being done, share of the whole recording that is done)."""
+"""Told (the present task, share of the whole recording that is done)."""
 
 
 class ModelFile(msgspec.Struct, frozen=True):
-    """A model as provenance has it."""
+    """The provenance of a model."""
 
     name: str
     file: str
@@ -56,7 +56,7 @@ class ModelFile(msgspec.Struct, frozen=True):
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What shapes a recording, beside models and prompts.
+    """Settings of a recording, beside models and prompts.
 
     samplings:  names as `parse_sampling` reads them
     max_tokens: of each text
@@ -148,7 +148,7 @@ class Recording:
         self.plan = self._digest(self._prompts)
 
     def run(self, report: Report = lambda what, share: None) -> TraceSet:
-        """Records what is not there yet. Interrupted, it goes on with the same call."""
+        """Record the missing parts. After an interruption the same call goes on."""
         if not self._finished():
             (self._out / PARTS).mkdir(parents=True, exist_ok=True)
             (self._out / PARTS / ".gitignore").write_text("*\n")
@@ -335,7 +335,7 @@ def _tokenized(path: Path, prompts: Sequence[Prompt]) -> dict[str, list[int]]:
 
 
 def summary(traces: TraceSet, out: Path) -> dict[str, Any]:
-    """What was recorded: positions, acceptance by domain and sampling, size in bytes."""
+    """Of a recording: positions, acceptance by domain and sampling, size in bytes."""
     groups = dict.fromkeys((t.domain, t.label) for t in traces)
     return {
         "out": str(out),
@@ -363,5 +363,5 @@ def _summary_row(some: TraceSet) -> dict[str, Any]:
 
 
 def _acceptance(traces: TraceSet) -> float:
-    """Share of positions at which the drafter, on the true path, says what the target says."""
+    """Share of positions at which drafter, on the true path, and target agree."""
     return round(sum(int(t.accepted.sum()) for t in traces) / max(1, traces.positions), 4)

@@ -1,9 +1,9 @@
-"""Scripts: what target and drafter say in a generation of any length, made of recorded traces.
+"""Scripts: the texts of target and drafter in a generation of any length, made of recorded traces.
 
 A script is a function of a seed alone, so an emulated engine and an emulated device that share nothing else agree on
 it. It strings together traces that the predictor was not trained on and ends, at a length drawn from the seed, with an
 end-of-sequence token. With a stated acceptance, single positions are drawn instead: accepted ones with that
-probability. Signals, and what a drafter goes on with after a rejected token, are the recorded ones.
+probability. Signals, and continuations after a rejected token, are the recorded ones.
 
 An emulated device need not evaluate the predictor token by token: its two features that depend on the run (depth in
 the draft, acceptance of late) enter by their slopes, which are worked out once for all positions.
@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from wisp.core.errors import ConfigError
+from wisp.calibrate.traces.format import OffPath, Trace, TraceSet, as_signal, trace_folder
 from wisp.core.draft.predictor import Predictor, features
 from wisp.core.draft.signals import Signal
-from wisp.calibrate.traces.format import OffPath, Trace, TraceSet, as_signal, trace_folder
+from wisp.core.errors import ConfigError
 
 DEPTH, RECENT = 2, 0.8  # where slopes are taken
 _OTHER_DEPTH, _OTHER_RECENT = 8, 0.55
@@ -53,10 +53,10 @@ _LOG1P: list[float] = (np.log1p(np.arange(256)) - np.log1p(DEPTH)).tolist()
 
 
 class Library:
-    """All positions of some traces, flat: what scripts are made of.
+    """All positions of some traces, flat: the material of scripts.
 
-    target, draft: by position; said: what is drafted with its signal. off: for each position where they differ, what
-    the drafter goes on with.
+    target, draft: by position; said: each draft with its signal. off: the drafter's continuation of each position where
+    the two differ.
     """
 
     def __init__(self, traces: Sequence[Trace], predictor: Predictor) -> None:
@@ -96,7 +96,7 @@ class Library:
 
     @property
     def acceptance(self) -> float:
-        """Share of positions where the drafter says what the target says."""
+        """Share of positions at which drafter and target agree."""
         return len(self.agreed) / (len(self.agreed) + len(self.differed))
 
 
@@ -123,7 +123,7 @@ def _foretell(
 
 
 class Script:
-    """One generation: `tokens` are the target's, the last an end of sequence. prompt: what it answers, if that is
+    """One generation: `tokens` are the target's, the last an end of sequence. prompt: None if it is not
     known."""
 
     __slots__ = ("_departures", "library", "positions", "prompt", "tokens")
@@ -135,7 +135,7 @@ class Script:
         self.prompt = prompt
         self.positions = [*positions, end]
         self.tokens = list(map(library.target.__getitem__, self.positions))
-        # Where the drafter says something else; behind the last of these, nowhere.
+        # Positions at which the drafter differs; behind the last, nowhere.
         departs = map(library.off.__contains__, self.positions)
         self._departures = [*compress(count(), departs), sys.maxsize]
 
@@ -143,7 +143,7 @@ class Script:
         return len(self.tokens)
 
     def propose(self, base: int, guesses: int) -> tuple[int, Foretold] | None:
-        """What the drafter says after `base` tokens of the text and so many guesses of its own."""
+        """The drafter's proposal after `base` tokens of the text and so many guesses of its own."""
         library, departures, end = self.library, self._departures, base + guesses
         at = departures[bisect_left(departures, base)]
         if end <= at:

@@ -1,4 +1,4 @@
-"""What a trace records of a draft distribution: `Signal`'s four statistics, and more that are nearly free.
+"""The recorded statistics of a draft distribution: those of `Signal`, and more that are nearly free.
 
 Recording takes long and replaying does not, so this is a superset of what policies use today.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from wisp.core.protocol.sampling import Sampling
 from wisp.core.draft.signals import lead
+from wisp.core.protocol.sampling import Sampling
 
 COLUMNS = (
     "confidence",  # probability of the proposed token (at temperature 1, as all probabilities here)

@@ -1,4 +1,4 @@
-"""Recorded traces as the text of an emulated engine: what `wisp serve --traces` and emulated devices agree on."""
+"""Recorded traces as the text of an emulated engine, shared by `wisp serve --traces` and emulated devices."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import itertools
 import re
 from pathlib import Path
 
+from wisp.calibrate.traces.format import trace_folder
+from wisp.calibrate.traces.scripts import Library, Scripts, library
 from wisp.core.errors import ConfigError
 from wisp.engines.emulated import Written
 from wisp.engines.identity import files_digest
-from wisp.calibrate.traces.scripts import Library, Scripts, library
-from wisp.calibrate.traces.format import trace_folder
 
 _RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 
@@ -29,7 +29,7 @@ def written(traces: Path, output_tokens: str = "100-300", acceptance: float | No
 
 
 def n_vocab(found: Library) -> int:
-    """Ids of target and drafter, and at least those of bytes, in which prompts are written."""
+    """The number of ids: of target, drafter, and at least the 256 bytes of prompts."""
     off = (token for path in found.off.values() for token, _ in path)
     return max(itertools.chain((255,), found.target, found.draft, off)) + 1
 

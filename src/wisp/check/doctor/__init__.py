@@ -1,4 +1,4 @@
-"""`wisp doctor`: what is installed, what the engine can do here, and what to fix.
+"""`wisp doctor`: checks of the installation, the engines and the machine, each with a remedy.
 
 Each check is a function that returns a `Check`.
 """
@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from wisp.engines.models import catalogue
 from wisp.check.doctor import installed, machine
 from wisp.check.doctor.check import Check, guarded
 from wisp.check.doctor.engine import ENGINE_S, VLLM_S, engine_checks, vllm_checks
 from wisp.check.doctor.models import HUB_S, hub_reachable, model_cached
+from wisp.engines.models import catalogue
 
 SYSTEM: dict[str, Callable[[], Check]] = {
     "Python": installed.python_version,
@@ -38,7 +38,7 @@ SYSTEM: dict[str, Callable[[], Check]] = {
 
 
 def run_doctor(*, offline: bool, as_json: bool) -> int:
-    """Print what was found; 1 if anything fails, else 0."""
+    """Print the findings; 1 if any check fails, else 0."""
     checks = examine(offline=offline)
     ok = all(check.status != "fail" for check in checks)
     if as_json:
@@ -60,7 +60,7 @@ def examine(*, offline: bool) -> list[Check]:
 
 
 class _InBackground:
-    """Checks in a thread that nobody has to wait for: looking up a host name knows no timeout."""
+    """Checks in a thread that may be abandoned: looking up a host name has no timeout."""
 
     def __init__(self, name: str, check: Callable[[], Check | list[Check]]) -> None:
         self._name, self._check = name, check

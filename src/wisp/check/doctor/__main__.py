@@ -1,6 +1,4 @@
-"""The child of `wisp.check.doctor.engine`: a line of JSON for each check, as soon as it is done, so that the parent knows
-which one was the last.
-"""
+"""The child of `wisp.check.doctor.engine`: prints a line of JSON after each check."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""One thing looked at, and what to do about it."""
+"""A check: its finding, and a remedy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REINSTALL = f"pip install --force-reinstall {DISTRIBUTION}"
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at. `remedy` says what to do, unless the status is ok."""
+    """The result of a check. `remedy`: empty if the status is ok."""
 
     name: str
     status: Status
@@ -25,7 +25,7 @@ class Check:
 
 
 def guarded(name: str, check: Callable[[], Check]) -> Check:
-    """A check that breaks has found something, too."""
+    """The result of `check`, or of its exception."""
     try:
         return check()
     except WispError as error:

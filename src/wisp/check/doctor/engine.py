@@ -1,5 +1,5 @@
-"""The engines, each in a process of its own, because what their checks look for may end a process: a library built for
-another CPU, or with another layout of its structs.
+"""The engines, each in a process of its own, since a library built for another CPU, or with another layout of its
+structs, may end the process.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from wisp.check.doctor.check import REINSTALL, Check
 from wisp.core.errors import WispError
 from wisp.engines.models import resolve
-from wisp.check.doctor.check import REINSTALL, Check
 
 ENGINE_S = 60.0  # the engine's checks take two or three seconds
 VLLM_S = 240.0  # importing it takes long, and an accelerator's kernels are compiled first
 
 
 def engine_checks() -> list[Check]:
-    """What the child found; and if it was killed, by what, in which check."""
+    """The child's findings; and if it died, how, and in which check."""
     done = _child([], ENGINE_S)
     if done is None:
         return [_too_long("engine", ENGINE_S)]
@@ -70,7 +70,7 @@ def _last_words(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def vllm_self_test() -> Check:
-    """vLLM starts with our scheduler and hooks, and drafts do not change what the tiny target says."""
+    """vLLM starts with our scheduler and hooks, and drafts do not change the tiny target's text."""
     from wisp.engines.build import load_target
 
     try:

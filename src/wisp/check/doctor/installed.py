@@ -34,18 +34,18 @@ def packages() -> Check:
 def extras() -> Check:
     """Optional packages: nothing is wrong without them, unless they are there in a wrong version."""
     states, wrong = [], []
-    for extra, purpose in {"lab": "training, simulation, plots", "vllm": "the vLLM engine"}.items():
+    for extra, purpose in {"sim": "training, plots", "vllm": "the vLLM engine"}.items():
         problems = [text for _, text in _requirements(extra) if text]
         missing = [text for text in problems if text.endswith("is not installed")]
         wrong += [text for text in problems if text not in missing]
         states.append(f"{extra} ({purpose}): {'not installed' if missing else 'installed'}")
     if wrong:
-        return Check("extras", "warn", "; ".join(wrong), f"pip install '{DISTRIBUTION}[lab]' (or [vllm])")
+        return Check("extras", "warn", "; ".join(wrong), f"pip install '{DISTRIBUTION}[sim]' (or [vllm])")
     return Check("extras", "ok", "; ".join(states))
 
 
 def _requirements(extra: str) -> Iterator[tuple[str, str]]:
-    """Each requirement of `extra` ("" for those that are always needed), with what is wrong, or ""."""
+    """Each requirement of `extra` ("" for those that are always needed), with its problem, or ""."""
     from packaging.requirements import Requirement
 
     for line in importlib.metadata.requires(DISTRIBUTION) or []:

@@ -1,4 +1,4 @@
-"""The machine: cores, memory, disk, ports, and what the environment says."""
+"""The machine: cores, memory, disk, ports, and environment variables."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import socket
 import tempfile
 from pathlib import Path
 
-from wisp.engines.models import PAIRS, cache_dir, catalogue, is_cached
 from wisp.check.catalogue import size_text
 from wisp.check.doctor.check import Check
+from wisp.engines.models import PAIRS, cache_dir, catalogue, is_cached
 
 _PORTS = {"wisp serve": 8100, "wisp edge": 8200}
 _OVERHEAD = 1.2  # memory of a model over the size of its file: KV cache, buffers, Python
@@ -48,7 +48,7 @@ def wait_policy() -> Check:
 def memory() -> Check:
     free = available_memory()
     if free is None:
-        return Check("memory", "ok", "this system does not tell how much is free")
+        return Check("memory", "ok", "this system does not report free memory")
     sizes = {card.name: card.size for card in catalogue()}
     needs = {name: int(_OVERHEAD * sum(sizes[m] for m in models)) for name, models in PAIRS.items()}
     short = [f"{name} (about {size_text(need)})" for name, need in needs.items() if need > free]
@@ -65,7 +65,7 @@ def memory() -> Check:
 
 
 def available_memory() -> int | None:
-    """Bytes that may still be used: what Linux calls available, or less where a control group sets a limit."""
+    """Available bytes by /proc/meminfo, or by a control group's limit if that is less."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
@@ -78,7 +78,7 @@ def available_memory() -> int | None:
 
 
 def disk() -> Check:
-    """Room for the models that are not here yet."""
+    """Space for the models that are not here yet."""
     folder = _existing(cache_dir())
     free = shutil.disk_usage(folder).free
     missing = sum(card.size for card in catalogue() if not is_cached(card.name))
@@ -124,7 +124,7 @@ def _is_free(port: int) -> bool:
 
 
 def api_keys() -> Check:
-    """Which variables are set; never what is in them."""
+    """The names of the variables that are set, never their values."""
     names = {
         "WISP_API_KEYS": "clients of wisp serve and wisp edge",
         "WISP_API_KEY": "wisp edge to its verifier",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from wisp.engines.models import ModelCard, is_cached, resolve
-from wisp.engines.models.store import final_path, is_stamped
 from wisp.check.catalogue import size_text
 from wisp.check.doctor.check import Check
+from wisp.engines.models import ModelCard, is_cached, resolve
+from wisp.engines.models.store import final_path, is_stamped
 
 HUB_S = 3.0
 

@@ -1,14 +1,14 @@
-"""`wisp check-lossless`: is the speculative path's text the target's own, whatever happens on the way?
+"""`wisp check-lossless`: is the text with speculation the target's own, under every kind of trouble?
 
 Two real `Verifier`s on a real engine, and real `Drafter`s, run in one process and in virtual time. Sessions share
 a few KV slots, connections break and come back, verifiers are replaced or take turns, users leave, frames are
-repeated, overtaken and senseless; and every token is held against a slow decoder that never heard of drafts.
-For the tiny pair one ordinary token plays end of sequence too, so that many texts end that way.
+repeated, overtaken and senseless. Every token is compared with that of a slow decoder without drafts.
+For the tiny pair one ordinary token is an end of sequence too, so that many texts end that way.
 
-    judge        what the target alone says, and comparison with it
+    judge        the text of the target alone, and comparison with it
     cases        prompts x samplings x drafters x batching policies
     drafts       drafters that are always wrong, always right, random, empty
-    world, edge  the verifiers' host, and devices with their sessions
+    world, edge  the verifiers with their engine, and devices with their sessions
     fleet        all of them together
     chi_square   are sampled tokens distributed as they should be?
     check        puts it together
@@ -21,12 +21,12 @@ import sys
 
 import msgspec
 from rich.console import Console
-from rich.progress import Progress as Bar
 from rich.table import Table
 
-from wisp.engines.models import RichProgress
 from wisp.check.lossless.cases import REAL, TINY
-from wisp.check.lossless.check import Bench, Report, Tell, check
+from wisp.check.lossless.check import Bench, Report, check
+from wisp.engines.models import RichProgress
+from wisp.progress import progress_bar
 
 SHOWN = 20  # findings printed in full
 
@@ -47,10 +47,8 @@ def run_check(
     with RichProgress() as progress:
         bench = Bench(pair, mode, scale, engine=engine, offline=offline, progress=progress)
     try:
-        if as_json:
-            report = check(bench, mode=mode, cases=cases or scale.cases, seed=seed)
-        else:
-            report = _with_bar(bench, mode, cases or scale.cases, seed)
+        with progress_bar() as tell:
+            report = check(bench, mode=mode, cases=cases or scale.cases, seed=seed, tell=tell)
     finally:
         bench.close()
     if as_json:
@@ -58,19 +56,6 @@ def run_check(
     else:
         _show(report)
     return 0 if report.passed else 1
-
-
-def _with_bar(bench: Bench, mode: str, cases: int, seed: int) -> Report:
-    with Bar(console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, object] = {}
-
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)  # type: ignore[arg-type]
-
-        step: Tell = tell
-        return check(bench, mode=mode, cases=cases, seed=seed, tell=step)
 
 
 def _flat(report: Report) -> dict[str, object]:

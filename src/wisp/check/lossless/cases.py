@@ -10,15 +10,15 @@ from collections.abc import Sequence
 import msgspec
 
 from wisp.api.template import chat_template
-from wisp.core.protocol.sampling import Sampling
-from wisp.core.protocol.slo import Slo
-from wisp.engines.base import Tokenizer
 from wisp.check.lossless.drafts import DRAFTERS
 from wisp.check.lossless.judge import Case, Judge, Reference
 from wisp.check.lossless.world import Chaos
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.slo import Slo
+from wisp.engines.base import Tokenizer
 
 BATCHING = ("wisp", "continuous", "fcfs")
-# Nothing promised; a pace that is soon far ahead, so that KV can be lent; one that edges are too slow for.
+# No SLO; a slow one, whose sessions are soon far ahead and may be preempted; one that is too fast for the edges.
 SLOS = (None, Slo(ttft_ms=2000.0, tpot_ms=1000.0), Slo(ttft_ms=300.0, tpot_ms=40.0))
 SYSTEM = "You are a helpful assistant. You answer in short sentences, and you never make things up."
 ASKS = (

@@ -1,4 +1,4 @@
-"""The check itself: a pair of models, the cases, two fleets (one per batching policy), and what was found."""
+"""The check itself: a pair of models, the cases, a fleet for each batching policy, and the report."""
 
 from __future__ import annotations
 
@@ -9,14 +9,6 @@ from pathlib import Path
 
 import msgspec
 
-from wisp.core.errors import ModelError
-from wisp.core.protocol.sampling import Sampling
-from wisp.engines.base import EngineInfo, TargetEngine, Tokenizer
-from wisp.engines.build import load_target, served_name
-from wisp.engines.llama.context import physical_cores
-from wisp.engines.llama.draft import LlamaDraft
-from wisp.engines.models import PAIRS, Progress, resolve
-from wisp.engines.ngram import NgramDraft
 from wisp.check.lossless.cases import (
     BATCHING,
     NUCLEUS,
@@ -31,8 +23,17 @@ from wisp.check.lossless.drafts import Drafts
 from wisp.check.lossless.fleet import Fleet
 from wisp.check.lossless.judge import Case, Finding, Judge, Outcome, Reference
 from wisp.check.lossless.world import CALM
+from wisp.core.errors import ModelError
+from wisp.core.protocol.sampling import Sampling
+from wisp.engines.base import EngineInfo, TargetEngine, Tokenizer
+from wisp.engines.build import load_target, served_name
+from wisp.engines.llama.context import physical_cores
+from wisp.engines.llama.draft import LlamaDraft
+from wisp.engines.models import PAIRS, Progress, resolve
+from wisp.engines.ngram import NgramDraft
+from wisp.progress import Tell
 
-# What a run is there to provoke: a check in which one of these never happened has shown less than it says.
+# Situations that a run must provoke: without one of them, a check shows less than it claims.
 PROMISED = (
     "eos_inside_draft",
     "stop_inside_draft",
@@ -60,8 +61,6 @@ PROMISED = (
 ENOUGH_CASES = 200  # with fewer, chance may leave something out
 LIKELY = 0.02  # first tokens at least this likely have their second token tested
 
-Tell = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
-
 
 class ChiSquare(msgspec.Struct, frozen=True):
     """The smallest p-value, the sessions behind all of them, and each test."""
@@ -72,7 +71,7 @@ class ChiSquare(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct):
-    """What was found. `missing`: promised situations that did not come up. `trouble`: anything else wrong."""
+    """The findings. `missing`: promised situations that did not come up. `trouble`: other problems."""
 
     pair: str
     mode: str

@@ -48,7 +48,7 @@ def distribution(logits: FloatArray, sampling: Sampling) -> npt.NDArray[np.float
 
 
 def fit(what: str, outcomes: Iterable[T], probabilities: Mapping[T, float]) -> Fit:
-    """Hold observed outcomes against their probabilities; what has none listed is the rest, with the rest."""
+    """Compare outcomes with their probabilities. Outcomes without a listed probability share one bin."""
     seen = Counter(outcomes)
     n = seen.total()
     bins = {o: n * float(p) for o, p in probabilities.items() if n * p >= LEAST_EXPECTED}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from wisp.core.protocol.sampling import Sampling
 from wisp.core.draft.signals import Signal
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.base import DraftEngine, Proposal
 
 DRAFTERS: tuple[tuple[str, str], ...] = (
@@ -26,66 +26,25 @@ DRAFTERS: tuple[tuple[str, str], ...] = (
 """(drafter, drafting policy) of the cases; "serve" never drafts: the verifier decodes by itself."""
 
 
-class _Testing:
-    """A draft engine without state to speak of."""
+class Chosen:
+    """A draft engine whose proposals are a function of the position, and that holds nothing."""
 
     name = "testing"
+
+    def __init__(self, choose: Callable[[int], int | None], confidence: float) -> None:
+        self._choose, self._signal = choose, Signal(confidence=confidence)
+
+    def propose(
+        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+    ) -> Proposal | None:
+        token = self._choose(position)
+        return None if token is None else Proposal(token, self._signal)
 
     def forget(self, session: str) -> None:
         """Nothing is kept."""
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-class RandomDraft(_Testing):
-    """Any token of the vocabulary."""
-
-    def __init__(self, n_vocab: int, rng: random.Random) -> None:
-        self.n_vocab, self.rng = n_vocab, rng
-
-    def propose(
-        self, session: str, context: Sequence[int], position: int, sampling: Sampling
-    ) -> Proposal | None:
-        return Proposal(self.rng.randrange(self.n_vocab), Signal(confidence=0.5))
-
-
-class EmptyDraft(_Testing):
-    """Never has anything to propose."""
-
-    def propose(
-        self, session: str, context: Sequence[int], position: int, sampling: Sampling
-    ) -> Proposal | None:
-        return None
-
-
-class OracleDraft(_Testing):
-    """Proposes the reference's own token, as long as it knows it: ends of all sorts fall inside its drafts."""
-
-    def __init__(self, script: Sequence[int]) -> None:
-        self.script = script
-
-    def propose(
-        self, session: str, context: Sequence[int], position: int, sampling: Sampling
-    ) -> Proposal | None:
-        if position >= len(self.script):
-            return None
-        return Proposal(self.script[position], Signal(confidence=1.0))
-
-
-class WrongDraft(RandomDraft):
-    """Any token but the reference's."""
-
-    def __init__(self, script: Sequence[int], n_vocab: int, rng: random.Random) -> None:
-        super().__init__(n_vocab, rng)
-        self.script = script
-
-    def propose(
-        self, session: str, context: Sequence[int], position: int, sampling: Sampling
-    ) -> Proposal | None:
-        right = self.script[position] if position < len(self.script) else -1
-        token = self.rng.randrange(self.n_vocab)
-        return Proposal(token if token != right else (token + 1) % self.n_vocab, Signal(confidence=0.5))
 
 
 class Drafts:
@@ -98,13 +57,24 @@ class Drafts:
         """None for "serve"."""
         if kind in self.shared:
             return self.shared[kind]
-        made: dict[str, DraftEngine] = {
-            "random": RandomDraft(self.n_vocab, rng),
-            "empty": EmptyDraft(),
-            "wrong": WrongDraft(script, self.n_vocab, rng),
-            "oracle": OracleDraft(script),
+
+        def right(position: int) -> int | None:
+            return script[position] if position < len(script) else None
+
+        def random_token(position: int) -> int:
+            return rng.randrange(self.n_vocab)
+
+        def wrong(position: int) -> int:
+            token = random_token(position)
+            return token if token != right(position) else (token + 1) % self.n_vocab
+
+        choices: dict[str, tuple[Callable[[int], int | None], float]] = {
+            "random": (random_token, 0.5),
+            "empty": (lambda position: None, 0.0),
+            "wrong": (wrong, 0.5),
+            "oracle": (right, 1.0),  # ends of all sorts fall inside its drafts
         }
-        return made.get(kind)
+        return Chosen(*choices[kind]) if kind in choices else None
 
     def close(self) -> None:
         """Free the shared engines."""

@@ -1,8 +1,8 @@
 """The edge side: devices with a connection that breaks, and sessions that draft, meddle and keep the text.
 
-`ChaosSession` does for `core.draft.drafter.Drafter` what `wisp.edge.backend` does, one drafted token at a time. Beside what the
-drafter says it sends frames of its own: duplicates, drafts ahead of their time, drafts that restate what is
-committed or in flight, stale and invalid ones. So rounds on the wire are numbered apart from the drafter's.
+`ChaosSession` drives a `Drafter` as `wisp.edge.backend` does, one drafted token at a time. Between the drafter's frames
+it sends others: duplicates, early drafts, drafts that restate committed tokens or tokens in flight, stale and invalid
+ones. So rounds on the wire are numbered apart from the drafter's.
 """
 
 from __future__ import annotations
@@ -14,78 +14,88 @@ from collections.abc import Callable
 import msgspec
 
 from wisp.api.text import TextStream
+from wisp.check.lossless.judge import Case, Outcome
+from wisp.check.lossless.world import MAX_DRAFT, Chaos, ChaosServer
 from wisp.core.draft.drafter import Action, Drafter, Phase, Reopen, Task
 from wisp.core.draft.policies import Ahead
-from wisp.core.errors import ProtocolError, RequestError
-from wisp.core.protocol.messages import Cancel, Draft, Message, Open, Refused, Verdict, decode_from_cloud, encode
 from wisp.core.draft.signals import Signal
+from wisp.core.errors import ProtocolError, RequestError
+from wisp.core.protocol.messages import (
+    Cancel,
+    Draft,
+    Message,
+    Open,
+    Refused,
+    Verdict,
+    decode_from_cloud,
+    encode,
+)
 from wisp.core.protocol.step import Committed
 from wisp.engines.base import DraftEngine
 from wisp.engines.build import drafting_policies
-from wisp.check.lossless.judge import Case, Outcome
-from wisp.check.lossless.world import MAX_DRAFT, Chaos, Clock, Cloud
+from wisp.sim.timeline import Timeline
 
-PROVOKED = frozenset({"out_of_turn", "out_of_vocabulary", "oversized"})  # only our meddling is refused so
+PROVOKED = frozenset({"out_of_turn", "out_of_vocabulary", "oversized"})  # refusals of the frames that meddle
 
 
-class Link:
+class ChaosLink:
     """One device: a connection, first in first out both ways, with delays."""
 
     def __init__(
-        self, clock: Clock, cloud: Cloud, key: str, rng: random.Random, counts: Counter[str]
+        self, clock: Timeline, server: ChaosServer, key: str, rng: random.Random, counts: Counter[str]
     ) -> None:
-        self.clock, self.cloud, self.key, self.rng, self.counts = clock, cloud, key, rng, counts
+        self.clock, self.server, self.key, self.rng, self.counts = clock, server, key, rng, counts
         self.connection = 0  # 0: down
-        self.talks: dict[str, ChaosSession] = {}
-        self._open_at_cloud: set[int] = set()  # connections that the verifier still reads from
+        self.sessions: dict[str, ChaosSession] = {}
+        self._open_at_server: set[int] = set()  # connections that the verifier still reads from
         self._free = [0.0, 0.0]  # when the last frame sent arrives: up, down
 
     def connect(self, connection: int) -> None:
         """Up again: sessions open again."""
         self.connection = connection
-        self._open_at_cloud.add(connection)
+        self._open_at_server.add(connection)
         self._free = [0.0, 0.0]
-        for talk in list(self.talks.values()):
-            talk.connect()
+        for session in list(self.sessions.values()):
+            session.connect()
 
     def send(self, message: Message) -> None:
         """Towards the verifier."""
-        connection, cloud, frame = self.connection, self.cloud, encode(message)
+        connection, server, frame = self.connection, self.server, encode(message)
         if connection:
-            self._in_order(0, lambda: self._arrive(connection, cloud, frame))
+            self._in_order(0, lambda: self._arrive(connection, server, frame))
 
     def receive(self, connection: int, frame: bytes) -> None:
         """A frame left the verifier for `connection`; it arrives later, or never."""
         if connection == self.connection:
             self._in_order(1, lambda: self._hear(connection, frame))
 
-    def cut(self, *, at_cloud: bool) -> None:
+    def cut(self, *, at_server: bool) -> None:
         """The connection breaks. The verifier notices later, perhaps after we have come back, and may
-        until then still read what was under way (`at_cloud` False: all of that is lost, and it knows)."""
-        connection, cloud, self.connection = self.connection, self.cloud, 0
-        if not at_cloud or self.rng.random() < 0.5:
-            self._open_at_cloud.discard(connection)
-        if at_cloud:
-            self.clock.after(self.rng.choice((0.0, 0.02, 0.3)), lambda: self._noticed(connection, cloud))
-        for talk in self.talks.values():
-            talk.lost()
+        until then still read what was under way (`at_server` False: all of that is lost, and it knows)."""
+        connection, server, self.connection = self.connection, self.server, 0
+        if not at_server or self.rng.random() < 0.5:
+            self._open_at_server.discard(connection)
+        if at_server:
+            self.clock.after(self.rng.choice((0.0, 0.02, 0.3)), lambda: self._noticed(connection, server))
+        for session in self.sessions.values():
+            session.lost()
 
-    def _noticed(self, connection: int, cloud: Cloud) -> None:
-        self._open_at_cloud.discard(connection)
-        cloud.lost(connection)
+    def _noticed(self, connection: int, server: ChaosServer) -> None:
+        self._open_at_server.discard(connection)
+        server.lost(connection)
 
-    def _arrive(self, connection: int, cloud: Cloud, frame: bytes) -> None:
-        if connection in self._open_at_cloud:
-            cloud.receive(connection, self.key, frame)
+    def _arrive(self, connection: int, server: ChaosServer, frame: bytes) -> None:
+        if connection in self._open_at_server:
+            server.receive(connection, self.key, frame)
 
     def _hear(self, connection: int, frame: bytes) -> None:
         if connection != self.connection:
             return
         message = decode_from_cloud(frame)
         assert isinstance(message, Verdict | Refused)
-        talk = self.talks.get(message.session)
-        if talk is not None:
-            talk.hear(message)
+        session = self.sessions.get(message.session)
+        if session is not None:
+            session.hear(message)
 
     def _in_order(self, way: int, what: Callable[[], None]) -> None:
         delay = self.rng.choice((0.001, 0.005, 0.02, 0.06))
@@ -94,7 +104,7 @@ class Link:
 
 
 class _Sent(msgspec.Struct, frozen=True):
-    """A frame with a draft. `shift` committed tokens were restated before what the drafter knows of."""
+    """A frame with a draft. `shift`: committed tokens that it restates before the drafter's own."""
 
     round: int  # the drafter's, -1 if it does not know of this frame
     base: int
@@ -110,14 +120,14 @@ class ChaosSession:
         self,
         session: str,
         case: Case,
-        link: Link,
+        link: ChaosLink,
         engine: DraftEngine | None,
         eos: frozenset[int],
         piece: Callable[[int], bytes],
         chaos: Chaos,
         ended: Callable[[ChaosSession, Outcome], None],
     ) -> None:
-        self.session, self.case, self.link, self.engine = session, case, link, engine
+        self.id, self.case, self.link, self.engine = session, case, link, engine
         self.clock, self.rng, self.counts = link.clock, link.rng, link.counts
         self.chaos, self.ended = chaos, ended
         policies = drafting_policies(case.drafting or "fixed")
@@ -133,7 +143,7 @@ class ChaosSession:
         self._sent: dict[int, _Sent] = {}
         self._last: Draft | None = None
         self._thinking = False
-        link.talks[session] = self
+        link.sessions[session] = self
 
     # --- the drafter's events
 
@@ -152,7 +162,7 @@ class ChaosSession:
 
     def cancel(self) -> None:
         """The user goes away."""
-        self.link.send(Cancel(self.session))
+        self.link.send(Cancel(self.id))
         self.counts["cancelled"] += 1
         self._end("", whole=False)
 
@@ -197,7 +207,7 @@ class ChaosSession:
             self.tokens.append(token)
             if self.stream.push(token):
                 self.counts["stop_inside_draft"] += i < item.from_draft and i + 1 < len(item.tokens)
-                self.link.send(Cancel(self.session))
+                self.link.send(Cancel(self.id))
                 self._end("stop")
                 return
         if item.finish:
@@ -205,9 +215,9 @@ class ChaosSession:
 
     def _end(self, finish: str, *, whole: bool = True, problem: str = "") -> None:
         self.over = True
-        self.link.talks.pop(self.session, None)
+        self.link.sessions.pop(self.id, None)
         if self.engine is not None:
-            self.engine.forget(self.session)
+            self.engine.forget(self.id)
         self.stream.end()
         self.ended(self, Outcome(self.tokens, finish, self.stream.take(), whole, problem))
 
@@ -235,13 +245,13 @@ class ChaosSession:
 
     def _proposal(self, context: list[int], position: int) -> tuple[int | None, Signal]:
         assert self.engine is not None
-        p = self.engine.propose(self.session, context, position, self.case.sampling)
+        p = self.engine.propose(self.id, context, position, self.case.sampling)
         return (p.token, p.signal) if p is not None else (None, Signal())
 
     # --- sending
 
     def _send(self, message: Open | Draft) -> None:
-        """The drafter's own frame, with a draft that may go on beyond what the drafter would send."""
+        """The drafter's own frame, whose draft may be longer than the drafter's."""
         is_open = isinstance(message, Open)
         own = message.draft if isinstance(message, Open) else message.tokens
         base = len(self.drafter.committed)
@@ -252,7 +262,7 @@ class ChaosSession:
         self._sent[self._wire] = _Sent(message.round, base, draft, 0, len(own))
         if isinstance(message, Open):
             message = msgspec.structs.replace(message, round=self._wire, draft=draft)
-            self._last = Draft(self.session, self._wire, base, draft)
+            self._last = Draft(self.id, self._wire, base, draft)
         else:
             self._last = message = msgspec.structs.replace(message, round=self._wire, tokens=draft)
         self.counts["drafts"] += bool(draft)
@@ -282,7 +292,7 @@ class ChaosSession:
         junk = [self.rng.choice(script) for _ in range(2)] if end >= len(script) - 4 else []
         return (script[end : end + 6] + junk)[: MAX_DRAFT - len(own)]
 
-    # --- frames that the drafter knows nothing of
+    # --- frames that the drafter does not know
 
     def _meddle(self, sent: Open | Draft) -> None:
         """Once a frame is out: the same again, one that overtakes it, or one that makes no sense."""
@@ -293,14 +303,14 @@ class ChaosSession:
         elif kind == "overlap" and self._last is not None:
             self._overlap(self._last)
         elif kind == "old" and self._wire > 2:
-            self.link.send(Draft(self.session, self.rng.randrange(self._wire), 0, [1, 2]))
+            self.link.send(Draft(self.id, self.rng.randrange(self._wire), 0, [1, 2]))
         elif kind == "unknown":
-            self.link.send(Draft(self.session, self._wire + 1, len(self.drafter.committed) + 100, [1]))
+            self.link.send(Draft(self.id, self._wire + 1, len(self.drafter.committed) + 100, [1]))
         elif kind == "foreign":
-            self.link.send(Draft(self.session, self._wire + 1, 0, [1 << 30]))
+            self.link.send(Draft(self.id, self._wire + 1, 0, [1 << 30]))
 
     def _overlap(self, last: Draft) -> None:
-        """Draft ahead: restate what is in flight, and guess on. Its verdict settles the same round."""
+        """Draft ahead: restate the draft in flight, and guess on. Its verdict settles the same round."""
         committed = self.drafter.committed
         guess = committed[: last.base] + last.tokens
         rest = guess[len(committed) :] if guess[: len(committed)] == committed else []
@@ -322,7 +332,7 @@ class ChaosSession:
         self._sent[self._wire] = _Sent(round_, base, tokens, shift if round_ >= 0 else 0, len(draft))
         self.counts["overlapping_drafts"] += 1
         serve = self.drafter.serve
-        self.link.send(Draft(self.session, self._wire, base, tokens, serve=serve))
+        self.link.send(Draft(self.id, self._wire, base, tokens, serve=serve))
 
     # --- verdicts
 

@@ -1,4 +1,4 @@
-"""Many sessions on a few devices and two verifiers, with as much trouble as asked for, in virtual time."""
+"""Many sessions on a few devices and two verifiers, with trouble, in virtual time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from wisp.engines.base import TargetEngine
 from wisp.check.lossless.drafts import Drafts
-from wisp.check.lossless.edge import Link, ChaosSession
+from wisp.check.lossless.edge import ChaosLink, ChaosSession
 from wisp.check.lossless.judge import Case, Outcome
-from wisp.check.lossless.world import PARK_S, Chaos, Clock, Cloud
+from wisp.check.lossless.world import PARK_S, Chaos, ChaosServer
+from wisp.engines.base import TargetEngine
+from wisp.sim.timeline import Timeline
 
 PATIENCE_S = 300.0  # virtual seconds in which nothing ends: sessions are stuck
 KEYS = ("a", "a", "b", "a")  # of the devices; prefixes are shared within a key only
@@ -19,9 +20,9 @@ Ended = Callable[[Case, Outcome], None]
 
 
 class Fleet:
-    """Runs `cases`, about `at_once` of them at a time; `ended` hears of each outcome.
+    """Runs `cases`, about `at_once` of them at a time; `ended` is told of each outcome.
 
-    A case whose user cancels is told of (`whole` False) and started again.
+    A cancelled case is told of, too (`whole` False), and started again.
     """
 
     def __init__(
@@ -40,11 +41,11 @@ class Fleet:
         ended: Ended,
     ) -> None:
         self.rng = random.Random(seed)
-        self.clock = Clock()
+        self.clock = Timeline()
         self.drafts, self.piece, self.eos = drafts, piece, eos
         self.at_once, self.chaos, self.counts, self.report = at_once, chaos, counts, ended
-        self.clouds = [
-            Cloud(
+        self.servers = [
+            ChaosServer(
                 self.clock,
                 engine,
                 side,
@@ -58,7 +59,7 @@ class Fleet:
             )
             for side in (0, 1)
         ]
-        self.links = [Link(self.clock, self.clouds[0], key, self.rng, counts) for key in KEYS]
+        self.links = [ChaosLink(self.clock, self.servers[0], key, self.rng, counts) for key in KEYS]
         self._waiting = list(cases)
         self._running: dict[str, ChaosSession] = {}
         self._done: set[int] = set()
@@ -66,16 +67,18 @@ class Fleet:
         self._progress_at = 0.0
 
     def run(self) -> list[str]:
-        """To the end. Returns what went wrong beside the outcomes: engine errors, sessions left behind."""
+        """To the end. Returns problems beside the outcomes: engine errors, sessions left behind."""
         for link in self.links:
             self._connect(link)
         self._start()
         while (self._running or self._waiting) and self.clock.now < self._progress_at + PATIENCE_S:
             if not self.clock.step():
                 break
-        for talk in list(self._running.values()):
-            self.report(talk.case, Outcome(talk.tokens, "", "", problem="stuck: nothing happens any more"))
-        errors = [error for cloud in self.clouds for error in cloud.errors]
+        for session in list(self._running.values()):
+            self.report(
+                session.case, Outcome(session.tokens, "", "", problem="stuck: nothing happens any more")
+            )
+        errors = [error for server in self.servers for error in server.errors]
         return [*errors, *self._left_behind()]
 
     # --- sessions
@@ -86,17 +89,17 @@ class Fleet:
             self._names += 1
             engine = self.drafts.engine(case.drafter, case.script, self.rng)
             name = f"{self._names:08d}"
-            talk = ChaosSession(name, case, link, engine, self.eos, self.piece, self.chaos, self._ended)
-            self._running[name] = talk
+            session = ChaosSession(name, case, link, engine, self.eos, self.piece, self.chaos, self._ended)
+            self._running[name] = session
             if link.connection:
-                self.clock.after(self.rng.uniform(0.0, 0.05), self._opener(talk))
+                self.clock.after(self.rng.uniform(0.0, 0.05), self._opener(session))
 
-    def _opener(self, talk: ChaosSession) -> Callable[[], None]:
-        connection = talk.link.connection
+    def _opener(self, session: ChaosSession) -> Callable[[], None]:
+        connection = session.link.connection
 
         def open_() -> None:  # unless the link has broken: then its return opens the session
-            if talk.link.connection == connection:
-                talk.connect()
+            if session.link.connection == connection:
+                session.connect()
 
         return open_
 
@@ -108,32 +111,32 @@ class Fleet:
         turns = [i for i in ready if self._waiting[i].after >= 0]
         return self._waiting.pop((turns or ready)[0])
 
-    def _ended(self, talk: ChaosSession, outcome: Outcome) -> None:
-        del self._running[talk.session]
+    def _ended(self, session: ChaosSession, outcome: Outcome) -> None:
+        del self._running[session.id]
         self._progress_at = self.clock.now
         self.counts["sessions"] += 1
         if outcome.whole:
-            self._done.add(talk.case.number)
+            self._done.add(session.case.number)
         else:
-            self._waiting.insert(0, talk.case)
-        self.report(talk.case, outcome)
+            self._waiting.insert(0, session.case)
+        self.report(session.case, outcome)
         self.clock.after(self.rng.uniform(0.0, 0.02), self._start)
 
     def _left_behind(self) -> list[str]:
-        """Once everybody has gone, and parking is over, the verifiers must hold nothing."""
+        """Once all sessions are gone, and parking is over, the verifiers must hold nothing."""
         for link in self.links:
             if link.connection:
-                link.cut(at_cloud=True)
+                link.cut(at_server=True)
         end = self.clock.now + 3 * PARK_S
         while self.clock.now < end and self.clock.step():
             pass
-        sessions = sum(len(cloud.verifier.sessions) for cloud in self.clouds)
-        slots = sum(cloud.verifier.kv.owned_slots for cloud in self.clouds)
+        sessions = sum(len(server.verifier.sessions) for server in self.servers)
+        slots = sum(server.verifier.kv.owned_slots for server in self.servers)
         return [f"{sessions} sessions and {slots} slots were never freed"] if sessions or slots else []
 
     # --- connections and trouble
 
-    def _connect(self, link: Link) -> None:
+    def _connect(self, link: ChaosLink) -> None:
         self._connections += 1
         link.connect(self._connections)
 
@@ -145,21 +148,21 @@ class Fleet:
         """After each step something may go wrong."""
         chaos, rng = self.chaos, self.rng
         if rng.random() < chaos.restart:
-            cloud = rng.choice(self.clouds)
-            cloud.restart()
+            server = rng.choice(self.servers)
+            server.restart()
             for link in self.links:
-                if link.cloud is cloud:
-                    self._break(link, at_cloud=False)
+                if link.server is server:
+                    self._break(link, at_server=False)
         elif rng.random() < chaos.lose:
-            self._break(rng.choice(self.links), at_cloud=True)
+            self._break(rng.choice(self.links), at_server=True)
         elif self._running and rng.random() < chaos.cancel:
-            talk = self._running[rng.choice(list(self._running))]
-            if not talk.cancelled:
-                talk.cancel()
+            session = self._running[rng.choice(list(self._running))]
+            if not session.cancelled:
+                session.cancel()
 
-    def _break(self, link: Link, *, at_cloud: bool) -> None:
+    def _break(self, link: ChaosLink, *, at_server: bool) -> None:
         if link.connection:
-            link.cut(at_cloud=at_cloud)
+            link.cut(at_server=at_server)
             self.counts["reconnects"] += 1
             away = self.rng.choice((0.001, 0.05, 0.2, 1.0, 2 * PARK_S))
             self.counts["outlived_parking"] += away > PARK_S
@@ -167,6 +170,6 @@ class Fleet:
                 self.counts["moves"] += 1
                 if self.rng.random() < 0.5:  # not for long
                     soon = away + self.rng.uniform(0.2, 1.5)
-                    self.clock.after(soon, lambda: self._break(link, at_cloud=True))
-                link.cloud = self.clouds[link.cloud is self.clouds[0]]
+                    self.clock.after(soon, lambda: self._break(link, at_server=True))
+                link.server = self.servers[link.server is self.servers[0]]
             self.clock.after(away, lambda: self._connect(link))

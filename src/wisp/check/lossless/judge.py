@@ -1,7 +1,7 @@
-"""What the target alone says, and how a session's output is held against it.
+"""The text of the target alone, and the comparison of a session's output with it.
 
 The reference (`engines.llama.reference`) decodes one sequence, one token at a time, once per prompt and sampling;
-all cases that share them share it. In exact mode nothing but equality will do. In fast mode kernels round
+cases with the same prompt and sampling share it. In exact mode only equality passes. In fast mode kernels round
 differently from batch to batch, so the first token that differs counts as a *tie* where noise no larger than the
 engine's measured `flip_gap` could have chosen it, and as a mismatch otherwise.
 """
@@ -23,9 +23,9 @@ from wisp.engines.llama.reference import reference_steps, reference_tokens
 
 
 class Case(msgspec.Struct, frozen=True):
-    """One generation to be held against the reference.
+    """One generation to be compared with the reference.
 
-    drafter:   who drafts, e.g. "model", "wrong", or "serve" (the verifier decodes by itself)
+    drafter:   e.g. "model", "wrong", or "serve" (the verifier decodes by itself)
     drafting:  the drafting policy
     script:    the reference's tokens from position 0 on, beyond `max_tokens` where it goes on
     after:     start once the case of that number has ended (its next turn), -1: at any time
@@ -47,7 +47,7 @@ class Case(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What came out of a session. `whole` is False where its user cancelled it; `problem`: why it failed."""
+    """The output of a session. `whole` is False if its user cancelled it; `problem`: why it failed."""
 
     tokens: list[int]
     finish: str
@@ -95,7 +95,7 @@ class Reference:
 
 
 class Judge:
-    """Compares outcomes with what the reference says."""
+    """Compares outcomes with the reference."""
 
     def __init__(self, reference: Reference, piece: Callable[[int], bytes], flip_gap: float) -> None:
         self.reference, self.piece, self.flip_gap = reference, piece, flip_gap
@@ -114,7 +114,7 @@ class Judge:
         return Outcome(tokens[: stream.tokens], finish, stream.take())
 
     def compare(self, case: Case, outcome: Outcome) -> Finding | None:
-        """None if the outcome is the reference's, or what is wrong with it."""
+        """The difference from the reference, or None."""
         if outcome.problem:
             return Finding(case.number, outcome.problem)
         expected = self.expected(case)

@@ -1,34 +1,34 @@
-"""Virtual time, trouble and a verifier's host, so that a whole fleet runs in one process and always the same way.
+"""A verifier in virtual time, and trouble for it: a whole fleet runs in one process, and a seed decides everything.
 
-`Cloud` does for `core.verify.verifier.Verifier` what `wisp.server.host` does, with a heap in place of threads and sockets.
-The step's arithmetic is real; only its duration is made up.
+`core.verify.loop` drives the verifier, as in the live server. A step's arithmetic is real, its duration is random.
 """
 
 from __future__ import annotations
 
-import heapq
 import random
 from collections import Counter
 from collections.abc import Callable
 
 import msgspec
 
+from wisp.core.errors import EngineError
+from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict, decode_from_edge, encode
+from wisp.core.protocol.step import Copy
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
-from wisp.core.errors import EngineError
-from wisp.core.verify.events import Action, EdgeLost, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
-from wisp.core.protocol.messages import Cancel, Draft, Open, Verdict, decode_from_edge, encode
+from wisp.core.verify.events import Action, EdgeLost, Ended, FromEdge, InEvent, Limits, Run, Send, StepDone
+from wisp.core.verify.loop import VerifierLoop
 from wisp.core.verify.session import IN_ENGINE
 from wisp.core.verify.verifier import Verifier
-from wisp.core.protocol.step import Copy
 from wisp.engines.base import TargetEngine
+from wisp.sim.timeline import Timeline
 
 PARK_S = 4.0
 MAX_DRAFT = 32
 
 
 class Chaos(msgspec.Struct, frozen=True):
-    """How much goes wrong. Probabilities: the first five per engine step, the others per occasion."""
+    """Probabilities of trouble: the first five per engine step, the others per occasion."""
 
     lose: float = 0.0  # a connection breaks
     restart: float = 0.0  # the verifier is replaced by a fresh one
@@ -45,33 +45,7 @@ class Chaos(msgspec.Struct, frozen=True):
 CALM = Chaos(ride=1.0)
 
 
-class Clock:
-    """Virtual seconds. What is due at one time runs in the order in which it was asked for."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._due: list[tuple[float, int, Callable[[], None]]] = []
-        self._count = 0
-
-    def at(self, when: float, what: Callable[[], None]) -> None:
-        """Call `what` at time `when`."""
-        self._count += 1
-        heapq.heappush(self._due, (max(when, self.now), self._count, what))
-
-    def after(self, delay: float, what: Callable[[], None]) -> None:
-        """Call `what` in `delay` seconds."""
-        self.at(self.now + delay, what)
-
-    def step(self) -> bool:
-        """Do the next thing. False if there is none."""
-        if not self._due:
-            return False
-        self.now, _, what = heapq.heappop(self._due)
-        what()
-        return True
-
-
-class Cloud:
+class ChaosServer:
     """A verifier at a time, on half of the engine's slots: the `side` says which, so that two can share it.
 
     `sent` is called with (connection, frame), `stepped` after each step.
@@ -79,7 +53,7 @@ class Cloud:
 
     def __init__(
         self,
-        clock: Clock,
+        clock: Timeline,
         engine: TargetEngine,
         side: int,
         eos: frozenset[int],
@@ -97,17 +71,17 @@ class Cloud:
         self.chaos, self.rng, self.counts = chaos, rng, counts
         self.sent, self.stepped = sent, stepped
         self.errors: list[str] = []
-        self._life = 0  # which verifier: events meant for a former one are void
-        self._tick_due = False
-        self._timer = 0
         self._seen: set[tuple[str, int]] = set()
-        self.verifier = self._fresh()
+        self._loop = self._fresh()
+
+    @property
+    def verifier(self) -> Verifier:
+        """The present one."""
+        return self._loop.verifier
 
     def restart(self) -> None:
-        """Another verifier, that knows nothing, on an engine that holds nothing."""
-        self._life += 1
-        self._tick_due = False
-        self.verifier = self._fresh()
+        """Replace the verifier by a fresh one, on an empty engine."""
+        self._loop = self._fresh()
         self.counts["restarts"] += 1
 
     def receive(self, connection: int, key: str, frame: bytes) -> None:
@@ -119,16 +93,16 @@ class Cloud:
         again = isinstance(message, Draft) and (message.session, message.round) in self._seen
         if isinstance(message, Open | Draft):
             self._seen.add((message.session, message.round))
-        for action in self._feed(FromEdge(connection, key, message)):
+        for action in self._loop.feed(FromEdge(connection, key, message)):
             if isinstance(action, Send) and isinstance(action.message, Verdict):  # answered without a step
                 self.counts["duplicates_answered" if again else "stale_verdicts"] += 1
 
     def lost(self, connection: int) -> None:
         """`connection` is known to be gone."""
-        self._feed(EdgeLost(connection))
+        self._loop.feed(EdgeLost(connection))
 
-    def _fresh(self) -> Verifier:
-        """A verifier, some with little room and short steps, so that KV is short and prompts come in chunks."""
+    def _fresh(self) -> _CountingLoop:
+        """A verifier, some with little KV and short steps, so that KV is short and prompts come in chunks."""
         info, tight = self.engine.info, self.rng.random() < 0.5
         limits = Limits(
             n_vocab=info.n_vocab,
@@ -140,25 +114,8 @@ class Cloud:
             max_draft=MAX_DRAFT,
             park_s=PARK_S,
         )
-        return Verifier(limits, batching_policy(self.batching), Admission(1 << 20))
-
-    def _feed(self, event: InEvent) -> list[Action]:
-        slots = {h: s.slot for h, s in self.verifier.sessions.items()}
-        absent = set(self.verifier.index.drafting)
-        actions = self.verifier.handle(self.clock.now, event)
-        self._count_kv(slots)
-        for action in actions:
-            if isinstance(action, Send):
-                self.sent(action.connection, encode(action.message))
-            elif isinstance(action, Run):
-                self.counts["decoded_for_absent_edges"] += sum(s.session in absent for s in action.slices)
-                self._run(action)
-            elif isinstance(action, WakeAt):
-                self._wake(action.at)
-        if not isinstance(event, Tick) and not self._tick_due and not self.verifier.running:
-            self._tick_due = True
-            self.clock.after(self.rng.choice((0.0, 0.0, 0.002)), self._if_alive(self._tick))
-        return actions
+        verifier = Verifier(limits, batching_policy(self.batching), Admission(1 << 20))
+        return _CountingLoop(verifier, _Life(self), self.counts)
 
     def _count_ahead(self, open_: Open) -> None:
         """Does the edge know more than this verifier, having been served by the other one meanwhile?"""
@@ -167,35 +124,16 @@ class Cloud:
                 self.counts["edges_ahead"] += 1
                 self.counts["edges_ahead_in_step"] += s.state in IN_ENGINE
 
-    def _count_kv(self, slots: dict[int, int | None]) -> None:
-        for handle, s in self.verifier.sessions.items():
-            had = slots.get(handle)
-            self.counts["evictions"] += had is not None and s.slot is None
-            self.counts["prefixes_reused"] += had is None and s.slot is not None and s.cached > 0
-        self.counts["most_queued"] = max(self.counts["most_queued"], self.verifier.n_waiting)
-
-    def _tick(self) -> None:
-        self._tick_due = False
-        self._feed(Tick())
-
-    def _wake(self, at: float) -> None:
-        self._timer += 1
-        mine = self._timer
-        self.clock.at(at, self._if_alive(lambda: self._tick() if self._timer == mine else None))
-
-    def _if_alive(self, what: Callable[[], None]) -> Callable[[], None]:
-        life = self._life
-        return lambda: what() if self._life == life else None
-
-    def _run(self, step: Run) -> None:
-        done = self._compute(step)
+    def run(self, step: Run, done: Callable[[StepDone], None]) -> None:
+        """Run a step; `done` hears of its end."""
+        result = self._compute(step)
         self.counts["steps"] += 1
         self.counts["slices"] += len(step.slices)
         self.counts["copies"] += len(step.copies)
         self.counts["mixed_steps"] += len(step.slices) > 1
         slow = self.rng.random() < self.chaos.slow
         duration = self.rng.uniform(0.5, 2.0) if slow else self.rng.uniform(0.004, 0.03)
-        self.clock.after(duration, self._if_alive(lambda: self._done(done)))
+        self.clock.after(duration, lambda: done(result))
 
     def _compute(self, step: Run) -> StepDone:
         try:
@@ -213,6 +151,68 @@ class Cloud:
             return StepDone([], 1.0, error="a failure made for testing")
         return StepDone(results, 1.0)
 
-    def _done(self, done: StepDone) -> None:
-        self._feed(done)
-        self.stepped()
+    def ended(self, loop: VerifierLoop, done: StepDone) -> None:
+        """The step of a verifier has ended. Nothing happens if the verifier was replaced meanwhile."""
+        if loop is self._loop:
+            loop.feed(done)
+            self.stepped()
+
+    def is_present(self, loop: VerifierLoop) -> bool:
+        """Has this verifier not been replaced?"""
+        return loop is self._loop
+
+
+class _Life:
+    """The surroundings of one verifier. Its callbacks are void once another verifier has taken its place."""
+
+    def __init__(self, server: ChaosServer) -> None:
+        self._server = server
+        self.loop: VerifierLoop
+
+    @property
+    def now(self) -> float:
+        return self._server.clock.now
+
+    def soon(self, do: Callable[[], None]) -> None:
+        """Sometimes a little later, so that frames overtake it."""
+        delay = self._server.rng.choice((0.0, 0.0, 0.002))
+        self._server.clock.after(delay, lambda: self._if_present(do))
+
+    def at(self, time: float, do: Callable[[], None]) -> Callable[[], None]:
+        return self._server.clock.at(time, lambda: self._if_present(do))
+
+    def ended(self, ended: Ended) -> None:
+        """Counted by the devices themselves."""
+
+    def run(self, step: Run) -> None:
+        self._server.run(step, lambda done: self._server.ended(self.loop, done))
+
+    def send(self, connection: int, message: Verdict | Refused) -> None:
+        self._server.sent(connection, encode(message))
+
+    def _if_present(self, do: Callable[[], None]) -> None:
+        if self._server.is_present(self.loop):
+            do()
+
+
+class _CountingLoop(VerifierLoop):
+    """Counts the situations that a check must provoke."""
+
+    def __init__(self, verifier: Verifier, life: _Life, counts: Counter[str]) -> None:
+        super().__init__(verifier, life)
+        life.loop = self
+        self._counts = counts
+
+    def _handle(self, event: InEvent) -> list[Action]:
+        slots = {h: s.slot for h, s in self.verifier.sessions.items()}
+        drafting = set(self.verifier.index.drafting)
+        actions = super()._handle(event)
+        for handle, s in self.verifier.sessions.items():
+            had = slots.get(handle)
+            self._counts["evictions"] += had is not None and s.slot is None
+            self._counts["prefixes_reused"] += had is None and s.slot is not None and s.cached > 0
+        self._counts["most_queued"] = max(self._counts["most_queued"], self.verifier.n_waiting)
+        for action in actions:
+            if isinstance(action, Run):
+                self._counts["decoded_for_absent_edges"] += sum(s.session in drafting for s in action.slices)
+        return actions

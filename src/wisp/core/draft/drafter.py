@@ -23,11 +23,11 @@ from enum import Enum, auto
 import msgspec
 
 from wisp.core.draft.policies import Ahead, DraftingPolicy, Odds, View
+from wisp.core.draft.round_times import RoundTimes
+from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.protocol.messages import MODEL_CHANGED, Draft, Open, Refused, Verdict
-from wisp.core.draft.round_times import RoundTimes
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.draft.signals import Signal
 from wisp.core.protocol.slo import Slo
 from wisp.core.protocol.step import Committed
 

@@ -14,10 +14,10 @@ from typing import Protocol
 
 import msgspec
 
-from wisp.core.errors import ConfigError
-from wisp.core.draft.round_times import Mean, RoundTimes
 from wisp.core.draft.predictor import Calibration, Predictor, sigmoid
+from wisp.core.draft.round_times import Mean, RoundTimes
 from wisp.core.draft.signals import Signal
+from wisp.core.errors import ConfigError
 
 STOPPING_IN_TIME = 1.1  # how much `gain` is faster than the best fixed length: 1.2 on average in replays
 LONGEST = 16  # tokens in one draft, unless told otherwise

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from wisp.core.draft.signals import Signal
 from wisp.core.errors import ConfigError
 from wisp.core.protocol.sampling import COLDEST
-from wisp.core.draft.signals import Signal
 
 FEATURES = (
     "logit_confidence",

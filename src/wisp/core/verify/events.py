@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from wisp.core.verify.admission import KeyLimits
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.protocol.step import Copy, Slice, SliceResult
+from wisp.core.verify.admission import KeyLimits
 
 
 class Limits(msgspec.Struct, frozen=True):

@@ -11,16 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+from wisp.core.protocol.step import Copy, Slice
 from wisp.core.verify.admission import Admission
-from wisp.core.verify.batching import BatchingPolicy, Grant, Kind, StepLimits, Candidate
+from wisp.core.verify.batching import BatchingPolicy, Candidate, Grant, Kind, StepLimits
+from wisp.core.verify.congestion import CongestionPrice
 from wisp.core.verify.cost import CostModel, Load, load_of
 from wisp.core.verify.events import Limits, Run
 from wisp.core.verify.kv import KvPool
-from wisp.core.verify.preemption import is_urgent, victims, slot_victims
 from wisp.core.verify.places import is_silent
-from wisp.core.verify.congestion import CongestionPrice
+from wisp.core.verify.preemption import is_urgent, slot_victims, victims
 from wisp.core.verify.session import DRAFT, PARKED, PICKED, READY, WAITING, Session
-from wisp.core.protocol.step import Copy, Slice
 
 PREFILL, VERIFY, DECODE = Kind
 PATIENCE_S = 1.0  # who has no due time waits for a slot like one that is due so long after asking
@@ -69,7 +69,12 @@ class Planner:
     """Decides about the next step."""
 
     def __init__(
-        self, limits: Limits, policy: BatchingPolicy, admission: Admission, cost: CostModel, index: SessionIndex
+        self,
+        limits: Limits,
+        policy: BatchingPolicy,
+        admission: Admission,
+        cost: CostModel,
+        index: SessionIndex,
     ) -> None:
         self.limits = limits
         self.policy = policy
@@ -143,7 +148,8 @@ class Planner:
         evictable = self._evictable(now)
         able: Iterator[int] | None = None  # once there is no slot left: who would lend theirs
         for session in sorted(
-            queue, key=lambda s: (shares.get(s.key, 0.0), _needed_at(s) if preempts else 0.0, s.opened, s.handle)
+            queue,
+            key=lambda s: (shares.get(s.key, 0.0), _needed_at(s) if preempts else 0.0, s.opened, s.handle),
         ):
             asked = (now, session.handle, session.sharers, session.chain, evictable)
             placement = self.kv.acquire(*asked) if able is None else None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from wisp.core.verify.batching import Kind, Candidate
+from wisp.core.verify.batching import Candidate, Kind
 from wisp.core.verify.cost import CostModel, Load
 
 SPARE_S = 3.0  # nobody preempts who needs it sooner

@@ -15,11 +15,11 @@ from enum import Enum, auto
 
 import msgspec
 
-from wisp.core.verify.batching import Candidate
 from wisp.core.errors import ProtocolError
-from wisp.core.verify.kv import Tokens, common_prefix, packed
 from wisp.core.protocol.messages import Draft, Open, Verdict
 from wisp.core.protocol.step import TokenLogprob
+from wisp.core.verify.batching import Candidate
+from wisp.core.verify.kv import Tokens, common_prefix, packed
 
 
 class State(Enum):

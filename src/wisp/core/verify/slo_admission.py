@@ -191,7 +191,9 @@ class SloAdmission:
         ttft_s = newcomer.slo.ttft_ms / 1e3 if newcomer.slo else 0.0
         waiting = ttft_s / (self.answer_tokens * newcomer.tpot_s) if newcomer.tpot_s else 0.0
         # What there is no KV or slot for is lent, and has to be read again.
-        lent = max(without, demand.without_slot(limits) if preempts else 0.0) / (LOAN * max(self.answer_s, 1.0))
+        lent = max(without, demand.without_slot(limits) if preempts else 0.0) / (
+            LOAN * max(self.answer_s, 1.0)
+        )
         # Who waits for a first token asks for nothing yet, and so many may wait at a time.
         if demand.rows + lent > self.filled * (1.0 + waiting) * offered and len(paces) > 1:
             return "this verifier could not keep the pace asked for"

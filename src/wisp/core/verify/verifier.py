@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import msgspec
 
+from wisp.core.errors import ProtocolError
+from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict, check_digest
+from wisp.core.protocol.slo import LONGEST_MS
+from wisp.core.protocol.step import ENGINE_ERROR, Slice, SliceResult
 from wisp.core.verify.admission import Admission, Refusal
 from wisp.core.verify.batching import BatchingPolicy
 from wisp.core.verify.cost import CostModel, Load, decoding_of
-from wisp.core.errors import ProtocolError
 from wisp.core.verify.events import (
     Action,
     Ended,
@@ -31,10 +34,8 @@ from wisp.core.verify.events import (
     Tick,
     WakeAt,
 )
-from wisp.core.verify.slo_admission import SloAdmission, keepable
-from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict, check_digest
 from wisp.core.verify.places import gives_way, keeps_place
-from wisp.core.verify.planner import SessionIndex, Planner
+from wisp.core.verify.planner import Planner, SessionIndex
 from wisp.core.verify.session import (
     CANCEL,
     DOOMED,
@@ -52,8 +53,7 @@ from wisp.core.verify.session import (
     Pending,
     Session,
 )
-from wisp.core.protocol.slo import LONGEST_MS
-from wisp.core.protocol.step import ENGINE_ERROR, Slice, SliceResult
+from wisp.core.verify.slo_admission import SloAdmission, keepable
 
 
 class Verifier:
@@ -362,7 +362,9 @@ class Verifier:
         # From dispatch to dispatch: what the host does between steps takes time from everybody, too.
         self.cost.observe(self._load, max(event.engine_ms, (now - self._dispatched) * 1e3))
         decoding = self.cost.ms(decoding_of(step.values())) / self.cost.ms(self._load)
-        self.congestion.stepped(sum(len(r.tokens) for r in event.results), event.engine_ms * min(decoding, 1.0))
+        self.congestion.stepped(
+            sum(len(r.tokens) for r in event.results), event.engine_ms * min(decoding, 1.0)
+        )
         self.price = self.congestion.price(self.cost.token_ms(self._load))
         for result in event.results:
             session = self.sessions[result.session]

@@ -23,7 +23,7 @@ LONGEST_S = 300.0  # of a warm-up
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Advice. reasons: in plain words; assumed: how each of the two would be run; commands: for what is advised."""
+    """Advice. reasons: in plain words; assumed: settings of both ways; commands: for the advised way."""
 
     verdict: Verdict
     devices: int
@@ -47,7 +47,7 @@ def scenario_for(
     kv_tokens: int = 0,
     slots: int = 0,
 ) -> Scenario:
-    """What is planned, as a scenario of short runs. kv_tokens, slots: 0 for the hardware profile's. Raises
+    """A plan's question, as a scenario of short runs. kv_tokens, slots: 0 for the hardware profile's. Raises
     ConfigError."""
     if devices < 1:
         raise ConfigError(f"--devices {devices}: plan for at least one")
@@ -89,7 +89,7 @@ def plan(
     runs: Runs | None = None,
     watch: Watch = lambda what, done, of: None,
 ) -> Plan:
-    """What to do for a scenario of one class and one kind of device. Raises ConfigError."""
+    """Advice for a scenario of one class and one kind of device. Raises ConfigError."""
     if not TOLERANCES[0] <= tolerance <= 0.5:
         raise ConfigError(f"--tolerance {tolerance:g}: give a share between {TOLERANCES[0]:g} and 0.5")
     n = scenario.devices_n

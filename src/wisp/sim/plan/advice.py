@@ -1,4 +1,4 @@
-"""What to do, why, and with which commands: it all follows from the numbers of devices estimated or found."""
+"""The advice, its reasons and its commands. All follow from the estimated or simulated numbers of devices."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from enum import StrEnum
 
 import msgspec
 
+from wisp.calibrate.hardware import Measured
 from wisp.engines.emulated import Hardware
 from wisp.sim.fluid import bound
 from wisp.sim.plan.estimate import Estimate, cap, idle_ttft_ms, kept_up, longest
-from wisp.calibrate.hardware import Measured
 from wisp.sim.scenario import Kit, Scenario
 
-WORTH_IT = 1.1  # so many times the devices, or it is not worth a drafter on each
-CLOSE = 0.15  # an estimate so close to the devices asked for decides nothing
+WORTH_IT = 1.1  # a gain in devices below this factor is not worth a drafter on each
+CLOSE = 0.15  # relative distance within which an estimate decides nothing
 
 
 class Verdict(StrEnum):
-    """What to do."""
+    """The advice."""
 
     WISP = "use WISP"
     MORE = "use WISP, on more than one verifier"
@@ -66,7 +66,7 @@ def reasons(scenario: Scenario, verdict: Verdict, wisp: Estimate, central: Estim
     guessed = any(e.simulated is None for e in (wisp, central))
     near = any(e.simulated is None and abs(e.devices - n) <= CLOSE * n for e in (wisp, central))
     possible = {Verdict.NO_GAIN: WORTH_IT * central.bound, Verdict.NEITHER: 1.0}.get(verdict, math.inf)
-    if near or (guessed and wisp.bound >= possible):  # the bound says what the estimate does not
+    if near or (guessed and wisp.bound >= possible):  # the bound and the estimate disagree
         words.append("that is too close for an estimate: try it with --simulate")
     if wisp.limit == "kv":
         words.append("room for KV is what limits it, and drafts do not make any: more memory would")
@@ -104,7 +104,7 @@ def _number(n: int, e: Estimate) -> str:
 
 
 def _of_drafts(scenario: Scenario, verdict: Verdict) -> list[str]:
-    """Of what use drafts are, by how the bound would be reached."""
+    """The use of drafts, by the way in which the bound would be reached."""
     best, kit, rate = bound(scenario), scenario.devices[0], scenario.slo[0].rate
     speed = kit.build()[0].tokens_per_s
     slow = f"the devices draft {speed:g} tokens/s, where users expect {rate:g}"
@@ -146,14 +146,14 @@ def _servers(n: int, e: Estimate) -> str:
 
 
 def assumed(scenario: Scenario) -> tuple[str, ...]:
-    """How each of the two would be run."""
+    """The settings of both ways."""
     slo, most = scenario.slo[0], cap(scenario)
     drafts = (
         f"{scenario.acceptance:.0%} of drafted tokens" if scenario.acceptance else "drafts as recorded ones"
     )
     capped = f" with at most {most} sessions at once" if most else ""
     return (
-        f"with WISP: batching wisp, drafting gain and ahead, admission by forecast; {drafts} agree with the target; "
+        f"with WISP: batching wisp, drafting gain and ahead, SLO admission; {drafts} agree with the target; "
         f"clients send x-slo-ttft-ms: {1e3 * slo.ttft_s:g} and x-slo-tpot-ms: {1e3 / slo.rate:.4g}",
         f"centrally: continuous batching of chunked prefill{capped}, nothing refused, no drafts",
     )
@@ -171,7 +171,7 @@ def commands(scenario: Scenario, verdict: Verdict, wisp: Estimate, central: Esti
     if not drafts:
         slots = cap(scenario.with_devices(each)) or slots
     serve = ["wisp serve", *_engine(scenario, profile, slots)]
-    serve += ["--batching wisp --forecast" if drafts else "--batching continuous --no-forecast"]
+    serve += ["--batching wisp --slo-admission" if drafts else "--batching continuous --no-slo-admission"]
     if each > 1024:
         serve.append(f"--max-sessions {each}")
     if servers > 1:

@@ -1,5 +1,8 @@
-"""How many devices to expect: the fluid bounds of drafting, as far as a good schedule gets, and of serving centrally,
-times what share of them capacity searches reached, less where circumstances are harder than they were there."""
+"""Devices to expect from one server: a fluid bound, times the share of it that capacity searches reached.
+
+With drafts the bound is that of a good schedule, not the ideal one. Circumstances harder than the searches' take more
+off.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,26 @@ from wisp.sim.scenario import Scenario
 
 TOLERANCES = (0.01, 0.1)
 # Shares that capacity searches reached with these tolerances: `capacity_at_1_percent` and `capacity`, in
-# docs/results/capacity.json, the first rows of `wisp experiments table`. Ours, of what can be expected of good
-# schedules (`bound` that is not `ideal`), hardly depends on the pace. Central's, of its bound, does: by tokens/s.
-OURS = (0.89, 0.98)
+# docs/results/capacity.json, the first rows of `wisp experiments table`. With drafts: of a good schedule (`bound`, not
+# `ideal`), at any rate. Centrally: of the bound, by tokens/s.
+WISP = (0.89, 0.98)
 CENTRAL = {8.0: (0.922, 1.01), 12.0: (0.89, 1.041), 16.0: (0.752, 0.774), 20.0: (0.762, 0.813)}
 USUAL_WAIT_S, USUAL_OUTPUT = 3.0, 200.0  # TTFT target and tokens of an answer there
-# Share to take off for each more of the tokens of a step that are of prompts than usual: they come in lumps. Chosen so
-# that what is expected was carried in searches with longer prompts.
+# Prompts come in lumps. A larger share of them in the tokens of a step than usual takes this many times the difference
+# off. Chosen so that searches with longer prompts carried the expected devices.
 USUAL_LUMPS = 0.4
 LUMPY = {"wisp": 0.45, "central": 0.25}
-LENT = 0.25  # of what could be gained by lending KV, up to as many devices again: seen at 2 to 6 tokens/s
+PREEMPTED = 0.25  # of the possible gain by preemption, up to as many devices again: seen at 2 to 6 tokens/s
 PLENTY = 10**9  # tokens of KV
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """Of one way of serving.
+    """For one way of serving.
 
     bound:     the fluid bound
     devices:   how many to expect one server to carry; tried: a simulation has found this number
-    limit:     what binds: time, kv, slots, context (a session is longer than a slot) or ttft (a first token takes
-               longer than users wait, even on an idle server)
+    limit:     the scarce resource: time, kv, slots, context (a session is longer than a slot) or ttft (a first token
+               takes longer than users wait, even on an idle server)
     simulated: violation rate at the devices asked for (None: not simulated)
     """
 
@@ -49,7 +52,7 @@ class Estimate(msgspec.Struct, frozen=True):
         return self.devices >= n
 
     def servers(self, n: int) -> int:
-        """How many are needed for `n` devices; 0: no number of them will do."""
+        """Servers needed for `n` devices; 0: no number of them is enough."""
         return math.ceil(n / self.devices) if self.devices else 0
 
 
@@ -67,12 +70,12 @@ def estimate(name: str, scenario: Scenario, tolerance: float) -> Estimate:
 
 
 def expected(name: str, scenario: Scenario, tolerance: float = 0.1) -> float:
-    """Devices to expect of a system: the share that searches reached of what its bound or, with drafts, good schedules
-    carry, and less of it where prompts come in larger lumps than there or users are less patient."""
+    """Devices to expect of a system: the share that searches reached of its bound. Larger lumps of prompts and less
+    patient users than in the searches take some off."""
     central = name == "central"
-    at_once = bound(scenario, central=central, lends=False).devices
-    lent = LENT * (bound(scenario, central=central).devices - at_once)
-    memory = at_once + min(lent, at_once)
+    at_once = bound(scenario, central=central, preempts=False).devices
+    gain = PREEMPTED * (bound(scenario, central=central).devices - at_once)
+    memory = at_once + min(gain, at_once)
     unlimited = msgspec.structs.replace(scenario, kv_tokens=PLENTY, slots=PLENTY // 1000)
     in_time = bound(unlimited, central=central, ideal=central)
     share = reached(name, scenario.slo[0].rate, tolerance)
@@ -83,16 +86,16 @@ def expected(name: str, scenario: Scenario, tolerance: float = 0.1) -> float:
 
 
 def _lumpiness(name: str, scenario: Scenario, limit: Bound) -> float:
-    """What to take off because more of the tokens that steps take are prompts."""
+    """Share to take off because prompts are more of a step than usual."""
     point, demand = limit.point, demand_of(scenario, scenario.slo[0], scenario.devices[0])
     fed = point.committed * demand.prompt / demand.output
     return LUMPY[name] * max(0.0, fed / (fed + point.sent + 1) - USUAL_LUMPS)
 
 
 def reached(name: str, rate: float, tolerance: float = 0.1) -> float:
-    """Share that a system reached: between the rates that were searched by a line, beyond them as at the last; between
-    tolerances by their logarithm."""
-    by_tolerance: Sequence[float] = OURS
+    """Share that a system reached, interpolated: linear in the rate, constant beyond the searched rates, and linear in
+    the logarithm of the tolerance."""
+    by_tolerance: Sequence[float] = WISP
     if name == "central":
         by_tolerance = [
             float(np.interp(rate, list(CENTRAL), [r[i] for r in CENTRAL.values()])) for i in (0, 1)
@@ -101,14 +104,14 @@ def reached(name: str, rate: float, tolerance: float = 0.1) -> float:
 
 
 def _patience(scenario: Scenario) -> float:
-    """Users who wait for a first token need nothing meanwhile: fewer devices where waits are a smaller part of it all
-    than where shares were searched. Where they are a larger one it is not counted on."""
+    """A user needs nothing while waiting for a first token. Waits that are shorter, relative to answers, than in the
+    searches mean fewer devices; longer ones are not counted on."""
     slo, output = scenario.slo[0], sum(scenario.output_tokens) / 2
     return min(1.0, (1 + slo.ttft_s * slo.rate / output) / (1 + USUAL_WAIT_S * slo.rate / USUAL_OUTPUT))
 
 
 def kept_up(scenario: Scenario) -> Scenario:
-    """With the speed that devices keep up once they are warm."""
+    """With the speed of warm devices."""
     kit = scenario.devices[0]
     device, _ = kit.build()
     if device.throttle >= 1.0:
@@ -123,7 +126,7 @@ def longest(scenario: Scenario) -> int:
 
 
 def idle_ttft_ms(scenario: Scenario) -> float:
-    """Until the first token of a mean prompt, if nobody else asks for anything."""
+    """Time to the first token of a mean prompt on an idle server."""
     profile, prompt = scenario.profile, sum(scenario.prompt_tokens) // 2
     steps = math.ceil(prompt / profile.step_tokens)
     each = math.ceil(prompt / steps)

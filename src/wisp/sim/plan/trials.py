@@ -15,11 +15,11 @@ from wisp.sim.systems import System, system
 
 SEEDS = (1, 2)
 GRAIN = 0.1  # a search ends once it knows the number of devices to this share
-Watch = Callable[[str, int, int], None]  # what is simulated, runs done, runs known to be needed
+Watch = Callable[[str, int, int], None]  # the numbers simulated, runs done, runs known to be needed
 
 
 class Trials:
-    """Simulations of a scenario with this or that many devices, centrally with a cap on sessions where steps would
+    """Simulations of a scenario with different numbers of devices. Centrally, sessions are capped where steps would
     grow too long."""
 
     def __init__(self, scenario: Scenario, tolerance: float, runs: Runs, watch: Watch) -> None:
@@ -73,7 +73,7 @@ class Trials:
         for i in range(len(tried)):
             of = reports[i * len(SEEDS) : (i + 1) * len(SEEDS)]
             arrived = sum(r.arrived for r in of)
-            rates.append(sum(r.violation_rate * r.arrived for r in of) / max(arrived, 1))
+            rates.append(sum(r.missed * r.arrived for r in of) / arrived if arrived else 1.0)
         return rates
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from wisp.core.verify.batching.base import BatchingPolicy, Grant, Kind, Plan, StepLimits, Candidate
-from wisp.core.verify.batching.wisp import Wisp
+from wisp.core.errors import ConfigError
+from wisp.core.verify.batching.base import BatchingPolicy, Candidate, Grant, Kind, Plan, StepLimits
 from wisp.core.verify.batching.paper import Paper
 from wisp.core.verify.batching.simple import Continuous, Fcfs
-from wisp.core.errors import ConfigError
+from wisp.core.verify.batching.wisp import Wisp
 
 POLICIES: dict[str, Callable[[], BatchingPolicy]] = {
     "wisp": Wisp,
@@ -16,10 +16,12 @@ POLICIES: dict[str, Callable[[], BatchingPolicy]] = {
     "continuous": Continuous,
     "fcfs": Fcfs,
 }
+OLD_NAMES = {"laxity": "wisp", "laxity:keep": "wisp:keep"}  # for one release
 
 
 def batching_policy(name: str) -> BatchingPolicy:
-    """The policy of that name; "wisp:keep" is laxity without lending KV. Raises ConfigError."""
+    """The policy of that name; "wisp:keep" is `wisp` without preemption. Raises ConfigError."""
+    name = OLD_NAMES.get(name, name)
     if name == "wisp:keep":
         return Wisp(preempts=False)
     if name not in POLICIES:
@@ -27,4 +29,13 @@ def batching_policy(name: str) -> BatchingPolicy:
     return POLICIES[name]()
 
 
-__all__ = ["POLICIES", "BatchingPolicy", "Grant", "Kind", "Plan", "StepLimits", "Candidate", "batching_policy"]
+__all__ = [
+    "POLICIES",
+    "BatchingPolicy",
+    "Candidate",
+    "Grant",
+    "Kind",
+    "Plan",
+    "StepLimits",
+    "batching_policy",
+]

@@ -37,7 +37,7 @@ from heapq import heappop, heappush
 from operator import attrgetter
 from typing import NamedTuple
 
-from wisp.core.verify.batching.base import Grant, Kind, Candidate
+from wisp.core.verify.batching.base import Candidate, Grant, Kind
 from wisp.core.verify.cost import Coefficients
 
 AHEAD = 32  # pieces looked at beyond those in the first step

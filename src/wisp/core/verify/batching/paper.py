@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from operator import attrgetter
 
-from wisp.core.verify.batching.base import Grant, Kind, Plan, StepLimits, Candidate
+from wisp.core.verify.batching.base import Candidate, Grant, Kind, Plan, StepLimits
 from wisp.core.verify.cost import Load
 
 _due = attrgetter("due")

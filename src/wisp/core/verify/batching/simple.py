@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from heapq import nsmallest
 from operator import attrgetter
 
-from wisp.core.verify.batching.base import Grant, Kind, Plan, StepLimits, Candidate
+from wisp.core.verify.batching.base import Candidate, Grant, Kind, Plan, StepLimits
 
 _arrival = attrgetter("since", "session")
 

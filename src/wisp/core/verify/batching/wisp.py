@@ -28,7 +28,7 @@ import math
 from collections.abc import Sequence
 from operator import attrgetter
 
-from wisp.core.verify.batching.base import Grant, Kind, Plan, StepLimits, Candidate
+from wisp.core.verify.batching.base import Candidate, Grant, Kind, Plan, StepLimits
 from wisp.core.verify.batching.deadlines import first_step
 from wisp.core.verify.batching.simple import Continuous
 from wisp.core.verify.cost import Load
