@@ -142,7 +142,7 @@ def test_an_option_that_wants_a_number_is_given_none(wisp: Wisp, command: str, o
         ("[serve]\nport = [1]", "--port"),
         ("[serve]\nsuch = 1", "has no such"),
         ("serve = 1", "not a command"),
-        ("[replicas]\nserver = 1", "has no server"),
+        ("[replicas]\nserver = 1", "tables are named replicas.drain"),
         ("[serve]\napi_keys = 1", "--api-keys"),
     ],
 )
