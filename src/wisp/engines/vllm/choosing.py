@@ -28,7 +28,13 @@ def target_tokens(logits: torch.Tensor, asked: Sequence[tuple[Sampling, int]]) -
 
 def _without_barred(logits: torch.Tensor, asked: Sequence[tuple[Sampling, int]]) -> torch.Tensor:
     """`logits`, with minus infinity for ids that may not be chosen yet; a copy where there are any."""
-    pairs = [(row, i) for row, (sampling, position) in enumerate(asked) for i in sampling.barred(position)]
+    size = logits.shape[1]
+    pairs = [
+        (row, i)
+        for row, (sampling, position) in enumerate(asked)
+        for i in sampling.barred(position)
+        if i < size
+    ]
     if not pairs:
         return logits
     rows, ids = torch.tensor(pairs, device=logits.device).unbind(1)
