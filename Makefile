@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all test-busy test-vllm test-replicas check format lock check-lossless clean \
+.PHONY: setup demo test test-all test-busy test-vllm test-replicas check format lock check-lossless docs clean \
 	bench bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
 
 setup: $(VENV)/.ready
@@ -88,18 +88,31 @@ bench-simulator: setup  ## what simulations cost, from ten devices to two thousa
 bench-drafting: setup  ## drafting policies over a grid of devices, links and verifiers, on the shipped traces
 	$(BENCH) drafting --out docs/results
 
+# The documentation's tools, in an environment of its own. They read the source and do not import it.
+DOCS := .venv-docs
+
+$(DOCS)/.ready: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/docs.txt
+	@touch $@
+
+docs: $(DOCS)/.ready  ## pages and API reference, into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
 format: setup
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
 # Exact pins with hashes, and no registry's address, from the ranges in pyproject.toml.
-LOCK := $(BIN)/uv pip compile --quiet pyproject.toml --universal --python-version 3.11 --generate-hashes \
+PIN := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --no-header --upgrade
+LOCK := $(PIN) pyproject.toml
 lock: setup
 	$(BIN)/pip install --quiet uv
 	$(LOCK) -o requirements/base.txt
 	$(LOCK) --extra dev --extra sim -o requirements/dev.txt
 	$(LOCK) --extra ray --constraint requirements/dev.txt -o requirements/ray.txt
+	$(PIN) requirements/docs.in -o requirements/docs.txt
 
 clean:
-	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(DOCS) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
