@@ -11,14 +11,14 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
-from wisp.cloud.metrics import Metrics
-from wisp.core.admission import Admission, KeyUsage
-from wisp.core.batching import batching_policy
-from wisp.core.events import Limits
-from wisp.core.verifier import Verifier
+from wisp.core.verify.admission import Admission, KeyUsage
+from wisp.core.verify.batching import batching_policy
+from wisp.core.verify.events import Limits
+from wisp.core.verify.verifier import Verifier
 from wisp.edge.metrics import EdgeMetrics
-from wisp.front.fleet import View
-from wisp.front.metrics import FrontMetrics
+from wisp.router.fleet import View
+from wisp.router.metrics import RouterMetrics
+from wisp.server.metrics import Metrics
 
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
 ROW = re.compile(r"\| `(wisp:\w+)` \| (\w+)[^|]*\| [^|]*\| ([^|]*)\|")
@@ -40,7 +40,7 @@ def edge() -> CollectorRegistry:
 
 def router() -> CollectorRegistry:
     fleet: Any = SimpleNamespace(view=lambda: [View("r1", "up", "", 0, 0, "")])
-    return FrontMetrics(lambda: fleet).registry
+    return RouterMetrics(lambda: fleet).registry
 
 
 def exposed(registry: CollectorRegistry) -> dict[str, Row]:
