@@ -246,7 +246,7 @@ def _paper_lines(data: Data) -> list[str]:
         f"({cap(MAIN, 'sled'):.0f} tokens/s) rows, so both are throughput caps. One free parameter, how many sessions "
         f"share a step, explains the centralised row with **{p['sessions_a_step']}** of them on our hardware profile. "
         "With the same limit and drafts as good as they can be, and room in KV for "
-        f"{p['kv_devices']:.0f} sessions, WISP would carry:",
+        f"{p['kv_devices']:.0f} sessions, the paper's WISP would carry:",
         "",
         *markdown(
             ("", *(f"{r:g} tok/s" for r in RATES)),
@@ -254,7 +254,7 @@ def _paper_lines(data: Data) -> list[str]:
                 ("predicted from the centralised row", *map(str, p["paper"])),
                 ("the paper's WISP", *map(str, paper_wisp)),
                 (
-                    "`wisp`, simulated without that limit",
+                    "`paper`, simulated without that limit",
                     *(str(rows[MAIN, "paper", r]["capacity"]) for r in RATES),
                 ),
             ),

@@ -194,7 +194,7 @@ def _share(scenario: Scenario, name: str = "wisp", tolerance: float = 0.1) -> fl
 
 def test_expectations_are_what_capacity_searches_reached() -> None:
     results = json.loads((Path(__file__).parents[2] / "docs/results/capacity.json").read_text())
-    searched = {(c["system"].replace("ours", "wisp"), c["rate"]): c for c in results if c["tolerance"] == 0.1}
+    searched = {(c["system"], c["rate"]): c for c in results if c["tolerance"] == 0.1}
     assert len(searched) == 8
     for (name, rate), c in searched.items():
         usual = scenario_for(A100, 10, "100", 20.0, rate)
