@@ -119,6 +119,19 @@ def drafting(
     run_drafting(traces, predictor, price=price, limit=limit, out=out, as_json=json)
 
 
+@app.command()
+def pages(
+    folder: Annotated[Path, typer.Option(help="With the data; the pages are written there.")] = Path(
+        "docs/results"
+    ),
+) -> None:
+    """Make the pages anew from the data beside them, after a change of a template. Nothing is measured."""
+    from benchmarks.pages import SOURCES, remade
+
+    for name in SOURCES:
+        (folder / f"{name}.md").write_text(remade(name, folder))
+
+
 if __name__ == "__main__":
     try:
         app()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import Data, render, table, write_data
 from wisp.calibrate.traces.format import Trace
 from wisp.core.draft.predictor import Predictor
 from wisp.sim.devices import Device, Link
@@ -32,52 +33,32 @@ def run_drafting(
 
 def write_page(result: dict[str, Any], study: Study, out: Path) -> None:
     """Write drafting.md, drafting.json and drafting.png into the folder `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "drafting.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = write_data(out / "drafting.json", result)
     shown = {v.label: v for v in study.variants if v.label in SHOWN}
     trace = min(study.traces, key=lambda t: abs(float(t.accepted.mean()) - 0.82))
     bench = Bench(Device("68", 68.0), Link(20.0), SERVERS[1])
     draw_generation(shown, trace, bench, study.predictor, out / "drafting.png")
-    lines = [
-        "# Drafting policies, replayed",
-        "",
-        f"`make bench-drafting`, {result['date']}, wisp {result['wisp']}: {result['traces']} traces "
-        f"({result['positions']} positions) of prompts and domains that the predictor was not trained on. Tokens and "
-        "signals are recorded from real models; **time is modelled** (device, link, and a verifier that serves only "
-        "this session), so these are comparisons of policies, not measurements of a system.",
-        "",
-        "![one generation under each policy](drafting.png)",
-        "",
-        "## In short",
-        "",
-        *(f"- {name}: **{value}**" for name, value in in_words(result["summary"])),
-        "",
-        "`gain` alone neither drafts ahead nor uses server mode; `best fixed` is the best length of that cell in "
-        "hindsight. Server mode wins by so much at long round trips because an idle verifier decodes without "
-        "waiting for anyone; where it is busy, its tokens cost others.",
-        "",
-        "## Draft tokens sent to the verifier per committed token, at a high price",
-        "",
-        "| " + " | ".join(result["high_price"]) + " |",
-        "|" + "---|" * len(result["high_price"]),
-        "| " + " | ".join(f"{v:.2f}" for v in result["high_price"].values()) + " |",
-        "",
-        "## Tokens per second, and in brackets drafting time wasted per token (ms)",
-        "",
-    ]
+    (out / "drafting.md").write_text(render("drafting", result, figures(result)))
+
+
+def figures(result: Data) -> Data:
+    """The tables of the page."""
     labels = [label for label in result["cells"][0]["policies"] if label not in FIXED]
-    lines += [
-        "| device | RTT | verifier | best fixed | " + " | ".join(labels) + " |",
-        "|" + "---|" * (len(labels) + 4),
-    ]
+    speeds = []
     for cell in result["cells"]:
         of = cell["policies"]
         best = max(FIXED, key=lambda name: of[name]["tokens_per_s"])
         row = [f"{cell['device_tokens_per_s']:g}", f"{cell['rtt_ms']:g}", cell["server"]]
         row.append(f"{of[best]['tokens_per_s']:.1f} ({best.removeprefix('fixed:')})")
-        row += [f"{of[n]['tokens_per_s']:.1f} ({of[n]['wasted_ms_per_token']:.1f})" for n in labels]
-        lines.append("| " + " | ".join(row) + " |")
-    (out / "drafting.md").write_text("\n".join(lines) + "\n")
+        speeds.append(
+            row + [f"{of[n]['tokens_per_s']:.1f} ({of[n]['wasted_ms_per_token']:.1f})" for n in labels]
+        )
+    sent = result["high_price"]
+    return {
+        "in_short": list(in_words(result["summary"])),
+        "sent": table(list(sent), [[f"{v:.2f}" for v in sent.values()]]),
+        "speeds": table(("device", "RTT", "verifier", "best fixed", *labels), speeds),
+    }
 
 
 def draw_generation(

@@ -3,8 +3,8 @@
 Each module has three functions:
 
     run(quick, runs) -> data            what to simulate; `runs` spreads it over processes and remembers it
-    lines(data)      -> Markdown        what came out
-    draw(data, path)                    and a picture of it
+    figures(data)    -> figures         tables, and what else the page's template needs (benchmarks/templates)
+    draw(data, path)                    a picture of what came out
 
 `reality` alone runs in real time, against live servers: how well the simulator foretells them.
 """

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.experiments.page import BOUND, Cell, Data, interval, markdown, of_bound, ratio, search_all
+from benchmarks.experiments.page import Cell, interval, of_bound, ratio, search_all
+from benchmarks.pages import Data, table
 from wisp.sim.capacity import Capacity
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Scenario, load_scenario
@@ -77,8 +78,8 @@ def _capacity(row: dict[str, object]) -> Capacity:
     return msgspec.convert({k: v for k, v in row.items() if k not in ("spec", "name")}, Capacity)
 
 
-def lines(data: Data) -> list[str]:
-    """Markdown."""
+def figures(data: Data) -> Data:
+    """The tables of the page."""
     whole = {c["rate"]: c["capacity"] for c in data["without"] if c["spec"] == "wisp"}
     parts = (
         (f"{row['rate']:g}", WITHOUT[row["spec"]], interval(c), ratio(c.capacity, whole[c.rate]), of_bound(c))
@@ -98,20 +99,10 @@ def lines(data: Data) -> list[str]:
             )
         )
     systems = list(next(iter(by.values())))
-    return [
-        "What each part is worth, and what upsets it",
-        "One A100 with Qwen3-32B. Devices with at most 10 % violations, to 5 %; one seed. " + BOUND,
-        "",
-        "## One part taken out",
-        "",
-        *markdown(("tokens/s", "`wisp` with", "capacity", "of `wisp`", "bound: share"), parts),
-        "## One thing going wrong, at 12 tokens/s",
-        "",
-        "With stated acceptance, tokens agree each for itself; recorded ones agree in runs. A vanished device's last "
-        "request counts as missed. `mixed` has classes of 6 and 16 tokens/s.",
-        "",
-        *markdown(("", *systems, "wisp/central"), troubles),
-    ]
+    return {
+        "parts": table(("tokens/s", "`wisp` with", "capacity", "of `wisp`", "bound: share"), parts),
+        "troubles": table(("", *systems, "wisp/central"), troubles),
+    }
 
 
 def draw(data: Data, path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.experiments.page import Data, markdown
+from benchmarks.pages import Data, table
 from wisp.core.protocol.slo import met
 from wisp.sim.fluid import bound
 from wisp.sim.report import report
@@ -142,43 +142,22 @@ def _mean(found: list[Any]) -> Any:
     return round(fmean(found), 4)
 
 
-def lines(data: Data) -> list[str]:
-    """Markdown."""
+def figures(data: Data) -> Data:
+    """The tables of the page."""
     systems = data["systems"]
     names = list(next(iter(systems.values()))["classes"])
-    out = [
-        "Bursts",
-        "Classes of 2, 4, 6 and 8 tokens/s, a quarter of the requests each, on one A100 with Qwen3-32B; a few dozen "
-        "devices, and spikes far beyond what the server can carry: the fluid bound for this mix is "
-        f"{data['bound']:.0f} devices with drafts and preemption, {data['bound_central']:.0f} without "
-        "either. `central` has its best cap on running sequences. Means over seeds.",
-        "",
-        "Every request of a user counts once, however often it had to be sent. Who is refused asks again after the "
-        "Retry-After that it was told, until it is served, and its time to the first token counts from the first "
-        "attempt: to be refused and served later is as late as to wait in a queue. `requests` and `met` are per "
-        "second (devices that wait longer ask less often, so a slow system is asked for less); `refused` is the share "
-        "of requests that were refused at least once, `times` how often a request was refused on average.",
-        "",
-        "## SLO attainment of all requests, by class",
-        "",
-        *markdown(
-            ("system", *names, "all", "requests", "met", "goodput, tokens/s", "refused", "times"),
-            (
-                (
-                    s,
-                    *(f"{of['classes'][n]:.0%}" for n in names),
-                    f"{of['all']:.0%}",
-                    f"{of['requests']:.2f}",
-                    f"{of['met']:.2f}",
-                    f"{of['goodput']:.0f}",
-                    f"{of['refused']:.0%}",
-                    f"{of['refusals']:.1f}",
-                )
-                for s, of in systems.items()
-            ),
-        ),
-        "## Of requests that arrived in a spike; and seconds until at least 90 % were well again",
-        "",
+    attainment = [
+        (
+            s,
+            *(f"{of['classes'][n]:.0%}" for n in names),
+            f"{of['all']:.0%}",
+            f"{of['requests']:.2f}",
+            f"{of['met']:.2f}",
+            f"{of['goodput']:.0f}",
+            f"{of['refused']:.0%}",
+            f"{of['refusals']:.1f}",
+        )
+        for s, of in systems.items()
     ]
     rows = []
     for i, (at, until, n) in enumerate(data["spikes"]):
@@ -186,7 +165,12 @@ def lines(data: Data) -> list[str]:
             spike = of["spikes"][i]
             shares = [f"{spike[name]:.0%}" for name in (*names, "all")]
             rows.append((f"{n} for {until - at:g} s", s, *shares, f"{of['recovery_s'][i]:.0f} s"))
-    return [*out, *markdown(("spike", "system", *names, "all", "recovery"), rows)]
+    head = ("system", *names, "all")
+    measured = ("requests", "met", "goodput, tokens/s", "refused", "times")
+    return {
+        "attainment": table((*head, *measured), attainment),
+        "recovery": table(("spike", *head, "recovery"), rows),
+    }
 
 
 def draw(data: Data, path: Path) -> None:

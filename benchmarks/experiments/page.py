@@ -1,34 +1,20 @@
-"""What the pages of experiments have in common: a heading with command and date, tables, and searches in bulk."""
+"""What experiments have in common: their data and page with command and date, and searches in bulk."""
 
 from __future__ import annotations
 
 import datetime
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
-from typing import Any
 
 import msgspec
 
+from benchmarks.pages import Data, render, write_data
 from wisp import __version__
 from wisp.sim.capacity import GRAIN, Capacity, capacity
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Scenario
-
-Data = dict[str, Any]
-MODELLED = (
-    "**Time is modelled**: the live server's and devices' decisions on recorded drafts, steps as long as a hardware "
-    "profile says, which is derived from data sheets and not measured. These are comparisons of systems under one "
-    "model of one machine."
-)
-BOUND = (
-    "`bound` is the fluid bound with every device being served (central: without drafts, and without preemption), and "
-    "the percentage is what share of it was reached. Devices that wait for a first token within the TTFT target need "
-    "nothing meanwhile, so a share above 100 % is no contradiction; `w/` is the share of the bound that counts such "
-    "waiting."
-)
 
 
 class Cell(msgspec.Struct, frozen=True):
@@ -72,26 +58,13 @@ def write(name: str, module: ModuleType, *, quick: bool, runs: Runs, out: Path) 
     began = perf_counter()
     data: Data = module.run(quick, runs)
     seconds = perf_counter() - began
-    out.mkdir(parents=True, exist_ok=True)
-    module.draw(data, out / f"{name}.png")
     command = f"python -m benchmarks experiments {name}{' --quick' if quick else ''}"
     today = datetime.date.today().isoformat()
     head = {"command": command, "date": today, "wisp": __version__, "seconds": round(seconds, 1)}
-    (out / f"{name}.json").write_text(json.dumps(head | data, indent=1, default=msgspec.to_builtins) + "\n")
-    lines: list[str] = module.lines(data)
-    title, *rest = lines
-    short = ["", "**A quick run: few cells, short windows. Its figures mean little.**"] if quick else []
-    about = getattr(module, "ABOUT", MODELLED)
-    page = [f"# {title}", "", f"`{command}`, {today}, wisp {__version__}. {about}", *short, ""]
-    page += [f"![{title}]({name}.png)", "", *rest]
-    (out / f"{name}.md").write_text("\n".join(page) + "\n")
+    data = write_data(out / f"{name}.json", head | data)
+    module.draw(data, out / f"{name}.png")
+    (out / f"{name}.md").write_text(render(name, data, module.figures(data)))
     return seconds
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table and an empty line."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 def interval(c: Capacity) -> str:

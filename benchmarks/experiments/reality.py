@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.experiments.page import Data, markdown
+from benchmarks.pages import Data, table
 from tools.tiny.text import story
 from wisp.api.process import event_loop_factory
 from wisp.core.errors import UnavailableError
@@ -35,10 +35,6 @@ from wisp.sim.serving import verifier
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import system
 
-ABOUT = (
-    "**Time is modelled** in the columns `simulated`; the others were measured, on real processes, sockets and "
-    "threads, in real time."
-)
 LOAD = 0.75  # of what the verifier can carry
 FULL = 1.0  # where some begin to be late, and little decides how many: a second look, without aims
 RATE = 12.0
@@ -161,34 +157,10 @@ _NAMES = {
 }
 
 
-def lines(data: Data) -> list[str]:
-    """Markdown."""
-    out = [
-        "The simulator against reality",
-        f"The same requests, devices and seed, at {data['load']:.0%} of what the verifier can carry, and once at all "
-        "of it (emulated engine: of the fluid bound times the share of it that capacity searches reached; tiny: of "
-        "what simulations carried). `wisp`: with drafts, drafting ahead and admission. Aims, at the lower load: "
-        "goodput within 5 %, attainment within 5 points, TPOT within 5 % at the median and 15 % at p99. TTFT has none: "
-        "it hangs on which requests meet in a step.",
-        "",
-    ]
-    for found in data["runs"]:
-        live = found["live"]
-        engine = (
-            "emulated" if found["engine"] == "emulated" else "real: llama.cpp on this machine, exact mode"
-        )
-        out += [
-            f"## {found['title']}, at {found['load']:.0%}",
-            "",
-            f"Engine {engine}. {found['devices']} devices that expect {found['rate']:g} tokens/s, "
-            f"{live['duration']:g} s, {live['arrived']} requests; {live['tokens_checked']:,} tokens compared with "
-            f"their scripts, {live['mismatches']} wrong.",
-            "",
-            *markdown(("", "live", "simulated", "difference"), map(_row, found["differences"])),
-        ]
-        for problem in (live["machine"] or {}).get("problems", ()):
-            out += [f"**Not valid**: {problem}", ""]
-    return out
+def figures(data: Data) -> Data:
+    """A table for each run."""
+    head = ("", "live", "simulated", "difference")
+    return {"differences": [table(head, map(_row, found["differences"])) for found in data["runs"]]}
 
 
 def _row(data: Data) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.experiments.page import Cell, Data, markdown, of_bound, ratio, search_all
+from benchmarks.experiments.page import Cell, of_bound, ratio, search_all
+from benchmarks.pages import Data, table
 from wisp.sim.capacity import Capacity
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Kit, Scenario, load_scenario
@@ -50,14 +51,14 @@ def _cell(policy: str, rate: float, speed: str, rtt_ms: float, context: str, qui
     return Cell(scenario.brief(*brief), policy, grain=0.2 if quick else 0.08)
 
 
-def lines(data: Data) -> list[str]:
-    """Markdown."""
+def figures(data: Data) -> Data:
+    """The table of the page, and how many of its cells are won and lost."""
     body = []
-    wins = fewer = 0
+    more = fewer = 0
     for cell in data["cells"]:
         of = {s: msgspec.convert(c, Capacity) for s, c in cell["systems"].items()}
         central = of["central"].capacity
-        wins += of["wisp"].capacity > central
+        more += of["wisp"].capacity > central
         fewer += of["wisp"].capacity < central
         body.append(
             (
@@ -73,16 +74,8 @@ def lines(data: Data) -> list[str]:
             )
         )
     head = ("tokens/s", "drafts/s", "RTT", "context", *SYSTEMS, "wisp/central", "paper/central")
-    return [
-        "Where drafting on devices pays",
-        f"WISP carries more devices than strong centralised serving in **{wins} of {len(body)}** combinations, "
-        f"and fewer in {fewer}. One A100 with Qwen3-32B; one seed and a window of 25 s a cell, longer "
-        "where fewer than a hundred requests would arrive, capacities to 8 %: good "
-        "for the shape of the map, not for its last digit. Short context: prompts of 60 to 200 tokens; long: 500 to "
-        "1,100.",
-        "",
-        *markdown((*head, "wisp: bound", "central: bound"), body),
-    ]
+    columns = (*head, "wisp: bound", "central: bound")
+    return {"more": more, "fewer": fewer, "map": table(columns, body)}
 
 
 def draw(data: Data, path: Path) -> None:

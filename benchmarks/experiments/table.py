@@ -13,7 +13,8 @@ from statistics import geometric_mean
 
 import msgspec
 
-from benchmarks.experiments.page import BOUND, Cell, Data, interval, markdown, of_bound, ratio, search_all
+from benchmarks.experiments.page import Cell, interval, of_bound, ratio, search_all
+from benchmarks.pages import Data, table
 from wisp.core.verify.cost import Load
 from wisp.sim.capacity import Capacity
 from wisp.sim.fluid import demand_of, operating_points
@@ -133,35 +134,25 @@ def _throughput(scenario: Scenario, sessions: int, *, drafts: bool, k: int = 0) 
 # --- the page
 
 
-def lines(data: Data) -> list[str]:
-    """Markdown."""
+def figures(data: Data) -> Data:
+    """The tables of the page, and the figures of its text."""
     found = [msgspec.convert(c, Capacity) for c in data["main"]]
-    out = [
-        "Capacity and goodput, beside the paper's",
-        "## One A100 with Qwen3-32B, every baseline at its best",
-        "",
-        "Devices with at most 10 % violations (95 % interval over seeds), and at most 1 %. `central` is continuous "
-        "batching with chunked prefill and the best cap on running sequences; `sled` the best of eight draft lengths "
-        "and confidences; `central-speculative` the best draft length of a drafter on the same accelerator. "
-        + BOUND,
-        "",
-        *markdown(
-            (
-                "tokens/s",
-                "system",
-                "10 %",
-                "1 %",
-                "goodput",
-                "p99 TPOT of violators",
-                "bound: share",
-                "over central",
-            ),
-            (_main_row(c, found) for c in found),
-        ),
-    ]
-    if not data["paper"]:
-        return out
-    return [*out, *_paper_lines(data), *_overlap_lines(data)]
+    head = (
+        "tokens/s",
+        "system",
+        "10 %",
+        "1 %",
+        "goodput",
+        "p99 TPOT of violators",
+        "bound: share",
+        "over central",
+    )
+    made: Data = {"capacities": table(head, (_main_row(c, found) for c in found))}
+    if data["paper"]:
+        rows = {(c["target"], c["system"], c["rate"]): c for c in data["paper"]}
+        made |= {"beside_paper": _beside_paper(rows), "ratios": _ratios(rows), "overlaps": _overlaps(data)}
+        made |= _against_caps(data) | {"predictions": _predicted(data["predicted"], rows)}
+    return made
 
 
 def _main_row(c: Capacity, found: list[Capacity]) -> tuple[str, ...]:
@@ -179,17 +170,10 @@ def _main_row(c: Capacity, found: list[Capacity]) -> tuple[str, ...]:
     )
 
 
-def _paper_lines(data: Data) -> list[str]:
-    rows = {(c["target"], c["system"], c["rate"]): c for c in data["paper"]}
-    out = [
-        "## The paper's table",
-        "",
-        "One seed, a window of 30 s or a hundred requests after the time of an answer, over which devices begin; "
-        "capacities to 6 %. Goodput: geometric mean over the four rates; a system that gives users just the pace they "
-        "ask for carries more of them at the same goodput. Our rows are simulated on our hardware profiles; the "
-        "paper's set-up is known in part.",
-        "",
-    ]
+Rows = dict[tuple[str, str, float], Data]  # by target, system and rate
+
+
+def _beside_paper(rows: Rows) -> str:
     body = []
     for target, hardware in TARGETS.items():
         for system in ("wisp", *THEIRS):
@@ -216,7 +200,10 @@ def _paper_lines(data: Data) -> list[str]:
         "the paper's",
         "bound (share)",
     )
-    out += markdown(head, body)
+    return table(head, body)
+
+
+def _ratios(rows: Rows) -> str:
     ratios = []
     for target, hardware in TARGETS.items():
         for other in ("central", "sled"):
@@ -228,47 +215,39 @@ def _paper_lines(data: Data) -> list[str]:
                 paper = PAPER[hardware]
                 published = paper["paper"].goodput / paper[other].goodput
                 ratios.append((target, f"{ours} / {other}", " / ".join(simulated), f"{published:.2f}"))
-    out += markdown(("target", "ratio", "capacity, simulated", "goodput, the paper's"), ratios)
+    return table(("target", "ratio", "capacity, simulated", "goodput, the paper's"), ratios)
+
+
+def _against_caps(data: Data) -> Data:
+    """Beside the paper's baselines, as throughput caps fitted to its rows."""
     ours = next(c["capacity"] for c in data["main"] if (c["system"], c["rate"]) == ("wisp", 8.0))
     capped = {of: paper_capacity(MAIN, of, 8.0) for of in ("central", "sled")}
-    out += [
-        f"Against the paper's own baselines, as throughput caps fitted to its rows: at 8 tokens/s `wisp` carries "
-        f"{ours} devices, {ratio(ours, capped['central'])} times `central-paper` ({capped['central']}; its claim is "
-        f"2.1) and {ratio(ours, capped['sled'])} times `sled-paper` ({capped['sled']}; its claim is 4.1).",
-        "",
-    ]
-    p = data["predicted"]
-    paper_wisp = PAPER[MAIN]["paper"].capacity
-    out += [
-        "## What of the paper's row can be predicted",
-        "",
-        f"Devices times rate is nearly constant in its centralised ({cap(MAIN, 'central'):.0f} tokens/s) and SLED "
-        f"({cap(MAIN, 'sled'):.0f} tokens/s) rows, so both are throughput caps. One free parameter, how many sessions "
-        f"share a step, explains the centralised row with **{p['sessions_a_step']}** of them on our hardware profile. "
-        "With the same limit and drafts as good as they can be, and room in KV for "
-        f"{p['kv_devices']:.0f} sessions, the paper's WISP would carry:",
-        "",
-        *markdown(
-            ("", *(f"{r:g} tok/s" for r in RATES)),
+    return {
+        "carried": ours,
+        "central_paper": capped["central"],
+        "sled_paper": capped["sled"],
+        "over_central": ratio(ours, capped["central"]),
+        "over_sled": ratio(ours, capped["sled"]),
+        "central_cap": cap(MAIN, "central"),
+        "sled_cap": cap(MAIN, "sled"),
+    }
+
+
+def _predicted(predicted: Data, rows: Rows) -> str:
+    return table(
+        ("", *(f"{r:g} tok/s" for r in RATES)),
+        (
+            ("predicted from the centralised row", *map(str, predicted["paper"])),
+            ("the paper's WISP", *map(str, PAPER[MAIN]["paper"].capacity)),
             (
-                ("predicted from the centralised row", *map(str, p["paper"])),
-                ("the paper's WISP", *map(str, paper_wisp)),
-                (
-                    "`paper`, simulated without that limit",
-                    *(str(rows[MAIN, "paper", r]["capacity"]) for r in RATES),
-                ),
+                "`paper`, simulated without that limit",
+                *(str(rows[MAIN, "paper", r]["capacity"]) for r in RATES),
             ),
         ),
-        "The first figure is a limit of memory, not of time. SLED's row would take "
-        f"{p['sled_sessions_a_step']} sessions a step: it cannot be explained by the limit that explains the "
-        "centralised row, so it ran on something else, or waited for something else. A centralised server without such "
-        "a limit carries far more than the paper's (`central` above), and the ratios shrink accordingly.",
-        "",
-    ]
-    return out
+    )
 
 
-def _overlap_lines(data: Data) -> list[str]:
+def _overlaps(data: Data) -> str:
     rows = {(c["overlap"], c["system"], c["rate"]): c for c in data["overlap"]}
     body = []
     for rate in OVERLAP_RATES:
@@ -283,14 +262,7 @@ def _overlap_lines(data: Data) -> list[str]:
                     ratio(at["wisp"]["capacity"], at["paper"]["capacity"]),
                 )
             )
-    return [
-        "## How much hangs on the hardware profile",
-        "",
-        "`overlap` 1: reading weights and arithmetic do not overlap at all; 2: most of it does. The first table "
-        "has the 1.3 that ships.",
-        "",
-        *markdown(("tokens/s", "overlap", "wisp", "paper", "central", "wisp/central", "wisp/paper"), body),
-    ]
+    return table(("tokens/s", "overlap", "wisp", "paper", "central", "wisp/central", "wisp/paper"), body)
 
 
 def draw(data: Data, path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.pages import Data, render, table, write_data
 from benchmarks.reality.distance import DelayedLine, PacedDraft
 from benchmarks.reality.edge import Edge, Heard, Proposed, Story, verifier
 from wisp import __version__
@@ -168,38 +169,30 @@ def _cell(
 def run_ahead(out: Path | None, *, repeats: int, as_json: bool) -> None:
     """Measure and report; with `out`, write a page and its data into that folder."""
     result = measure_ahead(repeats=repeats, progress=Console(stderr=True))
+    page = render("ahead", result, figures(result))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "ahead.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / "ahead.md").write_text(_page(result))
-    print(json.dumps(result) if as_json else _page(result))
+        write_data(out / "ahead.json", result)
+        (out / "ahead.md").write_text(page)
+    print(json.dumps(result) if as_json else page)
 
 
-def _page(result: dict[str, Any]) -> str:
-    figures = result["figures"]
-    worst = max(abs(c[n]["measured_over_predicted"] - 1) for c in result["cells"] for n in ("off", "ahead"))
-    lines = [
-        "# Drafting ahead, measured\n",
-        f"`{result['command']} --out docs/results`, {result['date']}, wisp {result['wisp']}. Medians of "
-        f"{result['repeats']} runs with and without drafting ahead in turn, {result['generations']} generations of "
-        f"{result['max_tokens']} tokens each (half greedy, half at T = 0.7), text checked against a recording.\n",
-        "**Real:** the verifier (a process of its own, exact mode), the edge, the TCP connection, both models "
-        f"({' and '.join(result['pair'])}), the text. **Emulated:** distance (a proxy holds every byte back for half "
-        f"of the round trip, each way) and the device's speed (every draft step takes {result['draft_ms']:g} ms). "
-        "The verifier is as fast as the tiny target is, which is faster than a large one on an accelerator.\n",
-        f"Predicted: `wisp.sim.replay` on traces of the same prompts, with figures measured once with no delay added: "
-        f"a draft step {figures['draft_ms']:.2f} ms, queue and engine {figures['server_ms']:.2f} ms, the rest of a "
-        f"round {figures['line_ms']:.2f} ms. Largest difference of time per token: {worst:.0%}.\n",
-        "| policy | RTT ms | tokens/s | with ahead | speed-up | predicted speed-up | "
-        "ms/token measured (predicted) | with ahead |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for c in result["cells"]:
-        off, on = c["off"], c["ahead"]
-        lines.append(
-            f"| {c['policy']} | {c['rtt_ms']:g} | {off['tokens_per_s']:.1f} | {on['tokens_per_s']:.1f} "
-            f"| {c['speedup']:.2f} | {c['predicted_speedup']:.2f} "
-            f"| {off['measured_ms_per_token']:.1f} ({off['predicted_ms_per_token']:.1f}) "
-            f"| {on['measured_ms_per_token']:.1f} ({on['predicted_ms_per_token']:.1f}) |"
-        )
-    return "\n".join(lines) + "\n"
+def figures(result: Data) -> Data:
+    """The table of the page, and the largest error of a prediction."""
+    errors = [abs(c[n]["measured_over_predicted"] - 1) for c in result["cells"] for n in ("off", "ahead")]
+    head = ("policy", "RTT ms", "tokens/s", "with ahead", "speed-up", "predicted speed-up")
+    per_token = ("ms/token measured (predicted)", "with ahead")
+    return {"worst": max(errors), "speedups": table((*head, *per_token), map(_row, result["cells"]))}
+
+
+def _row(c: Data) -> tuple[str, ...]:
+    off, on = c["off"], c["ahead"]
+    return (
+        c["policy"],
+        f"{c['rtt_ms']:g}",
+        f"{off['tokens_per_s']:.1f}",
+        f"{on['tokens_per_s']:.1f}",
+        f"{c['speedup']:.2f}",
+        f"{c['predicted_speedup']:.2f}",
+        f"{off['measured_ms_per_token']:.1f} ({off['predicted_ms_per_token']:.1f})",
+        f"{on['measured_ms_per_token']:.1f} ({on['predicted_ms_per_token']:.1f})",
+    )

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.experiments import EXPERIMENTS, run_experiments, table
 from benchmarks.experiments.bursts import spikes
+from benchmarks.pages import render
 from wisp.core.errors import ConfigError
 from wisp.sim import runs
 from wisp.sim.capacity import Capacity
@@ -128,7 +129,8 @@ def test_the_whole_page_of_the_table_from_made_up_capacities() -> None:
         ],
         "predicted": table._predictions(),
     }
-    page = "\n".join(table.lines(data))
+    head = {"command": "made up", "date": "today", "wisp": "0"}
+    page = render("table", head | data, table.figures(data))
     assert "| 8 | wisp | **100** (99–101) |" in page
     assert "| a100-qwen3-32b | paper | 200 / 100 / 67 / 50 | 164 / 142 / 103 / 86 |" in page
     assert "| a100-qwen3-32b | wisp / central | 2.00 / 2.00 / 1.99 / 2.00 | 1.94 |" in page
