@@ -165,14 +165,16 @@ class _Generating:
     async def _answer(
         self, body: bytes, headers: Mapping[str, str], exchange: RequestContext, stream: EventSender
     ) -> Response:
+        key = exchange.key
+        self._backend.admit(key)  # before any work for a key that has used up its limits
         ask = exchange.ask = await parsed(
-            body, lambda fields: self._parse(fields, headers, self._slo_classes)
+            body, lambda fields: self._parse(fields, headers, self._slo_classes), key
         )
         target = await self._target(ask, stream)
         _check_model(ask.model, target)
-        work = functools.partial(prepare, ask, target, exchange.id, exchange.key)
-        admit = functools.partial(self._backend.admit, exchange.key)
-        generation = await self._prompts.run(exchange.key, admit, work)
+        work = functools.partial(prepare, ask, target, exchange.id, key)
+        admit = functools.partial(self._backend.admit, key)
+        generation = await self._prompts.run(key, admit, work)
         exchange.prompt_tokens = len(generation.prompt)
         wants_logprobs = ask.logprobs is not None
         exchange.output = output = Output(target.tokenizer, ask.stop, wants_logprobs, ask.min_tokens)
