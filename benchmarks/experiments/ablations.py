@@ -21,7 +21,7 @@ WITHOUT = {
     "wisp,batching=continuous": "continuous batching instead of our own",
     "wisp,batching=wisp:keep": "no preemption",
     "wisp,batching=paper": "the paper's scheduler instead of our own",
-    "wisp,admission=no": "everyone is let in",
+    "wisp,admission=no": "no SLO admission",
 }
 RATES = (4.0, 8.0, 16.0)
 SYSTEMS = ("wisp", "central")

@@ -1,10 +1,9 @@
-"""Bursts: who keeps their pace while several times the usual load is asked for, and how soon it is over.
+"""Bursts: how many SLOs each system keeps at several times the usual load, and how soon it recovers.
 
-What counts is a user's request, once, however often it had to be sent. Who is refused asks again when Retry-After says
-so, until served; the time to the first token counts from the first attempt. So refusing early and serving late are
-measured alike: neither user had an answer in time. What refusing is good for (the server spends nothing on answers
-that come too late, and keeps the others in time) shows in goodput and in who is met; what it does to users, in how
-many were refused and how often.
+A user's request counts once, however often it had to be sent. A refused request is sent again after its Retry-After,
+until it is served; the time to the first token counts from the first attempt. So refusing early and serving late are
+measured alike: neither user had an answer in time. The benefit of refusals (no work on answers that come too late, the
+others in time) shows in goodput and attainment; their cost to users, in how many were refused and how often.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ def _share(requests: list[Request], now: float) -> float:
 def _recovery(requests: list[Request], since: float, end: float, now: float) -> float:
     """Seconds after `since` until enough meets its SLO of what arrives in each of three spans in a row.
 
-    While the server works off what the spike left, nobody may arrive: such spans are not well.
+    While the server works off what the spike left, nothing may arrive: such spans are not well.
     """
     at = since
     while at < end:

@@ -1,4 +1,4 @@
-"""The simulator held against reality: the same scenario, system and seed live and simulated.
+"""The simulator compared with reality: the same scenario, system and seed live and simulated.
 
 Against `wisp serve` with an emulated engine, where all but the arithmetic is real (processes, sockets, threads,
 time), and against `wisp serve` with the tiny target in llama.cpp, where that is real, too. For the second, the engine
