@@ -60,7 +60,7 @@ def read_slo_classes(given: Path | str | Mapping[str, Any]) -> dict[str, Slo]:
 
 
 class Attainment:
-    """Counters of requests that had an SLO, by class ("": targets of their own). `core.protocol.slo` says what was met."""
+    """Counters of requests that had an SLO, by class ("": targets of their own), as `core.protocol.slo` counts them."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(

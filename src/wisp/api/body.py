@@ -1,8 +1,8 @@
 """Reading a JSON body: of bounded size, of the right type, and an object.
 
-Decoding and checking a large one may take seconds of CPU. That happens in a thread, so that the event loop goes on, and
-one after the other: more threads would only take the interpreter away from the loop more often. Of one key a single body
-waits for that thread, so a key that sends many delays another's by one at most.
+Decoding and checking a large one may take seconds of CPU. That happens in a thread, so that the event loop goes on,
+and one after the other: more threads would only take the interpreter away from the loop more often. Of one key a single
+body waits for that thread, so a key that sends many delays another's by one at most.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ Each replica has one task, its life:
 
     while wanted:  start -> (look at it until it ends) -> wait a little
 
-and everything that is learned goes to `core.route.placement`, which decides who gets what. A drain shuts the replica for
-new sessions, has it send away those it has (their edges come back to the front with what is committed), and ends it.
+and everything that is learned goes to `core.route.placement`, which decides where sessions go. A drain shuts the
+replica for new sessions, has it send away those it has (their edges come back to the router with what is committed),
+and ends it.
 """
 
 from __future__ import annotations

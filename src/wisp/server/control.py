@@ -28,7 +28,7 @@ MOVE_PATH = "/v1/replica/move"
 
 
 class Report(msgspec.Struct, frozen=True):
-    """How a replica is. `sessions` are those that keep their place (`core.verify.places`); `keys` is usage since its start."""
+    """How a replica is. `sessions` keep their place (`core.verify.places`); `keys` is usage since its start."""
 
     sessions: int
     slots: int

@@ -1,4 +1,4 @@
-"""`wisp sim replay`: drafting policies over a grid of devices, links and verifiers, on traces kept apart from training."""
+"""`wisp sim replay`: drafting policies over a grid of devices, links and verifiers, on traces kept out of training."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     which tokens   they are written into the batch before inputs are gathered, so nothing that a worker remembers
                    of a sequence but its blocks matters, and rolling back needs no message
     which rows     logits of the last rows of each part, drafts included
-    what is chosen `core.protocol.sampling` at each of these rows, up to the first that disagrees with the draft: the same
-                   rule as everywhere in WISP, so the text depends on target, prompt, parameters and seed alone
+    what is chosen `core.protocol.sampling` at each of these rows, up to the first that disagrees with the draft:
+                   the same rule as everywhere in WISP, so the text depends on target, prompt, parameters and seed alone
 
 vLLM's own sampler, rejection sampler and proposers are never called.
 """
