@@ -123,7 +123,7 @@ def test_a_changed_file_is_taken_up_and_trouble_is_logged_once(
 
 def test_a_front_speaks_for_keys_by_its_token_and_nobody_else_does(path: Path) -> None:
     path.write_text('[keys."älice/1"]\nsecret = "open"\n')
-    ring = Keyring(path, front="token")
+    ring = Keyring(path, router="token")
     shown = on_behalf("token", "älice/1")
     assert shown.isascii()
     assert ring.authorize(f"Bearer {shown}") == ring.speaks_for(f"Bearer {shown}") == "älice/1"

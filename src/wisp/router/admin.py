@@ -1,4 +1,4 @@
-"""`wisp replicas`: look at the replicas of a front, drain, restart and scale them."""
+"""`wisp replicas`: look at the replicas of a router, drain, restart and scale them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TIMEOUT_S = 600.0  # a drain waits for sessions that cannot move
 
 
 def ask(server: str, action: str = "", body: dict[str, object] | None = None) -> dict[str, Any]:
-    """What the front at `server` answers to `action`. Raises WispError."""
+    """What the router at `server` answers to `action`. Raises WispError."""
     url = http_url(server, f"{PATH}{action}")
     key = os.environ.get("WISP_API_KEY", "").strip()
     headers = {"Authorization": f"Bearer {key}"} if key else {}

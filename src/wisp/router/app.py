@@ -6,7 +6,7 @@
     /v1/replicas          what there is of replicas, and how to drain, restart and scale them: admin keys
     /health  /metrics     without a key
 
-Tokens of edges never come through here: what a front costs is one decision per session.
+Tokens of edges never come through here: what a router costs is one decision per session.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class RouterApp:
     """The app and what lives behind it. Build it on the running event loop."""
 
     def __init__(self, spec: ReplicaSpec, replicas: int, launcher: Launcher, keys: Keyring) -> None:
-        """`spec` is that of every replica, but for its name and token; its address is the front's."""
+        """`spec` is that of every replica, but for its name and token; its address is the router's."""
         tls = _tls(spec)
         self.keys = keys
         self._replicas = replicas
@@ -99,7 +99,7 @@ class RouterApp:
 
     @property
     def failed(self) -> WispError | None:
-        """Why this front can never serve."""
+        """Why this router can never serve."""
         return self.fleet.failed
 
     @contextlib.asynccontextmanager

@@ -1,4 +1,4 @@
-"""`wisp serve --replicas N` as a process: a launcher, a front, and the end of both."""
+"""`wisp serve --replicas N` as a process: a launcher, a router, and the end of both."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def serve_replicas(spec: ReplicaSpec, keys: Keyring, replicas: int, launcher: st
     launch = _launcher(launcher, gpus, keyed=bool(keys))
 
     async def run() -> None:
-        front = RouterApp(spec, replicas, launch, keys)
+        router = RouterApp(spec, replicas, launch, keys)
         await run_app(
-            front.asgi, spec.listen, front.drain, front.fleet.ended, keyed=bool(keys), at_once=launch.close
+            router.asgi, spec.listen, router.drain, router.fleet.ended, keyed=bool(keys), at_once=launch.close
         )
-        if front.failed is not None:
-            raise front.failed
+        if router.failed is not None:
+            raise router.failed
 
     try:
         with asyncio.Runner(loop_factory=event_loop_factory()) as runner:

@@ -1,4 +1,4 @@
-"""The replicas of a front: started, looked at every moment, started again when they die, drained when told to.
+"""The replicas of a router: started, looked at every moment, started again when they die, drained when told to.
 
 Each replica has one task, its life:
 
@@ -167,7 +167,7 @@ class Fleet:
             self._kill(replica)
 
     async def stop(self) -> None:
-        """The end of the front: let every replica finish what it has, where it is."""
+        """The end of the router: let every replica finish what it has, where it is."""
         self.stopping = True
         for replica in self.replicas.values():
             replica.wanted = False
@@ -424,5 +424,5 @@ def _names(welcome: Welcome) -> tuple[str, str]:
 
 
 def _us(r: Replica) -> dict[str, str]:
-    """Headers by which a replica knows its front."""
-    return {"Authorization": f"Bearer {on_behalf(r.token, 'front')}"}
+    """Headers by which a replica knows its router."""
+    return {"Authorization": f"Bearer {on_behalf(r.token, 'router')}"}

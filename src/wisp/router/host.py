@@ -1,7 +1,7 @@
-"""The front's side of the session socket: it answers each Open with the address of a replica, and that is all.
+"""The router's side of the session socket: it answers each Open with the address of a replica, and that is all.
 
 It is to `server.sockets` what a verifier's host is. Fleet-wide limits per key are enforced here, by what replicas
-report; each replica enforces the same limits again for itself, so that going around the front gains little.
+report; each replica enforces the same limits again for itself, so that going around the router gains little.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Queue:
 
 
 class RouterHost:
-    """Connections of edges, and of the front's own thin clients."""
+    """Connections of edges, and of the router's own thin clients."""
 
     def __init__(
         self, fleet: Fleet, placement: Placement, admission: Admission, metrics: RouterMetrics

@@ -1,4 +1,4 @@
-"""Starting replicas: the seam between a front and where its replicas run, and the launcher for this machine.
+"""Starting replicas: the seam between a router and where its replicas run, and the launcher for this machine.
 
 A launcher starts a replica and hands over a `Running`; `router.fleet` decides what to do with it and when to start
 another in its place. Here a replica is a child process. `router.ray_launcher` has the other kind.
@@ -21,7 +21,7 @@ log = logging.getLogger("wisp.router")
 class Running(Protocol):
     """A replica that was started. It may be loading its model yet.
 
-    address: where edges find it, as `messages.Redirect` has it. url: where the front finds it.
+    address: where edges find it, as `messages.Redirect` has it. url: where the router finds it.
     """
 
     address: str
@@ -46,7 +46,7 @@ class Launcher(Protocol):
     name: str
 
     async def start(self, spec: ReplicaSpec) -> Running:
-        """Start one. `spec.listen` is the front's own address. Raises WispError."""
+        """Start one. `spec.listen` is the router's own address. Raises WispError."""
         ...
 
     def close(self) -> None:
@@ -55,7 +55,7 @@ class Launcher(Protocol):
 
 
 class LocalLauncher:
-    """Replicas as child processes, on the ports above the front's."""
+    """Replicas as child processes, on the ports above the router's."""
 
     name = "local"
 
@@ -84,7 +84,7 @@ class LocalLauncher:
             "-m",
             "wisp.router.replica",
             stdin=asyncio.subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the front, which tells them
+            start_new_session=True,  # Ctrl-C is for the router, which tells them
         )
         assert process.stdin is not None
         process.stdin.write(spec.encode())  # and it stays open for as long as we live

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a front. What tokens cost is measured at the replicas, each at its own /metrics."""
+"""Prometheus metrics of a router. What tokens cost is measured at the replicas, each at its own /metrics."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Replicas as Ray actors: Ray finds a machine with the resources, and gives each replica its GPUs.
 
-An actor runs the ordinary app in a thread of its own and listens there; neither edges nor the front talk to it
+An actor runs the ordinary app in a thread of its own and listens there; neither edges nor the router talk to it
 through Ray. With RAY_ADDRESS the cluster there is used, otherwise a small Ray of our own is started here, which
 listens on loopback alone.
 """
@@ -55,7 +55,7 @@ class ReplicaActor:
         threading.Thread(target=self._main, name="replica", daemon=True).start()
 
     def where(self) -> tuple[str, str, int]:
-        """(address for edges, URL for the front, process id)"""
+        """(address for edges, URL for the router, process id)"""
         port = self._spec.listen.port
         if self._here:
             return f":{port}", own_url(self._spec.listen.host, port, tls=self._tls), os.getpid()

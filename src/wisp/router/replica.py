@@ -1,7 +1,7 @@
-"""One replica: the app of `wisp serve`, with a front that knows its token. What every launcher runs, somewhere.
+"""One replica: the app of `wisp serve`, with a router that knows its token. What every launcher runs, somewhere.
 
 As a program (`python -m wisp.router.replica`) it reads its ReplicaSpec from standard input, one line of JSON, and
-drains and ends when that input does: so it does not outlive its front, and a front that crashes cuts nobody off.
+drains and ends when that input does: so it does not outlive its router, and a router that crashes cuts nobody off.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from wisp.core.errors import ConfigError, WispError
 from wisp.engines.build import load_target
 from wisp.server.app import ServerApp, Settings
 
-PORTS = 256  # how far above the front's port replicas look for one
+PORTS = 256  # how far above the router's port replicas look for one
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True):
-    """All that a replica has to know. `engine` are the arguments of `load_target`; `token` is its front's."""
+    """All that a replica has to know. `engine` are the arguments of `load_target`; `token` is its router's."""
 
     name: str
     target: str
@@ -94,7 +94,7 @@ def listen_above(host: str, port: int, taken: Collection[int] = ()) -> socket.so
 def main() -> None:
     """The program."""
     line = sys.stdin.buffer.readline()
-    if not line:  # the front went before it had told us anything
+    if not line:  # the router went before it had told us anything
         return
     spec = ReplicaSpec.decode(line)
     set_up_logging(spec.log_level, json_lines=spec.log_json, who=spec.name)
@@ -107,7 +107,7 @@ def main() -> None:
             os.read(sys.stdin.fileno(), 1)  # nothing more is said: this is its end
             loop.call_soon_threadsafe(over.set)
 
-        threading.Thread(target=watch, name="front", daemon=True).start()
+        threading.Thread(target=watch, name="router", daemon=True).start()
 
         async def stopped() -> None:
             await over.wait()

@@ -1,6 +1,6 @@
-"""Thin clients of a front: it is the edge of those who have none.
+"""Thin clients of a router: it is the edge of those who have none.
 
-An OpenAI client cannot be redirected (SDKs drop the key), so the front opens its session as an edge without a drafter
+An OpenAI client cannot be redirected (SDKs drop the key), so the router opens its session as an edge without a drafter
 would: placed by the same rules, moved in the same way when a replica dies, cancelled when the client leaves.
 """
 
@@ -31,7 +31,7 @@ GIVE_UP_S = 30.0  # without any replica
 
 
 class LocalLink:
-    """`edge.backend.Link` to the front in this process, for one key; its redirects go by real sockets."""
+    """`edge.backend.Link` to the router in this process, for one key; its redirects go by real sockets."""
 
     def __init__(self, host: RouterHost, key: str, tls: ssl.SSLContext | None) -> None:
         self.reconnects = 0
@@ -82,7 +82,7 @@ class LocalLink:
         self._listeners.pop(session, None)
 
     def send(self, message: Message) -> None:
-        """To the front."""
+        """To the router."""
         if isinstance(message, Open | Draft | Cancel) and self.welcome is not None:
             self._host.receive(self._connection, message)
 
@@ -104,7 +104,7 @@ class LocalLink:
         self._beats.cancel()
 
     def _beat(self) -> None:
-        """Between two beats the front has looked at its replicas several times: that is an attempt."""
+        """Between two beats the router has looked at its replicas several times: that is an attempt."""
         self.patience.failed(self._attempt)
         self._attempt = self.patience.began(time.monotonic())
         self._beats = asyncio.get_running_loop().call_later(BEAT_S, self._beat)

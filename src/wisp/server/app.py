@@ -84,7 +84,7 @@ class ServerApp:
                 *openai_routes(
                     backend, authorize=self._authorize, observer=self, slo_classes=settings.slo_classes
                 ),
-                *(control_routes(self.host, keys, settings.drain_s) if keys.front else []),
+                *(control_routes(self.host, keys, settings.drain_s) if keys.router else []),
             ],
             exception_handlers=exception_handlers(),
             lifespan=self._lifespan,

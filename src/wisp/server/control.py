@@ -1,9 +1,9 @@
-"""What a front asks of its replicas: a report every moment, and to send their sessions away.
+"""What a router asks of its replicas: a report every moment, and to send their sessions away.
 
     GET  /v1/replica        a Report
     POST /v1/replica/move   take no more sessions, send away those that can go, wait for the others
 
-Only who holds the front's token is answered; a verifier without a front does not have these paths.
+Only who holds the router's token is answered; a verifier without a router does not have these paths.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ Sender = Callable[[Verdict | Refused | Redirect], None]
 
 
 class SessionHost(Protocol):
-    """What is behind a session socket: a verifier (`server.host`), or a front of several."""
+    """What is behind a session socket: a verifier (`server.host`), or a router of several."""
 
     def check(self, hello: Hello) -> None: ...
     def welcome(self) -> Welcome: ...
