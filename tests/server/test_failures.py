@@ -18,10 +18,10 @@ from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Slice, SliceResult
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.cost import Coefficients, CostModel, Load
-from wisp.core.verify.events import Run
+from wisp.core.verify.events import Limits, Run
 from wisp.engines.null import ByteTokenizer, NullTarget
 from wisp.server.app import ServerApp, Settings
-from wisp.server.event_log import read_runs
+from wisp.server.event_log import LogHeader, read_runs
 from wisp.server.host import VerifierHost
 from wisp.server.watchdog import LoopWatch, StepWatch, patience_s
 
@@ -139,6 +139,23 @@ def test_the_log_is_for_its_owner_alone(tmp_path: Path) -> None:
 
     with_host(scenario, event_log=tmp_path / "events.log")
     assert stat.S_IMODE((tmp_path / "events.log").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("release", "policy", "meant"),
+    [
+        ("0.1.0", "wisp", "paper"),
+        ("0.1.0", "laxity", "wisp"),
+        ("0.2.0", "wisp", "wisp"),
+        ("0.1.0", "fcfs", "fcfs"),
+    ],
+)
+def test_a_log_of_an_earlier_release_is_replayed_with_the_policy_that_it_meant(
+    release: str, policy: str, meant: str
+) -> None:
+    limits = Limits(100, frozenset(), 2, 64, 128, 64)
+    header = LogHeader(release, "null", "m", limits, policy, None, 8, {})
+    assert header.verifier().policy.name == meant
 
 
 # --- any other exception

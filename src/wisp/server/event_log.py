@@ -32,6 +32,7 @@ log = logging.getLogger("wisp.host")
 FLUSH_S = 1.0
 FLUSH_BYTES = 1 << 16  # or sooner, once so much has come together
 MODE = 0o600  # prompts are for nobody else's eyes
+RENAMED = {"wisp": "paper", "laxity": "wisp", "laxity:keep": "wisp:keep"}  # policies of 0.1, by their names today
 
 
 class LogHeader(msgspec.Struct, frozen=True, array_like=True, tag="header"):
@@ -48,8 +49,9 @@ class LogHeader(msgspec.Struct, frozen=True, array_like=True, tag="header"):
 
     def verifier(self) -> Verifier:
         """As it was when the run began. Raises ConfigError for a policy that this release does not have."""
+        policy = RENAMED.get(self.policy, self.policy) if self.wisp.startswith("0.1.") else self.policy
         admission = Admission(self.max_sessions, dict(self.key_limits))
-        return Verifier(self.limits, batching_policy(self.policy), admission, CostModel(self.cost))
+        return Verifier(self.limits, batching_policy(policy), admission, CostModel(self.cost))
 
 
 _Record = InEvent | LogHeader
