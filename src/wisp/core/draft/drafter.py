@@ -42,6 +42,11 @@ def busy_error(code: str, message: str, retry_after: float) -> RequestError:
     return RequestError(BUSY[code], message, code=code, type=kind, retry_after=max(retry_after, 1.0))
 
 
+def model_changed() -> RequestError:
+    """What the client is told when the verifier has another model than the one that wrote what is committed."""
+    return RequestError(502, MODEL_CHANGED, code="model_changed", type="server_error")
+
+
 class Phase(Enum):
     """Where a session stands, seen from the edge."""
 
@@ -176,7 +181,10 @@ class Drafter:
         """
         if self.phase is DONE:
             return []
-        self.require(digest)
+        if self.digest and digest != self.digest:
+            self.phase = DONE
+            raise model_changed()
+        self.digest = digest
         self.max_draft = max_draft
         self._epoch += 1
         self._round += 1
@@ -205,13 +213,6 @@ class Drafter:
             digest=self.digest,
         )
         return [open_]
-
-    def require(self, digest: str) -> None:
-        """Is this the model that the session is of? Raises RequestError, and the session is over, if it is not."""
-        if self.digest and digest != self.digest:
-            self.phase = DONE
-            raise RequestError(502, MODEL_CHANGED, code="model_changed", type="server_error")
-        self.digest = digest
 
     def lost(self) -> None:
         """The connection is gone."""
