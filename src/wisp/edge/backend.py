@@ -78,7 +78,7 @@ class EdgeBackend:
         self.drafter = drafter
         self.policies = policies
         self.ahead = ahead
-        self.pace = RoundTimes()  # of the last session: where the next one starts
+        self.times = RoundTimes()  # of the last session: where the next one starts
         self.sessions = 0  # live ones
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draft")
 
@@ -138,7 +138,7 @@ class _Session:
         self.finished = False
         # From which address, what, and when (ms)
         self.events: asyncio.Queue[tuple[str | None, FromLink, float]] = asyncio.Queue()
-        self.pace = backend.pace.successor()
+        self.times = backend.times.successor()
         self.warm: asyncio.Task[object] | None = None
 
     async def run(self) -> AsyncIterator[Committed]:
@@ -147,7 +147,7 @@ class _Session:
         backend = self.backend
         policy = backend.policies.make(g.sampling.temperature) if backend.drafter is not None else None
         ahead = backend.ahead if policy is not None else None
-        drafter = Drafter(self.id, g, policy, frozenset(welcome.eos), ahead=ahead, pace=self.pace)
+        drafter = Drafter(self.id, g, policy, frozenset(welcome.eos), ahead=ahead, times=self.times)
         self._move(HOME, self.home)
         self.backend.sessions += 1
         try:
@@ -265,7 +265,7 @@ class _Session:
         self.link.unlisten(self.id)
         self.backend.forget(self.drafts)
         self.backend.sessions -= 1
-        self.backend.pace = self.pace
+        self.backend.times = self.times
 
 
 def _now_ms() -> float:

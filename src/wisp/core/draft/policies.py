@@ -50,7 +50,7 @@ class View(msgspec.Struct, frozen=True, gc=False):
     sent: int
     first: int
     due_ms: float
-    pace: RoundTimes
+    times: RoundTimes
     opening: bool = False
 
     @property
@@ -211,16 +211,16 @@ class Gain:
         self._serving = False
 
     def more(self, view: View) -> bool:
-        p, first, pace, longest = view.p, view.first, view.pace, self.longest
+        p, first, times, longest = view.p, view.first, view.times, self.longest
         if len(p) - first >= longest:
             return False
-        chance = prod(p[first:] if first else p) * pace.acceptance.value
-        return chance > (pace.draft.value + pace.verify.slope) * pace.speed(longest) + pace.price
+        chance = prod(p[first:] if first else p) * times.acceptance.value
+        return chance > (times.draft.value + times.verify.slope) * times.speed(longest) + times.price
 
     def take(self, view: View) -> int:
-        pace, first, longest = view.pace, view.first, self.longest
+        times, first, longest = view.times, view.first, self.longest
         # What verifying one more token costs, in committed tokens: our own time, and the price others pay.
-        cost = pace.verify.slope * pace.speed(longest) + pace.price
+        cost = times.verify.slope * times.speed(longest) + times.price
         survival, n = 1.0, 0
         for p in view.p[first : first + longest]:
             survival *= p
@@ -230,14 +230,14 @@ class Gain:
         return n
 
     def serve(self, view: View) -> bool:
-        pace = view.pace
-        if not self.server_mode or pace.wait.n < 2 or pace.draft.n < 1:
+        times = view.times
+        if not self.server_mode or times.wait.n < 2 or times.draft.n < 1:
             return self._serving
-        serve_ms = pace.serve_ms
+        serve_ms = times.serve_ms
         if serve_ms <= 0:
             return self._serving
-        promised = STOPPING_IN_TIME * pace.best_speed(self.longest)
-        served, drafted = 1.0 / serve_ms, max(pace.measured, promised)
+        promised = STOPPING_IN_TIME * times.best_speed(self.longest)
+        served, drafted = 1.0 / serve_ms, max(times.measured, promised)
         # Hysteresis: changing over costs a round trip.
         self._serving = served > drafted * (1.0 if self._serving else 1.1)
         return self._serving
@@ -259,8 +259,8 @@ class Ahead(msgspec.Struct, frozen=True):
 
     def worth(self, view: View, price: float = 0.0) -> bool:
         """Draft another token ahead, now? At this `price` what is drafted will be sent, or not."""
-        pace, p, sent = view.pace, view.p, view.sent
-        a = pace.acceptance.value
+        times, p, sent = view.times, view.p, view.sent
+        a = times.acceptance.value
         right = prod(p)
         steps, beyond = 1, len(p) - sent
         if not beyond:  # the next guess is of the verdict's own token: only one beyond it is of use
@@ -269,10 +269,10 @@ class Ahead(msgspec.Struct, frozen=True):
             return False
         if price and beyond > 1 and prod(p[sent + 1 :]) * a <= price:
             return False  # it would not be sent
-        wait = pace.wait
+        wait = times.wait
         if view.opening or wait.n == 0:
             return True  # reading the prompt takes the target longer than a draft step
-        d, left, unsure = pace.draft.value, view.due_ms - view.now_ms, 0.25 * wait.deviation
+        d, left, unsure = times.draft.value, view.due_ms - view.now_ms, 0.25 * wait.deviation
         left = left + unsure if left > 0.0 else unsure
         late = steps * d - left
         if late <= 0.0:
@@ -280,7 +280,7 @@ class Ahead(msgspec.Struct, frozen=True):
         wrong_late = max(0.0, d - left)
         # If the guess is right, a token costs `late` instead of a whole draft step, if it is drafted at all then;
         # if it is wrong, a fresh start has to wait for the step that is running.
-        speed = pace.speed(self.longest)
+        speed = times.speed(self.longest)
         otherwise = max(0.0, a - d * speed)
         return right * (a - late * speed - otherwise) > (1.0 - right) * wrong_late * speed
 

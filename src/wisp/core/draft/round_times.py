@@ -113,13 +113,13 @@ class RoundTimes:
     def successor(self) -> RoundTimes:
         """Where the next session of this device starts: what was measured, the price last told, and a little of how
         fast that one went."""
-        pace = RoundTimes.__new__(RoundTimes)
-        pace.draft, pace.wait, pace.verify = self.draft.copy(), self.wait.copy(), self.verify.copy()
-        pace.queue, pace.line, pace.served = self.queue.copy(), self.line.copy(), self.served.copy()
-        pace.acceptance, pace.price = self.acceptance.copy(), self.price
-        pace._timed(0.2 * self._tokens, 0.2 * self._time_ms)
-        pace._best_of, pace._best_draft, pace._best = self._best_of, self._best_draft, self._best
-        return pace
+        times = RoundTimes.__new__(RoundTimes)
+        times.draft, times.wait, times.verify = self.draft.copy(), self.wait.copy(), self.verify.copy()
+        times.queue, times.line, times.served = self.queue.copy(), self.line.copy(), self.served.copy()
+        times.acceptance, times.price = self.acceptance.copy(), self.price
+        times._timed(0.2 * self._tokens, 0.2 * self._time_ms)
+        times._best_of, times._best_draft, times._best = self._best_of, self._best_draft, self._best
+        return times
 
     def speed(self, longest: int) -> float:
         """Committed tokens per millisecond that can be had by drafting: as measured over the last few dozen rounds,
