@@ -266,7 +266,7 @@ class Drafter:
         rounds.began_ms = now_ms
         opening.digest, opening.max_draft, opening.round = digest, max_draft, rounds.number
         opening.epoch += 1
-        chain.sent = max(0, min(chain.sent or len(chain.tokens), max_draft, self._left() - 1))
+        chain.sent = max(0, min(chain.sent or len(chain.tokens), self._most()))
         chain.dry = False
         self.phase = SERVED if serve else IN_FLIGHT
         rounds.flights = [] if serve else [self._flight(now_ms, chain.sent)]
@@ -413,9 +413,8 @@ class Drafter:
         """Draft another token, or send what there is."""
         policy, chain = self.policy, self.chain
         assert policy is not None
-        most = min(self.opening.max_draft, self._left() - 1)  # one token is the target's
-        full = len(chain.tokens) - chain.sent >= most
-        if not (full or chain.dry or chain.ended) and policy.more(view):
+        full = chain.dry or chain.ended or len(chain.tokens) - chain.sent >= self._most()
+        if not full and policy.more(view):
             return []
         return [self._send(now_ms, policy.take(view))]
 
@@ -423,7 +422,7 @@ class Drafter:
         chain, rounds = self.chain, self.rounds
         rounds.number += 1
         tokens = chain.tokens
-        chain.sent = sent = max(0, min(most, len(tokens), self.opening.max_draft, self._left() - 1))
+        chain.sent = sent = max(0, min(most, len(tokens), self._most()))
         chain.dry = False
         self.phase = IN_FLIGHT
         rounds.flights.append(self._flight(now_ms, sent))
@@ -431,10 +430,14 @@ class Drafter:
 
     def _send_ahead(self, now_ms: float) -> list[Action]:
         """Send what was drafted ahead before the verdict is here, if it is complete, or there is no time for more."""
-        chain, rounds, ahead = self.chain, self.rounds, self.ahead
-        n, sent, flights = len(chain.tokens), chain.sent, rounds.flights
+        chain = self.chain
+        n, sent = len(chain.tokens), chain.sent
         first = sent + 1  # the one before it guesses the verdict's own token
-        if n <= first or len(flights) != 1 or ahead is None or not ahead.send or rounds.serve:
+        if n <= first:
+            return []
+        rounds, ahead = self.rounds, self.ahead
+        flights = rounds.flights
+        if len(flights) != 1 or ahead is None or not ahead.send or rounds.serve:
             return []
         times, policy, due_ms, opening = self.times, self.policy, flights[0].due_ms, rounds.number == 0
         assert policy is not None
@@ -460,9 +463,10 @@ class Drafter:
         due_ms = flights[-1].due_ms if flights else 0.0
         return View(now_ms, chain.p, sent, sent, due_ms, self.times, rounds.number == 0)
 
-    def _left(self) -> int:
-        """Tokens still to come; the last of all is always the target's own."""
-        return self.task.max_tokens - len(self.committed)
+    def _most(self) -> int:
+        """The longest draft now: the last token of all is always the target's own."""
+        left, most = self.task.max_tokens - len(self.committed) - 1, self.opening.max_draft
+        return left if left < most else most
 
     def _learn(
         self, now_ms: float, arrived_ms: float, flight: Flight, drafted: int, verdict: Verdict, new: list[int]
