@@ -35,7 +35,7 @@ log = logging.getLogger("wisp.edge")
 
 
 class Link(Protocol):
-    """Where sessions live: the way to a verifier or to a front (`VerifierLink` documents it)."""
+    """A connection to a verifier or to a router. `VerifierLink` documents its methods."""
 
     reconnects: int
     patience: Patience
@@ -61,8 +61,7 @@ class Tokenizers(Protocol):
 class EdgeBackend:
     """`api.backend.Backend` that drafts here and verifies there.
 
-    `drafter` None means: never draft. `policies` makes a drafting policy for each session; `ahead` None means:
-    never draft ahead.
+    `drafter` None: never draft. `policies` makes a drafting policy for each session. `ahead` None: never draft ahead.
     """
 
     def __init__(
@@ -78,13 +77,13 @@ class EdgeBackend:
         self.drafter = drafter
         self.policies = policies
         self.ahead = ahead
-        self.times = RoundTimes()  # of the last session: where the next one starts
+        self.times = RoundTimes()  # of the last session; the next one starts from them
         self.sessions = 0  # live ones
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draft")
 
     @property
     def context(self) -> int:
-        """The verifier's; 0 without one."""
+        """Tokens of the verifier's context; 0 without a verifier."""
         return self.link.welcome.context if self.link.welcome is not None else 0
 
     async def target(self) -> Target:
@@ -97,13 +96,13 @@ class EdgeBackend:
         """An edge has no limits of its own; the verifier's answer comes with the first verdict."""
 
     def generate(self, generation: Generation) -> AsyncIterator[Committed]:
-        """Stream what is committed. Closing the iterator cancels the session at the verifier."""
+        """Stream the committed tokens. Closing the iterator cancels the session at the verifier."""
         return _Session(self, generation).run()
 
     async def propose(
         self, session: str, context: Sequence[int], position: int, g: Generation
     ) -> Proposal | None:
-        """GenerationRequest the draft engine, in its own thread. If it fails, this round goes without."""
+        """Ask the draft engine, in its own thread. If it fails, this round goes without a draft."""
         assert self.drafter is not None
         call = functools.partial(self.drafter.propose, session, context, position, g.sampling)
         try:
@@ -113,7 +112,7 @@ class EdgeBackend:
             return None
 
     def forget(self, session: str) -> None:
-        """Free what the draft engine holds for a session, behind whatever it is doing."""
+        """Free the draft engine's memory of a session, after its present work."""
         if self.drafter is not None:
             self._thread.submit(self.drafter.forget, session)
 
@@ -130,11 +129,11 @@ class _Session:
     def __init__(self, backend: EdgeBackend, generation: Generation) -> None:
         self.backend = backend
         self.home: Link = backend.link
-        self.link: Link = backend.link  # where it is
+        self.link: Link = backend.link  # to where the session is
         self.generation = generation
         self.id = secrets.token_hex(16)
         self.itinerary = Itinerary(self.id, self.home.patience, lambda: random.uniform(0.5, 1.0))
-        self.drafts = f"{generation.salt}/{self.id}"  # its name for the draft engine
+        self.drafts = f"{generation.salt}/{self.id}"  # the session's name for the draft engine
         self.finished = False
         # From which address, what, and when (ms)
         self.events: asyncio.Queue[tuple[str | None, FromLink, float]] = asyncio.Queue()
@@ -233,7 +232,7 @@ class _Session:
         return None
 
     def _move(self, address: str | None, link: Link) -> None:
-        """Listen there from now on, and nowhere else."""
+        """Listen to that link from now on, and to no other."""
         self.link.unlisten(self.id)
         self.link = link
         link.listen(self.id, functools.partial(self._heard, address))
@@ -258,7 +257,7 @@ class _Session:
             self.link.send(message)
 
     def _end(self) -> None:
-        if not self.finished:  # left, failed or refused: the verifier need not keep it
+        if not self.finished:  # left, failed or refused: the verifier can forget it
             self.link.send(Cancel(self.id))
         if self.warm is not None:
             self.warm.cancel()

@@ -3,12 +3,12 @@
     SimDevice (core.Drafter, link, script)  --Uplink-->  Sockets  --one WebSocket per device-->  a live `wisp serve`
                   ^ Timeline, advanced by Clock
 
-Behind a router, a device follows redirects as an edge does: it opens one more WebSocket to each verifier that the
-router names, and comes back to the router when that verifier is lost or drained.
+Behind a router, a device follows redirects as an edge does (`core.draft.itinerary`). It opens one more WebSocket to
+each verifier that the router names, and comes back to the router when that verifier is lost or shuts down.
 
-All timers of all devices are one heap, which one timer of the event loop follows; a device has no task. A callback runs
-with the time at which it was due, not the time at which the loop reached it, so that timers of a millisecond do not
-add up to a slower device. The delay is measured (`Clock.lags_ms`); a run with much of it is invalid.
+All timers of all devices are in one heap, with one timer of the event loop for the first of them; a device has no task.
+A callback sees the time at which it was due, not the time at which the loop reached it, so that timers of a millisecond
+do not add up to a slower device. The delay is measured (`Clock.lags_ms`). A run with much delay is invalid.
 """
 
 from __future__ import annotations

@@ -1,19 +1,17 @@
-"""The drafter: a session as the edge sees it. Events in, actions out; no I/O, no clock, no model.
+"""The drafter: one session on the edge. Events in, actions out; no I/O, no clock, no model.
 
     DETACHED --connected--> IN_FLIGHT --verdict--> DRAFTING --sent--> IN_FLIGHT ... --> DONE
                                `--(server mode)--> SERVED --tokens--> SERVED ... (drafting pays again) --> DRAFTING
 
-What is guessed of the text beyond the committed tokens is one chain: its first `sent` tokens are in flight, the
-rest are the draft in the making, or were drafted ahead. A verdict that agrees moves along the chain; one that
-does not clears it.
+The guesses beyond the committed tokens are one chain. Its first `sent` tokens are in flight. The rest is the draft in
+the making, or was drafted ahead. A verdict that agrees moves along the chain; any other clears it.
 
-A draft made ahead may leave before the verdict it bets on (`Ahead.send`): it restates the chain, the tokens in flight
-and the guess at the verdict's own token included. If all that was right, the verifier has the next draft the moment
-its step ends, and no round trip is waited for; otherwise it costs the verifier nothing but a comparison.
+A draft made ahead may be sent before the verdict that it bets on (`Ahead.send`). It restates the chain, with the
+tokens in flight and the guess at the verdict's own token. If all of that was right, the verifier has the next draft as
+soon as its step ends, without a round trip in between. Otherwise the draft costs the verifier one comparison.
 
-The edge owns the truth: prompt and committed tokens live here. Whatever happens to a connection or a verifier,
-`connected` opens the session again from what is committed, and text goes on where it was; but never with another
-model than the one that it was begun with.
+Prompt and committed tokens are kept here. When a connection or a verifier is lost, `connected` opens the session again
+from them, and the text goes on where it was, but never with another model than the one that began it.
 """
 
 from __future__ import annotations
@@ -37,18 +35,18 @@ MAX_REOPENINGS = 5  # in a row without a new token
 
 
 def busy_error(code: str, message: str, retry_after: float) -> RequestError:
-    """What the client is told of a refusal for now; `code` is one of BUSY."""
+    """The client's error for a temporary refusal; `code` is one of BUSY."""
     kind = "rate_limit_error" if code == "rate_limit_exceeded" else "server_error"
     return RequestError(BUSY[code], message, code=code, type=kind, retry_after=max(retry_after, 1.0))
 
 
 def model_changed() -> RequestError:
-    """What the client is told when the verifier has another model than the one that wrote what is committed."""
+    """The client's error when the verifier's model is not the one that wrote the committed tokens."""
     return RequestError(502, MODEL_CHANGED, code="model_changed", type="server_error")
 
 
 class Phase(Enum):
-    """Where a session stands, seen from the edge."""
+    """State of a session on the edge."""
 
     DETACHED = auto()  # no connection
     DRAFTING = auto()  # building a draft
@@ -57,7 +55,7 @@ class Phase(Enum):
     DONE = auto()
 
 
-DETACHED, DRAFTING, IN_FLIGHT, SERVED, DONE = Phase  # found sooner than through their class
+DETACHED, DRAFTING, IN_FLIGHT, SERVED, DONE = Phase  # as globals: a look-up through the class takes longer
 
 
 class Reopen(msgspec.Struct, frozen=True):
@@ -70,9 +68,9 @@ Action = Open | Draft | Committed | Reopen
 
 
 class Flight(msgspec.Struct):
-    """A draft on its way: `drafted` tokens sent at `sent_ms`, whose verdict is expected at `due_ms`.
+    """A draft on its way: `drafted` tokens sent at `sent_ms`, with the verdict expected at `due_ms`.
 
-    alone: no other was in flight when it was sent, so that its time says how long a round takes
+    alone: no other draft was in flight when it was sent, so that its time is that of a round
     """
 
     round: int
@@ -83,9 +81,9 @@ class Flight(msgspec.Struct):
 
 
 class Task(msgspec.Struct, frozen=True):
-    """What is to be generated. `max_tokens` fits the context together with the prompt. `salt`: see `messages.Open`.
+    """A text to generate. Prompt and `max_tokens` together fit the context. `salt`: see `messages.Open`.
 
-    digest: of the model for which the prompt was encoded; "" for the first that is met.
+    digest: of the model for which the prompt was encoded; "" for that of the first verifier.
     """
 
     prompt: list[int]
@@ -99,12 +97,12 @@ class Task(msgspec.Struct, frozen=True):
 
 
 class Opening:
-    """What was agreed by the last Open, and how often it was said.
+    """The last Open, and the verifier that it went to.
 
-    digest: of the model that the session is of; "" before the first Open
-    max_draft: tokens in one draft that this verifier takes
-    round: of the Open itself
-    reopened: refusals in a row that another Open answered, without a new token
+    digest:    of the session's model; "" while any model will do
+    max_draft: most tokens in one draft for this verifier
+    round:     of the Open itself
+    reopened:  refusals in a row that were answered by another Open, without a new token
     """
 
     __slots__ = ("digest", "epoch", "max_draft", "reopened", "round")
@@ -251,9 +249,9 @@ class Drafter:
     # --- events
 
     def connected(self, now_ms: float, max_draft: int, digest: str = "") -> list[Action]:
-        """A verifier is there and takes drafts up to `max_draft`: open the session, or open it again.
+        """There is a verifier, and it takes drafts of up to `max_draft` tokens: open the session, or open it again.
 
-        digest: of its model. Raises RequestError if the session is of another.
+        digest: of its model. Raises RequestError if the session has another model.
         """
         if self.phase is DONE:
             return []
@@ -319,10 +317,10 @@ class Drafter:
         return self._send_ahead(now_ms) if phase is IN_FLIGHT else self._go_on(now_ms, self._view(now_ms))
 
     def verdict(self, now_ms: float, verdict: Verdict, arrived_ms: float | None = None) -> list[Action]:
-        """Take what is committed since, and go on. It may have arrived earlier, while a draft step was running.
+        """Take the newly committed tokens, and go on. The verdict may have arrived earlier, during a draft step.
 
-        Raises ProtocolError where the verdict contradicts what was committed before: then the text up to
-        here stands, and this verifier is not to be trusted with the rest.
+        Raises ProtocolError where it contradicts tokens that were committed before. Then the text so far stands, and
+        this verifier cannot be trusted with the rest.
         """
         phase, chain, rounds = self.phase, self.chain, self.rounds
         if phase is DONE:
@@ -333,7 +331,7 @@ class Drafter:
         flight = rounds.landed(verdict.round) if phase is IN_FLIGHT else None
         before = len(verdict.tokens) - len(new)  # of the draft, settled earlier
         drafted = accepted = 0
-        if flight is not None and new:  # else it was stale, and nothing was verified
+        if flight is not None and new:  # otherwise it was stale, and nothing was verified
             drafted = max(0, flight.drafted - before)
             accepted = max(0, verdict.accepted - before)
         logprobs = verdict.logprobs[-len(new) :] if new and verdict.logprobs else []
@@ -357,7 +355,7 @@ class Drafter:
             self.phase = DONE
             return [fresh]
         deliver: list[Action] = [fresh] if new or drafted else []
-        if flight is not None or (phase is IN_FLIGHT and not rounds.flights):  # or what it bet on was wrong
+        if flight is not None or (phase is IN_FLIGHT and not rounds.flights):  # or its bet was lost
             rounds.began_ms = now_ms
             if rounds.flights:  # its successor is with the verifier already
                 rounds.flights[0].due_ms = now_ms + self.times.engine_ms(chain.sent)
@@ -368,10 +366,10 @@ class Drafter:
         return deliver
 
     def refused(self, refused: Refused) -> list[Action]:
-        """The verifier will not. Some refusals are mended by opening again; the others raise RequestError.
+        """The verifier refuses. Some refusals are mended by opening again; the others raise RequestError.
 
-        One that a later Open has overtaken, or will, tells nothing new: whatever was in flight behind a draft that
-        is refused is refused as well.
+        A refusal from before the last Open is ignored: one Open answers all refusals of drafts that were in flight
+        together.
         """
         opening = self.opening
         if self.phase is DETACHED or self.phase is DONE or 0 <= refused.round < opening.round:
@@ -381,7 +379,7 @@ class Drafter:
             self.lost()
             return [Reopen(refused.retry_after)]
         busy = refused.code in BUSY
-        if busy and self.committed:  # admitted before, so only the verifier has changed: insist
+        if busy and self.committed:  # this session was admitted before, by a verifier that has gone: insist
             self.lost()
             return [Reopen(max(refused.retry_after, 0.1))]
         self.phase = DONE
@@ -429,7 +427,7 @@ class Drafter:
         return Draft(self.session, rounds.number, len(self.committed), tokens[:sent], rounds.serve)
 
     def _send_ahead(self, now_ms: float) -> list[Action]:
-        """Send what was drafted ahead before the verdict is here, if it is complete, or there is no time for more."""
+        """Send the draft made ahead before the verdict is here, if it is complete, or if time runs out."""
         chain = self.chain
         n, sent = len(chain.tokens), chain.sent
         first = sent + 1  # the one before it guesses the verdict's own token

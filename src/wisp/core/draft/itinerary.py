@@ -162,7 +162,7 @@ class Itinerary:
             if not in_time and (useless or self._trips > MAX_LOSSES):
                 raise self._astray(why, useless=useless)
         if useless:
-            self._avoid = self.at
+            self._avoid = self.at or ""
         self.at, self._opening = HOME, None
         return Home(wait_s)
 
