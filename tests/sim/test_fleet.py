@@ -31,7 +31,6 @@ from wisp.core.protocol.messages import (
     Refused,
     Verdict,
     Welcome,
-    decode_from_edge,
 )
 from wisp.core.protocol.sampling import Sampling
 from wisp.edge.link import LOST
@@ -241,7 +240,7 @@ class FakeWire:
         self.sent: list[Message] = []
 
     def send(self, frame: bytes) -> None:
-        self.sent.append(decode_from_edge(frame))
+        self.sent.append(msgspec.msgpack.decode(frame, type=Open | Draft))
 
 
 def behind_a_router(scenario: Callable[[Sockets, FakeWire, FakeWire, list[object]], None]) -> None:

@@ -135,7 +135,7 @@ class _Session:
         self.itinerary = Itinerary(self.id, self.home.patience, lambda: random.uniform(0.5, 1.0))
         self.drafts = f"{generation.salt}/{self.id}"  # the session's name for the draft engine
         self.finished = False
-        # From which address, what, and when (ms)
+        # Address, event, and time of arrival (ms)
         self.events: asyncio.Queue[tuple[str | None, FromLink, float]] = asyncio.Queue()
         self.times = backend.times.successor()
         self.warm: asyncio.Task[object] | None = None
@@ -241,7 +241,7 @@ class _Session:
         self.events.put_nowait((address, event, _now_ms()))
 
     def _reopen(self, after_s: float) -> None:
-        """Take the connection for a new one, after that long."""
+        """After that long, take the connection for a new one, which the session is opened on."""
 
         def reopen() -> None:
             if self.link.welcome is not None:  # otherwise the next connection will do it

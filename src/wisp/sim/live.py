@@ -266,7 +266,7 @@ class Sockets:
             clock.happen(lambda: self._take(index, address, decode_from_cloud(frame)))
 
     def _take(self, index: int, address: str | None, message: ServerMessage | Lost) -> None:
-        """Something happened at `address`. The device is told what it has to know of it."""
+        """Something arrived from `address`: do what follows from it, and tell the device."""
         itinerary, clock = self._itineraries.get(index), self.clock
         if isinstance(message, Refused) and not message.session:
             raise ProtocolError(message.code, f"the verifier refused a frame: {message.message}")

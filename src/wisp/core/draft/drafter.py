@@ -192,6 +192,10 @@ class Drafter:
 
     The host calls `connected`, `lost`, `verdict` and `refused` as these happen, and, while `wants_token`,
     asks its draft engine for a token after `context` and hands it to `proposed`. Times are milliseconds.
+
+    committed: the text so far; chain: guesses beyond it
+    opening:   the verifier, as of the last Open; rounds: what it was asked
+    times:     measurements of speed
     """
 
     __slots__ = (

@@ -1,17 +1,15 @@
 """The itinerary of a session on a device: where it is, and what is said and heard there; no I/O, no clock, no chance.
 
-    home --Open--> (a verifier)                       its Verdict: the session is served at home
-      |
-      `---Open--> (a router) --Redirect--> address    the Open and the drafts behind it are repeated there
-                                  |
-      home <--lost, full or shut down                 open again, with the address to avoid
+    home --Open--> a verifier                       it answers: the session is served at home
+    home --Open--> a router --Redirect--> address   the Open is repeated there, and the drafts that were said since
+    address --lost, full, shutting down--> home     the session is opened again, with the address to avoid
 
 A session begins at home, the server that the user named. A router redirects it to a verifier. When that verifier is
-lost, full or shuts down, the session comes home and opens again from what is committed. If nothing but useless
-verifiers is named there, the session ends.
+lost, is full or shuts down, the session comes home and opens again from what is committed. If the router names only
+useless verifiers for too long, the session ends.
 
-The host connects, sends and waits. What the drafter says goes through `say`; what arrives goes through `heard` and
-`lost`, which answer with what is to be done.
+The host connects, sends and waits. It passes the drafter's messages through `say`, and all that arrives through
+`heard` and `lost`. Their answers tell it what to do.
 """
 
 from __future__ import annotations
@@ -63,24 +61,24 @@ class Home(msgspec.Struct, frozen=True):
     after_s: float | None
 
 
-# A message of the server's is for the drafter; a Welcome means that the session is to be opened there. None: ignore it.
+# Verdict, Refused: for the drafter. Welcome: open the session, or open it again, with this verifier. None: do nothing.
 Step = Send | Go | Home | Welcome | Verdict | Refused | None
 
 
 class Itinerary:
-    """Of one session. Times are seconds of the clock of `patience`, which is that of the way home.
+    """The itinerary of one session. `patience` is that of the connection to home, and times are seconds of its clock.
 
     at: the address where the session is, or to which it is on its way; HOME at home
     """
 
     def __init__(self, session: str, patience: Patience, jitter: Callable[[], float] = lambda: 1.0) -> None:
-        """`jitter`: a factor for each wait, so that many devices do not come back in the same moment."""
+        """`jitter`: makes a factor for each wait, so that many devices do not come back in the same moment."""
         self.session = session
         self.at: str | None = HOME
         self._patience = patience
         self._jitter = jitter
         self._opening: Open | None = None  # not answered yet: to be repeated where a router redirects it to
-        self._since: list[Draft] = []  # said behind it, and to be repeated, too
+        self._since: list[Draft] = []  # drafts said behind it, which are repeated, too
         self._avoid = ""  # the address that was of no use
         self._trips = 0  # from an address back home, since the last verdict
         self._astray_since = 0.0  # when the first of them ended
@@ -101,9 +99,9 @@ class Itinerary:
         return [] if under_way else [message]
 
     def heard(self, where: str | None, message: ServerMessage, now_s: float) -> Step:
-        """`message` arrived from the address `where`, or a connection to it is there (Welcome).
+        """`message` arrived from the address `where`. A Welcome says that there is a connection to it.
 
-        Raises RequestError where the session cannot go on.
+        Raises RequestError if the session cannot go on.
         """
         if where != self.at:
             return None  # it was said before the session moved
@@ -127,9 +125,9 @@ class Itinerary:
         return message
 
     def lost(self, where: str | None, now_s: float, why: str = "") -> Step:
-        """The connection to `where` is gone, or there never was one.
+        """The connection to `where` is gone, or could not be made; `why` is for the error.
 
-        Raises RequestError where the session cannot go on.
+        Raises RequestError if the session cannot go on.
         """
         if where != self.at:
             return None
