@@ -25,13 +25,13 @@ def fed_back(
     signals that the policy hears: a drafter's logits depend a little on the shape of the batch they come from, and
     a recorder's batches are wide. The events told back have the trace's signals, to hold against the edge's.
     """
-    pace = RoundTimes()
+    times = RoundTimes()
     told = []
     for story, trace in zip(stories, traces, strict=True):
         bench = Bench(Device("", 1.0), Link(0.0), Server("", 0.0, 0.0))
-        replayed = _Generation(trace, bench, policies, ahead, pace.successor(), Tally(), random.Random(0))
+        replayed = _Generation(trace, bench, policies, ahead, times.successor(), Tally(), random.Random(0))
         told.append(_feed(story, replayed))
-        pace = replayed.drafter.pace
+        times = replayed.drafter.times
     return told
 
 

@@ -429,7 +429,7 @@ def test_a_device_that_was_frozen_does_not_give_up_on_waking(monkeypatch: pytest
             waiting = asyncio.ensure_future(link.connected())
             assert await heard.get() is LOST
             slept[0] = 3600.0
-            assert await heard.get() is LOST  # an attempt, and whoever waits has looked at the clock
+            assert await heard.get() is LOST  # an attempt, and each waiting session has looked at the clock
             late = asyncio.ensure_future(link.connected())
             assert await heard.get() is LOST
             async with script.listening():

@@ -20,13 +20,24 @@ from waiting import PATIENCE_S
 from wisp.api.process import event_loop_factory
 from wisp.children import Child
 from wisp.cli import app
+from wisp.core.draft.itinerary import HOME
 from wisp.core.errors import ConfigError, UnavailableError
-from wisp.core.protocol.messages import Draft, Open, Redirect, Refused, Verdict
+from wisp.core.protocol.messages import (
+    VERSION,
+    Draft,
+    Message,
+    Open,
+    Redirect,
+    Refused,
+    Verdict,
+    Welcome,
+)
 from wisp.core.protocol.sampling import Sampling
+from wisp.edge.link import LOST
 from wisp.engines.emulated import HARDWARE
 from wisp.sim import serving
 from wisp.sim.fleet import check_live, run_live, verifier
-from wisp.sim.live import HOME, Clock, Line, Sockets
+from wisp.sim.live import Clock, Sockets
 from wisp.sim.report import Engine, Report
 from wisp.sim.scenario import Kit, Scenario, SloClass
 from wisp.sim.simulate import Fleet, scripts_of
@@ -214,44 +225,89 @@ def test_what_only_the_simulator_has_is_refused_by_name(
         check_live(msgspec.structs.replace(quick, **change), system(of))
 
 
-# --- where a router sends a session
+# --- where a router sends a session (`core.draft.itinerary`), and what its device is told of it
+
+WELCOME = Welcome(VERSION, "m", "f", 1000, [999], 512, 64, digest="d1")
+OPENING = Open("session-1", 0, [1, 2, 3], Sampling(), 20, digest="d1")
+
+
+class FakeWire:
+    """A connection that is there. `sent` is what went out on it."""
+
+    welcome = WELCOME
+
+    def __init__(self) -> None:
+        self.sent: list[Message] = []
+
+    def send(self, frame: bytes) -> None:
+        self.sent.append(msgspec.msgpack.decode(frame, type=Open | Draft))
+
+
+def behind_a_router(scenario: Callable[[Sockets, FakeWire, FakeWire, list[object]], None]) -> None:
+    """`scenario` gets a device's sockets, the wires to the router and to :8101, and what the device is told."""
+
+    def what(env: Timeline, clock: Clock) -> None:
+        sockets, home, away = Sockets("http://127.0.0.1:9"), FakeWire(), FakeWire()
+        told: list[object] = []
+        sockets.clock, sockets.senders[0], sockets._digests[0] = clock, told.append, "d1"
+        sockets._wires[0] = {HOME: home, ":8101": away}
+        scenario(sockets, home, away, told)
+
+    on_a_loop(what, 0.1)
 
 
 def test_a_session_repeats_to_a_verifier_what_it_told_the_router() -> None:
-    line = Line()
-    opening = Open("session-1", 0, [1, 2, 3], Sampling(), 20)
-    first, second, third = (Draft("session-1", n, n, [n]) for n in (1, 2, 3))
-    assert line.say(opening) == [opening]
-    assert line.say(first) == [first]
-    assert not line.follow(Redirect("another", ":8101"))
-    assert line.follow(Redirect("session-1", ":8101"))
-    assert line.at == ":8101"
-    assert line.say(second) == []  # nothing before the Open
-    assert line.connected(":8102") == []
-    assert line.connected(":8101") == [opening, first, second]
-    assert line.say(third) == [third]  # sent ahead of the first verdict
-    assert line.connected(":8101") == []  # once is enough
+    def scenario(sockets: Sockets, home: FakeWire, away: FakeWire, told: list[object]) -> None:
+        first, second = (Draft("session-1", n, n, [n]) for n in (1, 2))
+        sockets.receive(0, OPENING)
+        sockets.receive(0, first)
+        sockets._take(0, HOME, Redirect("another-1", ":8101"))
+        assert away.sent == []
+        sockets._take(0, HOME, Redirect("session-1", ":8101"))
+        assert home.sent == away.sent == [OPENING, first]
+        sockets.receive(0, second)  # sent ahead of the first verdict
+        assert away.sent == [OPENING, first, second]
+        assert told == []
+
+    behind_a_router(scenario)
 
 
 def test_a_session_that_comes_home_avoids_the_verifier_that_refused_it() -> None:
-    line = Line()
-    opening = Open("session-1", 0, [1, 2, 3], Sampling(), 20)
-    line.say(opening)
-    line.follow(Redirect("session-1", ":8101"))
-    line.connected(":8101")
-    back = line.go_home(refused=False)  # a lost verifier may come back
-    assert (back.session, back.code, back.retry_after, line.at) == ("session-1", "unknown_session", 0.0, HOME)
-    assert line.say(opening) == [opening]
-    line.follow(Redirect("session-1", ":8101"))
-    line.connected(":8101")
-    full = line.hear(Refused("session-1", "overloaded", "full", 9.0))
-    assert isinstance(full, Refused)
-    assert (full.code, line.at) == ("unknown_session", HOME)
-    assert 0.0 < full.retry_after < 9.0  # the second trip in vain
-    (again,) = line.say(opening)
-    assert again == msgspec.structs.replace(opening, avoid=":8101")
-    refused = Refused("session-1", "overloaded", "full", 9.0)
-    assert line.hear(refused) is refused  # by the router itself
+    def scenario(sockets: Sockets, home: FakeWire, away: FakeWire, told: list[object]) -> None:
+        sockets.receive(0, OPENING)
+        sockets._take(0, HOME, Redirect("session-1", ":8101"))
+        sockets._take(0, ":8101", LOST)  # a lost verifier may come back
+        back = told.pop()
+        assert isinstance(back, Refused)
+        assert (back.session, back.code, back.retry_after) == ("session-1", "unknown_session", 0.0)
+        sockets.receive(0, OPENING)
+        assert home.sent == [OPENING, OPENING]
+        sockets._take(0, HOME, Redirect("session-1", ":8101"))
+        refused = Refused("session-1", "overloaded", "full", 9.0)
+        sockets._take(0, ":8101", refused)
+        full = told.pop()
+        assert isinstance(full, Refused)
+        assert full.code == "unknown_session"
+        assert 0.0 < full.retry_after < 9.0  # the second trip in vain
+        sockets.receive(0, OPENING)
+        assert home.sent[-1] == msgspec.structs.replace(OPENING, avoid=":8101")
+        sockets._take(0, HOME, refused)
+        assert told == [refused]  # by the router itself
+
+    behind_a_router(scenario)
+
+
+def test_a_device_whose_replica_has_another_model_is_told_that_its_answer_ends() -> None:
+    def scenario(sockets: Sockets, home: FakeWire, away: FakeWire, told: list[object]) -> None:
+        away.welcome = msgspec.structs.replace(WELCOME, digest="d2")
+        sockets.receive(0, OPENING)
+        sockets._take(0, HOME, Redirect("session-1", ":8101"))
+        (ended,) = told
+        assert isinstance(ended, Refused)
+        assert (ended.code, ended.fatal) == ("model_changed", True)
+        assert away.sent == []
+
+    behind_a_router(scenario)
 
 
 # --- the clock

@@ -1,11 +1,10 @@
 """The edge's connection to its verifier: one WebSocket, many sessions, kept up for as long as the process lives.
 
-When it breaks, every session is told, and told again when it is back; what to do about it is theirs
-(`core.draft.drafter`). Reconnecting backs off exponentially, with jitter, so that a restarted verifier is not
-stormed by a fleet.
+When it breaks, and when it is back, every session is told (`core.draft.itinerary` says what follows). Reconnecting
+backs off exponentially, with jitter, so that a fleet does not storm a restarted verifier.
 
-Where the server is a front, it redirects sessions to other addresses. Each of these gets one more link, which
-many sessions share; it is tried once, and when it ends its sessions go back to the front (`edge.backend`).
+A router redirects sessions to other addresses. Each address gets one more link, which many sessions share. That link
+is tried once. When it ends, its sessions go back to the router.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ log = logging.getLogger("wisp.link")
 BACKOFF_S = (0.05, 5.0)  # first and longest wait between attempts
 HANDSHAKE_S = 10.0
 IDLE_S = 30.0  # a link to a redirected address is kept this long after its last session
-# What happens to connections. Anything else is a mistake of ours, and is logged as one
+# Faults of connections. Any other exception is a fault of this program, and is logged with its traceback
 EXPECTED = (OSError, EOFError, WebSocketException, ProtocolError, ImportError)
 
 
@@ -86,7 +85,7 @@ class VerifierLink:
         self.fatal: RequestError | None = None  # trying again will not help
         self.reconnects = 0
         self.once = once
-        self.ended = False  # a link of one attempt has had it
+        self.ended = False  # its one attempt is over
         self.redirects = Redirects(self._redirected)
         self._tls = tls
         self._closing = False
@@ -99,7 +98,7 @@ class VerifierLink:
     def start(self) -> None:
         """Begin to connect, on the running event loop."""
         self._task = asyncio.create_task(self._keep_connected())
-        if not self.once:  # nobody waits for one of those
+        if not self.once:  # no session waits for such a link
             self._beat()
 
     async def close(self) -> None:
@@ -113,7 +112,7 @@ class VerifierLink:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def connected(self) -> Welcome:
-        """Wait for a verifier. Raises UnavailableError once patience is at its end, or what is fatal."""
+        """Wait for a verifier. Raises UnavailableError when patience ends, RequestError if waiting cannot help."""
         while self.welcome is None:
             if self.fatal is not None:
                 raise self.fatal
@@ -128,14 +127,14 @@ class VerifierLink:
         return self.welcome
 
     def gave_up(self) -> UnavailableError:
-        """The error for those who have waited long enough."""
+        """The error of a session that has waited long enough."""
         return UnavailableError(
             f"no verifier at {self.url} for {self.patience.give_up_s:g} s ({self.problem or 'no answer'}); "
             "is `wisp serve` running there?"
         )
 
     def listen(self, session: str, listener: Listener) -> None:
-        """Messages for `session`, and every loss and return of the connection, go to `listener`."""
+        """Pass messages for `session`, and each loss and return of the connection, to `listener`."""
         self._listeners[session] = listener
 
     def unlisten(self, session: str) -> None:
@@ -145,9 +144,9 @@ class VerifierLink:
             asyncio.get_running_loop().call_later(IDLE_S, self._end_if_idle)
 
     def send(self, message: Message) -> None:
-        """Send, if connected; otherwise drop it: sessions open again when the connection is back.
+        """Send, if connected. Otherwise drop it: sessions open again when the connection is back.
 
-        Raises RequestError for a message that is too long for the verifier, which would cut off everybody's sessions.
+        Raises RequestError for a message that is too long for the verifier: it would end the connection for all.
         """
         if self.welcome is None:
             return
@@ -177,7 +176,7 @@ class VerifierLink:
             attempt = self.patience.began(time.monotonic())
             try:
                 await self._one_connection()
-            except Exception as error:  # whatever it is: a link that ended without a word would help nobody
+            except Exception as error:  # of any kind: the link goes on, and says why it is not connected
                 self._note(error)
             finally:
                 self.ended = self.once
@@ -256,7 +255,7 @@ class VerifierLink:
             listener(event)
 
     def _note(self, error: Exception) -> None:
-        """Remember why, and whether trying again can help."""
+        """Remember the reason, and whether another attempt can help."""
         before = self.problem
         self.problem = reason(error, self.url)
         self.fatal = None
@@ -281,7 +280,7 @@ class VerifierLink:
 
 
 class _Connect(connect):
-    """Follows no redirects: a sign-in page's would lead anywhere, and our key stays with the address given."""
+    """Follows no HTTP redirects: a sign-in page's may lead anywhere, and the key is for the address given only."""
 
     def process_redirect(self, exc: Exception) -> Exception | str:
         return exc
@@ -296,7 +295,7 @@ def _too_long(size: int, most: int) -> RequestError:
 
 
 class Redirects:
-    """Links to the addresses that a front names: one each, for as long as sessions use it. `make` may raise
+    """Links to the addresses that a router names: one each, for as long as sessions use it. `make` may raise
     ProtocolError."""
 
     def __init__(self, make: Callable[[str], VerifierLink]) -> None:

@@ -25,7 +25,7 @@ from wisp.engines.base import DraftEngine, Tokenizer
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What the user asked for."""
+    """The user's request."""
 
     prompt: str
     system: str | None
@@ -39,7 +39,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct):
-    """What came of it. `first` and `last` are seconds since the request."""
+    """The answer. `first` and `last` are the times of its tokens, in seconds since the request."""
 
     tokens: list[int] = []
     from_draft: list[bool] = []
@@ -49,7 +49,7 @@ class Answer(msgspec.Struct):
     stats: SpecStats = msgspec.field(default_factory=SpecStats)
 
     def add(self, item: Committed, at: float) -> None:
-        """Take in what was committed at time `at`."""
+        """Append what was committed at time `at`."""
         if item.tokens:
             self.first = self.first or at
             self.last = at

@@ -1,7 +1,8 @@
-"""Thin clients of a router: it is the edge of those who have none.
+"""Thin clients of a router, which is their edge.
 
-An OpenAI client cannot be redirected (SDKs drop the key), so the router opens its session as an edge without a drafter
-would: placed by the same rules, moved in the same way when a replica dies, cancelled when the client leaves.
+An OpenAI client cannot be redirected (SDKs drop the key). So the router opens its session as an edge without a drafter
+would. The session is placed by the same rules, moved in the same way when a replica dies, and cancelled when the client
+leaves.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ GIVE_UP_S = 30.0  # without any replica
 
 
 class LocalLink:
-    """`edge.backend.Link` to the router in this process, for one key; its redirects go by real sockets."""
+    """`edge.backend.Link` to the router in this process, for one key. Redirected sessions use real sockets."""
 
     def __init__(self, host: RouterHost, key: str, tls: ssl.SSLContext | None) -> None:
         self.reconnects = 0
@@ -70,19 +71,19 @@ class LocalLink:
         return welcome
 
     def gave_up(self) -> UnavailableError:
-        """The error for those who have waited long enough."""
+        """The error of a session that has waited long enough."""
         return UnavailableError(f"no replica is up since {GIVE_UP_S:g} s; see /v1/replicas and the log")
 
     def listen(self, session: str, listener: Listener) -> None:
-        """Messages for `session`, and the coming and going of all replicas, go to `listener`."""
+        """Pass messages for `session`, and the first replica's coming and the last one's going, to `listener`."""
         self._listeners[session] = listener
 
     def unlisten(self, session: str) -> None:
-        """The session is over, or at a replica."""
+        """The session is over, or has gone to a replica."""
         self._listeners.pop(session, None)
 
     def send(self, message: Message) -> None:
-        """To the router."""
+        """Pass it to the router."""
         if isinstance(message, Open | Draft | Cancel) and self.welcome is not None:
             self._host.receive(self._connection, message)
 
@@ -104,7 +105,7 @@ class LocalLink:
         self._beats.cancel()
 
     def _beat(self) -> None:
-        """Between two beats the router has looked at its replicas several times: that is an attempt."""
+        """Between two beats the router has looked at its replicas several times: that counts as an attempt."""
         self.patience.failed(self._attempt)
         self._attempt = self.patience.began(time.monotonic())
         self._beats = asyncio.get_running_loop().call_later(BEAT_S, self._beat)
@@ -124,19 +125,19 @@ class LocalLink:
 
 
 class RouterBackend:
-    """`api.backend.Backend` on the replicas: for each key an edge without a drafter."""
+    """`api.backend.Backend` on the replicas, with an edge without a drafter for each key."""
 
     def __init__(self, host: RouterHost, tls: ssl.SSLContext | None) -> None:
         self._host = host
         self._tls = tls
-        self._doors: dict[str, LocalLink] = {}
+        self._links: dict[str, LocalLink] = {}
         self._edges: dict[str, EdgeBackend] = {}
         self._policies = Policies("fixed:1")  # made, never asked
         self.tokenizers = RouterTokenizers(host)
 
     @property
     def context(self) -> int:
-        """The replicas'; 0 while none is up."""
+        """Tokens of the replicas' context; 0 while none is up."""
         return self._edge("").context
 
     async def target(self) -> Target:
@@ -153,31 +154,31 @@ class RouterBackend:
             raise busy_error(refusal.code, str(refusal), refusal.retry_after) from None
 
     def generate(self, generation: Generation) -> AsyncIterator[Committed]:
-        """Stream what a replica decodes."""
+        """Stream a replica's tokens."""
         return self._edge(generation.key).generate(generation)
 
     def changed(self) -> None:
         """A replica came up or went."""
-        for door in self._doors.values():
-            door.changed()
+        for link in self._links.values():
+            link.changed()
 
     async def close(self) -> None:
         """Close every link."""
-        for door in self._doors.values():
-            door.close()
-        await asyncio.gather(*(door.redirects.close() for door in self._doors.values()))
+        for link in self._links.values():
+            link.close()
+        await asyncio.gather(*(link.redirects.close() for link in self._links.values()))
         for edge in self._edges.values():
             edge.close()
 
     def _edge(self, key: str) -> EdgeBackend:
         if key not in self._edges:
-            door = self._doors[key] = LocalLink(self._host, key, self._tls)
-            self._edges[key] = EdgeBackend(door, self.tokenizers, None, self._policies)
+            link = self._links[key] = LocalLink(self._host, key, self._tls)
+            self._edges[key] = EdgeBackend(link, self.tokenizers, None, self._policies)
         return self._edges[key]
 
 
 class RouterTokenizers:
-    """The target's tokenizer, from the first replica that is up: in use here, and as it came for edges."""
+    """The target's tokenizer, from the first replica that is up: loaded for the router, and as a blob for edges."""
 
     def __init__(self, host: RouterHost) -> None:
         self._host = host
@@ -193,7 +194,7 @@ class RouterTokenizers:
             return self._blobs[fingerprint]
 
     async def get(self, fingerprint: str) -> Tokenizer:
-        """In use here."""
+        """The loaded tokenizer."""
         if fingerprint not in self._loaded:
             data = gzip.decompress(await self.blob(fingerprint))
             self._loaded[fingerprint] = await asyncio.to_thread(_load, data)

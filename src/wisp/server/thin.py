@@ -1,7 +1,7 @@
-"""Thin clients: OpenAI requests that no edge drafts for. The server decodes them, in the same batches.
+"""Thin clients: OpenAI requests without an edge. The server decodes them by itself, in the same batches.
 
-Each is a session in server mode over an in-process connection, so everything else (batching, KV, limits per
-key, metrics) is the same as for an edge.
+Each is a session in server mode on a connection within the process. So batching, KV, limits per key and metrics are the
+same as for an edge.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ThinBackend:
             raise busy_error(refusal.code, str(refusal), refusal.retry_after) from None
 
     async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
-        """Stream what the target decodes."""
+        """Stream the target's tokens."""
         host = self.host
         if host.draining:
             raise UnavailableError("this server is shutting down", retry_after=2.0)
@@ -66,7 +66,7 @@ class ThinBackend:
                         if action.finish:
                             return
                 message = await inbox.get()
-                if host.failed is not None:  # nothing is to be had here any more
+                if host.failed is not None:  # no step will run any more
                     raise UnavailableError("this server has failed, and ends", retry_after=2.0)
                 actions = (
                     drafter.refused(message)

@@ -3,18 +3,19 @@
     SimDevice (core.Drafter, link, script)  --Uplink-->  Sockets  --one WebSocket per device-->  a live `wisp serve`
                   ^ Timeline, advanced by Clock
 
-Behind a router, a device follows redirects as an edge does: it opens one more WebSocket to each verifier that the
-router names, and comes back to the router when that verifier is lost or drained.
+Behind a router, a device follows redirects as an edge does (`core.draft.itinerary`). It opens one more WebSocket to
+each verifier that the router names, and comes back to the router when that verifier is lost or shuts down.
 
-All timers of all devices are one heap, which one timer of the event loop follows; a device has no task. A callback runs
-with the time at which it was due, not the time at which the loop reached it, so that timers of a millisecond do not
-add up to a slower device. The delay is measured (`Clock.lags_ms`); a run with much of it is invalid.
+All timers of all devices are in one heap, with one timer of the event loop for the first of them; a device has no task.
+A callback sees the time at which it was due, not the time at which the loop reached it, so that timers of a millisecond
+do not add up to a slower device. The delay is measured (`Clock.lags_ms`). A run with much delay is invalid.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import ssl
 import time
 from collections.abc import Callable
@@ -32,17 +33,16 @@ from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
 from wisp import __version__
-from wisp.core.errors import ConfigError, ProtocolError, UnavailableError
+from wisp.core.draft.itinerary import HOME, Go, Home, Itinerary, Said, Send
+from wisp.core.draft.patience import Patience
+from wisp.core.errors import ConfigError, ProtocolError, RequestError, UnavailableError
 from wisp.core.protocol.messages import (
     MAX_FRAME,
     REFUSAL_HEADER,
     SUBPROTOCOL,
     VERSION,
-    Cancel,
-    Draft,
     Hello,
     Open,
-    Redirect,
     Refused,
     ServerMessage,
     Verdict,
@@ -51,8 +51,7 @@ from wisp.core.protocol.messages import (
     encode,
 )
 from wisp.edge.address import redirected_url, session_url
-from wisp.edge.backend import BOUNCE_S, ELSEWHERE
-from wisp.edge.link import HANDSHAKE_S
+from wisp.edge.link import HANDSHAKE_S, LOST, Lost
 from wisp.sim.timeline import Timeline
 
 EARLY_S = 5e-4  # an event loop's timers are good to a millisecond: half of one early is in time
@@ -128,69 +127,6 @@ class Clock:
         self._failed(error)
 
 
-HOME = ""  # the address of the server that was given
-
-Said = Open | Draft | Cancel
-
-
-class Line:
-    """The itinerary of a device's session: at home, or at the verifier that a router named. It sends nothing itself:
-    what its methods return is to be sent to `at`."""
-
-    def __init__(self) -> None:
-        self.at = HOME
-        self.session = ""
-        self._opening: Open | None = None  # said at home, and to be repeated where a router sends the session
-        self._since: list[Draft] = []  # said after it
-        self._avoid = ""  # the verifier that was of no use
-        self.digest = ""  # of the model that its first verifier had; others have to have the same
-        self._trips = 0  # back home without a verdict
-
-    def say(self, message: Said) -> list[Said]:
-        """A message of the device."""
-        if isinstance(message, Open):
-            self.at, self.session, self._since = HOME, message.session, []
-            self._opening = msgspec.structs.replace(message, avoid=self._avoid, digest=self.digest)
-            return [self._opening]
-        if isinstance(message, Draft) and self._opening is not None:
-            self._since.append(message)
-            if self.at != HOME:
-                return []  # nothing before the Open
-        return [message]
-
-    def follow(self, redirect: Redirect) -> bool:
-        """A router names a verifier. False if that answers an earlier Open."""
-        if self.at != HOME or self._opening is None or redirect.session != self.session:
-            return False
-        self.at = redirect.address
-        return True
-
-    def connected(self, address: str) -> list[Said]:
-        """There is a connection to `address`: a session on its way there repeats what it told the router."""
-        if self._opening is None or address != self.at:
-            return []
-        said: list[Said] = [self._opening, *self._since]
-        self._opening = None
-        return said
-
-    def hear(self, message: Verdict | Refused) -> Verdict | Refused:
-        """A message from `at`, as the device is to take it."""
-        if isinstance(message, Verdict):
-            self._opening, self._avoid, self._trips = None, "", 0
-        elif self.at != HOME and message.code in ELSEWHERE:
-            return self.go_home(refused=True)
-        return message
-
-    def go_home(self, *, refused: bool) -> Refused:
-        """The named verifier is gone, full, drained or out of reach. Returns what makes the device open again."""
-        if refused or self._opening is not None:
-            self._avoid = self.at
-        self.at, self._opening = HOME, None
-        self._trips += 1
-        wait = min(BOUNCE_S[0] * 2**self._trips, BOUNCE_S[1]) if self._trips > 1 else 0.0
-        return Refused(self.session, "unknown_session", "its verifier is gone; open it again", wait)
-
-
 class Sockets:
     """`world.Uplink` to a live verifier, or a router: one WebSocket for each device, and one for each redirection.
 
@@ -204,8 +140,10 @@ class Sockets:
         self.clock: Clock | None = None  # once time passes
         self.frames_out = self.frames_in = self.redirects = 0
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._lines: dict[int, Line] = {}
-        self._wires: dict[int, dict[str, Wire]] = {}  # of each device, by address
+        self._patience = Patience(math.inf, 0.0)  # a device in the field never gives up
+        self._digests: dict[int, str] = {}  # of the model that each device found at home
+        self._itineraries: dict[int, Itinerary] = {}  # of each device's session
+        self._wires: dict[int, dict[str | None, Wire]] = {}  # of each device, by address
         self._all: list[Wire] = []
         self._following: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -215,10 +153,10 @@ class Sockets:
         gate = asyncio.Semaphore(AT_ONCE)
 
         async def one(index: int) -> Welcome:
-            self._lines[index], self._wires[index] = Line(), {}
+            self._wires[index] = {}
             async with gate:
                 welcome = await self._extend(index, HOME)
-                self._lines[index].digest = welcome.digest
+                self._digests[index] = welcome.digest
                 return welcome
 
         try:
@@ -245,11 +183,17 @@ class Sockets:
     def receive(self, connection: int, message: Said) -> None:
         """A device's message leaves."""
         self.frames_out += 1
-        self._send(connection, self._lines[connection].say(message))
+        itinerary = self._itineraries.get(connection)
+        if isinstance(message, Open):
+            message = msgspec.structs.replace(message, digest=self._digests[connection])
+            if itinerary is None or itinerary.session != message.session:
+                itinerary = self._itineraries[connection] = Itinerary(message.session, self._patience)
+        if itinerary is not None:
+            self._send(connection, itinerary.say(message))
 
     def lost(self, connection: int) -> None:
         """A device is switched off: its connections break without a word."""
-        del self._lines[connection]
+        self._itineraries.pop(connection, None)
         for wire in self._wires.pop(connection).values():
             wire.abort()
 
@@ -268,13 +212,13 @@ class Sockets:
     # --- sockets
 
     def _send(self, index: int, messages: list[Said]) -> None:
-        if (wire := self._wires[index].get(self._lines[index].at)) is not None:
+        if (wire := self._wires[index].get(self._itineraries[index].at)) is not None:
             for message in messages:
                 wire.send(encode(message))
 
-    async def _extend(self, index: int, address: str) -> Welcome:
+    async def _extend(self, index: int, address: str | None) -> Welcome:
         """Connect a device to another address. Raises UnavailableError, ConfigError or ProtocolError."""
-        url = redirected_url(self.url, address) if address else self.url
+        url = self.url if address is HOME else redirected_url(self.url, address)
         heard = functools.partial(self._heard, index, address)
         broken = functools.partial(self._broken, index, address)
         wire, welcome = await self._wire(url, heard, broken)
@@ -312,30 +256,44 @@ class Sockets:
         first = decode_from_cloud(frame)
         if not isinstance(first, Welcome):
             raise ProtocolError(getattr(first, "code", "malformed"), getattr(first, "message", "no welcome"))
+        wire.welcome = first
         return wire, first
 
-    def _heard(self, index: int, address: str, frame: bytes) -> None:
+    def _heard(self, index: int, address: str | None, frame: bytes) -> None:
         self.frames_in += 1
         clock = self.clock
         if clock is not None:
             clock.happen(lambda: self._take(index, address, decode_from_cloud(frame)))
 
-    def _take(self, index: int, address: str, message: ServerMessage) -> None:
+    def _take(self, index: int, address: str | None, message: ServerMessage | Lost) -> None:
+        """Something arrived from `address`: do what follows from it, and tell the device."""
+        itinerary, clock = self._itineraries.get(index), self.clock
         if isinstance(message, Refused) and not message.session:
             raise ProtocolError(message.code, f"the verifier refused a frame: {message.message}")
-        line = self._lines.get(index)
-        if line is None or line.at != address:
-            return  # the device was switched off, or its session has moved
-        if isinstance(message, Redirect):
-            if line.follow(message):
-                self._follow(index, message.address)
-        elif not isinstance(message, Welcome):
-            self.senders[index](line.hear(message))
+        if itinerary is None or clock is None:
+            return  # the device was switched off, or has not asked for anything yet
+        try:
+            if isinstance(message, Lost):
+                step = itinerary.lost(address, clock.now)
+            else:
+                step = itinerary.heard(address, message, clock.now)
+        except RequestError as error:
+            step = Refused(itinerary.session, error.code or "failed", str(error), fatal=True)
+        if isinstance(step, Send):
+            self._send(index, step.messages)
+        elif isinstance(step, Go):
+            self._follow(index, step.address)
+        elif isinstance(step, Home):
+            why = "its verifier is gone; open it again"
+            self.senders[index](Refused(itinerary.session, "unknown_session", why, step.after_s or 0.0))
+        elif isinstance(step, Verdict | Refused):
+            self.senders[index](step)
 
     def _follow(self, index: int, address: str) -> None:
         self.redirects += 1
-        if address in self._wires[index]:
-            self._send(index, self._lines[index].connected(address))
+        wire = self._wires[index].get(address)
+        if wire is not None and wire.welcome is not None:
+            self._take(index, address, wire.welcome)
             return
         task = asyncio.ensure_future(self._reach(index, address))
         self._following.add(task)
@@ -343,26 +301,21 @@ class Sockets:
 
     async def _reach(self, index: int, address: str) -> None:
         try:
-            await self._extend(index, address)
+            event: Welcome | Lost = await self._extend(index, address)
         except (UnavailableError, ConfigError, ProtocolError):
-            self._return(index, refused=True)
-        else:
-            if index in self._lines:
-                self._send(index, self._lines[index].connected(address))
+            event = LOST
+        self._tell(index, address, event)
 
-    def _return(self, index: int, *, refused: bool) -> None:
-        """A device's session goes home, if the device is still there."""
-        if self.clock is not None and index in self._lines and not self._closing:
-            line = self._lines[index]
-            self.clock.happen(lambda: self.senders[index](line.go_home(refused=refused)))
-
-    def _broken(self, index: int, address: str, reason: str) -> None:
-        if address == HOME:
+    def _broken(self, index: int, address: str | None, reason: str) -> None:
+        if address is HOME:
             self._ended(reason)
-        elif index in self._lines:
+        elif index in self._wires:
             self._wires[index].pop(address, None)
-            if self._lines[index].at == address:
-                self._return(index, refused=False)
+            self._tell(index, address, LOST)
+
+    def _tell(self, index: int, address: str | None, event: Welcome | Lost) -> None:
+        if self.clock is not None and not self._closing:
+            self.clock.happen(lambda: self._take(index, address, event))
 
     def _ended(self, reason: str) -> None:
         """The server that was given is gone."""
@@ -377,13 +330,14 @@ class Sockets:
 class Wire(asyncio.Protocol):
     """One WebSocket, without tasks or queues: each frame is handed on as it arrives. Says hello by itself.
 
-    ready: the first frame that came
+    ready: the first frame that came; welcome: what it said
     """
 
     def __init__(
         self, url: str, headers: dict[str, str], heard: Callable[[bytes], None], broken: Callable[[str], None]
     ) -> None:
         self.ready: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.welcome: Welcome | None = None
         self._heard = heard
         self._broken = broken
         self._headers = headers

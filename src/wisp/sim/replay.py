@@ -81,10 +81,10 @@ class Bench:
 def replay(traces: list[Trace], bench: Bench, policies: Policies, ahead: Ahead | None = None) -> Tally:
     """Replay generations one after another on one device, which learns from each for the next."""
     tally = Tally()
-    pace = RoundTimes()
+    times = RoundTimes()
     source = random.Random(bench.seed)
     for trace in traces:
-        pace = _Generation(trace, bench, policies, ahead, pace.successor(), tally, source).run()
+        times = _Generation(trace, bench, policies, ahead, times.successor(), tally, source).run()
     return tally
 
 
@@ -97,7 +97,7 @@ class _Generation:
         bench: Bench,
         policies: Policies,
         ahead: Ahead | None,
-        pace: RoundTimes,
+        times: RoundTimes,
         tally: Tally,
         source: random.Random,
     ) -> None:
@@ -109,7 +109,7 @@ class _Generation:
         # A text that ended by itself was not near its limit.
         task = Task([0], trace.sampling, len(trace) + (MAX_DRAFT if ended else 0))
         policy = policies.make(trace.sampling.temperature)
-        self.drafter = Drafter("replay", task, policy, _ends(trace), ahead=ahead, pace=pace)
+        self.drafter = Drafter("replay", task, policy, _ends(trace), ahead=ahead, times=times)
         self.target = trace.target.tolist()
         self.draft = trace.draft.tolist()
         self.now = 0.0
@@ -133,8 +133,8 @@ class _Generation:
             else:
                 raise AssertionError("nothing will ever happen")
         tally.tokens += len(drafter.committed)
-        tally.ahead_wasted_ms += drafter.wasted * self._draft_ms()
-        return drafter.pace
+        tally.ahead_wasted_ms += drafter.chain.wasted * self._draft_ms()
+        return drafter.times
 
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
@@ -174,7 +174,7 @@ class _Generation:
 
     def _recorded(self) -> tuple[int | None, Signal]:
         """The drafter's next proposal: on the true path, or as far off it as was recorded."""
-        base, chain, trace = len(self.drafter.committed), self.drafter.chain, self.trace
+        base, chain, trace = len(self.drafter.committed), self.drafter.chain.tokens, self.trace
         for i, token in enumerate(chain):
             if token != self.target[base + i]:
                 off, depth = trace.off[base + i], len(chain) - i - 1

@@ -331,7 +331,7 @@ class SimDevice:
         self.rounds = self.rounds.successor()
         drafter = Drafter(
             f"{self.index}:{request.seed}".rjust(8, "."), task, policy, shared.scripts.library.eos,
-            ahead=shared.ahead if policy else None, pace=self.rounds,
+            ahead=shared.ahead if policy else None, times=self.rounds,
         )  # fmt: skip
         self.generation = generation = Generation(request, shared.scripts.script(request.seed), drafter)
         self._open(generation)
@@ -475,8 +475,8 @@ class SimDevice:
         self._check(generation)
         if request.ok and len(drafter.committed) != min(len(generation.script), request.max_tokens):
             self.seen.wrong += 1  # ended too early
-        self.shared.counts.ahead_wasted += drafter.wasted
-        self.rounds = drafter.pace
+        self.shared.counts.ahead_wasted += drafter.chain.wasted
+        self.rounds = drafter.times
         self.generation = None
         self._inbox.clear()
         if pause_s:
@@ -489,7 +489,7 @@ class SimDevice:
         self.seen.wrong += generation.mistakes()
 
     def _draft(self, generation: Generation) -> None:
-        drafter, guesses = generation.drafter, len(generation.drafter.chain)
+        drafter, guesses = generation.drafter, len(generation.drafter.chain.tokens)
         ms = self.profile.draft_ms(self.drafted_ms / 1e3)
         if not generation.prompt_read:
             ms += ms * len(drafter.task.prompt) / READ_AHEAD

@@ -240,7 +240,7 @@ class ChaosSession:
         actions = self.drafter.proposed(self._now_ms, token, signal, 10.0)
         drafting = self.drafter.phase is Phase.DRAFTING
         if drafting and not actions and self.rng.random() < self.chaos.meddle:
-            self._extra(self.drafter.chain, round_=-1)  # sent before it is complete
+            self._extra(self.drafter.chain.tokens, round_=-1)  # sent before it is complete
         self._carry_out(actions)
 
     def _proposal(self, context: list[int], position: int) -> tuple[int | None, Signal]:
@@ -331,7 +331,7 @@ class ChaosSession:
         self._wire += 1
         self._sent[self._wire] = _Sent(round_, base, tokens, shift if round_ >= 0 else 0, len(draft))
         self.counts["overlapping_drafts"] += 1
-        serve = self.drafter.serve
+        serve = self.drafter.rounds.serve
         self.link.send(Draft(self.id, self._wire, base, tokens, serve=serve))
 
     # --- verdicts

@@ -1,19 +1,17 @@
-"""The drafter: a session as the edge sees it. Events in, actions out; no I/O, no clock, no model.
+"""The drafter: one session on the edge. Events in, actions out; no I/O, no clock, no model.
 
     DETACHED --connected--> IN_FLIGHT --verdict--> DRAFTING --sent--> IN_FLIGHT ... --> DONE
                                `--(server mode)--> SERVED --tokens--> SERVED ... (drafting pays again) --> DRAFTING
 
-What is guessed of the text beyond the committed tokens is one chain: its first `sent` tokens are in flight, the
-rest are the draft in the making, or were drafted ahead. A verdict that agrees moves along the chain; one that
-does not clears it.
+The guesses beyond the committed tokens are one chain. Its first `sent` tokens are in flight. The rest is the draft in
+the making, or was drafted ahead. A verdict that agrees moves along the chain; any other clears it.
 
-A draft made ahead may leave before the verdict it bets on (`Ahead.send`): it restates the chain, the tokens in flight
-and the guess at the verdict's own token included. If all that was right, the verifier has the next draft the moment
-its step ends, and no round trip is waited for; otherwise it costs the verifier nothing but a comparison.
+A draft made ahead may be sent before the verdict that it bets on (`Ahead.send`). It restates the chain, with the
+tokens in flight and the guess at the verdict's own token. If all of that was right, the verifier has the next draft as
+soon as its step ends, without a round trip in between. Otherwise the draft costs the verifier one comparison.
 
-The edge owns the truth: prompt and committed tokens live here. Whatever happens to a connection or a verifier,
-`connected` opens the session again from what is committed, and text goes on where it was; but never with another
-model than the one that it was begun with.
+Prompt and committed tokens are kept here. When a connection or a verifier is lost, `connected` opens the session again
+from them, and the text goes on where it was, but never with another model than the one that began it.
 """
 
 from __future__ import annotations
@@ -37,13 +35,18 @@ MAX_REOPENINGS = 5  # in a row without a new token
 
 
 def busy_error(code: str, message: str, retry_after: float) -> RequestError:
-    """What the client is told of a refusal for now; `code` is one of BUSY."""
+    """The client's error for a temporary refusal; `code` is one of BUSY."""
     kind = "rate_limit_error" if code == "rate_limit_exceeded" else "server_error"
     return RequestError(BUSY[code], message, code=code, type=kind, retry_after=max(retry_after, 1.0))
 
 
+def model_changed() -> RequestError:
+    """The client's error when the verifier's model is not the one that wrote the committed tokens."""
+    return RequestError(502, MODEL_CHANGED, code="model_changed", type="server_error")
+
+
 class Phase(Enum):
-    """Where a session stands, seen from the edge."""
+    """State of a session on the edge."""
 
     DETACHED = auto()  # no connection
     DRAFTING = auto()  # building a draft
@@ -52,7 +55,7 @@ class Phase(Enum):
     DONE = auto()
 
 
-DETACHED, DRAFTING, IN_FLIGHT, SERVED, DONE = Phase  # found sooner than through their class
+DETACHED, DRAFTING, IN_FLIGHT, SERVED, DONE = Phase  # as globals: a look-up through the class takes longer
 
 
 class Reopen(msgspec.Struct, frozen=True):
@@ -65,9 +68,9 @@ Action = Open | Draft | Committed | Reopen
 
 
 class Flight(msgspec.Struct):
-    """A draft on its way: `drafted` tokens sent at `sent_ms`, whose verdict is expected at `due_ms`.
+    """A draft on its way: `drafted` tokens sent at `sent_ms`, with the verdict expected at `due_ms`.
 
-    alone: no other was in flight when it was sent, so that its time says how long a round takes
+    alone: no other draft was in flight when it was sent, so that its time is that of a round
     """
 
     round: int
@@ -78,9 +81,9 @@ class Flight(msgspec.Struct):
 
 
 class Task(msgspec.Struct, frozen=True):
-    """What is to be generated. `max_tokens` fits the context together with the prompt. `salt`: see `messages.Open`.
+    """A text to generate. Prompt and `max_tokens` together fit the context. `salt`: see `messages.Open`.
 
-    digest: of the model for which the prompt was encoded; "" for the first that is met.
+    digest: of the model for which the prompt was encoded; "" for that of the first verifier.
     """
 
     prompt: list[int]
@@ -93,17 +96,111 @@ class Task(msgspec.Struct, frozen=True):
     digest: str = ""
 
 
+class Opening:
+    """The last Open, and the verifier that it went to.
+
+    digest:    of the session's model; "" while any model will do
+    max_draft: most tokens in one draft for this verifier
+    round:     of the Open itself
+    reopened:  refusals in a row that were answered by another Open, without a new token
+    """
+
+    __slots__ = ("digest", "epoch", "max_draft", "reopened", "round")
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+        self.epoch = self.round = -1
+        self.max_draft = self.reopened = 0
+
+
+class Chain:
+    """Guesses at what follows the committed tokens, in order. The first `sent` of them are in flight.
+
+    odds:   the policy's judgement of each
+    p:      their probabilities alone, as policies read them
+    dry:    there is nothing more to propose until the next verdict
+    ended:  the last one is an end of sequence, which nothing follows
+    wasted: tokens that were guessed and never sent, in all
+    """
+
+    __slots__ = ("dry", "ended", "odds", "p", "sent", "tokens", "wasted")
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.odds: list[Odds] = []
+        self.p: list[float] = []
+        self.sent = 0
+        self.dry = self.ended = False
+        self.wasted = 0
+
+    def agreed(self, new: list[int]) -> int:
+        """How many of the committed tokens `new` were guessed, up to the first that was not."""
+        tokens, n = self.tokens, 0
+        most = min(len(new), len(tokens))
+        while n < most and new[n] == tokens[n]:
+            n += 1
+        return n
+
+    def settle(self, new: list[int], answered: int) -> bool:
+        """Keep what lies beyond the committed tokens `new`, if they were guessed; nothing otherwise. Were they?
+
+        answered: tokens of the chain that were verified, or will be
+        """
+        tokens = self.tokens
+        n = len(tokens)
+        gone = min(len(new), n)
+        right = tokens[:gone] == new[:gone]
+        if not right:
+            gone = n
+            self.wasted += max(0, n - answered)
+        del tokens[:gone], self.odds[:gone], self.p[:gone]
+        self.sent = max(0, self.sent - gone)
+        self.ended = self.ended and n > gone
+        return right
+
+
+class Rounds:
+    """What was asked of the verifier, and has not been answered.
+
+    number:   of the last Open or Draft
+    serve:    what it asked for
+    flights:  at most two drafts: the second was sent ahead
+    began_ms: when this round's clock started, at the last verdict
+    unasked:  tokens that came since then without having been asked for
+    """
+
+    __slots__ = ("began_ms", "flights", "number", "serve", "unasked")
+
+    def __init__(self, *, serve: bool) -> None:
+        self.number = -1
+        self.serve = serve
+        self.flights: list[Flight] = []
+        self.began_ms = 0.0
+        self.unasked = 0
+
+    def landed(self, number: int) -> Flight | None:
+        """The flight that a verdict answers; those before it were replaced by it."""
+        for i, flight in enumerate(self.flights):
+            if flight.round == number:
+                del self.flights[: i + 1]
+                return flight
+        return None
+
+
 class Drafter:
     """One session. `policy` None means: never draft, let the verifier decode. `ahead` None: never draft ahead.
 
     The host calls `connected`, `lost`, `verdict` and `refused` as these happen, and, while `wants_token`,
     asks its draft engine for a token after `context` and hands it to `proposed`. Times are milliseconds.
+
+    committed: the text so far; chain: guesses beyond it
+    opening:   the verifier, as of the last Open; rounds: what it was asked
+    times:     measurements of speed
     """
 
     __slots__ = (
-        "_began_ms", "_dry", "_ended", "_epoch", "_flights", "_goes_on_ms", "_odds", "_opened", "_p", "_reopenings",
-        "_round", "_unasked", "_warm", "ahead", "chain", "committed", "digest", "eos", "max_draft", "pace", "phase",
-        "policy", "sent", "serve", "session", "task", "wasted",
+        "_goes_on_ms", "_warm", "ahead", "chain", "committed", "eos", "opening", "phase", "policy", "rounds", "session",
+        "task", "times",
     )  # fmt: skip
 
     def __init__(
@@ -114,44 +211,30 @@ class Drafter:
         eos: frozenset[int],
         *,
         ahead: Ahead | None = None,
-        pace: RoundTimes | None = None,
+        times: RoundTimes | None = None,
     ) -> None:
         self.session = session
         self.task = task
-        self.digest = task.digest  # of the model that this session is of
         self.policy = policy
         self.ahead = ahead
         self.eos = eos
-        self.pace = pace or RoundTimes()
         self.phase = DETACHED
         self.committed: list[int] = []
-        self.chain: list[int] = []  # guesses beyond the committed tokens
-        self.sent = 0  # how many of them are in flight
-        self.wasted = 0  # tokens drafted and never sent
-        self.max_draft = 0
-        self._odds: list[Odds] = []  # of the chain
-        self._p: list[float] = []  # their probabilities alone, as policies read them
-        self._round = -1
-        self._opened = -1  # the round of the last Open
-        self._epoch = -1
-        self.serve = policy is None  # what the last message asked for
+        self.chain = Chain()
+        self.opening = Opening(task.digest)
+        self.rounds = Rounds(serve=policy is None)
+        self.times = times or RoundTimes()
         self._warm = False  # the draft engine has read the prompt
-        self._dry = False  # nothing more to propose until the next verdict
-        self._ended = False  # the chain ends with an end of sequence: nothing comes after that
         self._goes_on_ms = -1.0  # when it was last found worth while to draft on ahead
-        self._flights: list[Flight] = []  # at most two: the second was sent ahead
-        self._began_ms = 0.0  # when this round's clock started: the last verdict
-        self._unasked = 0  # tokens that came during this round without having been asked for
-        self._reopenings = 0
 
     @property
     def position(self) -> int:
         """Index, among the generated tokens, of the token to draft next."""
-        return len(self.committed) + len(self.chain)
+        return len(self.committed) + len(self.chain.tokens)
 
     def context(self) -> list[int]:
         """What the next drafted token follows."""
-        return self.task.prompt + self.committed + self.chain
+        return self.task.prompt + self.committed + self.chain.tokens
 
     def wants_token(self, now_ms: float) -> bool:
         """Is it the draft engine's turn?"""
@@ -160,64 +243,58 @@ class Drafter:
             return phase is DRAFTING
         if self._goes_on_ms == now_ms:  # found just now, and nothing has happened since
             return True
-        ahead, policy = self.ahead, self.policy
-        if ahead is None or policy is None or self._dry or self.serve or self._ended:
+        ahead, policy, chain = self.ahead, self.policy, self.chain
+        if ahead is None or policy is None or chain.dry or self.rounds.serve or chain.ended:
             return False
-        if len(self.committed) + len(self.chain) >= self.task.max_tokens - 1:
+        if len(self.committed) + len(chain.tokens) >= self.task.max_tokens - 1:
             return False
-        return ahead.worth(self._view(now_ms), self.pace.price if policy.priced else 0.0)
+        return ahead.worth(self._view(now_ms), self.times.price if policy.priced else 0.0)
 
     # --- events
 
     def connected(self, now_ms: float, max_draft: int, digest: str = "") -> list[Action]:
-        """A verifier is there and takes drafts up to `max_draft`: open the session, or open it again.
+        """There is a verifier, and it takes drafts of up to `max_draft` tokens: open the session, or open it again.
 
-        digest: of its model. Raises RequestError if the session is of another.
+        digest: of its model. Raises RequestError if the session has another model.
         """
         if self.phase is DONE:
             return []
-        self.require(digest)
-        self.max_draft = max_draft
-        self._epoch += 1
-        self._round += 1
-        self._opened = self._round
-        self.serve = self.policy is None
-        self.sent = max(0, min(self.sent or len(self.chain), self.max_draft, self._left() - 1))
-        self._began_ms = now_ms
-        self._dry = False
-        self.phase = SERVED if self.serve else IN_FLIGHT
-        self._flights = [self._flight(now_ms, self.sent)] if not self.serve else []
-        task = self.task
+        task, chain, opening, rounds = self.task, self.chain, self.opening, self.rounds
+        if opening.digest and digest != opening.digest:
+            self.phase = DONE
+            raise model_changed()
+        rounds.number += 1
+        rounds.serve = serve = self.policy is None
+        rounds.began_ms = now_ms
+        opening.digest, opening.max_draft, opening.round = digest, max_draft, rounds.number
+        opening.epoch += 1
+        chain.sent = max(0, min(chain.sent or len(chain.tokens), self._most()))
+        chain.dry = False
+        self.phase = SERVED if serve else IN_FLIGHT
+        rounds.flights = [] if serve else [self._flight(now_ms, chain.sent)]
         open_ = Open(
             self.session,
-            self._epoch,
+            opening.epoch,
             task.prompt,
             task.sampling,
             task.max_tokens,
-            round=self._round,
+            round=opening.round,
             committed=list(self.committed),
-            draft=self.chain[: self.sent],
-            serve=self.serve,
+            draft=chain.tokens[: chain.sent],
+            serve=serve,
             ignore_eos=task.ignore_eos,
             logprobs=task.logprobs,
             slo=task.slo,
             salt=task.salt,
-            digest=self.digest,
+            digest=digest,
         )
         return [open_]
-
-    def require(self, digest: str) -> None:
-        """Is this the model that the session is of? Raises RequestError, and the session is over, if it is not."""
-        if self.digest and digest != self.digest:
-            self.phase = DONE
-            raise RequestError(502, MODEL_CHANGED, code="model_changed", type="server_error")
-        self.digest = digest
 
     def lost(self) -> None:
         """The connection is gone."""
         if self.phase is not DONE:
             self.phase = DETACHED
-            self._flights = []
+            self.rounds.flights = []
 
     def proposed(
         self, now_ms: float, token: int | None, signal: Signal, took_ms: float = 0.0
@@ -226,38 +303,39 @@ class Drafter:
         phase = self.phase
         if phase is not DRAFTING and phase is not IN_FLIGHT:
             return []  # a broken connection came first
-        policy, p = self.policy, self._p
+        policy, chain = self.policy, self.chain
         assert policy is not None
         if token is None:
-            self._dry = True
+            chain.dry = True
         else:
             if self._warm:
-                self.pace.drafted(took_ms)
+                self.times.drafted(took_ms)
             else:
                 self._warm = True  # the first step reads the prompt
+            p = chain.p
             odds = policy.judge(signal, p)
-            self._odds.append(odds)
+            chain.odds.append(odds)
             p.append(odds.p)
-            self.chain.append(token)
-            self._ended = token in self.eos and not self.task.ignore_eos
+            chain.tokens.append(token)
+            chain.ended = token in self.eos and not self.task.ignore_eos
         return self._send_ahead(now_ms) if phase is IN_FLIGHT else self._go_on(now_ms, self._view(now_ms))
 
     def verdict(self, now_ms: float, verdict: Verdict, arrived_ms: float | None = None) -> list[Action]:
-        """Take what is committed since, and go on. It may have arrived earlier, while a draft step was running.
+        """Take the newly committed tokens, and go on. The verdict may have arrived earlier, during a draft step.
 
-        Raises ProtocolError where the verdict contradicts what was committed before: then the text up to
-        here stands, and this verifier is not to be trusted with the rest.
+        Raises ProtocolError where it contradicts tokens that were committed before. Then the text so far stands, and
+        this verifier cannot be trusted with the rest.
         """
-        if self.phase is DONE:
+        phase, chain, rounds = self.phase, self.chain, self.rounds
+        if phase is DONE:
             return []
         self._goes_on_ms = -1.0
         new = self._new_tokens(verdict)
-        self.pace.price = verdict.price
-        flight = self._landed(verdict.round)
-        settled = flight is not None
+        self.times.price = verdict.price
+        flight = rounds.landed(verdict.round) if phase is IN_FLIGHT else None
         before = len(verdict.tokens) - len(new)  # of the draft, settled earlier
         drafted = accepted = 0
-        if flight is not None and new:  # else it was stale, and nothing was verified
+        if flight is not None and new:  # otherwise it was stale, and nothing was verified
             drafted = max(0, flight.drafted - before)
             accepted = max(0, verdict.accepted - before)
         logprobs = verdict.logprobs[-len(new) :] if new and verdict.logprobs else []
@@ -265,40 +343,47 @@ class Drafter:
         if flight is not None:
             arrived = now_ms if arrived_ms is None else arrived_ms
             self._learn(now_ms, arrived, flight, drafted, verdict, new)
-        elif self.serve and new and self.phase is SERVED:
-            self.pace.decoded(len(new), now_ms - self._began_ms)
-            self._began_ms = now_ms
-        elif not self.serve:
-            self._unasked += len(new)
-        self._commit(new, drafted if settled else self.sent)
+        elif rounds.serve and new and phase is SERVED:
+            self.times.decoded(len(new), now_ms - rounds.began_ms)
+            rounds.began_ms = now_ms
+        elif not rounds.serve:
+            rounds.unasked += len(new)
+        if new:
+            self.opening.reopened = 0
+            self.committed += new
+            if not chain.settle(new, chain.sent if flight is None else drafted):
+                rounds.flights = []  # no draft that builds on a wrong guess is of any use
+        if not rounds.flights:
+            chain.sent = 0
         if verdict.finish:
             self.phase = DONE
             return [fresh]
         deliver: list[Action] = [fresh] if new or drafted else []
-        if settled or (self.phase is IN_FLIGHT and not self._flights):  # or what it bet on was wrong
-            self._began_ms = now_ms
-            if self._flights:  # its successor is with the verifier already
-                self._flights[0].due_ms = now_ms + self.pace.engine_ms(self.sent)
+        if flight is not None or (phase is IN_FLIGHT and not rounds.flights):  # or its bet was lost
+            rounds.began_ms = now_ms
+            if rounds.flights:  # its successor is with the verifier already
+                rounds.flights[0].due_ms = now_ms + self.times.engine_ms(chain.sent)
                 return deliver
             return deliver + self._start_round(now_ms)
-        if self.phase is SERVED and self.policy is not None:
+        if phase is SERVED and self.policy is not None:
             return deliver + self._start_round(now_ms)
         return deliver
 
     def refused(self, refused: Refused) -> list[Action]:
-        """The verifier will not. Some refusals are mended by opening again; the others raise RequestError.
+        """The verifier refuses. Some refusals are mended by opening again; the others raise RequestError.
 
-        One that a later Open has overtaken, or will, tells nothing new: whatever was in flight behind a draft that
-        is refused is refused as well.
+        A refusal from before the last Open is ignored: one Open answers all refusals of drafts that were in flight
+        together.
         """
-        if self.phase is DETACHED or self.phase is DONE or 0 <= refused.round < self._opened:
+        opening = self.opening
+        if self.phase is DETACHED or self.phase is DONE or 0 <= refused.round < opening.round:
             return []
-        if refused.code in REOPEN and self._reopenings < MAX_REOPENINGS:
-            self._reopenings += 1
+        if refused.code in REOPEN and opening.reopened < MAX_REOPENINGS:
+            opening.reopened += 1
             self.lost()
             return [Reopen(refused.retry_after)]
         busy = refused.code in BUSY
-        if busy and self.committed:  # admitted before, so only the verifier has changed: insist
+        if busy and self.committed:  # this session was admitted before, by a verifier that has gone: insist
             self.lost()
             return [Reopen(max(refused.retry_after, 0.1))]
         self.phase = DONE
@@ -314,96 +399,93 @@ class Drafter:
 
     def _start_round(self, now_ms: float) -> list[Action]:
         assert self.policy is not None
-        if self.serve and self.phase is IN_FLIGHT:  # the verifier has taken over, as it was asked to
+        if self.rounds.serve and self.phase is IN_FLIGHT:  # the verifier has taken over, as it was asked to
             self.phase = SERVED
             return []
         view = self._view(now_ms)
         better_served = self.policy.serve(view)
         if better_served and self.phase is SERVED:
             return []
-        self.serve = better_served
+        self.rounds.serve = better_served
         self.phase = DRAFTING
-        self._dry = False
+        self.chain.dry = False
         return [self._send(now_ms, 0)] if better_served else self._go_on(now_ms, view)
 
     def _go_on(self, now_ms: float, view: View) -> list[Action]:
         """Draft another token, or send what there is."""
-        policy = self.policy
+        policy, chain = self.policy, self.chain
         assert policy is not None
-        most = min(self.max_draft, self._left() - 1)  # one token is the target's
-        full = len(self.chain) - self.sent >= most
-        if not (full or self._dry or self._ended) and policy.more(view):
+        full = chain.dry or chain.ended or len(chain.tokens) - chain.sent >= self._most()
+        if not full and policy.more(view):
             return []
         return [self._send(now_ms, policy.take(view))]
 
     def _send(self, now_ms: float, most: int) -> Draft:
-        self._round += 1
-        self.sent = sent = max(0, min(most, len(self.chain), self.max_draft, self._left() - 1))
-        self._dry = False
+        chain, rounds = self.chain, self.rounds
+        rounds.number += 1
+        tokens = chain.tokens
+        chain.sent = sent = max(0, min(most, len(tokens), self._most()))
+        chain.dry = False
         self.phase = IN_FLIGHT
-        self._flights.append(self._flight(now_ms, sent))
-        return Draft(self.session, self._round, len(self.committed), self.chain[:sent], self.serve)
+        rounds.flights.append(self._flight(now_ms, sent))
+        return Draft(self.session, rounds.number, len(self.committed), tokens[:sent], rounds.serve)
 
     def _send_ahead(self, now_ms: float) -> list[Action]:
-        """Send what was drafted ahead before the verdict is here, if it is complete, or there is no time for more."""
-        n, sent, flights, ahead = len(self.chain), self.sent, self._flights, self.ahead
+        """Send the draft made ahead before the verdict is here, if it is complete, or if time runs out."""
+        chain = self.chain
+        n, sent = len(chain.tokens), chain.sent
         first = sent + 1  # the one before it guesses the verdict's own token
-        if n <= first or len(flights) != 1 or ahead is None or not ahead.send or self.serve:
+        if n <= first:
             return []
-        pace, policy, due_ms, opening = self.pace, self.policy, flights[0].due_ms, self._round == 0
+        rounds, ahead = self.rounds, self.ahead
+        flights = rounds.flights
+        if len(flights) != 1 or ahead is None or not ahead.send or rounds.serve:
+            return []
+        times, policy, due_ms, opening = self.times, self.policy, flights[0].due_ms, rounds.number == 0
         assert policy is not None
-        view, wait = View(now_ms, self._p, sent, first, due_ms, pace, opening), pace.wait
-        last_call = due_ms - pace.line.value - 0.5 * wait.deviation
-        late = wait.n > 0 and now_ms + pace.draft.value > last_call and not opening
-        full = self._dry or self._ended or len(self.committed) + n >= self.task.max_tokens - 1
+        view, wait = View(now_ms, chain.p, sent, first, due_ms, times, opening), times.wait
+        last_call = due_ms - times.line.value - 0.5 * wait.deviation
+        late = wait.n > 0 and now_ms + times.draft.value > last_call and not opening
+        full = chain.dry or chain.ended or len(self.committed) + n >= self.task.max_tokens - 1
         complete = late or full or not policy.more(view)
-        if not complete and ahead.worth(view, pace.price if policy.priced else 0.0):
+        if not complete and ahead.worth(view, times.price if policy.priced else 0.0):
             self._goes_on_ms = now_ms
             return []
         n = policy.take(view)
         return [self._send(now_ms, first + n)] if n > 0 else []
 
     def _flight(self, now_ms: float, drafted: int) -> Flight:
-        due_ms = now_ms + self.pace.wait_ms(drafted)
-        return Flight(self._round, drafted, now_ms, due_ms, not self._flights)
-
-    def _landed(self, round_: int) -> Flight | None:
-        """The flight that a verdict answers; those before it were replaced by it."""
-        for i, flight in enumerate(self._flights):
-            if flight.round == round_ and self.phase is IN_FLIGHT:
-                del self._flights[: i + 1]
-                return flight
-        return None
+        due_ms = now_ms + self.times.wait_ms(drafted)
+        return Flight(self.rounds.number, drafted, now_ms, due_ms, not self.rounds.flights)
 
     def _view(self, now_ms: float) -> View:
         """What the policy sees."""
-        flights, sent = self._flights, self.sent
+        chain, rounds = self.chain, self.rounds
+        flights, sent = rounds.flights, chain.sent
         due_ms = flights[-1].due_ms if flights else 0.0
-        return View(now_ms, self._p, sent, sent, due_ms, self.pace, self._round == 0)
+        return View(now_ms, chain.p, sent, sent, due_ms, self.times, rounds.number == 0)
 
-    def _left(self) -> int:
-        """Tokens still to come; the last of all is always the target's own."""
-        return self.task.max_tokens - len(self.committed)
+    def _most(self) -> int:
+        """The longest draft now: the last token of all is always the target's own."""
+        left, most = self.task.max_tokens - len(self.committed) - 1, self.opening.max_draft
+        return left if left < most else most
 
     def _learn(
         self, now_ms: float, arrived_ms: float, flight: Flight, drafted: int, verdict: Verdict, new: list[int]
     ) -> None:
-        """What a settled round tells of pace and acceptance. Its correction or bonus tells of the next guess, too."""
+        """Learn times and acceptance from a settled round. Its correction or bonus tells of the next guess, too."""
         assert self.policy is not None
-        pace = self.pace
+        times, chain, rounds = self.times, self.chain, self.rounds
         if flight.round > 0:  # the first one read the prompt
             waited = arrived_ms - flight.sent_ms if flight.alone else None
             if new:
-                pace.verdict(drafted, waited, verdict.queue_ms, verdict.engine_ms)
-            pace.round(drafted, len(new) + self._unasked, now_ms - self._began_ms)
-        self._unasked = 0
-        chain, agreed = self.chain, 0
-        both = min(len(new), len(chain))
-        while agreed < both and new[agreed] == chain[agreed]:
-            agreed += 1
-        seen = min(both, agreed + 1)
-        pace.acceptance.add_each(agreed, seen)
-        self.policy.observe(self._odds[:seen], agreed)
+                times.verdict(drafted, waited, verdict.queue_ms, verdict.engine_ms)
+            times.round(drafted, len(new) + rounds.unasked, now_ms - rounds.began_ms)
+        rounds.unasked = 0
+        agreed = chain.agreed(new)
+        seen = min(len(new), len(chain.tokens), agreed + 1)
+        times.acceptance.add_each(agreed, seen)
+        self.policy.observe(chain.odds[:seen], agreed)
 
     def _new_tokens(self, verdict: Verdict) -> list[int]:
         base, tokens, n = verdict.base, verdict.tokens, len(self.committed)
@@ -414,22 +496,3 @@ class Drafter:
         if base > n or known[:overlap] != tokens[:overlap]:
             raise ProtocolError("conflict", "the verifier contradicts what it committed before")
         return tokens[overlap:]
-
-    def _commit(self, new: list[int], answered: int) -> None:
-        """Append `new`. The chain keeps what agrees with it, beyond it, and is let go otherwise; then no draft that
-        is still in flight is of any use. `answered`: tokens of the chain that were verified, or will be."""
-        if new:
-            self._reopenings = 0
-            self.committed += new
-            chain = self.chain
-            n = len(chain)
-            gone = min(len(new), n)
-            if chain[:gone] != new[:gone]:
-                gone = n
-                self.wasted += max(0, n - answered)
-                self._flights = []
-            del chain[:gone], self._odds[:gone], self._p[:gone]
-            self.sent = max(0, self.sent - gone)
-            self._ended = self._ended and n > gone
-        if not self._flights:
-            self.sent = 0

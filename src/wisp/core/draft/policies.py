@@ -1,8 +1,8 @@
-"""Drafting policies: after each drafted token, draft another or send; and how many to send.
+"""Drafting policies: after each drafted token, draft another or send; and how many tokens to send.
 
-A policy is a small class chosen by name from `POLICIES`. It judges each proposed token (a probability of
-acceptance), and decides on a `View` of the round: plain data and the session's `RoundTimes`. It never sees a model, a
-socket or a clock. Drafting ahead, while a draft is in flight, is a question of its own (`Ahead`).
+A policy is a small class with a name in `POLICIES`. It judges each proposed token (a probability of acceptance), and
+decides on a `View` of the round: plain data and the session's `RoundTimes`. It never sees a model, a socket or a
+clock. `Ahead` decides whether to draft ahead, while a draft is in flight.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from wisp.core.draft.round_times import Mean, RoundTimes
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ConfigError
 
-STOPPING_IN_TIME = 1.1  # how much `gain` is faster than the best fixed length: 1.2 on average in replays
+STOPPING_IN_TIME = 1.1  # speed of `gain` over that of the best fixed length: 1.2 on average in replays
 LONGEST = 16  # tokens in one draft, unless told otherwise
-MOST = 64  # tokens in one draft that can be asked for
+MOST = 64  # tokens in one draft, at most, for a user to ask for
 
 
 class Odds(msgspec.Struct, frozen=True, gc=False):
@@ -36,11 +36,12 @@ class Odds(msgspec.Struct, frozen=True, gc=False):
 
 
 class View(msgspec.Struct, frozen=True, gc=False):
-    """What a policy sees when it decides.
+    """A policy's view of the round when it decides.
 
     p:       acceptance probabilities of the tokens guessed beyond the committed ones, in order
     sent:    how many of them are in flight
-    first:   index of the first that could be sent now (behind a draft in flight, one guesses the verdict's own token)
+    first:   index of the first that could be sent now (behind a draft in flight, the one before it guesses the
+             verdict's own token)
     due_ms:  when the verdict on the draft in flight is expected
     opening: the target is reading the prompt
     """
@@ -50,7 +51,7 @@ class View(msgspec.Struct, frozen=True, gc=False):
     sent: int
     first: int
     due_ms: float
-    pace: RoundTimes
+    times: RoundTimes
     opening: bool = False
 
     @property
@@ -60,12 +61,12 @@ class View(msgspec.Struct, frozen=True, gc=False):
 
 
 class DraftingPolicy(Protocol):
-    """Decides where a draft ends. One instance per session. `priced`: it heeds the verifier's price."""
+    """Decides where a draft ends. One instance per session. `priced`: the verifier's congestion price counts."""
 
     priced: bool
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
-        """How likely is the token just proposed to be accepted, given that those before it (with `p`) are?"""
+        """The odds that the token just proposed is accepted, given that those before it (with `p`) are."""
         ...
 
     def more(self, view: View) -> bool:
@@ -77,7 +78,7 @@ class DraftingPolicy(Protocol):
         ...
 
     def serve(self, view: View) -> bool:
-        """Better let the verifier decode by itself?"""
+        """Is it better to let the verifier decode by itself?"""
         ...
 
     def observe(self, odds: Sequence[Odds], accepted: int) -> None:
@@ -86,7 +87,7 @@ class DraftingPolicy(Protocol):
 
 
 class Plain:
-    """What the simple policies have in common: confidence for odds, no price, no learning, no server mode."""
+    """Base of the simple policies: confidence for odds, no price, no learning, no server mode."""
 
     priced = False
 
@@ -117,7 +118,7 @@ class Fixed(Plain):
 
 
 class Confidence(Plain):
-    """SLED's other reading: stop at the first token that the drafter gives less than `least`, and leave it out."""
+    """SLED's other reading: stop before the first token with a confidence below `least`."""
 
     def __init__(self, least: float, longest: int = LONGEST) -> None:
         self.least = least
@@ -132,7 +133,7 @@ class Confidence(Plain):
 
 
 class Predicted(Confidence):
-    """The paper's policy: stop where a trained predictor says that the token is the first to be rejected."""
+    """The paper's policy: stop at the first token that a trained predictor expects to be rejected."""
 
     def __init__(self, judgement: Judgement, least: float | None = None, longest: int = LONGEST) -> None:
         """`least`: accept at this probability (default: where the predictor keeps 80 % of accepted tokens)."""
@@ -158,7 +159,7 @@ class Judgement:
         counts: Calibration | None,
         temperature: float,
     ) -> None:
-        """`counts` calibrates n-grams, of which the predictor knows nothing."""
+        """`counts` calibrates n-grams, which the predictor was not trained on."""
         self.predictor = predictor
         self.calibration = calibration
         self.counts = counts
@@ -167,7 +168,7 @@ class Judgement:
 
     @property
     def threshold(self) -> float:
-        """The probability that the trainer kept 80 % of accepted tokens at."""
+        """The probability at which the trainer kept 80 % of the accepted tokens."""
         return float(self.predictor.about.get("threshold", 0.5))
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
@@ -192,13 +193,13 @@ class Judgement:
 
 
 class Gain:
-    """Our default: optimal stopping. A round is a renewal: it earns the tokens it commits and costs its time.
+    """The default: optimal stopping. A round is a renewal: it earns the tokens that it commits and costs its time.
 
-    With R the session's speed and S the chance that all of the draft so far is accepted, one more token is worth
-    drafting while its expected gain, S times its chance, exceeds (its draft time + its share of the verify
-    time) x R, plus the verifier's price; and a drafted token is worth sending while S exceeds what verifying it
-    costs. That is the renewal-reward optimum (Dinkelbach 1967), with every quantity measured. There is nothing
-    to tune; `longest` bounds a draft.
+    R is the session's speed, S the chance that all of the draft so far is accepted. One more token is worth drafting
+    while its expected gain, S times its chance, exceeds (its draft time + its share of the verify time) x R, plus the
+    verifier's price. A drafted token is worth sending while S exceeds the cost of verifying it. That is the
+    renewal-reward optimum (Dinkelbach 1967), with every quantity measured. There is nothing to tune; `longest` bounds
+    a draft.
     """
 
     __slots__ = ("_serving", "judge", "longest", "observe", "server_mode")
@@ -211,16 +212,16 @@ class Gain:
         self._serving = False
 
     def more(self, view: View) -> bool:
-        p, first, pace, longest = view.p, view.first, view.pace, self.longest
+        p, first, times, longest = view.p, view.first, view.times, self.longest
         if len(p) - first >= longest:
             return False
-        chance = prod(p[first:] if first else p) * pace.acceptance.value
-        return chance > (pace.draft.value + pace.verify.slope) * pace.speed(longest) + pace.price
+        chance = prod(p[first:] if first else p) * times.acceptance.value
+        return chance > (times.draft.value + times.verify.slope) * times.speed(longest) + times.price
 
     def take(self, view: View) -> int:
-        pace, first, longest = view.pace, view.first, self.longest
-        # What verifying one more token costs, in committed tokens: our own time, and the price others pay.
-        cost = pace.verify.slope * pace.speed(longest) + pace.price
+        times, first, longest = view.times, view.first, self.longest
+        # The cost of verifying one more token, in committed tokens: this session's time, and the price for others.
+        cost = times.verify.slope * times.speed(longest) + times.price
         survival, n = 1.0, 0
         for p in view.p[first : first + longest]:
             survival *= p
@@ -230,15 +231,15 @@ class Gain:
         return n
 
     def serve(self, view: View) -> bool:
-        pace = view.pace
-        if not self.server_mode or pace.wait.n < 2 or pace.draft.n < 1:
+        times = view.times
+        if not self.server_mode or times.wait.n < 2 or times.draft.n < 1:
             return self._serving
-        serve_ms = pace.serve_ms
+        serve_ms = times.serve_ms
         if serve_ms <= 0:
             return self._serving
-        promised = STOPPING_IN_TIME * pace.best_speed(self.longest)
-        served, drafted = 1.0 / serve_ms, max(pace.measured, promised)
-        # Hysteresis: changing over costs a round trip.
+        promised = STOPPING_IN_TIME * times.best_speed(self.longest)
+        served, drafted = 1.0 / serve_ms, max(times.measured, promised)
+        # Hysteresis: a change costs a round trip.
         self._serving = served > drafted * (1.0 if self._serving else 1.1)
         return self._serving
 
@@ -246,10 +247,10 @@ class Gain:
 class Ahead(msgspec.Struct, frozen=True):
     """Whether to draft on while a draft is in flight, on the guess that it is accepted.
 
-    Waiting time is free, but a draft step that is running when the verdict comes delays a fresh start.
+    Time spent waiting is free. But a draft step that is running when the verdict comes delays a fresh start.
 
-    energy:  least chance of being used for which a token is drafted ahead: what the device's energy is worth
-    longest: tokens drafted ahead at most
+    energy:  least chance of being used for a token to be drafted ahead; it stands for the worth of the device's energy
+    longest: most tokens drafted ahead
     send:    send them before the verdict is here, betting that it agrees
     """
 
@@ -258,9 +259,9 @@ class Ahead(msgspec.Struct, frozen=True):
     send: bool = True
 
     def worth(self, view: View, price: float = 0.0) -> bool:
-        """Draft another token ahead, now? At this `price` what is drafted will be sent, or not."""
-        pace, p, sent = view.pace, view.p, view.sent
-        a = pace.acceptance.value
+        """Is it worth drafting another token ahead, now? `price`: of a draft token; a dear one would not be sent."""
+        times, p, sent = view.times, view.p, view.sent
+        a = times.acceptance.value
         right = prod(p)
         steps, beyond = 1, len(p) - sent
         if not beyond:  # the next guess is of the verdict's own token: only one beyond it is of use
@@ -269,10 +270,10 @@ class Ahead(msgspec.Struct, frozen=True):
             return False
         if price and beyond > 1 and prod(p[sent + 1 :]) * a <= price:
             return False  # it would not be sent
-        wait = pace.wait
+        wait = times.wait
         if view.opening or wait.n == 0:
             return True  # reading the prompt takes the target longer than a draft step
-        d, left, unsure = pace.draft.value, view.due_ms - view.now_ms, 0.25 * wait.deviation
+        d, left, unsure = times.draft.value, view.due_ms - view.now_ms, 0.25 * wait.deviation
         left = left + unsure if left > 0.0 else unsure
         late = steps * d - left
         if late <= 0.0:
@@ -280,7 +281,7 @@ class Ahead(msgspec.Struct, frozen=True):
         wrong_late = max(0.0, d - left)
         # If the guess is right, a token costs `late` instead of a whole draft step, if it is drafted at all then;
         # if it is wrong, a fresh start has to wait for the step that is running.
-        speed = pace.speed(self.longest)
+        speed = times.speed(self.longest)
         otherwise = max(0.0, a - d * speed)
         return right * (a - late * speed - otherwise) > (1.0 - right) * wrong_late * speed
 
@@ -289,7 +290,7 @@ POLICIES = ("fixed", "confidence", "predictor", "gain")
 
 
 class Policies:
-    """Makes fresh policies from a command-line form, e.g. "fixed:4". One for a device: the calibration is shared."""
+    """Makes policies from a command-line form, e.g. "fixed:4". One for a device: its sessions share the calibration."""
 
     def __init__(self, spec: str, predictor: Predictor | None = None, *, server_mode: bool = True) -> None:
         """`server_mode`: may a policy let the verifier decode by itself?

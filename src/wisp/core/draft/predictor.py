@@ -1,12 +1,12 @@
-"""Will the target accept this draft token, given that it accepted those before it?
+"""The predictor: will the target accept this draft token, given that it accepted those before it?
 
 A small model (logistic regression or a multilayer perceptron, trained by `wisp train`) reads a few cheap
 statistics of the draft distribution. On the device its output is recalibrated online, since acceptance shifts
 with the domain, the temperature and the pair of models: p = sigmoid(a z + b), with a and b tracked by a
 Gaussian approximation to the posterior of a logistic regression with forgetting.
 
-What is learned from a verdict: every accepted token was a success, and the first rejected one a failure. A draft
-accepted whole says nothing of what would have come next (it is censored): it adds successes and no failure.
+A verdict teaches that every accepted token was a success, and the first rejected one a failure. A draft that was
+accepted whole is censored: it says nothing of the token behind it, and adds successes only.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ VERSION = 2
 
 
 def features(signal: Signal, depth: int, recent: float, temperature: float) -> list[float]:
-    """What the model reads of a proposed token.
+    """The model's inputs for a proposed token.
 
-    depth: tokens drafted since the last committed one. recent: smoothed acceptance of late, 0 to 1. With a
-    temperature, confidence and lead mean something else than without, hence their doubles.
+    depth: tokens drafted since the last committed one. recent: smoothed acceptance of late, 0 to 1. Confidence and
+    lead mean different things with and without a temperature, so each of them is there twice.
     """
     confidence = min(max(signal.confidence, 1e-4), 1 - 1e-4)
     logit, lead = math.log(confidence / (1 - confidence)), math.log(max(signal.lead, 1e-3))
@@ -126,7 +126,7 @@ class Calibration:
     __slots__ = ("_pa", "_paa", "_pab", "_pb", "_pbb", "a", "b", "forgetting")
 
     def __init__(self, forgetting: float = 0.995, trust: float = 30.0) -> None:
-        """`trust`: how many observations the trained model (a = 1, b = 0) is worth at the start."""
+        """`trust`: the weight of the trained model (a = 1, b = 0) at the start, in observations."""
         self.a, self.b = 1.0, 0.0
         self.forgetting = forgetting
         # Precision of (a, b): the prior, and what was observed.

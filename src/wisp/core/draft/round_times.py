@@ -1,13 +1,13 @@
-"""How fast a session goes: what the edge measures of itself, its link and its verifier, smoothed.
+"""Round times: smoothed measurements of a session's draft engine, link and verifier.
 
-Everything a drafting policy needs to weigh one more draft token against the time it takes.
+With them a drafting policy weighs one more draft token against the time that it takes.
 """
 
 from __future__ import annotations
 
 TYPICAL = 0.8  # acceptance, before anything is known of it
-LEAST_MS = 1e-3  # that a round takes
-SAME = 1e-3  # by how much the time of a draft step may differ and count as the same
+LEAST_MS = 1e-3  # the shortest time of a round
+SAME = 1e-3  # relative difference up to which two times of a draft step count as the same
 
 
 class Mean:
@@ -97,7 +97,9 @@ class RoundTimes:
 
     def __init__(self, draft_ms: float = 0.0) -> None:
         self.draft = Mean(draft_ms, 0.1)  # one draft step
-        self.wait = Mean(0.0, 0.15)  # from sending a draft to its verdict, less what its size explains
+        self.wait = Mean(
+            0.0, 0.15
+        )  # from sending a draft to its verdict, without the part that grows with the draft
         self.verify = Line()  # engine time against draft tokens
         self.queue = Mean(0.0, 0.15)
         self.line = Mean(0.0, 0.15)  # the way there and back
@@ -106,25 +108,25 @@ class RoundTimes:
         self.price = 0.0  # of a draft token, as of the last verdict
         self._tokens = self._time_ms = 0.0
         self.measured = 0.0  # tokens per millisecond of these, if they are enough to go by
-        # Of what `best_speed` last spoke, and what it said.
+        # The last arguments of `best_speed`, and its result: they often stay the same.
         self._best_of: tuple[int, float, float, float] = (0, 0.0, 0.0, 0.0)
         self._best_draft = self._best = 0.0
 
     def successor(self) -> RoundTimes:
-        """Where the next session of this device starts: what was measured, the price last told, and a little of how
-        fast that one went."""
-        pace = RoundTimes.__new__(RoundTimes)
-        pace.draft, pace.wait, pace.verify = self.draft.copy(), self.wait.copy(), self.verify.copy()
-        pace.queue, pace.line, pace.served = self.queue.copy(), self.line.copy(), self.served.copy()
-        pace.acceptance, pace.price = self.acceptance.copy(), self.price
-        pace._timed(0.2 * self._tokens, 0.2 * self._time_ms)
-        pace._best_of, pace._best_draft, pace._best = self._best_of, self._best_draft, self._best
-        return pace
+        """The start of this device's next session: all measurements, the last price, and a fifth of the weight of the
+        measured speed."""
+        times = RoundTimes.__new__(RoundTimes)
+        times.draft, times.wait, times.verify = self.draft.copy(), self.wait.copy(), self.verify.copy()
+        times.queue, times.line, times.served = self.queue.copy(), self.line.copy(), self.served.copy()
+        times.acceptance, times.price = self.acceptance.copy(), self.price
+        times._timed(0.2 * self._tokens, 0.2 * self._time_ms)
+        times._best_of, times._best_draft, times._best = self._best_of, self._best_draft, self._best
+        return times
 
     def speed(self, longest: int) -> float:
-        """Committed tokens per millisecond that can be had by drafting: as measured over the last few dozen rounds,
-        or as the best fixed length would give by the measurements, if that is more. (A policy that went by its own
-        speed alone would find a bad habit justified by the slowness it causes.)"""
+        """Committed tokens per millisecond of drafting: the speed measured over the last few dozen rounds, or that of
+        the best fixed length, if that is more. (By its own speed alone, a policy that drafts badly would justify
+        itself: it makes the session slow, and a slow session has time for bad drafts.)"""
         measured, best = self.measured, self.best_speed(longest)
         return measured if measured > best else best
 
@@ -133,7 +135,7 @@ class RoundTimes:
         self.measured = tokens / time_ms if tokens > 5.0 and time_ms > 0 else 0.0
 
     def drafted(self, took_ms: float) -> None:
-        """A draft step took so long. One that had to read a prompt first, or was held up, counts as slow, no more."""
+        """A draft step took so long. A much longer one read a prompt or was held up: it counts as twice the mean."""
         draft = self.draft
         most = 2.0 * draft.value
         draft.add(most if took_ms > most and draft.n else took_ms)
@@ -144,11 +146,11 @@ class RoundTimes:
         self._forget(tokens)
 
     def _forget(self, tokens: int) -> None:
-        """Without drafts nothing is learned of them: what is believed slowly goes back to what is typical."""
+        """Without drafts nothing is measured of them, so the estimates slowly return to typical values."""
         keep = 0.98**tokens
         self.acceptance.value = TYPICAL + (self.acceptance.value - TYPICAL) * keep
         self._timed(keep * self._tokens, keep * self._time_ms)
-        self.draft.value *= 0.998**tokens  # so that drafting is tried again, some time
+        self.draft.value *= 0.998**tokens  # so that drafting is tried again at some time
 
     def round(self, drafted: int, tokens: int, elapsed_ms: float) -> None:
         """A round with `drafted` tokens committed `tokens` in `elapsed_ms`."""
@@ -158,10 +160,13 @@ class RoundTimes:
         self._timed(keep * self._tokens + tokens, keep * self._time_ms + elapsed_ms)
 
     def verdict(self, n_draft: int, waited_ms: float | None, queue_ms: float, engine_ms: float) -> None:
-        """A draft of `n_draft` tokens came back after `waited_ms`, of which queue and engine took their parts."""
+        """A draft of `n_draft` tokens was answered after `waited_ms`, queue and engine included.
+
+        waited_ms: None for a draft that waited behind another one of this session
+        """
         self.verify.add(n_draft, engine_ms)
         self.queue.add(queue_ms)
-        if waited_ms is not None:  # else it waited behind another of this session: that says nothing
+        if waited_ms is not None:  # otherwise its time says nothing of the link
             self.wait.add(max(0.0, waited_ms - self.verify.slope * n_draft))
             self.line.add(max(0.0, waited_ms - queue_ms - engine_ms))
 
@@ -182,7 +187,7 @@ class RoundTimes:
         """Tokens per millisecond of the best fixed draft length at the present measurements.
 
         With acceptance a, k draft tokens commit (1 - a^(k+1)) / (1 - a) on average (Leviathan et al. 2023).
-        0 while no round has been timed: not knowing what a round takes must not look like taking no time.
+        0 while no round has been timed: an unknown time must not pass for no time.
         """
         wait, draft = self.wait, self.draft.value
         if not wait.n:

@@ -1,4 +1,4 @@
-"""Cheap statistics of a draft distribution: what an edge can know of how sure its drafter is."""
+"""Cheap statistics of a draft distribution, which tell how sure the drafter is."""
 
 from __future__ import annotations
 
