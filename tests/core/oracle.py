@@ -46,7 +46,7 @@ def piece(w: Candidate, cost: Coefficients) -> Piece:
         return (cost.ms(Load().plus(new, w.cached)) - cost.step) / 1e3
 
     if w.kind is not Kind.VERIFY:
-        return Piece(w.due, (Form(seconds(w.new), w.gain),))
+        return Piece(w.due, (Form(seconds(w.new), w.expected_tokens),))
     return Piece(
         w.due, tuple(Form(seconds(w.new - w.n_draft + k), value(w, k)) for k in range(w.n_draft + 1))
     )
@@ -54,7 +54,7 @@ def piece(w: Candidate, cost: Coefficients) -> Piece:
 
 def value(w: Candidate, kept: int) -> float:
     """Tokens that a piece is expected to commit with so many draft tokens."""
-    return w.gain if kept == w.n_draft else curve(w.n_draft, round(w.gain, 2))[kept]
+    return w.expected_tokens if kept == w.n_draft else curve(w.n_draft, round(w.expected_tokens, 2))[kept]
 
 
 def best(now: float, fixed: float, pieces: Sequence[Piece]) -> Best:

@@ -10,8 +10,8 @@ from wisp.core.protocol.messages import (
     Refused,
     ServerMessage,
     Verdict,
-    decode_from_cloud,
-    decode_from_edge,
+    decode_edge_message,
+    decode_server_message,
     encode,
 )
 from wisp.core.protocol.sampling import Sampling
@@ -20,9 +20,9 @@ from wisp.core.verify.batching import batching_policy
 from wisp.core.verify.events import (
     EdgeLost,
     Ended,
-    FromEdge,
     InEvent,
     Limits,
+    Received,
     Run,
     Send,
     StepDone,
@@ -47,7 +47,7 @@ class Rig:
         batching: str = "continuous",
         limits: dict[str, KeyLimits] | None = None,
         max_sessions: int = 100,
-        forecast: bool = False,
+        slo_admission: bool = False,
         digest: str = "",
     ) -> None:
         self.engine = ToyEngine(slots)
@@ -59,7 +59,7 @@ class Rig:
             kv_tokens or slots * slot_tokens,
             step_tokens,
             max_draft=8,
-            forecast=forecast,
+            slo_admission=slo_admission,
             digest=digest,
         )
         self.verifier = Verifier(self.limits, batching_policy(batching), Admission(max_sessions, limits))
@@ -76,7 +76,7 @@ class Rig:
         self.log.append((self.now, event))
         for action in self.verifier.handle(self.now, event):
             if isinstance(action, Send):
-                message = decode_from_cloud(encode(action.message))
+                message = decode_server_message(encode(action.message))
                 self.sent.setdefault(action.connection, deque()).append(message)
             elif isinstance(action, Run):
                 assert self.run is None, "two steps at once"
@@ -88,9 +88,9 @@ class Rig:
                 self.ended.append(action)
 
     def receive(self, message: Message, connection: int = 1, key: str = "") -> None:
-        decoded = decode_from_edge(encode(message))
+        decoded = decode_edge_message(encode(message))
         assert not hasattr(decoded, "version")
-        self.feed(FromEdge(connection, key, decoded))
+        self.feed(Received(connection, key, decoded))
 
     def lose(self, connection: int = 1) -> None:
         self.feed(EdgeLost(connection))

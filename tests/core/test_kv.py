@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisp.core.verify.kv import KvPool, Placement, common_prefix, packed
+from wisp.core.verify.kv import KvPool, SlotAssignment, common_prefix, packed
 
 
 class Pool(KvPool):
@@ -15,7 +15,7 @@ class Pool(KvPool):
 
     def acquire(  # type: ignore[override]
         self, now: float, session: int, key: str, chain: list[int], evictable: Callable[[int], bool]
-    ) -> Placement | None:
+    ) -> SlotAssignment | None:
         return super().acquire(now, session, key, packed(chain), evictable)
 
     def grow(self, now: float, slot: int, tokens: list[int]) -> None:  # type: ignore[override]
@@ -173,4 +173,4 @@ def test_a_slot_is_found_that_a_look_at_every_slot_would_find(what: list[tuple[s
         assert pool.held == sum(len(s.tokens) for s in pool.slots)
         assert pool.owned_slots == sum(s.owner is not None for s in pool.slots)
         owners = sum(len(s.tokens) for s in pool.slots if s.owner in idle or s.owner is None)
-        assert pool.room(lambda handle, idle=idle: handle not in idle) == pool.unused + owners
+        assert pool.obtainable(lambda handle, idle=idle: handle not in idle) == pool.unused + owners

@@ -31,7 +31,7 @@ def laxity(now: float, work: Sequence[Candidate], cost: Coefficients) -> list[Gr
 class Instance(msgspec.Struct):
     """Pieces of work, all there at time 0, and what steps cost."""
 
-    work: list[Candidate]
+    candidates: list[Candidate]
     cost: Coefficients
 
 
@@ -57,7 +57,7 @@ def instance(seed: int) -> Instance:
         work.append(
             Candidate(
                 i, kind, new, cached, n_draft, 0.0, 0.0,
-                tpot_s=0.05, gain=gain, usual=2.0, room=room, first=kind is Kind.PREFILL,
+                tpot_s=0.05, expected_tokens=gain, round_tokens=2.0, remaining=room, first=kind is Kind.PREFILL,
             )
         )  # fmt: skip
     load = Load()
@@ -75,7 +75,7 @@ def instance(seed: int) -> Instance:
 def drive(decide: Decide, it: Instance) -> tuple[float, int]:
     """Plan, let the step take exactly what it costs, take out what was delivered; what is late is worth nothing."""
     now, tokens, kept = 0.0, 0.0, 0
-    pending = {w.session: w for w in it.work}
+    pending = {w.session: w for w in it.candidates}
     while pending:
         grants = decide(now, list(pending.values()), it.cost)
         if not grants:
@@ -103,7 +103,7 @@ def optima() -> list[tuple[Instance, oracle.Best]]:
     out = []
     for seed in range(INSTANCES):
         it = instance(seed)
-        out.append((it, best(0.0, it.cost.step / 1e3, [oracle.piece(w, it.cost) for w in it.work])))
+        out.append((it, best(0.0, it.cost.step / 1e3, [oracle.piece(w, it.cost) for w in it.candidates])))
     return out
 
 
@@ -115,8 +115,8 @@ def test_a_policy_delivers_most_of_what_could_be_delivered(decide: Decide) -> No
         assert tokens <= optimum.tokens * (1 + 1e-6) + 1e-6
         if optimum.tokens:
             shares.append(tokens / optimum.tokens)
-        if optimum.pieces == len(it.work):
-            all_kept.append(kept == len(it.work))
+        if optimum.pieces == len(it.candidates):
+            all_kept.append(kept == len(it.candidates))
     assert len(shares) > 0.8 * INSTANCES
     assert len(all_kept) > 0.3 * INSTANCES
     assert sum(shares) / len(shares) >= 0.95
@@ -139,7 +139,7 @@ def test_the_oracle_finds_what_trying_everything_finds() -> None:
 def test_where_everything_fits_first_step_fills_it_in_due_order() -> None:
     cost = Coefficients(step=10.0, token=1.0)
     work = [
-        Candidate(i, Kind.VERIFY, 5, 0, 4, 0.0, 0.0, due=due, gain=3.0)
+        Candidate(i, Kind.VERIFY, 5, 0, 4, 0.0, 0.0, due=due, expected_tokens=3.0)
         for i, due in enumerate([0.050, 0.021, 0.030])
     ]
     assert first_step(0.0, work, cost, 1.0, 100) == ([Grant(1, 5), Grant(2, 5)], [])
@@ -147,7 +147,7 @@ def test_where_everything_fits_first_step_fills_it_in_due_order() -> None:
 
 def test_a_draft_is_cut_rather_than_somebody_dropped() -> None:
     cost = Coefficients(step=10.0, token=1.0)
-    work = [Candidate(i, Kind.VERIFY, 5, 0, 4, 0.0, 0.0, due=0.018, gain=3.0) for i in range(2)]
+    work = [Candidate(i, Kind.VERIFY, 5, 0, 4, 0.0, 0.0, due=0.018, expected_tokens=3.0) for i in range(2)]
     grants, given_up = first_step(0.0, work, cost, 1.0, 100)
     assert sum(g.tokens for g in grants) == 8
     assert len(grants) == 2
@@ -169,6 +169,6 @@ def test_a_prompt_longer_than_a_step_is_cut() -> None:
 
 def test_what_is_late_already_makes_nobody_late() -> None:
     cost = Coefficients(step=10.0, token=1.0)
-    late = Candidate(1, Kind.PREFILL, 100, 0, 0, 0.0, 0.0, due=0.9, first=True, late=True)
-    soon = Candidate(2, Kind.DECODE, 1, 9, 0, 0.9, 0.0, due=1.05, room=1, tpot_s=0.1)
+    late = Candidate(1, Kind.PREFILL, 100, 0, 0, 0.0, 0.0, due=0.9, first=True, slo_lost=True)
+    soon = Candidate(2, Kind.DECODE, 1, 9, 0, 0.9, 0.0, due=1.05, remaining=1, tpot_s=0.1)
     assert laxity(1.0, [late, soon], cost) == [Grant(2, 1)]

@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wisp.core.route import placement
-from wisp.core.route.placement import BLOCK, SETTLE_S, Choice, Placement, Reason, Room
+from wisp.core.route.placement import BLOCK, SETTLE_S, Choice, Placement, Reason, ReplicaSize
 from wisp.core.verify.admission import Refusal
 
-ROOM = Room(slots=8, kv_tokens=1 << 20, max_sessions=1000)
+SIZE = ReplicaSize(slots=8, kv_tokens=1 << 20, max_sessions=1000)
 SYSTEM = list(range(100, 100 + 4 * BLOCK))  # what many prompts begin with
 
 
-def fleet(*names: str, room: Room = ROOM) -> Placement:
+def fleet(*names: str, size: ReplicaSize = SIZE) -> Placement:
     made = Placement()
     for name in names:
-        made.up(name, room)
+        made.up(name, size)
     return made
 
 
@@ -77,7 +77,7 @@ def test_short_prefixes_count_for_nothing_and_only_whole_blocks_count() -> None:
 
 
 def test_what_a_replica_has_no_room_for_is_forgotten_oldest_first() -> None:
-    p = fleet("a", "b", room=Room(8, kv_tokens=4 * BLOCK, max_sessions=1000))
+    p = fleet("a", "b", size=ReplicaSize(8, kv_tokens=4 * BLOCK, max_sessions=1000))
     for n in range(6):  # each replica sees three prompts of two blocks, and holds two
         p.place(0.0, f"s{n}", "key", fresh(n))
     for name in ("a", "b"):
@@ -90,7 +90,7 @@ def test_what_a_replica_has_no_room_for_is_forgotten_oldest_first() -> None:
 
 def test_of_a_long_prompt_the_end_is_forgotten_first() -> None:
     """What is left of it is of use only with all that is before."""
-    p = fleet("a", room=Room(8, kv_tokens=5 * BLOCK, max_sessions=1000))
+    p = fleet("a", size=ReplicaSize(8, kv_tokens=5 * BLOCK, max_sessions=1000))
     p.place(0.0, "s1", "key", SYSTEM)  # four blocks
     p.place(0.0, "s2", "key", fresh(1))  # two
     assert p.place(0.0, "s3", "key", SYSTEM).shared == 3 * BLOCK
@@ -98,7 +98,7 @@ def test_of_a_long_prompt_the_end_is_forgotten_first() -> None:
 
 def test_a_bigger_replica_gets_more() -> None:
     p = fleet("small")
-    p.up("big", Room(slots=24, kv_tokens=1 << 20, max_sessions=1000))
+    p.up("big", ReplicaSize(slots=24, kv_tokens=1 << 20, max_sessions=1000))
     for n in range(80):
         p.place(0.0, f"s{n}", "key", fresh(n))
     assert (p.sessions("small"), p.sessions("big")) == (20, 60)
@@ -132,7 +132,7 @@ def test_the_only_replica_is_tried_again_even_if_it_did_not_do() -> None:
 
 
 def test_nothing_goes_to_a_replica_that_is_shut_or_gone_or_full() -> None:
-    p = fleet("a", "b", "c", room=Room(8, 1024, max_sessions=3))
+    p = fleet("a", "b", "c", size=ReplicaSize(8, 1024, max_sessions=3))
     p.place(0.0, "session", "key", SYSTEM)
     p.shut("a")
     p.gone("b")
@@ -149,7 +149,7 @@ def test_a_replica_that_started_again_has_nothing_cached() -> None:
     p = fleet("a", "b")
     p.place(0.0, "s1", "key", SYSTEM)
     p.gone("a")
-    p.up("a", ROOM)
+    p.up("a", SIZE)
     assert p.place(1.0, "s2", "key", SYSTEM).reason is Reason.ROOM
 
 
@@ -179,7 +179,7 @@ def test_no_replica_ever_gets_much_more_than_its_share(
     """Whatever begins alike: 20 % above its share, or one session."""
     p = Placement()
     for i, n in enumerate(slots):
-        p.up(f"r{i}", Room(n, 1 << 20, 10_000))
+        p.up(f"r{i}", ReplicaSize(n, 1 << 20, 10_000))
     for n, (key, prompt) in enumerate(asked):
         name = p.place(0.0, f"s{n}", key, prompt).replica
         share = (n + 1) * slots[int(name[1:])] / sum(slots)
@@ -236,7 +236,7 @@ def test_names_of_sessions_are_remembered_up_to_a_number_and_no_key_drives_out_a
 
 
 def test_a_key_that_is_owed_a_place_goes_to_a_full_replica_and_to_the_one_with_most_room() -> None:
-    p = fleet("a", "b", room=Room(8, 1024, max_sessions=3))
+    p = fleet("a", "b", size=ReplicaSize(8, 1024, max_sessions=3))
     for n in range(6):
         p.place(0.0, f"s{n}", "greedy", fresh(n))
     p.reported(1.0, "b", 2)

@@ -170,7 +170,9 @@ def test_what_becomes_of_its_last_step_is_nothing_to_a_session_that_was_ended() 
 
 
 def test_silent_sessions_are_not_what_a_newcomers_slo_is_refused_for() -> None:
-    rig = hogged(12, kv_tokens=200, batching="wisp", forecast=True)  # beside all of them there is no room
+    rig = hogged(
+        12, kv_tokens=200, batching="wisp", slo_admission=True
+    )  # beside all of them there is no room
     rig.receive(opening("guest-0001", slo=Slo(1000.0, 1000.0)), connection=GUEST, key="guest")
     rig.settle()
     verdict = rig.take(GUEST)

@@ -10,13 +10,13 @@ import pytest
 
 from rig import SAMPLING, Rig
 from toy import EOS, N_VOCAB, toy_text
-from wisp.core.protocol.messages import Cancel, Draft, Open, decode_from_edge, encode
+from wisp.core.protocol.messages import Cancel, Draft, Open, decode_edge_message, encode
 from wisp.core.protocol.slo import Slo
 from wisp.core.protocol.step import NO_TOKEN, Copy
 from wisp.core.verify.admission import Admission, KeyLimits
 from wisp.core.verify.batching import Kind, batching_policy
 from wisp.core.verify.cost import Coefficients, CostModel, Load
-from wisp.core.verify.events import Ended, FromEdge, InEvent, Run, Send, Tick
+from wisp.core.verify.events import Ended, InEvent, Limits, Received, Run, Send, Tick
 from wisp.core.verify.planner import candidate_of
 from wisp.core.verify.session import TRANSITIONS, Event, State
 from wisp.core.verify.verifier import Verifier
@@ -701,9 +701,9 @@ def test_an_slo_that_nobody_could_keep_is_served_like_none() -> None:
     rig.verifier.cost = rig.verifier.planner.cost = CostModel(Coefficients(step=40.0, token=0.3))
     rig.receive(opening(slo=Slo(ttft_ms=1.0, tpot_ms=0.001)))
     [session] = rig.verifier.sessions.values()
-    assert session.slo is None
+    assert session.targets.slo is None
     assert session.due == math.inf
-    assert not session.tpot_s
+    assert not session.targets.tpot_s
     rig.settle()
     assert session.n_committed > 0
 
@@ -719,9 +719,9 @@ def test_a_long_prompt_takes_a_few_bytes_a_token() -> None:
     tracemalloc.start()
     try:
         for number, frame in enumerate(frames):
-            opened = decode_from_edge(frame)
+            opened = decode_edge_message(frame)
             assert isinstance(opened, Open)
-            rig.verifier.handle(0.0, FromEdge(number, "", opened))
+            rig.verifier.handle(0.0, Received(number, "", opened))
         del opened
         kept, _ = tracemalloc.get_traced_memory()
     finally:
@@ -818,3 +818,18 @@ def test_logits_that_are_not_finite_end_their_own_session_and_no_other(rig: Rig,
     rig.settle()
     assert rig.verdict().tokens == toy_text([1, 2, 33, 4], SAMPLING, 1)
     assert rig.runs[-1].slices[0].start == 0  # none of the first one's KV is believed in
+
+
+def test_event_logs_of_earlier_releases_can_be_read() -> None:
+    """They have `forecast` for `slo_admission`, and `from_edge` for a message received."""
+    old = {
+        "n_vocab": 9,
+        "eos": [],
+        "slots": 1,
+        "slot_tokens": 9,
+        "kv_tokens": 9,
+        "step_tokens": 9,
+        "forecast": True,
+    }
+    assert msgspec.convert(old, Limits).slo_admission
+    assert msgspec.to_builtins(Received(1, "key", Cancel("session-1")))[0] == "from_edge"

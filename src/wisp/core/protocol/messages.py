@@ -174,7 +174,7 @@ class Redirect(Message, frozen=True, tag="redirect"):
     address: str
 
 
-FromEdge = Hello | Open | Draft | Cancel
+EdgeMessage = Hello | Open | Draft | Cancel
 ServerMessage = Welcome | Verdict | Refused | Redirect
 
 MODEL_CHANGED = (
@@ -183,8 +183,8 @@ MODEL_CHANGED = (
 )
 
 _encoder = msgspec.msgpack.Encoder()
-_from_edge: msgspec.msgpack.Decoder[FromEdge] = msgspec.msgpack.Decoder(FromEdge)
-_from_cloud: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
+_edge_decoder: msgspec.msgpack.Decoder[EdgeMessage] = msgspec.msgpack.Decoder(EdgeMessage)
+_server_decoder: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
 
 
 def encode(message: Message) -> bytes:
@@ -192,18 +192,18 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def decode_from_edge(frame: bytes) -> FromEdge:
+def decode_edge_message(frame: bytes) -> EdgeMessage:
     """The message in a frame from an edge. Raises ProtocolError("malformed")."""
     try:
-        return _from_edge.decode(frame)
+        return _edge_decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError("malformed", f"not a {SUBPROTOCOL} message from an edge: {error}") from None
 
 
-def decode_from_cloud(frame: bytes) -> ServerMessage:
+def decode_server_message(frame: bytes) -> ServerMessage:
     """The message in a frame from a verifier. Raises ProtocolError("malformed")."""
     try:
-        return _from_cloud.decode(frame)
+        return _server_decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError("malformed", f"not a {SUBPROTOCOL} message from a verifier: {error}") from None
 

@@ -34,7 +34,7 @@ class Reason(Enum):
     ROOM = "room"
 
 
-class Room(msgspec.Struct, frozen=True):
+class ReplicaSize(msgspec.Struct, frozen=True):
     """What a replica holds."""
 
     slots: int
@@ -53,8 +53,8 @@ class Choice(msgspec.Struct, frozen=True):
 class _Replica:
     """What is known of one. `blocks` is in order of last use."""
 
-    def __init__(self, room: Room) -> None:
-        self.room = room
+    def __init__(self, size: ReplicaSize) -> None:
+        self.size = size
         self.open = True
         self.late = False  # with its next report
         self.reported = 0
@@ -79,7 +79,7 @@ class _Replica:
         for block in reversed(blocks):  # a block is of use only with all before it: those go last
             self.blocks[block] = None
             self.blocks.move_to_end(block)
-        while len(self.blocks) > self.room.kv_tokens // BLOCK:
+        while len(self.blocks) > self.size.kv_tokens // BLOCK:
             self.blocks.popitem(last=False)
 
 
@@ -91,9 +91,9 @@ class Placement:
         self._where: dict[str, OrderedDict[str, str]] = {}  # by key: session -> replica, longest ago first
         self._remembered = 0
 
-    def up(self, replica: str, room: Room) -> None:
+    def up(self, replica: str, size: ReplicaSize) -> None:
         """A replica has started, with nothing cached."""
-        self._replicas[replica] = _Replica(room)
+        self._replicas[replica] = _Replica(size)
 
     def reported(self, now: float, replica: str, sessions: int) -> None:
         """A replica said at `now` how many sessions it serves."""
@@ -149,13 +149,13 @@ class Placement:
         Raises Refusal("overloaded") where every replica is full, or there is none.
         """
         fit = {
-            n: r for n, r in self._replicas.items() if r.open and (owed or r.sessions < r.room.max_sessions)
+            n: r for n, r in self._replicas.items() if r.open and (owed or r.sessions < r.size.max_sessions)
         }
         if len(fit) > 1:
             fit.pop(avoid, None)
         fit = {n: r for n, r in fit.items() if not r.late} or fit
         if not fit:
-            most = sum(r.room.max_sessions for r in self._replicas.values() if r.open)
+            most = sum(r.size.max_sessions for r in self._replicas.values() if r.open)
             raise Refusal("overloaded", f"all {most} sessions of these verifiers are in use", 1.0)
         blocks = block_hashes(key, salt, prompt)
         was = self._where[key].get(session) if key in self._where else None
@@ -183,7 +183,7 @@ def _choose(fit: dict[str, _Replica], blocks: Sequence[bytes]) -> tuple[str, Rea
     shared = {name: r.shared(blocks) for name, r in fit.items()}
     most = max(shared.values())
     # Least loaded first; where all are alike, the least used; then by name, so that it is one order
-    order = sorted(fit, key=lambda n: (fit[n].sessions / fit[n].room.slots, fit[n].placed, n))
+    order = sorted(fit, key=lambda n: (fit[n].sessions / fit[n].size.slots, fit[n].placed, n))
     best = next(name for name in order if shared[name] == most)
     if most and _fair(best, fit):
         return best, Reason.PREFIX
@@ -193,7 +193,7 @@ def _choose(fit: dict[str, _Replica], blocks: Sequence[bytes]) -> tuple[str, Rea
 def _fair(name: str, fit: dict[str, _Replica]) -> bool:
     """Would it, with one session more, still have about its share: 20 %, or one session, above it at most?"""
     total = 1 + sum(r.sessions for r in fit.values())
-    share = total * fit[name].room.slots / sum(r.room.slots for r in fit.values())
+    share = total * fit[name].size.slots / sum(r.size.slots for r in fit.values())
     return fit[name].sessions + 1 <= max(UNFAIR * share, share + 1)
 
 

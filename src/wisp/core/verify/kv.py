@@ -40,7 +40,7 @@ class Slot(msgspec.Struct):
     used: float = 0.0  # time of last use
 
 
-class Placement(msgspec.Struct, frozen=True):
+class SlotAssignment(msgspec.Struct, frozen=True):
     """Where a session's KV goes: `start` tokens are there already, after a copy from `copy_from` if >= 0."""
 
     slot: int
@@ -84,7 +84,7 @@ class KvPool:
         key: Sharers,
         chain: Tokens[int],
         evictable: Callable[[int], bool],
-    ) -> Placement | None:
+    ) -> SlotAssignment | None:
         """A slot for `session` whose tokens are `chain`; None if every slot is owned and busy.
 
         At least the last token of `chain` is left to compute, so that there is a row to choose from.
@@ -105,7 +105,7 @@ class KvPool:
             heappop(self._empty)  # it was the first of them
         self._set(victim, chain[:start], key)
         victim.owner, victim.used = session, now
-        return Placement(victim.index, start, copy_from, evicted)
+        return SlotAssignment(victim.index, start, copy_from, evicted)
 
     def fit(self, new_tokens: int, keep: Callable[[int], bool]) -> list[int] | None:
         """Make room for `new_tokens` more. Leftovers go first, oldest first, then owners that `keep` not.
@@ -114,7 +114,7 @@ class KvPool:
         """
         if self.clear(new_tokens):
             return []
-        if self.room(keep) < new_tokens:
+        if self.obtainable(keep) < new_tokens:
             return None
         for slot in list(self._left.values()):
             self.drop(slot.index)
@@ -151,7 +151,7 @@ class KvPool:
         """Tokens that no session holds."""
         return self.unused + sum([len(s.tokens) for s in self._left.values()])
 
-    def room(self, keep: Callable[[int], bool]) -> int:
+    def obtainable(self, keep: Callable[[int], bool]) -> int:
         """Tokens that `fit` could make room for."""
         owned = (s for s in self.slots if s.owner is not None and not keep(s.owner))
         return self.free + sum(len(s.tokens) for s in owned)

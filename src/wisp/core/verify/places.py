@@ -38,7 +38,7 @@ def gives_way(
     def claim(s: Session) -> tuple[bool, float]:
         """Least: silent for longest. Most: at work for longest."""
         silent = is_silent(s, now - limits.idle_s)
-        return not silent, s.since if silent else -s.opened
+        return not silent, s.since if silent else -s.targets.opened
 
     own = (s for s in sessions if s.has_place and s.key == rich)
     return min(own, key=lambda s: (*claim(s), -s.handle), default=None)

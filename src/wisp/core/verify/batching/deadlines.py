@@ -58,7 +58,7 @@ class _Form(NamedTuple):
 
     new: int
     seconds: float
-    gain: float
+    tokens: float
     rate: float
 
 
@@ -96,17 +96,17 @@ def first_step(
     order = order[hopeless:]
     plan = _Schedule(now, cost, margin, most, 0.0)
     plan.fill(order)
-    if len(plan.work) <= FEW and plan.repairs and plan.given_up():
+    if len(plan.candidates) <= FEW and plan.repairs and plan.given_up():
         gentle = _Schedule(now, cost, margin, most, KEEP)
         gentle.fill(order)
         plan.put_back()
         gentle.put_back()
-        if len(gentle.work) == len(plan.work) and gentle.worth > plan.worth:
+        if len(gentle.candidates) == len(plan.candidates) and gentle.worth > plan.worth:
             plan = gentle
     elif plan.repairs >= REPAIRS and (start := plan.densest(order)):
         later = _Schedule(now, cost, margin, most, 0.0)
         later.fill(order[start:])
-        if later.pace > plan.pace:
+        if later.throughput > plan.throughput:
             plan = later
             lost += [w.session for w in order[:start]]
     if plan.repairs:
@@ -132,7 +132,7 @@ class _Schedule:
         self.slice = cost.slice * scale
         self.beyond = cost.beyond * scale if cost.knee else 0.0
         self.knee = cost.knee
-        self.work: list[Candidate] = []
+        self.candidates: list[Candidate] = []
         self.forms: list[list[_Form]] = []  # whole first, dropped last; only the first until more are needed
         self.form: list[int] = []  # which of them
         self.new: list[int] = []  # of that form
@@ -168,7 +168,7 @@ class _Schedule:
     def _rate(self, w: Candidate) -> tuple[float, float]:
         """Most tokens per second that a piece can bring, and its seconds then."""
         seconds = self._cost(w, w.new)
-        gain = w.gain
+        gain = w.expected_tokens
         if w.kind is Kind.VERIFY:
             shorter = self._cost(w, w.new - w.n_draft)
             if seconds > gain * shorter:
@@ -187,7 +187,7 @@ class _Schedule:
     def grants(self) -> list[Grant]:
         """Of the first step."""
         grants = []
-        for w, new, step in zip(self.work, self.new, self.steps, strict=True):
+        for w, new, step in zip(self.candidates, self.new, self.steps, strict=True):
             if step > 1:
                 break
             if new:
@@ -196,10 +196,10 @@ class _Schedule:
 
     def given_up(self) -> list[int]:
         """Sessions that are dropped."""
-        return [self.work[i].session for i in sorted(self.reduced) if not self.new[i]]
+        return [self.candidates[i].session for i in sorted(self.reduced) if not self.new[i]]
 
     @property
-    def pace(self) -> float:
+    def throughput(self) -> float:
         """Tokens delivered per second."""
         return self.worth / max(self.open[0] - self.now, 1e-9)
 
@@ -210,16 +210,16 @@ class _Schedule:
 
     def _add(self, w: Candidate) -> None:
         """One more piece, due no earlier than the others; what does not fit is repaired."""
-        i = len(self.work)
-        self.work.append(w)
+        i = len(self.candidates)
+        self.candidates.append(w)
         self.forms.append([])
         self.form.append(0)
         self.new.append(w.new)
         self.seconds.append(self._cost(w, w.new))
-        self.gains.append(w.gain + self.keep)
+        self.gains.append(w.expected_tokens + self.keep)
         self.steps.append(0)
         self.before.append(self.open)
-        while (late := self._run(i)) < len(self.work):
+        while (late := self._run(i)) < len(self.candidates):
             i = self._repair(late)
 
     def _run(self, start: int) -> int:
@@ -244,11 +244,11 @@ class _Schedule:
             then = end + fixed + seconds[i]
             if beyond and new > knee:
                 then += beyond * (new - knee)
-            if then > self.work[i].due:
+            if then > self.candidates[i].due:
                 return i
             step += 1
             steps[i] = step
-            end, bound, filled, leader = then, self.work[i].due, new, i
+            end, bound, filled, leader = then, self.candidates[i].due, new, i
         self.open = (end, bound, filled, leader, step)
         return len(news)
 
@@ -257,9 +257,9 @@ class _Schedule:
         if not self.forms[j]:
             for i in range(j + 1):
                 if not self.forms[i]:
-                    self.forms[i] = self._forms(self.work[i])
+                    self.forms[i] = self._forms(self.candidates[i])
                     heappush(self.heap, (self.forms[i][0].rate, i, 0))
-        due, dropped = self.work[j].due, len(self.forms[j]) - 1
+        due, dropped = self.candidates[j].due, len(self.forms[j]) - 1
         if self.now + self.fixed + self.forms[j][dropped - 1].seconds > due:
             self._set(j, dropped)
             return j
@@ -303,7 +303,7 @@ class _Schedule:
             forms = self.forms[i]
             is_, after = forms[k], forms[k + 1]
             cuts[i] = k + 1
-            loss += is_.gain - after.gain
+            loss += is_.tokens - after.tokens
             saved += is_.seconds - after.seconds
             if after.new:
                 heappush(heap, (after.rate, i, k + 1))
@@ -315,7 +315,7 @@ class _Schedule:
             is_, after = self.forms[i][self.form[i]], self.forms[i][k]
             if saved - (is_.seconds - after.seconds) >= need:
                 saved -= is_.seconds - after.seconds
-                loss -= is_.gain - after.gain
+                loss -= is_.tokens - after.tokens
                 del cuts[i]
         return list(cuts.items()), loss
 
@@ -338,9 +338,11 @@ class _Schedule:
 
     def put_back(self) -> None:
         """Give back what was cut or dropped and fits again, most tokens per second first."""
-        n = len(self.work)
+        n = len(self.candidates)
         left = PUT_BACK
-        for i in sorted(self.reduced, key=lambda i: -self.work[i].gain / self.forms[i][0].seconds):
+        for i in sorted(
+            self.reduced, key=lambda i: -self.candidates[i].expected_tokens / self.forms[i][0].seconds
+        ):
             was = self.form[i]
             for form in range(was):
                 left -= n - i
@@ -356,7 +358,7 @@ class _Schedule:
     def _set(self, i: int, k: int) -> None:
         form = self.forms[i][k]
         self.form[i] = k
-        self.new[i], self.seconds[i], self.gains[i] = form.new, form.seconds, form.gain
+        self.new[i], self.seconds[i], self.gains[i] = form.new, form.seconds, form.tokens
         if k:
             self.reduced.add(i)
         else:
@@ -373,10 +375,10 @@ class _Schedule:
 
     def _forms(self, w: Candidate) -> list[_Form]:
         """From whole to dropped. Shorter drafts as long as they lose fewer tokens per second than dropping it would."""
-        seconds, gain = self._cost(w, w.new), w.gain + self.keep
+        seconds, gain = self._cost(w, w.new), w.expected_tokens + self.keep
         new, draft = w.new, w.n_draft if w.kind is Kind.VERIFY else 0
         out = []
-        gains = curve(draft, round(w.gain, 2)) if draft else ()
+        gains = curve(draft, round(w.expected_tokens, 2)) if draft else ()
         while draft:
             cut = (draft + 3) // 4
             shorter, less = self._cost(w, new - cut), gains[draft - cut] + self.keep

@@ -24,18 +24,18 @@ class Paper:
     wants_drafting = False
     preempts = False
 
-    def plan(self, now: float, work: Sequence[Candidate], limits: StepLimits) -> Plan:
+    def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
         ms, scale = limits.cost.now.ms_of, limits.cost.margin / 1e3
         urgent: list[Candidate] = []
         rest: list[tuple[float, int, Candidate]] = []
-        for w in work:
+        for w in candidates:
             new, cached = w.new, w.cached
             alone = ms(new, new * (cached + new), cached, 1)
             # Started after a step like its own, it would be late.
             if now + 2.0 * alone * scale > w.due:
                 urgent.append(w)
             else:
-                rest.append((-w.gain / alone, w.session, w))
+                rest.append((-w.expected_tokens / alone, w.session, w))
         urgent.sort(key=_due)
         rest.sort()
         grants: list[Grant] = []

@@ -23,10 +23,10 @@ class Continuous:
     wants_drafting = False
     preempts = False
 
-    def plan(self, now: float, work: Sequence[Candidate], limits: StepLimits) -> Plan:
-        going = nsmallest(limits.slices, (w for w in work if w.kind is not Kind.PREFILL), key=_arrival)
+    def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
+        going = nsmallest(limits.slices, (w for w in candidates if w.kind is not Kind.PREFILL), key=_arrival)
         prompts = sorted(
-            (w for w in work if w.kind is Kind.PREFILL),
+            (w for w in candidates if w.kind is Kind.PREFILL),
             key=lambda w: (limits.shares.get(w.key, 0.0), w.opened, w.session),
         )
         reserved = min(limits.tokens // 4, sum(w.new for w in prompts))
@@ -52,10 +52,10 @@ class Fcfs:
     wants_drafting = False
     preempts = False
 
-    def plan(self, now: float, work: Sequence[Candidate], limits: StepLimits) -> Plan:
+    def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
         grants: list[Grant] = []
         left = limits.tokens
-        for w in nsmallest(limits.slices, work, key=_arrival):
+        for w in nsmallest(limits.slices, candidates, key=_arrival):
             if grants and w.new > left:
                 break
             grants.append(Grant(w.session, w.new))

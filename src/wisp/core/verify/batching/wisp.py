@@ -66,15 +66,15 @@ class Wisp:
         self.preempts = preempts
         self.continuous = Continuous()
 
-    def plan(self, now: float, work: Sequence[Candidate], limits: StepLimits) -> Plan:
+    def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
         step = _Step(now, limits)
-        step.sort(work)
-        if step.undue and not (step.going or step.absent or step.prompts):
-            return self.continuous.plan(now, step.undue, limits)
-        if not (step.paces or step.late_paces):
+        step.sort(candidates)
+        if step.no_slo and not (step.going or step.drafting or step.prompts):
+            return self.continuous.plan(now, step.no_slo, limits)
+        if not (step.bearable_s or step.lost_bearable_s):
             step.strictly()
         else:
-            if limits.room < math.inf:
+            if limits.free_kv < math.inf:
                 step.fit()
             step.measure()
             step.present()
@@ -92,90 +92,96 @@ class _Step:
         self.limits = limits
         self.ms = limits.cost.now.ms
         self.going: list[Candidate] = []  # drafts and decodes
-        self.absent: list[Candidate] = []
+        self.drafting: list[Candidate] = []
         self.prompts: list[Candidate] = []
-        self.undue: list[Candidate] = []  # without due times
-        self.unfit: list[Candidate] = []  # prompts for which there is no KV
-        self.paces: list[float] = []  # longest step that each session can bear
-        self.late_paces: list[float] = []  # likewise, of those whose SLO is lost
+        self.no_slo: list[Candidate] = []  # without due times
+        self.without_kv: list[Candidate] = []  # prompts for which there is no KV
+        self.bearable_s: list[float] = []  # longest step that each session can bear
+        self.lost_bearable_s: list[float] = []  # likewise, of those whose SLO is lost
         self.behind = self.easy = 0
         self.lost: list[int] = []
         self.grants: list[Grant] = []
         self.load = Load()
         self.step_ms = self.ms(self.load)
         self.left = limits.tokens
-        self.room = limits.room  # tokens of KV
+        self.free_kv = limits.free_kv  # tokens of KV
         self.left_ms = 0.0
         self.longest_ms = math.inf
         self.at_ease = True
         self.overloaded = False  # too many are behind
         self.crowded = False  # prompts need most of the engine's time
 
-    def sort(self, work: Sequence[Candidate]) -> None:
+    def sort(self, candidates: Sequence[Candidate]) -> None:
         """Put each piece of work where it belongs."""
         now = self.now
-        going, absent, prompts, undue, paces = self.going, self.absent, self.prompts, self.undue, self.paces
+        going, drafting, prompts, no_slo, bearable_s = (
+            self.going,
+            self.drafting,
+            self.prompts,
+            self.no_slo,
+            self.bearable_s,
+        )
         behind = easy = 0
-        for w in work:
+        for w in candidates:
             due = w.due
             if due == math.inf:
-                if not w.absent:
-                    undue.append(w)
+                if not w.edge_drafting:
+                    no_slo.append(w)
                 continue
-            late = w.late
-            if now > due and not late and (w.first or now - due > HOPELESS * w.room * w.tpot_s):
+            lost = w.slo_lost
+            if now > due and not lost and (w.first or now - due > HOPELESS * w.remaining * w.tpot_s):
                 self.lost.append(w.session)
-            if w.absent:
-                absent.append(w)
+            if w.edge_drafting:
+                drafting.append(w)
             elif w.kind is Kind.PREFILL:
                 prompts.append(w)
                 continue
             else:
                 going.append(w)
-            if not w.tpot_s or w.room <= w.n_draft + 1:
+            if not w.tpot_s or w.remaining <= w.n_draft + 1:
                 continue  # in its last round there is nothing left to make up for lateness
-            bearable = w.tpot_s * (w.usual + 1.0) / 2.0
-            if late:
-                self.late_paces.append(2.0 * bearable)
+            bearable = w.tpot_s * (w.round_tokens + 1.0) / 2.0
+            if lost:
+                self.lost_bearable_s.append(2.0 * bearable)
             else:
-                paces.append(bearable)
+                bearable_s.append(bearable)
                 behind += w.lag_s > 0.0
                 easy += w.lag_s < -EASY_S
         self.behind, self.easy = behind, easy
 
     def fit(self) -> None:
         """Leave out prompts for which there is no KV: nobody should yield to what cannot be done."""
-        self.room -= sum(w.new for w in self.going)
+        self.free_kv -= sum(w.new for w in self.going)
         prompts, self.prompts = sorted(self.prompts, key=_due), []
         for w in prompts:
-            if w.new <= self.room:
-                self.room -= w.new
+            if w.new <= self.free_kv:
+                self.free_kv -= w.new
                 self.prompts.append(w)
             else:
-                self.unfit.append(w)
+                self.without_kv.append(w)
 
     def measure(self) -> None:
         """How long a step can be borne."""
-        paces = sorted(self.paces or self.late_paces)
-        bearable_ms = paces[int(BEARABLE * len(paces))] * 1e3
+        in_order = sorted(self.bearable_s or self.lost_bearable_s)
+        bearable_ms = in_order[int(BEARABLE * len(in_order))] * 1e3
         self.longest_ms = max(bearable_ms, LEAST * self.ms(Load()))
-        self.overloaded = self.behind > TOO_MANY * len(self.paces)
+        self.overloaded = self.behind > TOO_MANY * len(self.bearable_s)
         self.prompts.sort(key=_due)
         self.crowded = self._crowd()
-        self.at_ease = self.easy >= (1.0 - EASY_BUT) * len(self.paces) and not self.crowded
+        self.at_ease = self.easy >= (1.0 - EASY_BUT) * len(self.bearable_s) and not self.crowded
 
     def _crowd(self) -> bool:
         """Do prompts that are to be in time need most of the engine's time, and more than there is in this step?"""
         empty_ms, rows, needed = self.ms(Load()), 0, 0.0
         for w in self.prompts:
-            if not (w.late or self._let_go(w)):
+            if not (w.slo_lost or self._let_go(w)):
                 rows += w.new
                 needed = max(needed, (self.ms(Load(rows)) - empty_ms) / 1e3 / max(self._time(w), SAFETY_S))
         return needed > CROWDED and self._all_ms(rows) > self.longest_ms
 
     def _let_go(self, w: Candidate) -> bool:
         """Is this a newcomer that has cost nothing yet, where too many are behind already?"""
-        return self.overloaded and w.first and not w.late and not w.cached
+        return self.overloaded and w.first and not w.slo_lost and not w.cached
 
     def strictly(self) -> None:
         """Nobody has a pace to make up lateness with: each piece is in time or lost."""
@@ -190,7 +196,7 @@ class _Step:
         # What is late already goes along only where it makes nobody late.
         bound = min((by_session[g.session].due for g in grants), default=math.inf)
         longest_ms = (bound - self.now) * 1e3 / cost.margin
-        late = [w for w in (*self.going, *self.prompts, *self.absent) if w.due <= self.now or not grants]
+        late = [w for w in (*self.going, *self.prompts, *self.drafting) if w.due <= self.now or not grants]
         for w in sorted(late, key=_due):
             if self._full(longest_ms):
                 break
@@ -211,7 +217,7 @@ class _Step:
                 until = self.now + ahead_s if yielding else math.inf
                 self._leave(sum(w.new for w in self.going[i:] if w.due <= until))
                 break
-            grace_s = GRACE * w.room * w.tpot_s if self.crowded else 0.0
+            grace_s = GRACE * w.remaining * w.tpot_s if self.crowded else 0.0
             ahead = yielding and w.due + grace_s - self.now > ahead_s
             if not (self.grants and ahead) and not self._add(w, self.longest_ms):
                 self._leave(w.new)
@@ -228,9 +234,9 @@ class _Step:
 
     def missing(self) -> None:
         """Sessions whose edge is drafting, and whose next token cannot wait for it."""
-        self.absent.sort(key=_due)
+        self.drafting.sort(key=_due)
         until = self.now + LOOK * self.ms(self.load) / 1e3
-        for w in self.absent:
+        for w in self.drafting:
             if w.due > until or not self._add(w, self.longest_ms):
                 break
 
@@ -269,10 +275,10 @@ class _Step:
 
     def others(self) -> None:
         """Who has no due time comes last, and is not made to wait for ever."""
-        for w in sorted(self.undue, key=lambda w: (w.kind is Kind.PREFILL, w.since, w.session)):
-            if self._full(math.inf) or (self.grants and w.new > self.room):
+        for w in sorted(self.no_slo, key=lambda w: (w.kind is Kind.PREFILL, w.since, w.session)):
+            if self._full(math.inf) or (self.grants and w.new > self.free_kv):
                 break
-            self.room -= w.new
+            self.free_kv -= w.new
             patient = self.now - w.since < PATIENCE_S
             longest_ms = self.longest_ms if patient else math.inf
             if w.kind is Kind.PREFILL:
@@ -283,21 +289,23 @@ class _Step:
     def plan(self) -> Plan:
         """The step, or when to look again."""
         wake_at = None
-        if not self.grants and self.absent:
+        if not self.grants and self.drafting:
             lead = LOOK * self.ms(Load()) / 1e3
-            wake_at = max(self.now + 1e-3, min(w.due for w in self.absent) - lead)
-            if self.unfit:  # they may borrow soon
+            wake_at = max(self.now + 1e-3, min(w.due for w in self.drafting) - lead)
+            if self.without_kv:  # they may borrow soon
                 wake_at = min(wake_at, self.now + AGAIN_S)
         self.left_ms = max(self.left_ms, self._owed() * self.step_ms)
         return Plan(self.grants, wake_at, self.left_ms, self.lost)
 
     def _owed(self) -> float:
         """Steps of work that those want who are hardly ahead: they miss what others take, in whatever step it was."""
-        if not self.paces:
+        if not self.bearable_s:
             return 0.0
         lead_s = LEAD * self.step_ms / 1e3
-        pressed = sum([w.lag_s > -lead_s for w in (*self.going, *self.absent) if w.tpot_s and not w.late])
-        return min(1.0, OWED * pressed / len(self.paces))
+        pressed = sum(
+            [w.lag_s > -lead_s for w in (*self.going, *self.drafting) if w.tpot_s and not w.slo_lost]
+        )
+        return min(1.0, OWED * pressed / len(self.bearable_s))
 
     def _full(self, longest_ms: float) -> bool:
         """Is there no room for a single token more?"""

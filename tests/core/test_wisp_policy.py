@@ -15,7 +15,7 @@ def going(session: int, ahead_s: float) -> Candidate:
     """A draft of four tokens, of a session whose next token is due in `ahead_s`."""
     return Candidate(
         session=session, kind=Kind.VERIFY, new=5, cached=200, n_draft=4, since=NOW, opened=NOW - 9.0,
-        due=NOW + ahead_s, tpot_s=0.125, gain=3.4, usual=3.0, room=90, lag_s=-ahead_s,
+        due=NOW + ahead_s, tpot_s=0.125, expected_tokens=3.4, round_tokens=3.0, remaining=90, lag_s=-ahead_s,
     )  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def prompt(session: int, tokens: int, within_s: float) -> Candidate:
     """The prompt of a newcomer whose first token is due `within_s`."""
     return Candidate(
         session=session, kind=Kind.PREFILL, new=tokens, cached=0, n_draft=0, since=NOW, opened=NOW,
-        due=NOW + within_s, tpot_s=0.125, room=200, first=True,
+        due=NOW + within_s, tpot_s=0.125, remaining=200, first=True,
     )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def test_sessions_far_ahead_yield_to_a_crowd_of_prompts() -> None:
 
 def test_sessions_that_cannot_wait_do_not_yield() -> None:
     # The hurried have hardly any text left to catch up in.
-    hurried = [msgspec.structs.replace(going(i, 0.1), room=10) for i in range(10)]
+    hurried = [msgspec.structs.replace(going(i, 0.1), remaining=10) for i in range(10)]
     able = [going(10 + i, 0.1) for i in range(10)]
     relaxed = [going(20 + i, 2.0) for i in range(10)]
     crowd = [prompt(100 + i, 150, 3.0) for i in range(40)]
@@ -64,9 +64,9 @@ def test_the_same_prompts_are_no_crowd_where_there_is_time() -> None:
 
 def test_whoever_could_not_wait_for_a_long_step_does_not_yield() -> None:
     slow = StepLimits(2048, 256, {}, CostModel(Coefficients(step=24.0, token=1.1)))
-    patient = {"tpot_s": 0.48, "usual": 3.0}
+    patient = {"tpot_s": 0.48, "round_tokens": 3.0}
     far = [msgspec.structs.replace(going(i, 3.0), **patient) for i in range(20)]
-    near = [msgspec.structs.replace(going(20 + i, 0.65), room=6, **patient) for i in range(5)]
+    near = [msgspec.structs.replace(going(20 + i, 0.65), remaining=6, **patient) for i in range(5)]
     crowd = [prompt(100 + i, 200, 3.0) for i in range(40)]
     plan = batching_policy("wisp").plan(NOW, [*far, *near, *crowd], slow)
     found = {g.session for g in plan.grants}
@@ -78,14 +78,14 @@ def test_prompts_that_fit_beside_everything_else_are_no_crowd() -> None:
     sessions = [going(i, 2.0) for i in range(20)]
     found = granted(*sessions, prompt(100, 200, 0.4))
     assert all(s.session in found for s in sessions)
-    late = msgspec.structs.replace(prompt(100, 4000, 0.4), late=True)
+    late = msgspec.structs.replace(prompt(100, 4000, 0.4), slo_lost=True)
     assert all(s.session in granted(*sessions, late) for s in sessions)
 
 
 def test_nobody_yields_to_prompts_for_which_there_is_no_kv() -> None:
     sessions = [going(i, 2.0) for i in range(20)]
     crowd = [prompt(100 + i, 150, 3.0) for i in range(40)]
-    limits = msgspec.structs.replace(LIMITS, room=300.0)  # the sessions' drafts, a prompt, and a half
+    limits = msgspec.structs.replace(LIMITS, free_kv=300.0)  # the sessions' drafts, a prompt, and a half
     found = {g.session for g in batching_policy("wisp").plan(NOW, [*sessions, *crowd], limits).grants}
     assert found == {*range(20), 100}
 
@@ -110,8 +110,8 @@ def test_a_cost_model_that_takes_steps_for_free_stops_nobody() -> None:
 
 
 def test_with_nothing_to_do_but_prompts_without_kv_it_looks_again_soon() -> None:
-    away = msgspec.structs.replace(going(1, 9.0), absent=True, kind=Kind.DECODE, new=1, n_draft=0)
-    limits = msgspec.structs.replace(LIMITS, room=10.0)
+    away = msgspec.structs.replace(going(1, 9.0), edge_drafting=True, kind=Kind.DECODE, new=1, n_draft=0)
+    limits = msgspec.structs.replace(LIMITS, free_kv=10.0)
     plan = batching_policy("wisp").plan(NOW, [away, prompt(100, 150, 2.9)], limits)
     assert not plan.grants
     assert plan.wake_at is not None

@@ -27,8 +27,8 @@ def session(i: int, slo: Slo | None = QUICK, prompt: int = 130, begun: bool = Tr
     made = Session(i, "", 1, open_, 0.0)
     made.state = State.READY
     if begun:
-        made.chain.append(1)
-        made.first_at = 0.0
+        made.progress.chain.append(1)
+        made.targets.first_at = 0.0
     return made
 
 
@@ -153,7 +153,7 @@ def test_between_two_looks_it_is_known_who_came_and_who_went() -> None:
             told.left(inside.pop(source.choice(list(inside))))
     found, anew = told._demand, forecast.Demand(inside.values(), told.answer_tokens)
     assert found is not None
-    assert found.paces == anew.paces
+    assert found.bearable_s == anew.bearable_s
     for name in ("sessions", "begun", "running", "behind", "unread", "kv", "rows", "decoding"):
         assert getattr(found, name) == pytest.approx(getattr(anew, name)), name
 
@@ -170,7 +170,7 @@ def test_those_let_in_count_at_once_and_how_they_fare_soon() -> None:
 
     assert not behind(1.0)
     for s in inside:
-        s.answered_at = 10.0
+        s.speed.answered_at = 10.0
     assert not behind(1.05)
     assert behind(1.2)
 
@@ -205,7 +205,7 @@ def test_it_rests_where_six_in_a_hundred_are_late() -> None:
 def test_while_most_are_behind_nobody_else_is_let_in() -> None:
     behind = [session(i) for i in range(6)]
     for s in behind:
-        s.answered_at = 10.0
+        s.speed.answered_at = 10.0
     assert all(s.lag_s > 0.0 for s in behind)
     assert not admitted(behind, session(9, begun=False), forecast.SloAdmission())
 
