@@ -37,7 +37,7 @@ class SessionIndex:
         self.parked: dict[int, Session] = {}  # for an edge to come back; oldest first
 
     def put(self, s: Session) -> None:
-        """Move a session to the bucket of its state, and forget its candidate. In the same bucket it keeps its place."""
+        """Move a session to the bucket of its state and forget its candidate. In the same bucket it keeps its place."""
         state, bucket = s.state, None
         if state is READY:
             bucket = self.ready

@@ -1,15 +1,15 @@
 """Preemption of KV: sessions far ahead of their TPOT target give up their KV to candidates that cannot wait.
 
 A session that is ten seconds ahead has given its user text for ten seconds. Until then it needs neither engine nor
-memory, while a new session needs memory for its first token. So its KV is dropped, and computed again when there is free
-KV or its next token comes due. Preemption costs that second prefill. A victim must therefore be able to wait a hundred
-times as long as the prefill takes, and must not be about to end, which frees its KV for good.
+memory, while a new session needs memory for its first token. So its KV is dropped, and computed again when there is
+free KV or its next token comes due. Preemption costs that second prefill. A victim must therefore be able to wait a
+hundred times as long as the prefill takes, and must not be about to end, which frees its KV for good.
 
-Order of victims: sessions without SLO first, the youngest of them first, then the largest slack. A session without SLO may
-lose all its KV for a single token of another.
+Order of victims: sessions without SLO first, the youngest of them first, then the largest slack. A session without
+SLO may lose all its KV for a single token of another.
 
-If these victims are not enough for one token per running session, the sessions with the least lag are preempted too: it is
-better to stop a few than all.
+If these victims are not enough for one token per running session, the sessions with the least lag are preempted too:
+it is better to stop a few than all.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@
     round      what verifier and edge owe each other
     speed      measurements of past rounds
 
-READY means "can run"; a READY session may still have no KV slot. When its edge is lost a session is PARKED, or ORPHANED
-until the end of a running step; the edge resumes it with an Open. A session cancelled during its step is DOOMED: it ends
-with the step.
+READY means "can run"; a READY session may still have no KV slot. When its edge is lost a session is PARKED, or
+ORPHANED until the end of a running step; the edge resumes it with an Open. A session cancelled during its step is
+DOOMED: it ends with the step.
 """
 
 from __future__ import annotations
@@ -214,7 +214,8 @@ class Progress:
     def adopt(self, open_: Open) -> bool:
         """Take over the edge's tokens if it has more of them. Returns whether the chain changed.
 
-        Raises ProtocolError("conflict") if neither of the two histories is a prefix of the other, or the prompts differ.
+        Raises ProtocolError("conflict") if neither of the two histories is a prefix of the other, or the prompts
+        differ.
         """
         if self.n_prompt != len(open_.prompt) or self.chain[: self.n_prompt] != packed(open_.prompt):
             raise _conflict()
@@ -385,8 +386,8 @@ class Session:
     def extends(self, draft: Draft) -> bool:
         """Must `draft`, which continues the draft that waits for a step, wait for that one's verdict?
 
-        Its rows are worth computing only if the earlier draft is right. But where the earlier one is empty, as in an Open,
-        and rows cost nothing, the new draft takes its place and runs with the prompt.
+        Its rows are worth computing only if the earlier draft is right. But where the earlier one is empty, as in an
+        Open, and rows cost nothing, the new draft takes its place and runs with the prompt.
         """
         pending = self.round.pending
         if pending is None or not (pending.draft or self.round.price > 0.0):

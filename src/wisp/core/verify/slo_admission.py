@@ -1,11 +1,12 @@
 """SLO admission: refuse a session whose SLO could not be met, or with which others would miss theirs.
 
 The decision comes from the cost model and not from a count of sessions. All sessions together need tokens per second;
-times the rows per token, they must fit into the rows per second of steps that are short enough. Rows per token are those
-under load, when the congestion price has shortened drafts; at lower load nobody is refused anyway.
+times the rows per token, they must fit into the rows per second of steps that are short enough. Rows per token are
+those under load, when the congestion price has shortened drafts; at lower load nobody is refused anyway.
 
-The cost model does not know everything: acceptance, users who leave, a slow host. So two measurements count as well: the
-share of sessions behind their TPOT target, and the share of answers that missed their SLO (`SloAdmission.filled`).
+The cost model does not know everything: acceptance, users who leave, a slow host. So two measurements count as well:
+the share of sessions behind their TPOT target, and the share of answers that missed their SLO
+(`SloAdmission.filled`).
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ PREEMPTIBLE = 0.5  # share of the sessions' KV that may be missing, with preempt
 OVERBOOKED = 0.1  # the same without preemption: sessions waiting for their first token need no KV yet
 PREEMPTED_FOR = 0.15  # of an answer's time: how long a preempted session stays without KV
 BEHIND_MOST = 0.6  # share of sessions behind their TPOT target at which none is admitted
-# Share of the rows, until a first token is due, that waiting prompts may need: what decoding leaves, within these bounds.
-# Decoding can wait for many prompts and steps get longer, so the prompts get more rows than the capacity says.
+# Share of the rows, until a first token is due, that waiting prompts may need: what decoding leaves, within these
+# bounds. Decoding can wait for many prompts and steps get longer, so the prompts get more rows than the capacity
+# says.
 PROMPTS_LEAST, PROMPTS_MOST = 1.0, 1.2
 MOST_REFUSED = 30  # refusals counted per ended session: a crowd is forgotten
 LONGEST_S = 20.0  # longest Retry-After, before it is spread by up to half

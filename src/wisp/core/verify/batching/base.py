@@ -1,7 +1,7 @@
 """The interface of a batching policy: candidates in, a plan for the next step out.
 
-A policy sees `now`, the candidates and the limits of a step. It returns grants, or a time to ask again. It reads no clock
-and does no I/O, so the server and the simulator use the same object.
+A policy sees `now`, the candidates and the limits of a step. It returns grants, or a time to ask again. It reads no
+clock and does no I/O, so the server and the simulator use the same object.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Batching without deadlines: centralised serving at its best, and first come first served."""
+"""Batching policies without due times: continuous batching, and first come first served."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _arrival = attrgetter("since", "session")
 
 
 class Continuous:
-    """Centralised serving at its best: continuous batching with chunked prefill.
+    """Continuous batching with chunked prefill, as in centralised serving.
 
-    Every session that can commit a token takes part in every step, oldest wait first; what is left of the
-    step's tokens goes to prompts, in chunks, first come first served (the least served key first). Prompts
-    are sure of a quarter of the step, so a full house of decoders cannot lock newcomers out.
+    Every session that can commit a token takes part in every step, longest wait first. The rest of the step's tokens
+    goes to prompts, in chunks, first come first served within the least served API key. A quarter of the step is
+    reserved for prompts, so that decoding cannot lock new sessions out.
     """
 
     name = "continuous"
@@ -46,7 +46,7 @@ class Continuous:
 
 
 class Fcfs:
-    """SLED's server: requests in order of arrival, whole, until the step is full. Nobody overtakes."""
+    """First come first served, as in SLED: whole requests in order of arrival until the step is full."""
 
     name = "fcfs"
     wants_drafting = False
