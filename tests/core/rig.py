@@ -35,7 +35,7 @@ SAMPLING = Sampling(seed=3)
 
 
 class Rig:
-    """`receive` hands the verifier a message; `step` runs what it wants run; `sent` collects what it says."""
+    """`receive` hands the verifier a message, `step` runs its next step, `sent` collects its messages."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Rig:
         self.lost += len(self.sent.pop(connection, ()))
 
     def dispatch(self) -> bool:
-        """Let the verifier start a step. False if it has nothing to run."""
+        """Let the verifier start a step. False if there is nothing to run."""
         if self.run is None:
             self.feed(Tick())
         return self.run is not None
@@ -113,7 +113,7 @@ class Rig:
         self.feed(StepDone(results, 10.0))
 
     def steps(self, n: int) -> None:
-        """Run so many steps, one after another."""
+        """Run `n` steps, one after another."""
         for _ in range(n):
             assert self.dispatch(), "nothing to run"
             self.finish()

@@ -1,4 +1,4 @@
-"""The wire format is pinned: these bytes are what other releases send."""
+"""The wire format is pinned: other releases send these bytes."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_shorter_and_longer_messages_are_understood() -> None:
 
 
 @given(st.binary(max_size=60))
-def test_garbage_is_refused_and_nothing_else(frame: bytes) -> None:
+def test_garbage_is_refused_as_malformed(frame: bytes) -> None:
     for decode in (decode_edge_message, decode_server_message):
         with contextlib.suppress(ProtocolError):  # any other exception fails
             decode(frame)
@@ -131,7 +131,7 @@ def test_names_of_8_to_64_plain_characters_are_taken(name: str) -> None:
 @pytest.mark.parametrize(
     ("field", "text"), [("avoid", "x" * 265), ("salt", "x" * 65), ("salt", "with a blank")]
 )
-def test_whatever_else_edges_make_up_is_short_too(field: str, text: str) -> None:
+def test_other_names_chosen_by_edges_are_short_too(field: str, text: str) -> None:
     with pytest.raises(ProtocolError, match="64"):
         decode_edge_message(encode(msgspec.structs.replace(OPEN, **{field: text})))
 
