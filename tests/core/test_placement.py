@@ -32,7 +32,7 @@ def test_sessions_without_common_prefix_alternate_between_replicas() -> None:
     p = fleet("a", "b", "c")
     choices = [p.place(0.0, f"s{n}", "key", fresh(n)) for n in range(9)]
     assert [c.replica for c in choices] == ["a", "b", "c"] * 3
-    assert {c.reason for c in choices} == {Reason.ROOM}
+    assert {c.reason for c in choices} == {Reason.LOAD}
 
 
 def test_the_next_turn_of_a_chat_goes_to_the_same_replica() -> None:
@@ -63,14 +63,14 @@ def test_prefixes_of_another_key_do_not_count() -> None:
     for name in ("a", "b"):
         p.reported(1.0, name, 0)
     p.place(1.0, "s3", "bob", fresh(2))  # a, which is level with b but comes first
-    assert p.place(1.0, "s4", "bob", SYSTEM) == Choice("b", Reason.ROOM, 0)
+    assert p.place(1.0, "s4", "bob", SYSTEM) == Choice("b", Reason.LOAD, 0)
 
 
 def test_only_whole_blocks_count() -> None:
     p = fleet("a", "b")
     p.place(0.0, "s1", "key", SYSTEM)
     p.reported(1.0, "a", 0)
-    assert p.place(1.0, "s2", "key", [*SYSTEM[: BLOCK - 1], *fresh(1)]).reason is Reason.ROOM
+    assert p.place(1.0, "s2", "key", [*SYSTEM[: BLOCK - 1], *fresh(1)]).reason is Reason.LOAD
     p.reported(2.0, "b", 0)
     choice = p.place(2.0, "s3", "key", [*SYSTEM[: 2 * BLOCK - 1], *fresh(2)])
     assert (choice.replica, choice.reason, choice.shared) == ("a", Reason.PREFIX, BLOCK)
@@ -85,7 +85,7 @@ def test_blocks_beyond_the_cache_are_forgotten_oldest_first() -> None:
     assert p.place(1.0, "late", "key", fresh(4)).shared == 2 * BLOCK
     for name in ("a", "b"):
         p.reported(2.0, name, 0)
-    assert p.place(2.0, "later", "key", fresh(0)).reason is Reason.ROOM
+    assert p.place(2.0, "later", "key", fresh(0)).reason is Reason.LOAD
 
 
 def test_the_end_of_a_long_prompt_is_forgotten_first() -> None:
@@ -150,7 +150,7 @@ def test_a_restarted_replica_has_nothing_cached() -> None:
     p.place(0.0, "s1", "key", SYSTEM)
     p.gone("a")
     p.up("a", SIZE)
-    assert p.place(1.0, "s2", "key", SYSTEM).reason is Reason.ROOM
+    assert p.place(1.0, "s2", "key", SYSTEM).reason is Reason.LOAD
 
 
 def test_late_reports_of_a_gone_replica_change_nothing() -> None:
@@ -244,7 +244,7 @@ def test_a_key_owed_a_place_goes_to_the_least_loaded_replica_even_if_full() -> N
     p.place(1.0, "s6", "greedy", fresh(6))
     with pytest.raises(Refusal):
         p.place(1.0, "s7", "modest", fresh(7))
-    assert p.place(1.0, "s7", "modest", fresh(7), owed=True).reason is Reason.ROOM
+    assert p.place(1.0, "s7", "modest", fresh(7), owed=True).reason is Reason.LOAD
 
 
 def test_prefixes_of_another_salt_do_not_count() -> None:
@@ -254,7 +254,7 @@ def test_prefixes_of_another_salt_do_not_count() -> None:
     for name in ("a", "b"):
         p.reported(1.0, name, 0)
     p.place(1.0, "s3", "edge", fresh(2), salt="bob")
-    assert p.place(1.0, "s4", "edge", SYSTEM, salt="bob") == Choice("b", Reason.ROOM, 0)
+    assert p.place(1.0, "s4", "edge", SYSTEM, salt="bob") == Choice("b", Reason.LOAD, 0)
     assert p.place(1.0, "s5", "edge", SYSTEM, salt="alice").shared == len(SYSTEM)
 
 

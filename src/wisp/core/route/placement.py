@@ -32,7 +32,7 @@ class Reason(Enum):
 
     RESUME = "resume"  # the session was there before
     PREFIX = "prefix"  # a prefix of its prompt is cached there
-    ROOM = "room"  # least loaded
+    LOAD = "room"  # least loaded
 
 
 class ReplicaSize(msgspec.Struct, frozen=True):
@@ -193,7 +193,7 @@ def _choose(fit: dict[str, _Replica], blocks: Sequence[bytes]) -> tuple[str, Rea
     best = next(name for name in order if shared[name] == most)
     if most and _fair(best, fit):
         return best, Reason.PREFIX
-    return order[0], Reason.ROOM
+    return order[0], Reason.LOAD
 
 
 def _fair(name: str, fit: dict[str, _Replica]) -> bool:

@@ -84,14 +84,14 @@ class Admission:
             self._tokens.pop(key, None)
         self.limits = limits
 
-    def opened(self, now: float, key: str, make_room: Callable[[], bool] = lambda: False) -> None:
+    def opened(self, now: float, key: str, free_place: Callable[[], bool] = lambda: False) -> None:
         """Count a new session. Raises Refusal, and then counts only the refusal.
 
-        make_room: called if all places are taken; returns True if it has freed one with `closed`.
+        free_place: called if all places are taken; returns True if it has freed one with `closed`.
         """
         usage = self.usage.setdefault(key, KeyUsage())
         try:
-            self._check(now, key, make_room)
+            self._check(now, key, free_place)
         except Refusal:
             usage.refused += 1
             raise
@@ -149,10 +149,10 @@ class Admission:
                 message = f"this key may {what.format(per_minute)}"
                 raise Refusal("rate_limit_exceeded", message, bucket.wait(1.0, level))
 
-    def _check(self, now: float, key: str, make_room: Callable[[], bool]) -> None:
+    def _check(self, now: float, key: str, free_place: Callable[[], bool]) -> None:
         """Charge the request. Raises Refusal."""
         self.ask(now, key)
-        if self._open >= self.max_sessions and not make_room():
+        if self._open >= self.max_sessions and not free_place():
             raise Refusal("overloaded", f"all {self.max_sessions} sessions of this verifier are in use", 1.0)
         limits = self.limits.get(key)
         if limits is not None and limits.tokens_per_minute:

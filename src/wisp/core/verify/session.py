@@ -109,7 +109,7 @@ TPOT_SHARE = 0.96
 
 RELAXED = 2.0  # times the TPOT target: how a session is served whose SLO is lost
 ACCEPTANCE = 0.8  # of a draft token, before any was seen
-ACCEPTANCE_MOST = 0.98  # an estimate of 1 would never end a draft
+ACCEPTANCE_MOST = 0.98  # below 1, which `expected` could not divide by
 ACCEPTANCE_RATE = 0.04  # smoothing, per draft token
 ROUND_TOKENS = 2.0  # committed in a round, before any was seen
 ROUND_TOKENS_RATE = 0.1  # smoothing, per round

@@ -149,7 +149,7 @@ class Verifier:
                 session.targets.drop()  # an infeasible SLO is served best-effort, and delays no feasible one
             elif self.limits.slo_admission and open_.slo is not None and not open_.committed:
                 self._check_slo(now, session)
-            self.admission.opened(now, key, lambda: self._make_room(now, key, actions))
+            self.admission.opened(now, key, lambda: self._free_place(now, key, actions))
             session.has_place = True
             self._next_handle += 1
             self.sessions[session.handle] = self._by_id[session.id] = session
@@ -168,7 +168,7 @@ class Verifier:
             self.admission.turned_away(newcomer.key)
             raise
 
-    def _make_room(self, now: float, key: str, actions: list[Action]) -> bool:
+    def _free_place(self, now: float, key: str, actions: list[Action]) -> bool:
         """End a session to free its place for `key`. False if none has to give way."""
         session = gives_way(now, key, self.sessions.values(), self.admission, self.limits)
         if session is None:
