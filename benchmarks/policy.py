@@ -5,7 +5,7 @@ garbage collector run between measurements and not within. Times are CPU time of
 not what it waits for on a busy machine.
 
 *mix*     `plan` of the usual mix of pending work. Of the sessions, half have a draft of 1 to 8 tokens to verify, a
-          quarter are absent (their edge is drafting; only policies that want to know of them are told), 15 % are
+          quarter have an edge that is drafting (offered only to policies that want them), 15 % are
           decoded by the server, 10 % are prompts of 60 to 800 tokens. Three classes of users give a token 62, 125 or
           250 ms; one in ten has no due time. Most are up to 1.5 s ahead, some are late, a few have lost their SLO.
 *strict*  the same, but everybody is in the last round of an answer or a newcomer, and there is much too much of it:
@@ -39,7 +39,7 @@ from wisp.core.protocol.step import Slice, SliceResult
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import POLICIES, Candidate, Kind, StepLimits, batching_policy
 from wisp.core.verify.cost import Coefficients, CostModel, load_of
-from wisp.core.verify.events import Action, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick
+from wisp.core.verify.events import Action, InEvent, Limits, Received, Run, Send, StepDone, Tick
 from wisp.core.verify.verifier import Verifier
 
 COST = Coefficients(step=38.0, token=0.42, cached=0.00005, attention=1e-6)
@@ -82,7 +82,7 @@ def pending(n: int, seed: int, *, strict: bool = False) -> list[Candidate]:
 
 
 def _piece(session: int, rng: random.Random, *, strict: bool) -> Candidate:
-    what = rng.choices(["verify", "absent", "decode", "prompt"], [50, 25, 15, 10])[0]
+    what = rng.choices(["verify", "drafting", "decode", "prompt"], [50, 25, 15, 10])[0]
     pace = rng.choice(PACES_S)
     n_draft = rng.randint(1, 8) if what == "verify" else 0
     gain = (1 - 0.8 ** (n_draft + 1)) / 0.2 if n_draft else 1.0
@@ -99,13 +99,13 @@ def _piece(session: int, rng: random.Random, *, strict: bool) -> Candidate:
         opened=-rng.uniform(1.0, 30.0),
         due=slack if in_hurry else math.inf,
         tpot_s=pace if in_hurry else 0.0,
-        gain=gain,
-        usual=rng.uniform(1.0, 5.0),
-        room=1 if strict and not prompt else rng.randint(n_draft + 1, 300),
-        absent=what == "absent",
+        expected_tokens=gain,
+        round_tokens=rng.uniform(1.0, 5.0),
+        remaining=1 if strict and not prompt else rng.randint(n_draft + 1, 300),
+        edge_drafting=what == "drafting",
         first=prompt,
         lag_s=0.0 if prompt or not in_hurry else pace - slack,
-        late=in_hurry and not strict and rng.random() < 0.03,
+        slo_lost=in_hurry and not strict and rng.random() < 0.03,
     )
 
 
@@ -159,7 +159,7 @@ class Edges:
         slo = Slo(2000.0, self.rng.choice(PACES_S) * 1e3)
         max_tokens = self.rng.randint(60, 300)
         self._feed(
-            FromEdge(1, "", Open(session, 0, prompt, Sampling(), max_tokens, ignore_eos=True, slo=slo))
+            Received(1, "", Open(session, 0, prompt, Sampling(), max_tokens, ignore_eos=True, slo=slo))
         )
 
     def _feed(self, event: InEvent) -> None:
@@ -197,7 +197,7 @@ class Edges:
             right = sum(self.rng.random() < 0.8 for _ in range(n))
             text = self.truth[session]
             tokens = [_token(text, base + i) + (i >= right) for i in range(n)]
-            self._feed(FromEdge(1, "", Draft(session, round_, base, tokens)))
+            self._feed(Received(1, "", Draft(session, round_, base, tokens)))
         self.now = max(self.now, at)
 
     def _result(self, s: Slice) -> SliceResult:
@@ -247,7 +247,7 @@ def _in_turn(
     plans: list[tuple[list[float], list[Callable[[], object]]]] = []
     for name in POLICIES:
         policy = batching_policy(name)
-        shown = [[w for w in work if policy.wants_drafting or not w.absent] for work in lists]
+        shown = [[w for w in work if policy.wants_drafting or not w.edge_drafting] for work in lists]
         calls = [_call(policy.plan, work, limits) for work in shown]
         plans.append((taken.setdefault((name, strict, size), []), calls))
     until = time.perf_counter() + 2 * budget_s * len(plans)

@@ -35,7 +35,7 @@ from wisp.core.protocol.messages import Cancel, Open, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
-from wisp.core.verify.events import FromEdge, Limits, Run, Send, StepDone, Tick
+from wisp.core.verify.events import Limits, Received, Run, Send, StepDone, Tick
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.vllm.starting import Wanted, require, settings_for
 
@@ -320,7 +320,7 @@ class _Ours:
         self._said = {f"session-{self._turn}-{i}": [] for i in range(len(prompts))}
         for name, prompt in zip(self._said, prompts, strict=True):
             opening = Open(name, 1, prompt, Sampling(), TOKENS, serve=True, ignore_eos=True)
-            self._verifier.handle(self._now, FromEdge(1, "", opening))
+            self._verifier.handle(self._now, Received(1, "", opening))
         while any(len(said) < 2 for said in self._said.values()):
             self._note(self._step()[1])
 
@@ -336,7 +336,7 @@ class _Ours:
     def end(self) -> list[list[int]]:
         """No more of these sessions. Returns what was said."""
         for name in self._said:
-            self._verifier.handle(self._now, FromEdge(1, "", Cancel(name)))
+            self._verifier.handle(self._now, Received(1, "", Cancel(name)))
         return [said[: 2 + BLOCK] for said in self._said.values()]
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from benchmarks.overhead.report import Load, Percentiles
 from benchmarks.overhead.script import Round, Script
 from benchmarks.overhead.servers import Server
 from wisp.core.errors import ProtocolError
-from wisp.core.protocol.messages import SUBPROTOCOL, Hello, Verdict, decode_from_cloud, encode
+from wisp.core.protocol.messages import SUBPROTOCOL, Hello, Verdict, decode_server_message, encode
 from wisp.core.protocol.messages import VERSION as PROTOCOL
 
 
@@ -54,7 +54,7 @@ async def play(peer: ClientConnection, script_: Script, until: float, tally: Tal
 
 def _check(frame: str | bytes, due: Round) -> None:
     assert isinstance(frame, bytes)
-    v = decode_from_cloud(frame)
+    v = decode_server_message(frame)
     if not isinstance(v, Verdict) or (v.round, v.base, v.accepted, v.tokens, v.finish) != due.answer:
         raise ProtocolError("wrong_answer", f"expected {due.answer}, got {v}")
 

@@ -9,10 +9,10 @@ from benchmarks import overhead
 from benchmarks.overhead.client import Tally, play
 from benchmarks.overhead.script import MAX_TOKENS, Round, Script, scripts
 from wisp.core.errors import ProtocolError
-from wisp.core.protocol.messages import Cancel, decode_from_edge, encode
+from wisp.core.protocol.messages import Cancel, decode_edge_message, encode
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
-from wisp.core.verify.events import FromEdge, Limits, Run, StepDone, Tick
+from wisp.core.verify.events import Limits, Received, Run, StepDone, Tick
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.null import NullTarget
 
@@ -28,7 +28,7 @@ class VerifierPeer:
         self.inbox = []
 
     async def send(self, frame: bytes) -> None:
-        actions = self.verifier.handle(0.0, FromEdge(1, "", decode_from_edge(frame)))
+        actions = self.verifier.handle(0.0, Received(1, "", decode_edge_message(frame)))
         actions += self.verifier.handle(0.0, Tick())
         for action in actions:
             if isinstance(action, Run):
@@ -69,7 +69,7 @@ def test_a_wrong_token_is_noticed() -> None:
 def test_a_session_in_between_is_cancelled_when_time_is_up() -> None:
     peer = VerifierPeer()
     one = scripts(1)[0]
-    assert isinstance(decode_from_edge(one.cancel), Cancel)
+    assert isinstance(decode_edge_message(one.cancel), Cancel)
     asyncio.run(play(peer, one, 0.0, Tally()))
     assert not peer.verifier.sessions
 

@@ -9,8 +9,8 @@ from wisp.core.verify.batching import POLICIES, Kind
 def test_the_usual_mix_has_all_there_is() -> None:
     work = pending(1000, 1)
     assert {w.kind for w in work} == set(Kind)
-    assert 200 < sum(w.absent for w in work) < 300
-    assert sum(w.late for w in work) + sum(w.due < 0 for w in work) > 50
+    assert 200 < sum(w.edge_drafting for w in work) < 300
+    assert sum(w.slo_lost for w in work) + sum(w.due < 0 for w in work) > 50
     assert work == pending(1000, 1)
 
 

@@ -171,7 +171,7 @@ def test_a_server_understands_the_old_names(
     asked: list[tuple[str, bool]] = []
 
     def noted(spec: Any, *more: object) -> None:
-        asked.append((spec.settings.batching, spec.settings.forecast))
+        asked.append((spec.settings.batching, spec.settings.slo_admission))
 
     monkeypatch.setattr(router, "serve_replicas", noted)
     result = wisp("serve", "--target", "null", "--engine", "null", "--replicas", "2", *words, **variables)

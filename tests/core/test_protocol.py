@@ -31,7 +31,7 @@ SLOS = (None, Slo(3000.0, 1000.0), Slo(200.0, 20.0))
 
 
 class Fickle(Fixed):
-    """A policy that sends what it likes and changes into server mode and out of it."""
+    """A policy with random drafts that enters and leaves server mode at random."""
 
     def __init__(self, k: int, source: random.Random) -> None:
         super().__init__(k)
@@ -205,7 +205,7 @@ class Fleet(RuleBasedStateMachine):
             assert edge.text == edge.drafter.committed
 
     def teardown(self) -> None:
-        """Left alone, everything ends well."""
+        """Without further faults every session completes."""
         if not hasattr(self, "edges"):
             return
         for _ in range(4000):

@@ -1,4 +1,4 @@
-"""Met, violated and goodput, by example."""
+"""SLO attainment and goodput, by example."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from wisp.core.protocol.messages import (
     Refused,
     Verdict,
     Welcome,
-    decode_from_edge,
+    decode_edge_message,
     encode,
 )
 from wisp.core.protocol.sampling import Sampling
@@ -71,7 +71,7 @@ class Script:
         number = self.arrived
         self.arrived += 1
         with contextlib.suppress(ConnectionClosed):
-            hello = decode_from_edge(await peer.recv(decode=False))
+            hello = decode_edge_message(await peer.recv(decode=False))
             assert isinstance(hello, Hello)
             self.greetings.append(hello)
             await self.talks[min(number, len(self.talks) - 1)](peer)
@@ -235,7 +235,7 @@ def test_nothing_is_sent_on_a_new_connection_that_was_meant_for_an_old_one() -> 
         await peer.send(encode(WELCOME))
         async for frame in peer:
             assert isinstance(frame, bytes)
-            heard.append(decode_from_edge(frame))
+            heard.append(decode_edge_message(frame))
 
     script = Script(say(WELCOME, stay=False), listen)
 
@@ -395,7 +395,7 @@ def test_a_message_too_long_for_the_verifier_is_not_sent_and_cuts_nobody_off() -
         await peer.send(encode(msgspec.structs.replace(WELCOME, max_frame=1000)))
         async for frame in peer:
             assert isinstance(frame, bytes)
-            heard.append(decode_from_edge(frame))
+            heard.append(decode_edge_message(frame))
 
     script = Script(listen)
 

@@ -34,7 +34,7 @@ from wisp.core.protocol.messages import (
     Refused,
     Verdict,
     Welcome,
-    decode_from_edge,
+    decode_edge_message,
     encode,
 )
 from wisp.core.protocol.sampling import Sampling
@@ -76,13 +76,13 @@ class Listener(ABC):
     async def _talk(self, peer: ServerConnection) -> None:
         self.connections += 1
         with contextlib.suppress(ConnectionClosed):
-            hello = decode_from_edge(await peer.recv(decode=False))
+            hello = decode_edge_message(await peer.recv(decode=False))
             assert isinstance(hello, Hello)
             assert hello.redirects
             await peer.send(encode(self.welcome))
             async for frame in peer:
                 assert isinstance(frame, bytes)
-                message = decode_from_edge(frame)
+                message = decode_edge_message(frame)
                 self.said.append(message)
                 if isinstance(message, Open):
                     await self.opened(peer, message)

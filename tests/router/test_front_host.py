@@ -10,13 +10,13 @@ import pytest
 
 from wisp.core.protocol.messages import VERSION, Cancel, Open, Redirect, Refused, Welcome
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.route.placement import Placement, Room
+from wisp.core.route.placement import Placement, ReplicaSize
 from wisp.core.verify.admission import Admission, KeyLimits, KeyUsage
 from wisp.router import host as module
 from wisp.router.host import RouterHost
 from wisp.router.metrics import RouterMetrics
 
-ROOM = Room(slots=8, kv_tokens=1 << 20, max_sessions=1000)
+ROOM = ReplicaSize(slots=8, kv_tokens=1 << 20, max_sessions=1000)
 LIMITS = {"limited": KeyLimits(sessions=1)}
 
 
@@ -61,7 +61,7 @@ class Edge:
 Scenario = Callable[[RouterHost, PretendFleet, Admission], Awaitable[None]]
 
 
-def with_front(scenario: Scenario, room: Room = ROOM) -> None:
+def with_front(scenario: Scenario, room: ReplicaSize = ROOM) -> None:
     async def main() -> None:
         fleet, placement, admission = PretendFleet(), Placement(), Admission(1 << 40, LIMITS)
         for name in ("r1", "r2"):
@@ -174,7 +174,7 @@ def test_where_one_key_fills_all_replicas_another_is_sent_to_one_all_the_same() 
         guest.open("session-9")
         assert guest.placed() == ["session-9"]
 
-    with_front(scenario, Room(2, 1024, max_sessions=4))
+    with_front(scenario, ReplicaSize(2, 1024, max_sessions=4))
 
 
 def test_prefixes_draw_sessions_only_within_one_salt() -> None:

@@ -20,7 +20,7 @@ from wisp.core.protocol.messages import (
     ServerMessage,
     Verdict,
     Welcome,
-    decode_from_cloud,
+    decode_server_message,
     encode,
 )
 from wisp.core.protocol.sampling import Sampling
@@ -69,7 +69,7 @@ class Wire:
     async def hear(self) -> ServerMessage:
         while (event := await self.events.get())["type"] != "websocket.send":
             pass
-        return decode_from_cloud(event["bytes"])
+        return decode_server_message(event["bytes"])
 
     def connect(self, endpoint: SessionEndpoint, key: str = "") -> asyncio.Task[None]:
         headers = [(b"authorization", key.encode())]

@@ -41,7 +41,7 @@ from wisp.core.protocol.messages import (
     ServerMessage,
     Verdict,
     Welcome,
-    decode_from_cloud,
+    decode_server_message,
     encode,
 )
 from wisp.core.protocol.sampling import Sampling
@@ -381,7 +381,7 @@ class Peer:
     def hear(self, timeout_s: float = PATIENCE_S) -> ServerMessage:
         frame = self.socket.recv(timeout_s)
         assert isinstance(frame, bytes)
-        return decode_from_cloud(frame)
+        return decode_server_message(frame)
 
     def verdict(self) -> Verdict:
         message = self.hear()

@@ -10,7 +10,7 @@ from harness import Fleet, Peer, eventually, opening
 from wisp.core.protocol.messages import Cancel, Draft, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.verify.admission import KeyLimits
-from wisp.core.verify.events import FromEdge, Run, Send, StepDone
+from wisp.core.verify.events import Received, Run, Send, StepDone
 from wisp.engines.null import NullTarget, null_token
 from wisp.server.event_log import read_events, read_runs
 
@@ -63,7 +63,7 @@ def test_the_event_log_of_a_live_run_replays_to_the_same_actions(fleet: Fleet) -
                 sent.setdefault(action.connection, []).append(action.message)
     assert run is None
     assert steps > 6
-    assert sum(isinstance(event, FromEdge) for _, event in events) == 6 * (3 * 6 + 1)
+    assert sum(isinstance(event, Received) for _, event in events) == 6 * (3 * 6 + 1)
     by_session = {messages[0].session: messages for messages in sent.values()}
     assert [by_session[f"session-{n}-0"] for n in range(6)] == heard  # every message, times and all
     path.write_bytes(path.read_bytes()[:-1])  # as a crash leaves it

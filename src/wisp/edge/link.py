@@ -35,7 +35,7 @@ from wisp.core.protocol.messages import (
     Verdict,
     Welcome,
     check_welcome,
-    decode_from_cloud,
+    decode_server_message,
     encode,
 )
 from wisp.edge.address import is_local, redirected_url, session_url
@@ -206,7 +206,7 @@ class VerifierLink:
             close_timeout=1,
         ) as socket:
             await socket.send(encode(Hello(VERSION, self.fingerprint, f"wisp/{__version__}", True)))
-            first = decode_from_cloud(await asyncio.wait_for(socket.recv(decode=False), HANDSHAKE_S))
+            first = decode_server_message(await asyncio.wait_for(socket.recv(decode=False), HANDSHAKE_S))
             if not isinstance(first, Welcome):
                 raise ProtocolError(
                     getattr(first, "code", "malformed"), getattr(first, "message", "no welcome")
@@ -226,7 +226,7 @@ class VerifierLink:
             await socket.send(await self._out.get())
 
     def _dispatch(self, frame: str | bytes) -> None:
-        message = decode_from_cloud(frame if isinstance(frame, bytes) else b"\xc1")
+        message = decode_server_message(frame if isinstance(frame, bytes) else b"\xc1")
         if isinstance(message, Refused) and not message.session:
             log.warning("the verifier refused a frame: %s (%s)", message.message, message.code)
         elif isinstance(message, Verdict | Refused | Redirect):

@@ -27,7 +27,7 @@ import msgspec
 from wisp.api.keys import on_behalf
 from wisp.core.errors import ConfigError, RequestError, UnavailableError, WispError
 from wisp.core.protocol.messages import DIGESTS_SINCE, Welcome
-from wisp.core.route.placement import Placement, Room
+from wisp.core.route.placement import Placement, ReplicaSize
 from wisp.router.launch import Launcher, Running
 from wisp.router.replica import ReplicaSpec
 from wisp.server.control import MOVE_PATH, REPORT_PATH, Report
@@ -325,7 +325,7 @@ class Fleet:
                 r.unlike = problem
                 running.kill()
                 return
-            self._placement.up(r.name, Room(report.slots, report.kv_tokens, report.max_sessions))
+            self._placement.up(r.name, ReplicaSize(report.slots, report.kv_tokens, report.max_sessions))
             self.welcome = report.welcome
             log.info("replica %s is up at %s", r.name, running.url)
             self._become(r, State.UP)

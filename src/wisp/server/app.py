@@ -55,7 +55,7 @@ class Settings(msgspec.Struct, frozen=True):
     event_log: Path | None = None
     cost: Coefficients | None = None
     slo_classes: dict[str, Slo] = {}
-    forecast: bool = True
+    slo_admission: bool = True
 
 
 class ServerApp:
@@ -159,7 +159,7 @@ class ServerApp:
                 batching=s.batching,
                 cost=s.cost,
                 park_s=s.park_s,
-                forecast=s.forecast,
+                slo_admission=s.slo_admission,
                 event_log=s.event_log,
                 died=self._fail,
             )

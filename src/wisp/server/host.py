@@ -38,10 +38,10 @@ from wisp.core.verify.events import (
     Action,
     EdgeLost,
     Ended,
-    FromEdge,
     InEvent,
     KeyLimitsChanged,
     Limits,
+    Received,
     Run,
     Send,
     StepDone,
@@ -92,7 +92,7 @@ class VerifierHost:
         batching: str = "wisp",
         cost: Coefficients | None = None,
         park_s: float = 60.0,
-        forecast: bool = True,
+        slo_admission: bool = True,
         event_log: Path | None = None,
         died: Callable[[Exception], None] = lambda error: None,
         look_s: float = LOOK_S,
@@ -114,7 +114,7 @@ class VerifierHost:
             kv_tokens=info.kv_tokens,
             step_tokens=info.step_tokens,
             park_s=park_s,
-            forecast=forecast,
+            slo_admission=slo_admission,
             digest=info.digest,
         )
         self.limits = limits
@@ -216,11 +216,11 @@ class VerifierHost:
     def _receive(self, connection: int, message: Open | Draft | Cancel) -> None:
         key = self._keys[connection]
         if not isinstance(message, Open):
-            self._feed(FromEdge(connection, key, message))
+            self._feed(Received(connection, key, message))
             return
         self.metrics.opened(self._loop.time(), message, key)
         known = self.verifier.knows(message.session)
-        actions = self._feed(FromEdge(connection, key, message))
+        actions = self._feed(Received(connection, key, message))
         sent = (a.message for a in actions if isinstance(a, Send))
         own = (m.code for m in sent if isinstance(m, Refused) and m.session == message.session)
         self.metrics.admission(next(own, "resumed" if known else "admitted"))
@@ -274,7 +274,7 @@ class VerifierHost:
         refused = Refused(s.id, "shutting_down", message, fatal=True)
         self.metrics.sent(self._loop.time(), refused)
         self._send(s.connection, refused)
-        self._feed(FromEdge(s.connection, s.key, Cancel(s.id)))
+        self._feed(Received(s.connection, s.key, Cancel(s.id)))
 
     def fail(self, error: Exception) -> None:
         """This verifier is over: tell its sessions, then who can end the process."""

@@ -108,7 +108,7 @@ class Metrics:
             ),
             "num_requests_slo_lost": (
                 "Sessions whose SLO can no longer be kept.",
-                lambda: sum(s.late for s in verifier.sessions.values()),
+                lambda: sum(s.targets.slo_lost for s in verifier.sessions.values()),
             ),
             "cost_model_relative_error": (
                 "Median relative error of recent predictions of a step's time.",
@@ -241,7 +241,11 @@ class Metrics:
         sessions = [self._verifier.sessions[s.session] for s in run.slices]
         self.slack.add([s.due - now for s in sessions if s.due < math.inf])
         for session in sessions:
-            if session.late and (seen := self._seen.get(session.id)) is not None and not seen.lost:
+            if (
+                session.targets.slo_lost
+                and (seen := self._seen.get(session.id)) is not None
+                and not seen.lost
+            ):
                 seen.lost = True
                 self.slo_lost.inc()
         counts, rows = [0, 0, 0], [0, 0, 0]

@@ -29,7 +29,7 @@ from wisp.core.protocol.messages import (
     Refused,
     Verdict,
     Welcome,
-    decode_from_edge,
+    decode_edge_message,
     encode,
 )
 
@@ -114,7 +114,7 @@ class SessionSocket:
     async def _read(self, connection: int) -> None:
         while (frame := await self._frame()) is not None:
             try:
-                message = decode_from_edge(frame)
+                message = decode_edge_message(frame)
                 if isinstance(message, Hello):
                     raise ProtocolError("out_of_turn", "hello was said already")
             except ProtocolError as error:
@@ -162,7 +162,7 @@ class SessionSocket:
             frame = await asyncio.wait_for(self._frame(), HELLO_TIMEOUT_S)
             if frame is None:
                 return None
-            hello = decode_from_edge(frame)
+            hello = decode_edge_message(frame)
             if not isinstance(hello, Hello):
                 raise ProtocolError("out_of_turn", "the first frame must be a hello")
             self.host.check(hello)

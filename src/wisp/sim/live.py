@@ -47,7 +47,7 @@ from wisp.core.protocol.messages import (
     ServerMessage,
     Verdict,
     Welcome,
-    decode_from_cloud,
+    decode_server_message,
     encode,
 )
 from wisp.edge.address import redirected_url, session_url
@@ -253,7 +253,7 @@ class Sockets:
             raise UnavailableError(f"no verifier at {url}: {str(error) or 'no answer'}") from None
         if wire.ended:  # in the same moment
             raise UnavailableError(f"the verifier at {url} went away")
-        first = decode_from_cloud(frame)
+        first = decode_server_message(frame)
         if not isinstance(first, Welcome):
             raise ProtocolError(getattr(first, "code", "malformed"), getattr(first, "message", "no welcome"))
         wire.welcome = first
@@ -263,7 +263,7 @@ class Sockets:
         self.frames_in += 1
         clock = self.clock
         if clock is not None:
-            clock.happen(lambda: self._take(index, address, decode_from_cloud(frame)))
+            clock.happen(lambda: self._take(index, address, decode_server_message(frame)))
 
     def _take(self, index: int, address: str | None, message: ServerMessage | Lost) -> None:
         """Something arrived from `address`: do what follows from it, and tell the device."""

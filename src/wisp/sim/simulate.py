@@ -195,7 +195,7 @@ class Simulation(Fleet):
             first_guess(profile, scenario.profile_error),
             seed,
             drafter_ms=DRAFTER_MS if system.beside else 0.0,
-            forecast=system.admission,
+            slo_admission=system.admission,
             trace=events,
         )
         self.marks: list[VerifierCounts] = []  # at both ends of the window

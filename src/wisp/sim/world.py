@@ -26,7 +26,7 @@ from wisp.core.protocol.step import Committed
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
 from wisp.core.verify.cost import Coefficients, CostModel, Load, load_of
-from wisp.core.verify.events import EdgeLost, Ended, FromEdge, Limits, Run, StepDone
+from wisp.core.verify.events import EdgeLost, Ended, Limits, Received, Run, StepDone
 from wisp.core.verify.loop import VerifierLoop
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.emulated import EmulatedTarget
@@ -131,14 +131,14 @@ class SimVerifier:
         seed: int,
         *,
         drafter_ms: float = 0.0,
-        forecast: bool = False,
+        slo_admission: bool = False,
         trace: list[Event] | None = None,
     ) -> None:
         """drafter_ms: draft step of a drafter on the same accelerator (0: devices draft)."""
         info = engine.info
         limits = Limits(
             info.n_vocab, info.eos, info.slots, info.slot_tokens, info.kv_tokens, info.step_tokens, MAX_DRAFT,
-            forecast=forecast,
+            slo_admission=slo_admission,
         )  # fmt: skip
         self.env = env
         self.engine = engine
@@ -158,7 +158,7 @@ class SimVerifier:
 
     def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
         """A message arrives."""
-        self._loop.feed(FromEdge(connection, "", message))
+        self._loop.feed(Received(connection, "", message))
 
     def lost(self, connection: int) -> None:
         """A connection is known to be gone."""

@@ -27,7 +27,7 @@ from wisp.core.protocol.messages import (
     Open,
     Refused,
     Verdict,
-    decode_from_cloud,
+    decode_server_message,
     encode,
 )
 from wisp.core.protocol.step import Committed
@@ -91,7 +91,7 @@ class ChaosLink:
     def _hear(self, connection: int, frame: bytes) -> None:
         if connection != self.connection:
             return
-        message = decode_from_cloud(frame)
+        message = decode_server_message(frame)
         assert isinstance(message, Verdict | Refused)
         session = self.sessions.get(message.session)
         if session is not None:

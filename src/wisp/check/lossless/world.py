@@ -12,11 +12,11 @@ from collections.abc import Callable
 import msgspec
 
 from wisp.core.errors import EngineError
-from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict, decode_from_edge, encode
+from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict, decode_edge_message, encode
 from wisp.core.protocol.step import Copy
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
-from wisp.core.verify.events import Action, EdgeLost, Ended, FromEdge, InEvent, Limits, Run, Send, StepDone
+from wisp.core.verify.events import Action, EdgeLost, Ended, InEvent, Limits, Received, Run, Send, StepDone
 from wisp.core.verify.loop import VerifierLoop
 from wisp.core.verify.session import IN_ENGINE
 from wisp.core.verify.verifier import Verifier
@@ -86,14 +86,14 @@ class ChaosServer:
 
     def receive(self, connection: int, key: str, frame: bytes) -> None:
         """A frame came over `connection`."""
-        message = decode_from_edge(frame)
+        message = decode_edge_message(frame)
         assert isinstance(message, Open | Draft | Cancel)
         if isinstance(message, Open):
             self._count_ahead(message)
         again = isinstance(message, Draft) and (message.session, message.round) in self._seen
         if isinstance(message, Open | Draft):
             self._seen.add((message.session, message.round))
-        for action in self._loop.feed(FromEdge(connection, key, message)):
+        for action in self._loop.feed(Received(connection, key, message)):
             if isinstance(action, Send) and isinstance(action.message, Verdict):  # answered without a step
                 self.counts["duplicates_answered" if again else "stale_verdicts"] += 1
 

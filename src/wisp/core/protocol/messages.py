@@ -1,16 +1,16 @@
-"""The protocol `wisp.v1`: what edge and cloud say to each other.
+"""The protocol `wisp.v1` between edge and server (a verifier or a router).
 
-A tagged union of msgspec structs, packed as msgpack arrays, one message a WebSocket frame. Only token ids
-cross the wire: no text, no probabilities of drafts. Fields are only ever added at the end, with defaults,
-so that a peer of the same version skips what it does not know.
+Messages are a tagged union of msgspec structs, packed as msgpack arrays, one per WebSocket frame. Only token ids cross
+the wire: no text, and no probabilities of drafts. New fields are added at the end, with defaults; a peer of the same
+version skips fields that it does not know.
 
-    edge  -> cloud   Hello, then Open, Draft, Cancel
-    cloud -> edge    Welcome, then Verdict, Refused, Redirect
+    edge   -> server   Hello, then Open, Draft, Cancel
+    server -> edge     Welcome, then Verdict, Refused, Redirect
 
-`base` counts generated tokens of the session: 0 is the first token after the prompt. `round` grows by one
-per draft and is the idempotency key. Every Open and every Draft is answered by one Verdict or one Refused,
-unless a later round replaced it first; in server mode more Verdicts come unasked. A front, which has several
-verifiers behind it, answers each Open with a Redirect or a Refused and nothing else.
+`base` counts generated tokens of the session: 0 is the first token after the prompt. `round` grows by one per draft and
+is the idempotency key. Every Open and every Draft is answered by one Verdict or one Refused, unless a later round has
+replaced it. In server mode, Verdicts also come unasked. A router answers each Open with a Redirect or a Refused, and
+sends nothing else.
 """
 
 from __future__ import annotations
@@ -28,31 +28,30 @@ from wisp.core.protocol.step import TokenLogprob
 
 VERSION = 1
 SUBPROTOCOL = "wisp.v1"
-REFUSAL_HEADER = "x-wisp-error"  # of an HTTP refusal: this is a WISP server's own, by this code
-DIGESTS_SINCE = "0.2.0"  # the first release whose peers say which model a text is of
-MAX_FRAME = (
-    4 << 20
-)  # bytes that an edge takes; a prompt of a million tokens fits, an attack on memory does not
-TOKEN_BYTES = 5  # of a token id at most
-FRAME_EXTRA = 1 << 18  # bytes for all of an Open that is not prompt or committed tokens, with much to spare
+REFUSAL_HEADER = "x-wisp-error"  # in an HTTP refusal by a WISP server (and not by a proxy): the error code
+DIGESTS_SINCE = "0.2.0"  # the first release whose peers send digests
+# Bytes of the longest frame that an edge takes: enough for a million tokens, too little to exhaust its memory.
+MAX_FRAME = 4 << 20
+TOKEN_BYTES = 5  # of the longest token id
+FRAME_EXTRA = 1 << 18  # bytes of an Open besides prompt and committed tokens, amply
 
-# What edges make up is short, since it is remembered: printable ASCII without blanks.
+# Names chosen by edges are kept in memory, so they are short: printable ASCII without blanks.
 SessionId = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{8,64}\Z")]
 Salt = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{0,64}\Z")]
-Address = Annotated[str, msgspec.Meta(max_length=264)]  # HOST:PORT, as it was given
+Address = Annotated[str, msgspec.Meta(max_length=264)]  # HOST:PORT
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
     """Base of all messages."""
 
 
-# --- edge to cloud
+# --- edge to server
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """First frame. `fingerprint` is the vocabulary that the edge will use, "" if it has none yet.
+    """First frame. `fingerprint` is that of the edge's vocabulary, "" if it has none yet.
 
-    `redirects`: the edge knows what to do with a Redirect. A front refuses those that do not.
+    `redirects`: the edge follows a Redirect. A router refuses edges that do not.
     """
 
     version: int
@@ -64,12 +63,14 @@ class Hello(Message, frozen=True, tag="hello"):
 class Open(Message, frozen=True, tag="open"):
     """Start a session, or resume it on a new connection or another verifier (then `epoch` is larger).
 
-    The first draft rides along as `round`; `draft` may be empty. `committed` are generated tokens that the
-    edge already has. `serve`: after answering, go on decoding without drafts until the next one comes.
-    `logprobs`: None, or how many alternatives to report per token. `max_tokens` counts from the start of
-    the session, `committed` included. `avoid` is the address of a Redirect that the edge could not follow.
-    `salt` stands for whom the edge serves: of one API key's sessions, only those of one salt share prefixes.
-    `digest` is that of the Welcome for whose model the session began: no other may go on with what is committed.
+    round, draft: the first draft, which may be empty
+    committed:    generated tokens that the edge already has
+    serve:        server mode: after the answer, decode without drafts until the next one comes
+    logprobs:     None, or how many alternatives to report per token
+    max_tokens:   counts from the start of the session, `committed` included
+    avoid:        the address of a Redirect that the edge could not follow
+    salt:         one for each customer of the edge; prefixes are shared only within one API key and salt
+    digest:       that of the Welcome with which the session began; no other model may continue it
     """
 
     session: SessionId
@@ -90,7 +91,7 @@ class Open(Message, frozen=True, tag="open"):
 
 
 class Draft(Message, frozen=True, tag="draft"):
-    """`tokens` guess what follows the first `base` generated tokens; in-flight guesses are restated."""
+    """`tokens` are a guess at what follows the first `base` generated tokens; drafts in flight are repeated in it."""
 
     session: SessionId
     round: int
@@ -100,18 +101,18 @@ class Draft(Message, frozen=True, tag="draft"):
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
-    """The edge wants no more of this session."""
+    """End the session."""
 
     session: SessionId
 
 
-# --- cloud to edge
+# --- server to edge
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """Second frame. What the verifier is, and what it will take.
+    """Second frame. The verifier's model and limits.
 
-    `digest` stands for all that decides its text: weights, engine, build, mode. Equal digests write equal texts.
+    `digest` covers everything that its text depends on: weights, engine, build, mode. Equal digests give equal texts.
     """
 
     version: int
@@ -125,15 +126,16 @@ class Welcome(Message, frozen=True, tag="welcome"):
     mode: str = ""
     park_s: float = 0.0  # how long a session outlives its connection
     digest: str = ""
-    max_frame: int = MAX_FRAME  # bytes of the longest frame that it takes
+    max_frame: int = MAX_FRAME  # bytes of the longest frame that the verifier takes
 
 
 class Verdict(Message, frozen=True, tag="verdict"):
-    """All that is committed from `base` on: the first `accepted` of `tokens` agreed with the draft of `round`.
+    """The committed tokens from `base` on. The first `accepted` of them agreed with the draft of `round`.
 
-    `finish`: "" (goes on), "stop" (end of sequence) or "length". `logprobs` has one entry per token where
-    they were asked for. Times are milliseconds: in the queue, and in the engine. `price` is what one more
-    draft token costs others, in committed tokens (0 while the server keeps up).
+    finish:   "" (goes on), "stop" (end of sequence) or "length"
+    logprobs: one entry per token if asked for
+    queue_ms, engine_ms: time in the queue and in the engine
+    price:    congestion price: what one more draft token costs others, in committed tokens (0 at low load)
     """
 
     session: str
@@ -149,10 +151,11 @@ class Verdict(Message, frozen=True, tag="verdict"):
 
 
 class Refused(Message, frozen=True, tag="refused"):
-    """What was asked will not be done, and the session is as it was (unless `fatal`: then it is over).
+    """A message is refused, and the session is unchanged (`fatal`: the session is over).
 
-    `session` is "" when the connection as a whole is refused. `retry_after` is seconds, 0 for "do not". `round` is
-    that of the last Open or Draft which is meant; -1: the sender does not say.
+    session:     "" if the connection as a whole is refused
+    retry_after: seconds; 0: do not retry
+    round:       of the refused Open or Draft; -1: unknown
     """
 
     session: str
@@ -164,17 +167,17 @@ class Refused(Message, frozen=True, tag="refused"):
 
 
 class Redirect(Message, frozen=True, tag="redirect"):
-    """Say the same Open to the verifier at `address`, and whatever follows in this session, too.
+    """Send the same Open, and all that follows in this session, to the verifier at `address`.
 
-    `address` is "HOST:PORT", or ":PORT" on the host that sent this. Scheme and key stay as they were, so that
-    nobody is redirected from TLS to plain text. When that verifier is lost or shuts down, open here again.
+    `address` is "HOST:PORT", or ":PORT" on the host that sent this. Scheme and API key stay the same, so a connection
+    with TLS never becomes one without. If that verifier is lost or shuts down, open the session here again.
     """
 
     session: str
     address: str
 
 
-FromEdge = Hello | Open | Draft | Cancel
+EdgeMessage = Hello | Open | Draft | Cancel
 ServerMessage = Welcome | Verdict | Refused | Redirect
 
 MODEL_CHANGED = (
@@ -183,8 +186,8 @@ MODEL_CHANGED = (
 )
 
 _encoder = msgspec.msgpack.Encoder()
-_from_edge: msgspec.msgpack.Decoder[FromEdge] = msgspec.msgpack.Decoder(FromEdge)
-_from_cloud: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
+_edge_decoder: msgspec.msgpack.Decoder[EdgeMessage] = msgspec.msgpack.Decoder(EdgeMessage)
+_server_decoder: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
 
 
 def encode(message: Message) -> bytes:
@@ -192,29 +195,29 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def decode_from_edge(frame: bytes) -> FromEdge:
+def decode_edge_message(frame: bytes) -> EdgeMessage:
     """The message in a frame from an edge. Raises ProtocolError("malformed")."""
     try:
-        return _from_edge.decode(frame)
+        return _edge_decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError("malformed", f"not a {SUBPROTOCOL} message from an edge: {error}") from None
 
 
-def decode_from_cloud(frame: bytes) -> ServerMessage:
+def decode_server_message(frame: bytes) -> ServerMessage:
     """The message in a frame from a verifier. Raises ProtocolError("malformed")."""
     try:
-        return _from_cloud.decode(frame)
+        return _server_decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError("malformed", f"not a {SUBPROTOCOL} message from a verifier: {error}") from None
 
 
 def frame_limit(context: int) -> int:
-    """Bytes that a verifier takes in a frame: an Open that fills its context of so many tokens, and no more."""
+    """Bytes of the longest frame that a verifier takes: an Open that fills its context of `context` tokens."""
     return FRAME_EXTRA + TOKEN_BYTES * context
 
 
 def check_hello(hello: Hello, fingerprint: str, model: str) -> None:
-    """Do both sides speak the same language? Raises ProtocolError."""
+    """Check version and vocabulary. Raises ProtocolError."""
     if hello.version != VERSION:
         message = f"this verifier speaks version {VERSION} of the protocol, the edge {hello.version}"
         raise ProtocolError("version_mismatch", f"{message}; install the same release on both")
@@ -227,7 +230,7 @@ def check_hello(hello: Hello, fingerprint: str, model: str) -> None:
 
 
 def check_welcome(welcome: Welcome) -> None:
-    """Does the verifier say which model it runs? Raises ProtocolError."""
+    """Check that the verifier sent a digest. Raises ProtocolError."""
     if not welcome.digest:
         message = (
             f"the verifier of {welcome.model} does not say which weights it runs, so no answer can be resumed"
@@ -236,7 +239,7 @@ def check_welcome(welcome: Welcome) -> None:
 
 
 def check_digest(open_: Open, digest: str) -> None:
-    """May a verifier with this digest go on with the session? Raises ProtocolError("model_changed")."""
+    """Check that a verifier with this digest may continue the session. Raises ProtocolError("model_changed")."""
     if open_.digest == digest or not (open_.digest or open_.committed):
         return
     if not open_.digest:
@@ -246,7 +249,7 @@ def check_digest(open_: Open, digest: str) -> None:
 
 
 def vocabulary_fingerprint(pieces: Iterable[tuple[int, bytes]]) -> str:
-    """Hash of id -> bytes over real tokens, ascending by id; padding entries are the caller's to leave out."""
+    """Hash of (id, bytes) of all tokens, ascending by id. The caller leaves padding entries out."""
     digest = hashlib.sha256()
     for token, data in pieces:
         digest.update(token.to_bytes(4, "little"))

@@ -11,9 +11,9 @@ on a draft: a verifier computes this token at every position of a draft and acce
 Output therefore equals plain decoding token for token, no probabilities cross the network, and a drafter that
 adds the *same* noise to its own logits agrees with the target nearly as often as any coupling can.
 
-Order of operations, everywhere: ids that may not be chosen yet (an end of sequence before `min_tokens`) are taken out,
-then logits / T, then top-k, then top-p over what is left (renormalised; the
-smallest set reaching p), then min-p (relative to the largest), then noise. Ties go to the lower id. float64.
+Order of operations, everywhere: remove ids that may not be chosen yet (end of sequence before `min_tokens`); logits /
+T; top-k; top-p (the smallest set that reaches p, after renormalisation); min-p (relative to the largest); noise. Ties
+go to the lower id. float64.
 
 The hash is SplitMix64's output function (Steele et al. 2014; constants by Stafford, "Mix13"). Its top 32 bits k
 become the uniform (k + 1/2) / 2^32, so |g| is bounded and an id whose logit/T is more than 26.0 below the
@@ -28,24 +28,23 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-RULE = 1  # raise it when the same logits, parameters and seed may give another token than before
+RULE = 1  # increase it if the same logits, parameters and seed may give another token than before
 
 FloatArray = npt.NDArray[np.floating]
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _GUMBEL_MAX = 22.88  # -log(-log(u)) at the largest uniform, 1 - 2^-33, rounded up
-COLDEST = (
-    1e-5  # below this temperature greedy: noise would only settle ties, and logits / T overflows in the end
-)
-_NEAR = 10.0  # first look only at ids this close to the maximum; any value is exact, this one is fast
+# Below this temperature sampling is greedy: noise would only settle ties, and logits / T may overflow.
+COLDEST = 1e-5
+_NEAR = 10.0  # ids this close to the maximum are looked at first; any value is exact, this one is fast
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How the target's token is chosen. A `temperature` below `COLDEST` is greedy and ignores top_k to seed.
 
-    top_k 0 and top_p 1 and min_p 0 mean "off". `seed` is any integer, used modulo 2^64. The first `min_tokens` tokens
-    are none of `ends`, the ids that end a generation: each side fills in those it knows the target to have.
+    top_k 0, top_p 1 and min_p 0 mean "off". `seed` is any integer, used modulo 2^64. None of the first `min_tokens`
+    tokens is one of `ends`, the ids that end a generation. Each side fills in `ends` for its target.
     """
 
     temperature: float = 0.0
@@ -58,7 +57,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def greedy(self) -> bool:
-        """Is it always the likeliest token?"""
+        """Is the likeliest token always chosen?"""
         return self.temperature < COLDEST
 
     def ending(self, ends: Iterable[int]) -> Sampling:
@@ -127,7 +126,7 @@ def target_token(logits: FloatArray, sampling: Sampling, position: int) -> int:
     """The token that the model with these `logits` (shape [vocabulary]) says at generated `position`."""
     if barred := sampling.barred(position):
         logits = logits.copy()
-        logits[[token for token in barred if token < logits.size]] = -np.inf  # a drafter may know fewer ids
+        logits[[token for token in barred if token < logits.size]] = -np.inf  # a drafter may have fewer ids
     if sampling.greedy:
         return int(np.argmax(logits))
     scores = logits.astype(np.float64) / sampling.temperature
@@ -138,17 +137,17 @@ def target_token(logits: FloatArray, sampling: Sampling, position: int) -> int:
 
 
 def _gumbel_max(scores: npt.NDArray[np.float64], seed: int, position: int) -> int:
-    """Arg max of scores + noise over a whole vocabulary, without the noise of most ids.
+    """Arg max of scores + noise over a whole vocabulary, without computing the noise of most ids.
 
-    Ids near the top give a value to beat; another id beats it only with a uniform so close to 1 that
-    hashing (cheap) rules out nearly all, and only the few left need their logarithms.
+    Ids near the top give a value to beat. Another id beats it only with a uniform very close to 1. Hashing, which is
+    cheap, rules out nearly all of them; only the rest need logarithms.
     """
     top = float(scores.max())
     near = np.flatnonzero(scores >= top - _NEAR)
     values = scores[near] + gumbels(seed, position, near)
     best = int(np.argmax(values))
     token, value = int(near[best]), float(values[best])
-    gap = value - (top - _NEAR)  # an id further down needs at least this much noise
+    gap = value - (top - _NEAR)  # an id below needs at least this much noise
     if gap < _GUMBEL_MAX:
         far = np.flatnonzero((scores < top - _NEAR) & (scores > value - _GUMBEL_MAX))
         u = uniforms(seed, position, far)
@@ -162,7 +161,7 @@ def _gumbel_max(scores: npt.NDArray[np.float64], seed: int, position: int) -> in
 
 
 def _kept(scores: npt.NDArray[np.float64], s: Sampling) -> npt.NDArray[np.intp] | None:
-    """Ids that top-k, top-p and min-p leave, ascending; None if none of them is on."""
+    """Ids that top-k, top-p and min-p leave, ascending; None if all three are off."""
     if not (0 < s.top_k < scores.size or s.top_p < 1.0 or s.min_p > 0.0):
         return None
     top = float(scores.max())
@@ -189,21 +188,21 @@ def _nucleus(scores: npt.NDArray[np.float64], ids: npt.NDArray[np.intp], p: floa
     kept = scores[ids]
     weights = np.exp(kept - kept.max())
     goal = p * float(weights.sum())
-    for floor in (np.exp(-_NEAR), 0.0):  # the head nearly always reaches p; sort the tail only if not
+    for floor in (np.exp(-_NEAR), 0.0):  # the head nearly always reaches p; only otherwise is the tail sorted
         head = np.flatnonzero(weights >= floor)
         order = head[np.lexsort((ids[head], -kept[head]))]
         reached = np.cumsum(weights[order]) >= goal
         if reached.any():
             return ids[order[: int(np.argmax(reached)) + 1]]
-    return ids  # p so close to 1 that rounding keeps the sum below it
+    return ids  # p is so close to 1 that the rounded sum stays below it
 
 
 def verify(
     rows: Iterable[FloatArray], draft: Sequence[int], sampling: Sampling, position: int
 ) -> tuple[int, list[int]]:
-    """(accepted, tokens): the target's tokens along a draft, up to and with the first that disagrees.
+    """(accepted, tokens): the target's tokens along a draft, up to and including the first that disagrees.
 
-    `rows` yields logits for the len(draft) + 1 places in order, and is read no further than needed.
+    `rows` yields logits for len(draft) + 1 places in order. It is read no further than needed.
     """
     tokens: list[int] = []
     for i, row in enumerate(rows):

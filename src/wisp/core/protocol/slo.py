@@ -1,9 +1,8 @@
-"""How service is counted: the one definition of met, violated and goodput.
+"""SLOs, and the one definition of attainment and goodput.
 
-TTFT runs from request received to first token out. Token speed is (tokens - 1) / (last token out - first
-token out); TPOT is its inverse. Both are measured where the user sits. A request meets its SLO if TTFT and
-TPOT are within target; an answer of one token has only a TTFT. Everything that arrived counts: a request that
-failed, was refused, or is unfinished and behind has missed.
+TTFT runs from the request to the first token out, TPOT is (last token out - first token out) / (tokens - 1). Both are
+measured at the user's end. A request meets its SLO if both are within target; an answer of one token has only a TTFT.
+Every request counts: one that failed, was refused, or is unfinished and behind has missed its SLO.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-LONGEST_MS = 1e9  # of a target: eleven days
+LONGEST_MS = 1e9  # longest target: eleven days
 
 
 class Slo(msgspec.Struct, frozen=True, array_like=True):
@@ -24,9 +23,9 @@ class Slo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Served(msgspec.Struct, frozen=True):
-    """What became of one request. Times in seconds on one clock; NaN-free: 0 tokens means "no token yet".
+    """The outcome of one request. Times in seconds on one clock. With 0 tokens, `first` and `last` mean nothing.
 
-    `ended` is when it finished, or None while unfinished; `ok` is False if it failed or was refused.
+    `ended`: time of its end, None while unfinished. `ok`: False if it failed or was refused.
     """
 
     arrived: float
@@ -49,7 +48,7 @@ class Served(msgspec.Struct, frozen=True):
 
 
 def met(request: Served, now: float) -> bool:
-    """Did (or, if unfinished, does so far) the request keep its SLO at time `now`?"""
+    """Has the request met its SLO, or does it so far (if unfinished), at time `now`?"""
     if not request.ok:
         return False
     slo = request.slo
@@ -66,8 +65,7 @@ def met(request: Served, now: float) -> bool:
 
 
 class Account(msgspec.Struct, frozen=True):
-    """Attainment and goodput of a window. Where nothing arrived, nothing was kept and nothing missed: rates are nan, of
-    which no comparison is true."""
+    """Attainment and goodput of a window. Rates of an empty window are nan, for which no comparison is true."""
 
     arrived: int
     met: int
@@ -76,12 +74,12 @@ class Account(msgspec.Struct, frozen=True):
 
     @property
     def attainment(self) -> float:
-        """Share of the arrived that met their SLO."""
+        """Share of the requests that met their SLO."""
         return 1.0 - self.violation_rate
 
 
 def account(requests: Iterable[Served], start: float, end: float, now: float) -> Account:
-    """Count the requests that arrived in [start, end), as they stand at `now` (after draining)."""
+    """Count the requests that arrived in [start, end), in their state at `now` (after draining)."""
     window = [r for r in requests if start <= r.arrived < end]
     good = [r for r in window if met(r, now)]
     return Account(

@@ -1,13 +1,12 @@
-"""What a verifier asks of a target engine: slices in, results out.
+"""A step of the target engine: slices in, results out.
 
-A *slice* is one session's share of one step: "feed these tokens at this place of this KV slot;
-the last `n_draft` of them are guesses". That one shape covers a chunk of prefill (`sample=False`),
-a plain decode step (one token, `n_draft=0`), the verification of a draft, and any mixture, such as
-the end of a prompt with a first draft behind it.
+A *slice* is one session's share of a step: tokens to feed at a place in a KV slot, of which the last `n_draft` are
+draft tokens. This one shape covers a prefill chunk (`sample=False`), a decode (one token, `n_draft=0`), the
+verification of a draft, and mixtures, such as the end of a prompt with a first draft behind it.
 
-Where `sample` is set the engine chooses the target's own token (`core.protocol.sampling`) at each of the last
-`n_draft + 1` rows, accepts draft tokens while they agree, and stops at the first that does not: that
-choice is the correction (or, after a fully accepted draft, the bonus).
+With `sample`, the engine chooses the target's own token (`core.protocol.sampling`) at each of the last `n_draft + 1`
+rows. It accepts draft tokens while they agree and stops at the first that does not. The target's token there is the
+correction; after a fully accepted draft it is the bonus token.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ NO_TOKEN = "the model computed a NaN or an infinity, from which no token can be 
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """One alternative at a position. `logprob` is natural log, of the target before noise and truncation."""
+    """One alternative at a position. `logprob`: natural log, of the target before noise and truncation."""
 
     token: int
     logprob: float
@@ -41,12 +40,12 @@ class Slice(msgspec.Struct, frozen=True, array_like=True):
 
     session:   opaque handle, echoed in the result
     slot:      KV slot to use, 0 <= slot < EngineInfo.slots
-    start:     tokens of the slot that stay; what lies beyond is dropped before `tokens` are fed
-    tokens:    at least one token id; they take the places start, start + 1, ...
+    start:     tokens of the slot to keep; those beyond are dropped before `tokens` are fed
+    tokens:    at least one token id, at places start, start + 1, ...
     n_draft:   how many of the last `tokens` are draft tokens (0 <= n_draft < len(tokens))
     sample:    choose tokens at the last n_draft + 1 rows (False: prefill only)
-    position:  index, among the session's generated tokens, of the first token to be chosen
-    sampling:  how to choose
+    position:  index of the first chosen token among the session's generated tokens
+    sampling:  parameters of the choice
     logprobs:  None, or how many alternatives to report with each chosen token (0 is allowed)
     """
 
@@ -62,16 +61,16 @@ class Slice(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SliceResult(msgspec.Struct, frozen=True, array_like=True):
-    """What came of a slice.
+    """The result of a slice.
 
     accepted: how many draft tokens agreed with the target
     tokens:   the accepted draft tokens and one token more (correction or bonus); [] if `sample` was False
     logprobs: one entry per token of `tokens`, or [] if none were asked for
-    error:    non-empty if this slice alone failed; the slot is then empty
-    code:     of the error: ENGINE_ERROR may go better another time, NOT_FINITE will not
+    error:    non-empty if this slice failed; its slot is then empty
+    code:     of the error: ENGINE_ERROR may be retried, NOT_FINITE would fail again
 
-    Afterwards the slot holds start + len(slice.tokens) - n_draft + accepted tokens: all that was fed
-    and not rejected. The last of `tokens` is not among them: the next slice feeds it.
+    The slot then holds start + len(slice.tokens) - n_draft + accepted tokens: all fed tokens that were not rejected.
+    The last of `tokens` is not among them; the next slice feeds it.
     """
 
     session: int
@@ -83,9 +82,9 @@ class SliceResult(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Copy(msgspec.Struct, frozen=True, array_like=True):
-    """Copy the KV of the first `tokens` tokens of slot `source` into slot `target`, dropping what it held.
+    """Copy the KV of the first `tokens` tokens of slot `source` to slot `target`, in place of what that held.
 
-    The copies of a step are made in order, before its slices: slices may shorten slots that copies read.
+    The copies of a step run in order and before its slices, since slices may shorten slots that copies read.
     """
 
     source: int
@@ -94,11 +93,11 @@ class Copy(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Committed(msgspec.Struct, frozen=True):
-    """Tokens that became part of a session's output, in order, as its user sees them.
+    """New tokens of a session's output, in order.
 
-    drafted/accepted: the size of the draft that this verdict answers and how much of it agreed (0, 0 where
-    the target decoded by itself). The first `from_draft` of `tokens` came from the draft.
-    finish: "" (goes on), "stop" (an end-of-sequence token, the last of `tokens`) or "length".
+    drafted, accepted: tokens of the answered draft, and how many agreed (0, 0 without a draft)
+    from_draft:        the first so many of `tokens` came from the draft
+    finish:            "" (goes on), "stop" (an end-of-sequence token, the last of `tokens`) or "length"
     """
 
     tokens: list[int]

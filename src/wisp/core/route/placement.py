@@ -1,11 +1,12 @@
-"""Which replica gets a session: the one that has its prompt's beginning cached, as long as that is fair, else the
-one with most room. Decisions only: told of replicas and time, it answers with a replica.
+"""Placement: the replica for a session. Decisions only, without I/O or clock.
 
-What a replica has cached is not asked but remembered: a prompt that was placed there has left its KV there, and
-the longest ago goes first when there is no more room. Prompts are remembered as hashes of their blocks, each of which
-covers all before it, and begins with API key and salt: prefixes are shared only within one of these (`core.verify.kv`).
+A session goes to the replica that has the longest prefix of its prompt cached, unless that replica already has more
+than its share of the sessions. Then it goes to the least loaded one. Load is sessions per KV slot: those last
+reported, and those placed since.
 
-Load is sessions per KV slot. It counts what a replica last reported and what was placed on it since.
+The router does not ask replicas for their cached prefixes. It remembers the prompts placed on each, least recently used
+forgotten first, as hashes of blocks. Each hash covers the blocks before it, API key and salt: prefixes are shared only
+within one key and salt (`core.verify.kv`).
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ import msgspec
 
 from wisp.core.verify.admission import Refusal
 
-BLOCK = 16  # tokens; shorter prefixes are not worth a copy either (`kv.COPY_FROM`)
-UNFAIR = 1.2  # a prefix draws a session to a replica only up to this multiple of its share of the sessions
-SETTLE_S = 0.2  # a session placed this long before a report may not be in it yet
-REMEMBERED = 100_000  # sessions whose replica is known, for those that come back: 20 MB
+BLOCK = 16  # tokens; a shorter prefix is not copied either (`kv.COPY_FROM`)
+UNFAIR = 1.2  # multiple of its share of the sessions up to which a replica is preferred for a cached prefix
+SETTLE_S = 0.2  # a report may lack sessions that were placed this long before it
+REMEMBERED = 100_000  # sessions whose replica is remembered, for their return: 20 MB
 
 
 class Reason(Enum):
-    """Why a session went where it went."""
+    """Reason for a choice. Values are labels of a metric."""
 
-    RESUME = "resume"  # it was there before
-    PREFIX = "prefix"
-    ROOM = "room"
+    RESUME = "resume"  # the session was there before
+    PREFIX = "prefix"  # a prefix of its prompt is cached there
+    LOAD = "room"  # least loaded
 
 
-class Room(msgspec.Struct, frozen=True):
-    """What a replica holds."""
+class ReplicaSize(msgspec.Struct, frozen=True):
+    """The size of a replica."""
 
     slots: int
     kv_tokens: int
@@ -43,7 +44,7 @@ class Room(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """`shared`: tokens of the prompt that the replica is thought to have cached."""
+    """The replica for a session. `shared`: tokens of the prompt that should be cached there."""
 
     replica: str
     reason: Reason
@@ -51,14 +52,14 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class _Replica:
-    """What is known of one. `blocks` is in order of last use."""
+    """A replica as the router sees it. `blocks`: hashes of cached blocks, least recently used first."""
 
-    def __init__(self, room: Room) -> None:
-        self.room = room
+    def __init__(self, size: ReplicaSize) -> None:
+        self.size = size
         self.open = True
-        self.late = False  # with its next report
+        self.late = False  # its next report is overdue
         self.reported = 0
-        self.since: deque[float] = deque()  # when those were placed that no report counts yet
+        self.since: deque[float] = deque()  # times of placements that no report includes yet
         self.placed = 0
         self.blocks: OrderedDict[bytes, None] = OrderedDict()
 
@@ -67,7 +68,7 @@ class _Replica:
         return self.reported + len(self.since)
 
     def shared(self, blocks: Sequence[bytes]) -> int:
-        """How many blocks, from the first on, it has."""
+        """Number of leading blocks that are cached."""
         for n, block in enumerate(blocks):
             if block not in self.blocks:
                 return n
@@ -76,10 +77,12 @@ class _Replica:
     def take(self, now: float, blocks: Sequence[bytes]) -> None:
         self.since.append(now)
         self.placed += 1
-        for block in reversed(blocks):  # a block is of use only with all before it: those go last
+        for block in reversed(
+            blocks
+        ):  # a block is of no use without those before it, so they must be forgotten later
             self.blocks[block] = None
             self.blocks.move_to_end(block)
-        while len(self.blocks) > self.room.kv_tokens // BLOCK:
+        while len(self.blocks) > self.size.kv_tokens // BLOCK:
             self.blocks.popitem(last=False)
 
 
@@ -88,15 +91,17 @@ class Placement:
 
     def __init__(self) -> None:
         self._replicas: dict[str, _Replica] = {}
-        self._where: dict[str, OrderedDict[str, str]] = {}  # by key: session -> replica, longest ago first
+        self._where: dict[
+            str, OrderedDict[str, str]
+        ] = {}  # by key: session -> replica, oldest placement first
         self._remembered = 0
 
-    def up(self, replica: str, room: Room) -> None:
-        """A replica has started, with nothing cached."""
-        self._replicas[replica] = _Replica(room)
+    def up(self, replica: str, size: ReplicaSize) -> None:
+        """A replica has started. Its cache is empty."""
+        self._replicas[replica] = _Replica(size)
 
     def reported(self, now: float, replica: str, sessions: int) -> None:
-        """A replica said at `now` how many sessions it serves."""
+        """A replica reported at `now` that it serves `sessions`."""
         known = self._replicas.get(replica)
         if known is not None:
             known.reported = sessions
@@ -105,31 +110,31 @@ class Placement:
                 known.since.popleft()
 
     def late(self, replica: str) -> None:
-        """Its report has not come when it should: others are preferred until it does."""
+        """A report is overdue: until it comes, other replicas are preferred."""
         if replica in self._replicas:
             self._replicas[replica].late = True
 
     def shut(self, replica: str, *, shut: bool = True) -> None:
-        """Nothing more goes there (it is drained, or silent), or again."""
+        """Place no more sessions there (it drains, or is silent). `shut=False`: place them again."""
         if replica in self._replicas:
             self._replicas[replica].open = not shut
 
     def gone(self, replica: str) -> None:
-        """It has ended, and its cache with it."""
+        """A replica has ended. Its cache is lost."""
         self._replicas.pop(replica, None)
 
     @property
     def any_open(self) -> bool:
-        """Is there a replica at all?"""
+        """Does any replica take sessions?"""
         return any(r.open for r in self._replicas.values())
 
     def sessions(self, replica: str) -> int:
-        """How many sessions it is thought to serve."""
+        """Number of sessions on a replica: reported, and placed since."""
         known = self._replicas.get(replica)
         return known.sessions if known else 0
 
     def knows(self, key: str, session: str) -> bool:
-        """Was this session of that key placed before?"""
+        """Was this session of `key` placed before?"""
         return session in self._where.get(key, ())
 
     def place(
@@ -143,19 +148,20 @@ class Placement:
         salt: str = "",
         owed: bool = False,
     ) -> Choice:
-        """Where `session` goes. `avoid` is a replica that did not do. `owed`: another key has places that this one
-        may have (`core.verify.places`), so that a replica will do that is full.
+        """The replica for `session`.
 
-        Raises Refusal("overloaded") where every replica is full, or there is none.
+        avoid: a replica that the edge could not use. owed: `key` may take a place from another key
+        (`core.verify.places`), so a full replica will do.
+        Raises Refusal("overloaded") if every replica is full, or there is none.
         """
         fit = {
-            n: r for n, r in self._replicas.items() if r.open and (owed or r.sessions < r.room.max_sessions)
+            n: r for n, r in self._replicas.items() if r.open and (owed or r.sessions < r.size.max_sessions)
         }
         if len(fit) > 1:
             fit.pop(avoid, None)
         fit = {n: r for n, r in fit.items() if not r.late} or fit
         if not fit:
-            most = sum(r.room.max_sessions for r in self._replicas.values() if r.open)
+            most = sum(r.size.max_sessions for r in self._replicas.values() if r.open)
             raise Refusal("overloaded", f"all {most} sessions of these verifiers are in use", 1.0)
         blocks = block_hashes(key, salt, prompt)
         was = self._where[key].get(session) if key in self._where else None
@@ -169,7 +175,7 @@ class Placement:
         return Choice(name, reason, shared)
 
     def _remember(self, key: str, session: str, replica: str) -> None:
-        """Of the key that has most of them, the one placed longest ago is forgotten."""
+        """Remember a placement. Beyond REMEMBERED, the key with most of them loses its oldest."""
         own = self._where.setdefault(key, OrderedDict())
         self._remembered += session not in own
         own[session] = replica
@@ -182,25 +188,25 @@ class Placement:
 def _choose(fit: dict[str, _Replica], blocks: Sequence[bytes]) -> tuple[str, Reason]:
     shared = {name: r.shared(blocks) for name, r in fit.items()}
     most = max(shared.values())
-    # Least loaded first; where all are alike, the least used; then by name, so that it is one order
-    order = sorted(fit, key=lambda n: (fit[n].sessions / fit[n].room.slots, fit[n].placed, n))
+    # Least loaded first, then least used; by name at last, for a total order
+    order = sorted(fit, key=lambda n: (fit[n].sessions / fit[n].size.slots, fit[n].placed, n))
     best = next(name for name in order if shared[name] == most)
     if most and _fair(best, fit):
         return best, Reason.PREFIX
-    return order[0], Reason.ROOM
+    return order[0], Reason.LOAD
 
 
 def _fair(name: str, fit: dict[str, _Replica]) -> bool:
-    """Would it, with one session more, still have about its share: 20 %, or one session, above it at most?"""
+    """With one more session, would `name` have at most 20 %, or one session, more than its share?"""
     total = 1 + sum(r.sessions for r in fit.values())
-    share = total * fit[name].room.slots / sum(r.room.slots for r in fit.values())
+    share = total * fit[name].size.slots / sum(r.size.slots for r in fit.values())
     return fit[name].sessions + 1 <= max(UNFAIR * share, share + 1)
 
 
 def block_hashes(key: str, salt: str, prompt: Sequence[int]) -> list[bytes]:
-    """One hash for each full block of `prompt`: of key and salt, the block, and all before it."""
+    """One hash for each full block of `prompt`. It covers API key, salt, the block, and all blocks before."""
     hashes = []
-    sharers = f"{salt} {key}"  # a salt has no blanks
+    sharers = f"{salt} {key}"  # a salt contains no blanks
     so_far = hashlib.blake2b(sharers.encode(), digest_size=12).digest()
     for start in range(0, len(prompt) - BLOCK + 1, BLOCK):
         data = so_far + array("q", prompt[start : start + BLOCK]).tobytes()

@@ -1,10 +1,8 @@
-"""Who may open a session, and whose turn it is: limits per API key, and fair shares between keys.
+"""Admission: limits per API key, and fair shares between keys.
 
-`places` has the rule for when all places are taken.
-
-Limits are token buckets of one minute's worth. Fairness is a virtual counter of service per key (Sheng et
-al., OSDI 2024): the key that was served least goes first, and a key that comes back after a pause starts
-level with the least served active one, so that nobody saves up a claim by staying away.
+Limits are token buckets with a capacity of one minute. Fairness is the virtual token counter of Sheng et al. (OSDI
+2024): the least served key goes first. A key that returns after a pause starts at the level of the least served
+active key, so a pause earns no claim. `places` decides when all sessions are taken.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ class KeyLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Refusal(ProtocolError):
-    """Not now. `retry_after` is seconds."""
+    """A session is refused for now. `retry_after`: seconds."""
 
     def __init__(self, code: str, message: str, retry_after: float) -> None:
         super().__init__(code, message)
@@ -35,7 +33,7 @@ class Refusal(ProtocolError):
 
 
 class _Bucket:
-    """Fills at `per_minute`, holds one minute's worth, may be overdrawn by what is taken unasked."""
+    """A token bucket: fills at `per_minute` and holds as much. Tokens that are served anyway may overdraw it."""
 
     def __init__(self, per_minute: int, now: float) -> None:
         self.rate = per_minute / 60.0
@@ -48,16 +46,16 @@ class _Bucket:
         self.at = now
 
     def level_at(self, now: float) -> float:
-        """The level once it is filled."""
+        """The level at `now`."""
         return min(self.size, self.level + (now - self.at) * self.rate)
 
     def wait(self, amount: float, level: float) -> float:
-        """Seconds until `amount` is there, from `level`."""
+        """Seconds from `level` to `amount`."""
         return max(0.0, (amount - level) / self.rate)
 
 
 class KeyUsage(msgspec.Struct):
-    """What a key has used since the start, and has open now."""
+    """Usage of a key since the start; `sessions` are those open now."""
 
     sessions: int = 0
     requests: int = 0
@@ -67,7 +65,7 @@ class KeyUsage(msgspec.Struct):
 
 
 class Admission:
-    """Limits and shares. All methods take `now` in seconds."""
+    """Limits and shares of all keys. `now` is in seconds."""
 
     def __init__(self, max_sessions: int, limits: dict[str, KeyLimits] | None = None) -> None:
         self.max_sessions = max_sessions
@@ -79,21 +77,21 @@ class Admission:
         self._open = 0
 
     def set_limits(self, limits: dict[str, KeyLimits]) -> None:
-        """Replace all limits (the key file was read again). Keys whose limits stay keep what they have used of them."""
+        """Replace all limits (the key file was read again). Keys with unchanged limits keep their buckets."""
         changed = {key for key, old in self.limits.items() if limits.get(key) != old}
         for key in changed:
             self._requests.pop(key, None)
             self._tokens.pop(key, None)
         self.limits = limits
 
-    def opened(self, now: float, key: str, make_room: Callable[[], bool] = lambda: False) -> None:
-        """A new session. Raises Refusal, and then counts nothing but the refusal.
+    def opened(self, now: float, key: str, free_place: Callable[[], bool] = lambda: False) -> None:
+        """Count a new session. Raises Refusal, and then counts only the refusal.
 
-        make_room: asked for a place where all are taken; True once one has been `closed`.
+        free_place: called if all places are taken; returns True if it has freed one with `closed`.
         """
         usage = self.usage.setdefault(key, KeyUsage())
         try:
-            self._check(now, key, make_room)
+            self._check(now, key, free_place)
         except Refusal:
             usage.refused += 1
             raise
@@ -105,23 +103,23 @@ class Admission:
         self._open += 1
 
     def turned_away(self, key: str) -> None:
-        """A session was refused before its key's limits were asked."""
+        """A session was refused before its key's limits were checked."""
         self.usage.setdefault(key, KeyUsage()).refused += 1
 
     def richer(self, key: str) -> str | None:
-        """The key with most sessions, if it has more of them by at least two than `key`."""
+        """The key with most sessions, if it has at least two more than `key`."""
         usage = self.usage.get(key)
         mine = usage.sessions if usage else 0
         most, rich = max(((u.sessions, name) for name, u in self.usage.items()), default=(0, ""))
         return rich if most > mine + 1 else None
 
     def closed(self, key: str) -> None:
-        """A session of that key has ended."""
+        """A session of `key` has ended."""
         self.usage[key].sessions -= 1
         self._open -= 1
 
     def served(self, now: float, key: str, prompt_tokens: int, output_tokens: int) -> None:
-        """Charge what a step has done for a key."""
+        """Charge the tokens that a step has served to a key."""
         usage = self.usage[key]
         usage.prompt_tokens += prompt_tokens
         usage.output_tokens += output_tokens
@@ -132,7 +130,7 @@ class Admission:
             bucket.level -= prompt_tokens + output_tokens
 
     def ask(self, now: float, key: str) -> None:
-        """Raises the Refusal that `opened` would raise for the limits of `key`. Nothing changes, nothing is counted."""
+        """Raises the Refusal that `opened` would raise for the limits of `key`, without counting anything."""
         limits = self.limits.get(key)
         if limits is None:
             return
@@ -144,17 +142,17 @@ class Admission:
             (limits.requests_per_minute, self._requests, 1.0, "send {} requests a minute"),
         ):
             bucket = buckets.get(key)
-            if not per_minute or bucket is None:  # a bucket that was never used is full
+            if not per_minute or bucket is None:  # an unused bucket is full
                 continue
             level = bucket.level_at(now)
             if level < least or level <= 0.0:
                 message = f"this key may {what.format(per_minute)}"
                 raise Refusal("rate_limit_exceeded", message, bucket.wait(1.0, level))
 
-    def _check(self, now: float, key: str, make_room: Callable[[], bool]) -> None:
-        """Raises Refusal; otherwise the request is charged."""
+    def _check(self, now: float, key: str, free_place: Callable[[], bool]) -> None:
+        """Charge the request. Raises Refusal."""
         self.ask(now, key)
-        if self._open >= self.max_sessions and not make_room():
+        if self._open >= self.max_sessions and not free_place():
             raise Refusal("overloaded", f"all {self.max_sessions} sessions of this verifier are in use", 1.0)
         limits = self.limits.get(key)
         if limits is not None and limits.tokens_per_minute:

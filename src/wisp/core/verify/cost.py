@@ -1,17 +1,16 @@
-"""How long a step will take: the cost model, kept current by the steps that are run.
+"""The cost model: predicts step times, and learns from measured ones.
 
-The paper's form is linear in what a step holds,
+The paper's model is linear in the load of a step:
 
     T = a * sum(new) + b * sum(new * total) + c * sum(cached) + d        (milliseconds; total = cached + new)
 
-and it is wrong in two known ways. Hardware hides arithmetic behind reading the weights until a step has some number of
-tokens, the *knee*, and not beyond: e * max(0, sum(new) - knee). And an engine may have to do something for each slice
-by itself, up to a pass over the weights where results must not depend on who else is in the step: f * slices. With
-e = f = 0 it is the paper's. Everything stays linear in the coefficients.
+Two terms are added. Up to some number of tokens, the *knee*, arithmetic is hidden behind the reading of the weights;
+beyond it is not: e * max(0, sum(new) - knee). And an engine may have work for each slice, up to a pass over the weights
+for engines whose results must not depend on the rest of the step: f * slices. With e = f = 0 this is the paper's model.
+It stays linear in the coefficients.
 
-Coefficients come from a profile (`wisp profile`) and follow the steps that are run by recursive least squares on
-relative errors, with forgetting, with outliers held back, and with a covariance that cannot grow without bound. The
-safety margin is a quantile of recent errors: measured, not guessed.
+Coefficients come from a profile (`wisp profile`). Recursive least squares on relative errors keeps them current, with
+forgetting, a bound on outliers, and a bound on the covariance. The safety margin is a quantile of recent errors.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ from wisp.core.protocol.step import Slice
 
 Vector = npt.NDArray[np.float64]
 FORGET_FAST = 0.93
-LEAST_MS = 1e-3  # of any step: so much can be measured, and nothing has to be afraid of a time of 0
+LEAST_MS = 1e-3  # shortest step time: the least that can be measured, and never a division by 0
 
 
 class Load(msgspec.Struct, frozen=True, gc=False):
-    """What decides how long a step takes; loads of slices add up.
+    """The load of a step, which decides its time. Loads of slices add up.
 
     new:       tokens fed
     attention: sum over slices of new * total, total being the slice's cached and new tokens
-    cached:    tokens of KV there before
-    slices:    their number
+    cached:    KV tokens present before
+    slices:    number of slices
     """
 
     new: int = 0
@@ -47,7 +46,7 @@ class Load(msgspec.Struct, frozen=True, gc=False):
     slices: int = 0
 
     def plus(self, new: int, cached: int) -> Load:
-        """With one more slice of `new` tokens behind `cached`."""
+        """This load and one more slice: `new` tokens behind `cached`."""
         return Load(
             self.new + new, self.attention + new * (cached + new), self.cached + cached, self.slices + 1
         )
@@ -66,7 +65,7 @@ def load_of(slices: Iterable[Slice]) -> Load:
 
 
 def decoding_of(slices: Iterable[Slice]) -> Load:
-    """The load that a step would be without what it reads of prompts."""
+    """The load of a step without its prefill."""
     new = attention = cached = n_slices = 0
     for s in slices:
         if s.sample:
@@ -80,8 +79,15 @@ def decoding_of(slices: Iterable[Slice]) -> Load:
 
 
 class Coefficients(msgspec.Struct, frozen=True):
-    """Milliseconds. step: fixed; token: each new token; beyond: each new token past `knee`, in addition (knee 0:
-    there is none); attention: each pair of `Load.attention`; cached: each cached token; slice: each slice."""
+    """Coefficients in milliseconds.
+
+    step:      fixed
+    token:     per new token
+    cached:    per cached token
+    attention: per pair in `Load.attention`
+    beyond:    per new token past `knee` (in tokens; 0: no knee), in addition to `token`
+    slice:     per slice
+    """
 
     step: float = 20.0
     token: float = 1.0
@@ -92,11 +98,11 @@ class Coefficients(msgspec.Struct, frozen=True):
     slice: float = 0.0
 
     def ms(self, load: Load) -> float:
-        """Predicted time of a step, never 0."""
+        """Predicted step time in ms, at least LEAST_MS."""
         return self.ms_of(load.new, load.attention, load.cached, load.slices)
 
     def ms_of(self, new: int, attention: int, cached: int, slices: int) -> float:
-        """The same, without the trouble of making a Load: for where thousands are asked for."""
+        """The same without a Load, whose creation takes longer than the sum: for loops over thousands."""
         knee = self.knee
         beyond = new - knee if knee else 0
         ms = (
@@ -124,7 +130,7 @@ def _row(load: Load, knee: int) -> tuple[float, ...]:
 
 
 class Fit(msgspec.Struct, frozen=True):
-    """Coefficients and how well they do. mae in milliseconds, mape as a fraction."""
+    """Coefficients and their errors. mae: milliseconds. mape: a fraction."""
 
     coefficients: Coefficients
     r2: float
@@ -133,7 +139,7 @@ class Fit(msgspec.Struct, frozen=True):
 
 
 def errors(coefficients: Coefficients, loads: Sequence[Load], ms: Sequence[float]) -> Fit:
-    """R2, mean absolute error and mean absolute relative error of predictions of `ms`."""
+    """R2, mean absolute error and mean absolute relative error of `coefficients` on measured `ms`."""
     y = np.asarray(ms, np.float64)
     predicted = np.array([coefficients.ms(load) for load in loads])
     off = np.abs(predicted - y)
@@ -143,10 +149,10 @@ def errors(coefficients: Coefficients, loads: Sequence[Load], ms: Sequence[float
 
 
 def fit(loads: Sequence[Load], ms: Sequence[float], *, paper: bool = False) -> Coefficients:
-    """Least squares on relative errors, no coefficient negative. `paper`: the paper's form, without our two terms.
+    """Non-negative least squares on relative errors. `paper`: the paper's model, without the two added terms.
 
-    The knee is the one, out of a grid over the sizes seen, with the least error; there is none unless it pays for its
-    two parameters (Bayesian information criterion), and has four loads or more on either side.
+    The knee is chosen among the sizes seen, for the least error. It needs at least four loads on either side, and
+    must be worth its two parameters (Bayesian information criterion); otherwise there is none.
     """
     y = np.asarray(ms, np.float64)
     if paper:
@@ -164,15 +170,18 @@ def fit(loads: Sequence[Load], ms: Sequence[float], *, paper: bool = False) -> C
 
 
 def _fitted(loads: Sequence[Load], ms: Vector, knee: int) -> tuple[Coefficients, float]:
-    """With this knee, and the mean square of its relative errors."""
+    """Coefficients for this knee, and the mean square of their relative errors."""
     x = rows(loads, knee) / ms[:, None]
     theta = _non_negative(x)
     return _coefficients(theta, knee), float(((x @ theta - 1.0) ** 2).mean()) + 1e-15
 
 
 def _non_negative(x: Vector) -> Vector:
-    """theta >= 0 that minimises |x theta - 1|: the best of the least-squares solutions on any choice of columns that
-    has no negative entry, which is exact, and quick for six columns."""
+    """The theta >= 0 that minimises |x theta - 1|.
+
+    It is the best among the least-squares solutions on all subsets of columns that have no negative entry. That is
+    exact, and quick for six columns.
+    """
     scale = np.abs(x).max(axis=0)
     used = [i for i in range(x.shape[1]) if scale[i] > 0]
     part = x[:, used] / scale[used]
@@ -182,7 +191,7 @@ def _non_negative(x: Vector) -> Vector:
         for chosen in itertools.combinations(range(len(used)), n):
             at = list(chosen)
             solved, *_ = np.linalg.lstsq(gram[np.ix_(at, at)], onto[at], rcond=None)
-            gain = float(onto[at] @ solved)  # by how much |x theta - 1|^2 falls
+            gain = float(onto[at] @ solved)  # decrease of |x theta - 1|^2
             if solved.min() >= 0.0 and gain > best_gain * (1 + 1e-12):
                 best_gain = gain
                 best = np.zeros(x.shape[1])
@@ -196,9 +205,9 @@ def _coefficients(theta: Sequence[float] | Vector, knee: int) -> Coefficients:
 
 
 class CostModel:
-    """Coefficients that follow what is measured.
+    """Coefficients that follow the measured step times.
 
-    `trust`: how far off the given coefficients are thought to be, as a fraction of each.
+    trust: standard deviation of the given coefficients, as a fraction of each
     """
 
     def __init__(
@@ -215,19 +224,19 @@ class CostModel:
         self.now = start
         self.knee = start.knee
         self.forgetting = forgetting
-        self.steps = 0  # observed
+        self.steps = 0  # observed steps
         self._given = coefficients is not None
         self._theta = np.array(
             [start.step, start.token, start.cached, start.attention, start.beyond, start.slice]
         )
         floor = np.array([1.0, 1e-2, 1e-6, 1e-7, 1e-2 if start.knee else 0.0, 1e-2 if coefficients else 1.0])
-        self._most = (np.maximum(self._theta, floor) * max(trust, 1.0)) ** 2  # variances never exceed this
+        self._most = (np.maximum(self._theta, floor) * max(trust, 1.0)) ** 2  # upper bounds of the variances
         self._p = np.diag((np.maximum(self._theta, floor) * trust) ** 2)
         self._errors: deque[float] = deque(maxlen=window)  # measured / predicted
         self._margin = 1.0
         self._median = 0.05  # of recent relative errors
-        self._spread = 0.05  # of measured / predicted around its middle
-        self._bias = 0.0  # how far off that middle is
+        self._spread = 0.05  # of measured / predicted around its median
+        self._bias = 0.0  # distance of that median from 1
 
     def ms(self, load: Load) -> float:
         """Predicted time of a step, without margin."""
@@ -235,12 +244,12 @@ class CostModel:
 
     @property
     def margin(self) -> float:
-        """What predictions are to be multiplied with to hold nine times out of ten."""
+        """Multiplier that makes a prediction a p90 upper bound."""
         return self._margin
 
     @property
     def informed(self) -> bool:
-        """Is there a profile, or have a few steps been seen?"""
+        """Is there a profile, or were enough steps observed?"""
         return self._given or self.steps >= 50
 
     @property
@@ -250,16 +259,16 @@ class CostModel:
 
     @property
     def variances(self) -> Vector:
-        """Of the coefficients: bounded, whatever is observed."""
+        """Variances of the coefficients. Always bounded."""
         return np.diag(self._p).copy()
 
     def token_ms(self, load: Load) -> float:
-        """What one more token adds to a step of this size."""
+        """Milliseconds that one more token adds to a step of this load."""
         now = self.now
         return now.token + (now.beyond if now.knee and load.new >= now.knee else 0.0)
 
     def observe(self, load: Load, ms: float) -> None:
-        """A step took `ms`. Compares it with the prediction, then learns from it."""
+        """A step took `ms`: record the error of the prediction, then learn."""
         if not LEAST_MS <= ms < 1e9 or load.new <= 0:
             return
         self.steps += 1
@@ -279,20 +288,22 @@ class CostModel:
         self._bias = abs(1.0 - 1.0 / middle)
 
     def _learn(self, x: Vector, ms: float) -> None:
-        """Recursive least squares on x / ms: relative errors, whose variance is that of recent ones around their own
-        middle. If they are all off to one side, it is not noise: the machine has changed, and the past is forgotten
-        faster."""
+        """Recursive least squares on relative errors, x / ms.
+
+        The noise is the spread of recent errors around their median. A median far from 0 is no noise: the machine has
+        changed, and the past is forgotten faster.
+        """
         row = x / ms
         error = 1.0 - float(row @ self._theta)
-        usual = max(1.5 * self._spread, 0.02 + 0.5 / self.steps)
-        # Beyond three times what is usual an error counts as three times, no more (Huber).
-        most = 3.0 * max(usual, self._bias)
+        noise = max(1.5 * self._spread, 0.02 + 0.5 / self.steps)
+        # Larger errors count as three times the noise (Huber).
+        most = 3.0 * max(noise, self._bias)
         error = max(-most, min(most, error))
-        p = self._p / (FORGET_FAST if self._bias > 2.0 * usual else self.forgetting)
-        # No coefficient may become negative. Cutting one off at 0 would leave the others with the part of the step
-        # that was meant for them all together, so one that reaches 0 stays there and the rest share the error anew.
+        p = self._p / (FORGET_FAST if self._bias > 2.0 * noise else self.forgetting)
+        # No coefficient may become negative. One that would is fixed at 0, and the others share the error anew: their
+        # corrections were meant for all of them together.
         onto = p @ row
-        gain = onto / (usual * usual + float(row @ onto))
+        gain = onto / (noise * noise + float(row @ onto))
         theta = self._theta + gain * error
         below = theta < 0.0
         free = ~below
@@ -300,7 +311,7 @@ class CostModel:
             error += float(row[below] @ self._theta[below])
             self._theta = np.where(below, 0.0, self._theta)
             onto = np.where(free, p @ np.where(free, row, 0.0), 0.0)
-            gain = onto / (usual * usual + float(row @ onto))
+            gain = onto / (noise * noise + float(row @ onto))
             theta = self._theta + gain * error
             below = free & (theta < 0.0)
             free &= ~below

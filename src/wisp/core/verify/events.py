@@ -1,4 +1,7 @@
-"""What happens to a verifier, and what it wants done: plain structs, so that a run can be recorded and replayed."""
+"""Events and actions of a verifier: plain structs, so that a run can be recorded and replayed.
+
+Event logs store them by tag and position, and `Limits` by field name: those names stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.core.verify.admission import KeyLimits
 
 
-class Limits(msgspec.Struct, frozen=True):
-    """What this verifier takes. Tokens, except where a unit is given.
+class Limits(msgspec.Struct, frozen=True, rename={"slo_admission": "forecast"}):
+    """Limits of this verifier. Tokens, except where a unit is given.
 
-    park_s: a session outlives its connection this long. idle_s: a session that has kept its edge's silence
-    this long may lose its KV to one that has work. forecast: refuse sessions whose SLO could not be kept.
-    digest: of the engine (see `messages.Welcome`); "" where there is but one.
+    park_s:        how long a session outlives its connection
+    idle_s:        after this silence of its edge a session may lose its KV to another
+    slo_admission: refuse sessions whose SLO could not be met
+    digest:        of the engine (see `messages.Welcome`); "" if there is only one
     """
 
     n_vocab: int
@@ -26,15 +30,15 @@ class Limits(msgspec.Struct, frozen=True):
     max_draft: int = 64
     park_s: float = 60.0
     idle_s: float = 1.0
-    forecast: bool = False
+    slo_admission: bool = False
     digest: str = ""
 
 
 # --- events
 
 
-class FromEdge(msgspec.Struct, frozen=True, array_like=True, tag="from_edge"):
-    """A message came over `connection`, which belongs to `key`."""
+class Received(msgspec.Struct, frozen=True, array_like=True, tag="from_edge"):
+    """A message arrived over `connection`, which belongs to the API key `key`."""
 
     connection: int
     key: str
@@ -42,13 +46,13 @@ class FromEdge(msgspec.Struct, frozen=True, array_like=True, tag="from_edge"):
 
 
 class EdgeLost(msgspec.Struct, frozen=True, array_like=True, tag="edge_lost"):
-    """The connection is gone."""
+    """The connection was closed or lost."""
 
     connection: int
 
 
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
-    """The step ended. `error`: it failed as a whole, and no slot holds anything any more."""
+    """The step ended. `error`: it failed as a whole, and all slots are empty."""
 
     results: list[SliceResult]
     engine_ms: float
@@ -56,16 +60,16 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
 
 
 class Tick(msgspec.Struct, frozen=True, array_like=True, tag="tick"):
-    """Time has passed, or there may be something to run."""
+    """Time has passed, or a step may be possible."""
 
 
 class KeyLimitsChanged(msgspec.Struct, frozen=True, array_like=True, tag="key_limits"):
-    """These are the limits of keys from now on, all of them."""
+    """From now on the limits of API keys are these, and no others."""
 
     limits: dict[str, KeyLimits]
 
 
-InEvent = FromEdge | EdgeLost | StepDone | Tick | KeyLimitsChanged
+InEvent = Received | EdgeLost | StepDone | Tick | KeyLimitsChanged
 
 
 # --- actions
@@ -92,7 +96,7 @@ class WakeAt(msgspec.Struct, frozen=True, array_like=True, tag="wake_at"):
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
-    """A session ended, and there is nobody to tell: `why` is "abort" (cancelled) or "expired" (its edge was gone)."""
+    """A session ended without a message to its edge. `why`: "abort" (cancelled) or "expired" (the edge was lost)."""
 
     session: str
     why: str

@@ -1,14 +1,14 @@
-"""Which session's KV lives in which slot: longest-prefix reuse, parking, eviction. Pure bookkeeping.
+"""The KV cache: which session has which slot, prefix reuse, eviction. Bookkeeping only.
 
-An engine has `slots` sequences of `slot_tokens` each, and `kv_tokens` in all. A slot is *owned* by a live
-session or is a *leftover*: the tokens of an ended session, kept because a follow-up turn may begin with them.
-A KV cache is only a cache: any slot may be taken from anyone, at the price of computing it again.
+An engine has `slots` slots of `slot_tokens` tokens each, and `kv_tokens` in all. A slot is *owned* by a live session,
+is empty, or is a *leftover*: it keeps the tokens of an ended session, since a follow-up turn may begin with them. KV
+is only a cache. Any slot may be taken from any session; its KV is then computed again.
 
-Who comes is placed without a look at every slot: those that nobody owns are kept apart, and a prefix is looked for
-among slots whose tokens begin like it.
+A slot is found without a look at all of them: empty slots and leftovers are kept apart, and prefixes are searched for
+only among slots with the same first token.
 
-Prefixes are shared only within one API key and, of an edge that serves several customers, within one salt: across
-them, the time to the first token would tell one customer what another has asked.
+Prefixes are shared only within one API key and one salt (an edge has a salt for each of its customers). Otherwise the
+time to the first token would tell one customer what another has asked.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from heapq import heappop, heappush
 
 import msgspec
 
-Sharers = tuple[str, str]  # API key and salt: those whose sessions may share prefixes
-COPY_FROM = 16  # tokens; a shorter common prefix is computed again rather than copied
+Sharers = tuple[str, str]  # API key and salt: sessions with the same ones may share prefixes
+COPY_FROM = 16  # tokens; a shorter common prefix is computed again and not copied
 
-Tokens = array  # of ids, four bytes each: in lists of long prompts they take nine times as much
+Tokens = array  # of token ids, four bytes each: a list takes nine times as much for long prompts
 
 
 def packed(ids: Iterable[int]) -> Tokens[int]:
-    """Token ids as they are kept: equal only to their like, so pack what is to be compared."""
+    """Token ids in compact form. An array never equals a list: pack both sides before comparing."""
     return array("I", ids)
 
 
 class Slot(msgspec.Struct):
-    """`tokens` are those whose KV is valid, in order; `owner` is a session handle or None."""
+    """tokens: those with valid KV, in order. owner: a session handle, or None."""
 
     index: int
     tokens: Tokens[int] = msgspec.field(default_factory=lambda: packed(()))
@@ -40,13 +40,13 @@ class Slot(msgspec.Struct):
     used: float = 0.0  # time of last use
 
 
-class Placement(msgspec.Struct, frozen=True):
-    """Where a session's KV goes: `start` tokens are there already, after a copy from `copy_from` if >= 0."""
+class SlotAssignment(msgspec.Struct, frozen=True):
+    """The slot of a session. `start` tokens have KV there, after a copy from slot `copy_from` (-1: no copy)."""
 
     slot: int
     start: int
     copy_from: int
-    evicted: int | None  # session that lost its KV, if any
+    evicted: int | None  # the session that lost its KV, if any
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -64,16 +64,14 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class KvPool:
-    """Slots of one engine. Never does I/O; `evictable` tells which owners may lose theirs now."""
+    """The slots of one engine."""
 
     def __init__(self, slots: int, slot_tokens: int, kv_tokens: int) -> None:
         self.slot_tokens = slot_tokens
         self.kv_tokens = kv_tokens
         self.slots = [Slot(i) for i in range(slots)]
         self.held = 0  # tokens in all slots, leftovers included
-        self._empty = [
-            (0.0, i) for i in range(slots)
-        ]  # nobody's, and hold nothing: a heap of (last use, slot)
+        self._empty = [(0.0, i) for i in range(slots)]  # a heap of (last use, slot)
         self._left: dict[int, Slot] = {}  # leftovers
         self._beginnings: dict[tuple[Sharers, int], set[int]] = {}  # key and first token -> slots
 
@@ -84,10 +82,10 @@ class KvPool:
         key: Sharers,
         chain: Tokens[int],
         evictable: Callable[[int], bool],
-    ) -> Placement | None:
-        """A slot for `session` whose tokens are `chain`; None if every slot is owned and busy.
+    ) -> SlotAssignment | None:
+        """A slot for `session`, whose tokens are `chain`. None if all slots are owned and no owner is `evictable`.
 
-        At least the last token of `chain` is left to compute, so that there is a row to choose from.
+        The KV of at least the last token is left to compute: its row of logits is needed to choose the next token.
         """
         victim = self._victim(evictable)
         if victim is None:
@@ -97,24 +95,25 @@ class KvPool:
         if source is victim:
             start = shared
         elif source is not None and source.owner is None and shared >= len(source.tokens) // 2:
-            victim, start = source, shared  # a former turn of this chat: go on in its slot
+            victim, start = source, shared  # an earlier turn of this chat: continue in its slot
         elif source is not None and shared >= COPY_FROM:
             copy_from, start = source.index, shared
         evicted = victim.owner
         if evicted is None and self._left.pop(victim.index, None) is None:
-            heappop(self._empty)  # it was the first of them
+            heappop(self._empty)  # the victim was the first one
         self._set(victim, chain[:start], key)
         victim.owner, victim.used = session, now
-        return Placement(victim.index, start, copy_from, evicted)
+        return SlotAssignment(victim.index, start, copy_from, evicted)
 
     def fit(self, new_tokens: int, keep: Callable[[int], bool]) -> list[int] | None:
-        """Make room for `new_tokens` more. Leftovers go first, oldest first, then owners that `keep` not.
+        """Free KV for `new_tokens` more: leftovers first, then owners except those that `keep` names.
 
-        Returns the sessions evicted, or None (nothing done) if there can be no room.
+        Within each, least recently used first. Returns the evicted sessions, or None (and changes nothing) if that is
+        not enough.
         """
         if self.clear(new_tokens):
             return []
-        if self.room(keep) < new_tokens:
+        if self.obtainable(keep) < new_tokens:
             return None
         for slot in list(self._left.values()):
             self.drop(slot.index)
@@ -129,8 +128,10 @@ class KvPool:
         return evicted
 
     def clear(self, new_tokens: int) -> bool:
-        """Make room for `new_tokens` more by dropping leftovers, oldest first. False (nothing done) if that will not
-        do."""
+        """Free KV for `new_tokens` more by dropping leftovers, least recently used first.
+
+        Returns False (and changes nothing) if that is not enough.
+        """
         if new_tokens <= self.unused:
             return True
         if new_tokens > self.free:
@@ -143,16 +144,16 @@ class KvPool:
 
     @property
     def unused(self) -> int:
-        """Tokens that nobody holds."""
+        """Tokens of free KV, without leftovers."""
         return self.kv_tokens - self.held
 
     @property
     def free(self) -> int:
-        """Tokens that no session holds."""
+        """Tokens of free KV, leftovers included."""
         return self.unused + sum([len(s.tokens) for s in self._left.values()])
 
-    def room(self, keep: Callable[[int], bool]) -> int:
-        """Tokens that `fit` could make room for."""
+    def obtainable(self, keep: Callable[[int], bool]) -> int:
+        """Tokens that `fit` could free, those free already included."""
         owned = (s for s in self.slots if s.owner is not None and not keep(s.owner))
         return self.free + sum(len(s.tokens) for s in owned)
 
@@ -162,7 +163,7 @@ class KvPool:
         self.slots[slot].used = now
 
     def grow(self, now: float, slot: int, tokens: Tokens[int]) -> None:
-        """The slot now holds the KV of `tokens` too, behind what it held. Costs nothing for what it held."""
+        """The slot now holds the KV of `tokens`, too, behind its former tokens. Time does not depend on the latter."""
         held = self.slots[slot]
         held.used = now
         if not held.tokens:
@@ -176,10 +177,10 @@ class KvPool:
         self.slots[slot].used = now
 
     def release(self, slot: int, *, keep: bool) -> None:
-        """The owner is done. `keep` leaves the tokens for a follow-up turn."""
+        """The owner has ended. `keep`: keep the tokens for a follow-up turn."""
         free = self.slots[slot]
         if free.owner is None and slot not in self._left:
-            return  # already, and nothing left
+            return  # released before, and empty
         free.owner = None
         if not keep:
             self._set(free, packed(()), free.key)
@@ -190,7 +191,7 @@ class KvPool:
             heappush(self._empty, (free.used, slot))
 
     def drop(self, slot: int) -> None:
-        """Forget what the slot holds, and its owner."""
+        """Empty the slot."""
         self.release(slot, keep=False)
 
     @property
@@ -215,7 +216,7 @@ class KvPool:
         slot.tokens, slot.key = tokens, key
 
     def _victim(self, evictable: Callable[[int], bool]) -> Slot | None:
-        """The slot to give away: an empty one, else the oldest leftover, else the oldest evictable owner's."""
+        """The slot to give away: an empty one, else the oldest leftover, else that of the oldest evictable owner."""
         if self._empty:
             return self.slots[self._empty[0][1]]
         if self._left:
@@ -231,7 +232,9 @@ class KvPool:
             tokens = slot.tokens
             if len(tokens) <= shared:
                 continue
-            if shared < len(chain) and tokens[shared] == chain[shared]:  # else it cannot be longer
+            if (
+                shared < len(chain) and tokens[shared] == chain[shared]
+            ):  # otherwise no longer match is possible
                 n = common_prefix(tokens, chain)
                 if n > shared:
                     best, shared = slot, n

@@ -1,7 +1,7 @@
 """The loop around a `Verifier`, without I/O: events go in, actions are carried out, a Tick follows.
 
     feed(event)  ->  verifier.handle  ->  send(...), run(step), wake at a time
-                     and, once everything at hand has been taken in, a Tick if the engine is idle
+                     then, after all events at hand, a Tick if the engine is idle
 
 The live server, the simulator and the lossless check drive their verifiers with this one loop. They differ in their
 `Surroundings`: the clock, the engine and the connections, real or simulated.
@@ -18,7 +18,7 @@ from wisp.core.verify.verifier import Verifier
 
 
 class Surroundings(Protocol):
-    """What the loop needs of the world. `now` is in seconds and never goes back."""
+    """Clock, engine and connections. `now` is in seconds and never goes back."""
 
     @property
     def now(self) -> float: ...
@@ -28,22 +28,22 @@ class Surroundings(Protocol):
         ...
 
     def at(self, time: float, do: Callable[[], None]) -> Callable[[], None]:
-        """Call `do` at `time`. Returns what cancels that."""
+        """Call `do` at `time`. Returns a function that cancels this."""
         ...
 
     def run(self, step: Run) -> None:
-        """Start a step; its end is fed as a StepDone, later."""
+        """Start a step. Its StepDone is fed later."""
         ...
 
     def send(self, connection: int, message: Verdict | Refused) -> None: ...
 
     def ended(self, ended: Ended) -> None:
-        """A session has ended without a word to its edge."""
+        """A session has ended without a message to its edge."""
         ...
 
 
 class VerifierLoop:
-    """One verifier in its surroundings."""
+    """Drives one verifier."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class VerifierLoop:
         surroundings: Surroundings,
         record: Callable[[float, InEvent], None] | None = None,
     ) -> None:
-        """`record` is told of every event before it is handled: an event log."""
+        """`record` is called with every event before it is handled (an event log)."""
         self.verifier = verifier
         self._world = surroundings
         self._record = record
@@ -59,17 +59,17 @@ class VerifierLoop:
         self._cancel_wake: Callable[[], None] | None = None
 
     def feed(self, event: InEvent) -> list[Action]:
-        """Handle an event and carry out what follows from it. Returns the actions that were carried out."""
+        """Handle an event and carry out its actions, which are also returned."""
         actions = self._handle(event)
         if isinstance(event, StepDone):
-            # The next step goes to the engine before the verdicts go out: an idle engine costs more than a late frame.
+            # Start the next step before sending verdicts: an idle engine costs more than a later frame.
             then = self._handle(Tick())
             actions = sorted([*actions, *then], key=lambda action: not isinstance(action, Run))
         for action in actions:
             if isinstance(action, Send):
                 self._world.send(action.connection, action.message)
             elif isinstance(action, Run):
-                self.stop()  # the end of the step will say when to wake up
+                self.stop()  # the end of the step brings the next wake-up time
                 self._world.run(action)
             elif isinstance(action, WakeAt):
                 self._wake_at(action.at)

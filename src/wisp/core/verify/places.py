@@ -1,9 +1,9 @@
-"""Who gives up a place when all are taken: fair shares of places, as there are of tokens.
+"""Fair shares of places (open sessions) between API keys, for when all places are taken.
 
-A key may have all places while nobody else wants them. Then the key that has most of them gives one up to a key that
-has fewer by more than one, so that in the end all have the same or have what they want. Of its sessions one that is
-silent goes first: whose edge is gone, or has had its turn and not used it. Nothing is lost with a place, since the
-edge owns the truth: it opens the session again from what is committed.
+One key may have all places while no other wants any. A key with more places gives one to a key that has at least two
+fewer, so in the end keys have equally many, or as many as they want. Silent sessions go first: those without an edge,
+or with an edge that has not answered for a while. No token is lost: the edge opens the session again with what is
+committed.
 """
 
 from __future__ import annotations
@@ -16,29 +16,31 @@ from wisp.core.verify.session import PARKED, WAITING, Session
 
 
 def is_silent(session: Session, since: float) -> bool:
-    """Is its edge gone, or has it been waited for since then or longer?"""
+    """Is the edge lost, or has the session waited for it since `since` or longer?"""
     return session.state is PARKED or (session.state is WAITING and session.since <= since)
 
 
 def keeps_place(now: float, session: Session, limits: Limits) -> bool:
-    """Does it keep its place even if others of its own key want one? An edge that has been silent for as long as a
-    lost one is waited for is as good as lost."""
+    """Does the session keep its place even if a new one of its own key wants it?
+
+    An edge that has been silent for `park_s` counts as lost.
+    """
     return session.has_place and not is_silent(session, now - limits.park_s)
 
 
 def gives_way(
     now: float, key: str, sessions: Collection[Session], admission: Admission, limits: Limits
 ) -> Session | None:
-    """The session that gives its place to a new one of `key`; None if the new one has to wait."""
+    """The session that gives its place to a new one of `key`; None if there is none."""
     rich = admission.richer(key)
     if rich is None:
         idle = (s for s in sessions if s.has_place and not keeps_place(now, s, limits))
         return min(idle, key=lambda s: (s.key != key, s.since, s.handle), default=None)
 
     def claim(s: Session) -> tuple[bool, float]:
-        """Least: silent for longest. Most: at work for longest."""
+        """Least for the longest silence, most for the oldest active session."""
         silent = is_silent(s, now - limits.idle_s)
-        return not silent, s.since if silent else -s.opened
+        return not silent, s.since if silent else -s.targets.opened
 
     own = (s for s in sessions if s.has_place and s.key == rich)
     return min(own, key=lambda s: (*claim(s), -s.handle), default=None)

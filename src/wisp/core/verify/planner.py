@@ -1,9 +1,9 @@
-"""Planning a step: sessions get KV slots, the policy chooses among what they could do, and slices are cut.
+"""Planning a step: KV slots for sessions, a choice by the policy, slices for the engine.
 
-    ready sessions without a slot  ->  placed: the least served key's first, then the oldest
-    ready, and absent ones         ->  Candidate  ->  policy  ->  grants  ->  as many as there is KV for  ->  Run
+    ready sessions without a slot  ->  slots: least served API key first, then earliest due
+    ready and drafting sessions    ->  candidates  ->  policy  ->  grants  ->  as many as KV allows  ->  Run
 
-A session's Candidate is kept until it is filed anew: a tick looks at all that wait, and most of them have not changed.
+A session keeps its Candidate until something about it changes: most sessions do not change between two steps.
 """
 
 from __future__ import annotations
@@ -23,46 +23,45 @@ from wisp.core.verify.preemption import is_urgent, slot_victims, victims
 from wisp.core.verify.session import DRAFT, PARKED, PICKED, READY, WAITING, Session
 
 PREFILL, VERIFY, DECODE = Kind
-PATIENCE_S = 1.0  # who has no due time waits for a slot like one that is due so long after asking
-SHORT = 8  # tokens; a session that has no more than this to catch up on need not be cut into chunks
+PATIENCE_S = 1.0  # a session without SLO queues for a slot as if it were due this long after it became ready
+SHORT = 8  # tokens; a session with at most this many to compute counts as decoding and is not cut into chunks
 
 
 class SessionIndex:
-    """All sessions, and by handle those that wait: for the engine, for an edge at work on a draft, for any edge."""
+    """All sessions by handle, and buckets of those that wait."""
 
     def __init__(self) -> None:
         self.sessions: dict[int, Session] = {}
-        self.ready: dict[int, Session] = {}
-        self.drafting: dict[int, Session] = {}  # have KV, and their edge is at work on a draft
-        self.parked: dict[int, Session] = {}  # oldest first
+        self.ready: dict[int, Session] = {}  # for the engine
+        self.drafting: dict[int, Session] = {}  # for a draft of their edge; these have KV
+        self.parked: dict[int, Session] = {}  # for an edge to come back; oldest first
 
     def put(self, s: Session) -> None:
-        """Put a session where those in its state are, and forget what was worked out for another. If it is there
-        already, it keeps its place."""
-        state, file = s.state, None
+        """Move a session to the bucket of its state and forget its candidate. In the same bucket it keeps its place."""
+        state, bucket = s.state, None
         if state is READY:
-            file = self.ready
+            bucket = self.ready
         elif state is WAITING:
             if s.slot is not None and s.connection >= 0:
-                file = self.drafting
+                bucket = self.drafting
         elif state is PARKED:
-            file = self.parked
-        s.work = None
-        if file is not s.file:
+            bucket = self.parked
+        s.candidate = None
+        if bucket is not s.bucket:
             self._take_out(s)
-            if file is not None:
-                file[s.handle] = s
-            s.file = file
+            if bucket is not None:
+                bucket[s.handle] = s
+            s.bucket = bucket
 
     def remove(self, s: Session) -> None:
-        """It has ended."""
+        """The session has ended."""
         self._take_out(s)
-        s.file = None
+        s.bucket = None
         del self.sessions[s.handle]
 
     def _take_out(self, s: Session) -> None:
-        if s.file is not None:
-            del s.file[s.handle]
+        if s.bucket is not None:
+            del s.bucket[s.handle]
 
 
 class Planner:
@@ -85,23 +84,25 @@ class Planner:
         self.kv = KvPool(limits.slots, limits.slot_tokens, limits.kv_tokens)
         self.load = Load()  # of the last step
         self.evicted = 0  # times that a session lost its KV to another
-        self._copies: list[Copy] = []  # placed, not yet carried out
+        self._copies: list[Copy] = []  # for the next step
 
     def step(self, now: float) -> tuple[Run | None, float | None]:
-        """The step to run now, or none and when to ask again."""
+        """The step to run now, or None and the time to ask again."""
         index = self.index
-        self._place(now)
-        work = self._work()
-        room = self._room(now, work)
-        if room < math.inf and self.policy.preempts and (chosen := victims(now, work, room, self.cost)):
+        self._assign_slots(now)
+        candidates = self._candidates()
+        free_kv = self._free_kv(now, candidates)
+        if free_kv < math.inf and self.policy.preempts:
+            chosen = victims(now, candidates, free_kv, self.cost)
             for handle in chosen:
                 self._take_kv(handle)
-            work = self._work()
-            room = self._room(now, work)
+            if chosen:
+                candidates = self._candidates()
+                free_kv = self._free_kv(now, candidates)
         limits = StepLimits(
-            self.limits.step_tokens, self.limits.slots, self.admission.shares, self.cost, room
+            self.limits.step_tokens, self.limits.slots, self.admission.shares, self.cost, free_kv
         )
-        plan = self.policy.plan(now, work, limits)
+        plan = self.policy.plan(now, candidates, limits)
         for handle in plan.lost:
             index.sessions[handle].relax(now)
         grants = self._that_fit(now, plan.grants)
@@ -114,7 +115,7 @@ class Planner:
         return Run(copies, slices), None
 
     def failed(self) -> None:
-        """The engine has lost everything."""
+        """The step failed: the engine has lost all KV."""
         for session in self.index.sessions.values():
             session.slot, session.cached = None, 0
             self.index.put(session)
@@ -122,57 +123,61 @@ class Planner:
             self.kv.drop(slot.index)
         self._copies.clear()
 
-    def _work(self) -> list[Candidate]:
-        """What those who have a slot could do."""
-        work = [s.work or candidate_of(s) for s in self.index.ready.values() if s.slot is not None]
+    def _candidates(self) -> list[Candidate]:
+        """The candidates of all sessions that have a slot."""
+        candidates = [s.candidate or candidate_of(s) for s in self.index.ready.values() if s.slot is not None]
         if self.policy.wants_drafting:
-            work += [s.work or candidate_of(s) for s in self.index.drafting.values()]
-        return work
+            candidates += [s.candidate or candidate_of(s) for s in self.index.drafting.values()]
+        return candidates
 
-    def _room(self, now: float, work: Sequence[Candidate]) -> float:
-        """KV tokens that can be had without taking any from those at work; infinite where nobody has to go without."""
-        needed = sum([w.new for w in work])
+    def _free_kv(self, now: float, candidates: Sequence[Candidate]) -> float:
+        """KV tokens available without taking any from a candidate; inf if every candidate fits."""
+        needed = sum([c.new for c in candidates])
         if needed <= self.kv.free:
             return math.inf
         idle = self._evictable(now)
-        room = self.kv.room(lambda handle: not idle(handle))
-        return math.inf if needed <= room else room
+        free_kv = self.kv.obtainable(lambda handle: not idle(handle))
+        return math.inf if needed <= free_kv else free_kv
 
     # --- slots
 
-    def _place(self, now: float) -> None:
-        """Give KV slots to sessions that have work and none: the least served key's first, then who needs it first.
-        Where none is free, one that cannot wait borrows another's."""
+    def _assign_slots(self, now: float) -> None:
+        """Give KV slots to ready sessions that have none: least served API key first, then earliest due.
+
+        When no slot is free, an urgent session preempts another one.
+        """
         queue = [s for s in self.index.ready.values() if s.slot is None]
         shares, preempts = self.admission.shares, self.policy.preempts
         evictable = self._evictable(now)
-        able: Iterator[int] | None = None  # once there is no slot left: who would lend theirs
+        slot_owners: Iterator[int] | None = None  # that may be preempted; worked out once no slot is free
         for session in sorted(
             queue,
-            key=lambda s: (shares.get(s.key, 0.0), _needed_at(s) if preempts else 0.0, s.opened, s.handle),
-        ):
-            asked = (now, session.handle, session.sharers, session.chain, evictable)
-            placement = self.kv.acquire(*asked) if able is None else None
-            if placement is None:
-                if able is None:
-                    able = iter(slot_victims(now, self._work(), self.cost) if preempts else ())
-                if not preempts or not is_urgent(now, session.work or candidate_of(session), self.cost):
+            key=lambda s: (
+                shares.get(s.key, 0.0), _needed_at(s) if preempts else 0.0, s.targets.opened, s.handle
+            ),
+        ):  # fmt: skip
+            asked = (now, session.handle, session.params.sharers, session.progress.chain, evictable)
+            assigned = self.kv.acquire(*asked) if slot_owners is None else None
+            if assigned is None:
+                if slot_owners is None:
+                    slot_owners = iter(slot_victims(now, self._candidates(), self.cost) if preempts else ())
+                if not preempts or not is_urgent(now, session.candidate or candidate_of(session), self.cost):
                     continue
-                lender = next(able, None)
-                if lender is None:
+                victim = next(slot_owners, None)
+                if victim is None:
                     return
-                self._take_kv(lender)
-                placement = self.kv.acquire(*asked)
-                assert placement is not None
-            if placement.evicted is not None:
-                self._lose_kv(placement.evicted)
-            if placement.copy_from >= 0:
-                self._copies.append(Copy(placement.copy_from, placement.slot, placement.start))
-            session.slot, session.cached = placement.slot, placement.start
-            session.work = None
+                self._take_kv(victim)
+                assigned = self.kv.acquire(*asked)
+                assert assigned is not None
+            if assigned.evicted is not None:
+                self._lose_kv(assigned.evicted)
+            if assigned.copy_from >= 0:
+                self._copies.append(Copy(assigned.copy_from, assigned.slot, assigned.start))
+            session.slot, session.cached = assigned.slot, assigned.start
+            session.candidate = None
 
     def _evictable(self, now: float) -> Callable[[int], bool]:
-        """May a session lose its KV now? Parked ones may, and those whose edge has long been silent."""
+        """Tells whether a session may lose its KV now: it is parked, or its edge has been silent for `idle_s`."""
         sessions, silent_since = self.index.sessions, now - self.limits.idle_s
 
         return lambda handle: is_silent(sessions[handle], silent_since)
@@ -184,20 +189,20 @@ class Planner:
         self.index.put(session)
 
     def _that_fit(self, now: float, grants: list[Grant]) -> list[Grant]:
-        """As many of the grants, in order, as there is KV for; if for none, somebody's KV is taken away."""
+        """The grants, in order, that there is KV for. If not even the first one fits, other sessions are preempted."""
         needed = sum([g.tokens for g in grants])
         if self.kv.clear(needed):
             return grants
         grants = list(grants)
         idle = self._evictable(now)
-        room = self.kv.room(self._keepers(idle, grants))
-        while needed > room and len(grants) > 1:
+        available = self.kv.obtainable(self._keepers(idle, grants))
+        while needed > available and len(grants) > 1:
             last = grants.pop()
             needed -= last.tokens
-            if idle(last.session):  # now it may have to give up its own
-                room += self._held(last.session)
-        if needed > room:
-            room += self._preempt(grants[0].session, needed - room, idle)
+            if idle(last.session):  # without a grant, its own KV can be taken
+                available += self._held(last.session)
+        if needed > available:
+            self._preempt(grants[0].session, needed - available, idle)
         for handle in self.kv.fit(needed, self._keepers(idle, grants)) or ():
             self._lose_kv(handle)
         return grants
@@ -211,19 +216,19 @@ class Planner:
         slot = self.index.sessions[handle].slot
         return len(self.kv.slots[slot].tokens) if slot is not None else 0
 
-    def _preempt(self, chosen: int, missing: int, idle: Callable[[int], bool]) -> int:
-        """Take the KV of other sessions, the youngest first, until so many tokens more could be had; returns how
-        many. There are enough: alone, a session fits by its limits."""
+    def _preempt(self, chosen: int, missing: int, idle: Callable[[int], bool]) -> None:
+        """Preempt other sessions, youngest first, until `missing` more tokens are available.
+
+        There are enough: a session alone fits by its limits.
+        """
         owners = [s for s in self.index.sessions.values() if s.slot is not None and s.handle != chosen]
-        owners.sort(key=lambda s: (s.opened, s.handle))
+        owners.sort(key=lambda s: (s.targets.opened, s.handle))
         got = 0
         while got < missing:
             victim = owners.pop()
-            assert victim.slot is not None
-            if not idle(victim.handle):  # else they could be had already
+            if not idle(victim.handle):  # KV of idle sessions counts as available already
                 got += self._held(victim.handle)
             self._take_kv(victim.handle)
-        return got
 
     def _take_kv(self, handle: int) -> None:
         slot = self.index.sessions[handle].slot
@@ -234,9 +239,9 @@ class Planner:
     # --- slices
 
     def _slice(self, now: float, grant: Grant) -> Slice:
-        """Its share of the step: the next tokens of its chain and, if they reach the end, its draft."""
+        """A session's share of the step: the next tokens of its chain and, if they reach its end, the draft."""
         s = self.index.sessions[grant.session]
-        slot, start, chain = s.slot, s.cached, s.chain
+        slot, start, chain, pending = s.slot, s.cached, s.progress.chain, s.round.pending
         assert slot is not None
         if s.state is WAITING:  # decode for an edge that is still drafting
             s.go(DRAFT)
@@ -244,31 +249,36 @@ class Planner:
         self.index.put(s)
         end = min(start + grant.tokens, len(chain))
         last = end == len(chain)
-        draft = s.pending.draft[: grant.tokens - (end - start)] if last and s.pending else []
+        draft = pending.draft[: grant.tokens - (end - start)] if last and pending else []
         self.kv.touch(now, slot)
-        # In the order of Slice's fields, as in `candidate_of`.
-        tokens, n_draft, position = chain[start:end].tolist() + draft, len(draft), len(chain) - s.n_prompt
-        return Slice(s.handle, slot, start, tokens, n_draft, last, position, s.sampling, s.logprobs)
+        # By position, as in `candidate_of`.
+        tokens, n_draft, position = chain[start:end].tolist() + draft, len(draft), s.progress.committed
+        return Slice(
+            s.handle, slot, start, tokens, n_draft, last, position, s.params.sampling, s.progress.logprobs
+        )
 
 
 def _needed_at(s: Session) -> float:
-    """When it needs a slot: who has no due time is not made to wait for ever, either."""
+    """When the session needs a slot. Without an SLO it must not wait forever either."""
     due = s.due
     return due if due < math.inf else s.since + PATIENCE_S
 
 
 def candidate_of(s: Session) -> Candidate:
-    """What a session could do. Kept with it, until it is filed anew."""
-    pending, due, cached, length = s.pending, s.due, s.cached, len(s.chain)
+    """What a session could run next. Kept with the session until `SessionIndex.put`."""
+    progress, targets, speed, pending = s.progress, s.targets, s.speed, s.round.pending
+    cached, length = s.cached, len(progress.chain)
+    committed = length - progress.n_prompt
+    due = targets.due(committed)
     n_draft = len(pending.draft) if pending else 0
-    missing, first = length - cached, s.first_at == math.inf
+    missing, first = length - cached, targets.first_at == math.inf
     kind = PREFILL if missing > SHORT else VERIFY if n_draft else DECODE
     since = pending.since if pending else s.since
-    room, absent = s.max_tokens - length + s.n_prompt, s.state is WAITING
-    lag_s = 0.0 if first else s.lag_s_if(due)
-    # In the order of Candidate's fields: by name, a struct of so many takes seven times as long to make.
-    s.work = work = Candidate(
-        s.handle, kind, missing + n_draft, cached, n_draft, since, s.opened, s.key, due, s.tpot_s,
-        s.expected(n_draft), s.usual, room, absent, first, lag_s, s.late,
+    remaining, drafting = s.params.max_tokens - committed, s.state is WAITING
+    lag_s = 0.0 if first else speed.answered_at + targets.tpot_s - due
+    # By position: with names, a struct of this many fields takes seven times as long to make.
+    s.candidate = candidate = Candidate(
+        s.handle, kind, missing + n_draft, cached, n_draft, since, targets.opened, s.key, due, targets.tpot_s,
+        speed.expected(n_draft), speed.round_tokens, remaining, drafting, first, lag_s, targets.slo_lost,
     )  # fmt: skip
-    return work
+    return candidate

@@ -1,10 +1,12 @@
-"""Would one more session keep its pace? Admission by what the cost model says, not by counting sessions.
+"""SLO admission: refuse a session whose SLO could not be met, or with which others would miss theirs.
 
-Tokens that all sessions are owed per second, times the rows that a token takes, must fit into the rows that steps of
-a bearable length do per second. Rows per token are taken as they are under pressure, when the price of drafts has
-made edges careful; below that load nobody is refused anyway. What the forecast cannot know (luck with drafts, users
-who leave, a host that is slow) shows in how many are behind their pace, which counts too, and in how many answers were
-late: `SloAdmission` promises less then.
+The decision comes from the cost model and not from a count of sessions. All sessions together need tokens per second;
+times the rows per token, they must fit into the rows per second of steps that are short enough. Rows per token are
+those under load, when the congestion price has shortened drafts; at lower load nobody is refused anyway.
+
+The cost model does not know everything: acceptance, users who leave, a slow host. So two measurements count as well:
+the share of sessions behind their TPOT target, and the share of answers that missed their SLO
+(`SloAdmission.filled`).
 """
 
 from __future__ import annotations
@@ -17,32 +19,33 @@ from typing import NamedTuple
 from wisp.core.verify.admission import Refusal
 from wisp.core.verify.cost import CostModel, Load
 from wisp.core.verify.events import Limits
-from wisp.core.verify.session import PARKED, WAITING, Session
+from wisp.core.verify.session import PARKED, RELAXED, WAITING, Session
 
-ROWS_A_TOKEN = 1.25  # drafts and the target's own, per committed token, under pressure
-ROWS_A_SLICE = 2.5  # what a session brings to a step
-FILLED = 1.05  # of what the cost model offers, to begin with
-LEAST_FILLED, MOST_FILLED = 0.7, 1.15  # however many were late, or in time
-IN_TIME, LATE = 0.0006, -0.0094  # what an answer changes: at rest, six in a hundred are late
-BACK = 0.002  # of the way back to where it began, with every answer: a burst is forgotten
-MOST_A_ROUND = 8.0  # tokens that a session could commit in every step, with the best of drafts
-LENDABLE = 0.5  # share of the KV of sessions for which there need be no room, if they lend it to each other
-OVERBOOKED = 0.1  # the same, if they do not: those that wait for their first token need none yet
-LOAN = 0.15  # of an answer's time
-TOO_MANY = 0.6  # share of sessions that are behind
-# Share of the rows until a first token is due that prompts may ask for: what decoding leaves, within these. Decoding
-# can wait for a crowd of them, and steps are longer, so more rows can be had than are counted on.
-READING_LEAST, READING_MOST = 1.0, 1.2
-MOST_REFUSED = 30  # for one session that ended: a crowd is forgotten
-LONGEST_S = 20.0  # to come again, and half as much to spread
-FRESH_S = 0.1  # who is here is known at once, how they fare no older than this: a look at thousands takes milliseconds
+ROWS_A_TOKEN = 1.25  # rows of drafts and of the target's own token, per committed token, under load
+ROWS_A_SLICE = 2.5  # rows that a session brings to a step
+FILLED = 1.05  # share of the cost model's capacity that is promised at first
+LEAST_FILLED, MOST_FILLED = 0.7, 1.15  # its bounds
+IN_TIME, LATE = 0.0006, -0.0094  # its change with an answer: in balance if six in a hundred miss their SLO
+BACK = 0.002  # share of the way back to FILLED, per answer: a burst is forgotten
+MOST_A_ROUND = 8.0  # tokens that a session could commit per step with the best of drafts
+PREEMPTIBLE = 0.5  # share of the sessions' KV that may be missing, with preemption
+OVERBOOKED = 0.1  # the same without preemption: sessions waiting for their first token need no KV yet
+PREEMPTED_FOR = 0.15  # of an answer's time: how long a preempted session stays without KV
+BEHIND_MOST = 0.6  # share of sessions behind their TPOT target at which none is admitted
+# Share of the rows, until a first token is due, that waiting prompts may need: what decoding leaves, within these
+# bounds. Decoding can wait for many prompts and steps get longer, so the prompts get more rows than the capacity
+# says.
+PROMPTS_LEAST, PROMPTS_MOST = 1.0, 1.2
+MOST_REFUSED = 30  # refusals counted per ended session: a crowd is forgotten
+LONGEST_S = 20.0  # longest Retry-After, before it is spread by up to half
+FRESH_S = 0.1  # age up to which the sessions' states are not read again: thousands of them take milliseconds
 AWAY = frozenset({WAITING, PARKED})
-SILENT_S = 5.0  # whose edge has been away for longer than any draft takes asks for nothing
-GOLDEN = 0.6180339887  # its multiples' fractions spread evenly
+SILENT_S = 5.0  # a session whose edge has been away for longer than any draft takes counts for nothing
+GOLDEN = 0.6180339887  # the fractional parts of its multiples are spread evenly
 
 
 class _Share(NamedTuple):
-    """What one session adds to the demand. `pace`: 0 if it has none to keep."""
+    """What one session adds to the demand. `bearable_s`: the longest step that keeps its TPOT target, 0 without one."""
 
     kv: float
     unread: int
@@ -51,41 +54,49 @@ class _Share(NamedTuple):
     begun: bool
     running: bool
     behind: bool
-    pace: float
+    bearable_s: float
 
 
 class Demand:
-    """What sessions ask for. Rows are per second; paces are the longest steps that sessions can bear, in seconds."""
+    """What all sessions need.
+
+    rows, decoding: per second, with prompts and without
+    kv:             tokens
+    unread:         prompt tokens of sessions without a first token
+    running:        sessions with a TPOT target that decode; `behind` of them lag
+    begun:          sessions that have a first token
+    bearable_s:     for each TPOT target, the longest step that keeps it; ascending
+    """
 
     def __init__(self, sessions: Iterable[Session], answer_tokens: float) -> None:
         self.answer_tokens = answer_tokens
-        self.rows = self.decoding = 0.0  # with those of prompts, and without
-        self.kv = 0.0  # tokens
-        self.unread = 0  # tokens, of prompts of sessions without a first token
+        self.rows = self.decoding = 0.0
+        self.kv = 0.0
+        self.unread = 0
         self.running = self.behind = self.sessions = self.begun = 0
-        self.paces: list[float] = []  # ascending
+        self.bearable_s: list[float] = []
         self._shares: dict[int, _Share] = {}
         for s in sessions:
             share = self._shares[s.handle] = self._share(s)
             self._count(share, 1)
-            if share.pace:
-                self.paces.append(share.pace)
-        self.paces.sort()
+            if share.bearable_s:
+                self.bearable_s.append(share.bearable_s)
+        self.bearable_s.sort()
 
     def add(self, s: Session) -> None:
-        """One more."""
+        """Count one more session."""
         share = self._shares[s.handle] = self._share(s)
         self._count(share, 1)
-        if share.pace:
-            insort(self.paces, share.pace)
+        if share.bearable_s:
+            insort(self.bearable_s, share.bearable_s)
 
     def remove(self, handle: int) -> None:
-        """One less, if it was counted: as it was then."""
+        """Take back what was counted for a session, if it was."""
         share = self._shares.pop(handle, None)
         if share is not None:
             self._count(share, -1)
-            if share.pace:
-                del self.paces[bisect_left(self.paces, share.pace)]
+            if share.bearable_s:
+                del self.bearable_s[bisect_left(self.bearable_s, share.bearable_s)]
 
     def _count(self, share: _Share, n: int) -> None:
         self.sessions += n
@@ -98,39 +109,49 @@ class Demand:
         self.behind += n * share.behind
 
     def _share(self, s: Session) -> _Share:
-        tokens, n_prompt, tpot_s = min(s.max_tokens, self.answer_tokens), s.n_prompt, s.tpot_s
-        begun = len(s.chain) > n_prompt
+        progress, targets = s.progress, s.targets
+        tokens, n_prompt, tpot_s = (
+            min(s.params.max_tokens, self.answer_tokens),
+            progress.n_prompt,
+            targets.tpot_s,
+        )
+        begun = len(progress.chain) > n_prompt
         kv, unread = n_prompt + tokens / 2, 0 if begun else n_prompt
         if not tpot_s:
             return _Share(kv, unread, 0.0, 0.0, begun, False, False, 0.0)
-        token_s = 2.0 * tpot_s if s.late else tpot_s
+        token_s = RELAXED * tpot_s if targets.slo_lost else tpot_s
         rows, decoding = (ROWS_A_TOKEN + n_prompt / tokens) / token_s, ROWS_A_TOKEN / token_s
-        if s.late:
+        if targets.slo_lost:
             return _Share(kv, unread, rows, decoding, begun, False, False, 0.0)
-        pace = tpot_s * (s.usual + 1.0) / 2.0
-        return _Share(kv, unread, rows, decoding, begun, begun, begun and s.lag_s > 0.0, pace)
+        bearable_s = tpot_s * (s.speed.round_tokens + 1.0) / 2.0
+        return _Share(kv, unread, rows, decoding, begun, begun, begun and s.lag_s > 0.0, bearable_s)
 
     def without_kv(self, limits: Limits) -> float:
-        """Tokens of KV for which there is no room."""
+        """Tokens of KV beyond what there is."""
         return max(0.0, self.kv - limits.kv_tokens)
 
     def without_slot(self, limits: Limits) -> float:
-        """The same for want of slots. Who waits for a first token can wait for a slot, too."""
+        """Tokens of KV of sessions beyond the slots. A session without a first token can wait for a slot."""
         return max(0, self.begun - limits.slots) / max(self.sessions, 1) * self.kv
 
 
 class SloAdmission:
-    """What answers look like here, smoothed, and how much of what the cost model offers can be promised: less with
-    each answer that was late, a little more with each that was not."""
+    """Decides who is admitted, and learns from the answers.
+
+    answer_tokens, answer_s: length and duration of an answer, smoothed
+    filled:                  share of the cost model's capacity that is promised: less after each answer that missed its
+                             SLO, a little more after each that met it
+    refused_each:            sessions refused per ended session, smoothed
+    """
 
     def __init__(self) -> None:
         self.answer_tokens = 200.0
         self.answer_s = 10.0
         self.filled = FILLED
-        self.refused_each = 0.0  # newcomers refused for each session that ended, smoothed
-        self._refused = 0  # since the last one
-        self._refusals = 0  # ever
-        self._demand: Demand | None = None  # of those who are here
+        self.refused_each = 0.0
+        self._refused = 0  # since the last session ended
+        self._refusals = 0  # since the start
+        self._demand: Demand | None = None  # of the present sessions
         self._looked_at = -math.inf
 
     def ended(self, tokens: int, seconds: float, in_time: bool) -> None:
@@ -146,7 +167,7 @@ class SloAdmission:
             self._demand.add(s)
 
     def left(self, s: Session) -> None:
-        """A session has ended, with an answer or without."""
+        """A session has ended, complete or not."""
         self.refused_each += 0.05 * (min(self._refused, MOST_REFUSED) - self.refused_each)
         self._refused = 0
         if self._demand is not None:
@@ -162,10 +183,10 @@ class SloAdmission:
         *,
         preempts: bool,
     ) -> None:
-        """Raises Refusal where `newcomer`, which has an SLO, would be late or make others late."""
+        """Raises Refusal if `newcomer`, which has an SLO, would miss it or make others miss theirs."""
         if self._demand is None or now - self._looked_at > FRESH_S:
-            asking = (s for s in sessions if s.state not in AWAY or s.since > now - SILENT_S)
-            self._demand, self._looked_at = Demand(asking, self.answer_tokens), now
+            present = (s for s in sessions if s.state not in AWAY or s.since > now - SILENT_S)
+            self._demand, self._looked_at = Demand(present, self.answer_tokens), now
         self._demand.add(newcomer)
         try:
             problem = self._problem(self._demand, newcomer, cost, limits, preempts)
@@ -177,33 +198,33 @@ class SloAdmission:
     def _problem(
         self, demand: Demand, newcomer: Session, cost: CostModel, limits: Limits, preempts: bool
     ) -> str:
-        """What speaks against a newcomer, who is counted in already; "" for nothing."""
+        """The reason to refuse `newcomer`, which `demand` includes; "" for none."""
         without = demand.without_kv(limits)
-        if without > (LENDABLE if preempts else OVERBOOKED) * demand.kv:
+        if without > (PREEMPTIBLE if preempts else OVERBOOKED) * demand.kv:
             return "this verifier has no room for another context now"
-        paces = demand.paces
-        if not paces:
+        bearable_s = demand.bearable_s
+        if not bearable_s:
             return ""
-        if demand.running >= 4 and demand.behind > TOO_MANY * demand.running:
+        if demand.running >= 4 and demand.behind > BEHIND_MOST * demand.running:
             return "this verifier is behind with the sessions that it has"
-        longest_ms = paces[len(paces) // 10] * 1e3
-        offered = rows_in(cost, longest_ms) / longest_ms * 1e3
-        ttft_s = newcomer.slo.ttft_ms / 1e3 if newcomer.slo else 0.0
-        waiting = ttft_s / (self.answer_tokens * newcomer.tpot_s) if newcomer.tpot_s else 0.0
-        # What there is no KV or slot for is lent, and has to be read again.
-        lent = max(without, demand.without_slot(limits) if preempts else 0.0) / (
-            LOAN * max(self.answer_s, 1.0)
-        )
-        # Who waits for a first token asks for nothing yet, and so many may wait at a time.
-        if demand.rows + lent > self.filled * (1.0 + waiting) * offered and len(paces) > 1:
+        longest_ms = bearable_s[len(bearable_s) // 10] * 1e3
+        offered = rows_in(cost, longest_ms) / longest_ms * 1e3  # per second
+        slo, tpot_s = newcomer.targets.slo, newcomer.targets.tpot_s
+        ttft_s = slo.ttft_ms / 1e3 if slo else 0.0
+        waiting = ttft_s / (self.answer_tokens * tpot_s) if tpot_s else 0.0
+        # Sessions beyond KV or slots are preempted in turn, and their KV is computed again.
+        preempted = max(without, demand.without_slot(limits) if preempts else 0.0)
+        again = preempted / (PREEMPTED_FOR * max(self.answer_s, 1.0))
+        # A session waiting for its first token needs no rows yet: this many more can be here at a time.
+        if demand.rows + again > self.filled * (1.0 + waiting) * offered and len(bearable_s) > 1:
             return "this verifier could not keep the pace asked for"
-        left = min(max(1.0 - demand.decoding / max(offered, 1e-9), READING_LEAST), READING_MOST)
+        left = min(max(1.0 - demand.decoding / max(offered, 1e-9), PROMPTS_LEAST), PROMPTS_MOST)
         if ttft_s and demand.running and demand.unread > left * offered * ttft_s:
             return "too many prompts wait to be read"
         return ""
 
     def _refusal(self, message: str) -> Refusal:
-        """Come again when there may be room: later where many are turned away for each answer, and not all at once."""
+        """Retry-After grows with the refusals per ended session, and is spread so that not all come back at once."""
         self._refused += 1
         self._refusals += 1
         wait_s = min(max(1.0, self.answer_s / 2.0 * max(1.0, self.refused_each)), LONGEST_S)
@@ -211,17 +232,17 @@ class SloAdmission:
 
 
 def keepable(newcomer: Session, cost: CostModel) -> bool:
-    """Could a server that does nothing else keep this SLO? True while nothing is known of the server."""
-    slo = newcomer.slo
+    """Could an idle server meet this SLO? True while the cost model knows nothing."""
+    slo = newcomer.targets.slo
     if slo is None or not cost.informed:
         return True
-    read_ms = cost.ms(Load().plus(newcomer.n_prompt, 0))
-    round_ms = cost.ms(Load().plus(1, newcomer.n_prompt))
-    return not (0.0 < slo.ttft_ms < read_ms or 0.0 < slo.tpot_ms < round_ms / MOST_A_ROUND)
+    prefill_ms = cost.ms(Load().plus(newcomer.progress.n_prompt, 0))
+    round_ms = cost.ms(Load().plus(1, newcomer.progress.n_prompt))
+    return not (0.0 < slo.ttft_ms < prefill_ms or 0.0 < slo.tpot_ms < round_ms / MOST_A_ROUND)
 
 
 def rows_in(cost: CostModel, step_ms: float) -> float:
-    """Tokens that fit into a step of so long."""
+    """Rows that fit into a step of `step_ms`."""
     now = cost.now
     left = step_ms - cost.ms(Load())
     if left <= 0.0:

@@ -1,14 +1,12 @@
 """The verifier: events in, actions out. Everything the server decides, without I/O, clock or thread.
 
-The whole system in a few lines:
+    Received(Open | Draft | Cancel)  ->  change a session; sometimes answer at once
+    Tick                             ->  assign KV slots, let the policy choose, Run(step)   (`planner`)
+    StepDone(results)                ->  commit tokens, send Verdicts
 
-    FromEdge(open | draft | cancel)  ->  session table, perhaps an answer at once
-    Tick                             ->  place sessions in KV slots, let the policy choose, Run(step)   (`planning`)
-    StepDone(results)                ->  commit, Verdicts
-
-One step is in the engine at a time. Its host (live server or simulator) feeds events with `now`, carries out
-the actions, and sends a Tick whenever the engine is idle and something may have changed. Events are plain
-structs: a recorded list of (now, event) replays to identical actions.
+The engine runs one step at a time. `loop` feeds events with `now`, carries out the actions, and sends a Tick when the
+engine is idle and something may have changed. Events are plain structs: a recorded list of (now, event) replays to
+identical actions.
 """
 
 from __future__ import annotations
@@ -25,10 +23,10 @@ from wisp.core.verify.cost import CostModel, Load, decoding_of
 from wisp.core.verify.events import (
     Action,
     Ended,
-    FromEdge,
     InEvent,
     KeyLimitsChanged,
     Limits,
+    Received,
     Send,
     StepDone,
     Tick,
@@ -57,7 +55,7 @@ from wisp.core.verify.slo_admission import SloAdmission, keepable
 
 
 class Verifier:
-    """Sessions, KV slots and a batching policy. `handle` is the only entry."""
+    """Sessions, KV slots and a batching policy. Everything enters through `handle`."""
 
     def __init__(
         self, limits: Limits, policy: BatchingPolicy, admission: Admission, cost: CostModel | None = None
@@ -66,7 +64,7 @@ class Verifier:
         self.policy = policy
         self.admission = admission
         self.cost = cost or CostModel()
-        self.forecast = SloAdmission()
+        self.slo_admission = SloAdmission()
         self.index = SessionIndex()
         self.sessions = self.index.sessions
         self.planner = Planner(limits, policy, admission, self.cost, self.index)
@@ -77,7 +75,7 @@ class Verifier:
         self._step: dict[int, Slice] | None = None  # what the engine is running
         self._load = Load()
         self._dispatched = 0.0
-        self.price = 0.0  # of a draft token, as of the last step
+        self.price = 0.0  # congestion price after the last step: committed tokens per draft token
         self._next_handle = 0
 
     @property
@@ -87,15 +85,15 @@ class Verifier:
 
     @property
     def n_waiting(self) -> int:
-        """Sessions that have work but no KV slot."""
+        """Sessions that could run but have no KV slot."""
         return sum(s.slot is None for s in self.index.ready.values())
 
     def knows(self, session_id: str) -> bool:
-        """Is it a live session's?"""
+        """Is there a live session of this id?"""
         return session_id in self._by_id
 
     def kept_places(self, now: float) -> int:
-        """Sessions that keep their place even if others of their own key want one."""
+        """Sessions that keep their place even if a new session of their own key wants one."""
         return sum(keeps_place(now, s, self.limits) for s in self.sessions.values())
 
     @property
@@ -104,9 +102,9 @@ class Verifier:
         return self.planner.evicted
 
     def handle(self, now: float, event: InEvent) -> list[Action]:
-        """What to do about `event`. `now` is in seconds and never goes back."""
-        if isinstance(event, FromEdge):
-            return self._from_edge(now, event)
+        """Handle `event` and return the actions it calls for. `now` is in seconds and never goes back."""
+        if isinstance(event, Received):
+            return self._received(now, event)
         if isinstance(event, StepDone):
             return self._step_done(now, event)
         if isinstance(event, Tick):
@@ -120,7 +118,7 @@ class Verifier:
 
     # --- messages
 
-    def _from_edge(self, now: float, event: FromEdge) -> list[Action]:
+    def _received(self, now: float, event: Received) -> list[Action]:
         message = event.message
         actions: list[Action] = []
         answer: Verdict | None = None
@@ -148,36 +146,36 @@ class Verifier:
         if session is None:
             session = Session(self._next_handle + 1, key, connection, open_, now)
             if not keepable(session, self.cost):
-                session.promise_nothing()  # what is impossible must not be in the way of what is not
-            elif self.limits.forecast and open_.slo is not None and not open_.committed:
-                self._foresee(now, session)
-            self.admission.opened(now, key, lambda: self._make_room(now, key, actions))
+                session.targets.drop()  # an infeasible SLO is served best-effort, and delays no feasible one
+            elif self.limits.slo_admission and open_.slo is not None and not open_.committed:
+                self._check_slo(now, session)
+            self.admission.opened(now, key, lambda: self._free_place(now, key, actions))
             session.has_place = True
             self._next_handle += 1
             self.sessions[session.handle] = self._by_id[session.id] = session
-            self.forecast.entered(session)
+            self.slo_admission.entered(session)
         else:
             self._resume(session, connection, key, open_)
         self._by_connection.setdefault(connection, set()).add(session.handle)
         return self._take(now, session, open_.round, len(open_.committed), open_.draft)
 
-    def _foresee(self, now: float, newcomer: Session) -> None:
-        """Raises Refusal where another session could not be served in time."""
+    def _check_slo(self, now: float, newcomer: Session) -> None:
+        """Raises Refusal if the SLO of `newcomer`, or of the others with it, could not be met."""
         try:
             sessions, preempts = self.sessions.values(), self.policy.preempts
-            self.forecast.check(now, sessions, newcomer, self.cost, self.limits, preempts=preempts)
+            self.slo_admission.check(now, sessions, newcomer, self.cost, self.limits, preempts=preempts)
         except Refusal:
             self.admission.turned_away(newcomer.key)
             raise
 
-    def _make_room(self, now: float, key: str, actions: list[Action]) -> bool:
-        """All places are taken, and `key` wants one. False if nobody has to give theirs up."""
+    def _free_place(self, now: float, key: str, actions: list[Action]) -> bool:
+        """End a session to free its place for `key`. False if none has to give way."""
         session = gives_way(now, key, self.sessions.values(), self.admission, self.limits)
         if session is None:
             return False
         if session.connection >= 0:
             message = "all places are taken, and this one went to another; try again"
-            refused = Refused(session.id, "overloaded", message, 1.0, True, session.heard_round)
+            refused = Refused(session.id, "overloaded", message, 1.0, True, session.round.last_received)
             actions.append(Send(session.connection, refused))
         else:
             actions.append(Ended(session.id, "expired"))
@@ -198,26 +196,26 @@ class Verifier:
     def _draft(self, now: float, connection: int, draft: Draft) -> Verdict | None:
         session = self._owned(connection, draft.session)
         self._check_tokens("draft", draft.tokens, self.limits.max_draft)
-        if draft.round <= session.round:
-            if session.verdict is not None and draft.round == session.verdict.round:
-                return session.verdict
-            if draft.round == session.round:
-                return None  # a duplicate of what is being verified: its verdict will come
-            raise ProtocolError("out_of_turn", f"round {draft.round} is over; the last was {session.round}")
+        current = session.round
+        if draft.round <= current.number:
+            if current.verdict is not None and draft.round == current.verdict.round:
+                return current.verdict
+            if draft.round == current.number:
+                return None  # a duplicate of the draft under verification: its verdict will come
+            raise ProtocolError("out_of_turn", f"round {draft.round} is over; the last was {current.number}")
         if not 0 <= draft.base <= session.n_committed:
             message = f"base {draft.base}, but {session.n_committed} tokens are committed here; open the session again"
             raise ProtocolError("unknown_base", message)
         state = session.state
         if state in IN_ENGINE:
             session.go(DRAFT)
-            session.serve = draft.serve
-            session.inbox = draft
+            current.serve = draft.serve
+            current.inbox = draft
             return None
-        session.serve = draft.serve
+        current.serve = draft.serve
         if state is READY and session.extends(draft):
-            session.inbox = draft  # sent ahead: it is worth its rows once what it bets on has come true
+            current.inbox = draft  # drafted ahead: it waits for the verdict on the draft that it continues
             return None
-        session.returned(now)
         return self._take(now, session, draft.round, draft.base, draft.tokens)
 
     def _take(
@@ -225,15 +223,15 @@ class Verifier:
     ) -> Verdict | None:
         """Have a draft verified, or answer it at once."""
         if session.state in IN_ENGINE:  # resumed while its step runs
-            session.inbox = Draft(session.id, round_, base, tokens, serve=session.serve)
+            session.round.inbox = Draft(session.id, round_, base, tokens, serve=session.round.serve)
             return None
         taken = session.intake(round_, base, tokens, now)
         if isinstance(taken, Pending):
-            session.pending, answer = taken, None
+            session.round.pending, answer = taken, None
         else:
-            session.pending, answer = None, taken
+            session.round.pending, answer = None, taken
         ready = session.state is READY
-        if answer is None or session.serve:
+        if answer is None or session.round.serve:
             if not ready:
                 session.since = now
             session.go(DRAFT)
@@ -250,7 +248,7 @@ class Verifier:
         return [Ended(session.id, "abort")]
 
     def _stop(self, session: Session) -> None:
-        """End it: at once, or with the step that it takes part in. Its name and its place are free in any case."""
+        """End a session: at once, or with its running step. Its id and its place are free at once."""
         if session.go(CANCEL) is ENDED:
             self._end(session)
         else:
@@ -279,8 +277,8 @@ class Verifier:
             message = f"the prompt has {len(o.prompt)} tokens; the context is {limits.slot_tokens}"
             raise ProtocolError("context_length_exceeded", message)
         if not 1 <= o.max_tokens <= limits.slot_tokens - len(o.prompt):
-            room = limits.slot_tokens - len(o.prompt)
-            raise ProtocolError("context_length_exceeded", f"max_tokens must be between 1 and {room} here")
+            most = limits.slot_tokens - len(o.prompt)
+            raise ProtocolError("context_length_exceeded", f"max_tokens must be between 1 and {most} here")
         if len(o.committed) >= o.max_tokens or (o.logprobs is not None and not 0 <= o.logprobs <= 20):
             raise ProtocolError("malformed", "committed must be shorter than max_tokens, logprobs at most 20")
         if not o.ignore_eos and not limits.eos.isdisjoint(o.committed):
@@ -311,8 +309,8 @@ class Verifier:
             session.go(LOST)
         session.connection = -1
         session.since = now
-        session.pending = session.inbox = None
-        session.serve = False
+        session.round.pending = session.round.inbox = None
+        session.round.serve = False
         self.index.put(session)
 
     def _expire(self, now: float) -> list[Action]:
@@ -326,13 +324,13 @@ class Verifier:
         return actions
 
     def _end(self, session: Session) -> None:
-        """Forget a session. Its KV stays in the slot for a follow-up turn, until someone needs the room."""
+        """Forget a session. Its KV stays in the slot for a follow-up turn, until the slot is needed."""
         if session.slot is not None:
             self.kv.release(session.slot, keep=True)
         self.index.remove(session)
         self._by_connection.get(session.connection, set()).discard(session.handle)
         self._free(session)
-        self.forecast.left(session)
+        self.slo_admission.left(session)
 
     # --- steps
 
@@ -359,7 +357,7 @@ class Verifier:
         if event.error:
             self._step_failed(step, event.error, actions)
             return actions
-        # From dispatch to dispatch: what the host does between steps takes time from everybody, too.
+        # From dispatch to dispatch: the host's work between steps delays every session, too.
         self.cost.observe(self._load, max(event.engine_ms, (now - self._dispatched) * 1e3))
         decoding = self.cost.ms(decoding_of(step.values())) / self.cost.ms(self._load)
         self.congestion.stepped(
@@ -385,25 +383,27 @@ class Verifier:
             self.kv.record(now, s.slot, [])
             self._fail(s, result.code, result.error, actions)
             return
-        if s.discard:
-            s.discard = False
+        if s.round.discard:
+            s.round.discard = False
             self._settle(now, s, cached=slice_.start, more=False)
             self._next(now, s, actions)
             return
         tokens, finish = self._cut(s, result.tokens) if slice_.sample else ([], "")
-        s.append(tokens, result.logprobs)
+        s.progress.append(tokens, result.logprobs)
         fed = slice_.start + len(slice_.tokens) - slice_.n_draft + result.accepted
-        self.admission.served(now, s.key, max(0, min(fed, s.n_prompt) - slice_.start), len(tokens))
+        prompt_tokens = max(0, min(fed, s.progress.n_prompt) - slice_.start)
+        self.admission.served(now, s.key, prompt_tokens, len(tokens))
         verdict = None
         if slice_.sample:
-            # Nothing pending: server mode, or the edge came back during the step with a draft of its own.
-            p = s.pending or Pending(s.round, s.heard, 0, [], s.since)
-            agreed = p.head + min(result.accepted, len(tokens)) if s.pending else 0
-            s.pending = None
+            # Nothing is pending in server mode, or if the edge resumed during the step with a new draft.
+            current = s.round
+            p = current.pending or Pending(current.number, current.heard, 0, [], s.since)
+            agreed = p.head + min(result.accepted, len(tokens)) if current.pending else 0
+            current.pending = None
             s.verified(now, slice_.n_draft, result.accepted)
             if p.since != s.since or slice_.n_draft:
-                s.usual += 0.1 * (len(tokens) - s.usual)
-            s.price = self.price
+                s.speed.committed(len(tokens))
+            current.price = self.price
             verdict = s.answer(
                 p.round,
                 p.base,
@@ -414,10 +414,11 @@ class Verifier:
             )
         doomed = s.state is DOOMED
         connection = -1 if doomed else s.connection
-        more = not slice_.sample or (s.serve and not finish)
-        self._settle(now, s, cached=min(fed, len(s.chain)), more=more)
+        more = not slice_.sample or (s.round.serve and not finish)
+        self._settle(now, s, cached=min(fed, len(s.progress.chain)), more=more)
         if finish:
-            self.forecast.ended(s.n_committed, now - s.opened, s.in_time(now))
+            committed, targets = s.n_committed, s.targets
+            self.slo_admission.ended(committed, now - targets.opened, targets.in_time(now, committed))
             if s.state is not ENDED:
                 s.go(CANCEL if s.state is PARKED else FINISHED)
                 self._end(s)
@@ -425,35 +426,34 @@ class Verifier:
             actions.append(Send(connection, verdict))
         elif finish and not doomed:
             actions.append(Ended(s.id, "expired"))
-        if s.inbox is not None and s.state is not ENDED:
+        if s.round.inbox is not None and s.state is not ENDED:
             self._next(now, s, actions)
 
     def _cut(self, s: Session, tokens: list[int]) -> tuple[list[int], str]:
-        """The tokens up to an end of sequence or the length limit, and the reason if there is one."""
-        room = s.room
-        tokens = tokens[:room]
-        if not (s.ignore_eos or self.limits.eos.isdisjoint(tokens)):
+        """The tokens up to an end of sequence or the length limit, and the finish reason ("" if it goes on)."""
+        tokens = tokens[: s.remaining]
+        if not (s.params.ignore_eos or self.limits.eos.isdisjoint(tokens)):
             end = next(i for i, token in enumerate(tokens) if token in self.limits.eos)
             return tokens[: end + 1], "stop"
-        return tokens, "length" if len(tokens) == room else ""
+        return tokens, "length" if len(tokens) == s.remaining else ""
 
     def _settle(self, now: float, s: Session, *, cached: int, more: bool) -> None:
-        """The step is over for `s`: note what its slot holds, and let it go on, wait, park or end."""
+        """The step is over for `s`: record what its slot holds; then `s` goes on, waits, is parked or ends."""
         assert s.slot is not None
-        self.kv.grow(now, s.slot, s.chain[s.cached : cached])
+        self.kv.grow(now, s.slot, s.progress.chain[s.cached : cached])
         s.cached = cached
         state = s.go(MORE if more else VERDICT)
         s.since = now
         if state is PARKED:
-            s.pending = None
+            s.round.pending = None
         if state is ENDED:
             self._end(s)
         else:
             self.index.put(s)
 
     def _next(self, now: float, s: Session, actions: list[Action]) -> None:
-        """A draft that arrived during the step is taken up now."""
-        draft, s.inbox = s.inbox, None
+        """Take up the draft that arrived during the step."""
+        draft, s.round.inbox = s.round.inbox, None
         if draft is not None and s.state in (READY, WAITING):
             answer = self._take(now, s, draft.round, draft.base, draft.tokens)
             if answer is not None:
@@ -465,10 +465,10 @@ class Verifier:
             self._fail(self.sessions[handle], ENGINE_ERROR, error, actions)
 
     def _fail(self, s: Session, code: str, message: str, actions: list[Action]) -> None:
-        """End a session that the engine could not serve. After ENGINE_ERROR its edge may open it again."""
+        """End a session whose slice failed. After ENGINE_ERROR the edge may open it again."""
         doomed = s.state is DOOMED
         connection = -1 if doomed else s.connection
-        round_ = s.heard_round
+        round_ = s.round.last_received
         s.go(FINISHED)
         if s.slot is not None:
             self.kv.drop(s.slot)

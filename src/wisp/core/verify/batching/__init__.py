@@ -1,4 +1,4 @@
-"""Batching policies by name. Each is a small class that plans one step at a time; see `base` for what it sees."""
+"""Batching policies by name. Each is a small class that plans one step at a time; `base` has the interface."""
 
 from __future__ import annotations
 

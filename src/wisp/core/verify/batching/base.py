@@ -1,7 +1,7 @@
-"""What a batching policy sees and answers: who takes part in the next step, and with how many tokens.
+"""The interface of a batching policy: candidates in, a plan for the next step out.
 
-A policy is given `now`, the work that could run, and what fits into one step; it returns grants, or a time
-to ask again. It keeps no clock and does no I/O, so that server and simulator drive the same object.
+A policy sees `now`, the candidates and the limits of a step. It returns grants, or a time to ask again. It reads no
+clock and does no I/O, so the server and the simulator use the same object.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from wisp.core.verify.cost import CostModel
 
 
 class Kind(IntEnum):
-    """What a piece of work is. PREFILL may be cut into chunks, VERIFY to fewer draft tokens."""
+    """What a candidate would run. A PREFILL can be cut into chunks, a VERIFY to fewer draft tokens."""
 
     PREFILL = 0
     VERIFY = 1
@@ -25,23 +25,23 @@ class Kind(IntEnum):
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
-    """What one session could do in the next step.
+    """What one session could run in the next step.
 
-    new:     tokens to feed (for PREFILL all that is left of the prompt, and a first draft behind it)
-    cached:  KV tokens already there
-    n_draft: draft tokens among `new`
-    since:   time at which this work became ready
-    opened:  time at which the session was opened
-    key:     API key whose share it counts against
-    due:     when the next token must leave here to be in time (inf: no hurry)
-    tpot_s:  seconds that its user gives each token (0: no target)
-    gain:    tokens it is expected to commit, run whole; a prompt's first token counts
-    usual:   tokens that a round of this session commits, smoothed
-    room:    tokens that the session may still generate
-    absent:  its edge is drafting and has not asked for anything; a token may be decoded all the same
-    first:   its first token is still to come
-    lag_s:   how far behind its pace it was when it was last answered (negative: ahead)
-    late:    its SLO is lost, and `due` is that of half its pace
+    new:             tokens to feed (PREFILL: the rest of the prompt, and a first draft behind it)
+    cached:          KV tokens in the slot
+    n_draft:         draft tokens among `new`
+    since:           time at which this became ready to run
+    opened:          time at which the session was opened
+    key:             API key whose share it counts against
+    due:             time at which the next token must leave the verifier to meet the SLO (inf: no SLO)
+    tpot_s:          TPOT target in seconds (0: none)
+    expected_tokens: tokens it is expected to commit if run whole; the first token after a prompt counts
+    round_tokens:    tokens that a round of this session commits, smoothed
+    remaining:       tokens that the session may still generate
+    edge_drafting:   the edge is still drafting and has sent nothing yet; a plain decode is possible
+    first:           the first token is still to come
+    lag_s:           seconds behind the TPOT target at the last verdict (negative: ahead)
+    slo_lost:        the SLO can no longer be met; `due` follows twice the TPOT target
     """
 
     session: int
@@ -54,42 +54,44 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     key: str = ""
     due: float = math.inf
     tpot_s: float = 0.0
-    gain: float = 1.0
-    usual: float = 1.0
-    room: int = 1 << 30
-    absent: bool = False
+    expected_tokens: float = 1.0
+    round_tokens: float = 1.0
+    remaining: int = 1 << 30
+    edge_drafting: bool = False
     first: bool = False
     lag_s: float = 0.0
-    late: bool = False
+    slo_lost: bool = False
 
 
 class StepLimits(msgspec.Struct, frozen=True):
     """What fits into one step, and what it will cost.
 
-    shares: tokens served so far per key; the least served goes first
-    cost:   predicts how long a step takes
-    room:   KV tokens that can be had; infinite where there are enough for all work
+    tokens, slices: most of each in a step
+    shares:         tokens served so far per API key; the least served key goes first
+    cost:           predicts the step time
+    free_kv:        KV tokens available to this step; inf if every candidate fits
     """
 
     tokens: int
     slices: int
     shares: Mapping[str, float] = {}
     cost: CostModel = CostModel()
-    room: float = math.inf
+    free_kv: float = math.inf
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False):
-    """`session` takes part with its first `tokens` new tokens: less than `Candidate.new` cuts a prompt, or a draft."""
+    """`session` runs its first `tokens` new tokens. Fewer than `Candidate.new` cut a prompt or a draft."""
 
     session: int
     tokens: int
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Run `grants` now; if there are none, ask again at `wake_at` (None: when something changes).
+    """Run `grants` now. Without grants, ask again at `wake_at` (None: at the next event).
 
-    left_ms: engine time of drafts and prompts left out for want of time, or owed to sessions that are hardly ahead
-    lost:    sessions whose SLO cannot be kept any more, whatever is done: half their pace will do from now on
+    left_ms: backlog in ms of engine time: drafts and prompts for which the step had no time, and the share of sessions
+             with little slack
+    lost:    sessions whose SLO can no longer be met; from now on they are served at twice their TPOT target
     """
 
     grants: list[Grant] = []
@@ -99,11 +101,14 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class BatchingPolicy(Protocol):
-    """Chooses the next step. `wants_drafting`: does it want to know of sessions whose edge is still drafting?
-    `preempts`: do sessions ahead of their pace lend their KV to others (`core.verify.preemption`)?"""
+    """Chooses the next step.
+
+    wants_drafting: also offer sessions whose edge is still drafting
+    preempts:       take KV from sessions far ahead of their TPOT target (`core.verify.preemption`)
+    """
 
     name: str
     wants_drafting: bool
     preempts: bool
 
-    def plan(self, now: float, work: Sequence[Candidate], limits: StepLimits) -> Plan: ...
+    def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan: ...

@@ -1,7 +1,8 @@
-"""Candidate whose due times are strict: what to run next so that the most expected tokens are delivered in time.
+"""Strict due times: choose the next step so that the most expected tokens are delivered in time.
 
-All pieces are known and could run now. A step costs a fixed time and, in addition, what each of its pieces costs; a
-piece is delivered when its step ends. A draft may be cut, to nothing if need be: fewer tokens, but still some.
+A *piece* is a candidate in this plan. All pieces are known and could run now. A step costs a fixed time plus the cost
+of each of its pieces; a piece is delivered when its step ends. A draft may be cut, even to nothing: fewer tokens, but
+some.
 
 *Given the pieces and their forms*, if any schedule is in time, then this one is: pieces by due time, each step filled
 as long as it ends by the due time of its first piece. Proof. (Order) If a piece i runs in a step before one with a
@@ -14,17 +15,17 @@ P(j'), by the due time of its first piece and so by that of piece k + 1, which i
 may run as far. If j' <= k there is nothing to show, except that piece k + 1 can be run at all: the other one runs it
 in a step c > b that ends at c * fixed + P(k + 1) or later, and in time. QED.
 
-It needs additivity, and steps without a limit on pieces or tokens: with room for two pieces in a step, filling in due
-order can take one step more than pairing a short one with a long one. Limits, and a knee in the costs, are kept to,
-but then the schedule is only a good one.
+The proof needs additive costs, and steps without a limit on pieces or tokens: with at most two pieces per step, filling
+in due order can take one step more than pairing a short one with a long one. Limits, and a knee in the costs, are
+respected, but then the schedule is only good, not optimal.
 
-*Which pieces and forms* is a knapsack inside that, so it is not solved exactly. As Moore and Hodgson do, pieces are
-added in due order; when one does not fit, the cheapest repair is made: cut or drop what brings the fewest tokens per
-second until it fits, or drop one piece that is long enough, or one whose due time keeps two steps apart, or the new
-one. At the end whatever fits again is put back. With few pieces a second schedule drops only where cutting does not
-help, and the better one counts. Only the first step is carried out before the next decision, so we look `AHEAD`
-pieces beyond it. With far too many pieces we stop after `REPAIRS` repairs, and see whether more is delivered per second
-by beginning further on, where due times leave room for a long step.
+*The choice of pieces and forms* is a knapsack problem, and is not solved exactly. As in the algorithm of Moore and
+Hodgson, pieces are added in due order. If one does not fit, the cheapest repair is made: cut or drop the pieces with
+the fewest tokens per second, or drop one piece that is long enough, or one whose due time separates two steps, or the
+new one. At the end, pieces that fit again are put back. With few pieces, a second schedule drops only where cutting
+does not help, and the better of the two is used. Only the first step runs before the next decision, so the plan
+covers only `AHEAD` pieces beyond it. With far too many pieces, planning stops after `REPAIRS` repairs; then a start
+at a later piece, where due times allow a long step, is tried as well.
 """
 
 from __future__ import annotations
@@ -41,32 +42,37 @@ from wisp.core.verify.batching.base import Candidate, Grant, Kind
 from wisp.core.verify.cost import Coefficients
 
 AHEAD = 32  # pieces looked at beyond those in the first step
-REPAIRS = 12
-PUT_BACK = 150  # pieces placed again in attempts to put something back
-STARTS = 128  # pieces with which the first step might begin, with far too many
-FEW = 12  # pieces, for which a second schedule is made
-KEEP = 1e3  # tokens that delivering a piece at all is worth in that
-LEAST_S = 1e-12  # that a piece adds to a step: some machines' time is all in the step itself
-EPS = 1e-9  # seconds; sums in another order differ by less
+REPAIRS = 12  # after which there are far too many pieces
+PUT_BACK = 150  # pieces scheduled again while pieces are put back
+STARTS = 128  # pieces tried as the first, with far too many of them
+FEW = 12  # pieces, up to which a second schedule is made
+KEEP = 1e3  # in the second schedule: worth in tokens of a piece that is not dropped
+LEAST_S = 1e-12  # least cost of a piece; on some machines only the step itself costs time
+EPS = 1e-9  # seconds; rounding errors are smaller
 
 _due = attrgetter("due")
 
 
 class _Form(NamedTuple):
-    """A way of running a piece: tokens fed (0: dropped), seconds added to a step, tokens delivered and, beside them,
-    tokens lost per second saved by going over to the next shorter form."""
+    """A way to run a piece.
+
+    new:     tokens fed (0: dropped)
+    seconds: added to a step
+    tokens:  delivered
+    rate:    tokens lost per second saved by the next shorter form
+    """
 
     new: int
     seconds: float
-    gain: float
+    tokens: float
     rate: float
 
 
 @lru_cache(maxsize=8192)
 def curve(n_draft: int, gain: float) -> tuple[float, ...]:
-    """Tokens that the first 0, 1, ... `n_draft` tokens of a draft are expected to commit, if all of them commit `gain`.
+    """Expected tokens committed by the first 0, 1, ... `n_draft` tokens of a draft, if all of them commit `gain`.
 
-    The target's own token counts. Each draft token is taken to be as likely as the others: 1 + a + ... + a^n = gain.
+    The target's own token counts. All draft tokens have the same acceptance a: 1 + a + ... + a^n = gain.
     """
     low, high = 0.0, 1.0
     for _ in range(30):
@@ -84,10 +90,10 @@ def curve(n_draft: int, gain: float) -> tuple[float, ...]:
 def first_step(
     now: float, pieces: Sequence[Candidate], cost: Coefficients, margin: float, most: int
 ) -> tuple[list[Grant], list[int]]:
-    """The next step, in due order, and the sessions that are given up: with them, others would be late.
+    """The next step, in due order, and the sessions that are given up, since others would be late with them.
 
-    margin: what predicted times are multiplied with. most: tokens in a step; a prompt that is longer is cut into
-    steps, anything else runs alone. Who is neither granted nor given up does not have to run now.
+    margin: multiplier of predicted times. most: tokens in a step; a longer prompt is split over steps, a longer draft
+    runs alone. A session that is neither granted nor given up need not run now.
     """
     order = sorted(pieces, key=_due)
     soonest = now + (cost.step + cost.slice + cost.token) * margin / 1e3
@@ -96,17 +102,17 @@ def first_step(
     order = order[hopeless:]
     plan = _Schedule(now, cost, margin, most, 0.0)
     plan.fill(order)
-    if len(plan.work) <= FEW and plan.repairs and plan.given_up():
+    if len(plan.candidates) <= FEW and plan.repairs and plan.given_up():
         gentle = _Schedule(now, cost, margin, most, KEEP)
         gentle.fill(order)
         plan.put_back()
         gentle.put_back()
-        if len(gentle.work) == len(plan.work) and gentle.worth > plan.worth:
+        if len(gentle.candidates) == len(plan.candidates) and gentle.worth > plan.worth:
             plan = gentle
     elif plan.repairs >= REPAIRS and (start := plan.densest(order)):
         later = _Schedule(now, cost, margin, most, 0.0)
         later.fill(order[start:])
-        if later.pace > plan.pace:
+        if later.throughput > plan.throughput:
             plan = later
             lost += [w.session for w in order[:start]]
     if plan.repairs:
@@ -115,9 +121,9 @@ def first_step(
 
 
 class _Schedule:
-    """Pieces in due order, and which of its forms each has. Seconds.
+    """Pieces in due order, each with the form chosen for it. Seconds.
 
-    keep: tokens that it is worth to deliver a piece at all, beyond those that are delivered.
+    keep: extra worth, in tokens, of each piece that is delivered
     """
 
     def __init__(self, now: float, cost: Coefficients, margin: float, most: int, keep: float) -> None:
@@ -132,25 +138,25 @@ class _Schedule:
         self.slice = cost.slice * scale
         self.beyond = cost.beyond * scale if cost.knee else 0.0
         self.knee = cost.knee
-        self.work: list[Candidate] = []
-        self.forms: list[list[_Form]] = []  # whole first, dropped last; only the first until more are needed
-        self.form: list[int] = []  # which of them
+        self.candidates: list[Candidate] = []
+        self.forms: list[list[_Form]] = []  # whole first, dropped last; empty until needed
+        self.form: list[int] = []  # index of the chosen one
         self.new: list[int] = []  # of that form
         self.seconds: list[float] = []
         self.gains: list[float] = []
-        self.steps: list[int] = []  # in which each piece runs, from 1
-        # Before each piece, of the step it may join: end, due time that binds it, tokens, first piece, number.
+        self.steps: list[int] = []  # number of the step of each piece, from 1
+        # Before each piece, the step that it may join: end, its bound (a due time), tokens, first piece, number.
         self.before: list[tuple[float, float, int, int, int]] = []
         self.open: tuple[float, float, int, int, int] = (self.now, math.inf, 0, 0, 0)  # behind the last
-        self.heap: list[tuple[float, int, int]] = []  # rate, piece, form that it has
+        self.heap: list[tuple[float, int, int]] = []  # rate, piece, its form then
         self.reduced: set[int] = set()
         self.repairs = 0
 
     def densest(self, order: Sequence[Candidate]) -> int:
-        """At which piece, in due order, a first step would have to begin to bring the most tokens per second."""
+        """The first piece, in due order, of the step with the most tokens per second."""
         best, at = 0.0, 0
         seconds, gain, last = self.fixed, 0.0, 0
-        ran: list[tuple[float, float]] = []  # tokens and seconds of pieces, as short as they are worth
+        ran: list[tuple[float, float]] = []  # tokens and seconds of each piece in its best form
         for first, w in enumerate(order[:STARTS]):
             while last < len(order):
                 if last == len(ran):
@@ -166,9 +172,9 @@ class _Schedule:
         return at
 
     def _rate(self, w: Candidate) -> tuple[float, float]:
-        """Most tokens per second that a piece can bring, and its seconds then."""
+        """Most tokens per second of a piece, and its seconds then."""
         seconds = self._cost(w, w.new)
-        gain = w.gain
+        gain = w.expected_tokens
         if w.kind is Kind.VERIFY:
             shorter = self._cost(w, w.new - w.n_draft)
             if seconds > gain * shorter:
@@ -176,7 +182,7 @@ class _Schedule:
         return gain / seconds, seconds
 
     def fill(self, order: Sequence[Candidate]) -> None:
-        """Plan for the pieces, as far as we look."""
+        """Add pieces, as far as the plan covers them."""
         ahead = 0
         for w in order:
             if ahead >= AHEAD or self.repairs >= REPAIRS:
@@ -185,9 +191,9 @@ class _Schedule:
             ahead = ahead + 1 if self.open[4] > 1 else 0
 
     def grants(self) -> list[Grant]:
-        """Of the first step."""
+        """The grants of the first step."""
         grants = []
-        for w, new, step in zip(self.work, self.new, self.steps, strict=True):
+        for w, new, step in zip(self.candidates, self.new, self.steps, strict=True):
             if step > 1:
                 break
             if new:
@@ -196,34 +202,34 @@ class _Schedule:
 
     def given_up(self) -> list[int]:
         """Sessions that are dropped."""
-        return [self.work[i].session for i in sorted(self.reduced) if not self.new[i]]
+        return [self.candidates[i].session for i in sorted(self.reduced) if not self.new[i]]
 
     @property
-    def pace(self) -> float:
+    def throughput(self) -> float:
         """Tokens delivered per second."""
         return self.worth / max(self.open[0] - self.now, 1e-9)
 
     @property
     def worth(self) -> float:
-        """Tokens delivered."""
+        """Tokens delivered, without `keep`."""
         return sum(self.gains) - self.keep * sum(new > 0 for new in self.new)
 
     def _add(self, w: Candidate) -> None:
-        """One more piece, due no earlier than the others; what does not fit is repaired."""
-        i = len(self.work)
-        self.work.append(w)
+        """Add a piece, due no earlier than the others, and repair the schedule if it does not fit."""
+        i = len(self.candidates)
+        self.candidates.append(w)
         self.forms.append([])
         self.form.append(0)
         self.new.append(w.new)
         self.seconds.append(self._cost(w, w.new))
-        self.gains.append(w.gain + self.keep)
+        self.gains.append(w.expected_tokens + self.keep)
         self.steps.append(0)
         self.before.append(self.open)
-        while (late := self._run(i)) < len(self.work):
+        while (late := self._run(i)) < len(self.candidates):
             i = self._repair(late)
 
     def _run(self, start: int) -> int:
-        """Fill steps with the pieces from `start` on; the first piece that cannot be in time, or their number."""
+        """Fill steps with the pieces from `start` on. Returns the first late piece, or the number of pieces."""
         before, news, seconds, steps = self.before, self.new, self.seconds, self.steps
         fixed, most, knee, beyond = self.fixed, self.most, self.knee, self.beyond
         end, bound, filled, leader, step = before[start]
@@ -244,22 +250,22 @@ class _Schedule:
             then = end + fixed + seconds[i]
             if beyond and new > knee:
                 then += beyond * (new - knee)
-            if then > self.work[i].due:
+            if then > self.candidates[i].due:
                 return i
             step += 1
             steps[i] = step
-            end, bound, filled, leader = then, self.work[i].due, new, i
+            end, bound, filled, leader = then, self.candidates[i].due, new, i
         self.open = (end, bound, filled, leader, step)
         return len(news)
 
     def _repair(self, j: int) -> int:
-        """Make room for piece `j`, or give it up. Returns the earliest piece that was changed."""
+        """Cut or drop pieces so that piece `j` is in time, or drop it. Returns the earliest changed piece."""
         if not self.forms[j]:
             for i in range(j + 1):
                 if not self.forms[i]:
-                    self.forms[i] = self._forms(self.work[i])
+                    self.forms[i] = self._forms(self.candidates[i])
                     heappush(self.heap, (self.forms[i][0].rate, i, 0))
-        due, dropped = self.work[j].due, len(self.forms[j]) - 1
+        due, dropped = self.candidates[j].due, len(self.forms[j]) - 1
         if self.now + self.fixed + self.forms[j][dropped - 1].seconds > due:
             self._set(j, dropped)
             return j
@@ -270,7 +276,7 @@ class _Schedule:
             need = min(need, end + self.seconds[j] - bound)
         need += 1e-12
         least, one = self.gains[j], j
-        for i, longer in enumerate(self.seconds):  # one that is long enough
+        for i, longer in enumerate(self.seconds):  # drop one that is long enough
             if longer >= need and self.gains[i] < least and self.new[i]:
                 least, one = self.gains[i], i
         choice, loss = self._cheapest(need, least)
@@ -278,17 +284,17 @@ class _Schedule:
             least = loss
         else:
             choice = [(one, len(self.forms[one]) - 1)]
-        for i in self._leaders(j):  # one that keeps steps apart
+        for i in self._leaders(j):  # drop one that separates steps
             if self.gains[i] < least and self._fits_without(i, j):
                 least, choice = self.gains[i], [(i, len(self.forms[i]) - 1)]
-        if not choice:  # beyond the knee, costs do not quite add up
+        if not choice:  # beyond the knee costs are not additive
             choice = [(j, dropped)]
         for i, form in choice:
             self._set(i, form)
         return min(i for i, _ in choice)
 
     def _cheapest(self, need: float, most_loss: float) -> tuple[list[tuple[int, int]], float]:
-        """Shorter forms that save `need` seconds, fewest tokens per second first, and the tokens that they lose."""
+        """Shorter forms that save `need` seconds, cheapest first, and the tokens that they lose."""
         heap = self.heap
         taken: list[tuple[float, int, int]] = []
         cuts: dict[int, int] = {}
@@ -303,7 +309,7 @@ class _Schedule:
             forms = self.forms[i]
             is_, after = forms[k], forms[k + 1]
             cuts[i] = k + 1
-            loss += is_.gain - after.gain
+            loss += is_.tokens - after.tokens
             saved += is_.seconds - after.seconds
             if after.new:
                 heappush(heap, (after.rate, i, k + 1))
@@ -311,11 +317,11 @@ class _Schedule:
             heappush(heap, entry)
         if saved < need:
             return [], math.inf
-        for i, k in list(cuts.items()):  # what is not needed after all
+        for i, k in list(cuts.items()):  # undo cuts that are not needed
             is_, after = self.forms[i][self.form[i]], self.forms[i][k]
             if saved - (is_.seconds - after.seconds) >= need:
                 saved -= is_.seconds - after.seconds
-                loss -= is_.gain - after.gain
+                loss -= is_.tokens - after.tokens
                 del cuts[i]
         return list(cuts.items()), loss
 
@@ -337,10 +343,12 @@ class _Schedule:
         return fits
 
     def put_back(self) -> None:
-        """Give back what was cut or dropped and fits again, most tokens per second first."""
-        n = len(self.work)
+        """Undo cuts and drops that fit again, most tokens per second first."""
+        n = len(self.candidates)
         left = PUT_BACK
-        for i in sorted(self.reduced, key=lambda i: -self.work[i].gain / self.forms[i][0].seconds):
+        for i in sorted(
+            self.reduced, key=lambda i: -self.candidates[i].expected_tokens / self.forms[i][0].seconds
+        ):
             was = self.form[i]
             for form in range(was):
                 left -= n - i
@@ -356,7 +364,7 @@ class _Schedule:
     def _set(self, i: int, k: int) -> None:
         form = self.forms[i][k]
         self.form[i] = k
-        self.new[i], self.seconds[i], self.gains[i] = form.new, form.seconds, form.gain
+        self.new[i], self.seconds[i], self.gains[i] = form.new, form.seconds, form.tokens
         if k:
             self.reduced.add(i)
         else:
@@ -365,18 +373,18 @@ class _Schedule:
             heappush(self.heap, (form.rate, i, k))
 
     def _cost(self, w: Candidate, new: int) -> float:
-        """What a piece adds to a step, never 0."""
+        """Seconds that a piece adds to a step, at least LEAST_S."""
         seconds = new * (self.token + self.attention * (w.cached + new)) + self.cached * w.cached + self.slice
         if new > self.most and w.kind is Kind.PREFILL:
             seconds += (self.fixed + self.slice) * ((new - 1) // self.most)
         return max(seconds, LEAST_S)
 
     def _forms(self, w: Candidate) -> list[_Form]:
-        """From whole to dropped. Shorter drafts as long as they lose fewer tokens per second than dropping it would."""
-        seconds, gain = self._cost(w, w.new), w.gain + self.keep
+        """All forms, from whole to dropped. A draft is cut while that loses fewer tokens per second than a drop."""
+        seconds, gain = self._cost(w, w.new), w.expected_tokens + self.keep
         new, draft = w.new, w.n_draft if w.kind is Kind.VERIFY else 0
         out = []
-        gains = curve(draft, round(w.gain, 2)) if draft else ()
+        gains = curve(draft, round(w.expected_tokens, 2)) if draft else ()
         while draft:
             cut = (draft + 3) // 4
             shorter, less = self._cost(w, new - cut), gains[draft - cut] + self.keep

@@ -1,8 +1,8 @@
-"""The paper's batching policy, from what is known of it.
+"""The batching policy of the paper, as far as it is published.
 
-Candidate that would miss its due time unless it started now goes first, earliest due first; the rest follows by density,
-expected tokens over predicted time. After each addition: does it fit, and does the batch as it is now still end
-before the earliest due time in it? If not, that piece waits for another step.
+Urgent candidates, which would be late unless they start now, come first, by due time. The others follow by density:
+expected tokens per predicted time. A candidate is added if it fits, and if the step then still ends before the earliest
+due time in it. Otherwise it waits for another step.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ _due = attrgetter("due")
 
 
 class Paper:
-    """Urgent work by earliest due time, the rest by density, with a check after each addition."""
+    """Urgent candidates by due time, the rest by density, with a check before each addition."""
 
     name = "paper"
     wants_drafting = False
     preempts = False
 
-    def plan(self, now: float, work: Sequence[Candidate], limits: StepLimits) -> Plan:
+    def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
         ms, scale = limits.cost.now.ms_of, limits.cost.margin / 1e3
         urgent: list[Candidate] = []
         rest: list[tuple[float, int, Candidate]] = []
-        for w in work:
+        for w in candidates:
             new, cached = w.new, w.cached
             alone = ms(new, new * (cached + new), cached, 1)
-            # Started after a step like its own, it would be late.
+            # Late if it started after a step of its own length
             if now + 2.0 * alone * scale > w.due:
                 urgent.append(w)
             else:
-                rest.append((-w.gain / alone, w.session, w))
+                rest.append((-w.expected_tokens / alone, w.session, w))
         urgent.sort(key=_due)
         rest.sort()
         grants: list[Grant] = []
@@ -46,7 +46,7 @@ class Paper:
                 break
             n = len(grants) + 1
             if now + ms(load.new + 1, load.attention, load.cached, n) * scale > earliest:
-                break  # not even one token more
+                break  # no time for one more token
             tokens = w.new
             if tokens > left and grants and w.kind is not Kind.PREFILL:
                 continue
@@ -58,6 +58,6 @@ class Paper:
                 continue
             grants.append(Grant(w.session, tokens))
             load, left = more, left - tokens
-            if w.due >= end:  # what is late whatever happens binds nobody
+            if w.due >= end:  # a candidate that is late anyway does not limit the step
                 earliest = min(earliest, w.due)
         return Plan(grants)

@@ -1,4 +1,4 @@
-"""Batching without deadlines: centralised serving at its best, and first come first served."""
+"""Batching policies without due times: continuous batching, and first come first served."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _arrival = attrgetter("since", "session")
 
 
 class Continuous:
-    """Centralised serving at its best: continuous batching with chunked prefill.
+    """Continuous batching with chunked prefill, as in centralised serving.
 
-    Every session that can commit a token takes part in every step, oldest wait first; what is left of the
-    step's tokens goes to prompts, in chunks, first come first served (the least served key first). Prompts
-    are sure of a quarter of the step, so a full house of decoders cannot lock newcomers out.
+    Every session that can commit a token takes part in every step, longest wait first. The rest of the step's tokens
+    goes to prompts, in chunks, first come first served within the least served API key. A quarter of the step is
+    reserved for prompts, so that decoding cannot lock new sessions out.
     """
 
     name = "continuous"
     wants_drafting = False
     preempts = False
 
-    def plan(self, now: float, work: Sequence[Candidate], limits: StepLimits) -> Plan:
-        going = nsmallest(limits.slices, (w for w in work if w.kind is not Kind.PREFILL), key=_arrival)
+    def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
+        going = nsmallest(limits.slices, (w for w in candidates if w.kind is not Kind.PREFILL), key=_arrival)
         prompts = sorted(
-            (w for w in work if w.kind is Kind.PREFILL),
+            (w for w in candidates if w.kind is Kind.PREFILL),
             key=lambda w: (limits.shares.get(w.key, 0.0), w.opened, w.session),
         )
         reserved = min(limits.tokens // 4, sum(w.new for w in prompts))
@@ -46,16 +46,16 @@ class Continuous:
 
 
 class Fcfs:
-    """SLED's server: requests in order of arrival, whole, until the step is full. Nobody overtakes."""
+    """First come first served, as in SLED: whole requests in order of arrival until the step is full."""
 
     name = "fcfs"
     wants_drafting = False
     preempts = False
 
-    def plan(self, now: float, work: Sequence[Candidate], limits: StepLimits) -> Plan:
+    def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
         grants: list[Grant] = []
         left = limits.tokens
-        for w in nsmallest(limits.slices, work, key=_arrival):
+        for w in nsmallest(limits.slices, candidates, key=_arrival):
             if grants and w.new > left:
                 break
             grants.append(Grant(w.session, w.new))

@@ -1,4 +1,4 @@
-"""Admission by forecast: who is let in, who is not, and how it learns from answers that were late."""
+"""SLO admission: admitted and refused sessions, and what is learned from answers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ import pytest
 from wisp.core.protocol.messages import Open
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
-from wisp.core.verify import slo_admission as forecast
 from wisp.core.verify.admission import Refusal
 from wisp.core.verify.cost import Coefficients, CostModel, Load
 from wisp.core.verify.events import Limits
 from wisp.core.verify.session import Session, State
+from wisp.core.verify.slo_admission import (
+    FILLED,
+    LEAST_FILLED,
+    MOST_FILLED,
+    ROWS_A_SLICE,
+    Demand,
+    SloAdmission,
+    keepable,
+    rows_in,
+)
 
 COST = CostModel(Coefficients(step=40.0, token=0.3))
-LATER = itertools.count(1.0)  # seconds: each time everybody is looked at anew
+LATER = itertools.count(1.0)  # seconds; at each time all sessions are read again
 QUICK = Slo(ttft_ms=3000.0, tpot_ms=62.5)
 
 
@@ -27,8 +36,8 @@ def session(i: int, slo: Slo | None = QUICK, prompt: int = 130, begun: bool = Tr
     made = Session(i, "", 1, open_, 0.0)
     made.state = State.READY
     if begun:
-        made.chain.append(1)
-        made.first_at = 0.0
+        made.progress.chain.append(1)
+        made.targets.first_at = 0.0
     return made
 
 
@@ -39,40 +48,40 @@ def limits(kv: int = 10**6, slots: int = 1000) -> Limits:
 def admitted(
     sessions: list[Session],
     newcomer: Session,
-    told: forecast.SloAdmission,
+    admission: SloAdmission,
     kv: int = 10**6,
     preempts: bool = False,
 ) -> bool:
     try:
-        told.check(next(LATER), sessions, newcomer, COST, limits(kv), preempts=preempts)
+        admission.check(next(LATER), sessions, newcomer, COST, limits(kv), preempts=preempts)
     except Refusal:
         return False
     return True
 
 
-def room(told: forecast.SloAdmission, slo: Slo | None = QUICK) -> int:
-    """How many are let in, one after another."""
+def n_admitted(admission: SloAdmission, slo: Slo | None = QUICK) -> int:
+    """Sessions admitted, one after another."""
     inside: list[Session] = []
-    while len(inside) < 500 and admitted(inside, session(1000, slo, begun=False), told):
+    while len(inside) < 500 and admitted(inside, session(1000, slo, begun=False), admission):
         inside.append(session(len(inside), slo))
     return len(inside)
 
 
-def test_who_is_alone_is_let_in_however_much_they_ask() -> None:
-    assert admitted([], session(1, Slo(ttft_ms=1.0, tpot_ms=1.0), begun=False), forecast.SloAdmission())
+def test_the_only_session_is_admitted_with_any_slo() -> None:
+    assert admitted([], session(1, Slo(ttft_ms=1.0, tpot_ms=1.0), begun=False), SloAdmission())
 
 
-def test_who_was_given_up_asks_for_half_and_sets_nobodys_pace() -> None:
-    """One client with an absurd pace must not shut the others out."""
+def test_a_session_with_a_lost_slo_no_longer_limits_the_step() -> None:
+    """One client with an absurd SLO must not shut the others out."""
     absurd = session(1, Slo(ttft_ms=3000.0, tpot_ms=4.0))
     calm = Slo(ttft_ms=3000.0, tpot_ms=500.0)
-    told = forecast.SloAdmission()
-    assert not admitted([absurd], session(2, calm, begun=False), told)
+    admission = SloAdmission()
+    assert not admitted([absurd], session(2, calm, begun=False), admission)
     absurd.relax(1.0)
-    assert admitted([absurd], session(2, calm, begun=False), told)
+    assert admitted([absurd], session(2, calm, begun=False), admission)
 
 
-def test_what_nobody_could_keep_is_told_from_what_is_hard() -> None:
+def test_infeasible_slos_are_told_from_hard_ones() -> None:
     for slo, possible in (
         (Slo(ttft_ms=1.0), False),
         (Slo(tpot_ms=0.001), False),
@@ -80,43 +89,43 @@ def test_what_nobody_could_keep_is_told_from_what_is_hard() -> None:
         (Slo(), True),
         (None, True),
     ):
-        assert forecast.keepable(session(1, slo), COST) is possible
-    assert forecast.keepable(session(1, Slo(ttft_ms=1.0)), CostModel())  # nothing is known yet
+        assert keepable(session(1, slo), COST) is possible
+    assert keepable(session(1, Slo(ttft_ms=1.0)), CostModel())  # nothing is known yet
 
 
-def test_who_is_refused_is_told_when_to_come_back() -> None:
+def test_a_refusal_has_a_retry_after() -> None:
     with pytest.raises(Refusal) as refusal:
-        forecast.SloAdmission().check(
+        SloAdmission().check(
             0.0, [session(i) for i in range(300)], session(999), COST, limits(), preempts=False
         )
     assert refusal.value.code == "overloaded"
     assert 1.0 <= refusal.value.retry_after <= 30.0
 
 
-def test_there_is_more_room_at_half_the_pace() -> None:
-    told = forecast.SloAdmission()
-    quick, slow = room(told), room(told, Slo(ttft_ms=3000.0, tpot_ms=125.0))
+def test_more_sessions_are_admitted_at_twice_the_tpot_target() -> None:
+    admission = SloAdmission()
+    quick, slow = n_admitted(admission), n_admitted(admission, Slo(ttft_ms=3000.0, tpot_ms=125.0))
     assert 20 < quick < 200
     assert slow > 1.8 * quick
 
 
-def test_who_asks_for_no_pace_is_bounded_by_the_cache_alone() -> None:
-    told = forecast.SloAdmission()
-    assert room(told, Slo()) == 500
+def test_sessions_without_targets_are_limited_by_kv_alone() -> None:
+    admission = SloAdmission()
+    assert n_admitted(admission, Slo()) == 500
     inside = [session(i) for i in range(5)]
-    assert not admitted(inside, session(9, begun=False), told, kv=1000)
+    assert not admitted(inside, session(9, begun=False), admission, kv=1000)
 
 
-def test_what_there_is_no_kv_for_may_be_lent_while_there_is_time_to_read_it_again() -> None:
-    """Each of these has a context of 230 tokens, on average."""
+def test_preemption_admits_more_sessions_than_kv_or_slots() -> None:
+    """Each session has a context of 230 tokens on average."""
 
     def fit(preempts: bool, **of: int) -> int:
         inside: list[Session] = []
-        told = forecast.SloAdmission()
+        admission = SloAdmission()
         calm = Slo(ttft_ms=3000.0, tpot_ms=250.0)
         while len(inside) < 500:
             try:
-                told.check(
+                admission.check(
                     next(LATER),
                     inside,
                     session(999, calm, begun=False),
@@ -134,103 +143,103 @@ def test_what_there_is_no_kv_for_may_be_lent_while_there_is_time_to_read_it_agai
     for scarce in ({"kv": 23_000}, {"slots": 100}):
         assert 112 < fit(True, **scarce) < plenty
     assert 100 <= fit(False, kv=23_000) <= 112
-    assert fit(False, slots=100) == plenty  # they wait for a slot
+    assert fit(False, slots=100) == plenty  # sessions wait for a slot
     assert fit(True, kv=2_300) <= 21  # half of them at most
 
 
-def test_between_two_looks_it_is_known_who_came_and_who_went() -> None:
+def test_demand_follows_sessions_that_come_and_go() -> None:
     source = random.Random(5)
-    told = forecast.SloAdmission()
+    admission = SloAdmission()
     inside = {
         i: session(i, source.choice((QUICK, Slo(), None)), begun=source.random() < 0.5) for i in range(40)
     }
-    told.check(1.0, inside.values(), session(99, begun=False), COST, limits(), preempts=True)
+    admission.check(1.0, inside.values(), session(99, begun=False), COST, limits(), preempts=True)
     for i in range(40, 120):
         if source.random() < 0.5:
             inside[i] = session(i, source.choice((QUICK, Slo(ttft_ms=900.0, tpot_ms=100.0))), begun=False)
-            told.entered(inside[i])
+            admission.entered(inside[i])
         else:
-            told.left(inside.pop(source.choice(list(inside))))
-    found, anew = told._demand, forecast.Demand(inside.values(), told.answer_tokens)
+            admission.left(inside.pop(source.choice(list(inside))))
+    found, anew = admission._demand, Demand(inside.values(), admission.answer_tokens)
     assert found is not None
-    assert found.paces == anew.paces
+    assert found.bearable_s == anew.bearable_s
     for name in ("sessions", "begun", "running", "behind", "unread", "kv", "rows", "decoding"):
         assert getattr(found, name) == pytest.approx(getattr(anew, name)), name
 
 
-def test_those_let_in_count_at_once_and_how_they_fare_soon() -> None:
-    told, inside = forecast.SloAdmission(), [session(i) for i in range(10)]
+def test_states_of_sessions_are_read_again_after_a_tenth_of_a_second() -> None:
+    admission, inside = SloAdmission(), [session(i) for i in range(10)]
 
     def behind(now: float) -> bool:
         try:
-            told.check(now, inside, session(99, begun=False), COST, limits(), preempts=True)
+            admission.check(now, inside, session(99, begun=False), COST, limits(), preempts=True)
         except Refusal as refusal:
             return "behind" in str(refusal)
         return False
 
     assert not behind(1.0)
     for s in inside:
-        s.answered_at = 10.0
+        s.speed.answered_at = 10.0
     assert not behind(1.05)
     assert behind(1.2)
 
 
-def test_prompts_that_wait_to_be_read_keep_others_out() -> None:
+def test_waiting_prompts_keep_new_sessions_out() -> None:
     unread = [session(i, prompt=4000, begun=False) for i in range(4)]
-    assert not admitted([session(8), *unread], session(9, begun=False), forecast.SloAdmission())
+    assert not admitted([session(8), *unread], session(9, begun=False), SloAdmission())
 
 
-def test_late_answers_make_room_smaller_and_answers_in_time_larger_within_bounds() -> None:
-    told = forecast.SloAdmission()
-    before = room(told)
+def test_missed_slos_lower_the_promised_capacity_and_met_ones_raise_it_within_bounds() -> None:
+    admission = SloAdmission()
+    before = n_admitted(admission)
     for _ in range(20):
-        told.ended(200, 12.0, in_time=False)
-    assert room(told) < before
+        admission.ended(200, 12.0, in_time=False)
+    assert n_admitted(admission) < before
     for _ in range(1000):
-        told.ended(200, 12.0, in_time=False)
-    assert told.filled == forecast.LEAST_FILLED
-    assert room(told) > 0.5 * before
+        admission.ended(200, 12.0, in_time=False)
+    assert admission.filled == LEAST_FILLED
+    assert n_admitted(admission) > 0.5 * before
     for _ in range(10_000):
-        told.ended(200, 12.0, in_time=True)
-    assert told.filled == forecast.MOST_FILLED
+        admission.ended(200, 12.0, in_time=True)
+    assert admission.filled == MOST_FILLED
 
 
-def test_it_rests_where_six_in_a_hundred_are_late() -> None:
-    told = forecast.SloAdmission()
+def test_promised_capacity_is_stable_at_six_missed_slos_in_a_hundred() -> None:
+    admission = SloAdmission()
     for i in range(10_000):
-        told.ended(200, 12.0, in_time=i % 50 >= 3)
-    assert told.filled == pytest.approx(forecast.FILLED, abs=0.05)
+        admission.ended(200, 12.0, in_time=i % 50 >= 3)
+    assert admission.filled == pytest.approx(FILLED, abs=0.05)
 
 
-def test_while_most_are_behind_nobody_else_is_let_in() -> None:
+def test_no_session_is_admitted_while_most_lag() -> None:
     behind = [session(i) for i in range(6)]
     for s in behind:
-        s.answered_at = 10.0
+        s.speed.answered_at = 10.0
     assert all(s.lag_s > 0.0 for s in behind)
-    assert not admitted(behind, session(9, begun=False), forecast.SloAdmission())
+    assert not admitted(behind, session(9, begun=False), SloAdmission())
 
 
 @pytest.mark.parametrize("knee", [0, 60])
 @pytest.mark.parametrize("each", [0.0, 5.0])
-def test_as_many_rows_as_are_said_to_fit_do_fit(knee: int, each: float) -> None:
+def test_the_rows_of_a_step_take_exactly_its_time(knee: int, each: float) -> None:
     cost = CostModel(Coefficients(step=40.0, token=0.3, beyond=0.5, knee=knee, slice=each))
-    rows = forecast.rows_in(cost, 150.0)
-    slices = rows / forecast.ROWS_A_SLICE
+    rows = rows_in(cost, 150.0)
+    slices = rows / ROWS_A_SLICE
     took = cost.ms(Load()) + 0.3 * rows + each * slices + (0.5 * max(0.0, rows - knee) if knee else 0.0)
     assert took == pytest.approx(150.0)
-    assert forecast.rows_in(cost, 39.0) == 0.0
+    assert rows_in(cost, 39.0) == 0.0
     assert math.isfinite(rows)
 
 
-def test_the_more_are_turned_away_the_later_they_are_told_to_come_and_not_all_at_once() -> None:
+def test_retry_after_grows_with_refusals_and_is_spread() -> None:
     full = [session(i) for i in range(300)]
-    told = forecast.SloAdmission()
+    admission = SloAdmission()
 
     def waits(n: int) -> list[float]:
         out = []
         for i in range(n):
             with pytest.raises(Refusal) as refusal:
-                told.check(1.0, full, session(1000 + i, begun=False), COST, limits(), preempts=False)
+                admission.check(1.0, full, session(1000 + i, begun=False), COST, limits(), preempts=False)
             out.append(refusal.value.retry_after)
         return out
 
@@ -239,11 +248,11 @@ def test_the_more_are_turned_away_the_later_they_are_told_to_come_and_not_all_at
     assert max(few) <= 1.5 * min(few) + 1e-9
     for _ in range(60):
         waits(4)
-        told.left(session(999))
+        admission.left(session(999))
     many = waits(10)
     assert len(set(many)) == 10
     assert 2.0 * max(few) < max(many) <= 30.0
     waits(2000)  # a crowd, however large, is forgotten
     for _ in range(100):
-        told.left(session(999))
+        admission.left(session(999))
     assert max(waits(10)) <= 1.5 * 10.0 / 2.0 + 1e-9
