@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all test-busy test-vllm test-replicas check format lock bench bench-overhead bench-simulator bench-drafting bench-vllm \
-	check-lossless clean
+.PHONY: setup demo test test-all test-busy test-vllm test-replicas check format lock check-lossless docs clean \
+	bench bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
 
 setup: $(VENV)/.ready
 
@@ -56,40 +56,63 @@ test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, then wh
 	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest -m "not modelless and not extended" tests/system --ignore tests/system/test_replicas.py
 
 bench-vllm: $(VLLM)/.ready  ## what our scheduling costs beside vLLM's own
-	$(WITH_VLLM) -m wisp.cli bench-vllm --out docs/results/vllm-overhead.json
+	$(WITH_VLLM) -m benchmarks vllm --out docs/results/vllm-overhead.json
+
+CODE := src benchmarks tools tests
 
 check: setup  ## format, lint, types
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 
 check-lossless: setup
 	$(BIN)/wisp check-lossless --pair tiny
 
+BENCH := $(BIN)/python -m benchmarks
+
 bench-overhead: setup  ## what a verification costs beside the engine
-	$(BIN)/wisp bench-overhead
+	$(BENCH) overhead
+
+bench-policy: setup  ## what a decision of each batching policy costs
+	$(BENCH) policy
+
+bench-ahead: setup  ## drafting ahead over a delayed line, beside a replay; minutes, on a machine that is quiet
+	$(BENCH) ahead --out docs/results
 
 bench: setup  ## every experiment: pages, data and plots, in two processes; `reality` needs the machine to itself
-	$(BIN)/wisp experiments --out docs/results --jobs 2
+	$(BENCH) experiments --out docs/results --jobs 2
 
 bench-simulator: setup  ## what simulations cost, from ten devices to two thousand
-	$(BIN)/wisp bench-simulator --out docs/results/simulator.json
+	$(BENCH) simulator --out docs/results/simulator.json
 
 bench-drafting: setup  ## drafting policies over a grid of devices, links and verifiers, on the shipped traces
-	$(BIN)/wisp replay --out docs/results
+	$(BENCH) drafting --out docs/results
+
+# The documentation's tools, in an environment of its own. They read the source and do not import it.
+DOCS := .venv-docs
+
+$(DOCS)/.ready: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/docs.txt
+	@touch $@
+
+docs: $(DOCS)/.ready  ## pages and API reference, into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 
 format: setup
-	$(BIN)/ruff format src tests
-	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
 
 # Exact pins with hashes, and no registry's address, from the ranges in pyproject.toml.
-LOCK := $(BIN)/uv pip compile --quiet pyproject.toml --universal --python-version 3.11 --generate-hashes \
+PIN := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --no-header --upgrade
+LOCK := $(PIN) pyproject.toml
 lock: setup
 	$(BIN)/pip install --quiet uv
 	$(LOCK) -o requirements/base.txt
-	$(LOCK) --extra dev --extra lab -o requirements/dev.txt
+	$(LOCK) --extra dev --extra sim -o requirements/dev.txt
 	$(LOCK) --extra ray --constraint requirements/dev.txt -o requirements/ray.txt
+	$(PIN) requirements/docs.in -o requirements/docs.txt
 
 clean:
-	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(DOCS) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

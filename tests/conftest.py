@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -19,3 +22,14 @@ settings.load_profile("wisp")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of whole processes first: they take the longest, and with several workers none should begin last."""
     items.sort(key=lambda item: item.path.parent.name != "system")
+
+
+@pytest.fixture(autouse=True)
+def _no_log_handlers_left_behind() -> Iterator[None]:
+    """A command that is run in this process logs to a stream that is closed once its test is over."""
+    root = logging.getLogger()
+    before = root.handlers[:]
+    yield
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler and handler not in before:
+            root.removeHandler(handler)

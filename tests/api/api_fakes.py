@@ -16,7 +16,7 @@ from wisp.api.errors import exception_handlers
 from wisp.api.observe import RequestRecord
 from wisp.api.routes import openai_routes
 from wisp.core.errors import RequestError
-from wisp.core.work import TokenLogprob, TopLogprob
+from wisp.core.protocol.step import TokenLogprob, TopLogprob
 from wisp.engines.base import Check, unasked
 from wisp.engines.special import NO_STAND_INS, Special, SpecialTokens, StandIns
 

@@ -8,6 +8,8 @@ import logging
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
+
 from api_fakes import (
     BOS,
     EOS,
@@ -21,8 +23,6 @@ from api_fakes import (
     make_app,
     say,
 )
-from starlette.testclient import TestClient
-
 from wisp.api.backend import Target
 from wisp.api.body import LEAST_LIMIT_BYTES, SMALL_BODY_BYTES, body_limit
 from wisp.core.errors import EngineError, RequestError, UnavailableError

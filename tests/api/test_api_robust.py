@@ -6,17 +6,18 @@ import asyncio
 import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from api_fakes import MODEL, ByteTokenizer, Recorder, ScriptedBackend, committed, make_app
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from api_fakes import MODEL, ByteTokenizer, Recorder, ScriptedBackend, committed, make_app
 from waiting import PATIENCE_S, until
 from wisp.api.body import SMALL_BODY_BYTES, parsed
+from wisp.core.errors import RequestError
 
 FIELDS = [
     "model", "messages", "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "logprobs",
@@ -175,6 +176,40 @@ def test_a_large_body_is_parsed_off_the_event_loop_and_one_at_a_time() -> None:
     names = asyncio.run(scenario())
     assert threading.current_thread().name not in names
     assert most == 1
+
+
+def test_a_key_that_sends_many_large_bodies_delays_anothers_by_one() -> None:
+    body = json.dumps({"prompt": "x" * SMALL_BODY_BYTES}).encode()
+    busy, go = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def parse(who: str) -> Callable[[dict[str, Any]], None]:
+        def read(fields: dict[str, Any]) -> None:
+            busy.set()
+            assert go.wait(PATIENCE_S)
+            order.append(who)
+
+        return read
+
+    async def scenario() -> None:
+        many = [asyncio.create_task(parsed(body, parse("hog"), "hog")) for _ in range(4)]
+        await until(busy.is_set)
+        one = asyncio.create_task(parsed(body, parse("guest"), "guest"))
+        await asyncio.sleep(0)  # it is in the queue
+        go.set()
+        await asyncio.gather(*many, one)
+
+    asyncio.run(scenario())
+    assert order == ["hog", "guest", "hog", "hog", "hog"]
+
+
+def test_a_key_that_has_used_up_its_limits_has_no_body_parsed() -> None:
+    class Strict(ScriptedBackend):
+        def admit(self, key: str) -> None:
+            raise RequestError(429, "not now", code="rate_limit_exceeded", retry_after=1.0)
+
+    answer = asyncio.run(call(Strict(), Recorder(), None, prompt=7))
+    assert b"rate_limit_exceeded" in answer
 
 
 def test_who_leaves_while_the_own_body_waits_for_its_turn_is_not_parsed() -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from api_fakes import KEY, MODEL, Recorder, ScriptedBackend, committed, make_app, say, serving
 
+from api_fakes import KEY, MODEL, Recorder, ScriptedBackend, committed, make_app, say, serving
 from waiting import PATIENCE_S, eventually
 from wisp.core.errors import RequestError
 

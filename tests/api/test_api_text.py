@@ -5,14 +5,14 @@ from __future__ import annotations
 import codecs
 import itertools
 
-from api_fakes import ByteTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from api_fakes import ByteTokenizer
 from wisp.api.backend import Committed
 from wisp.api.output import Output
 from wisp.api.text import TextStream
-from wisp.core.work import TokenLogprob
+from wisp.core.protocol.step import TokenLogprob
 
 
 def run(

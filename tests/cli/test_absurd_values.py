@@ -57,7 +57,7 @@ def wisp(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
     monkeypatch.setattr(typer.main, "get_command", GET_COMMAND)
 
     def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["wisp", *arguments])
+        monkeypatch.setattr(sys, "argv", ["paper", *arguments])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert isinstance(ended.value.code, int)
@@ -142,7 +142,7 @@ def test_an_option_that_wants_a_number_is_given_none(wisp: Wisp, command: str, o
         ("[serve]\nport = [1]", "--port"),
         ("[serve]\nsuch = 1", "has no such"),
         ("serve = 1", "not a command"),
-        ("[replicas]\nserver = 1", "has no server"),
+        ("[replicas]\nserver = 1", "tables are named replicas.drain"),
         ("[serve]\napi_keys = 1", "--api-keys"),
     ],
 )
@@ -180,7 +180,7 @@ def test_a_terminal_without_the_characters_of_the_answer_is_shown_others(
 ) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    monkeypatch.setattr("wisp.lab.commands.list_models", lambda *, as_json: print("é"))
+    monkeypatch.setattr("wisp.check.catalogue.list_models", lambda *, as_json: print("é"))
     wisp("pull")
     sys.stdout.flush()
     assert written.getvalue() == b"?\n"
@@ -197,7 +197,7 @@ def test_closed_streams_lead_nowhere(wisp: Wisp, monkeypatch: pytest.MonkeyPatch
 def test_a_full_disk_is_said_in_a_line(wisp: Wisp, monkeypatch: pytest.MonkeyPatch) -> None:
     full = io.FileIO("/dev/full", "w")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(full)))
-    monkeypatch.setattr("wisp.lab.commands.list_models", lambda *, as_json: print("x" * 100_000))
+    monkeypatch.setattr("wisp.check.catalogue.list_models", lambda *, as_json: print("x" * 100_000))
     status, said = wisp("pull")
     assert status == 1
     assert said.startswith("wisp: ")

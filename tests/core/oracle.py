@@ -1,4 +1,4 @@
-"""What could have been delivered in time, had everything been planned at once: exact, slow, for small instances.
+"""The optimal plan for strict due times: exact, slow, for small instances.
 
 A step costs a fixed time plus what each piece in it costs. Every piece has forms (seconds, tokens); one that is
 delivered by its due time is worth the tokens of the form that was run.
@@ -10,27 +10,27 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from wisp.core.batching import Kind, Work
-from wisp.core.batching.deadlines import curve
-from wisp.core.cost import Coefficients, Load
+from wisp.core.verify.batching import Candidate, Kind
+from wisp.core.verify.batching.deadlines import curve
+from wisp.core.verify.cost import Coefficients, Load
 
 
 class Form(NamedTuple):
-    """One way of running a piece. Seconds that it adds to a step, tokens that it is worth."""
+    """One way to run a piece: seconds added to a step, and tokens delivered."""
 
     seconds: float
     tokens: float
 
 
 class Piece(NamedTuple):
-    """When it must be delivered, and how it can be run."""
+    """A piece: its due time and its forms."""
 
     due: float
     forms: tuple[Form, ...]
 
 
 class Best(NamedTuple):
-    """Tokens delivered in time, and how many pieces at most with so many tokens."""
+    """Most tokens delivered in time, and most pieces with that many tokens."""
 
     tokens: float
     pieces: int
@@ -39,22 +39,22 @@ class Best(NamedTuple):
 EPS = 1e-9
 
 
-def piece(w: Work, cost: Coefficients) -> Piece:
-    """All forms of a piece of work: a draft may be cut to any length, a prompt is run whole."""
+def piece(w: Candidate, cost: Coefficients) -> Piece:
+    """All forms of a candidate: a draft may be cut to any length, a prompt runs whole."""
 
     def seconds(new: int) -> float:
         return (cost.ms(Load().plus(new, w.cached)) - cost.step) / 1e3
 
     if w.kind is not Kind.VERIFY:
-        return Piece(w.due, (Form(seconds(w.new), w.gain),))
+        return Piece(w.due, (Form(seconds(w.new), w.expected_tokens),))
     return Piece(
         w.due, tuple(Form(seconds(w.new - w.n_draft + k), value(w, k)) for k in range(w.n_draft + 1))
     )
 
 
-def value(w: Work, kept: int) -> float:
-    """Tokens that a piece is expected to commit with so many draft tokens."""
-    return w.gain if kept == w.n_draft else curve(w.n_draft, round(w.gain, 2))[kept]
+def value(w: Candidate, kept: int) -> float:
+    """Expected tokens of a candidate with `kept` draft tokens."""
+    return w.expected_tokens if kept == w.n_draft else curve(w.n_draft, round(w.expected_tokens, 2))[kept]
 
 
 def best(now: float, fixed: float, pieces: Sequence[Piece]) -> Best:

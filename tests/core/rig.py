@@ -5,27 +5,37 @@ from __future__ import annotations
 from collections import deque
 
 from toy import EOS, N_VOCAB, ToyEngine
-
-from wisp.core.admission import Admission, KeyLimits
-from wisp.core.batching import batching_policy
-from wisp.core.events import EdgeLost, Ended, FromEdge, InEvent, Limits, Run, Send, StepDone, Tick, WakeAt
-from wisp.core.messages import (
-    FromCloud,
+from wisp.core.protocol.messages import (
     Message,
     Refused,
+    ServerMessage,
     Verdict,
-    decode_from_cloud,
-    decode_from_edge,
+    decode_edge_message,
+    decode_server_message,
     encode,
 )
-from wisp.core.sampling import Sampling
-from wisp.core.verifier import Verifier
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.verify.admission import Admission, KeyLimits
+from wisp.core.verify.batching import batching_policy
+from wisp.core.verify.events import (
+    EdgeLost,
+    Ended,
+    InEvent,
+    Limits,
+    Received,
+    Run,
+    Send,
+    StepDone,
+    Tick,
+    WakeAt,
+)
+from wisp.core.verify.verifier import Verifier
 
 SAMPLING = Sampling(seed=3)
 
 
 class Rig:
-    """`receive` hands the verifier a message; `step` runs what it wants run; `sent` collects what it says."""
+    """`receive` hands the verifier a message, `step` runs its next step, `sent` collects its messages."""
 
     def __init__(
         self,
@@ -37,7 +47,7 @@ class Rig:
         batching: str = "continuous",
         limits: dict[str, KeyLimits] | None = None,
         max_sessions: int = 100,
-        forecast: bool = False,
+        slo_admission: bool = False,
         digest: str = "",
     ) -> None:
         self.engine = ToyEngine(slots)
@@ -49,12 +59,12 @@ class Rig:
             kv_tokens or slots * slot_tokens,
             step_tokens,
             max_draft=8,
-            forecast=forecast,
+            slo_admission=slo_admission,
             digest=digest,
         )
         self.verifier = Verifier(self.limits, batching_policy(batching), Admission(max_sessions, limits))
         self.now = 0.0
-        self.sent: dict[int, deque[FromCloud]] = {}
+        self.sent: dict[int, deque[ServerMessage]] = {}
         self.run: Run | None = None
         self.wake_at: float | None = None
         self.lost = 0  # messages on connections that broke
@@ -66,7 +76,7 @@ class Rig:
         self.log.append((self.now, event))
         for action in self.verifier.handle(self.now, event):
             if isinstance(action, Send):
-                message = decode_from_cloud(encode(action.message))
+                message = decode_server_message(encode(action.message))
                 self.sent.setdefault(action.connection, deque()).append(message)
             elif isinstance(action, Run):
                 assert self.run is None, "two steps at once"
@@ -78,16 +88,16 @@ class Rig:
                 self.ended.append(action)
 
     def receive(self, message: Message, connection: int = 1, key: str = "") -> None:
-        decoded = decode_from_edge(encode(message))
+        decoded = decode_edge_message(encode(message))
         assert not hasattr(decoded, "version")
-        self.feed(FromEdge(connection, key, decoded))
+        self.feed(Received(connection, key, decoded))
 
     def lose(self, connection: int = 1) -> None:
         self.feed(EdgeLost(connection))
         self.lost += len(self.sent.pop(connection, ()))
 
     def dispatch(self) -> bool:
-        """Let the verifier start a step. False if it has nothing to run."""
+        """Let the verifier start a step. False if there is nothing to run."""
         if self.run is None:
             self.feed(Tick())
         return self.run is not None
@@ -103,7 +113,7 @@ class Rig:
         self.feed(StepDone(results, 10.0))
 
     def steps(self, n: int) -> None:
-        """Run so many steps, one after another."""
+        """Run `n` steps, one after another."""
         for _ in range(n):
             assert self.dispatch(), "nothing to run"
             self.finish()
@@ -122,7 +132,7 @@ class Rig:
             self.finish()
         raise AssertionError("still busy")
 
-    def take(self, connection: int = 1) -> FromCloud:
+    def take(self, connection: int = 1) -> ServerMessage:
         return self.sent[connection].popleft()
 
     def verdict(self, connection: int = 1) -> Verdict:

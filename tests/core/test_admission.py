@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from wisp.core.admission import Admission, KeyLimits, Refusal
+from wisp.core.verify.admission import Admission, KeyLimits, Refusal
 
 
 def test_a_full_verifier_refuses_with_a_time_to_come_back() -> None:
@@ -37,7 +37,7 @@ def test_requests_per_minute_refill() -> None:
     admission.opened(30.5, "a")
 
 
-def test_asking_says_what_opening_would_and_changes_nothing() -> None:
+def test_ask_raises_what_opened_would_and_changes_nothing() -> None:
     limits = {
         "sessions": KeyLimits(sessions=1),
         "requests": KeyLimits(requests_per_minute=1),
@@ -71,7 +71,7 @@ def test_tokens_per_minute_are_charged_afterwards() -> None:
     admission.opened(31.0, "a")
 
 
-def test_new_limits_are_a_fresh_start_for_those_keys_alone_that_they_change() -> None:
+def test_new_limits_reset_only_the_keys_that_they_change() -> None:
     limits = KeyLimits(requests_per_minute=1, tokens_per_minute=60)
     admission = Admission(100, {"a": limits, "b": limits, "c": limits})
     for key in "abc":
@@ -95,7 +95,7 @@ def test_a_refused_request_costs_no_request() -> None:
     admission.opened(62.0, "a")  # the request bucket had refilled and was not touched
 
 
-def test_nobody_saves_up_a_claim_by_staying_away() -> None:
+def test_a_key_earns_no_claim_by_a_pause() -> None:
     admission = Admission(100)
     admission.opened(0.0, "busy")
     admission.served(0.0, "busy", 0, 1000)

@@ -1,15 +1,17 @@
-"""Who takes part in a step, by policy."""
+"""The simple batching policies, by example."""
 
 from __future__ import annotations
 
 import pytest
 
-from wisp.core.batching import Continuous, Fcfs, Grant, Kind, StepLimits, Work, batching_policy
 from wisp.core.errors import ConfigError
+from wisp.core.verify.batching import Candidate, Continuous, Fcfs, Grant, Kind, StepLimits, batching_policy
 
 
-def work(session: int, kind: Kind, new: int, since: float = 0.0, opened: float = 0.0, key: str = "") -> Work:
-    return Work(session, kind, new, 0, max(new - 1, 0), since, opened, key)
+def work(
+    session: int, kind: Kind, new: int, since: float = 0.0, opened: float = 0.0, key: str = ""
+) -> Candidate:
+    return Candidate(session, kind, new, 0, max(new - 1, 0), since, opened, key)
 
 
 def test_continuous_takes_every_generation_and_fills_up_with_prompts() -> None:
@@ -23,7 +25,7 @@ def test_continuous_takes_every_generation_and_fills_up_with_prompts() -> None:
     assert plan.grants == [Grant(4, 1), Grant(2, 5), Grant(3, 100), Grant(1, 14)]
 
 
-def test_continuous_keeps_a_quarter_for_newcomers() -> None:
+def test_continuous_reserves_a_quarter_of_the_step_for_prompts() -> None:
     pending = [work(i, Kind.DECODE, 1, since=i) for i in range(40)] + [work(99, Kind.PREFILL, 500)]
     plan = Continuous().plan(0.0, pending, StepLimits(tokens=20, slices=64))
     assert [g.session for g in plan.grants] == [*range(15), 99]
@@ -39,14 +41,14 @@ def test_continuous_serves_the_least_served_key_first() -> None:
     assert Continuous().plan(9.0, pending, limits).grants == [Grant(2, 30)]
 
 
-def test_fcfs_lets_nobody_overtake() -> None:
+def test_fcfs_keeps_the_order_of_arrival() -> None:
     pending = [work(1, Kind.VERIFY, 5, since=2.0), work(2, Kind.PREFILL, 30, since=1.0)]
     assert Fcfs().plan(3.0, pending, StepLimits(32, 8)).grants == [Grant(2, 30)]
     assert Fcfs().plan(3.0, pending, StepLimits(35, 8)).grants == [Grant(2, 30), Grant(1, 5)]
 
 
 @pytest.mark.parametrize("name", ["continuous", "fcfs"])
-def test_work_larger_than_a_step_still_runs(name: str) -> None:
+def test_a_candidate_larger_than_a_step_runs_alone(name: str) -> None:
     plan = batching_policy(name).plan(0.0, [work(1, Kind.VERIFY, 50)], StepLimits(16, 8))
     assert plan.grants == [Grant(1, 50)]
 
@@ -57,7 +59,7 @@ def test_no_more_slices_than_the_engine_has(name: str) -> None:
     assert len(batching_policy(name).plan(0.0, pending, StepLimits(100, 4)).grants) == 4
 
 
-def test_nothing_to_do_is_an_empty_plan() -> None:
+def test_without_candidates_the_plan_is_empty() -> None:
     assert Continuous().plan(0.0, [], StepLimits(100, 4)).grants == []
 
 
@@ -66,7 +68,7 @@ def test_unknown_policy_names_the_known_ones() -> None:
         batching_policy("magic")
 
 
-def test_laxity_can_be_told_to_keep_what_it_gave() -> None:
-    assert batching_policy("laxity").lends
-    keeps = batching_policy("laxity:keep")
-    assert (keeps.name, keeps.lends) == ("laxity", False)
+def test_wisp_keep_is_wisp_without_preemption() -> None:
+    assert batching_policy("wisp").preempts
+    keeps = batching_policy("wisp:keep")
+    assert (keeps.name, keeps.preempts) == ("wisp", False)

@@ -1,4 +1,4 @@
-"""The cost model: what a fit finds, and how it follows a machine that is not what the profile said."""
+"""The cost model: fits, and learning from steps that differ from the profile."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wisp.core.cost import Coefficients, CostModel, Load, decoding_of, errors, fit, load_of
-from wisp.core.work import Slice
+from wisp.core.protocol.step import Slice
+from wisp.core.verify.cost import Coefficients, CostModel, Load, decoding_of, errors, fit, load_of
 from wisp.engines.emulated import hardware
 
 TRUTH = Coefficients(step=40.0, token=0.3, cached=2e-4, attention=2e-5)
@@ -19,7 +19,7 @@ KNEED = Coefficients(step=40.0, token=0.1, cached=2e-4, attention=1e-5, beyond=0
 
 
 def steps(n: int, seed: int = 0) -> list[Load]:
-    """Steps as a server runs them: some dozen sessions that verify or decode, and now and then a piece of a prompt."""
+    """Steps of a server: some dozen sessions verify or decode, with an occasional prefill chunk."""
     source = random.Random(seed)
     loads = []
     for _ in range(n):
@@ -85,7 +85,7 @@ def test_the_knee_is_found_where_there_is_one_and_a_line_misses() -> None:
 
 
 def test_no_knee_is_seen_in_a_little_noise() -> None:
-    """A dozen noisy times always have some kink that fits them better; on others it would be a disaster."""
+    """A dozen noisy times always fit better with some knee, which would fail on others."""
     for seed in range(10):
         source = random.Random(seed)
         loads = steps(13, seed)
@@ -94,8 +94,8 @@ def test_no_knee_is_seen_in_a_little_noise() -> None:
         assert errors(few, others, [TRUTH.ms(load) for load in others]).mape < 0.22
 
 
-def test_without_a_knee_what_is_beyond_does_not_count() -> None:
-    """Prediction and learning must see the same regressors, or learning never ends."""
+def test_without_a_knee_the_coefficient_beyond_does_not_count() -> None:
+    """Prediction and learning must use the same regressors, or learning never converges."""
     odd = Coefficients(step=1.0, token=1.0, beyond=5.0, knee=0)
     assert odd.ms(Load(10)) == 11.0
     model = CostModel(odd)
@@ -133,7 +133,7 @@ def test_a_machine_that_slows_down_is_followed() -> None:
     assert median(off) < 0.05
 
 
-def test_a_straggler_now_and_then_moves_little() -> None:
+def test_an_occasional_outlier_changes_little() -> None:
     source = random.Random(3)
     model = CostModel(TRUTH)
     for i, load in enumerate(steps(600, 4)):
@@ -156,7 +156,7 @@ def test_the_margin_holds_nine_times_out_of_ten() -> None:
 
 
 def test_the_covariance_stays_bounded_over_a_hundred_thousand_steps_of_the_same_kind() -> None:
-    """Forgetting without news would let it grow for ever, and the first odd step would then throw everything over."""
+    """Without new information, forgetting lets it grow, and one odd step could then change every coefficient."""
     source = random.Random(4)
     model = CostModel(TRUTH, trust=0.3)
     load = Load().plus(5, 100)
@@ -216,7 +216,7 @@ def slower(c: Coefficients, factor: float) -> Coefficients:
     return Coefficients(*(v * factor for v in times), c.knee)
 
 
-def test_a_step_without_its_prompts_is_what_decodes_in_it() -> None:
+def test_the_decoding_load_of_a_step_leaves_prefill_out() -> None:
     begun = Slice(session=1, slot=0, start=0, tokens=[1] * 50, sample=False)
     # Nine tokens of a prompt, its last one, and a draft.
     ending = Slice(session=2, slot=1, start=40, tokens=[1] * 12, n_draft=2)

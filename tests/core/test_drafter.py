@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 import pytest
 
-from wisp.core.drafter import MAX_REOPENINGS, REOPEN, Action, Drafter, Phase, Reopen, Task
-from wisp.core.drafting import Ahead, DraftingPolicy, Fixed, Odds, View
+from wisp.core.draft.drafter import MAX_REOPENINGS, REOPEN, Action, Drafter, Phase, Reopen, Task
+from wisp.core.draft.policies import Ahead, DraftingPolicy, Fixed, Odds, View
+from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError
-from wisp.core.messages import Draft, Open, Refused, Verdict
-from wisp.core.sampling import Sampling
-from wisp.core.signals import Signal
-from wisp.core.work import Committed
+from wisp.core.protocol.messages import Draft, Open, Refused, Verdict
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import Committed
 
 EOS = 99
 PROMPT = [50, 51]
@@ -116,7 +116,7 @@ def test_the_time_from_sending_to_arrival_is_what_was_waited() -> None:
     made = opened(Fixed(1))
     propose(made, 11)  # sent at 110
     made.verdict(180.0, Verdict("s", 1, 1, 1, [11, 12]), 150.0)  # read late: a draft step was running
-    assert made.pace.wait.value == 40.0
+    assert made.times.wait.value == 40.0
 
 
 # --- drafting ahead
@@ -129,7 +129,7 @@ def test_an_agreeing_verdict_leaves_what_was_drafted_ahead_ready() -> None:
     actions = made.verdict(200.0, Verdict("s", 1, 1, 2, [11, 12, 13]))
     sent = only_draft(actions)  # at once
     assert (sent.base, sent.tokens) == (4, [14, 15])
-    assert made.wasted == 0
+    assert made.chain.wasted == 0
     assert made.phase is Phase.IN_FLIGHT
 
 
@@ -152,7 +152,7 @@ def test_a_disagreeing_verdict_clears_what_was_drafted_ahead(accepted: int, toke
     propose(made, 13, 14, 15)
     actions = made.verdict(200.0, Verdict("s", 1, 1, accepted, tokens))
     assert not any(isinstance(a, Draft) for a in actions)
-    assert made.wasted == 3
+    assert made.chain.wasted == 3
     assert made.context() == [*PROMPT, 10, *tokens]
     assert only_draft(propose(made, 30, 31)).tokens == [30, 31]
 
@@ -209,21 +209,21 @@ def test_a_bet_that_is_won_saves_the_round_trip() -> None:
     assert made.verdict(200.0, Verdict("s", 1, 1, 2, [11, 12, 13])) == [
         Committed([11, 12, 13], drafted=2, accepted=2, from_draft=2)
     ]
-    assert (made.phase, made.sent, made.chain) == (Phase.IN_FLIGHT, 2, [14, 15])
+    assert (made.phase, made.chain.sent, made.chain.tokens) == (Phase.IN_FLIGHT, 2, [14, 15])
     (told,) = [
         a
         for a in made.verdict(220.0, Verdict("s", 2, 1, 5, [11, 12, 13, 14, 15, 16]))
         if isinstance(a, Committed)
     ]
     assert told == Committed([14, 15, 16], drafted=2, accepted=2, from_draft=2)
-    assert made.wasted == 0
+    assert made.chain.wasted == 0
 
 
 @pytest.mark.parametrize("tokens", [[20], [11, 20], [11, 12, 20]], ids=["first", "last", "bonus"])
 def test_a_bet_that_is_lost_is_forgotten_at_once(tokens: list[int]) -> None:
     made, _, second = bold(2)
     made.verdict(200.0, Verdict("s", 1, 1, len(tokens) - 1, tokens))
-    assert (made.phase, made.chain, made.wasted) == (Phase.DRAFTING, [], 3)
+    assert (made.phase, made.chain.tokens, made.chain.wasted) == (Phase.DRAFTING, [], 3)
     made.verdict(201.0, Verdict("s", second.round, 1, len(tokens) - 1, tokens))  # stale
     assert (made.phase, made.committed) == (Phase.DRAFTING, [10, *tokens])
     assert only_draft(propose(made, 30, 31)).base == 1 + len(tokens)
@@ -265,16 +265,16 @@ def test_no_draft_reaches_beyond_max_tokens(k: int, max_tokens: int) -> None:
     for _ in range(40):
         while made.wants_token(0.0):
             actions = made.proposed(0.0, 10 + made.position, Signal(0.9), 1.0)
-            assert len(made.committed) + len(made.chain) <= max_tokens - 1
+            assert len(made.committed) + len(made.chain.tokens) <= max_tokens - 1
             if actions:
                 break
         sent = [a for a in actions if isinstance(a, Draft)]
         if sent:
             assert len(sent[0].tokens) <= max_tokens - len(made.committed) - 1
-        base, draft = len(made.committed), made.chain[: made.sent]
+        base, draft = len(made.committed), made.chain.tokens[: made.chain.sent]
         tokens = [*draft, 10 + base + len(draft)]
         finish = "length" if base + len(tokens) == max_tokens else ""
-        actions = made.verdict(0.0, Verdict("s", made._round, base, len(draft), tokens, finish))
+        actions = made.verdict(0.0, Verdict("s", made.rounds.number, base, len(draft), tokens, finish))
         if finish:
             break
     assert made.committed == list(range(10, 10 + max_tokens))
@@ -379,7 +379,7 @@ def test_what_the_verifier_does_by_itself_is_measured_for_the_way_back() -> None
     made.verdict(150.0, Verdict("s", 1, 1, 0, [11]))
     for i in range(6):
         made.verdict(170.0 + 20.0 * i, Verdict("s", 1, 2 + i, 0, [12 + i]))
-    assert made.pace.serve_ms == pytest.approx(20.0)
+    assert made.times.serve_ms == pytest.approx(20.0)
 
 
 def served_then_drafting() -> Drafter:
@@ -402,7 +402,7 @@ def test_tokens_still_served_shorten_a_draft_that_agrees() -> None:
     sent = only_draft(propose(made, 14, 15))
     assert (sent.base, sent.tokens) == (4, [14, 15])
     made.verdict(140.0, Verdict("s", 1, 4, 0, [14]))  # crossed the draft on its way
-    assert (made.chain, made.sent) == ([15], 1)
+    assert (made.chain.tokens, made.chain.sent) == ([15], 1)
     (settled, *_) = made.verdict(150.0, Verdict("s", 2, 4, 2, [14, 15, 16]))
     assert settled == Committed([15, 16], drafted=1, accepted=1, from_draft=1)  # 14 was not verified
     assert made.committed == [10, 11, 12, 13, 14, 15, 16]
@@ -413,8 +413,8 @@ def test_tokens_still_served_clear_a_draft_that_disagrees() -> None:
     sent = only_draft(propose(made, 13, 14))
     propose(made, 15, 16)
     made.verdict(140.0, Verdict("s", 1, 3, 0, [30]))
-    assert made.chain == []
-    assert made.wasted == 2
+    assert made.chain.tokens == []
+    assert made.chain.wasted == 2
     made.verdict(150.0, Verdict("s", sent.round, 3, 0, [30]))
     assert made.committed == [10, 11, 12, 30]
     assert made.phase is Phase.DRAFTING
@@ -576,11 +576,11 @@ def test_a_first_step_that_reads_a_long_prompt_does_not_end_drafting() -> None:
     drafter.connected(0.0, 8)
     drafter.verdict(10.0, Verdict("session", 0, 0, 0, [5]))
     drafter.proposed(3010.0, 6, Signal(0.9), 3000.0)
-    assert drafter.pace.draft.n == 0
+    assert drafter.times.draft.n == 0
     drafter.proposed(3030.0, 7, Signal(0.9), 20.0)
-    assert drafter.pace.draft.value == 20.0
+    assert drafter.times.draft.value == 20.0
     drafter.proposed(6030.0, 8, Signal(0.9), 3000.0)  # the device was busy with something else
-    assert drafter.pace.draft.value <= 40.0
+    assert drafter.times.draft.value <= 40.0
 
 
 def test_the_salt_of_a_task_goes_with_every_open() -> None:
@@ -594,21 +594,21 @@ def test_the_salt_of_a_task_goes_with_every_open() -> None:
 
 def test_a_session_goes_on_with_the_model_that_it_was_begun_with() -> None:
     made = drafter(None)
-    (first,) = made.connected(0.0, 16, "ours")
+    (first,) = made.connected(0.0, 16, "wisp")
     assert isinstance(first, Open)
-    assert first.digest == "ours"
+    assert first.digest == "wisp"
     made.verdict(1.0, Verdict("s", 0, 0, 0, [10]))
     made.lost()
-    (again,) = made.connected(9.0, 16, "ours")
+    (again,) = made.connected(9.0, 16, "wisp")
     assert isinstance(again, Open)
-    assert (again.committed, again.digest) == ([10], "ours")
+    assert (again.committed, again.digest) == ([10], "wisp")
 
 
 @pytest.mark.parametrize("committed", [[], [10, 11]])
 def test_a_session_ends_where_the_model_has_changed(committed: list[int]) -> None:
     """Its prompt was encoded for the old one, so that it may not even begin with the new one."""
     made = drafter(None)
-    made.connected(0.0, 16, "ours")
+    made.connected(0.0, 16, "wisp")
     if committed:
         made.verdict(1.0, Verdict("s", 0, 0, 0, committed))
     made.lost()
@@ -616,11 +616,11 @@ def test_a_session_ends_where_the_model_has_changed(committed: list[int]) -> Non
         made.connected(9.0, 16, "theirs")
     assert (caught.value.status, caught.value.code) == (502, "model_changed")
     assert made.phase is Phase.DONE
-    assert made.connected(9.0, 16, "ours") == []
+    assert made.connected(9.0, 16, "wisp") == []
 
 
 def test_a_prompt_that_was_encoded_for_another_model_is_not_sent() -> None:
-    made = Drafter("s", Task(PROMPT, Sampling(), 40, digest="ours"), None, frozenset({EOS}))
+    made = Drafter("s", Task(PROMPT, Sampling(), 40, digest="wisp"), None, frozenset({EOS}))
     with pytest.raises(RequestError):
         made.connected(0.0, 16, "theirs")
 

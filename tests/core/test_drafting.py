@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from wisp.core.drafting import (
+from wisp.core.draft.policies import (
     POLICIES,
     STOPPING_IN_TIME,
     Ahead,
@@ -19,10 +19,10 @@ from wisp.core.drafting import (
     Predicted,
     View,
 )
+from wisp.core.draft.predictor import FEATURES, Predictor
+from wisp.core.draft.round_times import RoundTimes
+from wisp.core.draft.signals import Signal
 from wisp.core.errors import ConfigError
-from wisp.core.pace import Pace
-from wisp.core.predictor import FEATURES, Predictor
-from wisp.core.signals import Signal
 from wisp.engines.build import read_predictor
 
 N = len(FEATURES)
@@ -48,8 +48,8 @@ def pace(
     token_ms: float = 0.0,
     acceptance: float = 0.8,
     price: float = 0.0,
-) -> Pace:
-    made = Pace()
+) -> RoundTimes:
+    made = RoundTimes()
     made.draft.add(draft_ms)
     for i in range(70):
         k = i % 7
@@ -61,7 +61,7 @@ def pace(
 
 def view(
     p: Sequence[float] = (),
-    made: Pace | None = None,
+    made: RoundTimes | None = None,
     *,
     sent: int = 0,
     now_ms: float = 0.0,
@@ -71,7 +71,7 @@ def view(
     return View(now_ms, list(p), sent, sent, sent_ms + made.wait_ms(sent), made)
 
 
-def drafted(policy: DraftingPolicy, made: Pace, p: Sequence[float] = (0.8,) * 64) -> list[float]:
+def drafted(policy: DraftingPolicy, made: RoundTimes, p: Sequence[float] = (0.8,) * 64) -> list[float]:
     """The draft that a policy builds and sends, if tokens turn out to have these probabilities."""
     chain: list[float] = []
     while policy.more(view(chain, made)):
@@ -203,7 +203,7 @@ def test_gain_looks_at_unsent_tokens_only() -> None:
 # --- gain: server mode
 
 
-def served(made: Pace, times_drafted: float, longest: int = 16) -> Pace:
+def served(made: RoundTimes, times_drafted: float, longest: int = 16) -> RoundTimes:
     """The verifier alone was seen to be this much faster than drafting is believed to be."""
     made.served.value = 1.0 / (times_drafted * STOPPING_IN_TIME * made.best_speed(longest))
     made.served.n = 10
@@ -234,7 +234,7 @@ def test_a_little_faster_is_not_reason_enough_to_change_over() -> None:
 
 
 def test_nobody_changes_over_before_anything_is_measured() -> None:
-    made = Pace()
+    made = RoundTimes()
     made.draft.add(500.0)
     assert not gain().serve(view([], made))
     made.verdict(0, 60.0, 0.0, 10.0)
@@ -273,7 +273,7 @@ def test_ahead_never_delays_a_likely_restart() -> None:
 
 
 def test_ahead_drafts_while_the_prompt_is_being_read() -> None:
-    made = Pace()
+    made = RoundTimes()
     made.draft.add(100.0)
     assert Ahead().worth(view([], made))
 
@@ -284,7 +284,7 @@ def test_ahead_obeys_energy() -> None:
     assert Ahead(energy=0.15).worth(flight)
     assert not Ahead(energy=0.19).worth(flight)
     assert not Ahead(energy=1.1).worth(view([], made))
-    for first in (view([], Pace()), view([0.5], Pace(), sent=1)):
+    for first in (view([], RoundTimes()), view([0.5], RoundTimes(), sent=1)):
         assert not Ahead(energy=0.9).worth(first)
 
 

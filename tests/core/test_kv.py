@@ -1,4 +1,4 @@
-"""Slots: reuse, eviction, and room."""
+"""KV slots: reuse, eviction, leftovers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisp.core.kv import KvPool, Placement, common_prefix, packed
+from wisp.core.verify.kv import KvPool, SlotAssignment, common_prefix, packed
 
 
 class Pool(KvPool):
@@ -15,7 +15,7 @@ class Pool(KvPool):
 
     def acquire(  # type: ignore[override]
         self, now: float, session: int, key: str, chain: list[int], evictable: Callable[[int], bool]
-    ) -> Placement | None:
+    ) -> SlotAssignment | None:
         return super().acquire(now, session, key, packed(chain), evictable)
 
     def grow(self, now: float, slot: int, tokens: list[int]) -> None:  # type: ignore[override]
@@ -34,7 +34,7 @@ def test_common_prefix_by_bisection() -> None:
 
 
 @given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
-def test_common_prefix_is_what_it_says(a: list[int], b: list[int]) -> None:
+def test_common_prefix_agrees_with_a_loop(a: list[int], b: list[int]) -> None:
     n = common_prefix(a, b)
     assert a[:n] == b[:n]
     assert n == min(len(a), len(b)) or a[n] != b[n]
@@ -52,7 +52,7 @@ def test_a_follow_up_turn_goes_on_in_the_slot_of_the_last() -> None:
     assert (again.slot, again.start, again.copy_from) == (0, 5, -1)
 
 
-def test_the_last_token_is_always_computed_anew() -> None:
+def test_the_last_token_is_always_computed_again() -> None:
     pool = Pool(1, 100, 100)
     pool.acquire(0.0, 1, "", [1, 2, 3], never)
     pool.record(0.0, 0, [1, 2, 3])
@@ -100,7 +100,7 @@ def test_empty_slots_go_first_then_leftovers_then_evictable_owners() -> None:
     assert (evicting.slot, evicting.evicted) == (0, 1)
 
 
-def test_leftovers_are_cleared_oldest_first_and_no_more_of_them_than_need_be() -> None:
+def test_leftovers_are_dropped_oldest_first_and_no_more_than_needed() -> None:
     pool = Pool(4, 100, 40)
     for session in range(4):
         placed = pool.acquire(float(session), session, "", [session], never)
@@ -117,7 +117,7 @@ def test_leftovers_are_cleared_oldest_first_and_no_more_of_them_than_need_be() -
     assert pool.held == 20
 
 
-def test_room_is_made_of_leftovers_before_owners() -> None:
+def test_leftovers_are_dropped_before_owners_are_evicted() -> None:
     pool = Pool(3, 100, 100)
     for session in range(3):
         pool.acquire(float(session), session, "", [session, 9], never)
@@ -134,7 +134,7 @@ def test_room_is_made_of_leftovers_before_owners() -> None:
 
 
 def oldest_that_may_go(pool: KvPool, evictable: set[int]) -> int | None:
-    """What `_victim` chooses, by a look at every slot."""
+    """The slot that `_victim` should choose, from a search through all slots."""
     ranks = [
         (2 if s.owner is not None else 1 if s.tokens else 0, s.used, s.index)
         for s in pool.slots
@@ -144,12 +144,12 @@ def oldest_that_may_go(pool: KvPool, evictable: set[int]) -> int | None:
 
 
 def longest_shared(pool: KvPool, key: str, chain: list[int]) -> int:
-    """How much of a chain some slot of that key holds, by a look at every slot."""
+    """Longest prefix of a chain in the slots of that key, from a search through all slots."""
     return max((common_prefix(s.tokens, chain) for s in pool.slots if s.key == key), default=0)
 
 
 @given(st.lists(st.tuples(st.sampled_from("adegr"), st.integers(0, 3), st.integers(0, 40)), max_size=60))
-def test_a_slot_is_found_that_a_look_at_every_slot_would_find(what: list[tuple[str, int, int]]) -> None:
+def test_the_slot_found_is_that_of_a_search_through_all_slots(what: list[tuple[str, int, int]]) -> None:
     pool = Pool(4, 100, 200)
     for now, (do, slot, n) in enumerate(what):
         session, key, idle = 100 + now, "ab"[n % 2], {100 + i for i in range(now) if (i + n) % 3}
@@ -173,4 +173,4 @@ def test_a_slot_is_found_that_a_look_at_every_slot_would_find(what: list[tuple[s
         assert pool.held == sum(len(s.tokens) for s in pool.slots)
         assert pool.owned_slots == sum(s.owner is not None for s in pool.slots)
         owners = sum(len(s.tokens) for s in pool.slots if s.owner in idle or s.owner is None)
-        assert pool.room(lambda handle, idle=idle: handle not in idle) == pool.unused + owners
+        assert pool.obtainable(lambda handle, idle=idle: handle not in idle) == pool.unused + owners

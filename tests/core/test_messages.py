@@ -1,4 +1,4 @@
-"""The wire format is pinned: these bytes are what other releases send."""
+"""The wire format is pinned: other releases send these bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wisp.core.errors import ProtocolError
-from wisp.core.messages import (
+from wisp.core.protocol.messages import (
     Cancel,
     Draft,
     Hello,
@@ -20,14 +20,14 @@ from wisp.core.messages import (
     Refused,
     Verdict,
     Welcome,
-    decode_from_cloud,
-    decode_from_edge,
+    decode_edge_message,
+    decode_server_message,
     encode,
     vocabulary_fingerprint,
 )
-from wisp.core.sampling import Sampling
-from wisp.core.slo import Slo
-from wisp.core.work import TokenLogprob, TopLogprob
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.slo import Slo
+from wisp.core.protocol.step import TokenLogprob, TopLogprob
 
 GOLDEN: dict[str, Message] = {
     "95a568656c6c6f01a26162a163c3": Hello(1, "ab", "c", True),
@@ -70,20 +70,22 @@ WELCOME = Welcome(1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0, "d")
 @pytest.mark.parametrize(("frame", "message"), GOLDEN.items())
 def test_golden_frames(frame: str, message: Message) -> None:
     assert encode(message).hex() == frame
-    decode = decode_from_cloud if isinstance(message, Refused | Redirect | Welcome) else decode_from_edge
+    decode = (
+        decode_server_message if isinstance(message, Refused | Redirect | Welcome) else decode_edge_message
+    )
     assert decode(bytes.fromhex(frame)) == message
 
 
 @pytest.mark.parametrize(("frame", "message"), EARLIER.items())
 def test_frames_of_earlier_releases_are_understood(frame: str, message: Message) -> None:
-    decode = decode_from_cloud if isinstance(message, Refused | Welcome) else decode_from_edge
+    decode = decode_server_message if isinstance(message, Refused | Welcome) else decode_edge_message
     assert decode(bytes.fromhex(frame)) == message
 
 
 def test_every_message_survives_the_wire() -> None:
-    assert decode_from_edge(encode(OPEN)) == OPEN
-    assert decode_from_cloud(encode(VERDICT)) == VERDICT
-    assert decode_from_cloud(encode(WELCOME)) == WELCOME
+    assert decode_edge_message(encode(OPEN)) == OPEN
+    assert decode_server_message(encode(VERDICT)) == VERDICT
+    assert decode_server_message(encode(WELCOME)) == WELCOME
 
 
 def test_shorter_and_longer_messages_are_understood() -> None:
@@ -91,24 +93,24 @@ def test_shorter_and_longer_messages_are_understood() -> None:
     fields = msgspec.msgpack.decode(encode(Draft("session1", 7, 2, [3])))
     older = msgspec.msgpack.encode(fields[:5])
     newer = msgspec.msgpack.encode([*fields, "something new"])
-    assert decode_from_edge(older) == decode_from_edge(newer) == Draft("session1", 7, 2, [3])
+    assert decode_edge_message(older) == decode_edge_message(newer) == Draft("session1", 7, 2, [3])
 
 
 @given(st.binary(max_size=60))
-def test_garbage_is_refused_and_nothing_else(frame: bytes) -> None:
-    for decode in (decode_from_edge, decode_from_cloud):
+def test_garbage_is_refused_as_malformed(frame: bytes) -> None:
+    for decode in (decode_edge_message, decode_server_message):
         with contextlib.suppress(ProtocolError):  # any other exception fails
             decode(frame)
 
 
 def test_wrong_direction_and_wrong_types_are_refused() -> None:
     with pytest.raises(ProtocolError, match="from an edge"):
-        decode_from_edge(encode(VERDICT))
+        decode_edge_message(encode(VERDICT))
     with pytest.raises(ProtocolError, match="from a verifier"):
-        decode_from_cloud(encode(OPEN))
+        decode_server_message(encode(OPEN))
     bad = msgspec.msgpack.encode(["draft", "session1", 1, 0, ["not a token"]])
     with pytest.raises(ProtocolError, match=r"Expected `int`"):
-        decode_from_edge(bad)
+        decode_edge_message(bad)
 
 
 @pytest.mark.parametrize(
@@ -118,20 +120,20 @@ def test_a_session_has_a_short_plain_name_in_every_message(name: str) -> None:
     """Names are remembered, logged and counted: no door lets others in."""
     for message in (msgspec.structs.replace(OPEN, session=name), Draft(name, 1, 0, []), Cancel(name)):
         with pytest.raises(ProtocolError, match=r"\{8,64\}.*\[1\]"):
-            decode_from_edge(encode(message))
+            decode_edge_message(encode(message))
 
 
 @pytest.mark.parametrize("name", ["x" * 8, "x" * 64, "!~:/.-_#"])
 def test_names_of_8_to_64_plain_characters_are_taken(name: str) -> None:
-    assert decode_from_edge(encode(Cancel(name))) == Cancel(name)
+    assert decode_edge_message(encode(Cancel(name))) == Cancel(name)
 
 
 @pytest.mark.parametrize(
     ("field", "text"), [("avoid", "x" * 265), ("salt", "x" * 65), ("salt", "with a blank")]
 )
-def test_whatever_else_edges_make_up_is_short_too(field: str, text: str) -> None:
+def test_other_names_chosen_by_edges_are_short_too(field: str, text: str) -> None:
     with pytest.raises(ProtocolError, match="64"):
-        decode_from_edge(encode(msgspec.structs.replace(OPEN, **{field: text})))
+        decode_edge_message(encode(msgspec.structs.replace(OPEN, **{field: text})))
 
 
 def test_fingerprint_tells_vocabularies_apart() -> None:
@@ -143,4 +145,4 @@ def test_fingerprint_tells_vocabularies_apart() -> None:
 
 def test_text_that_is_not_utf8_is_refused() -> None:
     with pytest.raises(ProtocolError):
-        decode_from_edge(b"\x91\xa2\xff\xfe")
+        decode_edge_message(b"\x91\xa2\xff\xfe")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wisp.core.patience import BEAT_S, Patience
+from wisp.core.draft.patience import BEAT_S, Patience
 
 
 def awake(patience: Patience, start: float, until: float) -> float:

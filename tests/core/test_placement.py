@@ -1,4 +1,4 @@
-"""Who gets which session: by prefix where that is fair, by room otherwise, and never where it cannot be served."""
+"""Placement of sessions on replicas: by prefix if that is fair, otherwise by load."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisp.core import placement
-from wisp.core.admission import Refusal
-from wisp.core.placement import BLOCK, SETTLE_S, Choice, Placement, Reason, Room
+from wisp.core.route import placement
+from wisp.core.route.placement import BLOCK, SETTLE_S, Choice, Placement, Reason, ReplicaSize
+from wisp.core.verify.admission import Refusal
 
-ROOM = Room(slots=8, kv_tokens=1 << 20, max_sessions=1000)
+SIZE = ReplicaSize(slots=8, kv_tokens=1 << 20, max_sessions=1000)
 SYSTEM = list(range(100, 100 + 4 * BLOCK))  # what many prompts begin with
 
 
-def fleet(*names: str, room: Room = ROOM) -> Placement:
+def fleet(*names: str, size: ReplicaSize = SIZE) -> Placement:
     made = Placement()
     for name in names:
-        made.up(name, room)
+        made.up(name, size)
     return made
 
 
 def fresh(n: int) -> list[int]:
-    """A prompt like no other."""
+    """A unique prompt."""
     return [10_000 + n] * (2 * BLOCK)
 
 
-def test_sessions_that_have_nothing_in_common_take_turns() -> None:
+def test_sessions_without_common_prefix_alternate_between_replicas() -> None:
     p = fleet("a", "b", "c")
     choices = [p.place(0.0, f"s{n}", "key", fresh(n)) for n in range(9)]
     assert [c.replica for c in choices] == ["a", "b", "c"] * 3
-    assert {c.reason for c in choices} == {Reason.ROOM}
+    assert {c.reason for c in choices} == {Reason.LOAD}
 
 
-def test_a_chats_next_turn_goes_where_the_last_one_was() -> None:
+def test_the_next_turn_of_a_chat_goes_to_the_same_replica() -> None:
     p = fleet("a", "b")
     p.place(0.0, "other", "key", fresh(0))
     chat = SYSTEM
@@ -49,35 +49,35 @@ def test_a_chats_next_turn_goes_where_the_last_one_was() -> None:
         assert choice.shared == len(chat) - 2 * BLOCK
 
 
-def test_a_prefix_that_all_share_does_not_crowd_one_replica() -> None:
+def test_a_prefix_shared_by_all_does_not_overload_one_replica() -> None:
     p = fleet("a", "b", "c")
     for n in range(300):
         p.place(0.0, f"s{n}", "key", [*SYSTEM, *fresh(n)])
     assert all(80 <= p.sessions(name) <= 120 for name in "abc")
 
 
-def test_what_another_key_has_cached_draws_nobody() -> None:
+def test_prefixes_of_another_key_do_not_count() -> None:
     p = fleet("a", "b")
     p.place(0.0, "s1", "alice", SYSTEM)
     p.place(0.0, "s2", "bob", fresh(1))
     for name in ("a", "b"):
         p.reported(1.0, name, 0)
     p.place(1.0, "s3", "bob", fresh(2))  # a, which is level with b but comes first
-    assert p.place(1.0, "s4", "bob", SYSTEM) == Choice("b", Reason.ROOM, 0)
+    assert p.place(1.0, "s4", "bob", SYSTEM) == Choice("b", Reason.LOAD, 0)
 
 
-def test_short_prefixes_count_for_nothing_and_only_whole_blocks_count() -> None:
+def test_only_whole_blocks_count() -> None:
     p = fleet("a", "b")
     p.place(0.0, "s1", "key", SYSTEM)
     p.reported(1.0, "a", 0)
-    assert p.place(1.0, "s2", "key", [*SYSTEM[: BLOCK - 1], *fresh(1)]).reason is Reason.ROOM
+    assert p.place(1.0, "s2", "key", [*SYSTEM[: BLOCK - 1], *fresh(1)]).reason is Reason.LOAD
     p.reported(2.0, "b", 0)
     choice = p.place(2.0, "s3", "key", [*SYSTEM[: 2 * BLOCK - 1], *fresh(2)])
     assert (choice.replica, choice.reason, choice.shared) == ("a", Reason.PREFIX, BLOCK)
 
 
-def test_what_a_replica_has_no_room_for_is_forgotten_oldest_first() -> None:
-    p = fleet("a", "b", room=Room(8, kv_tokens=4 * BLOCK, max_sessions=1000))
+def test_blocks_beyond_the_cache_are_forgotten_oldest_first() -> None:
+    p = fleet("a", "b", size=ReplicaSize(8, kv_tokens=4 * BLOCK, max_sessions=1000))
     for n in range(6):  # each replica sees three prompts of two blocks, and holds two
         p.place(0.0, f"s{n}", "key", fresh(n))
     for name in ("a", "b"):
@@ -85,26 +85,26 @@ def test_what_a_replica_has_no_room_for_is_forgotten_oldest_first() -> None:
     assert p.place(1.0, "late", "key", fresh(4)).shared == 2 * BLOCK
     for name in ("a", "b"):
         p.reported(2.0, name, 0)
-    assert p.place(2.0, "later", "key", fresh(0)).reason is Reason.ROOM
+    assert p.place(2.0, "later", "key", fresh(0)).reason is Reason.LOAD
 
 
-def test_of_a_long_prompt_the_end_is_forgotten_first() -> None:
-    """What is left of it is of use only with all that is before."""
-    p = fleet("a", room=Room(8, kv_tokens=5 * BLOCK, max_sessions=1000))
+def test_the_end_of_a_long_prompt_is_forgotten_first() -> None:
+    """The rest of it is of use only with the beginning."""
+    p = fleet("a", size=ReplicaSize(8, kv_tokens=5 * BLOCK, max_sessions=1000))
     p.place(0.0, "s1", "key", SYSTEM)  # four blocks
     p.place(0.0, "s2", "key", fresh(1))  # two
     assert p.place(0.0, "s3", "key", SYSTEM).shared == 3 * BLOCK
 
 
-def test_a_bigger_replica_gets_more() -> None:
+def test_a_larger_replica_gets_more_sessions() -> None:
     p = fleet("small")
-    p.up("big", Room(slots=24, kv_tokens=1 << 20, max_sessions=1000))
+    p.up("big", ReplicaSize(slots=24, kv_tokens=1 << 20, max_sessions=1000))
     for n in range(80):
         p.place(0.0, f"s{n}", "key", fresh(n))
     assert (p.sessions("small"), p.sessions("big")) == (20, 60)
 
 
-def test_reports_replace_what_was_guessed() -> None:
+def test_reports_replace_counted_placements() -> None:
     p = fleet("a", "b")
     for n in range(10):
         p.place(0.0, f"s{n}", "key", fresh(n))
@@ -115,7 +115,7 @@ def test_reports_replace_what_was_guessed() -> None:
     assert [p.place(1.0, f"t{n}", "key", fresh(20 + n)).replica for n in range(4)] == ["a"] * 4
 
 
-def test_a_session_that_comes_back_goes_where_it_was_unless_that_did_not_do() -> None:
+def test_a_resumed_session_returns_to_its_replica_unless_it_avoids_it() -> None:
     p = fleet("a", "b", "c")
     first = p.place(0.0, "session", "key", fresh(0)).replica
     for n in range(5):
@@ -127,12 +127,12 @@ def test_a_session_that_comes_back_goes_where_it_was_unless_that_did_not_do() ->
     assert p.place(3.0, "session", "key", fresh(0)).replica == elsewhere
 
 
-def test_the_only_replica_is_tried_again_even_if_it_did_not_do() -> None:
+def test_the_only_replica_is_chosen_even_if_avoided() -> None:
     assert fleet("a").place(0.0, "session", "key", [1], avoid="a").replica == "a"
 
 
-def test_nothing_goes_to_a_replica_that_is_shut_or_gone_or_full() -> None:
-    p = fleet("a", "b", "c", room=Room(8, 1024, max_sessions=3))
+def test_no_session_goes_to_a_replica_that_is_shut_gone_or_full() -> None:
+    p = fleet("a", "b", "c", size=ReplicaSize(8, 1024, max_sessions=3))
     p.place(0.0, "session", "key", SYSTEM)
     p.shut("a")
     p.gone("b")
@@ -145,15 +145,15 @@ def test_nothing_goes_to_a_replica_that_is_shut_or_gone_or_full() -> None:
     assert p.place(0.0, "s4", "key", SYSTEM).replica == "a"
 
 
-def test_a_replica_that_started_again_has_nothing_cached() -> None:
+def test_a_restarted_replica_has_nothing_cached() -> None:
     p = fleet("a", "b")
     p.place(0.0, "s1", "key", SYSTEM)
     p.gone("a")
-    p.up("a", ROOM)
-    assert p.place(1.0, "s2", "key", SYSTEM).reason is Reason.ROOM
+    p.up("a", SIZE)
+    assert p.place(1.0, "s2", "key", SYSTEM).reason is Reason.LOAD
 
 
-def test_late_news_of_a_replica_that_is_gone_changes_nothing() -> None:
+def test_late_reports_of_a_gone_replica_change_nothing() -> None:
     p = fleet("a")
     p.gone("a")
     p.reported(1.0, "a", 5)
@@ -176,10 +176,10 @@ prompts = st.lists(st.sampled_from([0, 1]), min_size=0, max_size=4).map(
 def test_no_replica_ever_gets_much_more_than_its_share(
     asked: list[tuple[str, list[int]]], slots: list[int]
 ) -> None:
-    """Whatever begins alike: 20 % above its share, or one session."""
+    """For any prefixes: at most 20 %, or one session, above its share."""
     p = Placement()
     for i, n in enumerate(slots):
-        p.up(f"r{i}", Room(n, 1 << 20, 10_000))
+        p.up(f"r{i}", ReplicaSize(n, 1 << 20, 10_000))
     for n, (key, prompt) in enumerate(asked):
         name = p.place(0.0, f"s{n}", key, prompt).replica
         share = (n + 1) * slots[int(name[1:])] / sum(slots)
@@ -187,7 +187,7 @@ def test_no_replica_ever_gets_much_more_than_its_share(
 
 
 @given(st.lists(st.tuples(st.sampled_from("kl"), prompts), max_size=60))
-def test_it_remembers_what_a_search_through_all_that_was_placed_would_find(
+def test_remembered_prefixes_agree_with_a_search_through_all_prompts(
     asked: list[tuple[str, list[int]]],
 ) -> None:
     p = fleet("a", "b", "c")
@@ -212,7 +212,7 @@ def test_it_remembers_what_a_search_through_all_that_was_placed_would_find(
 
 
 @given(st.integers(1, 500), st.integers(1, 6))
-def test_room_alone_spreads_as_evenly_as_can_be(sessions: int, replicas: int) -> None:
+def test_without_prefixes_sessions_spread_evenly(sessions: int, replicas: int) -> None:
     p = fleet(*(f"r{i}" for i in range(replicas)))
     for n in range(sessions):
         p.place(0.0, f"s{n}", "key", [])
@@ -221,7 +221,7 @@ def test_room_alone_spreads_as_evenly_as_can_be(sessions: int, replicas: int) ->
     assert min(counts) == sessions // replicas
 
 
-def test_names_of_sessions_are_remembered_up_to_a_number_and_no_key_drives_out_anothers(
+def test_remembered_sessions_are_bounded_and_fair_between_keys(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(placement, "REMEMBERED", 20)
@@ -235,8 +235,8 @@ def test_names_of_sessions_are_remembered_up_to_a_number_and_no_key_drives_out_a
     assert not p.knows("greedy", "mine-0")
 
 
-def test_a_key_that_is_owed_a_place_goes_to_a_full_replica_and_to_the_one_with_most_room() -> None:
-    p = fleet("a", "b", room=Room(8, 1024, max_sessions=3))
+def test_a_key_owed_a_place_goes_to_the_least_loaded_replica_even_if_full() -> None:
+    p = fleet("a", "b", size=ReplicaSize(8, 1024, max_sessions=3))
     for n in range(6):
         p.place(0.0, f"s{n}", "greedy", fresh(n))
     p.reported(1.0, "b", 2)
@@ -244,27 +244,27 @@ def test_a_key_that_is_owed_a_place_goes_to_a_full_replica_and_to_the_one_with_m
     p.place(1.0, "s6", "greedy", fresh(6))
     with pytest.raises(Refusal):
         p.place(1.0, "s7", "modest", fresh(7))
-    assert p.place(1.0, "s7", "modest", fresh(7), owed=True).reason is Reason.ROOM
+    assert p.place(1.0, "s7", "modest", fresh(7), owed=True).reason is Reason.LOAD
 
 
-def test_what_another_salt_has_cached_draws_nobody() -> None:
+def test_prefixes_of_another_salt_do_not_count() -> None:
     p = fleet("a", "b")
     p.place(0.0, "s1", "edge", SYSTEM, salt="alice")
     p.place(0.0, "s2", "edge", fresh(1), salt="bob")
     for name in ("a", "b"):
         p.reported(1.0, name, 0)
     p.place(1.0, "s3", "edge", fresh(2), salt="bob")
-    assert p.place(1.0, "s4", "edge", SYSTEM, salt="bob") == Choice("b", Reason.ROOM, 0)
+    assert p.place(1.0, "s4", "edge", SYSTEM, salt="bob") == Choice("b", Reason.LOAD, 0)
     assert p.place(1.0, "s5", "edge", SYSTEM, salt="alice").shared == len(SYSTEM)
 
 
-def test_a_replica_whose_report_is_late_gets_nothing_while_there_is_another() -> None:
+def test_a_replica_with_an_overdue_report_is_passed_over() -> None:
     p = fleet("a", "b")
     p.place(0.0, "s0", "key", SYSTEM)
     p.late("a")
     assert [p.place(1.0, name, "key", SYSTEM).replica for name in ("s0", "s1", "s2")] == ["b"] * 3
     p.late("b")
-    assert p.place(1.0, "s3", "key", fresh(3)).replica == "a"  # who else?
+    assert p.place(1.0, "s3", "key", fresh(3)).replica == "a"  # no other is left
     p.reported(2.0, "a", 0)
     assert [p.place(2.0, f"t{n}", "key", fresh(n)).replica for n in range(3)] == ["a"] * 3
     p.late("nobody")

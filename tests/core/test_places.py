@@ -1,16 +1,16 @@
-"""Places when there are fewer than wanted: who gives theirs up, to whom, and that no text changes."""
+"""Fair shares of places between keys when all are taken."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rig import SAMPLING, Rig
 from toy import toy_text
-
-from wisp.core.admission import KeyLimits
-from wisp.core.messages import Cancel, Draft, Open, Refused, Verdict
-from wisp.core.slo import Slo
+from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
+from wisp.core.protocol.slo import Slo
+from wisp.core.verify.admission import KeyLimits
 
 PROMPT = [1, 2, 3]
 TEXT = toy_text(PROMPT, SAMPLING, 40)
@@ -22,7 +22,7 @@ def opening(session: str, **changes: object) -> Open:
 
 
 def hogged(places: int = 4, **options: object) -> Rig:
-    """One key has opened all the sessions there are places for, and says nothing more."""
+    """One key has taken all places and sends nothing more."""
     rig = Rig(max_sessions=places, **options)
     for n in range(places):
         rig.receive(opening(f"hogs-{n:04}"), connection=HOG, key="hog")
@@ -38,7 +38,7 @@ def held(rig: Rig) -> dict[str, int]:
     return {key: usage.sessions for key, usage in rig.verifier.admission.usage.items() if usage.sessions}
 
 
-def test_one_key_that_keeps_all_places_and_says_nothing_shuts_nobody_out() -> None:
+def test_a_silent_key_with_all_places_shuts_no_other_out() -> None:
     rig = hogged(1024)
     rig.receive(opening("guest-0001"), connection=GUEST, key="guest")
     rig.settle()
@@ -46,7 +46,7 @@ def test_one_key_that_keeps_all_places_and_says_nothing_shuts_nobody_out() -> No
     assert held(rig) == {"hog": 1023, "guest": 1}
 
 
-def test_the_place_comes_from_who_was_silent_longest_and_an_honest_edge_loses_nothing() -> None:
+def test_the_longest_silent_session_gives_way_and_its_edge_loses_no_token() -> None:
     rig = hogged(4)
     rig.receive(
         Draft("hogs-0000", 1, 1, TEXT[1:3]), connection=HOG, key="hog"
@@ -63,7 +63,7 @@ def test_the_place_comes_from_who_was_silent_longest_and_an_honest_edge_loses_no
     assert rig.verdict(HOG).tokens == TEXT[1:2]
 
 
-def test_places_are_shared_evenly_by_keys_that_want_them_and_no_further() -> None:
+def test_places_are_shared_evenly_between_keys() -> None:
     rig = hogged(9)
     for n in range(9):
         for connection, key in ((2, "a"), (3, "b")):
@@ -75,7 +75,7 @@ def test_places_are_shared_evenly_by_keys_that_want_them_and_no_further() -> Non
     assert (refused.session, refused.code, refused.retry_after) == ("hogs-9999", "overloaded", 1.0)
 
 
-def test_a_key_whose_sessions_are_all_at_work_gives_up_the_youngest() -> None:
+def test_without_silent_sessions_the_youngest_gives_way() -> None:
     rig = Rig(max_sessions=3, slots=3)
     for n in range(3):
         rig.receive(opening(f"busy-{n:04}", serve=True), connection=n, key="busy")
@@ -93,14 +93,14 @@ def test_a_key_whose_sessions_are_all_at_work_gives_up_the_youngest() -> None:
     assert held(rig) == {"guest": 1}
 
 
-def test_a_key_alone_may_have_every_place_and_keeps_them_from_its_own_newcomers() -> None:
+def test_a_single_key_keeps_all_places_from_its_own_new_sessions() -> None:
     rig = hogged(4)
     rig.receive(opening("hogs-9999"), connection=HOG, key="hog")
     assert rig.refused(HOG).code == "overloaded"
     assert held(rig) == {"hog": 4}
 
 
-def test_an_edge_that_never_drafts_loses_its_place_as_one_that_has_gone_would() -> None:
+def test_an_edge_that_never_drafts_loses_its_place_like_a_lost_one() -> None:
     rig = hogged(4)
     rig.now += rig.limits.park_s
     rig.receive(opening("hogs-9999"), connection=HOG, key="hog")
@@ -109,7 +109,7 @@ def test_an_edge_that_never_drafts_loses_its_place_as_one_that_has_gone_would() 
     assert rig.verdict(HOG).session == "hogs-9999"
 
 
-def test_a_session_whose_edge_is_gone_is_in_nobodys_way() -> None:
+def test_a_parked_session_gives_way() -> None:
     rig = hogged(4)
     rig.lose(HOG)
     rig.receive(opening("hogs-9999"), connection=2, key="hog")
@@ -118,8 +118,8 @@ def test_a_session_whose_edge_is_gone_is_in_nobodys_way() -> None:
     assert held(rig) == {"hog": 4}
 
 
-def test_a_place_is_nobodys_until_the_newcomer_may_come_in() -> None:
-    """Its own limits are asked before somebody has to go."""
+def test_no_session_gives_way_to_one_that_is_refused() -> None:
+    """The key's own limits are checked first."""
     rig = hogged(4, limits={"guest": KeyLimits(requests_per_minute=1)})
     rig.receive(opening("guest-0001"), connection=GUEST, key="guest")
     rig.receive(opening("guest-0002"), connection=GUEST, key="guest")
@@ -139,7 +139,7 @@ def test_a_session_cancelled_in_mid_step_frees_its_place_at_once() -> None:
     assert held(rig) == {"": 1}
 
 
-def test_who_comes_back_while_the_step_of_its_lost_session_still_runs_is_let_in() -> None:
+def test_a_session_opened_again_while_its_old_step_runs_is_admitted() -> None:
     rig = Rig(max_sessions=3, slots=3)
     for n in range(3):
         rig.receive(opening(f"busy-{n:04}", serve=True), connection=n, key="busy")
@@ -157,7 +157,7 @@ def test_who_comes_back_while_the_step_of_its_lost_session_still_runs_is_let_in(
     assert rig.verifier.kv.owned_slots == 0
 
 
-def test_what_becomes_of_its_last_step_is_nothing_to_a_session_that_was_ended() -> None:
+def test_the_last_step_of_an_ended_session_changes_nothing() -> None:
     rig = Rig()
     rig.receive(opening("session-1", serve=True))
     rig.dispatch()
@@ -169,8 +169,10 @@ def test_what_becomes_of_its_last_step_is_nothing_to_a_session_that_was_ended() 
     assert [t for v in rig.sent[1] for t in v.tokens] == TEXT
 
 
-def test_silent_sessions_are_not_what_a_newcomers_slo_is_refused_for() -> None:
-    rig = hogged(12, kv_tokens=200, batching="laxity", forecast=True)  # beside all of them there is no room
+def test_silent_sessions_do_not_count_in_slo_admission() -> None:
+    rig = hogged(
+        12, kv_tokens=200, batching="wisp", slo_admission=True
+    )  # beside all of them there is no room
     rig.receive(opening("guest-0001", slo=Slo(1000.0, 1000.0)), connection=GUEST, key="guest")
     rig.settle()
     verdict = rig.take(GUEST)
@@ -179,9 +181,7 @@ def test_silent_sessions_are_not_what_a_newcomers_slo_is_refused_for() -> None:
 
 @pytest.mark.parametrize("places", [1, 3])
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=40))
-def test_however_keys_come_and_go_there_are_never_more_than_there_are_places(
-    places: int, asked: list[tuple[str, bool]]
-) -> None:
+def test_there_are_never_more_sessions_than_places(places: int, asked: list[tuple[str, bool]]) -> None:
     rig = Rig(max_sessions=places)
     for n, (key, step) in enumerate(asked):
         before = held(rig)

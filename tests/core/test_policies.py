@@ -1,4 +1,4 @@
-"""What every batching policy keeps to, whatever the work."""
+"""Rules that every batching policy keeps, for any candidates."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from wisp.core.batching import POLICIES, Grant, Kind, Plan, StepLimits, Work, batching_policy
-from wisp.core.batching.deadlines import first_step
-from wisp.core.cost import Coefficients, CostModel, Load
+from wisp.core.verify.batching import POLICIES, Candidate, Grant, Kind, Plan, StepLimits, batching_policy
+from wisp.core.verify.batching.deadlines import first_step
+from wisp.core.verify.cost import Coefficients, CostModel, Load
 
 NAMES = sorted(POLICIES)
 COST = Coefficients(step=20.0, token=0.4, cached=0.0005)
@@ -25,9 +25,9 @@ def limits(tokens: int, slices: int) -> StepLimits:
 
 @st.composite
 def pieces(
-    draw: st.DrawFn, *, hurry: bool = True, absent: bool = True, most: int = 16, longest: int = 900
-) -> list[Work]:
-    """Up to `most` sessions, as a verifier describes them. Without `hurry`, nobody has an SLO."""
+    draw: st.DrawFn, *, hurry: bool = True, drafting: bool = True, most: int = 16, longest: int = 900
+) -> list[Candidate]:
+    """Up to `most` candidates. Without `hurry`, none has an SLO."""
     out = []
     for session in range(draw(st.integers(0, most))):
         kind = draw(st.sampled_from(Kind))
@@ -35,11 +35,11 @@ def pieces(
         missing = draw(st.integers(9, longest)) if kind is Kind.PREFILL else draw(st.integers(1, 8))
         has_slo = hurry and draw(st.booleans())
         first = kind is Kind.PREFILL and draw(st.booleans())
-        away = absent and kind is Kind.DECODE and draw(st.booleans())
+        away = drafting and kind is Kind.DECODE and draw(st.booleans())
         gain = draw(st.floats(1.0, n_draft + 1.0)) if n_draft else 1.0
         since = NOW - draw(st.floats(0.0, 3.0))
         out.append(
-            Work(
+            Candidate(
                 session=session,
                 kind=kind,
                 new=missing + n_draft,
@@ -50,31 +50,31 @@ def pieces(
                 key=draw(st.sampled_from(["", "a"])),
                 due=NOW + draw(st.floats(-1.0, 3.0)) if has_slo else math.inf,
                 tpot_s=draw(st.sampled_from([0.02, 0.1, 0.25])) if has_slo else 0.0,
-                gain=gain,
-                usual=draw(st.floats(1.0, 6.0)),
-                room=n_draft + draw(st.integers(1, 200)),
-                absent=away,
+                expected_tokens=gain,
+                round_tokens=draw(st.floats(1.0, 6.0)),
+                remaining=n_draft + draw(st.integers(1, 200)),
+                edge_drafting=away,
                 first=first,
                 lag_s=draw(st.floats(-1.0, 1.0)) if has_slo and not first else 0.0,
-                late=has_slo and draw(st.booleans()),
+                slo_lost=has_slo and draw(st.booleans()),
             )
         )
     return out
 
 
-def seen(name: str, work: Sequence[Work]) -> list[Work]:
-    """What a verifier shows that policy."""
-    return [w for w in work if not w.absent or batching_policy(name).absentees]
+def seen(name: str, work: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates offered to that policy."""
+    return [w for w in work if not w.edge_drafting or batching_policy(name).wants_drafting]
 
 
-def total(work: Sequence[Work]) -> Load:
+def total(work: Sequence[Candidate]) -> Load:
     load = Load()
     for w in work:
         load = load.plus(w.new, w.cached)
     return load
 
 
-def planned(name: str, work: Sequence[Work], step: StepLimits) -> Plan:
+def planned(name: str, work: Sequence[Candidate], step: StepLimits) -> Plan:
     return batching_policy(name).plan(NOW, work, step)
 
 
@@ -91,23 +91,33 @@ def planned(name: str, work: Sequence[Work], step: StepLimits) -> Plan:
 )
 @given(st.data())
 @settings(max_examples=40, deadline=None)
-def test_a_machine_whose_time_goes_all_into_one_thing_is_no_trouble(
+def test_policies_work_with_a_single_positive_cost_coefficient(
     name: str, cost: Coefficients, data: st.DataObject
 ) -> None:
-    """What is learned may be 0 for all but one coefficient, or for all of them where a profile says so."""
+    """All coefficients but one may be learned as 0, and a profile may have 0 for all."""
     work = list(seen(name, data.draw(pieces())))
     paceless = data.draw(st.booleans())
-    work = [msgspec.structs.replace(w, tpot_s=0.0, late=False) if paceless else w for w in work]
+    work = [msgspec.structs.replace(w, tpot_s=0.0, slo_lost=False) if paceless else w for w in work]
     step = StepLimits(64, 8, {"a": 10.0}, CostModel(cost))
     plan = batching_policy(name).plan(NOW, work, step)
     assert {g.session for g in plan.grants} <= {w.session for w in work}
     assert cost.ms(Load()) > 0.0
 
 
-def test_a_schedule_of_pieces_that_cost_nothing_by_themselves_is_made() -> None:
-    """All of the time is in the step itself, and some pieces are too late for any."""
+def test_strict_due_times_work_with_candidates_that_cost_nothing() -> None:
+    """Only the step itself takes time, and some candidates are too late for any step."""
     work = [
-        Work(i, Kind.VERIFY, 1 + i % 5, 10 * i, i % 5, NOW - 1.0, NOW - 9.0, due=NOW + 0.004 * i, gain=1.0)
+        Candidate(
+            i,
+            Kind.VERIFY,
+            1 + i % 5,
+            10 * i,
+            i % 5,
+            NOW - 1.0,
+            NOW - 9.0,
+            due=NOW + 0.004 * i,
+            expected_tokens=1.0,
+        )
         for i in range(40)
     ]
     grants, lost = first_step(NOW, work, Coefficients(step=20.0, token=0.0), 1.0, 8)
@@ -115,17 +125,17 @@ def test_a_schedule_of_pieces_that_cost_nothing_by_themselves_is_made() -> None:
     assert not {g.session for g in grants} & set(lost)
 
 
-def test_the_papers_policy_asks_the_cost_model_for_what_slices_cost() -> None:
-    """Ten pieces of a token, 30 ms each by the slice: two are over before the first is due, three are not."""
-    work = [Work(i, Kind.DECODE, 1, 10, 0, NOW - 1.0, NOW - 9.0, due=NOW + 0.08) for i in range(10)]
+def test_the_papers_policy_counts_the_cost_per_slice() -> None:
+    """Ten decodes of 30 ms per slice: two of them end before the first is due, three do not."""
+    work = [Candidate(i, Kind.DECODE, 1, 10, 0, NOW - 1.0, NOW - 9.0, due=NOW + 0.08) for i in range(10)]
     step = StepLimits(64, 16, {}, CostModel(Coefficients(step=10.0, token=0.0, slice=30.0)))
-    assert len(batching_policy("wisp").plan(NOW, work, step).grants) == 2
+    assert len(batching_policy("paper").plan(NOW, work, step).grants) == 2
 
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_grants_are_for_what_was_asked_and_fit(name: str, data: st.DataObject) -> None:
+def test_grants_are_for_candidates_and_fit_into_the_step(name: str, data: st.DataObject) -> None:
     work = seen(name, data.draw(pieces()))
     step = limits(data.draw(st.integers(1, 600)), data.draw(st.integers(1, 32)))
     plan = planned(name, work, step)
@@ -149,35 +159,35 @@ def test_grants_are_for_what_was_asked_and_fit(name: str, data: st.DataObject) -
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
-def test_the_same_work_gives_the_same_plan(name: str, data: st.DataObject) -> None:
+def test_equal_candidates_give_equal_plans(name: str, data: st.DataObject) -> None:
     work = seen(name, data.draw(pieces()))
     assert planned(name, work, limits(200, 16)) == planned(name, work, limits(200, 16))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=50, deadline=None)
-@given(work=pieces(absent=False))
-def test_where_there_is_work_something_runs_or_a_time_is_named(name: str, work: list[Work]) -> None:
+@given(work=pieces(drafting=False))
+def test_with_candidates_there_is_a_grant_or_a_wake_up_time(name: str, work: list[Candidate]) -> None:
     plan = planned(name, work, limits(200, 16))
     assert plan.grants or plan.wake_at is not None or not work
 
 
 @settings(max_examples=120, deadline=None)
-@given(work=pieces(hurry=False, absent=False), tokens=st.integers(1, 600), slices=st.integers(1, 32))
-def test_without_due_times_laxity_is_continuous_batching(work: list[Work], tokens: int, slices: int) -> None:
-    ours, theirs = (planned(name, work, limits(tokens, slices)).grants for name in ("laxity", "continuous"))
+@given(work=pieces(hurry=False, drafting=False), tokens=st.integers(1, 600), slices=st.integers(1, 32))
+def test_without_slos_wisp_is_continuous_batching(work: list[Candidate], tokens: int, slices: int) -> None:
+    ours, theirs = (planned(name, work, limits(tokens, slices)).grants for name in ("wisp", "continuous"))
     assert {(g.session, g.tokens) for g in ours} == {(g.session, g.tokens) for g in theirs}
 
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=80, deadline=None)
-@given(work=pieces(most=6, absent=False, longest=40), slack=st.floats(2.0, 10.0))
-def test_an_idle_server_runs_everything_at_once(name: str, work: list[Work], slack: float) -> None:
-    """Few pieces, nobody behind, and all together take no longer than anybody can wait between two tokens."""
+@given(work=pieces(most=6, drafting=False, longest=40), slack=st.floats(2.0, 10.0))
+def test_an_idle_server_runs_everything_at_once(name: str, work: list[Candidate], slack: float) -> None:
+    """Few candidates, none behind, and one step of all is shorter than any TPOT target allows."""
     assume(COST.ms(total(work)) / 1e3 < min((w.tpot_s for w in work if w.tpot_s), default=math.inf))
     work = [
         msgspec.structs.replace(
-            w, due=NOW + slack if w.tpot_s else w.due, lag_s=-slack * bool(w.tpot_s), late=False
+            w, due=NOW + slack if w.tpot_s else w.due, lag_s=-slack * bool(w.tpot_s), slo_lost=False
         )
         for w in work
     ]
@@ -187,8 +197,8 @@ def test_an_idle_server_runs_everything_at_once(name: str, work: list[Work], sla
     assert not plan.lost
 
 
-def closed_loop(name: str, work: list[Work], step: StepLimits, steps: int) -> dict[int, int]:
-    """Sessions come back as soon as they are answered. How often each was served to the end of its piece."""
+def closed_loop(name: str, work: list[Candidate], step: StepLimits, steps: int) -> dict[int, int]:
+    """Each session sends its next candidate as soon as it is answered. Returns how often each was served."""
     policy, now = batching_policy(name), NOW
     pending = {w.session: w for w in work}
     served = dict.fromkeys(pending, 0)
@@ -196,7 +206,7 @@ def closed_loop(name: str, work: list[Work], step: StepLimits, steps: int) -> di
         plan = policy.plan(now, list(pending.values()), step)
         for session in plan.lost:
             w = pending[session]
-            pending[session] = msgspec.structs.replace(w, late=True, tpot_s=2 * w.tpot_s, due=now + 1.0)
+            pending[session] = msgspec.structs.replace(w, slo_lost=True, tpot_s=2 * w.tpot_s, due=now + 1.0)
         load = Load()
         for g in plan.grants:
             load = load.plus(g.tokens, pending[g.session].cached)
@@ -217,28 +227,43 @@ def closed_loop(name: str, work: list[Work], step: StepLimits, steps: int) -> di
     return served
 
 
-def again(w: Work, grant: Grant, now: float) -> Work:
-    """The next piece of that session: the same prompt for a newcomer, a draft of the same length for the others."""
+def again(w: Candidate, grant: Grant, now: float) -> Candidate:
+    """The session's next candidate: a new session with the same prompt, or a draft of the same length."""
     if w.kind is Kind.PREFILL:
         tokens = w.new + w.cached
         due = now + 2.0 if w.due < math.inf else math.inf
-        return msgspec.structs.replace(w, new=tokens, cached=0, since=now, opened=now, due=due, late=False)
-    due = w.due + w.tpot_s * w.gain if w.due < math.inf else math.inf
+        return msgspec.structs.replace(
+            w, new=tokens, cached=0, since=now, opened=now, due=due, slo_lost=False
+        )
+    due = w.due + w.tpot_s * w.expected_tokens if w.due < math.inf else math.inf
     lag_s = now + w.tpot_s - due if w.due < math.inf else 0.0
     return msgspec.structs.replace(w, since=now, due=due, lag_s=lag_s)
 
 
-def crowd(drafters: int, prompts: int, tpot_s: float, prompt: int = 300) -> list[Work]:
-    """So many sessions that draft 4 tokens, in a hurry of `tpot_s` a token (0: none), and so many newcomers."""
+def crowd(drafters: int, prompts: int, tpot_s: float, prompt: int = 300) -> list[Candidate]:
+    """Sessions with drafts of 4 tokens and a TPOT target of `tpot_s` (0: none), and new prompts."""
     due = NOW + 0.2 if tpot_s else math.inf
     out = [
-        Work(i, Kind.VERIFY, 5, 300, 4, NOW, NOW - 9.0, due=due, tpot_s=tpot_s, gain=3.0, usual=3.0, room=400)
+        Candidate(
+            i,
+            Kind.VERIFY,
+            5,
+            300,
+            4,
+            NOW,
+            NOW - 9.0,
+            due=due,
+            tpot_s=tpot_s,
+            expected_tokens=3.0,
+            round_tokens=3.0,
+            remaining=400,
+        )
         for i in range(drafters)
     ]
     return out + [
-        Work(
+        Candidate(
             drafters + i, Kind.PREFILL, prompt, 0, 0, NOW, NOW,
-            due=NOW + 2.0 if tpot_s else math.inf, tpot_s=tpot_s, first=True, room=400,
+            due=NOW + 2.0 if tpot_s else math.inf, tpot_s=tpot_s, first=True, remaining=400,
         )
         for i in range(prompts)
     ]  # fmt: skip
@@ -248,8 +273,8 @@ def crowd(drafters: int, prompts: int, tpot_s: float, prompt: int = 300) -> list
 @pytest.mark.parametrize("tpot_s", [0.0, 0.1, 0.25])
 @pytest.mark.parametrize(("drafters", "prompts"), [(4, 1), (12, 2), (60, 3), (200, 8)])
 def test_nobody_starves(name: str, tpot_s: float, drafters: int, prompts: int) -> None:
-    """Up to a load that no policy can bear: served late, perhaps, but served."""
-    if name == "wisp" and not tpot_s and drafters >= 60:
+    """Even at a load that no policy can keep up with, every session is served, if late."""
+    if name == "paper" and not tpot_s and drafters >= 60:
         pytest.skip("without due times it goes by density alone, and prompts may wait for ever")
     served = closed_loop(name, crowd(drafters, prompts, tpot_s), limits(512, 256), 400)
     assert min(served.values()) >= 2, served

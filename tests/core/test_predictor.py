@@ -9,10 +9,10 @@ import random
 import numpy as np
 import pytest
 
-from wisp.core.drafting import Judgement, Odds
+from wisp.core.draft.policies import Judgement, Odds
+from wisp.core.draft.predictor import FEATURES, Calibration, Predictor, features
+from wisp.core.draft.signals import Signal
 from wisp.core.errors import ConfigError
-from wisp.core.predictor import FEATURES, Calibration, Predictor, features
-from wisp.core.signals import Signal
 
 N = len(FEATURES)
 

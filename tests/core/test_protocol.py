@@ -13,17 +13,17 @@ from collections import deque
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from rig import Rig
 from toy import EOS, N_VOCAB, toy_text, toy_token
-
-from wisp.core.drafter import Drafter, Phase, Reopen, Task
-from wisp.core.drafting import Ahead, Fixed, View
+from wisp.core.draft.drafter import Drafter, Phase, Reopen, Task
+from wisp.core.draft.policies import Ahead, Fixed, View
+from wisp.core.draft.signals import Signal
 from wisp.core.errors import RequestError
-from wisp.core.messages import Cancel, Message, Refused, Verdict
-from wisp.core.sampling import Sampling
-from wisp.core.signals import Signal
-from wisp.core.slo import Slo
-from wisp.core.work import Committed
+from wisp.core.protocol.messages import Cancel, Message, Refused, Verdict
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.slo import Slo
+from wisp.core.protocol.step import Committed
 
 PROMPTS = [[1, 2, 3], [1, 2, 3, 4, 5, 6], [7, 7, 7], [i % 40 for i in range(25)], [i % 40 for i in range(30)]]
 EOS_SET = frozenset({EOS})
@@ -31,7 +31,7 @@ SLOS = (None, Slo(3000.0, 1000.0), Slo(200.0, 20.0))
 
 
 class Fickle(Fixed):
-    """A policy that sends what it likes and changes into server mode and out of it."""
+    """A policy with random drafts that enters and leaves server mode at random."""
 
     def __init__(self, k: int, source: random.Random) -> None:
         super().__init__(k)
@@ -98,7 +98,7 @@ class Fleet(RuleBasedStateMachine):
     """Small steps in any order."""
 
     @initialize(
-        batching=st.sampled_from(["continuous", "fcfs", "laxity"]),
+        batching=st.sampled_from(["continuous", "fcfs", "wisp"]),
         slots=st.integers(1, 3),
         tight=st.booleans(),
         places=st.sampled_from([2, 100]),
@@ -205,7 +205,7 @@ class Fleet(RuleBasedStateMachine):
             assert edge.text == edge.drafter.committed
 
     def teardown(self) -> None:
-        """Left alone, everything ends well."""
+        """Without further faults every session completes."""
         if not hasattr(self, "edges"):
             return
         for _ in range(4000):

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from wisp.core.sampling import Sampling, gumbels, hash32, log_probability, target_token, uniforms, verify
+from wisp.core.protocol.sampling import (
+    Sampling,
+    gumbels,
+    hash32,
+    log_probability,
+    target_token,
+    uniforms,
+    verify,
+)
 
 
 def slow_kept(scores: list[float], s: Sampling) -> list[int]:

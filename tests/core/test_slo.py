@@ -1,4 +1,4 @@
-"""Met, violated and goodput, by example."""
+"""SLO attainment and goodput, by example."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from wisp.core.slo import Served, Slo, account, met
+from wisp.core.protocol.slo import Served, Slo, account, met
 
 SLO = Slo(ttft_ms=500, tpot_ms=100)
 

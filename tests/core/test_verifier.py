@@ -1,4 +1,4 @@
-"""The verifier in scenarios: what an edge sends, and what it is told."""
+"""The verifier in scenarios: messages from edges, and its answers."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import tracemalloc
 
 import msgspec
 import pytest
+
 from rig import SAMPLING, Rig
 from toy import EOS, N_VOCAB, toy_text
-
-from wisp.core.admission import Admission, KeyLimits
-from wisp.core.batching import Kind, batching_policy
-from wisp.core.cost import Coefficients, CostModel, Load
-from wisp.core.events import Ended, FromEdge, InEvent, Run, Send, Tick
-from wisp.core.messages import Cancel, Draft, Open, decode_from_edge, encode
-from wisp.core.planning import work_of
-from wisp.core.session import TRANSITIONS, Event, State
-from wisp.core.slo import Slo
-from wisp.core.verifier import Verifier
-from wisp.core.work import NO_TOKEN, Copy
+from wisp.core.protocol.messages import Cancel, Draft, Open, decode_edge_message, encode
+from wisp.core.protocol.slo import Slo
+from wisp.core.protocol.step import NO_TOKEN, Copy
+from wisp.core.verify.admission import Admission, KeyLimits
+from wisp.core.verify.batching import Kind, batching_policy
+from wisp.core.verify.cost import Coefficients, CostModel, Load
+from wisp.core.verify.events import Ended, InEvent, Limits, Received, Run, Send, Tick
+from wisp.core.verify.planner import candidate_of
+from wisp.core.verify.session import TRANSITIONS, Event, State
+from wisp.core.verify.verifier import Verifier
 
 ID = "session-1"
 PROMPT = [1, 2, 3]
@@ -45,7 +45,7 @@ def test_opening_without_a_draft_gives_one_token(rig: Rig) -> None:
     assert rig.silent
 
 
-def test_a_first_draft_rides_along_with_the_prompt(rig: Rig) -> None:
+def test_a_first_draft_is_verified_in_the_step_of_the_prompt(rig: Rig) -> None:
     rig.receive(opening(draft=TEXT[:3]))
     rig.settle()
     assert rig.verdict().tokens == TEXT[:4]
@@ -61,7 +61,7 @@ def test_a_long_prompt_is_prefilled_in_chunks(rig: Rig) -> None:
     assert rig.verdict().tokens == toy_text(prompt, SAMPLING, 1)
 
 
-def test_right_and_wrong_drafts(rig: Rig) -> None:
+def test_right_drafts_are_accepted_and_wrong_ones_corrected(rig: Rig) -> None:
     rig.receive(opening())
     rig.settle()
     rig.verdict()
@@ -110,7 +110,7 @@ def test_a_draft_in_server_mode_is_verified_and_ends_it(rig: Rig) -> None:
     assert rig.verifier.sessions[1].state is State.WAITING
 
 
-def test_a_draft_overtaken_by_other_tokens_gets_a_stale_verdict_without_the_engine(rig: Rig) -> None:
+def test_a_draft_that_disagrees_with_committed_tokens_is_answered_without_the_engine(rig: Rig) -> None:
     rig.receive(opening(draft=TEXT[:4]))
     rig.settle()
     rig.verdict()
@@ -146,7 +146,7 @@ def test_a_later_draft_replaces_one_that_waits(rig: Rig) -> None:
     assert rig.silent
 
 
-def test_a_draft_sent_ahead_waits_for_what_it_bets_on(rig: Rig) -> None:
+def test_a_draft_sent_ahead_waits_for_the_verdict_on_the_one_before(rig: Rig) -> None:
     rig.receive(opening())
     rig.settle()
     rig.verdict()
@@ -159,7 +159,7 @@ def test_a_draft_sent_ahead_waits_for_what_it_bets_on(rig: Rig) -> None:
     assert rig.silent
 
 
-def test_a_draft_sent_ahead_on_a_wrong_bet_costs_no_step(rig: Rig) -> None:
+def test_a_draft_sent_ahead_behind_a_wrong_one_costs_no_step(rig: Rig) -> None:
     rig.receive(opening())
     rig.settle()
     rig.verdict()
@@ -204,7 +204,7 @@ def test_end_of_sequence_inside_an_accepted_draft_ends_the_text_there() -> None:
 
 
 def test_no_end_of_sequence_before_the_least_number_of_tokens(rig: Rig) -> None:
-    """Whichever ids the edge thinks the target ends with; and a draft that says otherwise is corrected."""
+    """Whatever end ids the edge has sent; a draft with an early end is corrected."""
     prompt = [7, 7, 7]
     sampling = msgspec.structs.replace(SAMPLING, min_tokens=2)
     text = toy_text(prompt, sampling.ending([EOS]), 10)
@@ -297,7 +297,7 @@ def test_a_session_belongs_to_its_key(rig: Rig) -> None:
     assert len(rig.verifier.sessions) == 1
 
 
-def test_over_the_limit_is_refused_for_good(rig: Rig) -> None:
+def test_a_session_over_the_limit_is_refused_fatally(rig: Rig) -> None:
     rig = Rig(limits={"a": KeyLimits(sessions=1)})
     rig.receive(opening(), key="a")
     rig.receive(opening("session-2"), key="a")
@@ -323,7 +323,7 @@ def test_cancel_frees_the_session_even_in_mid_step(rig: Rig) -> None:
     assert rig.verifier.admission.usage[""].sessions == 0
 
 
-def test_a_lost_edge_resumes_where_it_was_and_hears_what_it_missed(rig: Rig) -> None:
+def test_an_edge_resumes_and_gets_the_tokens_it_missed(rig: Rig) -> None:
     rig.receive(opening())
     rig.settle()
     rig.verdict()
@@ -367,7 +367,7 @@ def test_any_verifier_picks_up_any_session_from_what_the_edge_has() -> None:
     assert (verdict.round, verdict.base, verdict.tokens) == (9, 10, TEXT[10:14])
 
 
-def test_the_longer_history_wins_also_when_it_is_the_edges(rig: Rig) -> None:
+def test_the_longer_history_wins_even_if_it_is_the_edges(rig: Rig) -> None:
     rig.receive(opening())
     rig.settle()
     rig.verdict()
@@ -377,7 +377,7 @@ def test_the_longer_history_wins_also_when_it_is_the_edges(rig: Rig) -> None:
     assert rig.verdict(2).tokens == TEXT[9:10]
 
 
-def test_parked_sessions_are_forgotten_in_the_end(rig: Rig) -> None:
+def test_parked_sessions_expire(rig: Rig) -> None:
     rig.receive(opening())
     rig.settle()
     rig.lose(1)
@@ -402,7 +402,7 @@ def test_more_sessions_than_slots_queue_and_all_are_served() -> None:
     assert not rig.verifier.sessions
 
 
-def test_an_idle_session_makes_room_and_is_computed_again_when_it_returns() -> None:
+def test_an_idle_session_loses_its_kv_and_computes_it_again_on_return() -> None:
     rig = Rig(slots=1)
     rig.receive(opening("session-a"), connection=1)
     rig.settle()
@@ -437,7 +437,7 @@ def test_a_shared_prefix_is_copied_and_a_follow_up_turn_reuses_its_slot() -> Non
 
 
 def test_prefixes_are_shared_within_one_salt_only() -> None:
-    """One key may be an edge's, that serves several customers."""
+    """The API key may belong to an edge that serves several customers."""
     rig = Rig(slots=3)
     prompt = [i % 40 for i in range(20)]
     rows = []
@@ -449,7 +449,7 @@ def test_prefixes_are_shared_within_one_salt_only() -> None:
     assert rows == [20, 20, 1, 20, 1]
 
 
-def test_kv_that_runs_out_under_way_preempts_the_youngest() -> None:
+def test_when_kv_runs_out_the_youngest_session_is_preempted() -> None:
     rig = Rig(slots=3, slot_tokens=40, kv_tokens=50)
     for i in range(3):
         rig.receive(opening(f"session-{i}", serve=True, max_tokens=30), connection=i)
@@ -461,8 +461,8 @@ def test_kv_that_runs_out_under_way_preempts_the_youngest() -> None:
 CALM = Slo(ttft_ms=500.0, tpot_ms=1000.0)  # steps take 10 ms here: whoever is under way is soon far ahead
 
 
-def test_a_session_far_ahead_lends_its_kv_to_a_newcomer_who_cannot_wait_and_says_the_same() -> None:
-    rig = Rig(slots=3, slot_tokens=300, kv_tokens=300, step_tokens=200, batching="laxity")
+def test_a_preempted_session_writes_the_same_text() -> None:
+    rig = Rig(slots=3, slot_tokens=300, kv_tokens=300, step_tokens=200, batching="wisp")
     for i in range(2):
         rig.receive(opening(f"session-{i}", serve=True, max_tokens=250, slo=CALM), connection=i)
     rig.steps(100)
@@ -478,8 +478,8 @@ def test_a_session_far_ahead_lends_its_kv_to_a_newcomer_who_cannot_wait_and_says
     assert [t for v in rig.sent[2] for t in v.tokens] == toy_text(late, SAMPLING, 10)
 
 
-def test_a_slot_is_lent_too() -> None:
-    rig = Rig(slots=1, step_tokens=40, batching="laxity")
+def test_a_slot_is_preempted_too() -> None:
+    rig = Rig(slots=1, step_tokens=40, batching="wisp")
     rig.receive(opening("session-0", serve=True, max_tokens=50, slo=CALM), connection=0)
     rig.steps(20)
     rig.receive(opening("session-1", serve=True, max_tokens=5, slo=CALM), connection=1)
@@ -491,11 +491,11 @@ def test_a_slot_is_lent_too() -> None:
     assert [t for v in rig.sent[0] for t in v.tokens] == toy_text(PROMPT, SAMPLING, 50)
 
 
-def test_time_that_prompts_take_is_no_part_of_the_price(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step takes 10 ms here. With a chunk of a prompt in it, less of that is the decoding's."""
+def test_prefill_time_is_no_part_of_the_congestion_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step takes 10 ms. With a prefill chunk in it, decoding has a smaller part of that."""
     rig = Rig(step_tokens=16, slot_tokens=64)
     told: list[float] = []
-    monkeypatch.setattr(rig.verifier.pressure, "stepped", lambda tokens, ms: told.append(ms))
+    monkeypatch.setattr(rig.verifier.congestion, "stepped", lambda tokens, ms: told.append(ms))
     rig.receive(opening("session-a", serve=True), connection=1)
     for _ in range(2):
         rig.dispatch()
@@ -510,7 +510,7 @@ def test_time_that_prompts_take_is_no_part_of_the_price(monkeypatch: pytest.Monk
     assert beside == pytest.approx(10.0 * share, rel=0.05)
 
 
-def test_a_failing_step_fails_its_sessions_only_and_forgets_all_kv(rig: Rig) -> None:
+def test_a_failed_step_ends_its_sessions_only_and_loses_all_kv(rig: Rig) -> None:
     rig.receive(opening("session-a"), connection=1)
     rig.settle()
     rig.verdict(1)
@@ -524,7 +524,7 @@ def test_a_failing_step_fails_its_sessions_only_and_forgets_all_kv(rig: Rig) -> 
     assert rig.verdict(1).tokens == TEXT[1:4]
 
 
-def test_a_refusal_says_which_message_is_meant(rig: Rig) -> None:
+def test_a_refusal_names_the_refused_round(rig: Rig) -> None:
     rig.receive(opening())
     rig.settle()
     rig.verdict()
@@ -539,7 +539,7 @@ def test_a_refusal_says_which_message_is_meant(rig: Rig) -> None:
     assert rig.refused(2).round == 4
 
 
-def test_log_probabilities_switched_off_and_on_name_the_tokens_they_are_of(rig: Rig) -> None:
+def test_log_probabilities_match_their_tokens_after_being_switched_off_and_on(rig: Rig) -> None:
     said: list[int] = []
     for epoch, logprobs in enumerate((0, None, 0, 2)):
         fields = {"committed": said, "serve": True, "logprobs": logprobs}
@@ -553,8 +553,8 @@ def test_log_probabilities_switched_off_and_on_name_the_tokens_they_are_of(rig: 
         rig.lose(epoch)  # of the others nothing was heard
 
 
-def test_who_has_no_slo_gets_a_slot_and_an_end_among_those_who_have() -> None:
-    rig = Rig(slots=2, slot_tokens=200, step_tokens=100, batching="laxity")
+def test_a_session_without_slo_is_served_among_sessions_with_one() -> None:
+    rig = Rig(slots=2, slot_tokens=200, step_tokens=100, batching="wisp")
     rig.receive(opening("calm-session", serve=True, max_tokens=60), connection=0)
     for i in range(1, 60):
         rig.receive(opening(f"session-{i}", serve=True, max_tokens=20, slo=Slo(800.0, 60.0)), connection=i)
@@ -564,8 +564,8 @@ def test_who_has_no_slo_gets_a_slot_and_an_end_among_those_who_have() -> None:
     assert [t for v in rig.sent[0] for t in v.tokens] == toy_text(PROMPT, SAMPLING, 60)
 
 
-def test_a_prompt_for_which_there_is_no_room_is_not_read_over_and_over() -> None:
-    rig = Rig(slots=4, slot_tokens=300, kv_tokens=300, step_tokens=100, batching="laxity")
+def test_a_prompt_without_kv_is_not_prefilled_over_and_over() -> None:
+    rig = Rig(slots=4, slot_tokens=300, kv_tokens=300, step_tokens=100, batching="wisp")
     for i in range(2):
         rig.receive(opening(f"session-{i}", serve=True, max_tokens=120, slo=CALM), connection=i)
     rig.steps(50)
@@ -582,7 +582,7 @@ def test_an_absurd_slo_is_refused_by_name(rig: Rig) -> None:
     assert (refused.code, "1e+09 milliseconds" in refused.message) == ("malformed", True)
 
 
-def test_a_failed_step_leaves_those_parked_in_order() -> None:
+def test_parked_sessions_keep_their_order_after_a_failed_step() -> None:
     rig = Rig()
     for i in (1, 2):
         rig.receive(opening(f"session-{i}"), connection=i)
@@ -598,8 +598,8 @@ def test_a_failed_step_leaves_those_parked_in_order() -> None:
     assert [s.id for s in rig.verifier.sessions.values()] == ["session-1"]
 
 
-def test_after_a_failed_step_an_absent_edges_session_goes_on() -> None:
-    rig = Rig(batching="laxity")
+def test_after_a_failed_step_a_session_whose_edge_drafts_goes_on() -> None:
+    rig = Rig(batching="wisp")
     rig.receive(opening("session-a", slo=CALM), connection=1)
     rig.dispatch()
     rig.finish()
@@ -668,14 +668,14 @@ def test_an_illegal_event_leaves_the_state_untouched(rig: Rig) -> None:
     assert session.state is before
 
 
-def test_kinds_of_work_are_told_apart() -> None:
+def test_candidates_have_the_right_kind() -> None:
     rig = Rig(step_tokens=4)
     rig.receive(opening(prompt=[1] * 12, draft=[1, 2]))
     session = rig.verifier.sessions[1]
-    assert work_of(session).kind is Kind.PREFILL
+    assert candidate_of(session).kind is Kind.PREFILL
 
 
-def test_an_edge_that_returns_in_the_last_step_hears_the_whole_end(rig: Rig) -> None:
+def test_an_edge_that_resumes_during_the_last_step_gets_all_tokens(rig: Rig) -> None:
     rig.receive(opening(serve=True, max_tokens=2))
     rig.dispatch()
     rig.finish()
@@ -696,20 +696,20 @@ def test_a_draft_answered_at_once_leaves_nothing_to_run(rig: Rig) -> None:
     assert not rig.dispatch()
 
 
-def test_an_slo_that_nobody_could_keep_is_served_like_none() -> None:
-    rig = Rig(batching="laxity")
+def test_an_infeasible_slo_is_served_best_effort() -> None:
+    rig = Rig(batching="wisp")
     rig.verifier.cost = rig.verifier.planner.cost = CostModel(Coefficients(step=40.0, token=0.3))
     rig.receive(opening(slo=Slo(ttft_ms=1.0, tpot_ms=0.001)))
     [session] = rig.verifier.sessions.values()
-    assert session.slo is None
+    assert session.targets.slo is None
     assert session.due == math.inf
-    assert not session.tpot_s
+    assert not session.targets.tpot_s
     rig.settle()
     assert session.n_committed > 0
 
 
-def test_a_long_prompt_takes_a_few_bytes_a_token() -> None:
-    """What a session keeps of it, beside what arrived: as a list of numbers it would be 36 bytes a token."""
+def test_a_long_prompt_takes_few_bytes_per_token() -> None:
+    """A session's copy of the prompt, besides the message. As a list it would take 36 bytes per token."""
     n = 20_000
     rig = Rig(slot_tokens=2 * n, step_tokens=2 * n)
     frames = [
@@ -719,9 +719,9 @@ def test_a_long_prompt_takes_a_few_bytes_a_token() -> None:
     tracemalloc.start()
     try:
         for number, frame in enumerate(frames):
-            opened = decode_from_edge(frame)
+            opened = decode_edge_message(frame)
             assert isinstance(opened, Open)
-            rig.verifier.handle(0.0, FromEdge(number, "", opened))
+            rig.verifier.handle(0.0, Received(number, "", opened))
         del opened
         kept, _ = tracemalloc.get_traced_memory()
     finally:
@@ -729,7 +729,7 @@ def test_a_long_prompt_takes_a_few_bytes_a_token() -> None:
     assert kept < len(frames) * n * 6
 
 
-def test_sessions_that_end_unheard_are_told_of() -> None:
+def test_sessions_that_end_without_an_edge_are_reported() -> None:
     rig = Rig()
     rig.receive(opening("session-1"))
     rig.receive(opening("session-2"))
@@ -752,25 +752,25 @@ def test_sessions_that_end_unheard_are_told_of() -> None:
 
 
 @pytest.mark.parametrize("committed", [[], TEXT[:3]])
-def test_a_verifier_goes_on_with_the_text_of_its_own_model(committed: list[int]) -> None:
-    rig = Rig(digest="ours")
-    rig.receive(opening(committed=committed, digest="ours"))
+def test_a_verifier_continues_the_text_of_its_own_model(committed: list[int]) -> None:
+    rig = Rig(digest="wisp")
+    rig.receive(opening(committed=committed, digest="wisp"))
     rig.settle()
     assert rig.verdict().tokens == TEXT[len(committed) :][:1]
 
 
 @pytest.mark.parametrize("committed", [[], TEXT[:3]])
-def test_a_verifier_does_not_go_on_with_the_text_of_another_model(committed: list[int]) -> None:
-    rig = Rig(digest="ours")
+def test_a_verifier_refuses_the_text_of_another_model(committed: list[int]) -> None:
+    rig = Rig(digest="wisp")
     rig.receive(opening(committed=committed, digest="theirs"))
     refused = rig.refused()
     assert (refused.code, refused.fatal, refused.retry_after) == ("model_changed", True, 0.0)
     assert not rig.verifier.sessions
 
 
-def test_text_of_which_nobody_says_whose_it_is_is_not_gone_on_with() -> None:
-    """An edge of a release that says no digests may begin answers, and not resume them."""
-    rig = Rig(digest="ours")
+def test_committed_text_without_a_digest_is_refused() -> None:
+    """An edge of a release without digests may begin answers but not resume them."""
+    rig = Rig(digest="wisp")
     rig.receive(opening(committed=TEXT[:3]))
     refused = rig.refused()
     assert (refused.code, refused.fatal) == ("model_changed", True)
@@ -781,20 +781,20 @@ def test_text_of_which_nobody_says_whose_it_is_is_not_gone_on_with() -> None:
 
 
 def test_a_parked_session_is_resumed_by_the_model_that_began_it() -> None:
-    rig = Rig(digest="ours")
-    rig.receive(opening(digest="ours"))
+    rig = Rig(digest="wisp")
+    rig.receive(opening(digest="wisp"))
     rig.settle()
     rig.verdict()
     rig.lose()
     rig.receive(opening(epoch=1, committed=TEXT[:1], digest="theirs"), connection=2)
     assert rig.refused(2).code == "model_changed"
-    rig.receive(opening(epoch=1, committed=TEXT[:1], digest="ours"), connection=2)
+    rig.receive(opening(epoch=1, committed=TEXT[:1], digest="wisp"), connection=2)
     rig.settle()
     assert rig.verdict(2).tokens == TEXT[1:2]
 
 
 @pytest.mark.parametrize("its_edge", ["waits", "is lost", "has cancelled"])
-def test_logits_that_are_not_finite_end_their_own_session_and_no_other(rig: Rig, its_edge: str) -> None:
+def test_logits_that_are_not_finite_end_only_their_own_session(rig: Rig, its_edge: str) -> None:
     rig.engine.poison = 33
     rig.receive(opening("poisoned-1", prompt=[1, 2, 33]))
     rig.receive(opening("bystander", prompt=[4, 5, 6]), connection=2)
@@ -818,3 +818,18 @@ def test_logits_that_are_not_finite_end_their_own_session_and_no_other(rig: Rig,
     rig.settle()
     assert rig.verdict().tokens == toy_text([1, 2, 33, 4], SAMPLING, 1)
     assert rig.runs[-1].slices[0].start == 0  # none of the first one's KV is believed in
+
+
+def test_event_logs_of_earlier_releases_can_be_read() -> None:
+    """They have `forecast` for `slo_admission`, and `from_edge` for a message received."""
+    old = {
+        "n_vocab": 9,
+        "eos": [],
+        "slots": 1,
+        "slot_tokens": 9,
+        "kv_tokens": 9,
+        "step_tokens": 9,
+        "forecast": True,
+    }
+    assert msgspec.convert(old, Limits).slo_admission
+    assert msgspec.to_builtins(Received(1, "key", Cancel("session-1")))[0] == "from_edge"

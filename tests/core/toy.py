@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from wisp.core.sampling import Sampling
-from wisp.core.work import NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult, TokenLogprob
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult, TokenLogprob
 
 N_VOCAB = 50
 EOS = 49
 
 
 def toy_token(context: Sequence[int], sampling: Sampling, position: int) -> int:
-    """What the target says after `context`. Never the end of sequence unless 7 comes three times in four."""
+    """The target's token after `context`. End of sequence only if 7 comes three times in four."""
     if list(context[-4:]).count(7) >= 3 and EOS not in sampling.barred(position):
         return EOS
     data = bytes(context[-6:]) + len(context).to_bytes(4, "little") + sampling.seed.to_bytes(8, "little")

@@ -11,7 +11,7 @@ import pytest
 from wisp.api.backend import Committed, Generation, Target
 from wisp.api.keys import ANONYMOUS, Keyring
 from wisp.core.errors import RequestError
-from wisp.core.sampling import Sampling
+from wisp.core.protocol.sampling import Sampling
 from wisp.edge.customers import Customers
 
 KEYS = """

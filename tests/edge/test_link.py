@@ -20,7 +20,7 @@ from websockets.http11 import Request, Response
 
 from waiting import run
 from wisp.core.errors import RequestError, UnavailableError
-from wisp.core.messages import (
+from wisp.core.protocol.messages import (
     MAX_FRAME,
     VERSION,
     Cancel,
@@ -30,16 +30,16 @@ from wisp.core.messages import (
     Refused,
     Verdict,
     Welcome,
-    decode_from_edge,
+    decode_edge_message,
     encode,
 )
-from wisp.core.sampling import Sampling
+from wisp.core.protocol.sampling import Sampling
 from wisp.edge import link as module
 from wisp.edge.link import LOST, FromLink, VerifierLink
 
 WELCOME = Welcome(VERSION, "m", "f", 100, [1], 512, 64, digest="d1")
 SESSION = "session-1"
-Talk = Callable[[ServerConnection], Awaitable[None]]
+ChaosSession = Callable[[ServerConnection], Awaitable[None]]
 
 
 class Script:
@@ -48,7 +48,7 @@ class Script:
     answers: what it says to the first upgrades instead of accepting them
     """
 
-    def __init__(self, *talks: Talk, answers: list[Response] | None = None) -> None:
+    def __init__(self, *talks: ChaosSession, answers: list[Response] | None = None) -> None:
         self.talks = talks
         self.answers = answers or []
         self.greetings: list[Hello] = []
@@ -71,7 +71,7 @@ class Script:
         number = self.arrived
         self.arrived += 1
         with contextlib.suppress(ConnectionClosed):
-            hello = decode_from_edge(await peer.recv(decode=False))
+            hello = decode_edge_message(await peer.recv(decode=False))
             assert isinstance(hello, Hello)
             self.greetings.append(hello)
             await self.talks[min(number, len(self.talks) - 1)](peer)
@@ -83,7 +83,7 @@ def answer(status: int, body: bytes = b"<html>No.</html>", **headers: str) -> Re
     return Response(status, "whatever", Headers(fields | {"content-length": str(len(body))}), body)
 
 
-def say(*messages: Message | bytes | str, stay: bool = True) -> Talk:
+def say(*messages: Message | bytes | str, stay: bool = True) -> ChaosSession:
     async def talk(peer: ServerConnection) -> None:
         for message in messages:
             await peer.send(encode(message) if isinstance(message, Message) else message)
@@ -235,7 +235,7 @@ def test_nothing_is_sent_on_a_new_connection_that_was_meant_for_an_old_one() -> 
         await peer.send(encode(WELCOME))
         async for frame in peer:
             assert isinstance(frame, bytes)
-            heard.append(decode_from_edge(frame))
+            heard.append(decode_edge_message(frame))
 
     script = Script(say(WELCOME, stay=False), listen)
 
@@ -395,7 +395,7 @@ def test_a_message_too_long_for_the_verifier_is_not_sent_and_cuts_nobody_off() -
         await peer.send(encode(msgspec.structs.replace(WELCOME, max_frame=1000)))
         async for frame in peer:
             assert isinstance(frame, bytes)
-            heard.append(decode_from_edge(frame))
+            heard.append(decode_edge_message(frame))
 
     script = Script(listen)
 
@@ -429,7 +429,7 @@ def test_a_device_that_was_frozen_does_not_give_up_on_waking(monkeypatch: pytest
             waiting = asyncio.ensure_future(link.connected())
             assert await heard.get() is LOST
             slept[0] = 3600.0
-            assert await heard.get() is LOST  # an attempt, and whoever waits has looked at the clock
+            assert await heard.get() is LOST  # an attempt, and each waiting session has looked at the clock
             late = asyncio.ensure_future(link.connected())
             assert await heard.get() is LOST
             async with script.listening():

@@ -1,4 +1,4 @@
-"""An edge behind a front that is a script: it follows redirects, comes back, goes on from what is committed."""
+"""An edge behind a router that is a script: it follows redirects, comes back, goes on from what is committed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from websockets.http11 import Request, Response
 
 from waiting import PATIENCE_S, run
 from wisp.api.backend import Generation
-from wisp.core.drafting import Ahead, Policies
+from wisp.core.draft.policies import Ahead, Policies
+from wisp.core.draft.signals import Signal
 from wisp.core.errors import RequestError, UnavailableError
-from wisp.core.messages import (
+from wisp.core.protocol.messages import (
     VERSION,
     Cancel,
     Draft,
@@ -33,11 +34,10 @@ from wisp.core.messages import (
     Refused,
     Verdict,
     Welcome,
-    decode_from_edge,
+    decode_edge_message,
     encode,
 )
-from wisp.core.sampling import Sampling
-from wisp.core.signals import Signal
+from wisp.core.protocol.sampling import Sampling
 from wisp.edge import backend as backend_module
 from wisp.edge import link as link_module
 from wisp.edge.backend import EdgeBackend
@@ -47,7 +47,7 @@ from wisp.engines.base import DraftEngine, Proposal, Tokenizer
 WELCOME = Welcome(VERSION, "m", "f", 1000, [999], 512, 64, digest="d1")
 TOKENS = 8
 TRUTH = [100 + position for position in range(TOKENS)]
-NEVER_S = 2 * PATIENCE_S  # whoever waits for it, waits in vain
+NEVER_S = 2 * PATIENCE_S  # longer than any test waits
 
 
 class Listener(ABC):
@@ -76,13 +76,13 @@ class Listener(ABC):
     async def _talk(self, peer: ServerConnection) -> None:
         self.connections += 1
         with contextlib.suppress(ConnectionClosed):
-            hello = decode_from_edge(await peer.recv(decode=False))
+            hello = decode_edge_message(await peer.recv(decode=False))
             assert isinstance(hello, Hello)
             assert hello.redirects
             await peer.send(encode(self.welcome))
             async for frame in peer:
                 assert isinstance(frame, bytes)
-                message = decode_from_edge(frame)
+                message = decode_edge_message(frame)
                 self.said.append(message)
                 if isinstance(message, Open):
                     await self.opened(peer, message)
@@ -103,7 +103,7 @@ class Listener(ABC):
         return
 
 
-class FakeFront(Listener):
+class FakeRouter(Listener):
     """Sends every session to what `where` says of its Open."""
 
     def __init__(self, where: Callable[[Open], str]) -> None:
@@ -188,12 +188,12 @@ def free_address() -> str:
 def test_a_session_says_the_same_where_it_is_redirected_to_and_all_share_one_connection() -> None:
     async def scenario() -> None:
         verifier = FakeVerifier()
-        front = FakeFront(lambda _: verifier.address)
-        async with verifier.listening(), front.listening() as url, device(url) as edge:
+        router = FakeRouter(lambda _: verifier.address)
+        async with verifier.listening(), router.listening() as url, device(url) as edge:
             assert await asyncio.gather(*(answer(edge) for _ in range(5))) == [TRUTH] * 5
         assert verifier.connections == 1
-        assert sorted(front.opens, key=str) == sorted(verifier.opens, key=str)
-        assert not any(isinstance(m, Cancel) for m in verifier.said + front.said)
+        assert sorted(router.opens, key=str) == sorted(verifier.opens, key=str)
+        assert not any(isinstance(m, Cancel) for m in verifier.said + router.said)
 
     run(scenario())
 
@@ -202,40 +202,40 @@ def test_a_session_says_the_same_where_it_is_redirected_to_and_all_share_one_con
 def test_a_session_whose_verifier_goes_is_continued_by_another(stumble: str) -> None:
     async def scenario() -> None:
         first, second = FakeVerifier(3, stumble), FakeVerifier()
-        front = FakeFront(lambda open_: second.address if open_.epoch else first.address)
-        async with first.listening(), second.listening(), front.listening() as url, device(url) as edge:
+        router = FakeRouter(lambda open_: second.address if open_.epoch else first.address)
+        async with first.listening(), second.listening(), router.listening() as url, device(url) as edge:
             assert await answer(edge) == TRUTH
-        assert [o.committed for o in front.opens] == [[], TRUTH[:3]]
+        assert [o.committed for o in router.opens] == [[], TRUTH[:3]]
         assert [o.committed for o in second.opens] == [TRUTH[:3]]
         assert second.opens[0].avoid == ("" if stumble == "hang up" else first.address)
 
     run(scenario())
 
 
-def test_the_front_is_told_which_address_was_of_no_use() -> None:
+def test_the_router_is_told_which_address_was_of_no_use() -> None:
     async def scenario() -> None:
         dead, verifier = free_address(), FakeVerifier()
-        front = FakeFront(lambda open_: verifier.address if open_.avoid == dead else dead)
-        async with verifier.listening(), front.listening() as url, device(url) as edge:
+        router = FakeRouter(lambda open_: verifier.address if open_.avoid == dead else dead)
+        async with verifier.listening(), router.listening() as url, device(url) as edge:
             assert await answer(edge) == TRUTH
-        assert [o.avoid for o in front.opens] == ["", dead]
+        assert [o.avoid for o in router.opens] == ["", dead]
 
     run(scenario())
 
 
 @pytest.mark.parametrize("address", ["dead", "http://example.org", "a b:80", ""])
-def test_a_front_that_only_sends_astray_is_given_up_in_time(address: str) -> None:
+def test_a_router_that_only_sends_astray_is_given_up_in_time(address: str) -> None:
     async def scenario() -> None:
         astray = free_address() if address == "dead" else address
-        front = FakeFront(lambda _: astray)
-        async with front.listening() as url, device(url) as edge:
+        router = FakeRouter(lambda _: astray)
+        async with router.listening() as url, device(url) as edge:
             await edge.link.connected()
             edge.link.patience.give_up_s = 0.5
             started = time.monotonic()
             with pytest.raises(UnavailableError, match="is that port open"):
                 await answer(edge)
             assert time.monotonic() - started > 0.4
-        assert 2 <= len(front.opens) < 12  # and it is not stormed meanwhile
+        assert 2 <= len(router.opens) < 12  # and it is not stormed meanwhile
 
     run(scenario())
 
@@ -243,11 +243,11 @@ def test_a_front_that_only_sends_astray_is_given_up_in_time(address: str) -> Non
 def test_a_request_that_kills_every_verifier_does_not_go_round_for_ever() -> None:
     async def scenario() -> None:
         verifiers = [FakeVerifier(0, "hang up") for _ in range(2)]
-        front = FakeFront(lambda open_: verifiers[open_.epoch % 2].address)
+        router = FakeRouter(lambda open_: verifiers[open_.epoch % 2].address)
         async with contextlib.AsyncExitStack() as stack:
             for verifier in verifiers:
                 await stack.enter_async_context(verifier.listening())
-            url = await stack.enter_async_context(front.listening())
+            url = await stack.enter_async_context(router.listening())
             edge = await stack.enter_async_context(device(url))
             await edge.link.connected()
             edge.link.patience.give_up_s = 1.0
@@ -290,8 +290,8 @@ class StrictVerifier(FakeVerifier):
 def test_a_draft_made_ahead_of_the_answer_to_an_open_goes_where_the_session_goes(dies: int) -> None:
     """Nobody else would decode what it bet on: the session would wait for ever."""
 
-    class LateFront(FakeFront):
-        """Redirects when the draft that was sent ahead is here, which it refuses, as fronts do."""
+    class LateRouter(FakeRouter):
+        """Redirects when the draft that was sent ahead is here, which it refuses, as routers do."""
 
         async def opened(self, peer: ServerConnection, message: Open) -> None:
             if message.epoch:
@@ -299,21 +299,21 @@ def test_a_draft_made_ahead_of_the_answer_to_an_open_goes_where_the_session_goes
 
         async def drafted(self, peer: ServerConnection, message: Draft) -> None:
             await peer.send(
-                encode(Refused(message.session, "unknown_session", "a front", round=message.round))
+                encode(Refused(message.session, "unknown_session", "a router", round=message.round))
             )
             if not self.opens[-1].epoch:
                 await super().opened(peer, self.opens[-1])
 
     async def scenario() -> None:
         first, second = StrictVerifier(dies), StrictVerifier()
-        front = LateFront(lambda open_: second.address if open_.epoch else first.address)
+        router = LateRouter(lambda open_: second.address if open_.epoch else first.address)
         async with first.listening(), second.listening(), contextlib.AsyncExitStack() as stack:
-            url = await stack.enter_async_context(front.listening())
+            url = await stack.enter_async_context(router.listening())
             edge = await stack.enter_async_context(device(url, drafter=Prophet()))
             assert await answer(edge) == TRUTH
-        assert len(front.opens) == (1 if dies > 2 else 2)
+        assert len(router.opens) == (1 if dies > 2 else 2)
         ahead = next(m for m in first.said if isinstance(m, Draft))
-        assert ahead == next(m for m in front.said if isinstance(m, Draft))
+        assert ahead == next(m for m in router.said if isinstance(m, Draft))
         assert first.said.index(ahead) == 1  # right behind the Open
 
     run(scenario())
@@ -323,8 +323,8 @@ def test_a_replica_of_another_model_is_not_let_go_on() -> None:
     async def scenario() -> None:
         verifier = FakeVerifier()
         verifier.welcome = msgspec.structs.replace(WELCOME, digest="d2")
-        front = FakeFront(lambda _: verifier.address)
-        async with verifier.listening(), front.listening() as url, device(url) as edge:
+        router = FakeRouter(lambda _: verifier.address)
+        async with verifier.listening(), router.listening() as url, device(url) as edge:
             with pytest.raises(RequestError, match="not the one that this answer was begun with") as caught:
                 await answer(edge)
             assert caught.value.code == "model_changed"
@@ -375,20 +375,20 @@ def test_a_prompt_that_was_encoded_for_the_model_before_is_not_answered_by_this_
     run(scenario())
 
 
-def test_a_session_that_is_redirected_does_not_need_the_front() -> None:
+def test_a_session_that_is_redirected_does_not_need_the_router() -> None:
     class SlowVerifier(FakeVerifier):
         async def opened(self, peer: ServerConnection, message: Open) -> None:
             working.set()
-            await front_is_gone.wait()
+            await router_is_gone.wait()
             await super().opened(peer, message)
 
-    working, front_is_gone = asyncio.Event(), asyncio.Event()
+    working, router_is_gone = asyncio.Event(), asyncio.Event()
 
     async def scenario() -> None:
         verifier = SlowVerifier()
-        front = FakeFront(lambda _: verifier.address)
+        router = FakeRouter(lambda _: verifier.address)
         async with verifier.listening(), contextlib.AsyncExitStack() as stack:
-            url = await stack.enter_async_context(front.listening())
+            url = await stack.enter_async_context(router.listening())
             async with device(url) as edge:
                 answering = asyncio.ensure_future(answer(edge))
                 await working.wait()
@@ -398,7 +398,7 @@ def test_a_session_that_is_redirected_does_not_need_the_front() -> None:
                     await asyncio.sleep(0.01)
                 with pytest.raises(UnavailableError):
                     await edge.link.connected()
-                front_is_gone.set()
+                router_is_gone.set()
                 assert await answering == TRUTH
 
     run(scenario())
@@ -486,8 +486,8 @@ def test_a_prompt_too_long_for_the_way_fails_alone() -> None:
     run(scenario())
 
 
-def test_what_the_front_says_after_a_redirect_is_no_longer_listened_to() -> None:
-    class TalkativeFront(FakeFront):
+def test_what_the_router_says_after_a_redirect_is_no_longer_listened_to() -> None:
+    class TalkativeRouter(FakeRouter):
         async def opened(self, peer: ServerConnection, message: Open) -> None:
             with patch.object(peer.transport, "write") as write:  # both in one packet
                 await super().opened(peer, message)
@@ -496,31 +496,31 @@ def test_what_the_front_says_after_a_redirect_is_no_longer_listened_to() -> None
 
     async def scenario() -> None:
         verifier = FakeVerifier()
-        front = TalkativeFront(lambda _: verifier.address)
-        async with verifier.listening(), front.listening() as url, device(url) as edge:
+        router = TalkativeRouter(lambda _: verifier.address)
+        async with verifier.listening(), router.listening() as url, device(url) as edge:
             assert await answer(edge) == TRUTH
-        assert len(front.opens) == 1
+        assert len(router.opens) == 1
 
     run(scenario())
 
 
-def test_the_wait_for_a_front_begins_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_for_a_router_begins_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was away for longer than anyone waits, and nobody minded."""
     monkeypatch.setattr(link_module, "BACKOFF_S", (0.05, 0.1))
 
     class PatientVerifier(FakeVerifier):
         async def opened(self, peer: ServerConnection, message: Open) -> None:
             working.set()
-            await front_was_away.wait()
+            await router_was_away.wait()
             await super().opened(peer, message)
 
-    working, front_was_away = asyncio.Event(), asyncio.Event()
+    working, router_was_away = asyncio.Event(), asyncio.Event()
 
     async def scenario() -> None:
         first, second = PatientVerifier(3, "hang up"), FakeVerifier()
-        front = FakeFront(lambda open_: second.address if open_.epoch else first.address)
+        router = FakeRouter(lambda open_: second.address if open_.epoch else first.address)
         async with first.listening(), second.listening(), contextlib.AsyncExitStack() as stack:
-            url = await stack.enter_async_context(front.listening())
+            url = await stack.enter_async_context(router.listening())
             async with device(url) as edge:
                 answering = asyncio.ensure_future(answer(edge))
                 await working.wait()
@@ -528,10 +528,10 @@ def test_the_wait_for_a_front_begins_when_it_is_needed(monkeypatch: pytest.Monke
                 while edge.link.welcome is not None:
                     await asyncio.sleep(0.01)
                 edge.link.patience._lost -= 2 * NEVER_S
-                front_was_away.set()
+                router_was_away.set()
                 while not first.closed:
                     await asyncio.sleep(0.01)
-                async with front.listening():
+                async with router.listening():
                     assert await answering == TRUTH
 
     run(scenario())
@@ -544,15 +544,15 @@ def test_a_user_that_leaves_cancels_where_the_session_is() -> None:
 
     async def scenario() -> None:
         verifier = SilentVerifier()
-        front = FakeFront(lambda _: verifier.address)
-        async with verifier.listening(), front.listening() as url, device(url) as edge:
+        router = FakeRouter(lambda _: verifier.address)
+        async with verifier.listening(), router.listening() as url, device(url) as edge:
             answering = asyncio.ensure_future(answer(edge))
             while not verifier.opens:
                 await asyncio.sleep(0.01)
             answering.cancel()
             while not any(isinstance(m, Cancel) for m in verifier.said):
                 await asyncio.sleep(0.01)
-        assert not any(isinstance(m, Cancel) for m in front.said)
+        assert not any(isinstance(m, Cancel) for m in router.said)
 
     run(scenario())
 
@@ -562,12 +562,12 @@ def test_a_connection_without_sessions_is_let_go(monkeypatch: pytest.MonkeyPatch
 
     async def scenario() -> None:
         verifier = FakeVerifier()
-        front = FakeFront(lambda _: verifier.address)
-        async with verifier.listening(), front.listening() as url, device(url) as edge:
+        router = FakeRouter(lambda _: verifier.address)
+        async with verifier.listening(), router.listening() as url, device(url) as edge:
             assert await answer(edge) == TRUTH
             while not verifier.closed:
                 await asyncio.sleep(0.01)
-            assert front.closed == 0
+            assert router.closed == 0
             assert await answer(edge) == TRUTH  # by a new one
         assert verifier.connections == 2
 

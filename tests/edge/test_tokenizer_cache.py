@@ -6,12 +6,12 @@ import asyncio
 import errno
 import os
 import pwd
-import sys
 from pathlib import Path
 
 import pytest
 
 import wisp.engines
+from hf_files import tokenizer_files
 from wisp.core.errors import RequestError
 from wisp.edge import tokenizers
 from wisp.edge.tokenizers import TokenizerCache
@@ -156,7 +156,7 @@ def test_others_may_read_what_lies_in_a_shared_cache(original: LlamaTokenizer, f
         ("404 Not Found", b'{"error": {"message": "another vocabulary"}}', "another vocabulary"),
         ("404 Not Found", b'{"error": "nothing"}', "no WISP at this path"),
     ],
-    ids=["sign-in page", "proxy", "redirect", "wisp", "another server"],
+    ids=["sign-in page", "proxy", "redirect", "paper", "another server"],
 )
 def test_an_answer_that_is_no_tokenizer_is_told_for_what_it_is(
     status: str, body: bytes, why: str, folder: Path
@@ -195,9 +195,6 @@ def test_a_verifier_that_does_not_answer_is_named() -> None:
 
 
 def test_a_tokenizer_in_hugging_faces_format_will_do_as_well(original: LlamaTokenizer, folder: Path) -> None:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "engines"))
-    from hf_files import tokenizer_files
-
     (folder / "model").mkdir()
     tokenizer_files(MODEL, folder / "model")
     theirs = HfTokenizer.open(folder / "model", original.n_vocab)

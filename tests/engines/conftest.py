@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_rig import close_common, common_engine, folder_of_tiny
 
 import wisp.engines
+from vllm_rig import close_common, common_engine, folder_of_tiny
 from wisp.engines.llama.target import LlamaTarget
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 

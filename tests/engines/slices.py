@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from wisp.core.sampling import Sampling
-from wisp.core.work import Slice, SliceResult
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import Slice, SliceResult
 from wisp.engines.base import TargetEngine
 
 PROMPT = [11, 12, 13, 14, 15]

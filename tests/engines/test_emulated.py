@@ -9,10 +9,10 @@ from statistics import median
 import msgspec
 import pytest
 
-from wisp.core.cost import Load, load_of
 from wisp.core.errors import ConfigError, EngineError
-from wisp.core.sampling import Sampling
-from wisp.core.work import Copy, Slice
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import Copy, Slice
+from wisp.core.verify.cost import Load, load_of
 from wisp.engines.build import load_target
 from wisp.engines.emulated import HARDWARE, EmulatedTarget, Hardware, VirtualClock, Written, hardware
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hf_files import metadata, tokenizer_files
 
 import wisp.engines
+from hf_files import metadata, tokenizer_files
 from wisp.core.errors import ModelError
 from wisp.engines.huggingface import HfTokenizer, end_ids
 from wisp.engines.llama.tokenizer import LlamaTokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wisp.core.sampling import Sampling
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.base import Proposal
 from wisp.engines.llama.draft import LlamaDraft
 from wisp.engines.llama.reference import reference_tokens

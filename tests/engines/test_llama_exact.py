@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wisp.core.sampling import Sampling
-from wisp.core.work import Slice
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import Slice
 from wisp.engines.llama.context import Context, Logits
 from wisp.engines.llama.proof import check_build, prove_exact
 from wisp.engines.llama.reference import reference_steps, reference_tokens

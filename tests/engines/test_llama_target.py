@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from slices import PROMPT, SAMPLING, other, verify
 
+from slices import PROMPT, SAMPLING, other, verify
 from wisp.core.errors import EngineError, ModelError
-from wisp.core.work import Copy, Slice
+from wisp.core.protocol.step import Copy, Slice
 from wisp.engines.llama import selfcheck
 from wisp.engines.llama.context import DecodeError
 from wisp.engines.llama.model import Model

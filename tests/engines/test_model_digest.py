@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from gguf_files import Weights
 
+from gguf_files import Weights
 from wisp.core.errors import ModelError
 from wisp.engines import identity
 from wisp.engines.build import load_target

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from wisp.core.draft.signals import Signal
 from wisp.core.errors import ConfigError
-from wisp.core.sampling import Sampling
-from wisp.core.signals import Signal
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.base import Proposal
 from wisp.engines.both import NgramThenModel
 from wisp.engines.ngram import NgramDraft

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_files import Weights
 
+from gguf_files import Weights
 from wisp.core.errors import ModelError
-from wisp.core.sampling import Sampling
-from wisp.core.work import NOT_FINITE, Slice, SliceResult
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import NOT_FINITE, Slice, SliceResult
 from wisp.engines.llama.draft import LlamaDraft
 from wisp.engines.llama.model import Model
 from wisp.engines.llama.target import LlamaTarget, Mode

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hf_files import metadata, tokenizer_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wisp.engines
+from hf_files import metadata, tokenizer_files
 from wisp.engines.huggingface import HfTokenizer
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 from wisp.engines.special import Special, SpecialTokens

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from slices import PROMPT, SAMPLING, Target, other, verify
 from vllm_rig import reference, with_vllm
-
 from wisp.core.errors import EngineError
-from wisp.core.sampling import Sampling
-from wisp.core.work import Copy, Slice
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import Copy, Slice
 
 BEYOND = 99  # no slot of any engine here
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+
 from vllm_rig import (
     BLOCK_BYTES,
     GREEDY,
@@ -21,13 +22,12 @@ from vllm_rig import (
     reference,
     with_vllm,
 )
-
+from wisp.check.lossless.cases import TINY
+from wisp.check.lossless.check import Bench, check, chi_square
+from wisp.check.lossless.chi_square import ALARM
 from wisp.core.errors import EngineError
-from wisp.core.sampling import Sampling
-from wisp.core.work import Slice
-from wisp.lab.lossless.cases import TINY
-from wisp.lab.lossless.check import Bench, check, chi_square
-from wisp.lab.lossless.chi_square import ALARM
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import Slice
 
 pytestmark = with_vllm
 

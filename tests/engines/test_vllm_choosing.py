@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from vllm_rig import with_vllm
 
-from wisp.core.sampling import Sampling, target_token
+from vllm_rig import with_vllm
+from wisp.core.protocol.sampling import Sampling, target_token
 
 pytestmark = with_vllm
 SAMPLINGS = (

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+
 from vllm_rig import (
     GREEDY,
     Device,
@@ -21,13 +22,12 @@ from vllm_rig import (
     steps_of,
     with_vllm,
 )
-
-from wisp.core.admission import Admission
-from wisp.core.batching import batching_policy
-from wisp.core.events import EdgeLost, FromEdge, Limits, Run, Send, StepDone, Tick
-from wisp.core.messages import Cancel, Draft, Open, Verdict
-from wisp.core.sampling import Sampling
-from wisp.core.verifier import Verifier
+from wisp.core.protocol.messages import Cancel, Draft, Open, Verdict
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.verify.admission import Admission
+from wisp.core.verify.batching import batching_policy
+from wisp.core.verify.events import EdgeLost, Limits, Received, Run, Send, StepDone, Tick
+from wisp.core.verify.verifier import Verifier
 
 pytestmark = with_vllm
 
@@ -105,7 +105,7 @@ class House:
                 self.feed(StepDone(self.engine.run(action.slices), 1.0))
 
     def say(self, message: Any) -> None:
-        self.feed(FromEdge(1, "key", message))
+        self.feed(Received(1, "key", message))
 
     def settle(self) -> None:
         for _ in range(50):
@@ -146,7 +146,7 @@ def test_aborts_parking_and_resuming_leave_the_others_alone(engine: Any) -> None
     house = House(engine, "continuous")
     first, second = [9, 8, 7] * 15, [1, 2, 3]
     house.say(opening("session-a", first, serve=True))
-    house.feed(FromEdge(2, "key", opening("session-b", second, serve=True)))
+    house.feed(Received(2, "key", opening("session-b", second, serve=True)))
     house.feed(Tick())
     house.say(Cancel("session-a"))  # aborted
     house.feed(EdgeLost(2))  # parked

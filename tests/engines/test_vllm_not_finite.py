@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from gguf_files import Weights
 from vllm_rig import TINY, engine_of, with_vllm
-
 from wisp.core.errors import ModelError
-from wisp.core.sampling import Sampling
-from wisp.core.work import NOT_FINITE, Slice
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import NOT_FINITE, Slice
 
 pytestmark = with_vllm
 

@@ -71,7 +71,8 @@ def test_there_is_no_exact_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_nothing_else_imports_vllm_or_torch() -> None:
     code = (
-        "import json, sys, wisp.cli, wisp.cloud.app, wisp.edge.app, wisp.engines.build, wisp.lab.demo, wisp.lab.doctor;"
+        "import json, sys, wisp.cli, wisp.server.app, wisp.edge.app, wisp.engines.build;"
+        "import wisp.check.demo, wisp.check.doctor;"
         "import wisp.engines.vllm.target, wisp.engines.vllm.models, wisp.engines.vllm.starting;"
         "print(json.dumps([m for m in ('vllm', 'torch', 'transformers', 'gguf') if m in sys.modules]))"
     )

@@ -8,12 +8,12 @@ from typing import Any
 
 import msgspec
 import pytest
+
 from slices import PROMPT, SAMPLING, verify
 from vllm_rig import EOS, engine_of, reference, steps_of, with_vllm
-
 from wisp.core.errors import ConfigError, EngineError
-from wisp.core.sampling import Sampling
-from wisp.core.work import Copy, Slice
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import Copy, Slice
 from wisp.engines.vllm import selftest
 
 pytestmark = with_vllm

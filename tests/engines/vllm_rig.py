@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import wisp.engines
-from wisp.core.sampling import Sampling
-from wisp.core.work import Slice, SliceResult
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import Slice, SliceResult
 from wisp.engines.llama.reference import reference_tokens
 from wisp.engines.vllm.starting import Wanted
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from harness import DRAFT, TARGET, Fleet
-
 from wisp.engines.models import is_cached
 
 _FLEETS: list[Fleet] = []

@@ -31,20 +31,20 @@ from websockets.typing import Subprotocol
 
 from waiting import PATIENCE_S, eventually
 from wisp.api.scrape import read_page
-from wisp.core.messages import (
+from wisp.core.protocol.messages import (
     SUBPROTOCOL,
     VERSION,
-    FromCloud,
     Hello,
     Message,
     Open,
     Refused,
+    ServerMessage,
     Verdict,
     Welcome,
-    decode_from_cloud,
+    decode_server_message,
     encode,
 )
-from wisp.core.sampling import Sampling
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.build import served_name
 
 # The pair that ships with the package; other files may stand in for it.
@@ -378,10 +378,10 @@ class Peer:
             message = msgspec.structs.replace(message, digest=self.welcome.digest)
         self.socket.send(encode(message) if isinstance(message, Message) else message)
 
-    def hear(self, timeout_s: float = PATIENCE_S) -> FromCloud:
+    def hear(self, timeout_s: float = PATIENCE_S) -> ServerMessage:
         frame = self.socket.recv(timeout_s)
         assert isinstance(frame, bytes)
-        return decode_from_cloud(frame)
+        return decode_server_message(frame)
 
     def verdict(self) -> Verdict:
         message = self.hear()

@@ -9,12 +9,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from harness import HTTP, MODEL, Fleet, Peer, Process, Stream, ask, eventually, free_port, opening
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin
 
-from wisp.core.messages import Refused
+from harness import HTTP, MODEL, Fleet, Peer, Process, Stream, ask, eventually, free_port, opening
+from wisp.core.protocol.messages import Refused
 
 pytestmark = pytest.mark.slow
 

@@ -15,11 +15,11 @@ from wisp.api import connections
 from wisp.api.connections import HttpConnection, SessionConnection
 from wisp.api.keys import Keyring
 from wisp.api.process import Listen, event_loop_factory, run_app
-from wisp.cloud.app import CloudApp, Settings
-from wisp.core.messages import VERSION, Hello, Message, Open, encode, frame_limit
-from wisp.core.sampling import Sampling
-from wisp.core.work import Slice, SliceResult
+from wisp.core.protocol.messages import VERSION, Hello, Message, Open, encode, frame_limit
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import Slice, SliceResult
 from wisp.engines.null import ByteTokenizer, NullTarget
+from wisp.server.app import ServerApp, Settings
 
 DEADLINE_S = 60.0
 CONTEXT = 1 << 16
@@ -99,7 +99,7 @@ class Gated(NullTarget):
 
 
 def with_server(
-    scenario: Callable[[CloudApp, int], Awaitable[None]],
+    scenario: Callable[[ServerApp, int], Awaitable[None]],
     monkeypatch: pytest.MonkeyPatch,
     engine: NullTarget | None = None,
 ) -> None:
@@ -110,7 +110,7 @@ def with_server(
     monkeypatch.setattr(connections, "SEND_BUFFER", 1 << 14)
 
     async def main() -> None:
-        cloud = CloudApp(
+        cloud = ServerApp(
             Settings("m", park_s=0.0, drain_s=0.0), Keyring(None, None), lambda: (served, ByteTokenizer())
         )
         with socket.create_server(("127.0.0.1", 0)) as bound:
@@ -156,7 +156,7 @@ def test_an_edge_that_does_not_read_is_let_go_and_its_session_expires(
 ) -> None:
     engine = Gated(6000)  # more text than may wait for its reader
 
-    async def scenario(cloud: CloudApp, port: int) -> None:
+    async def scenario(cloud: ServerApp, port: int) -> None:
         with Raw(port) as deaf:
             await deaf.greet(opening("session-1"))
             host = cloud.host()
@@ -173,7 +173,7 @@ def test_an_edge_that_does_not_read_is_let_go_and_its_session_expires(
 def test_a_client_that_does_not_read_its_stream_ends_its_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Gated(4000)  # more text than may wait for its reader
 
-    async def scenario(cloud: CloudApp, port: int) -> None:
+    async def scenario(cloud: ServerApp, port: int) -> None:
         with Raw(port) as client:
             await client.connect()
             body = b'{"model": "m", "prompt": "hello", "max_tokens": 60000, "stream": true}'
@@ -198,7 +198,7 @@ def test_a_flood_that_the_application_never_sees_is_not_kept(
 ) -> None:
     caplog.set_level("INFO", "wisp.connections")
 
-    async def scenario(cloud: CloudApp, port: int) -> None:
+    async def scenario(cloud: ServerApp, port: int) -> None:
         with Raw(port) as deaf:
             await deaf.greet()
             if why == "fragments":
@@ -216,7 +216,7 @@ def test_while_a_peer_reads_nothing_its_pings_are_not_read_either(monkeypatch: p
     """However slowly they come: what is answered without being taken would pile up for as long as it lives."""
     most = [0]
 
-    async def scenario(cloud: CloudApp, port: int) -> None:
+    async def scenario(cloud: ServerApp, port: int) -> None:
         async def flood(deaf: Raw) -> None:
             with contextlib.suppress(ConnectionError):
                 while True:
@@ -248,7 +248,7 @@ def test_while_a_peer_reads_nothing_its_pings_are_not_read_either(monkeypatch: p
 
 
 def test_a_frame_may_be_as_long_as_the_context_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(cloud: CloudApp, port: int) -> None:
+    async def scenario(cloud: ServerApp, port: int) -> None:
         limit = frame_limit(CONTEXT)
         full = encode(opening("session-1", prompt=[1 << 20] * CONTEXT, max_tokens=1))
         assert len(full) < limit
@@ -265,7 +265,7 @@ def test_a_frame_may_be_as_long_as_the_context_wants_it(monkeypatch: pytest.Monk
 def test_text_that_is_no_utf8_is_refused_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def scenario(cloud: CloudApp, port: int) -> None:
+    async def scenario(cloud: ServerApp, port: int) -> None:
         with Raw(port) as peer:
             await peer.greet()
             await peer.say(frame(b"\xff\xfe", FINAL | TEXT))

@@ -7,10 +7,10 @@ from typing import Any
 
 import httpx
 import pytest
-from harness import HTTP, Fleet, Peer, Process, ask, eventually, free_port
 from openai import OpenAI
 
-from wisp.core.sampling import Sampling
+from harness import HTTP, Fleet, Peer, Process, ask, eventually, free_port
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.emulated import fold
 from wisp.engines.null import null_token
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from harness import Fleet, Peer, eventually, opening
 
-from wisp.cloud.event_log import read_events, read_runs
-from wisp.core.admission import KeyLimits
-from wisp.core.events import FromEdge, Run, Send, StepDone
-from wisp.core.messages import Cancel, Draft, Refused, Verdict
-from wisp.core.sampling import Sampling
+from harness import Fleet, Peer, eventually, opening
+from wisp.core.protocol.messages import Cancel, Draft, Refused, Verdict
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.verify.admission import KeyLimits
+from wisp.core.verify.events import Received, Run, Send, StepDone
 from wisp.engines.null import NullTarget, null_token
+from wisp.server.event_log import read_events, read_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.modelless]
 
@@ -42,7 +42,7 @@ def test_the_event_log_of_a_live_run_replays_to_the_same_actions(fleet: Fleet) -
     assert server.wait() == 0
 
     [(header, events)] = read_runs(path)
-    assert (header.policy, header.max_sessions, header.engine) == ("laxity", 50, "null")
+    assert (header.policy, header.max_sessions, header.engine) == ("wisp", 50, "null")
     assert events == read_events(path)
     verifier = header.verifier()
     engine = NullTarget(slots=256)
@@ -63,7 +63,7 @@ def test_the_event_log_of_a_live_run_replays_to_the_same_actions(fleet: Fleet) -
                 sent.setdefault(action.connection, []).append(action.message)
     assert run is None
     assert steps > 6
-    assert sum(isinstance(event, FromEdge) for _, event in events) == 6 * (3 * 6 + 1)
+    assert sum(isinstance(event, Received) for _, event in events) == 6 * (3 * 6 + 1)
     by_session = {messages[0].session: messages for messages in sent.values()}
     assert [by_session[f"session-{n}-0"] for n in range(6)] == heard  # every message, times and all
     path.write_bytes(path.read_bytes()[:-1])  # as a crash leaves it

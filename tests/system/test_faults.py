@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from harness import DRAFT, Answer, Cutter, Fleet, Process, Stream, ask, body_of, eventually
 
+from harness import DRAFT, Answer, Cutter, Fleet, Process, Stream, ask, body_of, eventually
 from waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_pair")]

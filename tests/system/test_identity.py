@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from harness import (
     DRAFT,
     ENGINE,
@@ -28,7 +29,6 @@ from harness import (
     free_port,
     opening,
 )
-
 from wisp.engines.models import resolve
 
 pytestmark = [
@@ -91,7 +91,7 @@ class Gate(Cutter):
 @pytest.fixture(scope="module")
 def ours(tiny_pair: None, shared: Fleet) -> Process:
     """The verifier that an answer is begun by. Its tokenizer is in the cache, so that lines carry sessions alone."""
-    server = shared.serve(target=str(target_in(shared.folder / "ours")))
+    server = shared.serve(target=str(target_in(shared.folder / "wisp")))
     assert shared.run("generate", "Hi.", "--server", server.url).returncode == 0
     return server
 

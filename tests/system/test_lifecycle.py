@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from harness import HTTP, MODE, MODEL, TARGET, Fleet, Process, Stream, ask, eventually, free_port
 
+from harness import HTTP, MODE, MODEL, TARGET, Fleet, Process, Stream, ask, eventually, free_port
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 from wisp.engines.models import resolve
 

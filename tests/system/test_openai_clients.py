@@ -8,10 +8,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from harness import DRAFT, HTTP, MODEL, TARGET, Fleet, Process, ask, eventually
 
+from harness import DRAFT, HTTP, MODEL, TARGET, Fleet, Process, ask, eventually
 from wisp.api.template import chat_template
-from wisp.core.sampling import Sampling
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.llama.reference import reference_tokens
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 from wisp.engines.models import resolve

@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+
 from harness import (
     DRAFT,
     ENGINE,
@@ -36,24 +37,23 @@ from harness import (
     free_port,
     opening,
 )
-
 from waiting import PATIENCE_S
 from wisp.api.backend import Generation
-from wisp.core.drafting import Policies
-from wisp.core.messages import VERSION, Cancel, Draft, Hello, Redirect, Refused
-from wisp.core.sampling import Sampling
+from wisp.calibrate.traces.prompts import Prompt
+from wisp.calibrate.traces.record import Recording, Settings
+from wisp.core.draft.policies import Policies
+from wisp.core.protocol.messages import VERSION, Cancel, Draft, Hello, Redirect, Refused
+from wisp.core.protocol.sampling import Sampling
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
 from wisp.engines.base import Tokenizer
 from wisp.engines.build import served_name
 from wisp.engines.models import resolve
 from wisp.engines.null import null_token
-from wisp.lab.sim.figures import Figures
-from wisp.lab.sim.fleet import run_live
-from wisp.lab.sim.scenario import Kit, Scenario, SloClass
-from wisp.lab.sim.systems import system
-from wisp.lab.traces.prompts import Prompt
-from wisp.lab.traces.record import Recording, Settings
+from wisp.sim.fleet import run_live
+from wisp.sim.report import Report
+from wisp.sim.scenario import Kit, Scenario, SloClass
+from wisp.sim.systems import system
 
 pytestmark = [
     pytest.mark.slow,
@@ -671,9 +671,7 @@ def recorded(tiny_pair: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 DEVICES = 18
 
 
-async def _play(
-    url: str, traces: Path, meanwhile: Callable[[], None], window_s: float = 4.0
-) -> list[Figures]:
+async def _play(url: str, traces: Path, meanwhile: Callable[[], None], window_s: float = 4.0) -> list[Report]:
     """So many devices, a few seconds at a time, until all that happens has happened."""
     scenario = Scenario(
         "replicas",
@@ -688,14 +686,14 @@ async def _play(
         drain_s=PATIENCE_S,
     )
     happening = asyncio.ensure_future(asyncio.to_thread(meanwhile))
-    found: list[Figures] = []
+    found: list[Report] = []
     while not happening.done():
-        found.append(await run_live(scenario, system("ours,server_mode=no"), len(found), url))
+        found.append(await run_live(scenario, system("wisp,server_mode=no"), len(found), url))
     await happening
     return found
 
 
-def all_right(runs: list[Figures]) -> bool:
+def all_right(runs: list[Report]) -> bool:
     """Every device got every token, and each the target's own."""
     found = [(f.mismatches, f.failed, f.refused, f.unfinished) for f in runs]
     # How many answers fall into the windows is up to the machine.

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
-from harness import ENGINE, START_S, Fleet, ask, eventually
 
 import wisp.engines
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "engines"))
-
+from harness import ENGINE, START_S, Fleet, ask, eventually
 from hf_files import tokenizer_files
 
 pytestmark = [

@@ -6,11 +6,11 @@ from contextlib import suppress
 
 import msgspec
 import pytest
-from harness import Fleet, Peer, Process, eventually, opening
 from websockets.exceptions import ConnectionClosed
 
-from wisp.core.messages import MAX_FRAME, VERSION, Cancel, Draft, Hello, Message, Verdict
-from wisp.core.sampling import Sampling
+from harness import Fleet, Peer, Process, eventually, opening
+from wisp.core.protocol.messages import MAX_FRAME, VERSION, Cancel, Draft, Hello, Message, Verdict
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.null import N_VOCAB, null_token
 
 pytestmark = [pytest.mark.slow, pytest.mark.modelless]

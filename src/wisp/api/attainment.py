@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from wisp.api.observe import RequestRecord
 from wisp.core.errors import ConfigError
-from wisp.core.slo import LONGEST_MS, Slo, met
+from wisp.core.protocol.slo import LONGEST_MS, Slo, met
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _Target = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_MS)]
@@ -60,7 +60,7 @@ def read_slo_classes(given: Path | str | Mapping[str, Any]) -> dict[str, Slo]:
 
 
 class Attainment:
-    """Counters of requests that had an SLO, by class ("": targets of their own). `core.slo` says what was met."""
+    """Counters of requests that had an SLO, by class ("": targets of their own), as `core.protocol.slo` counts them."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(

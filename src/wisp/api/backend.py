@@ -7,8 +7,8 @@ from typing import Protocol
 
 import msgspec
 
-from wisp.core.drafter import Task
-from wisp.core.work import Committed
+from wisp.core.draft.drafter import Task
+from wisp.core.protocol.step import Committed
 from wisp.engines.base import Tokenizer
 
 __all__ = ["Backend", "Committed", "Generation", "Target"]

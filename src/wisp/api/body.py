@@ -1,7 +1,8 @@
 """Reading a JSON body: of bounded size, of the right type, and an object.
 
-Decoding and checking a large one may take seconds of CPU. That happens in a thread, so that the event loop goes on, and
-one after the other: more threads would only take the interpreter away from the loop more often.
+Decoding and checking a large one may take seconds of CPU. That happens in a thread, so that the event loop goes on,
+and one after the other: more threads would only take the interpreter away from the loop more often. Of one key a single
+body waits for that thread, so a key that sends many delays another's by one at most.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
 from starlette.requests import Request
@@ -24,6 +26,7 @@ BYTES_PER_TOKEN = 64  # four of text, times six where JSON escapes them, and som
 UNKNOWN_LIMIT_BYTES = 8 << 20  # while the context is not known
 
 _reader = ThreadPoolExecutor(1, thread_name_prefix="body")
+_turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by key
 
 
 def body_limit(context: int) -> int:
@@ -47,11 +50,14 @@ async def read_body(request: Request, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-async def parsed(body: bytes, parse: Callable[[dict[str, Any]], T]) -> T:
-    """What `parse` makes of the JSON object in `body`. Raises RequestError 400, and what `parse` raises."""
+async def parsed(body: bytes, parse: Callable[[dict[str, Any]], T], key: str = "") -> T:
+    """What `parse` makes of the JSON object in the `body` that `key` sent. Raises RequestError 400, and what `parse`
+    raises."""
     if len(body) <= SMALL_BODY_BYTES:
         return parse(_decode(body))
-    return await asyncio.get_running_loop().run_in_executor(_reader, lambda: parse(_decode(body)))
+    turn = _turns.setdefault(key, asyncio.Lock())
+    async with turn:
+        return await asyncio.get_running_loop().run_in_executor(_reader, lambda: parse(_decode(body)))
 
 
 async def read_json(request: Request) -> dict[str, Any]:

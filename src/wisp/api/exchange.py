@@ -13,16 +13,16 @@ from starlette.requests import ClientDisconnect, Request
 from wisp.api.errors import request_id, to_request_error
 from wisp.api.observe import Observer, RequestRecord
 from wisp.api.output import Output
-from wisp.api.requests import Ask
+from wisp.api.requests import GenerationRequest
 from wisp.api.sse import ClientGoneError
-from wisp.core.stats import SpecStats
+from wisp.core.draft.stats import SpecStats
 
 logger = logging.getLogger("wisp.api")
 
 _CLIENT_CLOSED = 499  # nginx's status for a client that left; never sent
 
 
-class Exchange:
+class RequestContext:
     """What is known of a request so far: filled in as it is handled."""
 
     def __init__(self, request: Request, endpoint: str, observer: Observer | None) -> None:
@@ -30,7 +30,7 @@ class Exchange:
         self.endpoint = endpoint
         self.arrived = time.monotonic()
         self.key = ""
-        self.ask: Ask | None = None
+        self.ask: GenerationRequest | None = None
         self.prompt_tokens = 0
         self.output: Output | None = None
         self._observer = observer

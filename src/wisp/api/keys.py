@@ -27,8 +27,8 @@ from urllib.parse import quote, unquote
 
 import msgspec
 
-from wisp.core.admission import KeyLimits
 from wisp.core.errors import ConfigError, RequestError
+from wisp.core.verify.admission import KeyLimits
 
 log = logging.getLogger("wisp.keys")
 
@@ -49,13 +49,13 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Keyring:
     """Names and limits by secret. Empty: everyone is let in as `anonymous`."""
 
-    def __init__(self, path: Path | None = None, secrets: str | None = None, front: str = "") -> None:
+    def __init__(self, path: Path | None = None, secrets: str | None = None, router: str = "") -> None:
         """`secrets`, separated by commas, are from the environment; `path` is a file of keys.
 
-        front: what the front of this replica shows, to speak for a key that it has checked (`on_behalf`).
+        router: what the router of this replica shows, to speak for a key that it has checked (`on_behalf`).
         """
         self.path = path
-        self.front = front
+        self.router = router
         self._admins: set[str] = set()
         self.limits: dict[str, KeyLimits] = {}
         self._fixed = _named(secrets or "")
@@ -117,9 +117,9 @@ class Keyring:
         raise _unauthorized("this API key is not known here")
 
     def speaks_for(self, header: str | None) -> str | None:
-        """The key that our front names in an Authorization header; None if it is not our front's."""
+        """The key that our router names in an Authorization header; None if it is not our router's."""
         token, _, name = (header or "").removeprefix("Bearer ").partition("/")
-        if not self.front or not hmac.compare_digest(_digest(token), _digest(self.front)):
+        if not self.router or not hmac.compare_digest(_digest(token), _digest(self.router)):
             return None
         return unquote(name)
 
@@ -129,7 +129,7 @@ class Keyring:
 
 
 def on_behalf(token: str, name: str) -> str:
-    """The secret by which a front that holds `token` speaks for the key `name`."""
+    """The secret by which a router that holds `token` speaks for the key `name`."""
     return f"{token}/{quote(name, safe='')}"
 
 

@@ -6,8 +6,8 @@ from typing import Protocol
 
 import msgspec
 
-from wisp.core.slo import Served, Slo
-from wisp.core.stats import SpecStats
+from wisp.core.draft.stats import SpecStats
+from wisp.core.protocol.slo import Served, Slo
 
 
 class RequestRecord(msgspec.Struct, frozen=True):
@@ -42,7 +42,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
     slo_class: str = ""
 
     def served(self) -> Served:
-        """The request as `core.slo` counts it."""
+        """The request as `core.protocol.slo` counts it."""
         return Served(
             arrived=self.arrived,
             first=self.first,

@@ -12,9 +12,9 @@ import msgspec
 
 from wisp.api.backend import Committed
 from wisp.api.text import TextStream
+from wisp.core.draft.stats import SpecStats
 from wisp.core.errors import EngineError
-from wisp.core.stats import SpecStats
-from wisp.core.work import TokenLogprob
+from wisp.core.protocol.step import TokenLogprob
 from wisp.engines.base import Tokenizer
 
 

@@ -19,7 +19,7 @@ from wisp.api.backend import Generation, Target
 from wisp.api.errors import context_length_exceeded, too_long
 from wisp.api.fields import refuse
 from wisp.api.guard import guard
-from wisp.api.requests import Ask
+from wisp.api.requests import GenerationRequest
 from wisp.api.template import chat_template
 from wisp.engines.base import Check, Tokenizer, unasked
 from wisp.engines.special import NO_STAND_INS, StandIns
@@ -31,7 +31,7 @@ AT_ONCE = 2  # prompts of one key being worked on; its others wait, so that it d
 
 
 def prepare(
-    ask: Ask, target: Target, request_id: str = "", key: str = "", check: Check = unasked
+    ask: GenerationRequest, target: Target, request_id: str = "", key: str = "", check: Check = unasked
 ) -> Generation:
     """Raises RequestError 400 where the prompt is empty, invalid or too long, and what `check` raises."""
     prompt = prompt_ids(ask, target, check)
@@ -54,7 +54,7 @@ def prepare(
     )
 
 
-def prompt_ids(ask: Ask, target: Target, check: Check = unasked) -> list[int]:
+def prompt_ids(ask: GenerationRequest, target: Target, check: Check = unasked) -> list[int]:
     """The prompt in token ids.
 
     Special tokens count as such in a raw prompt and in what the template writes, but not in what a client puts
@@ -81,7 +81,7 @@ def _checked(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def _chat_text(ask: Ask, tokenizer: Tokenizer) -> tuple[str, StandIns]:
+def _chat_text(ask: GenerationRequest, tokenizer: Tokenizer) -> tuple[str, StandIns]:
     """The text, and what stands for what in the parts of it that came from the client."""
     guarded = guard(tokenizer.chat_template, tokenizer.controls)
     messages, tools, args, stand_ins = guarded(ask.messages, ask.tools, ask.template_args)
@@ -96,11 +96,11 @@ def _chat_text(ask: Ask, tokenizer: Tokenizer) -> tuple[str, StandIns]:
     return text, stand_ins
 
 
-def _param(ask: Ask) -> str:
+def _param(ask: GenerationRequest) -> str:
     return "messages" if ask.chat else "prompt"
 
 
-def _max_tokens(ask: Ask, prompt: int, context: int) -> int:
+def _max_tokens(ask: GenerationRequest, prompt: int, context: int) -> int:
     left = context - prompt
     if left < 1:
         raise context_length_exceeded(context, prompt, 0, _param(ask))

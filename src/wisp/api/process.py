@@ -22,7 +22,7 @@ from wisp.api.connections import HttpConnection, SessionConnection
 from wisp.api.http import KEEP_ALIVE_S
 from wisp.api.web_guard import WebGuard, is_loopback
 from wisp.core.errors import ConfigError
-from wisp.core.messages import FRAME_EXTRA
+from wisp.core.protocol.messages import FRAME_EXTRA
 
 log = logging.getLogger("wisp")
 

@@ -15,8 +15,8 @@ import msgspec
 
 from wisp.api.fields import Fields, refuse
 from wisp.api.messages import Message, parse_messages, parse_tools
-from wisp.core.sampling import Sampling
-from wisp.core.slo import LONGEST_MS, Slo
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.slo import LONGEST_MS, Slo
 
 SloClasses = Mapping[str, Slo]
 NO_CLASSES: SloClasses = {}
@@ -64,7 +64,7 @@ _NEUTRAL_CHAT = _NEUTRAL | {
 _NEUTRAL_COMPLETION = _NEUTRAL | {"suffix": ("",), "prompt_embeds": ()}
 
 
-class Ask(msgspec.Struct, frozen=True):
+class GenerationRequest(msgspec.Struct, frozen=True):
     """What a client asks for.
 
     Chat: `messages`, `tools` and `template_args` are set. Completion: `prompt`, text or token ids.
@@ -91,12 +91,14 @@ class Ask(msgspec.Struct, frozen=True):
     slo_class: str = ""
 
 
-def parse_chat(body: dict[str, Any], headers: Mapping[str, str], classes: SloClasses = NO_CLASSES) -> Ask:
+def parse_chat(
+    body: dict[str, Any], headers: Mapping[str, str], classes: SloClasses = NO_CLASSES
+) -> GenerationRequest:
     """The body of `/v1/chat/completions`. Raises RequestError 400 with `param`."""
     fields = Fields(body)
     common = _common(fields, headers, classes, _NEUTRAL_CHAT)
     limit_name = "max_tokens" if fields.get("max_completion_tokens") is None else "max_completion_tokens"
-    return Ask(
+    return GenerationRequest(
         chat=True,
         messages=parse_messages(fields),
         tools=parse_tools(fields),
@@ -109,12 +111,12 @@ def parse_chat(body: dict[str, Any], headers: Mapping[str, str], classes: SloCla
 
 def parse_completion(
     body: dict[str, Any], headers: Mapping[str, str], classes: SloClasses = NO_CLASSES
-) -> Ask:
+) -> GenerationRequest:
     """The body of `/v1/completions`. Raises RequestError 400 with `param`."""
     fields = Fields(body)
     common = _common(fields, headers, classes, _NEUTRAL_COMPLETION)
     max_tokens = fields.integer("max_tokens", 1, _MAX_COUNT)
-    return Ask(
+    return GenerationRequest(
         chat=False,
         prompt=_prompt(fields.get("prompt")),
         max_tokens=_DEFAULT_COMPLETION_TOKENS if max_tokens is None else max_tokens,
@@ -127,7 +129,7 @@ def parse_completion(
 def _common(
     fields: Fields, headers: Mapping[str, str], classes: SloClasses, neutral: dict[str, tuple[Any, ...]]
 ) -> dict[str, Any]:
-    """The fields of Ask that both endpoints have."""
+    """The fields of GenerationRequest that both endpoints have."""
     model = fields.string("model")
     if not model:
         refuse("model", "expected the name of a model; GET /v1/models lists them")

@@ -17,7 +17,7 @@ import msgspec
 
 from wisp.api.backend import Target
 from wisp.api.output import Delta, Entry, Output
-from wisp.core.work import TokenLogprob, TopLogprob
+from wisp.core.protocol.step import TokenLogprob, TopLogprob
 from wisp.engines.base import Tokenizer
 
 Json = dict[str, Any]
@@ -44,7 +44,7 @@ def new_head(chat: bool, target: Target) -> Head:
     )
 
 
-class Shape(ABC):
+class ResponseFormat(ABC):
     """What chat and completion have in common."""
 
     whole_object = ""
@@ -113,7 +113,7 @@ class Shape(ABC):
         """`logprobs` of a choice; None if they were not asked for."""
 
 
-class ChatShape(Shape):
+class ChatFormat(ResponseFormat):
     """`chat.completion` and its chunks."""
 
     whole_object = "chat.completion"
@@ -145,7 +145,7 @@ class ChatShape(Shape):
         }
 
 
-class CompletionShape(Shape):
+class CompletionFormat(ResponseFormat):
     """`text_completion`, whole and in chunks."""
 
     whole_object = "text_completion"

@@ -30,12 +30,12 @@ from wisp.api.errors import (
     request_id,
     to_request_error,
 )
-from wisp.api.exchange import Exchange
+from wisp.api.exchange import RequestContext
 from wisp.api.observe import Observer
 from wisp.api.output import Delta, Output
 from wisp.api.prepare import PromptWork, prepare
-from wisp.api.requests import NO_CLASSES, Ask, SloClasses, parse_chat, parse_completion
-from wisp.api.responses import ChatShape, CompletionShape, Json, Shape
+from wisp.api.requests import NO_CLASSES, GenerationRequest, SloClasses, parse_chat, parse_completion
+from wisp.api.responses import ChatFormat, CompletionFormat, Json, ResponseFormat
 from wisp.api.sse import (
     DONE,
     KEEP_ALIVE,
@@ -49,7 +49,7 @@ from wisp.api.sse import (
 from wisp.core.errors import EngineError, RequestError
 
 Authorize = Callable[[Request], str]
-Parse = Callable[[dict[str, Any], Mapping[str, str], SloClasses], Ask]
+Parse = Callable[[dict[str, Any], Mapping[str, str], SloClasses], GenerationRequest]
 
 
 def openai_routes(
@@ -69,7 +69,7 @@ def openai_routes(
 
     prompts = PromptWork()
 
-    def generating(path: str, endpoint: str, parse: Parse, shape: type[Shape]) -> Route:
+    def generating(path: str, endpoint: str, parse: Parse, shape: type[ResponseFormat]) -> Route:
         app = _Generating(
             backend, prompts, endpoint, parse, shape, keep_alive_s, authorize, observer, slo_classes
         )
@@ -77,8 +77,8 @@ def openai_routes(
 
     return [
         *_model_routes(backend, authorize),
-        generating("/v1/chat/completions", "chat.completions", parse_chat, ChatShape),
-        generating("/v1/completions", "completions", parse_completion, CompletionShape),
+        generating("/v1/chat/completions", "chat.completions", parse_chat, ChatFormat),
+        generating("/v1/completions", "completions", parse_completion, CompletionFormat),
     ]
 
 
@@ -122,7 +122,7 @@ class _Generating:
         prompts: PromptWork,
         endpoint: str,
         parse: Parse,
-        shape: type[Shape],
+        shape: type[ResponseFormat],
         keep_alive_s: float,
         authorize: Authorize | None,
         observer: Observer | None,
@@ -140,7 +140,7 @@ class _Generating:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        exchange = Exchange(request, self._endpoint, self._observer)
+        exchange = RequestContext(request, self._endpoint, self._observer)
         stream = EventSender(send, {"x-request-id": exchange.id})
         try:
             with exchange.accounted():
@@ -156,23 +156,25 @@ class _Generating:
         else:
             await response(scope, receive, send)
 
-    async def _handle(self, request: Request, exchange: Exchange, stream: EventSender) -> Response:
+    async def _handle(self, request: Request, exchange: RequestContext, stream: EventSender) -> Response:
         if self._authorize is not None:
             exchange.key = self._authorize(request)
         body = await read_body(request, body_limit(self._backend.context))
         return await unless_gone(request.receive, self._answer(body, request.headers, exchange, stream))
 
     async def _answer(
-        self, body: bytes, headers: Mapping[str, str], exchange: Exchange, stream: EventSender
+        self, body: bytes, headers: Mapping[str, str], exchange: RequestContext, stream: EventSender
     ) -> Response:
+        key = exchange.key
+        self._backend.admit(key)  # before any work for a key that has used up its limits
         ask = exchange.ask = await parsed(
-            body, lambda fields: self._parse(fields, headers, self._slo_classes)
+            body, lambda fields: self._parse(fields, headers, self._slo_classes), key
         )
         target = await self._target(ask, stream)
         _check_model(ask.model, target)
-        work = functools.partial(prepare, ask, target, exchange.id, exchange.key)
-        admit = functools.partial(self._backend.admit, exchange.key)
-        generation = await self._prompts.run(exchange.key, admit, work)
+        work = functools.partial(prepare, ask, target, exchange.id, key)
+        admit = functools.partial(self._backend.admit, key)
+        generation = await self._prompts.run(key, admit, work)
         exchange.prompt_tokens = len(generation.prompt)
         wants_logprobs = ask.logprobs is not None
         exchange.output = output = Output(target.tokenizer, ask.stop, wants_logprobs, ask.min_tokens)
@@ -190,7 +192,7 @@ class _Generating:
         answer = shape.whole(whole, *_statistics(generation, output))
         return JsonResponse(answer, headers={"x-request-id": exchange.id})
 
-    async def _target(self, ask: Ask, stream: EventSender) -> Target:
+    async def _target(self, ask: GenerationRequest, stream: EventSender) -> Target:
         """The model, once there is one. A stream is kept alive meanwhile."""
         waiting = asyncio.ensure_future(self._backend.target())
         try:
@@ -216,7 +218,7 @@ async def _deltas(backend: Backend, generation: Generation, output: Output) -> A
 
 
 async def _events(
-    deltas: AsyncGenerator[Delta, None], shape: Shape, generation: Generation, output: Output
+    deltas: AsyncGenerator[Delta, None], shape: ResponseFormat, generation: Generation, output: Output
 ) -> AsyncGenerator[bytes, None]:
     """The answer as events. Those that one delta gives go out together."""
     opening = shape.opening()

@@ -1,7 +1,8 @@
-"""The command line: one thin command each, listed here in the order of `wisp --help`.
+"""The command line: one thin command each, listed here in the groups of `wisp --help`.
 
-Every flag has an environment variable WISP_<COMMAND>_<FLAG>, and `wisp --config FILE` takes any of them from a TOML
-file with a table per command. What a command needs is imported when it runs, so that help comes at once.
+Every flag has an environment variable WISP_<COMMAND>_<FLAG>, e.g. WISP_SERVE_PORT or WISP_SIM_RUN_SEED, and
+`wisp --config FILE` takes any of them from a TOML file with a table per command, e.g. [serve] or [sim.run]. What a
+command needs is imported when it runs, so that help comes at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import typer
 
-from wisp.cli import bench, checking, device, fleets, learning, replicas, serving
+from wisp.cli import check, device, measure, renamed, replicas, research, serve, try_
 from wisp.cli.config import configure
 from wisp.core.errors import WispError
 
@@ -28,31 +29,19 @@ app = typer.Typer(
     context_settings={"auto_envvar_prefix": "WISP", "help_option_names": ["-h", "--help"]},
 )
 app.callback()(configure)
-for command in (
-    serving.serve,
-    device.edge,
-    device.generate,
-    checking.pull,
-    checking.demo,
-    checking.doctor,
-    checking.check_lossless,
-    bench.bench_overhead,
-    bench.bench_policy,
-    bench.bench_vllm,
-    bench.bench_ahead,
-    bench.bench_simulator,
-    learning.trace,
-    learning.profile,
-    learning.train,
-    learning.replay,
-    fleets.fleet,
-    fleets.simulate,
-    fleets.capacity,
-    fleets.plan,
-    fleets.experiments,
-):
-    app.command()(command)
-app.add_typer(replicas.app, name="replicas")
+GROUPS = {
+    "Serve": (serve.serve, device.edge),
+    "Try": (try_.demo, device.generate, try_.pull, try_.doctor),
+    "Measure": (measure.plan, measure.profile, measure.trace, measure.train),
+    "Check": (check.check_lossless,),
+}
+for group, commands in GROUPS.items():
+    for command in commands:
+        app.command(rich_help_panel=group)(command)
+app.add_typer(replicas.app, name="replicas", rich_help_panel="Serve")
+app.add_typer(research.app, name="sim", rich_help_panel="Research")
+for old, now in renamed.COMMANDS.items():
+    app.command(old, hidden=True)(renamed.command(old, now, getattr(research, now)))
 
 
 def main() -> None:

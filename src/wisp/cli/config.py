@@ -27,24 +27,35 @@ def configure(
     ] = False,
 ) -> None:
     if config is not None:
-        commands = getattr(ctx.command, "commands", {})
-        known = {name: {p.name for p in command.params} for name, command in commands.items()}
-        ctx.default_map = _read(config, known)
+        ctx.default_map = _defaults(_read(config), ctx.command, f"{config}: ", "")
 
 
-def _read(path: Path, known: dict[str, set[str]]) -> dict[str, Any]:
-    """Defaults by command and parameter, all of them `known`. Raises ConfigError."""
+def _read(path: Path) -> dict[str, Any]:
+    """The file. Raises ConfigError."""
     try:
-        tables = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
+
+
+def _defaults(tables: dict[str, Any], group: Any, where: str, within: str) -> dict[str, Any]:
+    """Defaults by command (or group of commands) and parameter, all of them known. Raises ConfigError.
+
+    where: begins an error. within: the group's own name and a dot, or nothing.
+    """
     defaults: dict[str, Any] = {}
-    for command, table in tables.items():
-        if command not in known or not isinstance(table, dict):
+    for name, table in tables.items():
+        command = group.commands.get(name)
+        if command is None or not isinstance(table, dict):
+            known = ", ".join(sorted(f"{within}{n}" for n, c in group.commands.items() if not c.hidden))
+            raise ConfigError(f"{where}[{within}{name}] is not a command; tables are named {known}")
+        if hasattr(command, "commands"):
+            defaults[name] = _defaults(table, command, where, f"{within}{name}.")
+            continue
+        defaults[name] = {k.replace("-", "_"): v for k, v in table.items()}
+        if unknown := sorted(defaults[name].keys() - {p.name for p in command.params}):
+            shown = f"{within}{name}"
             raise ConfigError(
-                f"{path}: [{command}] is not a command; tables are named {', '.join(sorted(known))}"
+                f"{where}[{shown}] has no {unknown[0]}; see wisp {shown.replace('.', ' ')} --help"
             )
-        defaults[command] = {k.replace("-", "_"): v for k, v in table.items()}
-        if unknown := sorted(defaults[command].keys() - known[command]):
-            raise ConfigError(f"{path}: [{command}] has no {unknown[0]}; see wisp {command} --help")
     return defaults

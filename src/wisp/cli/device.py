@@ -56,13 +56,16 @@ def edge(
     log_level: LogLevel = "info",
     log_json: LogJson = False,
 ) -> None:
-    """Run an edge: an OpenAI endpoint on this device. Its key to the verifier is taken from WISP_API_KEY; keys
-    for its own endpoint may also be in WISP_API_KEYS, separated by commas."""
+    """Run an edge: an OpenAI endpoint on this device.
+
+    Its key to the verifier is taken from WISP_API_KEY; keys for its own endpoint may also be in WISP_API_KEYS,
+    separated by commas.
+    """
     from wisp.api.attainment import read_slo_classes
     from wisp.api.keys import Keyring
     from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
     from wisp.api.web_guard import host_names
-    from wisp.core.drafting import Ahead
+    from wisp.core.draft.policies import Ahead
     from wisp.edge.address import session_url
     from wisp.edge.app import EdgeApp
     from wisp.engines.build import drafting_policies, load_drafter
@@ -123,7 +126,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Generate once, streamed; tokens are coloured by origin: accepted draft green, the target's own plain."""
-    from wisp.core.drafting import Ahead
+    from wisp.core.draft.policies import Ahead
     from wisp.edge.address import session_url
     from wisp.edge.once import Request, generate_once
     from wisp.engines.build import drafting_policies, load_drafter

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from wisp.cli.renamed import today
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never download anything.")]
 MOST_THREADS = 4 * (
@@ -44,12 +46,15 @@ SloClasses = Annotated[
 ]
 PredictorFile = Annotated[Path | None, typer.Option(help="From `wisp train` (default: the one that ships).")]
 ScenarioName = Annotated[str, typer.Argument(help="A scenario that ships, or a TOML file.")]
+Traces = Annotated[Path, typer.Option(help="Folder or file of traces.")]
+Price = Annotated[float, typer.Option(help="What the verifier asks per draft token, in tokens.", min=0)]
+Limit = Annotated[int, typer.Option(help="Generations per cell of the grid.", min=1)]
 Rate = Annotated[
     float | None, typer.Option(help="Tokens per second that users expect (default: the scenario's).", min=0.1)
 ]
-SYSTEMS = "ours, wisp, central, sled, sled-confidence or central-speculative"
-SYSTEM_HELP = f"{SYSTEMS}; with changes: ours,ahead=no,drafting=fixed:4 (docs/simulator.md lists them)."
-System = Annotated[str, typer.Option("--system", "--policy", help=SYSTEM_HELP)]
+SYSTEMS = "wisp, paper, central, sled, sled-confidence or central-speculative"
+SYSTEM_HELP = f"{SYSTEMS}; with changes: wisp,ahead=no,drafting=fixed:4 (docs/simulator.md lists them)."
+System = Annotated[str, typer.Option("--system", "--policy", help=SYSTEM_HELP, callback=today)]
 Seed = Annotated[
     int | None, typer.Option(help="Of everything that is random (default: the scenario's first one).")
 ]

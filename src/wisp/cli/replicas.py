@@ -1,4 +1,4 @@
-"""`wisp replicas list`, `drain`, `restart` and `scale`, which a front carries out."""
+"""`wisp replicas list`, `drain`, `restart` and `scale`, which a router carries out."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import typer
 from wisp.cli.options import Json
 
 app = typer.Typer(
-    help="Look at the replicas of a front, drain, restart and scale them.", no_args_is_help=True
+    help="Look at the replicas behind a router, drain, restart and scale them.", no_args_is_help=True
 )
-Front = Annotated[str, typer.Option(help="Address of the front; its key is taken from WISP_API_KEY.")]
+Router = Annotated[str, typer.Option(help="Address of the router; its key is taken from WISP_API_KEY.")]
 Name = Annotated[str, typer.Argument(help="As `wisp replicas list` calls it.")]
 
 
 @app.command(name="list")
-def list_replicas(server: Front = "http://127.0.0.1:8100", json: Json = False) -> None:
+def list_replicas(server: Router = "http://127.0.0.1:8100", json: Json = False) -> None:
     """Show them."""
-    from wisp.front.admin import ask, show
+    from wisp.router.admin import ask, show
 
     show(ask(server), as_json=json)
 
 
 @app.command()
-def drain(name: Name, server: Front = "http://127.0.0.1:8100", json: Json = False) -> None:
+def drain(name: Name, server: Router = "http://127.0.0.1:8100", json: Json = False) -> None:
     """Move a replica's sessions to the others, and end it."""
-    from wisp.front.admin import ask, show
+    from wisp.router.admin import ask, show
 
     show(ask(server, f"/{name}/drain", {}), as_json=json)
 
 
 @app.command()
-def restart(name: Name, server: Front = "http://127.0.0.1:8100", json: Json = False) -> None:
+def restart(name: Name, server: Router = "http://127.0.0.1:8100", json: Json = False) -> None:
     """Move a replica's sessions to the others, and start it afresh: with what is installed now."""
-    from wisp.front.admin import ask, show
+    from wisp.router.admin import ask, show
 
     show(ask(server, f"/{name}/restart", {}), as_json=json)
 
@@ -42,10 +42,10 @@ def restart(name: Name, server: Front = "http://127.0.0.1:8100", json: Json = Fa
 @app.command()
 def scale(
     count: Annotated[int, typer.Argument(help="How many there shall be.", min=1)],
-    server: Front = "http://127.0.0.1:8100",
+    server: Router = "http://127.0.0.1:8100",
     json: Json = False,
 ) -> None:
     """Start more replicas, or drain the youngest."""
-    from wisp.front.admin import ask, show
+    from wisp.router.admin import ask, show
 
     show(ask(server, "/scale", {"replicas": count}), as_json=json)

@@ -1,14 +1,14 @@
-"""The tree of errors. Each message says what the user can do about it.
+"""The tree of errors. Each message says what the user can do.
 
 WispError
 ├── ConfigError          a flag, a file or an environment that cannot work
 ├── ModelError           a model that cannot be found, fetched, checked or loaded
 ├── EngineError          the engine failed, or was asked for something it cannot do
 │   └── EngineDeadError  it will not run again in this process
-├── InternalError        a fault of WISP's own, after which this process cannot go on
-├── ProtocolError        the other side sent something it may not send
-├── RequestError         a generation that cannot be served as asked (carries an OpenAI error shape)
-└── UnavailableError     no verifier within the stated time
+├── InternalError        a bug in WISP, after which this process cannot go on
+├── ProtocolError        the peer sent a message that the protocol does not allow
+├── RequestError         a request that cannot be served (carries an OpenAI error object)
+└── UnavailableError     no verifier could be reached in time
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class EngineError(WispError):
 
 
 class EngineDeadError(EngineError):
-    """The engine will not run again: this process is of no more use as a verifier."""
+    """The engine will not run again, so this process can no longer be a verifier."""
 
 
 class InternalError(WispError):
-    """A fault of WISP's own, after which this process cannot go on. The log has its traceback."""
+    """A bug in WISP, after which this process cannot go on. The log has the traceback."""
 
 
 class ProtocolError(WispError):
-    """The other side sent something it may not send; nothing changed on this side.
+    """The peer sent a message that the protocol does not allow. Nothing has changed on this side.
 
-    `code` is the word that goes into `Refused.code`.
+    code: for `Refused.code`
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -52,10 +52,11 @@ class ProtocolError(WispError):
 
 
 class RequestError(WispError):
-    """A request that cannot be served as asked.
+    """A request that cannot be served.
 
-    `status` is the HTTP status; `code`, `param` and `type` fill OpenAI's error object (`code` is never null: without
-    one it is the status's); `retry_after` (seconds) becomes the Retry-After header.
+    status:            the HTTP status
+    code, param, type: for OpenAI's error object; `code` is never null, its default follows from the status
+    retry_after:       seconds, for the Retry-After header
     """
 
     CODES: ClassVar = {400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found"}
@@ -67,7 +68,7 @@ class RequestError(WispError):
         *,
         code: str | None = None,
         param: str | None = None,
-        type: str = "invalid_request_error",  # noqa: A002 - OpenAI's name for it
+        type: str = "invalid_request_error",  # noqa: A002 - OpenAI's name
         retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
@@ -79,7 +80,7 @@ class RequestError(WispError):
 
 
 class UnavailableError(RequestError):
-    """No verifier could be reached within the stated time."""
+    """No verifier could be reached in time."""
 
     def __init__(self, message: str, retry_after: float = 5.0) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""Addresses of servers: checked when they are given, so that what comes later is never a matter of spelling."""
+"""Addresses of servers, checked when they are given, so that no later error comes from their spelling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REDIRECT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*):[0-9]{1,5}")
 
 
 def session_url(server: str) -> str:
-    """The session WebSocket of a server given as URL or HOST:PORT. Raises ConfigError for what is no address."""
+    """The session WebSocket of a server given as URL or HOST:PORT. Raises ConfigError if it is no address."""
     given = server.strip()
     try:
         if any(c.isspace() or not c.isprintable() for c in given):
@@ -54,12 +54,12 @@ def redirected_url(url: str, address: str) -> str:
             raise ConfigError("it is not HOST:PORT")
         return session_url(f"{parts.scheme}://{netloc}")
     except ConfigError:
-        message = f"the front redirected to {address!r}, which is not HOST:PORT"
+        message = f"the router redirected to {address!r}, which is not HOST:PORT"
         raise ProtocolError("malformed", message) from None
 
 
 def is_local(url: str) -> bool:
-    """A proxy from the environment has no business with a verifier on this machine."""
+    """Is it on this machine? Then no proxy from the environment is used."""
     host = urlsplit(url).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")
 

@@ -1,4 +1,4 @@
-"""What to make of HTTP answers that are not a verifier's, and of proxies that cannot be used."""
+"""Explanations of HTTP answers that are not a verifier's, and of proxies that cannot be used."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from urllib.request import getproxies
 import msgspec
 from websockets.exceptions import InvalidProxy
 
-LONGEST = 300  # characters of what others say that are passed on
+LONGEST = 300  # characters of a text from elsewhere, in errors and logs
 
 _PROXIES = ("all_proxy", "https_proxy", "http_proxy", "socks_proxy", "wss_proxy", "ws_proxy")
 
 
 class Error(msgspec.Struct):
-    """Of OpenAI's error object, what is read here."""
+    """OpenAI's error object, as far as it is read here."""
 
     message: str = ""
     code: str | None = None
@@ -26,7 +26,7 @@ class _Body(msgspec.Struct):
 
 
 def error_in(body: bytes) -> Error | None:
-    """The error that a WISP server states in the body of an answer; None if none of them wrote it."""
+    """The error in the body of a WISP server's answer; None if no WISP server wrote it."""
     try:
         error = msgspec.json.decode(body, type=_Body).error
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -36,13 +36,13 @@ def error_in(body: bytes) -> Error | None:
 
 
 def plain(text: str) -> str:
-    """What others say, as far as it may stand in one line of a log."""
+    """A text from elsewhere, made fit for one line of a log."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else "?" for c in line[:LONGEST])
 
 
 def stranger(status: int, location: str | None = None) -> str:
-    """Why an answer with this status, which is not WISP's own, is of no use; and what to do about it."""
+    """Why an answer with this status, which is not WISP's own, is of no use, and how to mend it."""
     if location and 300 <= status < 400:
         return (
             f"HTTP {status}: redirected to {plain(location)}, which is not followed; if the verifier is there, "
@@ -59,7 +59,7 @@ def stranger(status: int, location: str | None = None) -> str:
 
 
 def reason(error: Exception, url: str) -> str:
-    """Why nothing came of going to `url`; of a proxy that the environment names, also what to do about it."""
+    """Why `url` could not be reached; if a proxy from the environment is at fault, also how to mend it."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     # A certificate that is not trusted is a ValueError, too, and an OSError; "no" names hosts that need no proxy.

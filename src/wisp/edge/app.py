@@ -15,8 +15,8 @@ from wisp.api.errors import JsonResponse, exception_handlers
 from wisp.api.keys import Keyring
 from wisp.api.routes import openai_routes
 from wisp.api.scrape import scraped
-from wisp.core.drafting import Ahead, Policies
-from wisp.core.slo import Slo
+from wisp.core.draft.policies import Ahead, Policies
+from wisp.core.protocol.slo import Slo
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.customers import Customers
 from wisp.edge.link import VerifierLink
@@ -26,7 +26,7 @@ from wisp.engines.base import DraftEngine
 
 
 class EdgeApp:
-    """The app and what lives behind it."""
+    """The app with its connection, backend, keys and metrics."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class EdgeApp:
         keep_alive_s: float = 10.0,
         slo_classes: Mapping[str, Slo] = {},
     ) -> None:
-        """`fingerprint`: of the draft model's vocabulary, "" where none is loaded."""
+        """`fingerprint`: of the draft model's vocabulary; "" if none is loaded."""
         self.keys = keys
         self.link = VerifierLink(server, api_key, fingerprint=fingerprint, give_up_s=give_up_s)
         self.backend = EdgeBackend(self.link, TokenizerCache(server, api_key), drafter, policies, ahead)
@@ -65,7 +65,7 @@ class EdgeApp:
         )
 
     async def drain(self) -> None:
-        """Nothing to wait for: open answers end with the process, as design has it."""
+        """Nothing to wait for: open answers end with the process, by design."""
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:

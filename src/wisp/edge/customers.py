@@ -1,8 +1,8 @@
-"""An edge's own API keys: limits that hold here, and prefixes that are shared only within one of them.
+"""An edge's own API keys: they have limits here, and prefixes are shared only within one key.
 
-The verifier knows all customers of an edge by the edge's one key. So that none can tell from the time to a first token
-what another has asked, each session carries a salt that stands for its customer. It is made with a secret of this
-process, so that the verifier learns no name; after a restart each prompt is read once more.
+To the verifier, all customers of an edge are the edge's one key. If they shared prefixes, the time to a first token
+would tell one customer what another has asked. So each session carries a salt that stands for its customer. The salt is
+made with a secret of this process, so the verifier learns no name; after a restart each prompt is read once more.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import msgspec
 from wisp.api.backend import Backend, Committed, Generation, Target
 from wisp.api.keys import Keyring
 from wisp.api.sse import close
-from wisp.core.admission import Admission, Refusal
-from wisp.core.drafter import busy_error
+from wisp.core.draft.drafter import busy_error
 from wisp.core.errors import RequestError
+from wisp.core.verify.admission import Admission, Refusal
 
 NO_PLACES = 1 << 40  # sessions: the verifier says when it is full
 
 
 class Customers:
-    """`api.backend.Backend` for those who hold `keys`, in front of another. A key is charged for the whole of a prompt:
-    how much of it the verifier had cached is not known here."""
+    """`api.backend.Backend` for the holders of `keys`, around another backend. A key is charged for the whole prompt:
+    the part that the verifier had cached is not known here."""
 
     def __init__(self, backend: Backend, keys: Keyring, clock: Callable[[], float] = time.monotonic) -> None:
         self._backend = backend
@@ -37,15 +37,15 @@ class Customers:
 
     @property
     def context(self) -> int:
-        """As the other says."""
+        """See `Backend`."""
         return self._backend.context
 
     async def target(self) -> Target:
-        """As the other says."""
+        """See `Backend`."""
         return await self._backend.target()
 
     def admit(self, key: str) -> None:
-        """Raises RequestError 429 where a generation of `key` would be refused for the key's limits."""
+        """Raises RequestError 429 if the limits of `key` leave no room for another generation."""
         try:
             self._admission.ask(self._clock(), key)
         except Refusal as refusal:
@@ -53,7 +53,7 @@ class Customers:
             raise _told(refusal) from None
 
     async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
-        """Stream what the other commits. Raises RequestError 429 where the key's limits are used up."""
+        """Stream what the other commits. Raises RequestError 429 if the key's limits are used up."""
         admission, key = self._admission, generation.key
         try:
             admission.opened(self._clock(), key)
@@ -71,7 +71,7 @@ class Customers:
             await close(committed)
 
     def salt(self, key: str) -> str:
-        """Stands for a key, for as long as this process lives; "" where there are no keys to tell apart."""
+        """The salt of a key, for the life of this process; "" if there are no keys to tell apart."""
         if not self._keys:
             return ""
         return hashlib.blake2b(key.encode(), key=self._secret, digest_size=16).hexdigest()

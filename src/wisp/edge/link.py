@@ -1,11 +1,10 @@
 """The edge's connection to its verifier: one WebSocket, many sessions, kept up for as long as the process lives.
 
-When it breaks, every session is told, and told again when it is back; what to do about it is theirs
-(`core.drafter`). Reconnecting backs off exponentially, with jitter, so that a restarted verifier is not
-stormed by a fleet.
+When it breaks, and when it is back, every session is told (`core.draft.itinerary` says what follows). Reconnecting
+backs off exponentially, with jitter, so that a fleet does not storm a restarted verifier.
 
-Where the server is a front, it redirects sessions to other addresses. Each of these gets one more link, which
-many sessions share; it is tried once, and when it ends its sessions go back to the front (`edge.backend`).
+A router redirects sessions to other addresses. Each address gets one more link, which many sessions share. That link
+is tried once. When it ends, its sessions go back to the router.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
 from wisp import __version__
+from wisp.core.draft.patience import BEAT_S, Patience
 from wisp.core.errors import ConfigError, ProtocolError, RequestError, UnavailableError
-from wisp.core.messages import (
+from wisp.core.protocol.messages import (
     MAX_FRAME,
     REFUSAL_HEADER,
     SUBPROTOCOL,
@@ -35,10 +35,9 @@ from wisp.core.messages import (
     Verdict,
     Welcome,
     check_welcome,
-    decode_from_cloud,
+    decode_server_message,
     encode,
 )
-from wisp.core.patience import BEAT_S, Patience
 from wisp.edge.address import is_local, redirected_url, session_url
 from wisp.edge.answers import plain, reason, stranger
 
@@ -47,7 +46,7 @@ log = logging.getLogger("wisp.link")
 BACKOFF_S = (0.05, 5.0)  # first and longest wait between attempts
 HANDSHAKE_S = 10.0
 IDLE_S = 30.0  # a link to a redirected address is kept this long after its last session
-# What happens to connections. Anything else is a mistake of ours, and is logged as one
+# Faults of connections. Any other exception is a fault of this program, and is logged with its traceback
 EXPECTED = (OSError, EOFError, WebSocketException, ProtocolError, ImportError)
 
 
@@ -86,7 +85,7 @@ class VerifierLink:
         self.fatal: RequestError | None = None  # trying again will not help
         self.reconnects = 0
         self.once = once
-        self.ended = False  # a link of one attempt has had it
+        self.ended = False  # its one attempt is over
         self.redirects = Redirects(self._redirected)
         self._tls = tls
         self._closing = False
@@ -99,7 +98,7 @@ class VerifierLink:
     def start(self) -> None:
         """Begin to connect, on the running event loop."""
         self._task = asyncio.create_task(self._keep_connected())
-        if not self.once:  # nobody waits for one of those
+        if not self.once:  # no session waits for such a link
             self._beat()
 
     async def close(self) -> None:
@@ -113,7 +112,7 @@ class VerifierLink:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def connected(self) -> Welcome:
-        """Wait for a verifier. Raises UnavailableError once patience is at its end, or what is fatal."""
+        """Wait for a verifier. Raises UnavailableError when patience ends, RequestError if waiting cannot help."""
         while self.welcome is None:
             if self.fatal is not None:
                 raise self.fatal
@@ -128,14 +127,14 @@ class VerifierLink:
         return self.welcome
 
     def gave_up(self) -> UnavailableError:
-        """The error for those who have waited long enough."""
+        """The error of a session that has waited long enough."""
         return UnavailableError(
             f"no verifier at {self.url} for {self.patience.give_up_s:g} s ({self.problem or 'no answer'}); "
             "is `wisp serve` running there?"
         )
 
     def listen(self, session: str, listener: Listener) -> None:
-        """Messages for `session`, and every loss and return of the connection, go to `listener`."""
+        """Pass messages for `session`, and each loss and return of the connection, to `listener`."""
         self._listeners[session] = listener
 
     def unlisten(self, session: str) -> None:
@@ -145,9 +144,9 @@ class VerifierLink:
             asyncio.get_running_loop().call_later(IDLE_S, self._end_if_idle)
 
     def send(self, message: Message) -> None:
-        """Send, if connected; otherwise drop it: sessions open again when the connection is back.
+        """Send, if connected. Otherwise drop it: sessions open again when the connection is back.
 
-        Raises RequestError for a message that is too long for the verifier, which would cut off everybody's sessions.
+        Raises RequestError for a message that is too long for the verifier: it would end the connection for all.
         """
         if self.welcome is None:
             return
@@ -177,7 +176,7 @@ class VerifierLink:
             attempt = self.patience.began(time.monotonic())
             try:
                 await self._one_connection()
-            except Exception as error:  # whatever it is: a link that ended without a word would help nobody
+            except Exception as error:  # of any kind: the link goes on, and says why it is not connected
                 self._note(error)
             finally:
                 self.ended = self.once
@@ -207,7 +206,7 @@ class VerifierLink:
             close_timeout=1,
         ) as socket:
             await socket.send(encode(Hello(VERSION, self.fingerprint, f"wisp/{__version__}", True)))
-            first = decode_from_cloud(await asyncio.wait_for(socket.recv(decode=False), HANDSHAKE_S))
+            first = decode_server_message(await asyncio.wait_for(socket.recv(decode=False), HANDSHAKE_S))
             if not isinstance(first, Welcome):
                 raise ProtocolError(
                     getattr(first, "code", "malformed"), getattr(first, "message", "no welcome")
@@ -227,7 +226,7 @@ class VerifierLink:
             await socket.send(await self._out.get())
 
     def _dispatch(self, frame: str | bytes) -> None:
-        message = decode_from_cloud(frame if isinstance(frame, bytes) else b"\xc1")
+        message = decode_server_message(frame if isinstance(frame, bytes) else b"\xc1")
         if isinstance(message, Refused) and not message.session:
             log.warning("the verifier refused a frame: %s (%s)", message.message, message.code)
         elif isinstance(message, Verdict | Refused | Redirect):
@@ -256,7 +255,7 @@ class VerifierLink:
             listener(event)
 
     def _note(self, error: Exception) -> None:
-        """Remember why, and whether trying again can help."""
+        """Remember the reason, and whether another attempt can help."""
         before = self.problem
         self.problem = reason(error, self.url)
         self.fatal = None
@@ -281,7 +280,7 @@ class VerifierLink:
 
 
 class _Connect(connect):
-    """Follows no redirects: a sign-in page's would lead anywhere, and our key stays with the address given."""
+    """Follows no HTTP redirects: a sign-in page's may lead anywhere, and the key is for the address given only."""
 
     def process_redirect(self, exc: Exception) -> Exception | str:
         return exc
@@ -296,7 +295,7 @@ def _too_long(size: int, most: int) -> RequestError:
 
 
 class Redirects:
-    """Links to the addresses that a front names: one each, for as long as sessions use it. `make` may raise
+    """Links to the addresses that a router names: one each, for as long as sessions use it. `make` may raise
     ProtocolError."""
 
     def __init__(self, make: Callable[[str], VerifierLink]) -> None:

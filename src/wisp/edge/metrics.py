@@ -1,4 +1,4 @@
-"""Prometheus metrics of an edge: what its users saw, where they sit."""
+"""Prometheus metrics of an edge: latencies and tokens as its users see them."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ import msgspec
 from wisp.api.backend import Committed, Generation, Target
 from wisp.api.messages import Message
 from wisp.api.prepare import prepare
-from wisp.api.requests import Ask
-from wisp.core.drafting import Ahead, Policies
+from wisp.api.requests import GenerationRequest
+from wisp.core.draft.policies import Ahead, Policies
+from wisp.core.draft.stats import SpecStats
 from wisp.core.errors import ConfigError
-from wisp.core.sampling import Sampling
-from wisp.core.stats import SpecStats
+from wisp.core.protocol.sampling import Sampling
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
 from wisp.edge.tokenizers import TokenizerCache
@@ -25,7 +25,7 @@ from wisp.engines.base import DraftEngine, Tokenizer
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What the user asked for."""
+    """The user's request."""
 
     prompt: str
     system: str | None
@@ -39,7 +39,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct):
-    """What came of it. `first` and `last` are seconds since the request."""
+    """The answer. `first` and `last` are the times of its tokens, in seconds since the request."""
 
     tokens: list[int] = []
     from_draft: list[bool] = []
@@ -49,7 +49,7 @@ class Answer(msgspec.Struct):
     stats: SpecStats = msgspec.field(default_factory=SpecStats)
 
     def add(self, item: Committed, at: float) -> None:
-        """Take in what was committed at time `at`."""
+        """Append what was committed at time `at`."""
         if item.tokens:
             self.first = self.first or at
             self.last = at
@@ -106,7 +106,7 @@ def _generation(request: Request, target: Target) -> Generation:
         raise ConfigError(f"--{problem[0].replace('_', '-')} {problem[1]}")
     messages: list[Message] = [{"role": "system", "content": request.system}] if request.system else []
     messages.append({"role": "user", "content": request.prompt})
-    ask = Ask(
+    ask = GenerationRequest(
         chat=not request.raw,
         model=target.model,
         sampling=sampling,

@@ -1,7 +1,7 @@
 """The target's tokenizer on the edge: fetched once from the verifier, cached by fingerprint, checked by it.
 
-So an edge needs no model to read and write text, and never mixes up two vocabularies. The files are a convenience:
-without a disk that takes them, each start fetches the tokenizer again.
+So an edge needs no model to read and write text, and never mixes up two vocabularies. The files only save time: if
+they cannot be written, each start fetches the tokenizer again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger("wisp.edge")
 # No proxy from the environment on the way to this machine; certificates from there still count.
 _DIRECT: dict[str, httpx.AsyncBaseTransport | None] = {"http://": None, "https://": None, "all://": None}
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-_GGUF, _JSON = b"GGUF", b"{"  # what a verifier hands over begins with one of them
+_GGUF, _JSON = b"GGUF", b"{"  # the first bytes of a tokenizer from a verifier
 TOKENIZER_PATH = "/v1/tokenizers"
 
 
@@ -44,7 +44,7 @@ class TokenizerCache:
         self._warned = False
 
     async def get(self, fingerprint: str) -> Tokenizer:
-        """The tokenizer whose vocabulary has this fingerprint. Raises RequestError if it cannot be had."""
+        """The tokenizer of the vocabulary with this fingerprint. Raises RequestError if it cannot be had."""
         if not _FINGERPRINT.fullmatch(fingerprint):  # it becomes a file's name
             message = "the verifier's vocabulary fingerprint is not a SHA-256; update the verifier"
             raise RequestError(502, message, code="tokenizer_unavailable", type="server_error")
@@ -64,7 +64,7 @@ class TokenizerCache:
         return tokenizer
 
     def _from_disk(self, fingerprint: str) -> Tokenizer | None:
-        """What an earlier start has kept, unless it is damaged: then it is fetched again."""
+        """The tokenizer that an earlier start kept; None if there is none, or if it is damaged."""
         with contextlib.suppress(OSError, ConfigError):
             for path in _files(fingerprint):
                 if not path.is_file():
@@ -76,7 +76,7 @@ class TokenizerCache:
         return None
 
     def _keep(self, fingerprint: str, blob: bytes) -> None:
-        """For the next start. A disk that will not have it costs that start a moment, and no more."""
+        """Write it for the next start. A full or read-only disk costs that start a moment, no more."""
         try:
             gguf, json = _files(fingerprint)
             _write(gguf if blob.startswith(_GGUF) else json, blob)
@@ -92,7 +92,7 @@ class TokenizerCache:
         try:
             async with httpx.AsyncClient(timeout=60.0, mounts=_DIRECT if is_local(url) else None) as client:
                 response = await client.get(url, headers=headers)
-        except Exception as error:  # a proxy of the environment may be wrong in ways of its own
+        except Exception as error:  # a wrong proxy in the environment raises errors of many kinds
             raise _unavailable(
                 f"cannot fetch the target's tokenizer from {url}: {reason(error, url)}"
             ) from None
@@ -117,7 +117,7 @@ def _read(blob: bytes, fingerprint: str) -> Tokenizer:
 
 
 def _files(fingerprint: str) -> Iterator[Path]:
-    """Where it may lie, in either format. Raises ConfigError."""
+    """Paths of its file, in either format. Raises ConfigError."""
     folder = cache_dir() / "tokenizers"
     return (folder / f"{fingerprint}{ending}" for ending in (".gguf", ".json"))
 

@@ -10,9 +10,9 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from wisp.core.sampling import Sampling
-from wisp.core.signals import Signal
-from wisp.core.work import Copy, Slice, SliceResult
+from wisp.core.draft.signals import Signal
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.engines.special import NO_STAND_INS, StandIns
 
 Check = Callable[[], object]  # raises where the work is not wanted any more
@@ -106,7 +106,7 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of id -> bytes over real tokens (`core.messages.vocabulary_fingerprint`)."""
+        """Hash of id -> bytes over real tokens (`core.protocol.messages.vocabulary_fingerprint`)."""
         ...
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wisp.core.sampling import Sampling
+from wisp.core.protocol.sampling import Sampling
 from wisp.engines.base import DraftEngine, Proposal
 
 SURE = 0.8  # confidence from which an n-gram is believed; a match of several tokens whose followers agree

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import msgspec
 
-from wisp.core.drafting import Policies
+from wisp.core.draft.policies import Policies
+from wisp.core.draft.predictor import Predictor
 from wisp.core.errors import ConfigError
-from wisp.core.predictor import Predictor
 from wisp.engines.base import DraftEngine, TargetEngine, Tokenizer
 from wisp.engines.emulated import EmulatedTarget, Hardware, Written, hardware
 from wisp.engines.models import Progress, resolve

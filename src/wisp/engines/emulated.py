@@ -29,10 +29,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from wisp.core.cost import Load, load_of
 from wisp.core.errors import ConfigError, EngineError
-from wisp.core.sampling import hash32
-from wisp.core.work import Copy, Slice, SliceResult
+from wisp.core.protocol.sampling import hash32
+from wisp.core.protocol.step import Copy, Slice, SliceResult
+from wisp.core.verify.cost import Load, load_of
 from wisp.engines.base import EngineInfo
 from wisp.engines.identity import engine_digest
 from wisp.engines.null import EOS as BYTE_EOS

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from wisp.core.errors import ConfigError, ModelError
-from wisp.core.messages import vocabulary_fingerprint
+from wisp.core.protocol.messages import vocabulary_fingerprint
 from wisp.engines.base import Check, unasked
 from wisp.engines.special import NO_STAND_INS, Special, SpecialTokens, StandIns
 

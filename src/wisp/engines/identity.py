@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from wisp.core.errors import ModelError
-from wisp.core.sampling import RULE
+from wisp.core.protocol.sampling import RULE
 
 _HEAD = 16 << 20  # bytes
 _BLOCKS, _BLOCK = 256, 64 << 10  # of so many bytes each: 16 MiB more

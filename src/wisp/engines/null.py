@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wisp.core.messages import vocabulary_fingerprint
-from wisp.core.sampling import hash32
-from wisp.core.work import Copy, Slice, SliceResult
+from wisp.core.protocol.messages import vocabulary_fingerprint
+from wisp.core.protocol.sampling import hash32
+from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.engines.base import Check, EngineInfo, unasked
 from wisp.engines.identity import engine_digest
 from wisp.engines.special import NO_STAND_INS, StandIns

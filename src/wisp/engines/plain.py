@@ -9,7 +9,7 @@ import json
 import re
 
 from wisp.core.errors import ModelError
-from wisp.core.messages import vocabulary_fingerprint
+from wisp.core.protocol.messages import vocabulary_fingerprint
 from wisp.engines.base import Check, unasked
 from wisp.engines.null import EOS, N_VOCAB, ByteTokenizer
 from wisp.engines.special import NO_STAND_INS, StandIns

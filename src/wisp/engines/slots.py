@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from wisp.core.errors import EngineError
-from wisp.core.work import Copy, Slice
+from wisp.core.protocol.step import Copy, Slice
 
 NONSENSE = (
     "this model computes NaN or infinity where it should say how likely tokens are; fetch or convert it again"

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from wisp.core.draft.signals import signal
 from wisp.core.errors import EngineError, ModelError
-from wisp.core.kv import common_prefix
-from wisp.core.sampling import Sampling, target_token
-from wisp.core.signals import signal
+from wisp.core.protocol.sampling import Sampling, target_token
+from wisp.core.verify.kv import common_prefix
 from wisp.engines.base import Proposal
 from wisp.engines.llama.context import Context, Logits, Tokens, physical_cores
 from wisp.engines.llama.model import Model

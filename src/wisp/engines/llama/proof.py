@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from wisp.core.kv import common_prefix
-from wisp.core.sampling import Sampling
-from wisp.core.work import Copy, Slice, SliceResult
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import Copy, Slice, SliceResult
+from wisp.core.verify.kv import common_prefix
 from wisp.engines.llama.context import Logits
 from wisp.engines.llama.reference import reference_steps
 from wisp.engines.llama.target import LlamaTarget, Mode

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from wisp.core.errors import EngineError
-from wisp.core.sampling import Sampling, gumbels, target_token
+from wisp.core.protocol.sampling import Sampling, gumbels, target_token
 from wisp.engines.llama.capi import api
 from wisp.engines.llama.context import Logits
 from wisp.engines.llama.model import Model

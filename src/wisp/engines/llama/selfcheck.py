@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from wisp.core.errors import EngineError, ModelError
-from wisp.core.sampling import Sampling
-from wisp.core.work import NOT_FINITE, Copy, Slice, SliceResult
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import NOT_FINITE, Copy, Slice, SliceResult
 from wisp.engines.llama.context import Context, Logits, Tokens
 from wisp.engines.slots import NONSENSE
 

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from wisp.core.errors import EngineError, ModelError
-from wisp.core.work import NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult
+from wisp.core.protocol.step import NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult
 from wisp.engines.base import EngineInfo
 from wisp.engines.identity import engine_digest, gguf_digest
 from wisp.engines.llama import selfcheck

@@ -10,8 +10,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from wisp.core.sampling import log_probability, target_token
-from wisp.core.work import ENGINE_ERROR, NO_TOKEN, NOT_FINITE, Slice, SliceResult, TokenLogprob, TopLogprob
+from wisp.core.protocol.sampling import log_probability, target_token
+from wisp.core.protocol.step import (
+    ENGINE_ERROR,
+    NO_TOKEN,
+    NOT_FINITE,
+    Slice,
+    SliceResult,
+    TokenLogprob,
+    TopLogprob,
+)
 from wisp.engines.llama.context import Logits, Tokens
 
 Tap = Callable[[int, int, Logits], None]  # (slot, place, logits) of a sampled row; the logits are only lent

@@ -3,7 +3,7 @@
     target.py     TargetEngine: slots, slices, and the loop that turns them into vLLM steps
     scheduler.py  a subclass of vLLM's scheduler that schedules exactly the parts of the step at hand
     worker.py     hooks in vLLM's worker: which tokens go in, which rows come out, what is chosen there
-    choosing.py   `core.sampling` for many rows at once on an accelerator
+    choosing.py   `core.protocol.sampling` for many rows at once on an accelerator
     selftest.py   what it asks of itself at every start
     starting.py   the supported versions, vLLM's settings, and its engine
     models.py     from the name of a target to its folder and tokenizer

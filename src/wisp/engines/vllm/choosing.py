@@ -1,4 +1,4 @@
-"""`core.sampling.target_token` for many rows at once, on the device where their logits are.
+"""`core.protocol.sampling.target_token` for many rows at once, on the device where their logits are.
 
 The same rule, hash and order of operations in float64; held against the rule itself by tests. A few dozen passes
 over [rows, vocabulary] are cheap for an accelerator; on a CPU the rule itself, which looks at few ids, is quicker.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from wisp.core.sampling import _GOLDEN, _MASK, Sampling, _key
+from wisp.core.protocol.sampling import _GOLDEN, _MASK, Sampling, _key
 
 ROWS = 16  # at a time: 8 bytes * vocabulary * a dozen temporaries each
 

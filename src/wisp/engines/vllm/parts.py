@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from wisp.core.sampling import Sampling
-from wisp.core.work import TokenLogprob
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import TokenLogprob
 
 
 class Part(NamedTuple):

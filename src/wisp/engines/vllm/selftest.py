@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from wisp.core.errors import ConfigError, ModelError
-from wisp.core.sampling import Sampling, target_token
-from wisp.core.work import NOT_FINITE, Slice, SliceResult
+from wisp.core.protocol.sampling import Sampling, target_token
+from wisp.core.protocol.step import NOT_FINITE, Slice, SliceResult
 from wisp.engines.base import EngineInfo
 from wisp.engines.slots import NONSENSE
 

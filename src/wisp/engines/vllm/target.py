@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from wisp.core.errors import EngineDeadError, EngineError
-from wisp.core.work import ENGINE_ERROR, NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult
+from wisp.core.protocol.step import ENGINE_ERROR, NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult
 from wisp.engines.base import EngineInfo
 from wisp.engines.identity import engine_digest, folder_digest
 from wisp.engines.slots import check_copy, slice_problem

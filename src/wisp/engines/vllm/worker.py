@@ -3,8 +3,8 @@
     which tokens   they are written into the batch before inputs are gathered, so nothing that a worker remembers
                    of a sequence but its blocks matters, and rolling back needs no message
     which rows     logits of the last rows of each part, drafts included
-    what is chosen `core.sampling` at each of these rows, up to the first that disagrees with the draft: the same
-                   rule as everywhere in WISP, so the text depends on target, prompt, parameters and seed alone
+    what is chosen `core.protocol.sampling` at each of these rows, up to the first that disagrees with the draft:
+                   the same rule as everywhere in WISP, so the text depends on target, prompt, parameters and seed alone
 
 vLLM's own sampler, rejection sampler and proposers are never called.
 """
@@ -20,8 +20,8 @@ import torch
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from wisp.core.sampling import FloatArray, log_probability, target_token
-from wisp.core.work import TokenLogprob, TopLogprob
+from wisp.core.protocol.sampling import FloatArray, log_probability, target_token
+from wisp.core.protocol.step import TokenLogprob, TopLogprob
 from wisp.engines.vllm.choosing import target_tokens
 from wisp.engines.vllm.parts import Chosen, Part
 

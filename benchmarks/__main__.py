@@ -1,0 +1,140 @@
+"""`python -m benchmarks NAME`: one command for each benchmark. What it needs is imported when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `wisp.cli`
+
+import typer
+
+from wisp.cli.options import Jobs, Json, Limit, Offline, PredictorFile, Price, Traces
+from wisp.core.errors import WispError
+
+Figures = Annotated[Path | None, typer.Option(help="Write the figures into this JSON file.")]
+Page = Annotated[Path | None, typer.Option(help="Write a page with its data and plots into this folder.")]
+
+app = typer.Typer(
+    help="What makes the figures and pages of docs/results.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.command()
+def overhead(
+    sessions: Annotated[int, typer.Option(help="Sessions, each on a connection of its own.", min=1)] = 64,
+    seconds: Annotated[float, typer.Option(help="Length of each measurement.", min=0.5)] = 5.0,
+    json: Json = False,
+) -> None:
+    """What a verification costs beside the engine: a null engine, real sockets, and a bare echo for comparison."""
+    from benchmarks.overhead import run_bench
+
+    raise typer.Exit(run_bench(sessions=sessions, seconds=seconds, as_json=json))
+
+
+@app.command()
+def policy(
+    pending: Annotated[
+        int, typer.Option(help="Candidates of a step, and sessions of a server.", min=1)
+    ] = 1000,
+    json: Json = False,
+) -> None:
+    """What one decision of each batching policy costs, how that grows, and what a server pays for a step."""
+    from benchmarks.policy import run_bench_policy
+
+    run_bench_policy(pending, as_json=json)
+
+
+@app.command()
+def vllm(
+    target: Annotated[str, typer.Option(help="As for `wisp serve --engine vllm`.")] = "tiny-target",
+    out: Figures = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """What it costs that WISP decides the steps of vLLM: decode steps beside vLLM's own, in turn."""
+    from benchmarks.vllm import run_bench
+
+    run_bench(target, out, as_json=json, offline=offline)
+
+
+@app.command()
+def ahead(
+    out: Page = None,
+    repeats: Annotated[int, typer.Option(help="Runs with and without, in turn.", min=1)] = 3,
+    json: Json = False,
+) -> None:
+    """Drafting ahead on real processes over a delayed line, and what a replay predicts of it. Takes minutes."""
+    from benchmarks.reality.ahead import run_ahead
+
+    run_ahead(out, repeats=repeats, as_json=json)
+
+
+@app.command()
+def simulator(
+    minutes: Annotated[float, typer.Option(help="Simulated, of a hundred devices.", min=0.05, max=60)] = 10.0,
+    most: Annotated[int, typer.Option(help="Leave out runs of more devices than these.", min=10)] = 2000,
+    out: Figures = None,
+    json: Json = False,
+) -> None:
+    """CPU time of simulated runs, and what a token costs from ten devices to two thousand."""
+    from benchmarks.simulator import run_bench_simulator
+
+    run_bench_simulator(minutes, most, out, as_json=json)
+
+
+@app.command()
+def experiments(
+    names: Annotated[list[str] | None, typer.Argument(help="Which pages; default: all.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few cells, short runs: does it work at all?")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for pages, data and plots.")] = Path("docs/results"),
+    jobs: Jobs = 2,
+    json: Json = False,
+) -> None:
+    """Simulated experiments, each a page with its data and a plot. --json prints the data, by page."""
+    from benchmarks.experiments import run_experiments
+
+    run_experiments(names or [], quick=quick, out=out, jobs=jobs, as_json=json)
+
+
+@app.command()
+def drafting(
+    traces: Traces = Path("data/traces"),
+    predictor: PredictorFile = None,
+    price: Price = 0.0,
+    limit: Limit = 40,
+    out: Page = None,
+    json: Json = False,
+) -> None:
+    """All drafting policies over a grid of devices, links and verifiers: `wisp sim replay`, as a page."""
+    from benchmarks.drafting import run_drafting
+
+    run_drafting(traces, predictor, price=price, limit=limit, out=out, as_json=json)
+
+
+@app.command()
+def pages(
+    folder: Annotated[Path, typer.Option(help="With the data; the pages are written there.")] = Path(
+        "docs/results"
+    ),
+) -> None:
+    """Make the pages anew from the data beside them, after a change of a template. Nothing is measured."""
+    from benchmarks.pages import SOURCES, remade
+
+    for name in SOURCES:
+        (folder / f"{name}.md").write_text(remade(name, folder))
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except WispError as error:
+        typer.echo(f"benchmarks: {error}", err=True)
+        sys.exit(2)

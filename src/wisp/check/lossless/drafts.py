@@ -1,0 +1,82 @@
+"""Drafters made for testing: some know the reference, to be always right or always wrong on purpose."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from wisp.core.draft.signals import Signal
+from wisp.core.protocol.sampling import Sampling
+from wisp.engines.base import DraftEngine, Proposal
+
+DRAFTERS: tuple[tuple[str, str], ...] = (
+    ("model", "fixed:1"),
+    ("model", "fixed:4"),
+    ("model", "fixed:8"),
+    ("model", "gain"),
+    ("model", "predictor"),
+    ("model", "confidence:0.4"),
+    ("ngram", "fixed:4"),
+    ("random", "fixed:4"),
+    ("empty", "fixed:4"),
+    ("wrong", "fixed:4"),
+    ("oracle", "fixed:8"),
+    ("serve", ""),
+)
+"""(drafter, drafting policy) of the cases; "serve" never drafts: the verifier decodes by itself."""
+
+
+class Chosen:
+    """A draft engine whose proposals are a function of the position, and that holds nothing."""
+
+    name = "testing"
+
+    def __init__(self, choose: Callable[[int], int | None], confidence: float) -> None:
+        self._choose, self._signal = choose, Signal(confidence=confidence)
+
+    def propose(
+        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+    ) -> Proposal | None:
+        token = self._choose(position)
+        return None if token is None else Proposal(token, self._signal)
+
+    def forget(self, session: str) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Drafts:
+    """The draft engine of each case: shared ones (a model, n-grams), or one made for it."""
+
+    def __init__(self, shared: dict[str, DraftEngine], n_vocab: int) -> None:
+        self.shared, self.n_vocab = shared, n_vocab
+
+    def engine(self, kind: str, script: Sequence[int], rng: random.Random) -> DraftEngine | None:
+        """None for "serve"."""
+        if kind in self.shared:
+            return self.shared[kind]
+
+        def right(position: int) -> int | None:
+            return script[position] if position < len(script) else None
+
+        def random_token(position: int) -> int:
+            return rng.randrange(self.n_vocab)
+
+        def wrong(position: int) -> int:
+            token = random_token(position)
+            return token if token != right(position) else (token + 1) % self.n_vocab
+
+        choices: dict[str, tuple[Callable[[int], int | None], float]] = {
+            "random": (random_token, 0.5),
+            "empty": (lambda position: None, 0.0),
+            "wrong": (wrong, 0.5),
+            "oracle": (right, 1.0),  # ends of all sorts fall inside its drafts
+        }
+        return Chosen(*choices[kind]) if kind in choices else None
+
+    def close(self) -> None:
+        """Free the shared engines."""
+        for engine in self.shared.values():
+            engine.close()

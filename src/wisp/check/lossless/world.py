@@ -1,0 +1,218 @@
+"""A verifier in virtual time, and trouble for it: a whole fleet runs in one process, and a seed decides everything.
+
+`core.verify.loop` drives the verifier, as in the live server. A step's arithmetic is real, its duration is random.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import msgspec
+
+from wisp.core.errors import EngineError
+from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict, decode_edge_message, encode
+from wisp.core.protocol.step import Copy
+from wisp.core.verify.admission import Admission
+from wisp.core.verify.batching import batching_policy
+from wisp.core.verify.events import Action, EdgeLost, Ended, InEvent, Limits, Received, Run, Send, StepDone
+from wisp.core.verify.loop import VerifierLoop
+from wisp.core.verify.session import IN_ENGINE
+from wisp.core.verify.verifier import Verifier
+from wisp.engines.base import TargetEngine
+from wisp.sim.timeline import Timeline
+
+PARK_S = 4.0
+MAX_DRAFT = 32
+
+
+class Chaos(msgspec.Struct, frozen=True):
+    """Probabilities of trouble: the first five per engine step, the others per occasion."""
+
+    lose: float = 0.0  # a connection breaks
+    restart: float = 0.0  # the verifier is replaced by a fresh one
+    fail: float = 0.0  # a step fails as a whole
+    slow: float = 0.0  # a step takes seconds
+    cancel: float = 0.0  # a user goes away, and asks again
+    silence: float = 0.0  # an edge is silent for seconds, per drafted token
+    move: float = 0.0  # a device that comes back does so at the other verifier
+    meddle: float = 0.0  # an extra frame: duplicate, early, overlapping, stale or invalid
+    ride: float = 0.5  # a first draft rides along with Open
+    overlong: float = 0.0  # a draft goes on beyond max_tokens or the end of sequence
+
+
+CALM = Chaos(ride=1.0)
+
+
+class ChaosServer:
+    """A verifier at a time, on half of the engine's slots: the `side` says which, so that two can share it.
+
+    `sent` is called with (connection, frame), `stepped` after each step.
+    """
+
+    def __init__(
+        self,
+        clock: Timeline,
+        engine: TargetEngine,
+        side: int,
+        eos: frozenset[int],
+        batching: str,
+        chaos: Chaos,
+        rng: random.Random,
+        counts: Counter[str],
+        sent: Callable[[int, bytes], None],
+        stepped: Callable[[], None],
+    ) -> None:
+        self.clock, self.engine, self.batching = clock, engine, batching
+        self.slots = engine.info.slots // 2
+        self._eos = eos
+        self._first_slot = side * self.slots
+        self.chaos, self.rng, self.counts = chaos, rng, counts
+        self.sent, self.stepped = sent, stepped
+        self.errors: list[str] = []
+        self._seen: set[tuple[str, int]] = set()
+        self._loop = self._fresh()
+
+    @property
+    def verifier(self) -> Verifier:
+        """The present one."""
+        return self._loop.verifier
+
+    def restart(self) -> None:
+        """Replace the verifier by a fresh one, on an empty engine."""
+        self._loop = self._fresh()
+        self.counts["restarts"] += 1
+
+    def receive(self, connection: int, key: str, frame: bytes) -> None:
+        """A frame came over `connection`."""
+        message = decode_edge_message(frame)
+        assert isinstance(message, Open | Draft | Cancel)
+        if isinstance(message, Open):
+            self._count_ahead(message)
+        again = isinstance(message, Draft) and (message.session, message.round) in self._seen
+        if isinstance(message, Open | Draft):
+            self._seen.add((message.session, message.round))
+        for action in self._loop.feed(Received(connection, key, message)):
+            if isinstance(action, Send) and isinstance(action.message, Verdict):  # answered without a step
+                self.counts["duplicates_answered" if again else "stale_verdicts"] += 1
+
+    def lost(self, connection: int) -> None:
+        """`connection` is known to be gone."""
+        self._loop.feed(EdgeLost(connection))
+
+    def _fresh(self) -> _CountingLoop:
+        """A verifier, some with little KV and short steps, so that KV is short and prompts come in chunks."""
+        info, tight = self.engine.info, self.rng.random() < 0.5
+        limits = Limits(
+            n_vocab=info.n_vocab,
+            eos=self._eos,
+            slots=self.slots,
+            slot_tokens=info.slot_tokens,
+            kv_tokens=max(info.slot_tokens, info.kv_tokens // 6) if tight else info.kv_tokens // 2,
+            step_tokens=self.rng.choice((12, 24)) if tight else info.step_tokens,
+            max_draft=MAX_DRAFT,
+            park_s=PARK_S,
+        )
+        verifier = Verifier(limits, batching_policy(self.batching), Admission(1 << 20))
+        return _CountingLoop(verifier, _Life(self), self.counts)
+
+    def _count_ahead(self, open_: Open) -> None:
+        """Does the edge know more than this verifier, having been served by the other one meanwhile?"""
+        for s in self.verifier.sessions.values():
+            if s.id == open_.session and s.n_committed < len(open_.committed):
+                self.counts["edges_ahead"] += 1
+                self.counts["edges_ahead_in_step"] += s.state in IN_ENGINE
+
+    def run(self, step: Run, done: Callable[[StepDone], None]) -> None:
+        """Run a step; `done` hears of its end."""
+        result = self._compute(step)
+        self.counts["steps"] += 1
+        self.counts["slices"] += len(step.slices)
+        self.counts["copies"] += len(step.copies)
+        self.counts["mixed_steps"] += len(step.slices) > 1
+        slow = self.rng.random() < self.chaos.slow
+        duration = self.rng.uniform(0.5, 2.0) if slow else self.rng.uniform(0.004, 0.03)
+        self.clock.after(duration, lambda: done(result))
+
+    def _compute(self, step: Run) -> StepDone:
+        try:
+            first = self._first_slot
+            for c in step.copies:
+                self.engine.copy(Copy(c.source + first, c.target + first, c.tokens))
+            slices = [msgspec.structs.replace(s, slot=s.slot + first) for s in step.slices]
+            results = self.engine.run(slices)
+        except EngineError as error:
+            self.errors.append(str(error))
+            return StepDone([], 1.0, error=str(error))
+        self.errors += [r.error for r in results if r.error]
+        if self.rng.random() < self.chaos.fail:
+            self.counts["failed_steps"] += 1
+            return StepDone([], 1.0, error="a failure made for testing")
+        return StepDone(results, 1.0)
+
+    def ended(self, loop: VerifierLoop, done: StepDone) -> None:
+        """The step of a verifier has ended. Nothing happens if the verifier was replaced meanwhile."""
+        if loop is self._loop:
+            loop.feed(done)
+            self.stepped()
+
+    def is_present(self, loop: VerifierLoop) -> bool:
+        """Has this verifier not been replaced?"""
+        return loop is self._loop
+
+
+class _Life:
+    """The surroundings of one verifier. Its callbacks are void once another verifier has taken its place."""
+
+    def __init__(self, server: ChaosServer) -> None:
+        self._server = server
+        self.loop: VerifierLoop
+
+    @property
+    def now(self) -> float:
+        return self._server.clock.now
+
+    def soon(self, do: Callable[[], None]) -> None:
+        """Sometimes a little later, so that frames overtake it."""
+        delay = self._server.rng.choice((0.0, 0.0, 0.002))
+        self._server.clock.after(delay, lambda: self._if_present(do))
+
+    def at(self, time: float, do: Callable[[], None]) -> Callable[[], None]:
+        return self._server.clock.at(time, lambda: self._if_present(do))
+
+    def ended(self, ended: Ended) -> None:
+        """Counted by the devices themselves."""
+
+    def run(self, step: Run) -> None:
+        self._server.run(step, lambda done: self._server.ended(self.loop, done))
+
+    def send(self, connection: int, message: Verdict | Refused) -> None:
+        self._server.sent(connection, encode(message))
+
+    def _if_present(self, do: Callable[[], None]) -> None:
+        if self._server.is_present(self.loop):
+            do()
+
+
+class _CountingLoop(VerifierLoop):
+    """Counts the situations that a check must provoke."""
+
+    def __init__(self, verifier: Verifier, life: _Life, counts: Counter[str]) -> None:
+        super().__init__(verifier, life)
+        life.loop = self
+        self._counts = counts
+
+    def _handle(self, event: InEvent) -> list[Action]:
+        slots = {h: s.slot for h, s in self.verifier.sessions.items()}
+        drafting = set(self.verifier.index.drafting)
+        actions = super()._handle(event)
+        for handle, s in self.verifier.sessions.items():
+            had = slots.get(handle)
+            self._counts["evictions"] += had is not None and s.slot is None
+            self._counts["prefixes_reused"] += had is None and s.slot is not None and s.cached > 0
+        self._counts["most_queued"] = max(self._counts["most_queued"], self.verifier.n_waiting)
+        for action in actions:
+            if isinstance(action, Run):
+                self._counts["decoded_for_absent_edges"] += sum(s.session in drafting for s in action.slices)
+        return actions

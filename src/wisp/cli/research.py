@@ -1,0 +1,140 @@
+"""`wisp sim`: fleets on hardware that one does not have, simulated or emulated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wisp.cli.options import (
+    SYSTEM_HELP,
+    Jobs,
+    Json,
+    Limit,
+    PredictorFile,
+    Price,
+    Rate,
+    ScenarioName,
+    Seed,
+    System,
+    Traces,
+)
+from wisp.cli.renamed import Page, today
+
+app = typer.Typer(
+    help="Simulated and emulated fleets: how a system does, and how many devices it carries.",
+    no_args_is_help=True,
+)
+
+
+@app.command()
+def run(
+    scenario: ScenarioName,
+    system: System = "wisp",
+    rate: Rate = None,
+    devices: Annotated[int | None, typer.Option(help="Default: the scenario's.", min=1)] = None,
+    seed: Seed = None,
+    chrome_trace: Annotated[Path | None, typer.Option(help="Write a trace for chrome://tracing.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+    json: Json = False,
+) -> None:
+    """A fleet and its verifier in virtual time: the live decisions, modelled time."""
+    from wisp.sim.commands import run_simulate
+
+    run_simulate(
+        scenario, system, rate=rate, devices=devices, seed=seed, chrome=chrome_trace, plot=plot, as_json=json
+    )
+
+
+@app.command()
+def fleet(
+    scenario: Annotated[str, typer.Argument(help="A scenario that ships, or a TOML file.")],
+    system: System = "wisp",
+    server: Annotated[
+        str, typer.Option(help="A verifier that serves the scenario (default: one is started).")
+    ] = "",
+    policies: Annotated[
+        str, typer.Option(help="Batching policies to compare in turn, by comma.", callback=today)
+    ] = "",
+    rate: Annotated[
+        float | None, typer.Option(help="Tokens per second that all users want.", min=0.1)
+    ] = None,
+    devices: Annotated[int | None, typer.Option(help="Devices at work.", min=1)] = None,
+    seed: Seed = None,
+    window: Annotated[float | None, typer.Option(help="Seconds that count.", min=1)] = None,
+    warmup: Annotated[float | None, typer.Option(help="Seconds before them.", min=0)] = None,
+    against_simulator: Annotated[
+        bool, typer.Option("--against-simulator", help="Simulate the same, and compare.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the figures into this JSON file.")] = None,
+    json: Json = False,
+) -> None:
+    """Emulated devices by the hundred against a live verifier, in real time; every token is checked."""
+    from wisp.sim.fleet import run_fleet
+
+    code = run_fleet(
+        scenario,
+        of=system,
+        server=server,
+        policies=[p for p in policies.split(",") if p],
+        rate=rate,
+        devices=devices,
+        seed=seed,
+        window_s=window,
+        warmup_s=warmup,
+        against_simulator=against_simulator,
+        as_json=json,
+        out=out,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def capacity(
+    scenario: ScenarioName,
+    policy: Annotated[
+        str,
+        typer.Option(
+            "--policy",
+            "--system",
+            help="central-paper or sled-paper (the paper's figures, nothing is simulated), or a system: "
+            + SYSTEM_HELP,
+            callback=today,
+        ),
+    ] = "wisp",
+    rate: Rate = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Share of requests that may miss their SLO.", min=0.001, max=0.9)
+    ] = 0.1,
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="Runs per number of devices (default: the scenario's seeds).", min=1, max=20),
+    ] = None,
+    jobs: Jobs = 2,
+    json: Json = False,
+) -> None:
+    """The most devices that a system serves in time, with its interval, and how far that is from the fluid bound.
+
+    Baselines are tuned first. Runs are remembered.
+    """
+    from wisp.sim.commands import run_capacity
+
+    run_capacity(scenario, policy, rate=rate, tolerance=tolerance, seeds=seeds, jobs=jobs, as_json=json)
+
+
+@app.command()
+def replay(
+    traces: Traces = Path("data/traces"),
+    policies: Annotated[str, typer.Option(help="Which to compare, by comma; default: all.")] = "",
+    predictor: PredictorFile = None,
+    price: Price = 0.0,
+    limit: Limit = 40,
+    out: Page = None,
+    json: Json = False,
+) -> None:
+    """Replay traces under drafting policies, over a grid of devices, links and verifiers, in virtual time."""
+    from wisp.sim.replay_grid import run_replay
+
+    names = [p for p in policies.split(",") if p]
+    run_replay(traces, names, predictor, price=price, limit=limit, as_json=json)

@@ -1,0 +1,498 @@
+"""The drafter: one session on the edge. Events in, actions out; no I/O, no clock, no model.
+
+    DETACHED --connected--> IN_FLIGHT --verdict--> DRAFTING --sent--> IN_FLIGHT ... --> DONE
+                               `--(server mode)--> SERVED --tokens--> SERVED ... (drafting pays again) --> DRAFTING
+
+The guesses beyond the committed tokens are one chain. Its first `sent` tokens are in flight. The rest is the draft in
+the making, or was drafted ahead. A verdict that agrees moves along the chain; any other clears it.
+
+A draft made ahead may be sent before the verdict that it bets on (`Ahead.send`). It restates the chain, with the
+tokens in flight and the guess at the verdict's own token. If all of that was right, the verifier has the next draft as
+soon as its step ends, without a round trip in between. Otherwise the draft costs the verifier one comparison.
+
+Prompt and committed tokens are kept here. When a connection or a verifier is lost, `connected` opens the session again
+from them, and the text goes on where it was, but never with another model than the one that began it.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+import msgspec
+
+from wisp.core.draft.policies import Ahead, DraftingPolicy, Odds, View
+from wisp.core.draft.round_times import RoundTimes
+from wisp.core.draft.signals import Signal
+from wisp.core.errors import ProtocolError, RequestError
+from wisp.core.protocol.messages import MODEL_CHANGED, Draft, Open, Refused, Verdict
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.slo import Slo
+from wisp.core.protocol.step import Committed
+
+REOPEN = frozenset({"unknown_session", "unknown_base", "out_of_turn", "engine_error", "stale_epoch"})
+BUSY = {"overloaded": 429, "rate_limit_exceeded": 429, "shutting_down": 503}  # and the HTTP status for each
+MAX_REOPENINGS = 5  # in a row without a new token
+
+
+def busy_error(code: str, message: str, retry_after: float) -> RequestError:
+    """The client's error for a temporary refusal; `code` is one of BUSY."""
+    kind = "rate_limit_error" if code == "rate_limit_exceeded" else "server_error"
+    return RequestError(BUSY[code], message, code=code, type=kind, retry_after=max(retry_after, 1.0))
+
+
+def model_changed() -> RequestError:
+    """The client's error when the verifier's model is not the one that wrote the committed tokens."""
+    return RequestError(502, MODEL_CHANGED, code="model_changed", type="server_error")
+
+
+class Phase(Enum):
+    """State of a session on the edge."""
+
+    DETACHED = auto()  # no connection
+    DRAFTING = auto()  # building a draft
+    IN_FLIGHT = auto()  # a draft awaits its verdict
+    SERVED = auto()  # the verifier decodes by itself
+    DONE = auto()
+
+
+DETACHED, DRAFTING, IN_FLIGHT, SERVED, DONE = Phase  # as globals: a look-up through the class takes longer
+
+
+class Reopen(msgspec.Struct, frozen=True):
+    """Call `connected` again: at once on this connection, or after `after_s`."""
+
+    after_s: float
+
+
+Action = Open | Draft | Committed | Reopen
+
+
+class Flight(msgspec.Struct):
+    """A draft on its way: `drafted` tokens sent at `sent_ms`, with the verdict expected at `due_ms`.
+
+    alone: no other draft was in flight when it was sent, so that its time is that of a round
+    """
+
+    round: int
+    drafted: int
+    sent_ms: float
+    due_ms: float
+    alone: bool = True
+
+
+class Task(msgspec.Struct, frozen=True):
+    """A text to generate. Prompt and `max_tokens` together fit the context. `salt`: see `messages.Open`.
+
+    digest: of the model for which the prompt was encoded; "" for that of the first verifier.
+    """
+
+    prompt: list[int]
+    sampling: Sampling
+    max_tokens: int
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    slo: Slo | None = None
+    salt: str = ""
+    digest: str = ""
+
+
+class Opening:
+    """The last Open, and the verifier that it went to.
+
+    digest:    of the session's model; "" while any model will do
+    max_draft: most tokens in one draft for this verifier
+    round:     of the Open itself
+    reopened:  refusals in a row that were answered by another Open, without a new token
+    """
+
+    __slots__ = ("digest", "epoch", "max_draft", "reopened", "round")
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+        self.epoch = self.round = -1
+        self.max_draft = self.reopened = 0
+
+
+class Chain:
+    """Guesses at what follows the committed tokens, in order. The first `sent` of them are in flight.
+
+    odds:   the policy's judgement of each
+    p:      their probabilities alone, as policies read them
+    dry:    there is nothing more to propose until the next verdict
+    ended:  the last one is an end of sequence, which nothing follows
+    wasted: tokens that were guessed and never sent, in all
+    """
+
+    __slots__ = ("dry", "ended", "odds", "p", "sent", "tokens", "wasted")
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.odds: list[Odds] = []
+        self.p: list[float] = []
+        self.sent = 0
+        self.dry = self.ended = False
+        self.wasted = 0
+
+    def agreed(self, new: list[int]) -> int:
+        """How many of the committed tokens `new` were guessed, up to the first that was not."""
+        tokens, n = self.tokens, 0
+        most = min(len(new), len(tokens))
+        while n < most and new[n] == tokens[n]:
+            n += 1
+        return n
+
+    def settle(self, new: list[int], answered: int) -> bool:
+        """Keep what lies beyond the committed tokens `new`, if they were guessed; nothing otherwise. Were they?
+
+        answered: tokens of the chain that were verified, or will be
+        """
+        tokens = self.tokens
+        n = len(tokens)
+        gone = min(len(new), n)
+        right = tokens[:gone] == new[:gone]
+        if not right:
+            gone = n
+            self.wasted += max(0, n - answered)
+        del tokens[:gone], self.odds[:gone], self.p[:gone]
+        self.sent = max(0, self.sent - gone)
+        self.ended = self.ended and n > gone
+        return right
+
+
+class Rounds:
+    """What was asked of the verifier, and has not been answered.
+
+    number:   of the last Open or Draft
+    serve:    what it asked for
+    flights:  at most two drafts: the second was sent ahead
+    began_ms: when this round's clock started, at the last verdict
+    unasked:  tokens that came since then without having been asked for
+    """
+
+    __slots__ = ("began_ms", "flights", "number", "serve", "unasked")
+
+    def __init__(self, *, serve: bool) -> None:
+        self.number = -1
+        self.serve = serve
+        self.flights: list[Flight] = []
+        self.began_ms = 0.0
+        self.unasked = 0
+
+    def landed(self, number: int) -> Flight | None:
+        """The flight that a verdict answers; those before it were replaced by it."""
+        for i, flight in enumerate(self.flights):
+            if flight.round == number:
+                del self.flights[: i + 1]
+                return flight
+        return None
+
+
+class Drafter:
+    """One session. `policy` None means: never draft, let the verifier decode. `ahead` None: never draft ahead.
+
+    The host calls `connected`, `lost`, `verdict` and `refused` as these happen, and, while `wants_token`,
+    asks its draft engine for a token after `context` and hands it to `proposed`. Times are milliseconds.
+
+    committed: the text so far; chain: guesses beyond it
+    opening:   the verifier, as of the last Open; rounds: what it was asked
+    times:     measurements of speed
+    """
+
+    __slots__ = (
+        "_goes_on_ms", "_warm", "ahead", "chain", "committed", "eos", "opening", "phase", "policy", "rounds", "session",
+        "task", "times",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        session: str,
+        task: Task,
+        policy: DraftingPolicy | None,
+        eos: frozenset[int],
+        *,
+        ahead: Ahead | None = None,
+        times: RoundTimes | None = None,
+    ) -> None:
+        self.session = session
+        self.task = task
+        self.policy = policy
+        self.ahead = ahead
+        self.eos = eos
+        self.phase = DETACHED
+        self.committed: list[int] = []
+        self.chain = Chain()
+        self.opening = Opening(task.digest)
+        self.rounds = Rounds(serve=policy is None)
+        self.times = times or RoundTimes()
+        self._warm = False  # the draft engine has read the prompt
+        self._goes_on_ms = -1.0  # when it was last found worth while to draft on ahead
+
+    @property
+    def position(self) -> int:
+        """Index, among the generated tokens, of the token to draft next."""
+        return len(self.committed) + len(self.chain.tokens)
+
+    def context(self) -> list[int]:
+        """What the next drafted token follows."""
+        return self.task.prompt + self.committed + self.chain.tokens
+
+    def wants_token(self, now_ms: float) -> bool:
+        """Is it the draft engine's turn?"""
+        phase = self.phase
+        if phase is not IN_FLIGHT:
+            return phase is DRAFTING
+        if self._goes_on_ms == now_ms:  # found just now, and nothing has happened since
+            return True
+        ahead, policy, chain = self.ahead, self.policy, self.chain
+        if ahead is None or policy is None or chain.dry or self.rounds.serve or chain.ended:
+            return False
+        if len(self.committed) + len(chain.tokens) >= self.task.max_tokens - 1:
+            return False
+        return ahead.worth(self._view(now_ms), self.times.price if policy.priced else 0.0)
+
+    # --- events
+
+    def connected(self, now_ms: float, max_draft: int, digest: str = "") -> list[Action]:
+        """There is a verifier, and it takes drafts of up to `max_draft` tokens: open the session, or open it again.
+
+        digest: of its model. Raises RequestError if the session has another model.
+        """
+        if self.phase is DONE:
+            return []
+        task, chain, opening, rounds = self.task, self.chain, self.opening, self.rounds
+        if opening.digest and digest != opening.digest:
+            self.phase = DONE
+            raise model_changed()
+        rounds.number += 1
+        rounds.serve = serve = self.policy is None
+        rounds.began_ms = now_ms
+        opening.digest, opening.max_draft, opening.round = digest, max_draft, rounds.number
+        opening.epoch += 1
+        chain.sent = max(0, min(chain.sent or len(chain.tokens), self._most()))
+        chain.dry = False
+        self.phase = SERVED if serve else IN_FLIGHT
+        rounds.flights = [] if serve else [self._flight(now_ms, chain.sent)]
+        open_ = Open(
+            self.session,
+            opening.epoch,
+            task.prompt,
+            task.sampling,
+            task.max_tokens,
+            round=opening.round,
+            committed=list(self.committed),
+            draft=chain.tokens[: chain.sent],
+            serve=serve,
+            ignore_eos=task.ignore_eos,
+            logprobs=task.logprobs,
+            slo=task.slo,
+            salt=task.salt,
+            digest=digest,
+        )
+        return [open_]
+
+    def lost(self) -> None:
+        """The connection is gone."""
+        if self.phase is not DONE:
+            self.phase = DETACHED
+            self.rounds.flights = []
+
+    def proposed(
+        self, now_ms: float, token: int | None, signal: Signal, took_ms: float = 0.0
+    ) -> list[Action]:
+        """The draft engine, in `took_ms`, proposes `token` after `context` (None: it has nothing to propose)."""
+        phase = self.phase
+        if phase is not DRAFTING and phase is not IN_FLIGHT:
+            return []  # a broken connection came first
+        policy, chain = self.policy, self.chain
+        assert policy is not None
+        if token is None:
+            chain.dry = True
+        else:
+            if self._warm:
+                self.times.drafted(took_ms)
+            else:
+                self._warm = True  # the first step reads the prompt
+            p = chain.p
+            odds = policy.judge(signal, p)
+            chain.odds.append(odds)
+            p.append(odds.p)
+            chain.tokens.append(token)
+            chain.ended = token in self.eos and not self.task.ignore_eos
+        return self._send_ahead(now_ms) if phase is IN_FLIGHT else self._go_on(now_ms, self._view(now_ms))
+
+    def verdict(self, now_ms: float, verdict: Verdict, arrived_ms: float | None = None) -> list[Action]:
+        """Take the newly committed tokens, and go on. The verdict may have arrived earlier, during a draft step.
+
+        Raises ProtocolError where it contradicts tokens that were committed before. Then the text so far stands, and
+        this verifier cannot be trusted with the rest.
+        """
+        phase, chain, rounds = self.phase, self.chain, self.rounds
+        if phase is DONE:
+            return []
+        self._goes_on_ms = -1.0
+        new = self._new_tokens(verdict)
+        self.times.price = verdict.price
+        flight = rounds.landed(verdict.round) if phase is IN_FLIGHT else None
+        before = len(verdict.tokens) - len(new)  # of the draft, settled earlier
+        drafted = accepted = 0
+        if flight is not None and new:  # otherwise it was stale, and nothing was verified
+            drafted = max(0, flight.drafted - before)
+            accepted = max(0, verdict.accepted - before)
+        logprobs = verdict.logprobs[-len(new) :] if new and verdict.logprobs else []
+        fresh = Committed(new, logprobs, drafted, accepted, min(len(new), accepted), verdict.finish)
+        if flight is not None:
+            arrived = now_ms if arrived_ms is None else arrived_ms
+            self._learn(now_ms, arrived, flight, drafted, verdict, new)
+        elif rounds.serve and new and phase is SERVED:
+            self.times.decoded(len(new), now_ms - rounds.began_ms)
+            rounds.began_ms = now_ms
+        elif not rounds.serve:
+            rounds.unasked += len(new)
+        if new:
+            self.opening.reopened = 0
+            self.committed += new
+            if not chain.settle(new, chain.sent if flight is None else drafted):
+                rounds.flights = []  # no draft that builds on a wrong guess is of any use
+        if not rounds.flights:
+            chain.sent = 0
+        if verdict.finish:
+            self.phase = DONE
+            return [fresh]
+        deliver: list[Action] = [fresh] if new or drafted else []
+        if flight is not None or (phase is IN_FLIGHT and not rounds.flights):  # or its bet was lost
+            rounds.began_ms = now_ms
+            if rounds.flights:  # its successor is with the verifier already
+                rounds.flights[0].due_ms = now_ms + self.times.engine_ms(chain.sent)
+                return deliver
+            return deliver + self._start_round(now_ms)
+        if phase is SERVED and self.policy is not None:
+            return deliver + self._start_round(now_ms)
+        return deliver
+
+    def refused(self, refused: Refused) -> list[Action]:
+        """The verifier refuses. Some refusals are mended by opening again; the others raise RequestError.
+
+        A refusal from before the last Open is ignored: one Open answers all refusals of drafts that were in flight
+        together.
+        """
+        opening = self.opening
+        if self.phase is DETACHED or self.phase is DONE or 0 <= refused.round < opening.round:
+            return []
+        if refused.code in REOPEN and opening.reopened < MAX_REOPENINGS:
+            opening.reopened += 1
+            self.lost()
+            return [Reopen(refused.retry_after)]
+        busy = refused.code in BUSY
+        if busy and self.committed:  # this session was admitted before, by a verifier that has gone: insist
+            self.lost()
+            return [Reopen(max(refused.retry_after, 0.1))]
+        self.phase = DONE
+        if busy:
+            raise busy_error(refused.code, refused.message, refused.retry_after)
+        if refused.code == "context_length_exceeded":
+            raise RequestError(400, refused.message, code=refused.code, param="messages")
+        raise RequestError(
+            502, f"the verifier refused: {refused.message}", code=refused.code, type="server_error"
+        )
+
+    # --- inside a round
+
+    def _start_round(self, now_ms: float) -> list[Action]:
+        assert self.policy is not None
+        if self.rounds.serve and self.phase is IN_FLIGHT:  # the verifier has taken over, as it was asked to
+            self.phase = SERVED
+            return []
+        view = self._view(now_ms)
+        better_served = self.policy.serve(view)
+        if better_served and self.phase is SERVED:
+            return []
+        self.rounds.serve = better_served
+        self.phase = DRAFTING
+        self.chain.dry = False
+        return [self._send(now_ms, 0)] if better_served else self._go_on(now_ms, view)
+
+    def _go_on(self, now_ms: float, view: View) -> list[Action]:
+        """Draft another token, or send what there is."""
+        policy, chain = self.policy, self.chain
+        assert policy is not None
+        full = chain.dry or chain.ended or len(chain.tokens) - chain.sent >= self._most()
+        if not full and policy.more(view):
+            return []
+        return [self._send(now_ms, policy.take(view))]
+
+    def _send(self, now_ms: float, most: int) -> Draft:
+        chain, rounds = self.chain, self.rounds
+        rounds.number += 1
+        tokens = chain.tokens
+        chain.sent = sent = max(0, min(most, len(tokens), self._most()))
+        chain.dry = False
+        self.phase = IN_FLIGHT
+        rounds.flights.append(self._flight(now_ms, sent))
+        return Draft(self.session, rounds.number, len(self.committed), tokens[:sent], rounds.serve)
+
+    def _send_ahead(self, now_ms: float) -> list[Action]:
+        """Send the draft made ahead before the verdict is here, if it is complete, or if time runs out."""
+        chain = self.chain
+        n, sent = len(chain.tokens), chain.sent
+        first = sent + 1  # the one before it guesses the verdict's own token
+        if n <= first:
+            return []
+        rounds, ahead = self.rounds, self.ahead
+        flights = rounds.flights
+        if len(flights) != 1 or ahead is None or not ahead.send or rounds.serve:
+            return []
+        times, policy, due_ms, opening = self.times, self.policy, flights[0].due_ms, rounds.number == 0
+        assert policy is not None
+        view, wait = View(now_ms, chain.p, sent, first, due_ms, times, opening), times.wait
+        last_call = due_ms - times.line.value - 0.5 * wait.deviation
+        late = wait.n > 0 and now_ms + times.draft.value > last_call and not opening
+        full = chain.dry or chain.ended or len(self.committed) + n >= self.task.max_tokens - 1
+        complete = late or full or not policy.more(view)
+        if not complete and ahead.worth(view, times.price if policy.priced else 0.0):
+            self._goes_on_ms = now_ms
+            return []
+        n = policy.take(view)
+        return [self._send(now_ms, first + n)] if n > 0 else []
+
+    def _flight(self, now_ms: float, drafted: int) -> Flight:
+        due_ms = now_ms + self.times.wait_ms(drafted)
+        return Flight(self.rounds.number, drafted, now_ms, due_ms, not self.rounds.flights)
+
+    def _view(self, now_ms: float) -> View:
+        """What the policy sees."""
+        chain, rounds = self.chain, self.rounds
+        flights, sent = rounds.flights, chain.sent
+        due_ms = flights[-1].due_ms if flights else 0.0
+        return View(now_ms, chain.p, sent, sent, due_ms, self.times, rounds.number == 0)
+
+    def _most(self) -> int:
+        """The longest draft now: the last token of all is always the target's own."""
+        left, most = self.task.max_tokens - len(self.committed) - 1, self.opening.max_draft
+        return left if left < most else most
+
+    def _learn(
+        self, now_ms: float, arrived_ms: float, flight: Flight, drafted: int, verdict: Verdict, new: list[int]
+    ) -> None:
+        """Learn times and acceptance from a settled round. Its correction or bonus tells of the next guess, too."""
+        assert self.policy is not None
+        times, chain, rounds = self.times, self.chain, self.rounds
+        if flight.round > 0:  # the first one read the prompt
+            waited = arrived_ms - flight.sent_ms if flight.alone else None
+            if new:
+                times.verdict(drafted, waited, verdict.queue_ms, verdict.engine_ms)
+            times.round(drafted, len(new) + rounds.unasked, now_ms - rounds.began_ms)
+        rounds.unasked = 0
+        agreed = chain.agreed(new)
+        seen = min(len(new), len(chain.tokens), agreed + 1)
+        times.acceptance.add_each(agreed, seen)
+        self.policy.observe(chain.odds[:seen], agreed)
+
+    def _new_tokens(self, verdict: Verdict) -> list[int]:
+        base, tokens, n = verdict.base, verdict.tokens, len(self.committed)
+        if base == n:
+            return tokens
+        known = self.committed[base:]
+        overlap = min(len(known), len(tokens))
+        if base > n or known[:overlap] != tokens[:overlap]:
+            raise ProtocolError("conflict", "the verifier contradicts what it committed before")
+        return tokens[overlap:]

@@ -1,0 +1,114 @@
+"""The interface of a batching policy: candidates in, a plan for the next step out.
+
+A policy sees `now`, the candidates and the limits of a step. It returns grants, or a time to ask again. It reads no
+clock and does no I/O, so the server and the simulator use the same object.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import Protocol
+
+import msgspec
+
+from wisp.core.verify.cost import CostModel
+
+
+class Kind(IntEnum):
+    """What a candidate would run. A PREFILL can be cut into chunks, a VERIFY to fewer draft tokens."""
+
+    PREFILL = 0
+    VERIFY = 1
+    DECODE = 2
+
+
+class Candidate(msgspec.Struct, frozen=True, gc=False):
+    """What one session could run in the next step.
+
+    new:             tokens to feed (PREFILL: the rest of the prompt, and a first draft behind it)
+    cached:          KV tokens in the slot
+    n_draft:         draft tokens among `new`
+    since:           time at which this became ready to run
+    opened:          time at which the session was opened
+    key:             API key whose share it counts against
+    due:             time at which the next token must leave the verifier to meet the SLO (inf: no SLO)
+    tpot_s:          TPOT target in seconds (0: none)
+    expected_tokens: tokens it is expected to commit if run whole; the first token after a prompt counts
+    round_tokens:    tokens that a round of this session commits, smoothed
+    remaining:       tokens that the session may still generate
+    edge_drafting:   the edge is still drafting and has sent nothing yet; a plain decode is possible
+    first:           the first token is still to come
+    lag_s:           seconds behind the TPOT target at the last verdict (negative: ahead)
+    slo_lost:        the SLO can no longer be met; `due` follows twice the TPOT target
+    """
+
+    session: int
+    kind: Kind
+    new: int
+    cached: int
+    n_draft: int
+    since: float
+    opened: float
+    key: str = ""
+    due: float = math.inf
+    tpot_s: float = 0.0
+    expected_tokens: float = 1.0
+    round_tokens: float = 1.0
+    remaining: int = 1 << 30
+    edge_drafting: bool = False
+    first: bool = False
+    lag_s: float = 0.0
+    slo_lost: bool = False
+
+
+class StepLimits(msgspec.Struct, frozen=True):
+    """What fits into one step, and what it will cost.
+
+    tokens, slices: most of each in a step
+    shares:         tokens served so far per API key; the least served key goes first
+    cost:           predicts the step time
+    free_kv:        KV tokens available to this step; inf if every candidate fits
+    """
+
+    tokens: int
+    slices: int
+    shares: Mapping[str, float] = {}
+    cost: CostModel = CostModel()
+    free_kv: float = math.inf
+
+
+class Grant(msgspec.Struct, frozen=True, gc=False):
+    """`session` runs its first `tokens` new tokens. Fewer than `Candidate.new` cut a prompt or a draft."""
+
+    session: int
+    tokens: int
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """Run `grants` now. Without grants, ask again at `wake_at` (None: at the next event).
+
+    left_ms: backlog in ms of engine time: drafts and prompts for which the step had no time, and the share of sessions
+             with little slack
+    lost:    sessions whose SLO can no longer be met; from now on they are served at twice their TPOT target
+    """
+
+    grants: list[Grant] = []
+    wake_at: float | None = None
+    left_ms: float = 0.0
+    lost: list[int] = []
+
+
+class BatchingPolicy(Protocol):
+    """Chooses the next step.
+
+    wants_drafting: also offer sessions whose edge is still drafting
+    preempts:       take KV from sessions far ahead of their TPOT target (`core.verify.preemption`)
+    """
+
+    name: str
+    wants_drafting: bool
+    preempts: bool
+
+    def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan: ...

@@ -1,0 +1,284 @@
+"""Planning a step: KV slots for sessions, a choice by the policy, slices for the engine.
+
+    ready sessions without a slot  ->  slots: least served API key first, then earliest due
+    ready and drafting sessions    ->  candidates  ->  policy  ->  grants  ->  as many as KV allows  ->  Run
+
+A session keeps its Candidate until something about it changes: most sessions do not change between two steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from wisp.core.protocol.step import Copy, Slice
+from wisp.core.verify.admission import Admission
+from wisp.core.verify.batching import BatchingPolicy, Candidate, Grant, Kind, StepLimits
+from wisp.core.verify.congestion import CongestionPrice
+from wisp.core.verify.cost import CostModel, Load, load_of
+from wisp.core.verify.events import Limits, Run
+from wisp.core.verify.kv import KvPool
+from wisp.core.verify.places import is_silent
+from wisp.core.verify.preemption import is_urgent, slot_victims, victims
+from wisp.core.verify.session import DRAFT, PARKED, PICKED, READY, WAITING, Session
+
+PREFILL, VERIFY, DECODE = Kind
+PATIENCE_S = 1.0  # a session without SLO queues for a slot as if it were due this long after it became ready
+SHORT = 8  # tokens; a session with at most this many to compute counts as decoding and is not cut into chunks
+
+
+class SessionIndex:
+    """All sessions by handle, and buckets of those that wait."""
+
+    def __init__(self) -> None:
+        self.sessions: dict[int, Session] = {}
+        self.ready: dict[int, Session] = {}  # for the engine
+        self.drafting: dict[int, Session] = {}  # for a draft of their edge; these have KV
+        self.parked: dict[int, Session] = {}  # for an edge to come back; oldest first
+
+    def put(self, s: Session) -> None:
+        """Move a session to the bucket of its state and forget its candidate. In the same bucket it keeps its place."""
+        state, bucket = s.state, None
+        if state is READY:
+            bucket = self.ready
+        elif state is WAITING:
+            if s.slot is not None and s.connection >= 0:
+                bucket = self.drafting
+        elif state is PARKED:
+            bucket = self.parked
+        s.candidate = None
+        if bucket is not s.bucket:
+            self._take_out(s)
+            if bucket is not None:
+                bucket[s.handle] = s
+            s.bucket = bucket
+
+    def remove(self, s: Session) -> None:
+        """The session has ended."""
+        self._take_out(s)
+        s.bucket = None
+        del self.sessions[s.handle]
+
+    def _take_out(self, s: Session) -> None:
+        if s.bucket is not None:
+            del s.bucket[s.handle]
+
+
+class Planner:
+    """Decides about the next step."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        policy: BatchingPolicy,
+        admission: Admission,
+        cost: CostModel,
+        index: SessionIndex,
+    ) -> None:
+        self.limits = limits
+        self.policy = policy
+        self.admission = admission
+        self.cost = cost
+        self.index = index
+        self.congestion = CongestionPrice()
+        self.kv = KvPool(limits.slots, limits.slot_tokens, limits.kv_tokens)
+        self.load = Load()  # of the last step
+        self.evicted = 0  # times that a session lost its KV to another
+        self._copies: list[Copy] = []  # for the next step
+
+    def step(self, now: float) -> tuple[Run | None, float | None]:
+        """The step to run now, or None and the time to ask again."""
+        index = self.index
+        self._assign_slots(now)
+        candidates = self._candidates()
+        free_kv = self._free_kv(now, candidates)
+        if free_kv < math.inf and self.policy.preempts:
+            chosen = victims(now, candidates, free_kv, self.cost)
+            for handle in chosen:
+                self._take_kv(handle)
+            if chosen:
+                candidates = self._candidates()
+                free_kv = self._free_kv(now, candidates)
+        limits = StepLimits(
+            self.limits.step_tokens, self.limits.slots, self.admission.shares, self.cost, free_kv
+        )
+        plan = self.policy.plan(now, candidates, limits)
+        for handle in plan.lost:
+            index.sessions[handle].relax(now)
+        grants = self._that_fit(now, plan.grants)
+        if not grants:
+            return None, plan.wake_at
+        slices = [self._slice(now, grant) for grant in grants]
+        self.load = load_of(slices)
+        self.congestion.planned(self.cost.ms(self.load), plan.left_ms)
+        copies, self._copies = self._copies, []
+        return Run(copies, slices), None
+
+    def failed(self) -> None:
+        """The step failed: the engine has lost all KV."""
+        for session in self.index.sessions.values():
+            session.slot, session.cached = None, 0
+            self.index.put(session)
+        for slot in self.kv.slots:
+            self.kv.drop(slot.index)
+        self._copies.clear()
+
+    def _candidates(self) -> list[Candidate]:
+        """The candidates of all sessions that have a slot."""
+        candidates = [s.candidate or candidate_of(s) for s in self.index.ready.values() if s.slot is not None]
+        if self.policy.wants_drafting:
+            candidates += [s.candidate or candidate_of(s) for s in self.index.drafting.values()]
+        return candidates
+
+    def _free_kv(self, now: float, candidates: Sequence[Candidate]) -> float:
+        """KV tokens available without taking any from a candidate; inf if every candidate fits."""
+        needed = sum([c.new for c in candidates])
+        if needed <= self.kv.free:
+            return math.inf
+        idle = self._evictable(now)
+        free_kv = self.kv.obtainable(lambda handle: not idle(handle))
+        return math.inf if needed <= free_kv else free_kv
+
+    # --- slots
+
+    def _assign_slots(self, now: float) -> None:
+        """Give KV slots to ready sessions that have none: least served API key first, then earliest due.
+
+        When no slot is free, an urgent session preempts another one.
+        """
+        queue = [s for s in self.index.ready.values() if s.slot is None]
+        shares, preempts = self.admission.shares, self.policy.preempts
+        evictable = self._evictable(now)
+        slot_owners: Iterator[int] | None = None  # that may be preempted; worked out once no slot is free
+        for session in sorted(
+            queue,
+            key=lambda s: (
+                shares.get(s.key, 0.0), _needed_at(s) if preempts else 0.0, s.targets.opened, s.handle
+            ),
+        ):  # fmt: skip
+            asked = (now, session.handle, session.params.sharers, session.progress.chain, evictable)
+            assigned = self.kv.acquire(*asked) if slot_owners is None else None
+            if assigned is None:
+                if slot_owners is None:
+                    slot_owners = iter(slot_victims(now, self._candidates(), self.cost) if preempts else ())
+                if not preempts or not is_urgent(now, session.candidate or candidate_of(session), self.cost):
+                    continue
+                victim = next(slot_owners, None)
+                if victim is None:
+                    return
+                self._take_kv(victim)
+                assigned = self.kv.acquire(*asked)
+                assert assigned is not None
+            if assigned.evicted is not None:
+                self._lose_kv(assigned.evicted)
+            if assigned.copy_from >= 0:
+                self._copies.append(Copy(assigned.copy_from, assigned.slot, assigned.start))
+            session.slot, session.cached = assigned.slot, assigned.start
+            session.candidate = None
+
+    def _evictable(self, now: float) -> Callable[[int], bool]:
+        """Tells whether a session may lose its KV now: it is parked, or its edge has been silent for `idle_s`."""
+        sessions, silent_since = self.index.sessions, now - self.limits.idle_s
+
+        return lambda handle: is_silent(sessions[handle], silent_since)
+
+    def _lose_kv(self, handle: int) -> None:
+        session = self.index.sessions[handle]
+        session.slot, session.cached = None, 0
+        self.evicted += 1
+        self.index.put(session)
+
+    def _that_fit(self, now: float, grants: list[Grant]) -> list[Grant]:
+        """The grants, in order, that there is KV for. If not even the first one fits, other sessions are preempted."""
+        needed = sum([g.tokens for g in grants])
+        if self.kv.clear(needed):
+            return grants
+        grants = list(grants)
+        idle = self._evictable(now)
+        available = self.kv.obtainable(self._keepers(idle, grants))
+        while needed > available and len(grants) > 1:
+            last = grants.pop()
+            needed -= last.tokens
+            if idle(last.session):  # without a grant, its own KV can be taken
+                available += self._held(last.session)
+        if needed > available:
+            self._preempt(grants[0].session, needed - available, idle)
+        for handle in self.kv.fit(needed, self._keepers(idle, grants)) or ():
+            self._lose_kv(handle)
+        return grants
+
+    def _keepers(self, idle: Callable[[int], bool], grants: list[Grant]) -> Callable[[int], bool]:
+        chosen = {g.session for g in grants}
+        return lambda handle: handle in chosen or not idle(handle)
+
+    def _held(self, handle: int) -> int:
+        """Tokens of a session's KV."""
+        slot = self.index.sessions[handle].slot
+        return len(self.kv.slots[slot].tokens) if slot is not None else 0
+
+    def _preempt(self, chosen: int, missing: int, idle: Callable[[int], bool]) -> None:
+        """Preempt other sessions, youngest first, until `missing` more tokens are available.
+
+        There are enough: a session alone fits by its limits.
+        """
+        owners = [s for s in self.index.sessions.values() if s.slot is not None and s.handle != chosen]
+        owners.sort(key=lambda s: (s.targets.opened, s.handle))
+        got = 0
+        while got < missing:
+            victim = owners.pop()
+            if not idle(victim.handle):  # KV of idle sessions counts as available already
+                got += self._held(victim.handle)
+            self._take_kv(victim.handle)
+
+    def _take_kv(self, handle: int) -> None:
+        slot = self.index.sessions[handle].slot
+        assert slot is not None
+        self.kv.drop(slot)
+        self._lose_kv(handle)
+
+    # --- slices
+
+    def _slice(self, now: float, grant: Grant) -> Slice:
+        """A session's share of the step: the next tokens of its chain and, if they reach its end, the draft."""
+        s = self.index.sessions[grant.session]
+        slot, start, chain, pending = s.slot, s.cached, s.progress.chain, s.round.pending
+        assert slot is not None
+        if s.state is WAITING:  # decode for an edge that is still drafting
+            s.go(DRAFT)
+        s.go(PICKED)
+        self.index.put(s)
+        end = min(start + grant.tokens, len(chain))
+        last = end == len(chain)
+        draft = pending.draft[: grant.tokens - (end - start)] if last and pending else []
+        self.kv.touch(now, slot)
+        # By position, as in `candidate_of`.
+        tokens, n_draft, position = chain[start:end].tolist() + draft, len(draft), s.progress.committed
+        return Slice(
+            s.handle, slot, start, tokens, n_draft, last, position, s.params.sampling, s.progress.logprobs
+        )
+
+
+def _needed_at(s: Session) -> float:
+    """When the session needs a slot. Without an SLO it must not wait forever either."""
+    due = s.due
+    return due if due < math.inf else s.since + PATIENCE_S
+
+
+def candidate_of(s: Session) -> Candidate:
+    """What a session could run next. Kept with the session until `SessionIndex.put`."""
+    progress, targets, speed, pending = s.progress, s.targets, s.speed, s.round.pending
+    cached, length = s.cached, len(progress.chain)
+    committed = length - progress.n_prompt
+    due = targets.due(committed)
+    n_draft = len(pending.draft) if pending else 0
+    missing, first = length - cached, targets.first_at == math.inf
+    kind = PREFILL if missing > SHORT else VERIFY if n_draft else DECODE
+    since = pending.since if pending else s.since
+    remaining, drafting = s.params.max_tokens - committed, s.state is WAITING
+    lag_s = 0.0 if first else speed.answered_at + targets.tpot_s - due
+    # By position: with names, a struct of this many fields takes seven times as long to make.
+    s.candidate = candidate = Candidate(
+        s.handle, kind, missing + n_draft, cached, n_draft, since, targets.opened, s.key, due, targets.tpot_s,
+        speed.expected(n_draft), speed.round_tokens, remaining, drafting, first, lag_s, targets.slo_lost,
+    )  # fmt: skip
+    return candidate

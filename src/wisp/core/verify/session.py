@@ -1,0 +1,440 @@
+"""A session on the verifier: its state machine (a table), and four values that hold its state.
+
+    READY --picked--> RUNNING --verdict--> WAITING --draft--> READY ...
+                              `--more----> READY   (rest of a prompt, server mode, a draft already here)
+
+    params     what was asked for; never changes
+    targets    the SLO and its due times
+    progress   prompt and committed tokens
+    round      what verifier and edge owe each other
+    speed      measurements of past rounds
+
+READY means "can run"; a READY session may still have no KV slot. When its edge is lost a session is PARKED, or
+ORPHANED until the end of a running step; the edge resumes it with an Open. A session cancelled during its step is
+DOOMED: it ends with the step.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import Enum, auto
+
+import msgspec
+
+from wisp.core.errors import ProtocolError
+from wisp.core.protocol.messages import Draft, Open, Verdict
+from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.slo import Slo
+from wisp.core.protocol.step import TokenLogprob
+from wisp.core.verify.batching import Candidate
+from wisp.core.verify.kv import Sharers, Tokens, common_prefix, packed
+
+
+class State(Enum):
+    """The state of a session."""
+
+    READY = auto()  # can run
+    RUNNING = auto()  # takes part in the current step
+    WAITING = auto()  # for its edge
+    PARKED = auto()  # edge lost
+    ORPHANED = auto()  # running, edge lost
+    DOOMED = auto()  # running, cancelled
+    ENDED = auto()
+
+    __hash__ = object.__hash__  # members are singletons; Enum's own hash is slow in the table's many look-ups
+
+
+class Event(Enum):
+    """What can happen to a session."""
+
+    PICKED = auto()  # for a step
+    MORE = auto()  # step ended; the session can run again
+    VERDICT = auto()  # step ended; the session waits for its edge
+    DRAFT = auto()
+    LOST = auto()
+    RESUMED = auto()
+    CANCEL = auto()
+    FINISHED = auto()
+
+    __hash__ = object.__hash__
+
+
+# Module names are looked up faster than members of a class, in loops over a thousand sessions.
+READY, RUNNING, WAITING, PARKED, ORPHANED, DOOMED, ENDED = State
+PICKED, MORE, VERDICT, DRAFT, LOST, RESUMED, CANCEL, FINISHED = Event
+
+S, E = State, Event
+TRANSITIONS: dict[State, dict[Event, State]] = {
+    S.READY: {
+        E.PICKED: S.RUNNING,
+        E.DRAFT: S.READY,
+        E.VERDICT: S.WAITING,  # answered from what is committed, without the engine
+        E.LOST: S.PARKED,
+        E.RESUMED: S.WAITING,
+        E.CANCEL: S.ENDED,
+    },
+    S.RUNNING: {
+        E.MORE: S.READY,
+        E.VERDICT: S.WAITING,
+        E.DRAFT: S.RUNNING,
+        E.LOST: S.ORPHANED,
+        E.RESUMED: S.RUNNING,
+        E.CANCEL: S.DOOMED,
+        E.FINISHED: S.ENDED,
+    },
+    S.WAITING: {
+        E.DRAFT: S.READY,
+        E.LOST: S.PARKED,
+        E.RESUMED: S.WAITING,
+        E.CANCEL: S.ENDED,
+        E.FINISHED: S.ENDED,
+    },
+    S.PARKED: {E.RESUMED: S.WAITING, E.CANCEL: S.ENDED},
+    S.ORPHANED: {
+        E.MORE: S.PARKED,
+        E.VERDICT: S.PARKED,
+        E.RESUMED: S.RUNNING,
+        E.CANCEL: S.DOOMED,
+        E.FINISHED: S.ENDED,
+    },
+    S.DOOMED: {E.MORE: S.ENDED, E.VERDICT: S.ENDED, E.FINISHED: S.ENDED},
+    S.ENDED: {},
+}
+IN_ENGINE = frozenset({S.RUNNING, S.ORPHANED, S.DOOMED})
+
+
+# Share of a target that is used here. The rest of TTFT is for the network; the rest of TPOT for the variance of rounds.
+TTFT_SHARE = 0.95
+TPOT_SHARE = 0.96
+
+RELAXED = 2.0  # times the TPOT target: how a session is served whose SLO is lost
+ACCEPTANCE = 0.8  # of a draft token, before any was seen
+ACCEPTANCE_MOST = 0.98  # below 1, which `expected` could not divide by
+ACCEPTANCE_RATE = 0.04  # smoothing, per draft token
+ROUND_TOKENS = 2.0  # committed in a round, before any was seen
+ROUND_TOKENS_RATE = 0.1  # smoothing, per round
+
+
+class Parameters(msgspec.Struct, frozen=True):
+    """What was asked for. A resumed session must have the same."""
+
+    sampling: Sampling
+    max_tokens: int
+    ignore_eos: bool
+    sharers: Sharers  # API key and salt
+
+    @classmethod
+    def of(cls, key: str, open_: Open) -> Parameters:
+        """The parameters in an Open."""
+        return cls(open_.sampling, open_.max_tokens, open_.ignore_eos, (key, open_.salt))
+
+
+class Targets:
+    """The SLO of a session, and the due times that follow from it. Seconds."""
+
+    __slots__ = ("first_at", "opened", "relaxed_from", "slo", "slo_lost", "tpot_s")
+
+    def __init__(self, slo: Slo | None, now: float, *, begun: bool) -> None:
+        self.slo = slo
+        self.tpot_s = slo.tpot_ms / 1e3 * TPOT_SHARE if slo else 0.0  # 0: no target
+        self.slo_lost = False  # then due times follow the relaxed TPOT target, from `relaxed_from` on
+        self.relaxed_from = 0.0
+        self.opened = now
+        self.first_at = now if begun else math.inf  # when the first token left
+
+    def due(self, committed: int) -> float:
+        """When the next token after `committed` ones must leave the verifier; inf without an SLO.
+
+        The way to the user takes equally long for every token. It delays only the first one, whose target counts from
+        the request.
+        """
+        slo = self.slo
+        if slo is None:
+            return math.inf
+        if self.slo_lost:
+            return self.relaxed_from + committed * RELAXED * self.tpot_s
+        if self.first_at < math.inf:
+            return self.first_at + committed * self.tpot_s if slo.tpot_ms else math.inf
+        return self.opened + slo.ttft_ms / 1e3 * TTFT_SHARE if slo.ttft_ms else math.inf
+
+    def in_time(self, now: float, committed: int) -> bool:
+        """Would the SLO be met, as seen from the verifier, if the session ended now?"""
+        slo = self.slo
+        if slo is None:
+            return True
+        if self.slo_lost or (slo.ttft_ms and self.first_at - self.opened > slo.ttft_ms / 1e3):
+            return False
+        return not slo.tpot_ms or now - self.first_at <= max(1, committed - 1) * slo.tpot_ms / 1e3
+
+    def drop(self) -> None:
+        """Forget an infeasible SLO: the session is served best-effort."""
+        self.slo, self.tpot_s, self.slo_lost = None, 0.0, True
+
+    def relax(self, now: float, committed: int) -> None:
+        """The SLO is lost: from now on twice the TPOT target is enough."""
+        assert self.slo is not None
+        grace = self.slo.ttft_ms / 1e3 if self.first_at == math.inf else 0.0
+        self.slo_lost = True
+        self.relaxed_from = now + grace - committed * RELAXED * self.tpot_s
+
+
+class Progress:
+    """Prompt and committed tokens. `entries` are the log probabilities of the last tokens, as far as asked for."""
+
+    __slots__ = ("chain", "entries", "logprobs", "n_prompt")
+
+    def __init__(self, open_: Open) -> None:
+        self.n_prompt = len(open_.prompt)
+        self.chain = _chain(open_)  # prompt + committed
+        self.logprobs = open_.logprobs  # None, or how many alternatives to report
+        self.entries: list[TokenLogprob] = []
+
+    @property
+    def committed(self) -> int:
+        """Generated tokens so far."""
+        return len(self.chain) - self.n_prompt
+
+    def append(self, tokens: list[int], logprobs: list[TokenLogprob]) -> None:
+        """Commit `tokens`, with their log probabilities if the step computed any."""
+        self.chain.fromlist(tokens)
+        if self.logprobs is None or len(logprobs) < len(tokens):
+            self.entries = []  # entries must belong to the last tokens
+        else:
+            self.entries += logprobs[: len(tokens)]
+
+    def tokens_from(self, base: int) -> list[int]:
+        """Generated tokens from `base` on."""
+        return self.chain[self.n_prompt + base :].tolist()
+
+    def entries_from(self, base: int) -> list[TokenLogprob]:
+        """The log probabilities of `tokens_from(base)`: one each, or none if some are unknown."""
+        n = self.committed - base
+        return self.entries[-n:] if 0 < n <= len(self.entries) else []
+
+    def adopt(self, open_: Open) -> bool:
+        """Take over the edge's tokens if it has more of them. Returns whether the chain changed.
+
+        Raises ProtocolError("conflict") if neither of the two histories is a prefix of the other, or the prompts
+        differ.
+        """
+        if self.n_prompt != len(open_.prompt) or self.chain[: self.n_prompt] != packed(open_.prompt):
+            raise _conflict()
+        mine = self.tokens_from(0)
+        shared = common_prefix(mine, open_.committed)
+        if shared < min(len(mine), len(open_.committed)):
+            raise ProtocolError("conflict", f"two histories of this session differ at token {shared}")
+        longer = len(open_.committed) > len(mine)
+        if longer:
+            self.chain = _chain(open_)
+            self.entries = []
+        if open_.logprobs != self.logprobs:
+            self.logprobs, self.entries = open_.logprobs, []
+        return longer
+
+
+class Pending(msgspec.Struct, frozen=True):
+    """A draft to verify. `draft` continues the committed tokens; `head` draft tokens before it were committed already.
+
+    base: generated tokens before the draft. since: time at which it arrived.
+    """
+
+    round: int
+    base: int
+    head: int
+    draft: list[int]
+    since: float
+
+
+class Round:
+    """What verifier and edge owe each other."""
+
+    __slots__ = ("discard", "heard", "inbox", "number", "pending", "price", "serve", "verdict")
+
+    def __init__(self, open_: Open) -> None:
+        self.number = -1  # of the last round answered, or being answered
+        self.heard = len(open_.committed)  # generated tokens that the edge has, or that were sent to it
+        self.pending: Pending | None = None  # to be verified
+        self.inbox: Draft | None = None  # arrived during the step
+        self.verdict: Verdict | None = None  # the last one, for duplicates
+        self.serve = open_.serve  # server mode: decode without drafts until the next one comes
+        self.discard = False  # the running step started from a shorter chain: drop its result
+        self.price = 0.0  # congestion price in the last verdict: committed tokens per draft token
+
+    @property
+    def last_received(self) -> int:
+        """Number of the last round that came from the edge."""
+        return self.inbox.round if self.inbox is not None else self.number
+
+    def clear(self) -> None:
+        """Forget what is under way: the edge begins anew."""
+        self.pending = self.inbox = self.verdict = None
+
+
+class Speed:
+    """Smoothed measurements of past rounds."""
+
+    __slots__ = ("acceptance", "answered_at", "round_tokens")
+
+    def __init__(self, now: float) -> None:
+        self.acceptance = ACCEPTANCE  # of a draft token whose predecessors were accepted
+        self.round_tokens = ROUND_TOKENS  # committed in a round
+        self.answered_at = now  # when the last verdict left
+
+    def expected(self, n_draft: int) -> float:
+        """Expected number of tokens that a draft of this length commits, the target's own included."""
+        if not n_draft:
+            return 1.0
+        a = self.acceptance
+        missed: float = a ** (n_draft + 1)
+        return (1.0 - missed) / (1.0 - a)
+
+    def verified(self, now: float, n_draft: int, accepted: int) -> None:
+        """A step verified `n_draft` draft tokens."""
+        self.answered_at = now
+        acceptance = self.acceptance
+        for i in range(min(accepted + 1, n_draft)):
+            acceptance += ACCEPTANCE_RATE * ((ACCEPTANCE_MOST if i < accepted else 0.0) - acceptance)
+        self.acceptance = acceptance
+
+    def committed(self, tokens: int) -> None:
+        """A round committed `tokens`."""
+        self.round_tokens += ROUND_TOKENS_RATE * (tokens - self.round_tokens)
+
+
+class Session:
+    """One generation. No I/O."""
+
+    # Slots, for faster attribute access.
+    __slots__ = (
+        "bucket", "cached", "candidate", "connection", "epoch", "handle", "has_place", "id", "key", "params",
+        "progress", "round", "since", "slot", "speed", "state", "targets",
+    )  # fmt: skip
+
+    def __init__(self, handle: int, key: str, connection: int, open_: Open, now: float) -> None:
+        self.handle = handle
+        self.id = open_.session
+        self.key = key
+        self.connection = connection  # -1: none
+        self.epoch = open_.epoch
+        self.params = Parameters.of(key, open_)
+        self.targets = Targets(open_.slo, now, begun=bool(open_.committed))
+        self.progress = Progress(open_)
+        self.round = Round(open_)
+        self.speed = Speed(now)
+        self.state = State.WAITING
+        self.since = now  # when it began to wait, for its edge or for the engine
+        self.has_place = False  # counted in Admission
+        self.slot: int | None = None
+        self.cached = 0  # tokens of the chain with KV in the slot
+        self.bucket: dict[int, Session] | None = None  # of SessionIndex
+        self.candidate: Candidate | None = None  # for the next step; kept until something changes
+
+    def go(self, event: Event) -> State:
+        """Make a transition. Raises ProtocolError("out_of_turn"), and stays, if the table has none."""
+        to = TRANSITIONS[self.state].get(event)
+        if to is None:
+            raise ProtocolError("out_of_turn", f"{event.name.lower()} makes no sense while {self.state.name}")
+        self.state = to
+        return to
+
+    @property
+    def n_committed(self) -> int:
+        """Generated tokens so far."""
+        return self.progress.committed
+
+    @property
+    def remaining(self) -> int:
+        """Generated tokens still allowed."""
+        return self.params.max_tokens - self.progress.committed
+
+    @property
+    def due(self) -> float:
+        """When the next token must leave the verifier; inf without an SLO."""
+        return self.targets.due(self.progress.committed)
+
+    @property
+    def lag_s(self) -> float:
+        """Seconds behind the TPOT target at the last verdict; negative: ahead."""
+        targets = self.targets
+        return self.speed.answered_at + targets.tpot_s - self.due if targets.first_at < math.inf else 0.0
+
+    def intake(self, round_: int, base: int, tokens: list[int], now: float) -> Pending | Verdict:
+        """Compare a draft with the committed tokens: something to verify, or an answer at once.
+
+        Draft tokens that are committed already are skipped. A draft that disagrees with them, or adds nothing, is
+        answered with what was committed since `base`.
+        """
+        known = self.progress.tokens_from(base)
+        head = common_prefix(known, tokens)
+        self.round.number = round_
+        if known and (head < len(known) or head == len(tokens)):
+            return self.answer(round_, base, head)
+        # The last token allowed is always the target's own, so a longer draft is of no use.
+        return Pending(round_, base, head, tokens[head : head + max(self.remaining - 1, 0)], now)
+
+    def relax(self, now: float) -> None:
+        """The SLO is lost: from now on twice the TPOT target is enough."""
+        self.targets.relax(now, self.progress.committed)
+        self.candidate = None
+
+    def verified(self, now: float, n_draft: int, accepted: int) -> None:
+        """A step has committed tokens of this session."""
+        if now < self.targets.first_at:
+            self.targets.first_at = now
+        self.speed.verified(now, n_draft, accepted)
+
+    def extends(self, draft: Draft) -> bool:
+        """Must `draft`, which continues the draft that waits for a step, wait for that one's verdict?
+
+        Its rows are worth computing only if the earlier draft is right. But where the earlier one is empty, as in an
+        Open, and rows cost nothing, the new draft takes its place and runs with the prompt.
+        """
+        pending = self.round.pending
+        if pending is None or not (pending.draft or self.round.price > 0.0):
+            return False
+        known = self.progress.tokens_from(draft.base)
+        end = len(known) + len(pending.draft)
+        return len(draft.tokens) > end and draft.tokens[:end] == known + pending.draft
+
+    def answer(
+        self,
+        round_: int,
+        base: int,
+        accepted: int,
+        *,
+        finish: str = "",
+        queue_ms: float = 0.0,
+        engine_ms: float = 0.0,
+    ) -> Verdict:
+        """The verdict on `round_`, which is also kept for duplicates."""
+        progress, round_state = self.progress, self.round
+        round_state.heard = progress.committed
+        entries = progress.entries_from(base) if progress.logprobs is not None else []
+        tokens = progress.tokens_from(base)
+        round_state.verdict = verdict = Verdict(
+            self.id, round_, base, accepted, tokens, finish, entries, queue_ms, engine_ms, round_state.price
+        )
+        return verdict
+
+    def adopt(self, open_: Open) -> None:
+        """Resume. Of two committed histories the longer wins, if the other is its prefix.
+
+        Raises ProtocolError("conflict") otherwise, and if prompt or parameters differ.
+        """
+        if self.params != Parameters.of(self.key, open_):
+            raise _conflict()
+        if self.progress.adopt(open_):
+            self.round.discard = self.state in IN_ENGINE
+        self.round.heard = len(open_.committed)
+        self.round.serve = open_.serve
+        self.round.clear()
+
+
+def _conflict() -> ProtocolError:
+    return ProtocolError("conflict", "a session is resumed with the prompt and parameters it was opened with")
+
+
+def _chain(open_: Open) -> Tokens[int]:
+    chain = packed(open_.prompt)
+    chain.fromlist(open_.committed)
+    return chain

@@ -1,7 +1,0 @@
-"""Holds `lab.replay` against reality: a verifier process, a real edge, a socket between them, and both models.
-
-`edge.Edge.generate` lets a real edge generate what a trace was recorded of, and notes every event that its `Drafter`
-sees. `feeding.fed_back` gives these events, with their times, to a fresh `Drafter` whose proposals and verdicts come
-from the trace. `ahead.measure_ahead` times drafting ahead with all that, over a line with an added delay and with a
-paced device (`distance`), and sets beside it what a replay predicts.
-"""

@@ -1,0 +1,216 @@
+"""`wisp serve --replicas N`: several verifiers behind one address, as one ASGI app.
+
+    /v1/sessions          WebSocket: edges, which are redirected to a replica
+    /v1/chat/completions  and the rest of the OpenAI surface: thin clients, for whom this is the edge
+    /v1/tokenizers/{fp}   the target's tokenizer
+    /v1/replicas          what there is of replicas, and how to drain, restart and scale them: admin keys
+    /health  /metrics     without a key
+
+Tokens of edges never come through here: what a router costs is one decision per session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import httpx
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, WebSocketRoute
+
+from wisp.api.body import read_json
+from wisp.api.errors import JsonResponse, error_response, exception_handlers, request_id
+from wisp.api.keys import Keyring
+from wisp.api.routes import openai_routes
+from wisp.api.scrape import scraped
+from wisp.core.errors import RequestError, UnavailableError, WispError
+from wisp.core.route.placement import Placement
+from wisp.core.verify.admission import Admission
+from wisp.router.fleet import Fleet, Replica
+from wisp.router.host import RouterHost
+from wisp.router.launch import Launcher
+from wisp.router.metrics import RouterMetrics
+from wisp.router.replica import ReplicaSpec
+from wisp.router.thin import RouterBackend
+from wisp.server.control import Report
+from wisp.server.crowd import Crowd
+from wisp.server.sockets import SessionEndpoint
+
+log = logging.getLogger("wisp.router")
+
+UNLIMITED = 1 << 40  # sessions: the placement knows when all replicas are full
+
+
+class RouterApp:
+    """The app and what lives behind it. Build it on the running event loop."""
+
+    def __init__(self, spec: ReplicaSpec, replicas: int, launcher: Launcher, keys: Keyring) -> None:
+        """`spec` is that of every replica, but for its name and token; its address is the router's."""
+        tls = _tls(spec)
+        self.keys = keys
+        self._replicas = replicas
+        placement = Placement()
+        self.metrics = RouterMetrics(lambda: self.fleet)
+        self.fleet = Fleet(
+            launcher,
+            functools.partial(_named, spec),
+            placement,
+            tls,
+            drain_s=spec.settings.drain_s,
+            changed=self._changed,
+            heard=self._heard,
+        )
+        self.host = RouterHost(self.fleet, placement, Admission(UNLIMITED, keys.limits), self.metrics)
+        self.backend = RouterBackend(self.host, tls)
+        self.asgi = Starlette(
+            routes=[
+                Route("/health", self._health),
+                Route("/metrics", self._metrics),
+                Route("/v1/tokenizers/{fingerprint}", self._tokenizer),
+                WebSocketRoute(
+                    "/v1/sessions", Crowd(SessionEndpoint(self._ready, keys.authorize), keys.authorize)
+                ),
+                Route("/v1/replicas", self._admin(self._list)),
+                Route("/v1/replicas/scale", self._admin(self._scale), methods=["POST"]),
+                Route("/v1/replicas/{name}/drain", self._admin(self._drain), methods=["POST"]),
+                Route("/v1/replicas/{name}/restart", self._admin(self._restart), methods=["POST"]),
+                *openai_routes(
+                    self.backend,
+                    authorize=self._authorize,
+                    observer=self.metrics,
+                    slo_classes=spec.settings.slo_classes,
+                ),
+            ],
+            exception_handlers=exception_handlers(),
+            lifespan=self._lifespan,
+        )
+
+    async def drain(self) -> None:
+        """Take no new sessions; let every replica finish what it has, and end."""
+        self.host.draining = True
+        await self.fleet.stop()
+
+    @property
+    def failed(self) -> WispError | None:
+        """Why this router can never serve."""
+        return self.fleet.failed
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self.fleet.add(self._replicas)
+        watch = asyncio.create_task(self.keys.watch(self._keys_changed))
+        try:
+            yield
+        finally:
+            watch.cancel()
+            await self.backend.close()
+            await self.fleet.close()
+
+    def _keys_changed(self) -> None:
+        self.host.admission.set_limits(self.keys.limits)
+
+    def _changed(self) -> None:
+        self.host.changed()
+        self.backend.changed()
+
+    def _heard(self, replica: Replica, report: Report) -> None:
+        self.host.heard(replica, report)
+
+    def _ready(self) -> RouterHost:
+        self.host.welcome()  # raises UnavailableError
+        return self.host
+
+    # --- endpoints
+
+    def _authorize(self, request: Request) -> str:
+        return self.keys.authorize(request.headers.get("authorization"))
+
+    async def _health(self, request: Request) -> Response:
+        views = self.fleet.view()
+        count = {"up": sum(v.state == "up" for v in views), "all": len(views)}
+        if self.host.draining or not self.host.here:
+            status = "draining" if self.host.draining else "loading"
+            body: dict[str, object] = {"status": status, "replicas": count}
+            return JsonResponse(body, status_code=503, headers={"retry-after": "2"})
+        welcome, sessions = self.host.welcome(), sum(v.sessions for v in views)
+        body = {"status": "ok", "model": welcome.model, "mode": welcome.mode, "digest": welcome.digest}
+        return JsonResponse({**body, "sessions": sessions, "replicas": count})
+
+    async def _metrics(self, request: Request) -> Response:
+        welcome = self.fleet.welcome
+        return scraped(request, self.metrics.registry, welcome.model if welcome else "", self.keys)
+
+    async def _tokenizer(self, request: Request) -> Response:
+        try:
+            self._authorize(request)
+            ours = self.host.welcome().fingerprint
+            if request.path_params["fingerprint"] != ours:
+                raise RequestError(404, f"this router's vocabulary is {ours}")
+            blob = await self.backend.tokenizers.blob(ours)
+        except RequestError as error:
+            return error_response(error, request_id(request))
+        except httpx.HTTPError as error:
+            message = f"no replica gave the tokenizer ({error}); try again"
+            return error_response(UnavailableError(message, retry_after=1.0), request_id(request))
+        headers = {"content-encoding": "gzip", "cache-control": "max-age=31536000, immutable"}
+        return Response(blob, media_type="application/octet-stream", headers=headers)
+
+    # --- operators
+
+    def _admin(self, act: Callable[[Request], Awaitable[None]]) -> Callable[[Request], Awaitable[Response]]:
+        """An endpoint that does something to the replicas and answers with how they are then."""
+
+        async def endpoint(request: Request) -> Response:
+            try:
+                if not self.keys.is_admin(self._authorize(request)):
+                    message = "this key may not manage replicas; give it `admin = true` in the key file"
+                    raise RequestError(403, message, code="not_admin", type="permission_error")
+                await act(request)
+            except RequestError as error:
+                return error_response(error, request_id(request))
+            return JsonResponse({"launcher": self.fleet.launcher.name, "replicas": self.fleet.view()})
+
+        return endpoint
+
+    async def _list(self, request: Request) -> None:
+        """Only to look."""
+
+    async def _scale(self, request: Request) -> None:
+        count = (await read_json(request)).get("replicas")
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise RequestError(400, 'send {"replicas": N}', param="replicas")
+        log.info("scaling to %d replicas", count)
+        await self.fleet.scale(count)
+
+    async def _drain(self, request: Request) -> None:
+        await read_json(request)  # a page in somebody's browser cannot send JSON to a port of this machine
+        await self.fleet.drain(request.path_params["name"])
+
+    async def _restart(self, request: Request) -> None:
+        await read_json(request)
+        await self.fleet.restart(request.path_params["name"])
+
+
+def _named(spec: ReplicaSpec, replica: Replica) -> ReplicaSpec:
+    name, token, settings = replica.name, replica.token, spec.settings
+    if settings.event_log is not None:  # a log is of one life: that is what replays
+        log_ = settings.event_log.with_name(f"{settings.event_log.name}.{name}.{replica.lives}")
+        settings = msgspec.structs.replace(settings, event_log=log_)
+    return msgspec.structs.replace(spec, name=name, token=token, settings=settings)
+
+
+def _tls(spec: ReplicaSpec) -> ssl.SSLContext | None:
+    """Trusts exactly the certificate that the replicas show: their names are for edges, not for loopback."""
+    if spec.listen.cert is None:
+        return None
+    context = ssl.create_default_context(cafile=str(spec.listen.cert))
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context

@@ -1,0 +1,93 @@
+"""Session sockets are shared fairly between keys, like places (`core.verify.places`): descriptors are few, and a key
+that holds them all would keep out everybody, down to the operator who looks at /health.
+
+When there is no room for another, the key that has most gives one up to a key that has fewer by at least two: the one
+over which nothing has come for longest. Its edge comes back, or waits, as after any other loss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from wisp.core.errors import RequestError, UnavailableError
+from wisp.server.sockets import deny
+
+CLOSE_S = 1.0  # for saying why
+
+
+class Crowd:
+    """ASGI application: `endpoint`, for `most` sockets at a time (default: half of the descriptors that this process
+    may have; the others are for HTTP). `authorize` is that of the endpoint, which also refuses strangers."""
+
+    def __init__(
+        self, endpoint: ASGIApp, authorize: Callable[[str | None], str], most: int | None = None
+    ) -> None:
+        self._endpoint = endpoint
+        self._authorize = authorize
+        self._most = most or resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        self._inside: set[_Socket] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            key = self._authorize(headers.get(b"authorization"))
+        except RequestError:
+            await self._endpoint(scope, receive, send)
+            return
+        if len(self._inside) >= self._most and not self._make_room(key):
+            message = f"all {self._most} connections of this server are in use"
+            await deny(receive, send, scope, UnavailableError(message, retry_after=1.0))
+            return
+        socket = _Socket(key, receive)
+        self._inside.add(socket)
+        try:
+            await self._endpoint(scope, socket.receive, send)
+        except asyncio.CancelledError:
+            if socket in self._inside:
+                raise
+            socket.task.uncancel()
+            with contextlib.suppress(Exception):
+                close = {
+                    "type": "websocket.close",
+                    "code": 1013,
+                    "reason": "too many connections of this key",
+                }
+                await asyncio.wait_for(send(close), CLOSE_S)
+        finally:
+            self._inside.discard(socket)
+
+    def _make_room(self, key: str) -> bool:
+        """False if nobody has to go."""
+        has = Counter(socket.key for socket in self._inside)
+        rich, most = max(has.items(), key=lambda item: (item[1], item[0]))
+        if most <= has[key] + 1:
+            return False
+        silent = min((s for s in self._inside if s.key == rich), key=lambda s: s.heard)
+        self._inside.discard(silent)
+        silent.task.cancel()
+        return True
+
+
+class _Socket:
+    """One connection. `heard` is when something last came over it."""
+
+    def __init__(self, key: str, receive: Receive) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.key = key
+        self.task = task
+        self.heard = time.monotonic()
+        self._receive = receive
+
+    async def receive(self) -> Message:
+        """As ASGI has it."""
+        message = await self._receive()
+        self.heard = time.monotonic()
+        return message

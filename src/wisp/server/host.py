@@ -1,0 +1,366 @@
+"""The verifier's host: gives `core.verify.verifier.Verifier` a clock, an engine thread and connections.
+
+Everything here runs on the event loop. Events go in, actions are carried out, and whenever the engine is idle
+and something has changed a Tick follows once all messages at hand have been taken in.
+
+What may go wrong is handled where it does: a step that fails, a log that cannot be written. After any other exception
+nobody knows what state the verifier is in, so it is over (`vital`): its sessions are told to go elsewhere, and the
+process is asked to end. So is one whose engine is dead, or does not come back from a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Concatenate, ParamSpec
+
+from wisp import __version__
+from wisp.core.errors import EngineDeadError, InternalError
+from wisp.core.protocol.messages import VERSION as PROTOCOL
+from wisp.core.protocol.messages import (
+    Cancel,
+    Draft,
+    Hello,
+    Open,
+    Refused,
+    Verdict,
+    Welcome,
+    check_hello,
+    frame_limit,
+)
+from wisp.core.verify.admission import Admission, KeyLimits, Refusal
+from wisp.core.verify.batching import batching_policy
+from wisp.core.verify.cost import Coefficients, CostModel
+from wisp.core.verify.events import (
+    Action,
+    EdgeLost,
+    Ended,
+    InEvent,
+    KeyLimitsChanged,
+    Limits,
+    Received,
+    Run,
+    Send,
+    StepDone,
+)
+from wisp.core.verify.loop import VerifierLoop
+from wisp.core.verify.session import Session, State
+from wisp.core.verify.verifier import Verifier
+from wisp.engines.base import TargetEngine, Tokenizer
+from wisp.server.engine_thread import EngineThread
+from wisp.server.event_log import EventLog, LogHeader, read_events
+from wisp.server.metrics import Metrics
+from wisp.server.watchdog import LOOK_S, StepWatch, patience_s
+
+log = logging.getLogger("wisp.host")
+
+Sender = Callable[[Verdict | Refused], None]
+P = ParamSpec("P")
+
+
+def vital(
+    method: Callable[Concatenate[VerifierHost, P], None],
+) -> Callable[Concatenate[VerifierHost, P], None]:
+    """Whatever the event loop calls here: an exception in it is the verifier's last, and after that nothing happens."""
+
+    @functools.wraps(method)
+    def guarded(host: VerifierHost, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        if host.failed is not None:
+            return
+        try:
+            method(host, *args, **kwargs)
+        except Exception as error:
+            log.critical("the verifier failed, and its process has to end", exc_info=error)
+            host.fail(InternalError(f"the verifier failed: {error!r}; the log has the traceback"))
+
+    return guarded
+
+
+class VerifierHost:
+    """One engine, one verifier, many connections. Build it on the running event loop."""
+
+    def __init__(
+        self,
+        engine: TargetEngine,
+        tokenizer: Tokenizer,
+        admission: Admission,
+        *,
+        model: str,
+        batching: str = "wisp",
+        cost: Coefficients | None = None,
+        park_s: float = 60.0,
+        slo_admission: bool = True,
+        event_log: Path | None = None,
+        died: Callable[[Exception], None] = lambda error: None,
+        look_s: float = LOOK_S,
+        patience: Callable[[Run, CostModel], float] = patience_s,
+    ) -> None:
+        """`cost`: what the cost model starts from; None: it learns from the first step on. `died` is called once this
+        verifier cannot go on, after its sessions have heard of it. Every `look_s` seconds somebody looks whether the
+        step in the engine has taken longer than `patience` gives it. Raises ConfigError.
+        """
+        info = engine.info
+        self.info = info
+        self.model = model
+        self.tokenizer = tokenizer
+        limits = Limits(
+            n_vocab=info.n_vocab,
+            eos=info.eos,
+            slots=info.slots,
+            slot_tokens=info.slot_tokens,
+            kv_tokens=info.kv_tokens,
+            step_tokens=info.step_tokens,
+            park_s=park_s,
+            slo_admission=slo_admission,
+            digest=info.digest,
+        )
+        self.limits = limits
+        self.verifier = Verifier(limits, batching_policy(batching), admission, CostModel(cost))
+        self.metrics = Metrics(self.verifier)
+        self.draining = False
+        self.failed: Exception | None = None  # why this verifier is over
+        self._loop = asyncio.get_running_loop()
+        self._log: EventLog | None = None
+        if event_log is not None:
+            header = LogHeader(
+                __version__,
+                info.engine,
+                model,
+                limits,
+                batching,
+                cost,
+                admission.max_sessions,
+                admission.limits,
+            )
+            self._log = EventLog(event_log, header, self._loop.time(), self.metrics.event_log_lost.inc)
+        self._engine = EngineThread(engine, self._loop, self._step_done)
+        self._died = died
+        self._senders: dict[int, Sender] = {}
+        self._keys: dict[int, str] = {}
+        self._sockets: dict[int, bool] = {}  # connections of edges: can their sessions go elsewhere?
+        self._next_connection = 0
+        self._driver = VerifierLoop(self.verifier, self, self._log.write if self._log else None)
+        self._step: Run | None = None
+        self._watch = StepWatch(
+            lambda: self._step, lambda step: patience(step, self.verifier.cost), self._give_up
+        )
+        self._hangs = False  # the engine's thread is in a step, and will not come back
+        self._look_s = look_s
+        self._looks = self._loop.call_later(look_s, self._look)
+
+    def welcome(self) -> Welcome:
+        """What every edge is told first."""
+        return Welcome(
+            PROTOCOL,
+            self.model,
+            self.tokenizer.fingerprint,
+            self.limits.n_vocab,
+            sorted(self.limits.eos),
+            self.limits.slot_tokens,
+            self.limits.max_draft,
+            self.info.engine,
+            self.info.mode,
+            self.limits.park_s,
+            self.limits.digest,
+            frame_limit(self.limits.slot_tokens),
+        )
+
+    # --- connections
+
+    def check(self, hello: Hello) -> None:
+        """May this edge come in? Raises ProtocolError."""
+        check_hello(hello, self.tokenizer.fingerprint, self.model)
+
+    def admit(self, key: str) -> None:
+        """Raises Refusal where an Open of `key` would be refused for the key's limits, and counts that."""
+        admission = self.verifier.admission
+        try:
+            admission.ask(self._loop.time(), key)
+        except Refusal as refusal:
+            admission.turned_away(key)
+            self.metrics.admission(refusal.code)
+            self.metrics.refused.labels(refusal.code).inc()
+            raise
+
+    def attach(
+        self, key: str, send: Sender, *, movable: bool = False, close: Callable[[], None] | None = None
+    ) -> int:
+        """A new connection of `key`; `send` is called with its messages and must not block.
+
+        movable: its sessions can open again elsewhere. `close` ends the connection, where it is a socket.
+        """
+        self._next_connection += 1
+        if close is not None:
+            self._sockets[self._next_connection] = movable
+            self.metrics.connections.inc()
+        self._senders[self._next_connection] = send
+        self._keys[self._next_connection] = key
+        return self._next_connection
+
+    def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
+        """A message came in."""
+        if not (self.draining and isinstance(message, Open)):
+            self._receive(connection, message)
+            if self.failed is None:
+                return
+        if not isinstance(message, Cancel):
+            text = "this verifier is shutting down"
+            refused = Refused(message.session, "shutting_down", text, 1.0, True, message.round)
+            self.metrics.admission(refused.code)
+            self._send(connection, refused)
+
+    @vital
+    def _receive(self, connection: int, message: Open | Draft | Cancel) -> None:
+        key = self._keys[connection]
+        if not isinstance(message, Open):
+            self._feed(Received(connection, key, message))
+            return
+        self.metrics.opened(self._loop.time(), message, key)
+        known = self.verifier.knows(message.session)
+        actions = self._feed(Received(connection, key, message))
+        sent = (a.message for a in actions if isinstance(a, Send))
+        own = (m.code for m in sent if isinstance(m, Refused) and m.session == message.session)
+        self.metrics.admission(next(own, "resumed" if known else "admitted"))
+
+    def detach(self, connection: int) -> None:
+        """The connection is gone; its sessions are parked."""
+        self._senders.pop(connection, None)
+        self._keys.pop(connection, None)
+        if self._sockets.pop(connection, None) is not None:
+            self.metrics.connections.dec()
+        self._lose(connection)
+
+    @vital
+    def _lose(self, connection: int) -> None:
+        self._feed(EdgeLost(connection))
+
+    @vital
+    def limit(self, limits: dict[str, KeyLimits]) -> None:
+        """The limits of keys have changed; these are all of them."""
+        self._feed(KeyLimitsChanged(limits))
+
+    @property
+    def n_sessions(self) -> int:
+        """Live sessions."""
+        return len(self.verifier.sessions)
+
+    @property
+    def n_connections(self) -> int:
+        """Open connections, edges and thin clients together."""
+        return len(self._senders)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new sessions; wait until those that have an edge have ended, or `timeout_s`."""
+        self.draining = True
+        deadline = self._loop.time() + timeout_s
+        sessions = self.verifier.sessions
+        while any(s.state is not State.PARKED for s in sessions.values()) and self._loop.time() < deadline:
+            await asyncio.sleep(0.05)
+
+    def move(self) -> int:
+        """Take no new sessions, and send those away that can open again elsewhere. Returns how many."""
+        self.draining = True
+        leaving = [s for s in self.verifier.sessions.values() if self._sockets.get(s.connection)]
+        for session in leaving:
+            self._send_away(session)
+        return len(leaving)
+
+    @vital
+    def _send_away(self, s: Session) -> None:
+        message = "this verifier is being drained; open the session again at the router"
+        refused = Refused(s.id, "shutting_down", message, fatal=True)
+        self.metrics.sent(self._loop.time(), refused)
+        self._send(s.connection, refused)
+        self._feed(Received(s.connection, s.key, Cancel(s.id)))
+
+    def fail(self, error: Exception) -> None:
+        """This verifier is over: tell its sessions, then who can end the process."""
+        if self.failed is not None:
+            return
+        self.failed = error
+        for s in self.verifier.sessions.values():
+            refused = Refused(s.id, "shutting_down", "this verifier has failed, and ends", 1.0, fatal=True)
+            try:
+                self._send(s.connection, refused)
+            except Exception as another:  # it may be what failed, and the others should hear all the same
+                log.debug("session %s was not told: %r", s.id, another)
+        self._died(error)
+
+    def stop(self) -> None:
+        """End the engine thread (after its step) and free the engine. Blocks."""
+        self._driver.stop()
+        self._looks.cancel()
+        self._engine.stop(hung=self._hangs)
+        if self._log:
+            self._log.close()
+
+    # --- events and actions
+
+    def _feed(self, event: InEvent) -> list[Action]:
+        """Hand over an event and carry out what follows."""
+        return self._driver.feed(event)
+
+    @property
+    def now(self) -> float:
+        """Seconds, by the event loop's clock."""
+        return self._loop.time()
+
+    def soon(self, do: Callable[[], None]) -> None:
+        """See `core.verify.loop.Surroundings`, as for the next ones."""
+        self._loop.call_soon(self._call, do)
+
+    def at(self, time: float, do: Callable[[], None]) -> Callable[[], None]:
+        """A timer."""
+        return self._loop.call_at(time, self._call, do).cancel
+
+    @vital
+    def _call(self, do: Callable[[], None]) -> None:
+        do()
+
+    def run(self, step: Run) -> None:
+        """To the engine's thread."""
+        self._step = step
+        self.metrics.dispatched(self.now, step)
+        self._engine.submit(step)
+
+    def send(self, connection: int, message: Verdict | Refused) -> None:
+        """To an edge, or a thin client."""
+        self.metrics.sent(self.now, message)
+        self._send(connection, message)
+
+    def ended(self, ended: Ended) -> None:
+        """Only the metrics care."""
+        self.metrics.ended(ended)
+
+    @vital
+    def _look(self) -> None:
+        self._looks = self._loop.call_later(self._look_s, self._look)
+        self._watch.look(self._look_s)
+
+    def _give_up(self, waited_s: float) -> None:
+        assert self._step is not None
+        self._hangs = True
+        message = f"a step of {len(self._step.slices)} slices has not ended after {waited_s:.0f} s"
+        log.critical("%s; the engine hangs, and the process has to end", message)
+        self.fail(EngineDeadError(message))
+
+    @vital
+    def _step_done(self, done: StepDone) -> None:
+        assert self._step is not None
+        self.metrics.step(self._loop.time(), self._step, done)
+        self._step = None
+        dead = self._engine.dead  # before the next step can say so, too
+        self._feed(done)
+        if dead is not None:
+            self.fail(dead)
+
+    def _send(self, connection: int, message: Verdict | Refused) -> None:
+        sender = self._senders.get(connection)
+        if sender is not None:
+            sender(message)
+
+
+__all__ = ["EventLog", "Sender", "VerifierHost", "read_events"]

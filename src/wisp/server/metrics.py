@@ -1,0 +1,345 @@
+"""Prometheus metrics of a verifier, under vLLM's names with our prefix.
+
+Latencies here are the server's: from a message's arrival to its answer's departure. What a user sees is
+measured where the user sits, at the edge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from wisp.api.attainment import Attainment
+from wisp.api.scrape import add_gauges
+from wisp.core.protocol.messages import Open, Refused, Verdict
+from wisp.core.protocol.step import Slice
+from wisp.core.verify.cost import Load, load_of
+from wisp.core.verify.events import Ended, Run, StepDone
+from wisp.core.verify.planner import SHORT
+from wisp.core.verify.session import State
+from wisp.core.verify.verifier import Verifier
+
+# vLLM's bucket edges, seconds.
+_MILLISECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08)
+TTFT = (
+    *_MILLISECONDS,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+    640.0,
+    2560.0,
+)
+ITL = (
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
+_SECONDS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0)
+E2E = (*_SECONDS, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+INTERFERENCE = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+SLACK = (-10.0, -2.5, -1.0, -0.5, -0.25, -0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+SLICES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+ROWS = (0, 1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+KINDS = ("verify", "decode", "prefill")
+STEP = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class _Seen(msgspec.Struct):
+    """What the metrics remember of a live session."""
+
+    opened: float
+    last: float = 0.0
+    tokens: int = 0
+    lost: bool = False  # its SLO
+
+
+class Metrics:
+    """Counters and histograms in a registry of their own; gauges are read from the verifier when asked."""
+
+    def __init__(self, verifier: Verifier) -> None:
+        self.registry = CollectorRegistry()
+        self._verifier = verifier
+        self._seen: dict[str, _Seen] = {}
+        self._load = Load()  # of the last step
+        self._dispatched = 0.0
+        r = self.registry
+        gauges = {
+            "num_requests_running": ("Sessions that hold a KV slot.", lambda: verifier.kv.owned_slots),
+            "num_requests_waiting": ("Sessions with work but no KV slot.", lambda: verifier.n_waiting),
+            "num_requests_parked": (
+                "Sessions whose edge is gone.",
+                lambda: sum(s.state is State.PARKED for s in verifier.sessions.values()),
+            ),
+            "kv_cache_usage_perc": (
+                "KV tokens of live sessions over all (1 = full).",
+                lambda: verifier.kv.owned_tokens / verifier.kv.kv_tokens,
+            ),
+            "num_requests_slo_lost": (
+                "Sessions whose SLO can no longer be kept.",
+                lambda: sum(s.targets.slo_lost for s in verifier.sessions.values()),
+            ),
+            "cost_model_relative_error": (
+                "Median relative error of recent predictions of a step's time.",
+                lambda: verifier.cost.error,
+            ),
+            "cost_model_margin": (
+                "What predictions are multiplied with to hold nine times out of ten.",
+                lambda: verifier.cost.margin,
+            ),
+            "draft_token_price": (
+                "What one more draft token would cost others, in committed tokens, in a step like the last.",
+                lambda: verifier.price,
+            ),
+            "pressure_utilisation": (
+                "Work left out of steps for want of time, over their time (0: the server keeps up).",
+                lambda: verifier.congestion.utilisation,
+            ),
+        }
+        add_gauges(r, gauges)
+        self.ttft = Histogram(
+            "wisp:time_to_first_token_seconds", "Open to first token.", buckets=TTFT, registry=r
+        )
+        self.itl = Histogram(
+            "wisp:inter_token_latency_seconds", "Time between messages with tokens.", buckets=ITL, registry=r
+        )
+        self.e2e = Histogram(
+            "wisp:e2e_request_latency_seconds", "Open to last token.", buckets=E2E, registry=r
+        )
+        self.queue = Histogram(
+            "wisp:request_queue_time_seconds", "Ready to dispatched, per verdict.", buckets=TTFT, registry=r
+        )
+        self.steps = Histogram(
+            "wisp:engine_step_seconds", "Time of one engine step.", buckets=STEP, registry=r
+        )
+        self.slices = Counter("wisp:engine_slices", "Slices run.", registry=r)
+        self.rows = Counter("wisp:engine_tokens", "Tokens fed to the engine.", registry=r)
+        self.step_errors = Counter("wisp:engine_errors", "Steps and slices that failed.", registry=r)
+        self.success = Counter(
+            "wisp:request_success", "Ended: stop, length, abort or expired.", ["finished_reason"], registry=r
+        )
+        self.refused = Counter("wisp:request_refused", "Refused messages.", ["code"], registry=r)
+        self.drafts = Counter("wisp:spec_decode_num_drafts", "Drafts verified.", registry=r)
+        self.draft_tokens = Counter("wisp:spec_decode_num_draft_tokens", "Draft tokens verified.", registry=r)
+        self.accepted = Counter("wisp:spec_decode_num_accepted_tokens", "Draft tokens accepted.", registry=r)
+        self.per_position = Counter(
+            "wisp:spec_decode_num_accepted_tokens_per_pos",
+            "Accepted at each place.",
+            ["position"],
+            registry=r,
+        )
+        self.connections = Gauge("wisp:edge_connections", "Open session sockets.", registry=r)
+        self.predicted = Counter(
+            "wisp:cost_model_predicted_seconds", "What steps were predicted to take.", registry=r
+        )
+        self.interference = Tally(
+            "wisp:verification_interference_seconds",
+            "Per slice: dispatch to commit of its step, less the predicted time of the slice alone.",
+            INTERFERENCE,
+        )
+        self.slack = Tally(
+            "wisp:slack_at_dispatch_seconds",
+            "Per slice of a session with an SLO: when its next token is due, less the time of dispatch.",
+            SLACK,
+            signed=True,
+        )
+        slices = Histogram(
+            "wisp:engine_step_slices", "Slices of a step.", ["kind"], buckets=SLICES, registry=r
+        )
+        rows = Histogram("wisp:engine_step_rows", "Tokens fed in a step.", ["kind"], buckets=ROWS, registry=r)
+        self.step_slices = [slices.labels(kind) for kind in KINDS]
+        self.step_rows = [rows.labels(kind) for kind in KINDS]
+        self.admissions = Counter(
+            "wisp:admission", "Opened sessions: admitted, resumed, or the code of the refusal.", ["outcome"],
+            registry=r,
+        )  # fmt: skip
+        self.preemptions = Counter(
+            "wisp:num_preemptions", "Times that a session's KV was taken for others.", registry=r
+        )
+        self._evicted = 0
+        self.event_log_lost = Counter(
+            "wisp:event_log_lost", "1 once the event log could not be written any more.", registry=r
+        )
+        self.slo_lost = Counter("wisp:request_slo_lost", "Sessions whose SLO was given up.", registry=r)
+        self.attainment = Attainment(r)
+        for tally in (self.interference, self.slack):
+            r.register(tally)
+        r.register(_KeyUsage(verifier))
+
+    def opened(self, now: float, open_: Open, key: str) -> None:
+        """A session is opened or resumed."""
+        self._seen.setdefault(open_.session, _Seen(now))
+
+    def sent(self, now: float, message: Verdict | Refused) -> None:
+        """A verdict or refusal leaves."""
+        if isinstance(message, Refused):
+            self.refused.labels(message.code).inc()
+            if message.fatal:
+                self._seen.pop(message.session, None)
+            return
+        seen = self._seen.get(message.session)
+        if seen is None or message.base + len(message.tokens) <= seen.tokens:  # nothing new: a duplicate
+            return
+        if seen.tokens == 0:
+            self.ttft.observe(now - seen.opened)
+        else:
+            self.itl.observe(now - seen.last)
+        seen.last = now
+        seen.tokens = message.base + len(message.tokens)
+        self.queue.observe(message.queue_ms / 1e3)
+        if message.finish:
+            self.success.labels(message.finish).inc()
+            self.e2e.observe(now - seen.opened)
+            del self._seen[message.session]
+
+    def ended(self, ended: Ended) -> None:
+        """A session ended without a message: its user left or has enough (a stop string), or its edge was gone."""
+        if self._seen.pop(ended.session, None) is not None:
+            self.success.labels(ended.why).inc()
+
+    def admission(self, outcome: str) -> None:
+        """A session was to be opened."""
+        self.admissions.labels(outcome).inc()
+
+    def dispatched(self, now: float, run: Run) -> None:
+        """A step begins."""
+        self._dispatched = now
+        self.preemptions.inc(self._verifier.evicted - self._evicted)
+        self._evicted = self._verifier.evicted
+        self._load = load_of(run.slices)
+        sessions = [self._verifier.sessions[s.session] for s in run.slices]
+        self.slack.add([s.due - now for s in sessions if s.due < math.inf])
+        for session in sessions:
+            if (
+                session.targets.slo_lost
+                and (seen := self._seen.get(session.id)) is not None
+                and not seen.lost
+            ):
+                seen.lost = True
+                self.slo_lost.inc()
+        counts, rows = [0, 0, 0], [0, 0, 0]
+        for s in run.slices:
+            kind = _kind(s)
+            counts[kind] += 1
+            rows[kind] += len(s.tokens)
+        for i in range(len(KINDS)):
+            self.step_slices[i].observe(counts[i])
+            self.step_rows[i].observe(rows[i])
+
+    def step(self, now: float, run: Run, done: StepDone) -> None:
+        """A step ended; the verifier has not been told yet, so its cost model is still that of the dispatch."""
+        cost = self._verifier.cost
+        self.predicted.inc(cost.ms(self._load) / 1e3)
+        took = now - self._dispatched
+        alone = (cost.ms(Load().plus(len(s.tokens), s.start)) / 1e3 for s in run.slices)
+        self.interference.add([max(0.0, took - a) for a in alone])  # below 0 is noise
+        self.steps.observe(done.engine_ms / 1e3)
+        self.slices.inc(len(run.slices))
+        self.rows.inc(sum(len(s.tokens) for s in run.slices))
+        if done.error:
+            self.step_errors.inc()
+            return
+        self.step_errors.inc(sum(bool(r.error) for r in done.results))
+        drafted = [(s, r) for s, r in zip(run.slices, done.results, strict=True) if s.n_draft]
+        self.drafts.inc(len(drafted))
+        self.draft_tokens.inc(sum(s.n_draft for s, _ in drafted))
+        self._count_accepted([r.accepted for _, r in drafted])
+
+    def _count_accepted(self, accepted: list[int]) -> None:
+        """Draft tokens accepted, per draft: once per step and place, since counters are slow."""
+        self.accepted.inc(sum(accepted))
+        for position in range(max(accepted, default=0)):
+            self.per_position.labels(str(position)).inc(sum(n > position for n in accepted))
+
+
+def _kind(s: Slice) -> int:
+    """Place in KINDS. A prompt's end with a draft behind it is part of a prompt."""
+    if not s.sample or len(s.tokens) - s.n_draft > SHORT:
+        return 2
+    return 0 if s.n_draft else 1
+
+
+class Tally(Collector):
+    """A histogram that takes many observations at once: prometheus_client's own takes a microsecond or two for each.
+
+    signed: there may be negative ones; then there is no sum, since Prometheus takes a sum that falls for a restart.
+    """
+
+    def __init__(self, name: str, about: str, edges: Sequence[float], *, signed: bool = False) -> None:
+        self.name, self.about, self.signed = name, about, signed
+        self.edges = np.array(edges)
+        self.counts = np.zeros(len(edges) + 1, np.int64)
+        self.sum = 0.0
+
+    def add(self, values: Sequence[float]) -> None:
+        """Count them. A value that equals an edge belongs to the bucket below it."""
+        if values:
+            self.sum += math.fsum(values)
+            self.counts += np.bincount(self.edges.searchsorted(values), minlength=len(self.counts))
+
+    def collect(self) -> Iterable[Metric]:
+        names = [*(str(float(edge)) for edge in self.edges), "+Inf"]
+        buckets = list(zip(names, np.cumsum(self.counts).tolist(), strict=True))
+        total = None if self.signed else self.sum
+        return [HistogramMetricFamily(self.name, self.about, buckets=buckets, sum_value=total)]
+
+
+_TOTALS = ("prompt_tokens", "output_tokens")
+
+
+class _KeyUsage(Collector):
+    """Usage per API key, read from admission when asked."""
+
+    def __init__(self, verifier: Verifier) -> None:
+        self._usage = verifier.admission.usage
+
+    def collect(self) -> Iterable[Metric]:
+        tokens = CounterMetricFamily("wisp:key_tokens", "Tokens per API key.", labels=["key", "kind"])
+        requests = CounterMetricFamily(
+            "wisp:key_requests", "Requests per API key.", labels=["key", "outcome"]
+        )
+        prompt, generated = (sum(getattr(u, name) for u in self._usage.values()) for name in _TOTALS)
+        for key, usage in sorted(self._usage.items()):
+            tokens.add_metric([key, "prompt"], usage.prompt_tokens)
+            tokens.add_metric([key, "output"], usage.output_tokens)
+            requests.add_metric([key, "admitted"], usage.requests)
+            requests.add_metric([key, "refused"], usage.refused)
+        return [
+            tokens,
+            requests,
+            CounterMetricFamily(
+                "wisp:prompt_tokens", "Prompt tokens computed (reused ones are not).", prompt
+            ),
+            CounterMetricFamily("wisp:generation_tokens", "Tokens committed.", generated),
+        ]

@@ -1,0 +1,78 @@
+"""Thin clients: OpenAI requests without an edge. The server decodes them by itself, in the same batches.
+
+Each is a session in server mode on a connection within the process. So batching, KV, limits per key and metrics are the
+same as for an edge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+
+from wisp.api.backend import Committed, Generation, Target
+from wisp.core.draft.drafter import Drafter, Reopen, busy_error
+from wisp.core.errors import UnavailableError
+from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
+from wisp.core.verify.admission import Refusal
+from wisp.server.host import VerifierHost
+
+
+class ThinBackend:
+    """`api.backend.Backend` on a verifier in this process."""
+
+    def __init__(self, host: VerifierHost) -> None:
+        self.host = host
+        self._target = Target(host.model, host.tokenizer, host.limits.slot_tokens, host.limits.digest)
+
+    @property
+    def context(self) -> int:
+        """Of the model served here."""
+        return self._target.context
+
+    async def target(self) -> Target:
+        """The model served here."""
+        return self._target
+
+    def admit(self, key: str) -> None:
+        """See `Backend.admit`."""
+        try:
+            self.host.admit(key)
+        except Refusal as refusal:
+            raise busy_error(refusal.code, str(refusal), refusal.retry_after) from None
+
+    async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
+        """Stream the target's tokens."""
+        host = self.host
+        if host.draining:
+            raise UnavailableError("this server is shutting down", retry_after=2.0)
+        inbox: asyncio.Queue[Verdict | Refused] = asyncio.Queue()
+        connection = host.attach(generation.key, inbox.put_nowait)
+        drafter = Drafter(secrets.token_hex(16), generation, None, host.limits.eos)
+        max_draft, digest = host.limits.max_draft, host.limits.digest
+        try:
+            actions = drafter.connected(0.0, max_draft, digest)
+            while True:
+                for action in actions:
+                    if isinstance(action, Open | Draft):
+                        host.receive(connection, action)
+                    elif isinstance(action, Reopen):
+                        await asyncio.sleep(action.after_s)
+                        for again in drafter.connected(0.0, max_draft, digest):
+                            assert isinstance(again, Open)
+                            host.receive(connection, again)
+                    elif isinstance(action, Committed):
+                        yield action
+                        if action.finish:
+                            return
+                message = await inbox.get()
+                if host.failed is not None:  # no step will run any more
+                    raise UnavailableError("this server has failed, and ends", retry_after=2.0)
+                actions = (
+                    drafter.refused(message)
+                    if isinstance(message, Refused)
+                    else drafter.verdict(0.0, message)
+                )
+        finally:
+            host.receive(connection, Cancel(drafter.session))
+            host.detach(connection)

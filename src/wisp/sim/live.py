@@ -1,0 +1,442 @@
+"""A fleet in real time: the simulator's devices, their time kept by an event loop, their verifier behind sockets.
+
+    SimDevice (core.Drafter, link, script)  --Uplink-->  Sockets  --one WebSocket per device-->  a live `wisp serve`
+                  ^ Timeline, advanced by Clock
+
+Behind a router, a device follows redirects as an edge does (`core.draft.itinerary`). It opens one more WebSocket to
+each verifier that the router names, and comes back to the router when that verifier is lost or shuts down.
+
+All timers of all devices are in one heap, with one timer of the event loop for the first of them; a device has no task.
+A callback sees the time at which it was due, not the time at which the loop reached it, so that timers of a millisecond
+do not add up to a slower device. The delay is measured (`Clock.lags_ms`). A run with much delay is invalid.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+import ssl
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import cast
+from urllib.parse import urlsplit
+
+import msgspec
+from websockets.client import ClientProtocol
+from websockets.exceptions import InvalidStatus, WebSocketException
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Response
+from websockets.protocol import OPEN
+from websockets.typing import Subprotocol
+from websockets.uri import parse_uri
+
+from wisp import __version__
+from wisp.core.draft.itinerary import HOME, Go, Home, Itinerary, Said, Send
+from wisp.core.draft.patience import Patience
+from wisp.core.errors import ConfigError, ProtocolError, RequestError, UnavailableError
+from wisp.core.protocol.messages import (
+    MAX_FRAME,
+    REFUSAL_HEADER,
+    SUBPROTOCOL,
+    VERSION,
+    Hello,
+    Open,
+    Refused,
+    ServerMessage,
+    Verdict,
+    Welcome,
+    decode_server_message,
+    encode,
+)
+from wisp.edge.address import redirected_url, session_url
+from wisp.edge.link import HANDSHAKE_S, LOST, Lost
+from wisp.sim.timeline import Timeline
+
+EARLY_S = 5e-4  # an event loop's timers are good to a millisecond: half of one early is in time
+AT_ONCE = 32  # connections being opened
+CLOSE_S = 0.2  # for goodbyes
+PROBE_S = 0.05  # between measurements of the verifier's loop
+
+
+class Clock:
+    """Advances a Timeline with an event loop's time. Zero is when it is made."""
+
+    def __init__(self, env: Timeline, failed: Callable[[Exception], None]) -> None:
+        """`failed` is told of the first exception of a callback; then time stands still."""
+        self.env = env
+        self.lags_ms: list[float] = []  # how late the loop was, each time
+        self._loop = asyncio.get_running_loop()
+        self._zero = self._loop.time() - env.now
+        self._failed = failed
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0  # of the timer
+        self._stopped = False
+
+    @property
+    def now(self) -> float:
+        """Seconds by the loop's clock. (uvloop's counts whole milliseconds, and its timers fit that.)"""
+        return self._loop.time() - self._zero
+
+    def stop(self) -> None:
+        """Let no more time pass."""
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def happen(self, what: Callable[[], None]) -> None:
+        """Something happens from outside, now, after all callbacks that were due before."""
+        if self._stopped:
+            return
+        try:
+            self._advance(self.now)
+            what()
+        except Exception as error:
+            self._fail(error)
+            return
+        self.arm()
+
+    def arm(self) -> None:
+        """Set the timer for the next callback."""
+        due = self.env.next
+        if due == float("inf") or (self._timer is not None and self._due <= due):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = due
+        self._timer = self._loop.call_at(self._zero + due, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        now = self.now
+        self.lags_ms.append(max(0.0, now - self._due) * 1e3)
+        try:
+            self._advance(now + EARLY_S)
+        except Exception as error:
+            self._fail(error)
+            return
+        self.arm()
+
+    def _advance(self, to: float) -> None:
+        if to > self.env.now:
+            self.env.run(until=to)
+
+    def _fail(self, error: Exception) -> None:
+        self.stop()
+        self._failed(error)
+
+
+class Sockets:
+    """`world.Uplink` to a live verifier, or a router: one WebSocket for each device, and one for each redirection.
+
+    redirects: how often a router sent a session somewhere
+    """
+
+    def __init__(self, server: str, api_key: str | None = None) -> None:
+        """Raises ConfigError for a bad URL."""
+        self.url = session_url(server)
+        self.senders: dict[int, Callable[[Verdict | Refused], None]] = {}
+        self.clock: Clock | None = None  # once time passes
+        self.frames_out = self.frames_in = self.redirects = 0
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._patience = Patience(math.inf, 0.0)  # a device in the field never gives up
+        self._digests: dict[int, str] = {}  # of the model that each device found at home
+        self._itineraries: dict[int, Itinerary] = {}  # of each device's session
+        self._wires: dict[int, dict[str | None, Wire]] = {}  # of each device, by address
+        self._all: list[Wire] = []
+        self._following: set[asyncio.Task[None]] = set()
+        self._closing = False
+
+    async def connect(self, devices: int) -> Welcome:
+        """Open the sockets. Returns the verifier's welcome. Raises UnavailableError, ConfigError or ProtocolError."""
+        gate = asyncio.Semaphore(AT_ONCE)
+
+        async def one(index: int) -> Welcome:
+            self._wires[index] = {}
+            async with gate:
+                welcome = await self._extend(index, HOME)
+                self._digests[index] = welcome.digest
+                return welcome
+
+        try:
+            welcomes = await asyncio.gather(*(one(i) for i in range(devices)))
+        except UnavailableError:
+            await self.close()
+            raise
+        return welcomes[0]
+
+    async def probe(self, lags_ms: list[float]) -> None:
+        """Until cancelled, measure how long the verifier's event loop takes to answer a ping."""
+        wire, _ = await self._wire(self.url, lambda frame: None, self._ended)
+        try:
+            while True:
+                started = time.monotonic()
+                await wire.ping()
+                lags_ms.append((time.monotonic() - started) * 1e3)
+                await asyncio.sleep(PROBE_S)
+        finally:
+            wire.close()
+
+    # --- Uplink
+
+    def receive(self, connection: int, message: Said) -> None:
+        """A device's message leaves."""
+        self.frames_out += 1
+        itinerary = self._itineraries.get(connection)
+        if isinstance(message, Open):
+            message = msgspec.structs.replace(message, digest=self._digests[connection])
+            if itinerary is None or itinerary.session != message.session:
+                itinerary = self._itineraries[connection] = Itinerary(message.session, self._patience)
+        if itinerary is not None:
+            self._send(connection, itinerary.say(message))
+
+    def lost(self, connection: int) -> None:
+        """A device is switched off: its connections break without a word."""
+        self._itineraries.pop(connection, None)
+        for wire in self._wires.pop(connection).values():
+            wire.abort()
+
+    async def close(self) -> None:
+        """Close all sockets, in any state."""
+        self._closing = True
+        for task in self._following:
+            task.cancel()
+        for wire in self._all:
+            wire.close()
+        await asyncio.sleep(CLOSE_S)
+        for wire in self._all:
+            wire.abort()
+        await asyncio.sleep(0)
+
+    # --- sockets
+
+    def _send(self, index: int, messages: list[Said]) -> None:
+        if (wire := self._wires[index].get(self._itineraries[index].at)) is not None:
+            for message in messages:
+                wire.send(encode(message))
+
+    async def _extend(self, index: int, address: str | None) -> Welcome:
+        """Connect a device to another address. Raises UnavailableError, ConfigError or ProtocolError."""
+        url = self.url if address is HOME else redirected_url(self.url, address)
+        heard = functools.partial(self._heard, index, address)
+        broken = functools.partial(self._broken, index, address)
+        wire, welcome = await self._wire(url, heard, broken)
+        self._wires.get(index, {})[address] = wire
+        return welcome
+
+    async def _wire(
+        self, url: str, heard: Callable[[bytes], None], broken: Callable[[str], None]
+    ) -> tuple[Wire, Welcome]:
+        parts = urlsplit(url)
+        secure = parts.scheme == "wss"
+        loop = asyncio.get_running_loop()
+
+        def opened() -> Wire:
+            wire = Wire(url, self._headers, heard, broken)
+            self._all.append(wire)
+            return wire
+
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                _, wire = await loop.create_connection(
+                    opened,
+                    parts.hostname or "",
+                    parts.port or (443 if secure else 80),
+                    ssl=ssl.create_default_context() if secure else None,
+                )
+                frame = await wire.ready
+        except (OSError, TimeoutError, WebSocketException) as error:
+            code = error.response.headers.get(REFUSAL_HEADER) if isinstance(error, InvalidStatus) else None
+            if code == "invalid_api_key":
+                raise ConfigError(f"the verifier at {url} refused our key; set WISP_API_KEY") from None
+            raise UnavailableError(f"no verifier at {url}: {str(error) or 'no answer'}") from None
+        if wire.ended:  # in the same moment
+            raise UnavailableError(f"the verifier at {url} went away")
+        first = decode_server_message(frame)
+        if not isinstance(first, Welcome):
+            raise ProtocolError(getattr(first, "code", "malformed"), getattr(first, "message", "no welcome"))
+        wire.welcome = first
+        return wire, first
+
+    def _heard(self, index: int, address: str | None, frame: bytes) -> None:
+        self.frames_in += 1
+        clock = self.clock
+        if clock is not None:
+            clock.happen(lambda: self._take(index, address, decode_server_message(frame)))
+
+    def _take(self, index: int, address: str | None, message: ServerMessage | Lost) -> None:
+        """Something arrived from `address`: do what follows from it, and tell the device."""
+        itinerary, clock = self._itineraries.get(index), self.clock
+        if isinstance(message, Refused) and not message.session:
+            raise ProtocolError(message.code, f"the verifier refused a frame: {message.message}")
+        if itinerary is None or clock is None:
+            return  # the device was switched off, or has not asked for anything yet
+        try:
+            if isinstance(message, Lost):
+                step = itinerary.lost(address, clock.now)
+            else:
+                step = itinerary.heard(address, message, clock.now)
+        except RequestError as error:
+            step = Refused(itinerary.session, error.code or "failed", str(error), fatal=True)
+        if isinstance(step, Send):
+            self._send(index, step.messages)
+        elif isinstance(step, Go):
+            self._follow(index, step.address)
+        elif isinstance(step, Home):
+            why = "its verifier is gone; open it again"
+            self.senders[index](Refused(itinerary.session, "unknown_session", why, step.after_s or 0.0))
+        elif isinstance(step, Verdict | Refused):
+            self.senders[index](step)
+
+    def _follow(self, index: int, address: str) -> None:
+        self.redirects += 1
+        wire = self._wires[index].get(address)
+        if wire is not None and wire.welcome is not None:
+            self._take(index, address, wire.welcome)
+            return
+        task = asyncio.ensure_future(self._reach(index, address))
+        self._following.add(task)
+        task.add_done_callback(self._following.discard)
+
+    async def _reach(self, index: int, address: str) -> None:
+        try:
+            event: Welcome | Lost = await self._extend(index, address)
+        except (UnavailableError, ConfigError, ProtocolError):
+            event = LOST
+        self._tell(index, address, event)
+
+    def _broken(self, index: int, address: str | None, reason: str) -> None:
+        if address is HOME:
+            self._ended(reason)
+        elif index in self._wires:
+            self._wires[index].pop(address, None)
+            self._tell(index, address, LOST)
+
+    def _tell(self, index: int, address: str | None, event: Welcome | Lost) -> None:
+        if self.clock is not None and not self._closing:
+            self.clock.happen(lambda: self._take(index, address, event))
+
+    def _ended(self, reason: str) -> None:
+        """The server that was given is gone."""
+        if not self._closing and self.clock is not None:
+
+            def fail() -> None:
+                raise UnavailableError(f"the verifier closed a connection: {reason}")
+
+            self.clock.happen(fail)
+
+
+class Wire(asyncio.Protocol):
+    """One WebSocket, without tasks or queues: each frame is handed on as it arrives. Says hello by itself.
+
+    ready: the first frame that came; welcome: what it said
+    """
+
+    def __init__(
+        self, url: str, headers: dict[str, str], heard: Callable[[bytes], None], broken: Callable[[str], None]
+    ) -> None:
+        self.ready: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.welcome: Welcome | None = None
+        self._heard = heard
+        self._broken = broken
+        self._headers = headers
+        self._socket = ClientProtocol(
+            parse_uri(url), subprotocols=[Subprotocol(SUBPROTOCOL)], max_size=MAX_FRAME
+        )
+        self._pong: asyncio.Future[None] | None = None
+        self._transport: asyncio.Transport | None = None  # while there is a connection
+        self._ended = False
+
+    @property
+    def ended(self) -> bool:
+        """Is the connection gone?"""
+        return self._ended
+
+    async def ping(self) -> None:
+        """Returns with the answer."""
+        self._pong = asyncio.get_running_loop().create_future()
+        self._socket.send_ping(b"")
+        self._flush()
+        await self._pong
+
+    def send(self, frame: bytes) -> None:
+        """Send a binary frame; nothing, if the connection is gone, or about to be."""
+        if self._ended or self._socket.state is not OPEN:
+            return
+        self._socket.send_binary(frame)
+        self._flush()
+
+    def close(self) -> None:
+        """Say goodbye."""
+        if self._ended:
+            return
+        self._ended = True
+        if self._transport is None or not self.ready.done():
+            self.abort()
+        else:
+            self._socket.send_close(1000)
+            self._flush()
+
+    def abort(self) -> None:
+        """Break it."""
+        self._ended = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ask for the upgrade."""
+        self._transport = cast("asyncio.Transport", transport)
+        request = self._socket.connect()
+        for name, value in self._headers.items():
+            request.headers[name] = value
+        self._socket.send_request(request)
+        self._flush()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came."""
+        self._socket.receive_data(data)
+        for event in self._socket.events_received():
+            if isinstance(event, Frame):
+                self._frame(event)
+            elif isinstance(event, Response) and event.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
+                self._socket.send_binary(
+                    encode(Hello(VERSION, client=f"wisp-fleet/{__version__}", redirects=True))
+                )
+        self._flush()
+
+    def eof_received(self) -> None:
+        """The peer is done."""
+        self._socket.receive_eof()
+        self._flush()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The connection is gone."""
+        self._transport = None
+        reason = str(self._socket.handshake_exc or error or self._socket.close_reason or "no reason given")
+        if not self.ready.done():
+            self.ready.set_exception(self._socket.handshake_exc or ConnectionError(reason))
+        elif not self._ended:
+            self._ended = True
+            self._broken(reason)
+
+    def _frame(self, frame: Frame) -> None:
+        if frame.opcode is Opcode.PONG:
+            if self._pong is not None and not self._pong.done():
+                self._pong.set_result(None)
+        elif frame.opcode is Opcode.BINARY and not self.ready.done():
+            self.ready.set_result(bytes(frame.data))
+        elif frame.opcode is Opcode.BINARY:
+            self._heard(bytes(frame.data))  # a verifier does not fragment
+
+    def _flush(self) -> None:
+        transport = self._transport
+        if transport is None:
+            return
+        for data in self._socket.data_to_send():
+            if data:
+                transport.write(data)
+            elif transport.can_write_eof():
+                transport.write_eof()

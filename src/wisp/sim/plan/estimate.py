@@ -1,0 +1,140 @@
+"""Devices to expect from one server: a fluid bound, times the share of it that capacity searches reached.
+
+With drafts the bound is that of a good schedule, not the ideal one. Circumstances harder than the searches' take more
+off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from wisp.core.verify.cost import Load
+from wisp.sim.fluid import Bound, bound, demand_of
+from wisp.sim.scenario import Scenario
+
+TOLERANCES = (0.01, 0.1)
+# Shares that capacity searches reached with these tolerances: `capacity_at_1_percent` and `capacity`, in
+# docs/results/capacity.json, the first rows of `wisp experiments table`. With drafts: of a good schedule (`bound`, not
+# `ideal`), at any rate. Centrally: of the bound, by tokens/s.
+WISP = (0.89, 0.98)
+CENTRAL = {8.0: (0.922, 1.01), 12.0: (0.89, 1.041), 16.0: (0.752, 0.774), 20.0: (0.762, 0.813)}
+USUAL_WAIT_S, USUAL_OUTPUT = 3.0, 200.0  # TTFT target and tokens of an answer there
+# Prompts come in lumps. A larger share of them in the tokens of a step than usual takes this many times the difference
+# off. Chosen so that searches with longer prompts carried the expected devices.
+USUAL_LUMPS = 0.4
+LUMPY = {"wisp": 0.45, "central": 0.25}
+PREEMPTED = 0.25  # of the possible gain by preemption, up to as many devices again: seen at 2 to 6 tokens/s
+PLENTY = 10**9  # tokens of KV
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """For one way of serving.
+
+    bound:     the fluid bound
+    devices:   how many to expect one server to carry; tried: a simulation has found this number
+    limit:     the scarce resource: time, kv, slots, context (a session is longer than a slot) or ttft (a first token
+               takes longer than users wait, even on an idle server)
+    simulated: violation rate at the devices asked for (None: not simulated)
+    """
+
+    bound: float
+    devices: int
+    limit: str
+    tried: bool = False
+    simulated: float | None = None
+
+    def carries(self, n: int) -> bool:
+        """Does one server carry `n` devices?"""
+        return self.devices >= n
+
+    def servers(self, n: int) -> int:
+        """Servers needed for `n` devices; 0: no number of them is enough."""
+        return math.ceil(n / self.devices) if self.devices else 0
+
+
+def estimate(name: str, scenario: Scenario, tolerance: float) -> Estimate:
+    """Of a system ("wisp" or "central"), with at most this share of requests late."""
+    profile = scenario.profile
+    if longest(scenario) > min(profile.slot_tokens, profile.kv_tokens):
+        return Estimate(0.0, 0, "context")
+    warm = kept_up(scenario)
+    if idle_ttft_ms(warm) > scenario.slo[0].ttft_s * 1e3:
+        return Estimate(0.0, 0, "ttft")
+    limit = bound(warm, central=name == "central")
+    devices = int(expected(name, warm, tolerance))
+    return Estimate(round(limit.devices, 1), devices, limit.limit)
+
+
+def expected(name: str, scenario: Scenario, tolerance: float = 0.1) -> float:
+    """Devices to expect of a system: the share that searches reached of its bound. Larger lumps of prompts and less
+    patient users than in the searches take some off."""
+    central = name == "central"
+    at_once = bound(scenario, central=central, preempts=False).devices
+    gain = PREEMPTED * (bound(scenario, central=central).devices - at_once)
+    memory = at_once + min(gain, at_once)
+    unlimited = msgspec.structs.replace(scenario, kv_tokens=PLENTY, slots=PLENTY // 1000)
+    in_time = bound(unlimited, central=central, ideal=central)
+    share = reached(name, scenario.slo[0].rate, tolerance)
+    if not in_time.point.sent:  # it serves centrally, too
+        share = min(share, reached("central", scenario.slo[0].rate, tolerance))
+    left = 1.0 - _lumpiness(name, scenario, in_time)
+    return share * _patience(scenario) * max(0.0, min(memory, left * in_time.devices))
+
+
+def _lumpiness(name: str, scenario: Scenario, limit: Bound) -> float:
+    """Share to take off because prompts are more of a step than usual."""
+    point, demand = limit.point, demand_of(scenario, scenario.slo[0], scenario.devices[0])
+    fed = point.committed * demand.prompt / demand.output
+    return LUMPY[name] * max(0.0, fed / (fed + point.sent + 1) - USUAL_LUMPS)
+
+
+def reached(name: str, rate: float, tolerance: float = 0.1) -> float:
+    """Share that a system reached, interpolated: linear in the rate, constant beyond the searched rates, and linear in
+    the logarithm of the tolerance."""
+    by_tolerance: Sequence[float] = WISP
+    if name == "central":
+        by_tolerance = [
+            float(np.interp(rate, list(CENTRAL), [r[i] for r in CENTRAL.values()])) for i in (0, 1)
+        ]
+    return float(np.interp(math.log(tolerance), np.log(TOLERANCES), by_tolerance))
+
+
+def _patience(scenario: Scenario) -> float:
+    """A user needs nothing while waiting for a first token. Waits that are shorter, relative to answers, than in the
+    searches mean fewer devices; longer ones are not counted on."""
+    slo, output = scenario.slo[0], sum(scenario.output_tokens) / 2
+    return min(1.0, (1 + slo.ttft_s * slo.rate / output) / (1 + USUAL_WAIT_S * slo.rate / USUAL_OUTPUT))
+
+
+def kept_up(scenario: Scenario) -> Scenario:
+    """With the speed of warm devices."""
+    kit = scenario.devices[0]
+    device, _ = kit.build()
+    if device.throttle >= 1.0:
+        return scenario
+    slower = msgspec.structs.replace(kit, device=f"{device.tokens_per_s * device.throttle:g}")
+    return msgspec.structs.replace(scenario, devices=(slower,))
+
+
+def longest(scenario: Scenario) -> int:
+    """Tokens of the longest session."""
+    return scenario.prompt_tokens[1] + scenario.output_tokens[1]
+
+
+def idle_ttft_ms(scenario: Scenario) -> float:
+    """Time to the first token of a mean prompt on an idle server."""
+    profile, prompt = scenario.profile, sum(scenario.prompt_tokens) // 2
+    steps = math.ceil(prompt / profile.step_tokens)
+    each = math.ceil(prompt / steps)
+    loads = [Load(each, each * (i + 1) * each, i * each, 1) for i in range(steps)]
+    return scenario.devices[0].rtt_ms + sum(map(profile.step_ms, loads))
+
+
+def cap(scenario: Scenario) -> int:
+    """Sessions that a centralised server holds at once, if fewer than there are devices, else 0."""
+    most = round(bound(scenario, central=True).devices)
+    return most if 1 <= most < scenario.devices_n else 0

@@ -1,0 +1,479 @@
+"""The report of a run, simulated or live: service by class, devices, the verifier's engine; and tables for people.
+
+Only requests that arrived in the window count, as they stand when the run ends. Latencies are the user's, of all
+requests that got so far, met or not. TPOT is per token, ITL per message: speculation makes them differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import msgspec
+from rich.table import Table
+
+from wisp.calibrate.hardware import Measured
+from wisp.core.protocol.slo import account, met
+from wisp.core.verify.cost import Load
+from wisp.sim.scenario import SloClass
+from wisp.sim.simulate import Fleet, Simulation, quantile
+from wisp.sim.world import Request, VerifierCounts
+
+LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """Mean, median and 99th percentile; None of nothing."""
+
+    mean: float | None = None
+    median: float | None = None
+    p99: float | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of these values."""
+        if not values:
+            return cls()
+        return cls(*(round(v, 3) for v in (fmean(values), quantile(values, 0.5), quantile(values, 0.99))))
+
+
+class ClassReport(msgspec.Struct, frozen=True):
+    """Service of one SLO class. attainment: share of arrived requests that met their SLO (None: nothing arrived)."""
+
+    name: str
+    arrived: int
+    attainment: float | None
+    goodput: float
+    ttft_ms: Spread
+    tpot_ms: Spread
+
+
+class Engine(msgspec.Struct, frozen=True):
+    """The verifier's engine in the window. utilisation: share of time with a step running; rows: tokens fed.
+
+    Means are None where there was no step; acceptance is None where nothing was drafted.
+    """
+
+    steps_per_s: float
+    utilisation: float
+    step_ms: float | None
+    slices_per_step: float | None
+    rows_per_step: float | None
+    tokens_per_s: float
+    drafted_per_s: float
+    acceptance: float | None
+
+    @classmethod
+    def between(cls, a: VerifierCounts, b: VerifierCounts, seconds: float) -> Engine:
+        """From counters at the two ends of `seconds`."""
+        steps, busy_ms, drafted = b.steps - a.steps, b.busy_ms - a.busy_ms, b.draft_rows - a.draft_rows
+
+        def each(total: float) -> float | None:
+            return total / steps if steps else None
+
+        return cls(
+            steps_per_s=steps / seconds,
+            utilisation=busy_ms / 1e3 / seconds,
+            step_ms=each(busy_ms),
+            slices_per_step=each(b.slices - a.slices),
+            rows_per_step=each(b.rows - a.rows),
+            tokens_per_s=(b.tokens - a.tokens) / seconds,
+            drafted_per_s=drafted / seconds,
+            acceptance=(b.accepted - a.accepted) / drafted if drafted else None,
+        )
+
+
+class WholeRun(msgspec.Struct, frozen=True):
+    """The simulated verifier over the whole run, warm-up and drain included. A live one does not tell all of it.
+
+    busy:            share of time with a step in the engine
+    prefill_share:   of the tokens fed, those of prompts
+    acceptance:      share of draft tokens (None: there were none)
+    interference_ms: for each slice, the time of its step less the fitted cost model's time for the slice alone
+    price:           of a draft token in the verdicts, in tokens
+    """
+
+    steps: int
+    step_ms: float
+    busy: float
+    sessions_a_step: float
+    rows_a_step: float
+    prefill_share: float
+    drafts: int
+    draft_tokens: int
+    acceptance: float | None
+    tokens: int
+    interference_ms: Spread
+    price: Spread
+    kv_evictions: int
+
+    @classmethod
+    def of(cls, counts: VerifierCounts, seconds: float) -> WholeRun:
+        """From the counters at the end of a run of `seconds`."""
+        steps = max(counts.steps, 1)
+        return cls(
+            steps=counts.steps,
+            step_ms=counts.busy_ms / steps,
+            busy=counts.busy_ms / 1e3 / seconds,
+            sessions_a_step=counts.slices / steps,
+            rows_a_step=counts.rows / steps,
+            prefill_share=counts.prefill_rows / max(counts.rows, 1),
+            drafts=counts.drafts,
+            draft_tokens=counts.draft_rows,
+            acceptance=counts.accepted / counts.draft_rows if counts.draft_rows else None,
+            tokens=counts.tokens,
+            interference_ms=Spread.of(counts.interference_ms),
+            price=Spread.of(counts.prices),
+            kv_evictions=counts.evicted,
+        )
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """The load of a live run on this machine, and whether the machine kept up. CPU: shares of one core.
+
+    loop_lag_ms:   how late the fleet's event loop was
+    server_lag_ms: how long the verifier's event loop took to answer a ping
+    stalled:       share of time in which a loop was later than a busy one is: the machine stood still
+    problems:      why the run is not valid
+    """
+
+    fleet_cpu: float
+    server_cpu: float | None
+    loop_lag_ms_p50: float
+    loop_lag_ms_p99: float
+    server_lag_ms_p50: float
+    server_lag_ms_p99: float
+    stalled: float
+    frames_per_s: float
+    problems: tuple[str, ...] = ()
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """A run. None is a value that does not exist, e.g. where nothing arrived.
+
+    where:           "live" or "simulator"
+    duration:        of the window, s; simulated_s: when the run ended, from its start
+    cut:             the run was stopped early, its outcome being clear; rates are then estimates
+    request_*:       requests per second; goodput: output tokens per second of requests that met their SLO
+    violators_tpot_p99_ms: of requests that missed their SLO, unfinished ones as they stood (None: none had a second
+                     token)
+    refused, refusals: requests refused for good; refusals in all
+    drafting_ms:     of all devices over the whole run; wasted_ms: of that, past a first rejection
+    drafting_busy:   share of the devices' time; drafting_wasted: share of drafting time
+    ahead_wasted:    tokens drafted ahead and thrown away
+    interference_ms: of each answered draft or decoded token in the window, the time of its step less the hardware
+                     profile's time for it alone
+    tokens_checked:  committed tokens compared with their scripts; mismatches: those that differ
+    engine:          None behind a router, whose replicas' counters end with the replicas
+    verifier:        None for a live run
+    """
+
+    scenario: str
+    system: str
+    batching: str
+    drafting: str
+    where: str
+    seed: int
+    devices: int
+    rates: tuple[float, ...]
+    duration: float
+    cut: bool
+    simulated_s: float
+    arrived: int
+    met: int
+    completed: int
+    failed: int
+    unfinished: int
+    refused: int
+    refusals: int
+    violation_rate: float | None
+    attainment: float | None
+    request_goodput: float
+    request_throughput: float
+    goodput: float
+    output_throughput: float
+    total_output_tokens: int
+    classes: tuple[ClassReport, ...]
+    ttft_ms: Spread
+    tpot_ms: Spread
+    itl_ms: Spread
+    e2el_ms: Spread
+    violators_tpot_p99_ms: float | None
+    drafting_ms: float
+    wasted_ms: float
+    drafting_busy: float
+    drafting_wasted: float
+    ahead_wasted: int
+    interference_ms: Spread
+    tokens_checked: int
+    mismatches: int
+    engine: Engine | None = None
+    machine: Machine | None = None
+    verifier: WholeRun | None = None
+
+    @property
+    def missed(self) -> float:
+        """The violation rate; 1.0 where nothing arrived, since then nothing shows timely service."""
+        return 1.0 if self.violation_rate is None else self.violation_rate
+
+    def benchmark(self) -> dict[str, Any]:
+        """As one JSON object, latencies under the names that serving benchmarks use."""
+        data: dict[str, Any] = msgspec.to_builtins(self)
+        for name in (*LATENCIES, "interference_ms"):
+            data |= {f"{kind}_{name}": value for kind, value in data.pop(name).items()}
+        data["by_class"] = [
+            {"name": c.name, "arrived": c.arrived, "attainment": c.attainment, "p99_tpot_ms": c.tpot_ms.p99}
+            for c in self.classes
+        ]
+        return data | (data.pop("verifier") or {})
+
+
+def report(
+    fleet: Fleet,
+    *,
+    violation_rate: float | None = None,
+    engine: Engine | None = None,
+    machine: Machine | None = None,
+) -> Report:
+    """Of a run that is over. violation_rate: an estimate, for a run that was cut; engine, machine: of a live run."""
+    s, counts, now, devices = fleet.scenario, fleet.shared.counts, fleet.env.now, fleet.devices
+    start, end = s.warmup_s, s.warmup_s + s.window_s
+    window = fleet.window()
+    seconds = max(min(end, now) - start, 1e-9)
+    good = account([r.served() for r in window], start, start + seconds, now)
+    cut = violation_rate is not None
+    if violation_rate is None and window:
+        violation_rate = good.violation_rate
+    verifier = None
+    if isinstance(fleet, Simulation):
+        verifier = WholeRun.of(fleet.verifier.counts, now)
+        ends = fleet.marks
+        engine = Engine.between(ends[0], ends[1], s.window_s) if len(ends) == 2 else None
+    compared = [d.compared() for d in devices]
+    completed, tokens = sum(r.ended is not None and r.ok for r in window), sum(r.tokens for r in window)
+    return Report(
+        scenario=s.title,
+        system=fleet.system.name,
+        batching=fleet.system.batching,
+        drafting=fleet.system.drafting or "none",
+        where="simulator" if verifier else "live",
+        seed=fleet.seed,
+        devices=len(devices) if s.open else max((n for _, n in s.population), default=s.devices_n),
+        rates=tuple(c.rate for c in s.slo),
+        duration=s.window_s,
+        cut=cut,
+        simulated_s=round(now, 3),
+        arrived=len(window),
+        met=good.met,
+        completed=completed,
+        failed=sum(not r.ok for r in window),
+        unfinished=sum(r.ended is None for r in window),
+        refused=sum(r.refused for r in window),
+        refusals=sum(r.refusals for r in window),
+        violation_rate=violation_rate,
+        attainment=None if violation_rate is None else 1.0 - violation_rate,
+        request_goodput=good.met / seconds,
+        request_throughput=completed / seconds,
+        goodput=good.goodput,
+        output_throughput=tokens / seconds,
+        total_output_tokens=tokens,
+        classes=_classes(s.slo, window, start, start + seconds, now),
+        **_latencies(window),
+        violators_tpot_p99_ms=_violators_p99(window, now),
+        drafting_ms=counts.drafting_ms,
+        wasted_ms=counts.wasted_ms,
+        drafting_busy=counts.drafting_ms / 1e3 / (now * max(1, len(devices))),
+        drafting_wasted=counts.wasted_ms / counts.drafting_ms if counts.drafting_ms else 0.0,
+        ahead_wasted=counts.ahead_wasted,
+        interference_ms=Spread.of(_interference_ms(fleet)),
+        tokens_checked=sum(checked for checked, _ in compared),
+        mismatches=sum(wrong for _, wrong in compared),
+        engine=engine,
+        machine=machine,
+        verifier=verifier,
+    )
+
+
+def _interference_ms(fleet: Fleet) -> list[float]:
+    """For each pass in the window; nothing where no hardware profile tells a step's time alone."""
+    s = fleet.scenario
+    profile = s.profile
+    if s.as_recorded and not (isinstance(profile, Measured) or isinstance(fleet, Simulation)):
+        return []
+    return [
+        p.engine_ms - profile.step_ms(Load().plus(p.new, p.cached))
+        for d in fleet.devices
+        for p in d.seen.passes
+        if s.warmup_s <= p.at < s.warmup_s + s.window_s
+    ]
+
+
+def _latencies(requests: Sequence[Request]) -> dict[str, Spread]:
+    served = [r.served() for r in requests if r.tokens]
+    return {
+        "ttft_ms": Spread.of([s.ttft_ms for s in served]),
+        "tpot_ms": Spread.of([s.tpot_ms for s in served if s.tokens > 1]),
+        "itl_ms": Spread.of([gap for r in requests for gap in r.gaps_ms]),
+        "e2el_ms": Spread.of([(s.last - s.arrived) * 1e3 for s in served if s.ended is not None]),
+    }
+
+
+def _violators_p99(requests: Sequence[Request], now: float) -> float | None:
+    missed = [r for r in requests if r.tokens > 1 and not met(r.served(), now)]
+    paces = [((r.last if r.ended is not None else now) - r.first) * 1e3 / (r.tokens - 1) for r in missed]
+    return quantile(paces, 0.99) if paces else None
+
+
+def _classes(
+    named: Sequence[SloClass], window: Sequence[Request], start: float, end: float, now: float
+) -> tuple[ClassReport, ...]:
+    found = []
+    classes = {c.slo: c for c in named}
+    for r in window:  # recorded arrivals may bring their own
+        classes.setdefault(r.slo, SloClass(round(1e3 / r.slo.tpot_ms, 3)))
+    for key, slo in classes.items():
+        of_class = [r for r in window if r.slo == key]
+        counted = account([r.served() for r in of_class], start, end, now)
+        latencies = _latencies(of_class)
+        found.append(
+            ClassReport(
+                slo.name or f"{slo.rate:g} tok/s",
+                counted.arrived,
+                counted.attainment if counted.arrived else None,
+                counted.goodput,
+                latencies["ttft_ms"],
+                latencies["tpot_ms"],
+            )
+        )
+    return tuple(found)
+
+
+def number(value: float | None, how: str = ".1f") -> str:
+    """For people; a dash for None."""
+    return "-" if value is None else format(value, how)
+
+
+def table(reports: Sequence[Report]) -> Table:
+    """Runs of one scenario side by side, for people. Rows that none of them has are left out."""
+    first = reports[0]
+    rates = ", ".join(f"{rate:g}" for rate in first.rates)
+    title = f"{first.scenario}: {first.devices} devices, {rates} tokens/s, seed {first.seed}, {first.duration:g} s"
+    out = Table(title=title)
+    out.add_column("")
+    for r in reports:
+        batching = "" if r.batching == r.system else f", {r.batching}"
+        out.add_column(f"{r.system}{batching}{' (live)' * (r.where == 'live')}", justify="right")
+    several = len(first.classes) > 1
+    for label, text in (
+        *_SERVICE,
+        *(_class_row(i, c.name) for i, c in enumerate(first.classes) if several),
+        *_COST,
+    ):
+        cells = [text(r) for r in reports]
+        if any(cells):
+            out.add_row(label, *cells)
+    return out
+
+
+Row = tuple[str, Callable[[Report], str]]
+
+
+def _class_row(i: int, name: str) -> Row:
+    return f"  {name}", lambda r: f"{_attained(r.classes[i])}, {r.classes[i].goodput:,.0f} tokens/s"
+
+
+def _attained(of: Report | ClassReport) -> str:
+    return "nothing arrived" if of.attainment is None else f"{of.attainment:.1%} of {of.arrived}"
+
+
+def _within(r: Report) -> str:
+    rate = r.violation_rate
+    return "" if rate is None else " / ".join("yes" if rate <= most else "no" for most in (0.1, 0.01))
+
+
+def _three(name: str) -> Callable[[Report], str]:
+    return lambda r: " / ".join(number(v) for v in msgspec.structs.astuple(getattr(r, name)))
+
+
+def _of(part: str, text: Callable[[Any], str]) -> Callable[[Report], str]:
+    """A row of a part that not every report has."""
+    return lambda r: text(getattr(r, part)) if getattr(r, part) else ""
+
+
+_SERVICE: tuple[Row, ...] = (
+    ("within 10 % / 1 % violations", _within),
+    ("goodput / output, tokens/s", lambda r: f"{r.goodput:,.0f} / {r.output_throughput:,.0f}"),
+    ("requests that met their SLO", _attained),
+)
+_COST: tuple[Row, ...] = (
+    ("refused for good / refusals", lambda r: f"{r.refused} / {r.refusals}"),
+    ("TTFT mean / p50 / p99, ms", _three("ttft_ms")),
+    ("TPOT mean / p50 / p99, ms", _three("tpot_ms")),
+    ("between messages mean / p50 / p99, ms", _three("itl_ms")),
+    ("p99 TPOT of requests that missed, ms", lambda r: number(r.violators_tpot_p99_ms)),
+    ("interference mean / p50 / p99, ms", _three("interference_ms")),
+    ("drafting, share of time / of it wasted", lambda r: f"{r.drafting_busy:.0%} / {r.drafting_wasted:.0%}"),
+    ("engine busy", _of("engine", lambda e: f"{e.utilisation:.0%}")),
+    ("step, ms", _of("engine", lambda e: number(e.step_ms))),
+    ("sequences per step", _of("engine", lambda e: number(e.slices_per_step))),
+    ("tokens per step", _of("engine", lambda e: number(e.rows_per_step))),
+    ("draft tokens accepted", _of("engine", lambda e: number(e.acceptance, ".0%"))),
+    ("steps in all; prompts, share of tokens", _of("verifier", lambda v: f"{v.steps:,}; {v.prefill_share:.0%}")),
+    ("price of a draft token, mean", _of("verifier", lambda v: number(v.price.mean, ".3f"))),
+    ("KV evictions", _of("verifier", lambda v: str(v.kv_evictions))),
+    ("CPU of fleet / server, cores", _of("machine", lambda m: f"{m.fleet_cpu:.2f} / {number(m.server_cpu, '.2f')}")),
+    ("lag of fleet p50 / p99, ms", _of("machine", lambda m: f"{m.loop_lag_ms_p50:.1f} / {m.loop_lag_ms_p99:.1f}")),
+    ("stood still, share of time", _of("machine", lambda m: f"{m.stalled:.1%}")),
+    ("lag of server p50 / p99, ms", _of("machine", lambda m: f"{m.server_lag_ms_p50:.1f} / {m.server_lag_ms_p99:.1f}")),
+)  # fmt: skip
+
+
+def chrome_trace(simulation: Simulation) -> str:
+    """A traced simulation for chrome://tracing: the verifier's steps, each device's drafts and waits."""
+    events: list[dict[str, Any]] = [
+        {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}}
+        for pid, name in ((0, "verifier"), (1, "devices drafting"), (2, "devices waiting"))
+    ]
+    for what, at, ms, who, tokens in simulation.shared.trace or ():
+        step = what == "step"
+        events.append(
+            {
+                "name": what,
+                "ph": "X",
+                "ts": round(at * 1e6),
+                "dur": round(ms * 1e3),
+                "pid": {"step": 0, "draft": 1}.get(what, 2),
+                "tid": 0 if step else who,
+                "args": {"sessions": who, "tokens": tokens} if step else {"tokens": tokens},
+            }
+        )
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+
+
+def draw(simulation: Simulation, path: Path) -> None:
+    """Plot each request of a traced run at its arrival, and the sizes of steps over time."""
+    from wisp.sim.plots import ACCEPTED, OWN, REJECTED, pyplot
+
+    plt = pyplot()
+    figure, (first, pace, steps) = plt.subplots(3, 1, figsize=(10, 7.5), sharex=True)
+    now = simulation.env.now
+    served = [r.served() for r in simulation.requests if r.tokens > 1]
+    colours = [ACCEPTED if met(s, now) else REJECTED for s in served]
+    arrived = [s.arrived for s in served]
+    first.scatter(arrived, [s.ttft_ms for s in served], s=8, c=colours)
+    first.set_ylabel("TTFT (ms)")
+    first.set_title("requests at their arrival; green met their SLO", loc="left", fontsize=9)
+    pace.scatter(arrived, [s.tpot_ms for s in served], s=8, c=colours)
+    for slo in simulation.scenario.slo:
+        pace.axhline(slo.slo.tpot_ms, lw=0.8, color="black")
+    pace.set_ylabel("TPOT (ms)")
+    runs = [e for e in simulation.shared.trace or () if e.what == "step"]
+    steps.plot([e.at for e in runs], [e.tokens for e in runs], lw=0.5, color=OWN)
+    steps.set_ylabel("tokens a step")
+    steps.set_xlabel("seconds")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,77 @@
+"""A verifier of our own for a scenario: `wisp serve` as a child process on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import msgspec
+
+from wisp.calibrate.hardware import Measured
+from wisp.children import Child, Children, free_ports
+from wisp.sim.scenario import Scenario
+from wisp.sim.simulate import first_guess
+from wisp.sim.systems import System
+
+MOST_SESSIONS = 100_000  # the fleet's own number is the limit
+
+
+@contextlib.contextmanager
+def verifier(scenario: Scenario, of: System) -> Iterator[Child]:
+    """A server with the scenario's engine, until the context is left. Raises ChildError if it does not start."""
+    with Children() as children:
+        (port,) = free_ports(1)
+        child = children.start("verifier", serve_arguments(scenario, of, port, children.folder), port)
+        with httpx.Client(trust_env=False) as client:
+            child.wait_healthy(client)
+        yield child
+
+
+def serve_arguments(scenario: Scenario, of: System, port: int, folder: Path) -> list[str]:
+    """The command that serves a scenario. `folder` is for files that it reads."""
+    profile = scenario.profile
+    flags = {
+        "batching": of.batching,
+        "max-sessions": str(MOST_SESSIONS),
+        "drain-s": "0",
+        "log-level": "warning",
+        "port": str(port),
+    }
+    if isinstance(profile, Measured):
+        slots = of.slots or profile.slots
+        flags |= {"engine": profile.engine, "target": profile.model, "mode": profile.mode, "threads": "1"}
+        flags |= {"slots": str(slots), "context": str(profile.slot_tokens), "cost": scenario.hardware}
+    else:
+        flags |= {
+            "engine": "emulated",
+            "target": scenario.hardware,
+            "traces": scenario.traces,
+            "output-tokens": "-".join(map(str, scenario.output_tokens)),
+            "kv-tokens": str(profile.kv_tokens),
+        }
+        if of.slots or scenario.slots:
+            flags["slots"] = str(of.slots or scenario.slots)
+        if scenario.acceptance:
+            flags["acceptance"] = str(scenario.acceptance)
+    if scenario.profile_error != 1.0:
+        cost = folder / "cost.json"
+        cost.write_bytes(msgspec.json.encode(first_guess(profile, scenario.profile_error)))
+        flags["cost"] = str(cost)
+    return [
+        *("-m", "wisp.cli", "serve"),
+        *(part for name, value in flags.items() for part in (f"--{name}", value)),
+        "--slo-admission" if of.admission else "--no-slo-admission",
+    ]
+
+
+def cpu_s(pid: int) -> float | None:
+    """CPU time of a process so far, user and system, all threads; None where there is no /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    user, kernel = stat.rpartition(")")[2].split()[11:13]
+    return (int(user) + int(kernel)) / os.sysconf("SC_CLK_TCK")
