@@ -77,9 +77,8 @@ class _Replica:
     def take(self, now: float, blocks: Sequence[bytes]) -> None:
         self.since.append(now)
         self.placed += 1
-        for block in reversed(
-            blocks
-        ):  # a block is of no use without those before it, so they must be forgotten later
+        # A block is of no use without those before it, so these are forgotten later
+        for block in reversed(blocks):
             self.blocks[block] = None
             self.blocks.move_to_end(block)
         while len(self.blocks) > self.size.kv_tokens // BLOCK:
@@ -91,9 +90,7 @@ class Placement:
 
     def __init__(self) -> None:
         self._replicas: dict[str, _Replica] = {}
-        self._where: dict[
-            str, OrderedDict[str, str]
-        ] = {}  # by key: session -> replica, oldest placement first
+        self._where: dict[str, OrderedDict[str, str]] = {}  # by key: session -> replica, oldest first
         self._remembered = 0
 
     def up(self, replica: str, size: ReplicaSize) -> None:

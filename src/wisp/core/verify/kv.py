@@ -232,9 +232,7 @@ class KvPool:
             tokens = slot.tokens
             if len(tokens) <= shared:
                 continue
-            if (
-                shared < len(chain) and tokens[shared] == chain[shared]
-            ):  # otherwise no longer match is possible
+            if shared < len(chain) and tokens[shared] == chain[shared]:  # otherwise its match is no longer
                 n = common_prefix(tokens, chain)
                 if n > shared:
                     best, shared = slot, n

@@ -150,12 +150,12 @@ class Planner:
         shares, preempts = self.admission.shares, self.policy.preempts
         evictable = self._evictable(now)
         slot_owners: Iterator[int] | None = None  # that may be preempted; worked out once no slot is free
-        for session in sorted(
-            queue,
-            key=lambda s: (
-                shares.get(s.key, 0.0), _needed_at(s) if preempts else 0.0, s.targets.opened, s.handle
-            ),
-        ):  # fmt: skip
+
+        def turn(s: Session) -> tuple[float, float, float, int]:
+            needed_at = _needed_at(s) if preempts else 0.0
+            return shares.get(s.key, 0.0), needed_at, s.targets.opened, s.handle
+
+        for session in sorted(queue, key=turn):
             asked = (now, session.handle, session.params.sharers, session.progress.chain, evictable)
             assigned = self.kv.acquire(*asked) if slot_owners is None else None
             if assigned is None:

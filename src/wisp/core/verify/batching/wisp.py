@@ -207,9 +207,8 @@ class _Step:
         self.going.sort(key=_due)
         enough_ms = 0.0 if self.at_ease or self.crowded else FULL * self._all_ms()
         ahead_s = max(AHEAD_S, 2.0 * self.longest_ms / 1e3) if self.crowded else AHEAD_S
-        reserved = min(
-            self.limits.tokens // 4, sum(w.new for w in self.prompts)
-        )  # or drafts could lock them out
+        # Otherwise drafts could lock prompts out
+        reserved = min(self.limits.tokens // 4, sum(w.new for w in self.prompts))
         self.left -= reserved
         for i, w in enumerate(self.going):
             yielding = not self.at_ease and self.step_ms > enough_ms
