@@ -9,13 +9,13 @@ from typing import get_args
 import msgspec
 import pytest
 
-from wisp.core.protocol.messages import FromEdge, ServerMessage
+from wisp.core.protocol.messages import EdgeMessage, ServerMessage
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
 from wisp.core.protocol.step import TokenLogprob
 
 PAGE = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
-STRUCTS = (*get_args(FromEdge), *get_args(ServerMessage), Sampling, Slo, TokenLogprob)
+STRUCTS = (*get_args(EdgeMessage), *get_args(ServerMessage), Sampling, Slo, TokenLogprob)
 
 
 @pytest.mark.parametrize("struct", STRUCTS, ids=lambda s: s.__name__)
