@@ -34,7 +34,7 @@ MOST_MULTIPLE = 10_000  # of multipleOf, in units of its last digit: a million t
 # White space in JSON: one space, or a line break or two with its indentation; a model may go on with more for ever.
 WHITE_SPACE = r"( |\n{1,2}[ \t]{0,40})"
 MISSING = (
-    "grammars need llguidance 1.9.1 or later, which is not installed here: pip install 'llguidance>=1.9.1'"
+    "grammars need llguidance 1.7.6 or later, which is not installed here: pip install 'llguidance>=1.7.6'"
 )
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]+)')
 
