@@ -267,8 +267,14 @@ def _source(library: Any, grammar: Grammar) -> str:
 def _json(library: Any, schema: Any) -> str:
     if not isinstance(schema, dict | bool):
         raise GrammarError("a JSON schema is an object or a boolean")
+    if schema is False:
+        raise GrammarError("unsatisfiable: the schema is false")
     overrides = {"whitespace_pattern": WHITE_SPACE, "whitespace_flexible": True, "lenient": False}
-    return str(library.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=overrides))
+    return str(
+        library.LLMatcher.grammar_from_json_schema(
+            json.dumps({} if schema is True else schema), overrides=overrides
+        )
+    )
 
 
 def _read(source: str, what: str) -> Any:
