@@ -59,11 +59,11 @@ def test_what_is_certain_follows_without_the_model() -> None:
     draft = over_bytes(model)
     first = draft.propose("s", [1, 2], 0, YES)
     assert first is not None
-    assert (first.token, bytes(first.then)) == (ord("y"), b"es, sir" + b"")
-    assert (model.asked, draft.forced) == (1, 7)
+    assert (first.token, first.then[:8]) == (ord("y"), (*b"es, sir", 256))
+    assert model.asked == 1
     then = draft.propose("s", [1, 2, *b"no"], 2, YES)
     assert then is not None
-    assert (then.token, bytes(then.then), then.signal.certain) == (ord("t"), b"hing, sir", True)
+    assert (then.token, then.then[:10], then.signal.certain) == (ord("t"), (*b"hing, sir", 256), True)
     assert model.asked == 1
 
 
