@@ -96,9 +96,8 @@ def check(pair: Pair, schemas: Sequence[Schema]) -> tuple[list[str], list[str], 
             continue
         said = pair.tokenizer.decode(text).decode("utf-8", "replace")
         try:
-            jsonschema.validate(
-                json.loads(said), schema, jsonschema.Draft202012Validator, format_checker=format_checker
-            )
+            value, formats = json.loads(said), VALIDATOR.FORMAT_CHECKER
+            jsonschema.validate(value, schema, VALIDATOR, format_checker=formats)
         except (ValueError, jsonschema.ValidationError) as error:
             wrong.append(f"{said!r} under {grammar.source}: {error}")
     return wrong, refused, endless
