@@ -225,3 +225,9 @@ def test_the_decoding_load_of_a_step_leaves_prefill_out() -> None:
     assert decoding_of([begun]) == Load()
     assert decoding_of([begun, ending, drafted]) == Load().plus(3, 49).plus(5, 200)
     assert decoding_of([drafted]) == load_of([drafted])
+
+
+def test_the_error_is_the_median_of_how_far_predictions_were_off() -> None:
+    model = CostModel(Coefficients(step=10.0, token=1.0))
+    model.observe(Load(10, 100, 0, 1), 30.0)  # 20 were predicted
+    assert model.error == pytest.approx(0.5)

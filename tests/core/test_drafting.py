@@ -151,6 +151,15 @@ def test_simple_policies_never_leave_it_to_the_verifier(policy: DraftingPolicy) 
 # --- gain: length
 
 
+def test_gain_does_not_leave_it_to_a_verifier_that_tells_no_times() -> None:
+    made = RoundTimes()
+    made.drafted(15.0)
+    for k in range(7):
+        made.verdict(k, 60.0, 0.0, 0.0)
+    assert made.serve_ms == 0.0
+    assert not gain().serve(view([], made))
+
+
 def test_gain_drafts_longer_when_the_round_trip_is_long() -> None:
     lengths = [len(drafted(gain(), pace(wait_ms=wait))) for wait in (30.0, 100.0, 400.0, 1500.0)]
     assert lengths == sorted(lengths)

@@ -179,3 +179,15 @@ def test_the_slot_found_is_that_of_a_search_through_all_slots(what: list[tuple[s
         assert pool.owned_slots == sum(s.owner is not None for s in pool.slots)
         owners = sum(len(s.tokens) for s in pool.slots if s.owner in idle or s.owner is None)
         assert pool.obtainable(unless(idle)) == pool.unused + owners
+
+
+def test_leftovers_go_before_sessions_and_of_those_the_oldest_first() -> None:
+    pool = Pool(4, 100, 100)
+    for i in range(4):
+        assert pool.acquire(float(i), i, "k", [i, 1], never) is not None
+        pool.record(float(i), i, [i] * 20)
+    pool.release(3, keep=True)
+    assert pool.fit(90, unless({0, 1})) is None
+    assert pool.held == 80  # nothing has changed
+    assert pool.fit(50, unless({0, 1})) == [0]
+    assert [len(s.tokens) for s in pool.slots] == [0, 20, 20, 0]
