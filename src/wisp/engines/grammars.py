@@ -31,8 +31,9 @@ LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 30_000, "max_lexer_state
 KEPT = 64  # compiled grammars of a key
 KEYS = 64  # keys whose grammars are kept
 MOST_MULTIPLE = 10_000  # of multipleOf, in units of its last digit: a million takes a minute to compile
-# White space in JSON: one space, or a line break or two with its indentation; a model may go on with more for ever.
-WHITE_SPACE = r"( |\n{1,2}[ \t]{0,40})"
+# White space in JSON is what Python writes. With more freedom models may write blanks for ever, and fewer tokens are
+# certain; a schema can ask for other forms in "x-guidance".
+SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 MISSING = (
     "grammars need llguidance 1.7.6 or later, which is not installed here: pip install 'llguidance>=1.7.6'"
 )
@@ -269,12 +270,9 @@ def _json(library: Any, schema: Any) -> str:
         raise GrammarError("a JSON schema is an object or a boolean")
     if schema is False:
         raise GrammarError("unsatisfiable: the schema is false")
-    overrides = {"whitespace_pattern": WHITE_SPACE, "whitespace_flexible": True, "lenient": False}
-    return str(
-        library.LLMatcher.grammar_from_json_schema(
-            json.dumps({} if schema is True else schema), overrides=overrides
-        )
-    )
+    text = json.dumps({} if schema is True else schema)
+    of = library.LLMatcher.grammar_from_json_schema
+    return str(of(text, defaults=SEPARATORS, overrides={"lenient": False}))
 
 
 def _read(source: str, what: str) -> Any:
