@@ -15,7 +15,7 @@ from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Grammar
 from wisp.core.protocol.edits import Bits
 from wisp.engines.base import Tokenizer
-from wisp.engines.grammars import Grammars
+from wisp.engines.grammars import LIMITS, Grammars
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 from wisp.engines.plain import PlainTokenizer
 
@@ -192,3 +192,28 @@ def test_a_device_without_the_library_says_so(monkeypatch: pytest.MonkeyPatch) -
     vocabulary: Tokenizer = PlainTokenizer()
     with pytest.raises(GrammarError, match="pip install"):
         Grammars(vocabulary).compile(PERSON)
+    with pytest.raises(GrammarError, match="pip install"):
+        Grammars(vocabulary).matcher(PERSON)
+
+
+def test_a_grammar_that_exceeds_a_limit_is_over_for_all_of_its_sessions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What matchers share is wrong from then on."""
+    wide = Grammar("regex", "(" + "|".join(f"a{i}.*b{i}" for i in range(200)) + ")")
+    monkeypatch.setitem(LIMITS, "step_lexer_fuel", 20)
+    grammars = Grammars(PlainTokenizer())
+    grammars.compile(wide, "mine")
+    first, second = grammars.matcher(wide), grammars.matcher(wide)
+    assert says(second.masks(b"", b"")[0]) == b"a"
+    for _ in range(2):
+        with pytest.raises(GrammarError, match="too much work"):
+            first.masks(b"a1zzzz", b"zzz")
+        with pytest.raises(GrammarError, match="too much work"):
+            second.masks(b"", b"")
+    with pytest.raises(GrammarError, match="too much work"):
+        grammars.compile(wide, "mine")
+    with pytest.raises(GrammarError, match="too much work"):
+        grammars.matcher(wide)
+    grammars.compile(wide, "yours")
+    assert says(grammars.matcher(wide).masks(b"", b"")[0]) == b"a"

@@ -56,6 +56,23 @@ def _library() -> Any:
     )  # where it has no wheel, pip finds a placeholder
 
 
+class _Compiled:
+    """A grammar at its beginning. `problem`: why it is of no use any more.
+
+    Matchers share what llguidance finds out about a grammar. One that exceeds a limit leaves wrong entries there, so
+    all of them end with it: no text is better than another text.
+    """
+
+    def __init__(self, matcher: Any) -> None:
+        self.matcher = matcher
+        self.problem = ""
+
+    def check(self) -> None:
+        """Raises GrammarError."""
+        if self.problem:
+            raise GrammarError(f"the grammar takes too much work: {self.problem}")
+
+
 class Grammars:
     """Grammars over one vocabulary (`core.protocol.edits.Matchers`)."""
 
@@ -63,7 +80,7 @@ class Grammars:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._making = threading.Lock()
-        self._by_key: OrderedDict[str, OrderedDict[Grammar, Any]] = OrderedDict()
+        self._by_key: OrderedDict[str, OrderedDict[Grammar, _Compiled]] = OrderedDict()
 
     def compile(self, grammar: Grammar, key: str = "") -> None:
         """See that `matcher` will find it compiled, for its next sessions. `key`: whose it is, so that nobody can tell
@@ -75,6 +92,7 @@ class Grammars:
             kept = self._by_key.get(key)
             if kept is not None and grammar in kept:
                 kept.move_to_end(grammar)
+                kept[grammar].check()
                 return
         compiled = self._compiled(grammar)
         with self._lock:
@@ -94,12 +112,13 @@ class Grammars:
     def matcher(self, grammar: Grammar) -> GrammarMatcher:
         """A matcher at the beginning of the grammar. Raises GrammarError."""
         with self._lock:
-            known = next((kept[grammar] for kept in self._by_key.values() if grammar in kept), None)
-            fresh = known.deep_copy() if known is not None else None
+            all_ = [kept[grammar] for kept in self._by_key.values() if grammar in kept]
+        known = next((c for c in all_ if not c.problem), all_[0] if all_ else None)
+        compiled = known if known is not None else self._compiled(grammar)
         vocabulary, ends = self._vocabulary
-        return GrammarMatcher(fresh or self._compiled(grammar), vocabulary.vocab_size, ends)
+        return GrammarMatcher(compiled, vocabulary.vocab_size, ends)
 
-    def _compiled(self, grammar: Grammar) -> Any:
+    def _compiled(self, grammar: Grammar) -> _Compiled:
         library = _library()
         if library is None:
             raise GrammarError(MISSING)
@@ -117,7 +136,7 @@ class Grammars:
             raise GrammarError("llguidance cannot compile this grammar") from None
         if matcher.is_error():
             raise GrammarError(_short(matcher.get_error()))
-        return matcher
+        return _Compiled(matcher)
 
     @cached_property
     def _vocabulary(self) -> tuple[Any, frozenset[int]]:
@@ -159,8 +178,11 @@ class _Wrapper:
 class GrammarMatcher:
     """A place in a grammar (`core.protocol.edits.Matcher`)."""
 
-    def __init__(self, matcher: Any, size: int, ends: frozenset[int]) -> None:
-        self._matcher = matcher
+    def __init__(self, compiled: _Compiled, size: int, ends: frozenset[int]) -> None:
+        """Raises GrammarError for a grammar that has exceeded a limit before."""
+        compiled.check()
+        self._compiled = compiled
+        self._matcher = compiled.matcher.deep_copy()
         self._ends = ends
         self._words = (size + 31) // 32
         self._taken: list[int] = []  # by the grammar
@@ -171,6 +193,7 @@ class GrammarMatcher:
     def masks(self, before: Sequence[int], draft: Sequence[int]) -> list[Bits]:
         """See `core.protocol.edits.Matcher`. Behind an end, and behind tokens that the grammar does not have, only
         ends can be chosen."""
+        self._compiled.check()
         text = self._text(before)
         if len(text) < len(before) or not self._go_to(text):
             return self._ending(draft)
@@ -222,7 +245,8 @@ class GrammarMatcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(f"the grammar takes too much work here: {_short(self._matcher.get_error())}")
+            self._compiled.problem = _short(self._matcher.get_error())
+            self._compiled.check()
 
 
 @cache
