@@ -51,7 +51,7 @@ from wisp.core.verify.session import Session, State
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.base import TargetEngine, Tokenizer
 from wisp.server.engine_thread import EngineThread
-from wisp.server.event_log import EventLog, LogHeader, read_events
+from wisp.server.event_log import EventLog, LogHeader
 from wisp.server.metrics import Metrics
 from wisp.server.watchdog import LOOK_S, StepWatch, patience_s
 
@@ -361,6 +361,3 @@ class VerifierHost:
         sender = self._senders.get(connection)
         if sender is not None:
             sender(message)
-
-
-__all__ = ["EventLog", "Sender", "VerifierHost", "read_events"]

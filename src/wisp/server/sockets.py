@@ -244,6 +244,3 @@ async def deny(receive: Receive, send: Send, scope: Scope, error: RequestError) 
         await send({"type": "websocket.http.response.body", "body": str(error).encode()})
     else:
         await send({"type": "websocket.close", "code": 4401, "reason": str(error)})
-
-
-__all__ = ["SessionEndpoint", "SessionSocket"]
