@@ -16,6 +16,7 @@ from benchmarks.overhead.servers import Server
 from wisp.core.errors import ProtocolError
 from wisp.core.protocol.messages import SUBPROTOCOL, Hello, Verdict, decode_server_message, encode
 from wisp.core.protocol.messages import VERSION as PROTOCOL
+from wisp.sim.simulate import quantile
 
 
 class Tally:
@@ -99,6 +100,5 @@ async def measure(server: Server, plan: Sequence[Script], seconds: float) -> tup
 
 def percentiles(seconds: list[float]) -> Percentiles:
     """Of latencies in seconds."""
-    ordered = sorted(seconds)
-    p50, p99 = (ordered[min(int(len(ordered) * q), len(ordered) - 1)] * 1e3 for q in (0.5, 0.99))
+    p50, p99 = (quantile(seconds, q) * 1e3 for q in (0.5, 0.99))
     return Percentiles(round(p50, 4), round(p99, 4))
