@@ -299,7 +299,6 @@ def _exponent(timings: list[Timing]) -> float:
 
 
 def run_bench_policy(n: int, *, as_json: bool) -> None:
-    """Measure and print."""
     reports = measure(n)
     if as_json:
         print(json.dumps({"pending": n, "aim_ms": AIM_MS, "policies": {r.policy: _row(r) for r in reports}}))

@@ -48,7 +48,6 @@ def trouble(quick: bool) -> dict[str, Scenario]:
 
 
 def run(quick: bool, runs: Runs) -> Data:
-    """All at once."""
     rates = (20.0,) if quick else RATES
     parts = list(WITHOUT)[: 2 if quick else None]
     without = {
@@ -80,7 +79,6 @@ def _capacity(row: dict[str, object]) -> Capacity:
 
 
 def figures(data: Data) -> Data:
-    """The tables of the page."""
     whole = {c["rate"]: c["capacity"] for c in data["without"] if c["spec"] == "wisp"}
     parts = (
         (f"{row['rate']:g}", WITHOUT[row["spec"]], interval(c), ratio(c.capacity, whole[c.rate]), of_bound(c))

@@ -39,7 +39,6 @@ class Burst(msgspec.Struct, frozen=True):
 
 
 def run(quick: bool, runs: Runs) -> Data:
-    """Every system, on the same seeds."""
     scenario = load_scenario("bursts")
     if quick:
         scenario = msgspec.structs.replace(
@@ -143,7 +142,6 @@ def _mean(found: list[Any]) -> Any:
 
 
 def figures(data: Data) -> Data:
-    """The tables of the page."""
     systems = data["systems"]
     names = list(next(iter(systems.values()))["classes"])
     attainment = [

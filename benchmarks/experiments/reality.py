@@ -44,7 +44,6 @@ ANSWERS = 48  # recorded of the tiny pair
 
 
 def run(quick: bool, runs: Runs) -> Data:
-    """Both, one after the other."""
     with tempfile.TemporaryDirectory() as folder:
         found = [_emulated(quick, LOAD), _tiny(quick, Path(folder))]
         if not quick:
@@ -95,7 +94,6 @@ def _tiny(quick: bool, folder: Path) -> dict[str, Any]:
 
 
 def _both(scenario: Scenario) -> dict[str, Any]:
-    """Live, then simulated."""
     of = system("wisp")
     with verifier(scenario, of) as child, asyncio.Runner(loop_factory=event_loop_factory()) as runner:
         live = runner.run(run_live(scenario, of, 1, child.url, child=child))

@@ -29,7 +29,6 @@ class Tally:
 
     @property
     def rounds(self) -> int:
-        """Answers so far."""
         return len(self.latencies)
 
 
@@ -99,6 +98,5 @@ async def measure(server: Server, plan: Sequence[Script], seconds: float) -> tup
 
 
 def percentiles(seconds: list[float]) -> Percentiles:
-    """Of latencies in seconds."""
     p50, p99 = (quantile(seconds, q) * 1e3 for q in (0.5, 0.99))
     return Percentiles(round(p50, 4), round(p99, 4))

@@ -51,7 +51,6 @@ class Story:
     timed_tokens: int = 0  # committed in this time
 
     def took(self, actions: list[Action]) -> None:
-        """Note what the drafter did."""
         for action in actions:
             if isinstance(action, Committed):
                 self.tokens += action.tokens

@@ -143,7 +143,6 @@ def serving(
 
 
 def free_ports(count: int) -> list[int]:
-    """Free ports of the loopback address."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

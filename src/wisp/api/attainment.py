@@ -68,7 +68,6 @@ class Attainment:
         self._goodput = registry.counter("request_goodput_tokens", text, "slo_class")
 
     def count(self, record: RequestRecord) -> None:
-        """A request has ended."""
         if record.slo is None:
             return
         kept = met(record.served(), record.ended)

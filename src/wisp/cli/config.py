@@ -31,7 +31,6 @@ def configure(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file. Raises ConfigError."""
     try:
         return tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

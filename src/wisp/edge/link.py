@@ -312,7 +312,6 @@ class Redirects:
         return link
 
     async def close(self) -> None:
-        """End all of them."""
         links, self._links = self._links, {}
         await asyncio.gather(*(link.close() for link in links.values()))
 

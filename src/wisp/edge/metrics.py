@@ -33,7 +33,6 @@ class EdgeMetrics:
         self.accepted = r.counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.")
 
     def request_finished(self, record: RequestRecord) -> None:
-        """Count one request."""
         served = record.served()
         self.requests.labels(record.finish).inc()
         self.tokens.inc(record.completion_tokens)

@@ -135,7 +135,6 @@ class HfTokenizer(ModelTokenizer):
         return b"" if text is None else self._added.get(token) or self._bytes_of(text)
 
     def blob(self) -> bytes:
-        """What a tokenizer can be made of elsewhere."""
         return self._blob
 
     def close(self) -> None:

@@ -23,7 +23,6 @@ class PlainTokenizer(ByteTokenizer):
     """Bytes, with a blob."""
 
     def blob(self) -> bytes:
-        """See `read_plain`."""
         return _MAGIC + b'"bytes"}'
 
 
@@ -72,7 +71,6 @@ class NumberTokenizer:
         return b"" if token in self.eos or not 0 <= token < self.n_vocab else b" %d" % token
 
     def blob(self) -> bytes:
-        """See `read_plain`."""
         about = json.dumps({"n_vocab": self.n_vocab, "eos": sorted(self.eos)})
         return _MAGIC + b'"numbers", ' + about[1:].encode()
 

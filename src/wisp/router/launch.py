@@ -49,9 +49,7 @@ class Launcher(Protocol):
         """Start one. `spec.listen` is the router's own address. Raises WispError."""
         ...
 
-    def close(self) -> None:
-        """Kill whatever is left."""
-        ...
+    def close(self) -> None: ...
 
 
 class LocalLauncher:
@@ -94,7 +92,6 @@ class LocalLauncher:
         return child
 
     def close(self) -> None:
-        """Kill whatever is left."""
         for child in self._children:
             child.kill()
 

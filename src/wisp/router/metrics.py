@@ -29,7 +29,6 @@ class RouterMetrics:
         r.register(_Replicas(fleet))
 
     def placed(self, choice: Choice) -> None:
-        """A session was placed."""
         self.placements.labels(choice.replica, choice.reason.value).inc()
         self.prefix_tokens.inc(choice.shared)
 

@@ -68,7 +68,6 @@ class ReplicaActor:
         return self._why
 
     def stop(self) -> None:
-        """Drain and end."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._over.set)
 

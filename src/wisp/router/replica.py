@@ -44,16 +44,13 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     log_json: bool = False
 
     def encode(self) -> bytes:
-        """One line of JSON."""
         return msgspec.json.encode(self, enc_hook=str) + b"\n"
 
     @staticmethod
     def decode(line: bytes) -> ReplicaSpec:
-        """The reverse of `encode`."""
         return msgspec.json.decode(line, type=ReplicaSpec, dec_hook=lambda kind, value: kind(value))
 
     def on(self, host: str, port: int) -> ReplicaSpec:
-        """The same at another address."""
         listen = msgspec.structs.replace(self.listen, host=host, port=port)
         return msgspec.structs.replace(self, listen=listen)
 
@@ -92,7 +89,6 @@ def listen_above(host: str, port: int, taken: Collection[int] = ()) -> socket.so
 
 
 def main() -> None:
-    """The program."""
     line = sys.stdin.buffer.readline()
     if not line:  # the router went before it had told us anything
         return

@@ -61,7 +61,6 @@ def control_routes(host: Callable[[], VerifierHost], keys: Keyring, drain_s: flo
 
 
 def report_of(host: VerifierHost) -> Report:
-    """As things are now."""
     verifier = host.verifier
     return Report(
         verifier.kept_places(asyncio.get_running_loop().time()),

@@ -87,7 +87,6 @@ class _Socket:
         self._receive = receive
 
     async def receive(self) -> Message:
-        """As ASGI has it."""
         message = await self._receive()
         self.heard = time.monotonic()
         return message

@@ -89,7 +89,6 @@ class EventLog:
         self._write(now, event)
 
     def close(self) -> None:
-        """Flush and close."""
         if not self.lost:
             self._flush()
         if not self.lost:

@@ -201,7 +201,6 @@ class VerifierHost:
         return self._next_connection
 
     def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
-        """A message came in."""
         if not (self.draining and isinstance(message, Open)):
             self._receive(connection, message)
             if self.failed is None:
@@ -244,7 +243,6 @@ class VerifierHost:
 
     @property
     def n_sessions(self) -> int:
-        """Live sessions."""
         return len(self.verifier.sessions)
 
     @property
@@ -300,12 +298,10 @@ class VerifierHost:
     # --- events and actions
 
     def _feed(self, event: InEvent) -> list[Action]:
-        """Hand over an event and carry out what follows."""
         return self._driver.feed(event)
 
     @property
     def now(self) -> float:
-        """Seconds, by the event loop's clock."""
         return self._loop.time()
 
     def soon(self, do: Callable[[], None]) -> None:
@@ -313,7 +309,6 @@ class VerifierHost:
         self._loop.call_soon(self._call, do)
 
     def at(self, time: float, do: Callable[[], None]) -> Callable[[], None]:
-        """A timer."""
         return self._loop.call_at(time, self._call, do).cancel
 
     @vital
@@ -321,18 +316,15 @@ class VerifierHost:
         do()
 
     def run(self, step: Run) -> None:
-        """To the engine's thread."""
         self._step = step
         self.metrics.dispatched(self.now, step)
         self._engine.submit(step)
 
     def send(self, connection: int, message: Verdict | Refused) -> None:
-        """To an edge, or a thin client."""
         self.metrics.sent(self.now, message)
         self._send(connection, message)
 
     def ended(self, ended: Ended) -> None:
-        """Only the metrics care."""
         self.metrics.ended(ended)
 
     @vital

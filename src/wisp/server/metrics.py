@@ -139,11 +139,9 @@ class Metrics:
         self.per_position = r.counter("spec_decode_num_accepted_tokens_per_pos", text, "position")
 
     def opened(self, now: float, open_: Open, key: str) -> None:
-        """A session is opened or resumed."""
         self._seen.setdefault(open_.session, _Seen(now))
 
     def sent(self, now: float, message: Verdict | Refused) -> None:
-        """A verdict or refusal leaves."""
         if isinstance(message, Refused):
             self.refused.labels(message.code).inc()
             if message.fatal:
@@ -170,11 +168,9 @@ class Metrics:
             self.success.labels(ended.why).inc()
 
     def admission(self, outcome: str) -> None:
-        """A session was to be opened."""
         self.admissions.labels(outcome).inc()
 
     def dispatched(self, now: float, run: Run) -> None:
-        """A step begins."""
         self._dispatched = now
         self.preemptions.inc(self._verifier.evicted - self._evicted)
         self._evicted = self._verifier.evicted

@@ -142,7 +142,6 @@ class SessionSocket:
             return True
 
     def post(self, message: Message) -> None:
-        """Queue a message for the peer."""
         frame = encode(message)
         self._backlog += len(frame)
         if self._backlog > MAX_BACKLOG:

@@ -153,7 +153,6 @@ def _shown(c: Capacity) -> Table:
 
 
 def run_plan(scenario: Scenario, *, tolerance: float, simulate: bool, jobs: int, as_json: bool) -> None:
-    """Advice. Raises ConfigError."""
     with Runs(jobs if simulate else 1) as runs, progress_bar() as tell:
 
         def watch(tried: str, done: int, of: int) -> None:

@@ -140,7 +140,6 @@ class Demand:
 
     @property
     def context(self) -> float:
-        """Mean tokens of KV."""
         return self.prompt + self.output / 2
 
 

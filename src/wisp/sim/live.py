@@ -80,7 +80,6 @@ class Clock:
         return self._loop.time() - self._zero
 
     def stop(self) -> None:
-        """Let no more time pass."""
         self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
@@ -181,7 +180,6 @@ class Sockets:
     # --- Uplink
 
     def receive(self, connection: int, message: Said) -> None:
-        """A device's message leaves."""
         self.frames_out += 1
         itinerary = self._itineraries.get(connection)
         if isinstance(message, Open):
@@ -318,7 +316,6 @@ class Sockets:
             self.clock.happen(lambda: self._take(index, address, event))
 
     def _ended(self, reason: str) -> None:
-        """The server that was given is gone."""
         if not self._closing and self.clock is not None:
 
             def fail() -> None:
@@ -350,7 +347,6 @@ class Wire(asyncio.Protocol):
 
     @property
     def ended(self) -> bool:
-        """Is the connection gone?"""
         return self._ended
 
     async def ping(self) -> None:
@@ -368,7 +364,6 @@ class Wire(asyncio.Protocol):
         self._flush()
 
     def close(self) -> None:
-        """Say goodbye."""
         if self._ended:
             return
         self._ended = True
@@ -379,7 +374,6 @@ class Wire(asyncio.Protocol):
             self._flush()
 
     def abort(self) -> None:
-        """Break it."""
         self._ended = True
         if self._transport is not None:
             self._transport.abort()
@@ -387,7 +381,6 @@ class Wire(asyncio.Protocol):
     # --- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask for the upgrade."""
         self._transport = cast("asyncio.Transport", transport)
         request = self._socket.connect()
         for name, value in self._headers.items():
@@ -396,7 +389,6 @@ class Wire(asyncio.Protocol):
         self._flush()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came."""
         self._socket.receive_data(data)
         for event in self._socket.events_received():
             if isinstance(event, Frame):
@@ -408,12 +400,10 @@ class Wire(asyncio.Protocol):
         self._flush()
 
     def eof_received(self) -> None:
-        """The peer is done."""
         self._socket.receive_eof()
         self._flush()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The connection is gone."""
         self._transport = None
         reason = str(self._socket.handshake_exc or error or self._socket.close_reason or "no reason given")
         if not self.ready.done():

@@ -104,7 +104,6 @@ def missed_for_sure(request: Request, now: float) -> bool:
 
 @functools.cache
 def source_hash() -> str:
-    """Of every file of SOURCES."""
     root = Path(wisp.__file__).parent
     digest = hashlib.sha256()
     for pattern in SOURCES:
@@ -194,5 +193,4 @@ class Runs:
         return map(do, items) if self._pool is None else self._pool.map(do, items)
 
     def reports(self, jobs: Sequence[Job]) -> list[Report]:
-        """Of these runs."""
         return list(self.map(remembered, jobs))

@@ -145,7 +145,6 @@ class TraceSet:
     def select(
         self, *, split: str | None = None, domain: str | None = None, label: str | None = None
     ) -> TraceSet:
-        """The traces of a split, a domain, a sampling."""
         chosen = [
             t
             for t in self.traces

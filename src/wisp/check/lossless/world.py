@@ -76,7 +76,6 @@ class ChaosServer:
 
     @property
     def verifier(self) -> Verifier:
-        """The present one."""
         return self._loop.verifier
 
     def restart(self) -> None:
@@ -85,7 +84,6 @@ class ChaosServer:
         self.counts["restarts"] += 1
 
     def receive(self, connection: int, key: str, frame: bytes) -> None:
-        """A frame came over `connection`."""
         message = decode_edge_message(frame)
         assert isinstance(message, Open | Draft | Cancel)
         if isinstance(message, Open):
@@ -98,7 +96,6 @@ class ChaosServer:
                 self.counts["duplicates_answered" if again else "stale_verdicts"] += 1
 
     def lost(self, connection: int) -> None:
-        """`connection` is known to be gone."""
         self._loop.feed(EdgeLost(connection))
 
     def _fresh(self) -> _CountingLoop:
@@ -158,7 +155,6 @@ class ChaosServer:
             self.stepped()
 
     def is_present(self, loop: VerifierLoop) -> bool:
-        """Has this verifier not been replaced?"""
         return loop is self._loop
 
 

@@ -81,7 +81,6 @@ class VerifierLoop:
         return actions
 
     def stop(self) -> None:
-        """Cancel the timer."""
         if self._cancel_wake is not None:
             self._cancel_wake()
             self._cancel_wake = None

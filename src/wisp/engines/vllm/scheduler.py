@@ -80,7 +80,6 @@ class StepScheduler(Scheduler):
             request.update_block_hashes()
 
     def length(self, sequence: str) -> int:
-        """Tokens known of the sequence."""
         return int(self._sequences[sequence].num_tokens)
 
     def add(self, sequence: str, part: Part) -> bool:

@@ -129,7 +129,6 @@ class Started:
         return int(max(whole, config.model_config.max_model_len))
 
     def step(self) -> None:
-        """Run the parts that the scheduler was given."""
         self.core.step()
 
     def close(self) -> None:
@@ -137,7 +136,6 @@ class Started:
         self.core.shutdown()
 
     def _died(self) -> None:
-        """A worker process is gone."""
         self.dead = True
 
     def _check(self) -> None:

@@ -121,7 +121,6 @@ def kept_up(scenario: Scenario) -> Scenario:
 
 
 def longest(scenario: Scenario) -> int:
-    """Tokens of the longest session."""
     return scenario.prompt_tokens[1] + scenario.output_tokens[1]
 
 
