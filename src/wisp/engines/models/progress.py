@@ -16,7 +16,6 @@ class Progress(Protocol):
 
     def __call__(self, description: str, done: int, total: int, /) -> None:
         """`done` of `total` bytes of the phase `description`; `total` 0 is a remark, to be shown once."""
-        ...
 
 
 class RichProgress:
