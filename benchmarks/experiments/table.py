@@ -38,7 +38,7 @@ def run(quick: bool, runs: Runs) -> Data:
     main = {
         (s, r): _main(s, r, quick)
         for r in (MAIN_RATES[-1:] if quick else MAIN_RATES)
-        for s in _systems(quick)
+        for s in (("wisp", "central") if quick else SYSTEMS)
     }
     paper = {
         (t, s, r): _paper(t, s, r)
@@ -60,10 +60,6 @@ def run(quick: bool, runs: Runs) -> Data:
         "overlap": [{"overlap": k[1], **msgspec.to_builtins(found[c])} for k, c in overlap.items()],
         "predicted": _predictions(),
     }
-
-
-def _systems(quick: bool) -> tuple[str, ...]:
-    return ("wisp", "central") if quick else SYSTEMS
 
 
 def _main(policy: str, rate: float, quick: bool) -> Cell:

@@ -22,7 +22,7 @@ from wisp.core.errors import ProtocolError, RequestError, UnavailableError
 from wisp.core.protocol.messages import Cancel, Draft, Message, Open, Redirect, Refused, Verdict, Welcome
 from wisp.core.verify.admission import Refusal
 from wisp.edge.backend import EdgeBackend
-from wisp.edge.link import LOST, Listener, Redirects, VerifierLink
+from wisp.edge.link import LOST, Listener, Redirects, VerifierLink, wait_for
 from wisp.engines.base import Tokenizer
 from wisp.engines.build import read_tokenizer
 from wisp.engines.null import ByteTokenizer
@@ -60,14 +60,7 @@ class LocalLink:
         while (welcome := self.welcome) is None:
             if self._host.draining:
                 raise UnavailableError("this server is shutting down", retry_after=2.0)
-            left_s = self.patience.left_s(time.monotonic())
-            if not left_s:
-                raise self.gave_up()
-            changed = self._changed
-            try:
-                await asyncio.wait_for(changed.wait(), left_s)
-            except TimeoutError:
-                continue
+            await wait_for(self._changed, self.patience, self.gave_up)
         return welcome
 
     def gave_up(self) -> UnavailableError:

@@ -35,10 +35,8 @@ from wisp.core.verify.admission import Admission, KeyLimits, Refusal
 from wisp.core.verify.batching import batching_policy
 from wisp.core.verify.cost import Coefficients, CostModel
 from wisp.core.verify.events import (
-    Action,
     EdgeLost,
     Ended,
-    InEvent,
     KeyLimitsChanged,
     Limits,
     Received,
@@ -215,11 +213,11 @@ class VerifierHost:
     def _receive(self, connection: int, message: Open | Draft | Cancel) -> None:
         key = self._keys[connection]
         if not isinstance(message, Open):
-            self._feed(Received(connection, key, message))
+            self._driver.feed(Received(connection, key, message))
             return
         self.metrics.opened(self._loop.time(), message, key)
         known = self.verifier.knows(message.session)
-        actions = self._feed(Received(connection, key, message))
+        actions = self._driver.feed(Received(connection, key, message))
         sent = (a.message for a in actions if isinstance(a, Send))
         own = (m.code for m in sent if isinstance(m, Refused) and m.session == message.session)
         self.metrics.admission(next(own, "resumed" if known else "admitted"))
@@ -234,12 +232,12 @@ class VerifierHost:
 
     @vital
     def _lose(self, connection: int) -> None:
-        self._feed(EdgeLost(connection))
+        self._driver.feed(EdgeLost(connection))
 
     @vital
     def limit(self, limits: dict[str, KeyLimits]) -> None:
         """The limits of keys have changed; these are all of them."""
-        self._feed(KeyLimitsChanged(limits))
+        self._driver.feed(KeyLimitsChanged(limits))
 
     @property
     def n_sessions(self) -> int:
@@ -272,7 +270,7 @@ class VerifierHost:
         refused = Refused(s.id, "shutting_down", message, fatal=True)
         self.metrics.sent(self._loop.time(), refused)
         self._send(s.connection, refused)
-        self._feed(Received(s.connection, s.key, Cancel(s.id)))
+        self._driver.feed(Received(s.connection, s.key, Cancel(s.id)))
 
     def fail(self, error: Exception) -> None:
         """This verifier is over: tell its sessions, then who can end the process."""
@@ -296,9 +294,6 @@ class VerifierHost:
             self._log.close()
 
     # --- events and actions
-
-    def _feed(self, event: InEvent) -> list[Action]:
-        return self._driver.feed(event)
 
     @property
     def now(self) -> float:
@@ -345,7 +340,7 @@ class VerifierHost:
         self.metrics.step(self._loop.time(), self._step, done)
         self._step = None
         dead = self._engine.dead  # before the next step can say so, too
-        self._feed(done)
+        self._driver.feed(done)
         if dead is not None:
             self.fail(dead)
 

@@ -343,11 +343,7 @@ class Wire(asyncio.Protocol):
         )
         self._pong: asyncio.Future[None] | None = None
         self._transport: asyncio.Transport | None = None  # while there is a connection
-        self._ended = False
-
-    @property
-    def ended(self) -> bool:
-        return self._ended
+        self.ended = False  # the connection is gone, or about to be
 
     async def ping(self) -> None:
         """Returns with the answer."""
@@ -358,15 +354,15 @@ class Wire(asyncio.Protocol):
 
     def send(self, frame: bytes) -> None:
         """Send a binary frame; nothing, if the connection is gone, or about to be."""
-        if self._ended or self._socket.state is not OPEN:
+        if self.ended or self._socket.state is not OPEN:
             return
         self._socket.send_binary(frame)
         self._flush()
 
     def close(self) -> None:
-        if self._ended:
+        if self.ended:
             return
-        self._ended = True
+        self.ended = True
         if self._transport is None or not self.ready.done():
             self.abort()
         else:
@@ -374,7 +370,7 @@ class Wire(asyncio.Protocol):
             self._flush()
 
     def abort(self) -> None:
-        self._ended = True
+        self.ended = True
         if self._transport is not None:
             self._transport.abort()
 
@@ -408,8 +404,8 @@ class Wire(asyncio.Protocol):
         reason = str(self._socket.handshake_exc or error or self._socket.close_reason or "no reason given")
         if not self.ready.done():
             self.ready.set_exception(self._socket.handshake_exc or ConnectionError(reason))
-        elif not self._ended:
-            self._ended = True
+        elif not self.ended:
+            self.ended = True
             self._broken(reason)
 
     def _frame(self, frame: Frame) -> None:

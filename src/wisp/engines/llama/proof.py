@@ -199,16 +199,7 @@ class _Schedule:
         draft = session.answer[position : position + rng.choice((0, 0, 1, 2, 3, 5, 6, 7, 8, 12))]
         if draft and rng.random() < 0.5:
             draft[rng.randrange(len(draft))] = rng.randrange(self._engine.info.n_vocab)
-        return Slice(
-            0,
-            session.slot,
-            start,
-            feed + draft,
-            len(draft),
-            True,
-            position,
-            session.sampling,
-        )
+        return Slice(0, session.slot, start, feed + draft, len(draft), True, position, session.sampling)
 
     def _copy_prefix(self, session: _Session) -> int:
         """Copies a prefix from an active session that begins alike; returns its tokens, or 0."""

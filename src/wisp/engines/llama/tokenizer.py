@@ -94,10 +94,6 @@ class LlamaTokenizer(ModelTokenizer):
     def _rendered(self, token: int) -> bytes:
         return self._render(token, special=False)
 
-    def decode(self, tokens: list[int]) -> bytes:
-        """The bytes of a run of tokens. Cutting them anywhere but at whole characters is the caller's matter."""
-        return b"".join(map(self.piece, tokens))
-
     def blob(self) -> bytes:
         """A self-contained file (a few MB, a third of it gzipped) for `from_blob`."""
         return self._blob
