@@ -27,10 +27,8 @@ from wisp.core.errors import ConfigError
 from wisp.engines.build import drafting_policies, fetch_target
 from wisp.engines.models import PAIRS, pull
 
-_ANSWER_TIMEOUT = httpx.Timeout(
-    180.0, connect=5.0
-)  # between two tokens; the first waits for the prompt to be read
-
+# Between two tokens; the first waits for the prompt to be read.
+_ANSWER_TIMEOUT = httpx.Timeout(180.0, connect=5.0)
 _LOAD_S = {"llama.cpp": 120.0, "vllm": 300.0}
 
 PROMPTS = {

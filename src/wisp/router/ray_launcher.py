@@ -104,9 +104,8 @@ class RayLauncher:
                 "RAY_ADDRESS names a cluster, whose processes listen beyond this machine: give --api-keys or "
                 "WISP_API_KEYS, or unset it for a Ray on loopback"
             )
-        if (
-            not cluster
-        ):  # Ray's own name for loopback alone; `_node_ip_address` is turned into an outer address
+        if not cluster:
+            # Ray's own name for loopback alone; `_node_ip_address` is turned into an outer address
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")

@@ -30,6 +30,7 @@ from wisp.sim.world import Request
 
 A = TypeVar("A")
 B = TypeVar("B")
+# Files that a run depends on.
 SOURCES = (
     "core/**/*.py",
     "engines/emulated.py",
@@ -42,7 +43,7 @@ SOURCES = (
         f"sim/{name}.py"
         for name in ("devices", "report", "runs", "scenario", "simulate", "systems", "timeline", "world")
     ),
-)  # files that a run depends on
+)
 CLEARLY = 1.5  # a run is cut once this many times as many have missed as are tolerated
 
 

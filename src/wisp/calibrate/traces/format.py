@@ -245,21 +245,16 @@ def load_file(path: Path) -> tuple[dict[str, Any], list[Trace]]:
         raise ConfigError(f"{path} is not a usable trace file: {bad}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        NotImplementedError,
-    ) as error:
+    except _DAMAGED as error:
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{path} is not a usable trace file, or is damaged ({reason})") from None
 
 
 class _Bad(Exception):
     """A fault in the content of a file."""
+
+
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError, NotImplementedError)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:

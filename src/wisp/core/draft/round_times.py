@@ -92,9 +92,8 @@ class RoundTimes:
 
     def __init__(self, draft_ms: float = 0.0) -> None:
         self.draft = Mean(draft_ms, 0.1)  # one draft step
-        self.wait = Mean(
-            0.0, 0.15
-        )  # from sending a draft to its verdict, without the part that grows with the draft
+        # From sending a draft to its verdict, without the part that grows with the draft
+        self.wait = Mean(0.0, 0.15)
         self.verify = Line()  # engine time against draft tokens
         self.queue = Mean(0.0, 0.15)
         self.line = Mean(0.0, 0.15)  # the way there and back

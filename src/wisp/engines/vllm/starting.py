@@ -200,9 +200,8 @@ def settings_for(wanted: Wanted) -> dict[str, Any]:
 def _environment(offline: bool) -> None:
     """Settings that vLLM reads from the environment once, on import. What the operator has set stays."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-        "0"  # one process: workers of their own only for several devices
-    )
+    # One process: workers of their own only for several devices
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
