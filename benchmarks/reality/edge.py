@@ -81,7 +81,7 @@ class Edge:
 
     def __init__(self, server: str, draft: DraftEngine, policies: Policies, ahead: Ahead | None) -> None:
         self._link = VerifierLink(server)
-        self._backend = EdgeBackend(self._link, TokenizerCache(server), _Lent(draft), policies, ahead)
+        self._backend = EdgeBackend(self._link, TokenizerCache(server), draft, policies, ahead)
 
     async def __aenter__(self) -> Edge:
         self._link.start()
@@ -90,6 +90,7 @@ class Edge:
 
     async def __aexit__(self, *_: object) -> None:
         await self._link.close()
+        self._backend.drafter = None  # or it would be closed, too
         self._backend.close()
 
     async def generate(
@@ -112,19 +113,6 @@ class Edge:
                     story.timed_tokens += len(item.tokens)
         story.time_ms = (time.monotonic() - first_at) * 1e3
         return story
-
-
-class _Lent:
-    """A draft engine that outlives the edge."""
-
-    def __init__(self, engine: DraftEngine) -> None:
-        self._engine = engine
-        self.name = engine.name
-        self.propose = engine.propose
-        self.forget = engine.forget
-
-    def close(self) -> None:
-        return None
 
 
 def verifier(target: str = "tiny-target") -> contextlib.AbstractContextManager[Child]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from itertools import pairwise
 
 from tools.tiny.text import SPECIALS
@@ -49,12 +48,6 @@ class Vocabulary:
                 for word in _WORD.findall(part):
                     ids += self._encode_word(word)
         return ids
-
-    def decode(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`, special tokens written out."""
-        return b"".join(
-            self.pieces[i] if i < len(self.pieces) else SPECIALS[i - len(self.pieces)].encode() for i in ids
-        )
 
     def _encode_word(self, word: str) -> list[int]:
         ids = self._cache.get(word)

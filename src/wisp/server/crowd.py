@@ -54,11 +54,8 @@ class Crowd:
                 raise
             socket.task.uncancel()
             with contextlib.suppress(Exception):
-                close = {
-                    "type": "websocket.close",
-                    "code": 1013,
-                    "reason": "too many connections of this key",
-                }
+                reason = "too many connections of this key"
+                close = {"type": "websocket.close", "code": 1013, "reason": reason}
                 await asyncio.wait_for(send(close), CLOSE_S)
         finally:
             self._inside.discard(socket)
