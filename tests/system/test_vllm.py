@@ -57,13 +57,13 @@ def test_a_folder_of_the_hub_split_over_two_workers(fleet: Fleet, folder: Path) 
 
 
 def test_replicas_of_it_behind_a_front(fleet: Fleet, folder: Path) -> None:
-    """The front reads the hub's kind of tokenizer, and engine options reach the replicas."""
+    """The router reads the hub's kind of tokenizer, and engine options reach the replicas."""
     flags = ("--replicas", "2", "--gpu-memory", "0.8")
-    front = fleet.serve(*flags, target=str(folder), ready=False)
-    eventually(lambda: front.health() == 200, START_S)
-    edge = fleet.edge(front.url)
+    router = fleet.serve(*flags, target=str(folder), ready=False)
+    eventually(lambda: router.health() == 200, START_S)
+    edge = fleet.edge(router.url)
     for parameters in ({}, {"temperature": 0.9, "top_p": 0.9, "seed": 3}):
         prompt = "Tell me a story about Belomi."
-        drafted, thin = ask(edge.url, prompt, **parameters), ask(front.url, prompt, **parameters)
+        drafted, thin = ask(edge.url, prompt, **parameters), ask(router.url, prompt, **parameters)
         assert drafted.spec["num_accepted_draft_tokens"] > 0
         assert drafted.text == thin.text

@@ -1,4 +1,4 @@
-"""Uvicorn's HTTP, for clients that keep it waiting: a request has to arrive at some pace, or its connection ends.
+"""Uvicorn's HTTP, with a limit on how slowly a request may arrive.
 
 Uvicorn itself waits for ever for the rest of a request, so a client can hold connections, and with them descriptors, at
 the price of a byte each.

@@ -1,4 +1,4 @@
-"""What stands before the command: `wisp --config FILE` and `wisp --version`."""
+"""Options in front of the command: `wisp --config FILE` and `wisp --version`."""
 
 from __future__ import annotations
 

@@ -333,8 +333,8 @@ class Fleet:
         self._heard(r, report)
 
     def _other(self, welcome: Welcome) -> str:
-        """What of it is another than the fleet's, in words, or "": sessions move between replicas in mid-answer, and
-        the model's file may have been replaced under way. Where no other has sessions, the new one is the fleet's."""
+        """How it differs from the fleet, in words, or "". Sessions move between replicas in mid-answer, and the model's
+        file may have been replaced meanwhile. Where no other replica has sessions, the new one defines the fleet."""
         if not welcome.digest:
             return f"does not say which weights it runs: it needs WISP {DIGESTS_SINCE} or later"
         ours = self.welcome

@@ -29,12 +29,12 @@ STORE = 80 << 20  # bytes; nothing goes through Ray's object store
 class ReplicaActor:
     """What Ray runs."""
 
-    def __init__(self, line: bytes, front_ip: str) -> None:
+    def __init__(self, line: bytes, router_ip: str) -> None:
         import ray
 
         spec = ReplicaSpec.decode(line)
         ip = ray.util.get_node_ip_address()
-        self._here = ip == front_ip
+        self._here = ip == router_ip
         host = spec.listen.host
         if not self._here:
             if is_loopback(host):

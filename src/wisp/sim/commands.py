@@ -132,8 +132,8 @@ def run_capacity(
 
 
 def _shown(c: Capacity) -> Table:
-    pace = f", {c.rate:g} tokens/s" if c.rate else ""
-    out = Table(title=f"{c.scenario}{pace}: {c.system}", show_header=False)
+    rate = f", {c.rate:g} tokens/s" if c.rate else ""
+    out = Table(title=f"{c.scenario}{rate}: {c.system}", show_header=False)
     out.add_column()
     out.add_column(justify="right")
     out.add_row(f"devices with {c.tolerance:.0%} violations (95 %)", f"{c.capacity} ({c.low} to {c.high})")

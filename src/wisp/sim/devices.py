@@ -1,4 +1,4 @@
-"""Devices, links and verifiers to try policies on: measured figures with their source, in plain numbers."""
+"""Devices, links and verifiers for simulations: measured figures, each with its source."""
 
 from __future__ import annotations
 

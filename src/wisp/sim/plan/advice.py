@@ -90,7 +90,7 @@ def reasons(scenario: Scenario, verdict: Verdict, wisp: Estimate, central: Estim
         words.append(f"{_servers(n, wisp)} with WISP, {without}")
     elif verdict is Verdict.NEITHER:
         sure = wisp.bound < 1 or not guessed
-        words.append(f"no number of such servers {'can' if sure else 'is expected to'} keep this pace")
+        words.append(f"no number of such servers {'can' if sure else 'is expected to'} keep this TPOT target")
     return words
 
 
