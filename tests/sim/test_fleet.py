@@ -1,7 +1,8 @@
-"""`wisp fleet`: emulated devices against a live verifier. Every run here is a second of real time.
+"""`wisp sim fleet`: emulated devices against a live verifier. Every run here is a second of real time.
 
 What devices ask first, they ask at second 0 and get in the end, whatever the machine does meanwhile: that is what tests
-hold on to. How fast a verifier is, and how near to a simulation, is for `wisp fleet` and `wisp experiments reality`.
+hold on to. How fast a verifier is, and how near to a simulation, is for `wisp sim fleet` and the
+experiment `reality`.
 """
 
 from __future__ import annotations
