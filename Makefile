@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-all coverage test-busy test-vllm test-replicas check format lock check-lossless docs clean \
-	bench bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
+	bench bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
 
 setup: $(VENV)/.ready
 
@@ -79,6 +79,10 @@ bench-overhead: setup  ## what a verification costs beside the engine
 
 bench-policy: setup  ## what a decision of each batching policy costs
 	$(BENCH) policy
+
+# AGAINST: the `src` folder of another version, whose requests without constraints are timed in turn with this one's.
+bench-constraints: setup  ## what constraints cost, and what drafting gains from grammars; fetches the real pair
+	$(BENCH) constraints $(if $(AGAINST),--against $(AGAINST)) --out docs/results/constraints.json
 
 bench-ahead: setup  ## drafting ahead over a delayed line, beside a replay; minutes, on a machine that is quiet
 	$(BENCH) ahead --out docs/results
