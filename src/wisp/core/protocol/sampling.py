@@ -28,6 +28,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from wisp.core.protocol.constraints import Constraints
+
 RULE = 1  # increase it if the same logits, parameters and seed may give another token than before
 
 FloatArray = npt.NDArray[np.floating]
@@ -44,7 +46,8 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How the target's token is chosen. A `temperature` below `COLDEST` is greedy and ignores top_k to seed.
 
     top_k 0, top_p 1 and min_p 0 mean "off". `seed` is any integer, used modulo 2^64. None of the first `min_tokens`
-    tokens is one of `ends`, the ids that end a generation. Each side fills in `ends` for its target.
+    tokens is one of `ends`, the ids that end a generation, or of the constraints' `stop_token_ids`. Each side fills in
+    `ends` for its target. `constraints` None costs nothing.
     """
 
     temperature: float = 0.0
@@ -54,6 +57,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     seed: int = 0
     min_tokens: int = 0
     ends: tuple[int, ...] = ()
+    constraints: Constraints | None = None
 
     @property
     def greedy(self) -> bool:
@@ -65,9 +69,14 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
         known = tuple(sorted(ends)) if self.min_tokens else ()
         return self if known == self.ends else msgspec.structs.replace(self, ends=known)
 
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Ids that end the generation besides the model's own."""
+        return self.constraints.stop_token_ids if self.constraints is not None else ()
+
     def barred(self, position: int) -> tuple[int, ...]:
-        """Ids that may not be chosen at generated `position`."""
-        return self.ends if position < self.min_tokens else ()
+        """Ids that end the generation and may not be chosen yet at generated `position`."""
+        return self.ends + self.stops if position < self.min_tokens else ()
 
     def problem(self) -> tuple[str, str] | None:
         """(parameter, what is wrong with it), or None if all is in range."""
@@ -81,7 +90,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
             return "min_p", "must be between 0 and 1"
         if self.min_tokens < 0:
             return "min_tokens", "must not be negative"
-        return None
+        return self.constraints.problem() if self.constraints is not None else None
 
 
 def _mix(x: int) -> int:
