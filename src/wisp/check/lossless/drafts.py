@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from wisp.core.draft.signals import Signal
+from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import Sampling
 from wisp.engines.base import DraftEngine, Proposal
 
@@ -35,7 +36,12 @@ class Chosen:
         self._choose, self._signal = choose, Signal(confidence=confidence)
 
     def propose(
-        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+        self,
+        session: str,
+        context: Sequence[int],
+        position: int,
+        sampling: Sampling,
+        edit: Edit | None = None,
     ) -> Proposal | None:
         token = self._choose(position)
         return None if token is None else Proposal(token, self._signal)
