@@ -22,7 +22,9 @@ from wisp.api.fields import refuse
 from wisp.api.reader import Reading
 from wisp.api.render import render
 from wisp.api.requests import GenerationRequest, Prompt
+from wisp.core.errors import GrammarError
 from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import INVALID_GRAMMAR
 from wisp.engines.base import Check, Tokenizer, unasked
 from wisp.engines.special import NO_STAND_INS, StandIns
 
@@ -63,6 +65,7 @@ def prepare(
     if rendered is not None:
         reading, sampling = read_and_constrain(ask, rendered, target.tokenizer, parser)
     sampling = constrained(sampling, ask, target.tokenizer)
+    _compile(sampling, ask, target, key)
     generations = [
         Generation(
             prompt=prompt,
@@ -79,6 +82,18 @@ def prepare(
         for i in range(ask.n)
     ]
     return Prepared(generations, reading, sum(map(len, prompts)))
+
+
+def _compile(sampling: Sampling, ask: GenerationRequest, target: Target, key: str) -> None:
+    """Compile the grammar where that can be done here, so that a bad one is refused by the parameter it came from."""
+    constraints = sampling.constraints
+    if constraints is None or constraints.grammar is None or target.grammars is None:
+        return
+    try:
+        target.grammars.compile(constraints.grammar, key)
+    except GrammarError as error:
+        param = "tool_choice" if ask.use.forced else ask.asked.param if ask.asked is not None else "tools"
+        refuse(param, str(error), INVALID_GRAMMAR)
 
 
 def derived(sampling: Sampling, answer: int) -> Sampling:

@@ -39,12 +39,12 @@ def _all(p: Common) -> Iterator[tuple[str, Grammar | None]]:
     yield "guided_json", _schema("guided_json", p.guided_json)
     yield "guided_regex", _regex(p.guided_regex)
     yield "guided_choice", _choice("guided_choice", p.guided_choice)
-    yield "guided_grammar", _lark("guided_grammar", p.guided_grammar)
+    yield "guided_grammar", _lark(p.guided_grammar)
     yield "guided_json_object", Grammar("json_object") if p.guided_json_object else None
     yield "json_schema", _schema("json_schema", p.json_schema)
     yield "regex", _regex(p.regex)
-    yield "grammar", _lark("grammar", p.grammar)
-    yield "ebnf", _lark("ebnf", p.ebnf)
+    yield "grammar", _lark(p.grammar)
+    yield "ebnf", _lark(p.ebnf)
 
 
 def _response_format(value: dict[str, Any] | None) -> Grammar | None:
@@ -77,7 +77,7 @@ def _structured_outputs(value: dict[str, Any] | None) -> Grammar | None:
         _schema(f"{path}.json", fields.get("json")),
         _regex(fields.string("regex")),
         _choice(f"{path}.choice", fields.get("choice")),
-        _lark(f"{path}.grammar", fields.string("grammar")),
+        _lark(fields.string("grammar")),
         Grammar("json_object") if fields.flag("json_object") else None,
     ]
     found = [way for way in ways if way is not None]
@@ -112,14 +112,6 @@ def _choice(param: str, value: Any) -> Grammar | None:
     return Grammar("choice", msgspec.json.encode(value).decode())
 
 
-def _lark(param: str, value: str | None) -> Grammar | None:
-    if not value:
-        return None
-    if "::=" in value:  # GBNF, llama.cpp's dialect
-        from llguidance.gbnf_to_lark import any_to_lark
-
-        try:
-            value = any_to_lark(value)
-        except Exception as error:  # it raises anything
-            refuse(param, f"cannot be read as GBNF: {error}")
-    return Grammar("lark", value)
+def _lark(value: str | None) -> Grammar | None:
+    """llguidance's dialect, or GBNF, which is told from it later."""
+    return Grammar("lark", value) if value else None

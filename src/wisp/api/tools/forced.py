@@ -134,7 +134,11 @@ def _harmony(tools: list[Tool], template: str, mark: Mark) -> _Parts:
     channel, message, end, start, constrain = (
         mark(f"<|{n}|>") for n in ("channel", "message", "end", "start", "constrain")
     )
-    before = f'({channel} "analysis" {message} /(.|\\n)*/ {end} {start} "assistant")?'
+    before = (
+        ""
+        if end.startswith('"')
+        else f'({channel} "analysis" {message} /(.|\\n)*/ {end} {start} "assistant")?'
+    )
     rules = []
     for i, tool in enumerate(tools):
         head = f'{channel} {text(f"commentary to=functions.{tool.name} ")} {constrain} "json" {message}'
@@ -179,7 +183,7 @@ def _parameters(prefix: str, tool: Tool, head: str, tail: str) -> Iterator[tuple
             options = " | ".join(text(str(v) + tail) for v in schema["enum"])
             rules.append(f"{rule}_v: {options}")
         elif schema.get("type") == "string" or not schema:
-            rules += [f"{rule}_v: {rule.upper()}", f"{rule.upper()}[lazy]: /(.|\\n)*{_escaped(tail)}/"]
+            rules.append(f"{rule}_v[lazy]: /(.|\\n)*{_escaped(tail)}/")
         else:
             rules += [f"{rule}_v: {rule}_j {text(tail)}", f"{rule}_j: {schema_rule(schema, tool.parameters)}"]
         yield (rule if name in required else f"{rule}?"), rules
