@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import secrets
 import string
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 
-import msgspec
-
-from wisp.api.errors import error_body
 from wisp.api.output import Delta, Entry
-from wisp.api.requests import GenerationRequest
-from wisp.api.responses import Head, Json
-from wisp.api.sse import DONE, event
+from wisp.api.responses import Json
+from wisp.api.shape import Echo, Shape, Subject
 from wisp.api.tools.events import Call, Event, Reasoning, Text
-from wisp.core.errors import RequestError
 from wisp.core.protocol.step import TokenLogprob, TopLogprob
 from wisp.engines.base import Tokenizer
 
@@ -26,58 +21,22 @@ _LETTERS = string.ascii_letters + string.digits
 _LOWEST_LOGPROB = -9999.0  # OpenAI's value for "impossible"; JSON has no infinity
 
 
-class Echo(msgspec.Struct, frozen=True):
-    """What a completion says of its prompt: text and tokens that come before its own, and `prompt_logprobs`.
+class ResponseFormat(Shape):
+    """What chat and completion have in common."""
 
-    first: the prompt's first token, which follows nothing and has no probability; entries: of the others
-    """
-
-    text: str = ""
-    entries: list[Entry] = []
-    first: int = 0
-    scores: list[Json | None] | None = None
-
-
-class ResponseFormat(ABC):
-    """What chat and completion have in common. `before`: for each choice, what comes before its text."""
-
-    prefix = ""  # of ids
     whole_object = ""
     chunk_object = ""
-    end = DONE  # what a stream ends with
 
-    def __init__(
-        self,
-        head: Head,
-        tokenizer: Tokenizer,
-        ask: GenerationRequest,
-        choices: int = 1,
-        before: Sequence[Echo] = (),
-    ) -> None:
-        self._head = head
-        self._tokenizer = tokenizer
-        self._logprobs = ask.logprobs is not None
-        self._include_usage = ask.include_usage
-        self._choices = choices
-        self._before = before
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self._tokenizer = subject.tokenizer
+        self._logprobs = subject.ask.logprobs is not None
+        self._include_usage = subject.ask.include_usage
+        self._choices = len(subject.outputs)
+        self._before = subject.before
         self._called: dict[int, int] = {}  # calls so far, by choice
 
-    @staticmethod
-    def error(error: RequestError) -> Json:
-        """The body of an answer that fails."""
-        return error_body(error)
-
-    @classmethod
-    def failed(cls, error: RequestError) -> bytes:
-        """The last event of a stream that fails."""
-        return event(cls.error(error))
-
-    def event(self, chunk: Json) -> bytes:
-        """A chunk as it is sent."""
-        return event(chunk)
-
     def whole(self, choices: Sequence[Sequence[Delta]], usage: Json, metrics: Json) -> Json:
-        """The answer to a request that is not streamed: the deltas of each choice."""
         found = [
             self._choice(i, self._full(i, deltas), self._all_logprobs(i, deltas), deltas[-1].finish)
             for i, deltas in enumerate(choices)
@@ -85,11 +44,9 @@ class ResponseFormat(ABC):
         return self._object(self.whole_object, found) | {"usage": usage, "metrics": metrics}
 
     def opening(self) -> list[Json]:
-        """Chunks that come before any text."""
         return []
 
     def chunk(self, index: int, delta: Delta) -> list[Json]:
-        """The chunks that carry a delta of a choice; none if it has nothing to show."""
         parts = self._parts(index, delta)
         if not parts and not delta.entries:
             return []
@@ -279,10 +236,10 @@ def spelled(tokenizer: Tokenizer, token: int) -> str:
 def tool_call(call: Call) -> Json:
     """With an id of nine letters and digits, as Mistral's templates demand; others take any."""
     function = {"name": call.name, "arguments": call.arguments}
-    return {"id": _call_id(), "type": "function", "function": function}
+    return {"id": call_id(), "type": "function", "function": function}
 
 
-def _call_id() -> str:
+def call_id() -> str:
     return "".join(secrets.choice(_LETTERS) for _ in range(9))
 
 

@@ -24,7 +24,6 @@ from wisp.api.backend import Backend, Target
 from wisp.api.body import body_limit, parsed, read_body
 from wisp.api.errors import JsonResponse, error_response, model_not_found
 from wisp.api.exchange import RequestContext
-from wisp.api.formats import ResponseFormat
 from wisp.api.observe import Observer
 from wisp.api.output import Delta, Output
 from wisp.api.prepare import Prepared, PromptWork, prepare
@@ -32,6 +31,7 @@ from wisp.api.reader import Reader
 from wisp.api.requests import NO_CLASSES, GenerationRequest, SloClasses
 from wisp.api.responses import Json
 from wisp.api.scoring import echoes
+from wisp.api.shape import Shape, Subject
 from wisp.api.sse import KEEP_ALIVE, ClientGoneError, EventSender, unless_gone, with_keep_alive
 from wisp.api.tools.families import PARSERS
 from wisp.core.errors import ConfigError, RequestError
@@ -82,10 +82,19 @@ class Service(msgspec.Struct, frozen=True):
         return asked or target.model
 
 
+def bearing(request: Request) -> Request:
+    """The request with its key where OpenAI's clients put it. Anthropic's say `x-api-key`."""
+    key = request.headers.get("x-api-key")
+    if key is None or "authorization" in request.headers:
+        return request
+    headers = [*request.scope["headers"], (b"authorization", b"Bearer " + key.encode("latin-1"))]
+    return Request({**request.scope, "headers": headers}, request.receive)
+
+
 class Generating:
     """An endpoint as an ASGI application: it needs `receive` while it answers."""
 
-    def __init__(self, service: Service, endpoint: str, parse: Parse, shape: type[ResponseFormat]) -> None:
+    def __init__(self, service: Service, endpoint: str, parse: Parse, shape: type[Shape]) -> None:
         self._service = service
         self._endpoint = endpoint
         self._parse = parse
@@ -112,7 +121,7 @@ class Generating:
     async def _handle(self, request: Request, exchange: RequestContext, stream: EventSender) -> Response:
         service = self._service
         if service.authorize is not None:
-            exchange.key = service.authorize(request)
+            exchange.key = service.authorize(bearing(request))
         body = await read_body(request, body_limit(service.backend.context))
         return await unless_gone(request.receive, self._answer(body, request.headers, exchange, stream))
 
@@ -132,7 +141,8 @@ class Generating:
         exchange.prompt_tokens = prepared.prompt_tokens
         before = await echoes(service.backend, ask, prepared, target)
         exchange.outputs = outputs = [_output(ask, prepared, target) for _ in prepared.generations]
-        shape = self._shape(responses.new_head(name, target), target.tokenizer, ask, len(outputs), before)
+        head = responses.new_head(name, target)
+        shape = self._shape(Subject(head, target.tokenizer, ask, outputs, prepared.prompt_tokens, before))
         found = answers(service.backend, prepared.generations, outputs)
         if ask.stream:
             events = _events(found, shape, prepared, outputs)
@@ -166,7 +176,7 @@ def _output(ask: GenerationRequest, prepared: Prepared, target: Target) -> Outpu
 
 async def _events(
     found: AsyncGenerator[tuple[int, Delta], None],
-    shape: ResponseFormat,
+    shape: Shape,
     prepared: Prepared,
     outputs: list[Output],
 ) -> AsyncGenerator[bytes, None]:

@@ -85,6 +85,11 @@ class Output:
         text = self._text.take()
         return Delta(text, self._certain_entries(), self.finish)
 
+    @property
+    def stop_string(self) -> str:
+        """The stop string that ended it, "" for none."""
+        return self._text.stopped
+
     def _read(self, reader: Reader) -> Delta:
         reader.feed(self._text.take())
         if reader.done:

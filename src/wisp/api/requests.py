@@ -48,6 +48,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     max_tokens: None means "what is left of the context", which is the most there can be in any case
     logprobs, prompt_logprobs: None, or how many alternatives to report per token
     asked:     the grammar; bad_words become token ids with the model's tokenizer
+    echoed:    what the answer is to say of the request
     """
 
     chat: bool
@@ -76,6 +77,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     bad_words: tuple[str, ...] = ()
     slo: Slo | None = None
     slo_class: str = ""
+    echoed: dict[str, Any] = {}
 
 
 def parse_chat(

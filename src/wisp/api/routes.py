@@ -1,7 +1,8 @@
-"""The OpenAI surface as Starlette routes over any `Backend`."""
+"""The OpenAI surface, and Anthropic's messages, as Starlette routes over any `Backend`."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request
@@ -9,14 +10,21 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from wisp.api import responses
+from wisp.api.anthropic_format import AnthropicFormat
+from wisp.api.anthropic_request import count_tokens, parse_anthropic
 from wisp.api.backend import Backend, Target
+from wisp.api.body import body_limit, parsed, read_body
 from wisp.api.errors import JsonResponse, error_response, request_id, to_request_error
 from wisp.api.formats import ChatFormat, CompletionFormat
-from wisp.api.generating import ApiOptions, Authorize, Generating, Service
+from wisp.api.generating import ApiOptions, Authorize, Generating, Service, bearing
 from wisp.api.observe import Observer
 from wisp.api.prepare import PromptWork
 from wisp.api.requests import parse_chat, parse_completion
 from wisp.api.responses import Json
+from wisp.api.responses_format import ResponsesFormat
+from wisp.api.responses_request import parse_response
+from wisp.api.tokens import apply_template, detokenize, tokenize
+from wisp.engines.base import Check
 
 _DEFAULTS = ApiOptions()
 
@@ -28,7 +36,7 @@ def openai_routes(
     authorize: Authorize | None = None,
     observer: Observer | None = None,
 ) -> list[Route]:
-    """Routes for models, chat completions and completions.
+    """Routes for models, all endpoints that generate, and tokens.
 
     The application should also be given `errors.exception_handlers()`, for paths and methods that do not exist.
     """
@@ -36,11 +44,38 @@ def openai_routes(
     endpoints = (
         ("/v1/chat/completions", Generating(service, "chat.completions", parse_chat, ChatFormat)),
         ("/v1/completions", Generating(service, "completions", parse_completion, CompletionFormat)),
+        ("/v1/responses", Generating(service, "responses", parse_response, ResponsesFormat)),
+        ("/v1/messages", Generating(service, "messages", parse_anthropic, AnthropicFormat)),
     )
     return [
         *_model_routes(service),
+        *_token_routes(service),
         *(Route(path, app, methods=["POST"], name=path) for path, app in endpoints),
     ]
+
+
+def _token_routes(service: Service) -> list[Route]:
+    def endpoint(work: Callable[[Json, Target, Check], Json]) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            key = service.authorize(bearing(request)) if service.authorize is not None else ""
+            body = await read_body(request, body_limit(service.backend.context))
+            service.backend.admit(key)
+            admit = functools.partial(service.backend.admit, key)
+            fields = await parsed(body, lambda found: found, key)
+            target = await service.backend.target()
+            service.name(fields.get("model") or "", target)
+            found = await service.prompts.run(key, admit, functools.partial(work, fields, target))
+            return JsonResponse(found, headers={"x-request-id": request_id(request)})
+
+        return answer
+
+    works = {
+        "/tokenize": tokenize,
+        "/detokenize": detokenize,
+        "/apply-template": apply_template,
+        "/v1/messages/count_tokens": count_tokens,
+    }
+    return [Route(path, endpoint(work), methods=["POST"]) for path, work in works.items()]
 
 
 def _model_routes(service: Service) -> list[Route]:
@@ -49,7 +84,7 @@ def _model_routes(service: Service) -> list[Route]:
             id_ = request_id(request)
             try:
                 if service.authorize is not None:
-                    service.authorize(request)
+                    service.authorize(bearing(request))
                 body = answer(request, await service.backend.target())
             except Exception as exc:
                 return error_response(to_request_error(exc, id_), id_)

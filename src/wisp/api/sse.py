@@ -30,6 +30,11 @@ def event(data: object) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
+def named_event(name: str, data: object) -> bytes:
+    """One event with a name."""
+    return b"event: " + name.encode() + b"\n" + event(data)
+
+
 class ClientGoneError(Exception):
     """The client disconnected before it had its answer."""
 

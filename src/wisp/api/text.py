@@ -21,7 +21,7 @@ class TextStream:
     tokens:   how many were taken
     offsets:  for each token taken, how many characters of text stand before it
     released: characters handed out by `take` so far
-    stopped:  a stop string was found; no token may be pushed any more
+    stopped:  the stop string that was found, "" for none; after it no token may be pushed any more
 
     A stop string that is complete within the first `min_tokens` tokens is text like any other.
     """
@@ -35,7 +35,7 @@ class TextStream:
         self._ended = False
         self.offsets: list[int] = []
         self.released = 0
-        self.stopped = False
+        self.stopped = ""
 
     @property
     def tokens(self) -> int:
@@ -45,7 +45,7 @@ class TextStream:
         """Take one token. True if it completed a stop string."""
         self.offsets.append(self.released + len(self._held))
         self._add(self._decoder.decode(self._piece(token)))
-        return self.stopped
+        return bool(self.stopped)
 
     def end(self) -> None:
         """No more tokens: nothing is held back any longer. An unfinished character becomes U+FFFD."""
@@ -70,8 +70,9 @@ class TextStream:
                 for m in found:
                     m.pass_over()
             elif found:
-                self._held = (self._held + text)[: at - max(m.length for m in found)]
-                self.stopped = True
+                longest = max(found, key=lambda m: m.length)
+                self._held = (self._held + text)[: at - longest.length]
+                self.stopped = longest.stop
                 return
         self._held += text
 
@@ -80,7 +81,7 @@ class _Matcher:
     """Knuth-Morris-Pratt: `matched` is the longest head of `stop` that the text so far ends in."""
 
     def __init__(self, stop: str) -> None:
-        self._stop = stop
+        self.stop = stop
         self.length = len(stop)
         self.matched = 0
         self._shorter = [0] * len(stop)  # of the first i + 1 characters: their longest head that is a tail
@@ -97,7 +98,7 @@ class _Matcher:
 
     def advance(self, char: str) -> bool:
         """Read one character. True if `stop` is complete; do not go on then, or `pass_over` it."""
-        while self.matched and self._stop[self.matched] != char:
+        while self.matched and self.stop[self.matched] != char:
             self.matched = self._shorter[self.matched - 1]
-        self.matched += self._stop[self.matched] == char
+        self.matched += self.stop[self.matched] == char
         return self.matched == self.length
