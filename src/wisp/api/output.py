@@ -88,7 +88,7 @@ class Output:
     @property
     def stop_string(self) -> str:
         """The stop string that ended it, "" for none."""
-        return self._text.stopped
+        return self._text.found
 
     def _read(self, reader: Reader) -> Delta:
         reader.feed(self._text.take())

@@ -21,7 +21,7 @@ class TextStream:
     tokens:   how many were taken
     offsets:  for each token taken, how many characters of text stand before it
     released: characters handed out by `take` so far
-    stopped:  the stop string that was found, "" for none; after it no token may be pushed any more
+    stopped:  a stop string was found, `found`; no token may be pushed any more
 
     A stop string that is complete within the first `min_tokens` tokens is text like any other.
     """
@@ -35,7 +35,8 @@ class TextStream:
         self._ended = False
         self.offsets: list[int] = []
         self.released = 0
-        self.stopped = ""
+        self.stopped = False
+        self.found = ""
 
     @property
     def tokens(self) -> int:
@@ -45,7 +46,7 @@ class TextStream:
         """Take one token. True if it completed a stop string."""
         self.offsets.append(self.released + len(self._held))
         self._add(self._decoder.decode(self._piece(token)))
-        return bool(self.stopped)
+        return self.stopped
 
     def end(self) -> None:
         """No more tokens: nothing is held back any longer. An unfinished character becomes U+FFFD."""
@@ -72,7 +73,7 @@ class TextStream:
             elif found:
                 longest = max(found, key=lambda m: m.length)
                 self._held = (self._held + text)[: at - longest.length]
-                self.stopped = longest.stop
+                self.stopped, self.found = True, longest.stop
                 return
         self._held += text
 
