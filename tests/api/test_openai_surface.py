@@ -385,6 +385,16 @@ def test_an_echo_comes_before_the_text(scoring: TestClient) -> None:
     assert body["usage"]["completion_tokens"] == 0
 
 
+def test_after_an_echo_an_end_has_its_log_probability(scoring: TestClient) -> None:
+    """Clients that score prompts take the last of them for the token that they had to ask for."""
+    backend = Scoring()
+    backend.script = [committed("", "stop", top=0)]
+    client = TestClient(make_app(backend))
+    choice = client.post(TEXT, json=text(echo=True, logprobs=0, max_tokens=1)).json()["choices"][0]
+    assert choice["logprobs"]["tokens"] == ["token_id:257", "H", "i", "token_id:256"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2]
+
+
 def test_streamed_echoes_are_those_of_the_whole(scoring: TestClient) -> None:
     body = text(prompt=["Hi", "He"], echo=True, max_tokens=0, logprobs=0)
     whole = scoring.post(TEXT, json=body).json()["choices"]

@@ -171,7 +171,10 @@ class Generating:
 
 def _output(ask: GenerationRequest, prepared: Prepared, target: Target) -> Output:
     reader = Reader(prepared.reading) if prepared.reading is not None else None
-    return Output(target.tokenizer, ask.stop, ask.logprobs is not None, ask.min_tokens, reader)
+    # Who reads the log probabilities of a prompt counts on one more for each token that was asked for
+    return Output(
+        target.tokenizer, ask.stop, ask.logprobs is not None, ask.min_tokens, reader, with_end=ask.echo
+    )
 
 
 async def _events(

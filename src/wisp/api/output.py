@@ -43,7 +43,8 @@ class Delta(msgspec.Struct, frozen=True):
 
 class Output:
     """tokens: how many count, the end-of-sequence token included, none after a stop string's last.
-    shown_draft: how many of them came from drafts. first/last: when tokens arrived (0.0: not yet)."""
+    shown_draft: how many of them came from drafts. first/last: when tokens arrived (0.0: not yet).
+    With `with_end` an end-of-sequence token has its log probability among the entries."""
 
     def __init__(
         self,
@@ -52,11 +53,14 @@ class Output:
         logprobs: bool,
         min_tokens: int = 0,
         reader: Reader | None = None,
+        *,
+        with_end: bool = False,
     ) -> None:
         piece = tokenizer.piece if reader is None else functools.partial(reader.piece, tokenizer)
         self._text = TextStream(piece, stop, min_tokens)
         self._reader = reader
         self._logprobs = logprobs
+        self._with_end = with_end
         self._waiting: list[Entry] = []
         self.tokens = 0
         self.shown_draft = 0
@@ -109,6 +113,8 @@ class Output:
                 self._waiting.append(Entry(item.logprobs[i], self._text.offsets[-1]))
             if stopped or (self._reader is not None and self._read_on(self._reader)):
                 return i + 1
+        if self._logprobs and self._with_end and shown < len(item.tokens):
+            self._waiting.append(Entry(item.logprobs[-1], self._text.length))
         return len(item.tokens)
 
     def _read_on(self, reader: Reader) -> bool:

@@ -23,7 +23,7 @@ from wisp.api.requests import parse_chat, parse_completion
 from wisp.api.responses import Json
 from wisp.api.responses_format import ResponsesFormat
 from wisp.api.responses_request import parse_response
-from wisp.api.tokens import apply_template, detokenize, tokenize
+from wisp.api.tokens import apply_template, detokenize, tokenize, tokenizer_info
 from wisp.engines.base import Check
 
 _DEFAULTS = ApiOptions()
@@ -102,4 +102,5 @@ def _model_routes(service: Service) -> list[Route]:
         Route("/v1/models", guarded(listed), methods=["GET"]),
         Route("/v1/models/", guarded(listed), methods=["GET"]),  # otherwise a model without a name
         Route("/v1/models/{id:path}", guarded(retrieve), methods=["GET"]),
+        Route("/tokenizer_info", guarded(lambda _, target: tokenizer_info(target)), methods=["GET"]),
     ]

@@ -42,9 +42,14 @@ class TextStream:
     def tokens(self) -> int:
         return len(self.offsets)
 
+    @property
+    def length(self) -> int:
+        """Characters so far."""
+        return self.released + len(self._held)
+
     def push(self, token: int) -> bool:
         """Take one token. True if it completed a stop string."""
-        self.offsets.append(self.released + len(self._held))
+        self.offsets.append(self.length)
         self._add(self._decoder.decode(self._piece(token)))
         return self.stopped
 

@@ -47,6 +47,18 @@ def detokenize(body: Json, target: Target, check: Check) -> Answer:
     return {"prompt": text, "content": text}
 
 
+def tokenizer_info(target: Target) -> Answer:
+    """`/tokenizer_info`, as lm-eval asks for it."""
+    tokenizer = target.tokenizer
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        "bos_token": tokenizer.bos_token or None,
+        "eos_token": tokenizer.eos_token or None,
+        "chat_template": tokenizer.chat_template,
+        "model_max_length": target.context,
+    }
+
+
 def apply_template(body: Json, target: Target, check: Check) -> Answer:
     """`/apply-template`: the prompt that a chat becomes. Raises RequestError 400."""
     rendered = render(_asked(body), target.tokenizer)
