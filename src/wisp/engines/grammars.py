@@ -34,7 +34,7 @@ MOST_MULTIPLE = 10_000  # of multipleOf, in units of its last digit: a million t
 # White space in JSON: one space, or a line break or two with its indentation; a model may go on with more for ever.
 WHITE_SPACE = r"( |\n{1,2}[ \t]{0,40})"
 MISSING = (
-    "grammars need llguidance 1.9.1 or later, which is not installed here: pip install 'llguidance>=1.9.1'"
+    "grammars need llguidance 1.7.6 or later, which is not installed here: pip install 'llguidance>=1.7.6'"
 )
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]+)')
 
@@ -267,8 +267,14 @@ def _source(library: Any, grammar: Grammar) -> str:
 def _json(library: Any, schema: Any) -> str:
     if not isinstance(schema, dict | bool):
         raise GrammarError("a JSON schema is an object or a boolean")
+    if schema is False:
+        raise GrammarError("unsatisfiable: the schema is false")
     overrides = {"whitespace_pattern": WHITE_SPACE, "whitespace_flexible": True, "lenient": False}
-    return str(library.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=overrides))
+    return str(
+        library.LLMatcher.grammar_from_json_schema(
+            json.dumps({} if schema is True else schema), overrides=overrides
+        )
+    )
 
 
 def _read(source: str, what: str) -> Any:
