@@ -220,6 +220,27 @@ def test_a_long_call_in_small_pieces_takes_no_quadratic_time() -> None:
     assert reads < 10
 
 
+def test_a_long_call_full_of_ends_takes_no_quadratic_time_either() -> None:
+    for family, head, part in (
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"s": "', "}}"),
+        ("llama4", "[f(s=[", "[1],"),
+        ("qwen-xml", "<tool_call>\n<function=f>\n<parameter=s>\n", "</function>"),
+        ("glm", "<tool_call>f\n<arg_key>s</arg_key>\n<arg_value>", "</arg_value><arg_key></tool_call>"),
+    ):
+        parser = PARSERS[family](TOOLS)
+        sizes: list[int] = []
+        call = parser.call  # type: ignore[attr-defined]
+
+        def counted(text: str, ended: bool, call: Any = call, sizes: list[int] = sizes) -> Any:
+            sizes.append(len(text))
+            return call(text, ended)
+
+        parser.call = counted  # type: ignore[attr-defined]
+        for _ in range(60_000 // len(part)):
+            parser.feed(part if sizes else head + part)
+        assert sum(s for s in sizes if s > parser.long) < 20 * 60_000, family  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("template", "family"),
     [

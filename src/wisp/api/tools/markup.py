@@ -17,6 +17,28 @@ _LONGEST_CLOSER = 32  # characters, or more
 THINK: Pair = ("<think>", "</think>")
 
 
+class _Waiting:
+    """The rest of a call, in pieces, until there is hope that it is complete: an end of one has come, and a long call
+    has grown by a part, as each look reads all of it."""
+
+    def __init__(self, closers: tuple[str, ...], begun: str, long: int) -> None:
+        self.pieces: list[str] = []
+        self._closers = closers
+        self._least = len(begun) >> 4 if len(begun) > long else 0
+        self._size = 0
+        self._tail = begun[-_LONGEST_CLOSER:]
+        self._closed = False
+
+    def worth_reading(self, text: str) -> bool:
+        """Take the next piece. Is it time for another look?"""
+        self.pieces.append(text)
+        self._size += len(text)
+        window = self._tail + text
+        self._tail = window[-_LONGEST_CLOSER:]
+        self._closed = self._closed or any(closer in window for closer in self._closers)
+        return self._closed and self._size >= self._least
+
+
 class Parser(ABC):
     """Reads one answer. `thinking`: the prompt ends inside of reasoning."""
 
@@ -43,6 +65,7 @@ class Markup(Parser):
     silent:  markers around calls that mean nothing
     closers: a waiting call is looked at again once one of these has come
     trims:   white space around calls is the format's
+    long:    characters of a call that are read in no time
     """
 
     thinks: ClassVar[tuple[Pair, ...]] = (THINK,)
@@ -51,12 +74,13 @@ class Markup(Parser):
     silent: ClassVar[tuple[str, ...]] = ()
     closers: ClassVar[tuple[str, ...]] = ()
     trims: ClassVar[bool] = True
+    long: ClassVar[int] = 1 << 13
     calls_while_thinking: ClassVar[bool] = False
 
     def __init__(self, tools: Tools, thinking: bool = False) -> None:
         super().__init__(tools, thinking)
         self._text = ""  # not yet reported
-        self._seen = 0  # of it, where a call's end was looked for
+        self._waiting: _Waiting | None = None  # of the call that it ends in
         self._pair = self.thinks[0] if thinking and self.thinks else None
         self._begun = thinking  # past the place where reasoning may begin
         self._lead = thinking  # white space that comes now is dropped
@@ -72,11 +96,19 @@ class Markup(Parser):
         """
 
     def feed(self, text: str) -> list[Event]:
-        self._text += text
+        if self._waiting is not None and not self._waiting.worth_reading(text):
+            return []
+        self._come(text)
         return self._run(final=False, cut=False)
 
     def end(self, *, cut: bool = False) -> list[Event]:
+        self._come("")
         return self._run(final=True, cut=cut)
+
+    def _come(self, text: str) -> None:
+        if self._waiting is not None:
+            text, self._waiting = "".join(self._waiting.pieces), None
+        self._text += text
 
     def _run(self, *, final: bool, cut: bool) -> list[Event]:
         self._events = []
@@ -159,21 +191,17 @@ class Markup(Parser):
         """Is there a call at `at`?"""
         if self._pair is None:
             at -= self._report(at, False)
-        looked = at + max(0, self._seen - _LONGEST_CLOSER)
-        if not final and self._seen and all(self._text.find(c, looked) < 0 for c in self.closers):
-            self._seen = len(self._text) - at
-            return False
         text = self._text[at:]
         try:
             calls, end = self.call(text, ended=final and not cut)
         except Incomplete as incomplete:
             if not final:
-                self._seen = 0 if incomplete.soon else len(text)
+                if not incomplete.soon:
+                    self._waiting = _Waiting(self.closers, text, self.long)
                 return False
             return self._give_up(at)
         except Broken:
             return self._pass_over(at, final)
-        self._seen = 0
         if self._pair is not None:
             self._reason(self._text[:at].rstrip())
             self._pair = None
@@ -194,7 +222,6 @@ class Markup(Parser):
 
     def _pass_over(self, at: int, final: bool) -> bool:
         """What begins like a call at `at` is none."""
-        self._seen = 0
         _, marker = self._find(self._text[at:], (*self.openers, *self.first_openers))
         past = at + max(1, len(marker))
         if self._pair is not None:

@@ -21,13 +21,18 @@ class Pythonic(Markup):
     first_openers = ("[",)
     closers = ("]",)
     trims = False
+    long = 1 << 8
+    _HEAD = re.compile(r"\[\s*[A-Za-z_][\w.]*\(")
+    _HEAD_BEGUN = re.compile(r"\[\s*([A-Za-z_][\w.]{0,200})?")
     _PARTS = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|['\"\[\](){}]", re.DOTALL)
 
     def call(self, text: str, ended: bool) -> tuple[list[Call], int]:
         at = skip(text, len("<|python_start|>")) if text.startswith("<|python_start|>") else 0
         if at == len(text):
             raise Incomplete(soon=True)
-        if text[at] != "[":
+        if self._HEAD.match(text, at) is None:
+            if self._HEAD_BEGUN.fullmatch(text, at):
+                raise Incomplete(soon=True)
             raise Broken
         end = self._close(text, at)
         try:

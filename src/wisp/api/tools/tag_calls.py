@@ -68,8 +68,8 @@ class Glm(Markup):
     openers = ("<tool_call>",)
     closers = ("</tool_call>",)
     _HEAD = re.compile(r"<tool_call>\s*([^\s<]+)\s*")
-    _KEY = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>", re.DOTALL)
-    _END = re.compile(r"</arg_value>\s*(?=<arg_key>.*?</arg_key>\s*<arg_value>|</tool_call>)", re.DOTALL)
+    _KEY = re.compile(r"<arg_key>([^<]*)</arg_key>\s*<arg_value>")
+    _END = re.compile(r"</arg_value>\s*(?=<arg_key>[^<]*</arg_key>\s*<arg_value>|</tool_call>)")
 
     def call(self, text: str, ended: bool) -> tuple[list[Call], int]:
         head = self._HEAD.match(text)
