@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all coverage test-busy test-vllm test-replicas check format lock check-lossless docs clean \
+.PHONY: setup demo test test-all coverage test-busy test-vllm test-clients test-replicas check format lock check-lossless docs clean \
 	bench bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
 
 setup: $(VENV)/.ready
@@ -61,6 +61,23 @@ test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, then wh
 
 bench-vllm: $(VLLM)/.ready  ## what our scheduling costs beside vLLM's own
 	$(WITH_VLLM) -m benchmarks vllm --out docs/results/vllm-overhead.json
+
+# Other people's clients, in an environment of its own: unmodified, against a scripted verifier and an edge before it.
+CLIENTS := .venv-clients
+
+$(CLIENTS)/.ready: requirements/clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/clients.txt
+	@touch $@
+
+JS := tests/clients/js
+
+$(JS)/node_modules: $(JS)/package-lock.json
+	if command -v npm >/dev/null; then npm ci --silent --prefix $(JS); fi
+
+test-clients: setup $(CLIENTS)/.ready $(JS)/node_modules  ## openai, anthropic, langchain, instructor, pydantic-ai, lm-eval, ...; fixtures of tool calls
+	PYTHONPATH=src WISP_PYTHON=$(CURDIR)/$(BIN)/python $(CLIENTS)/bin/python -m pytest \
+		-c tests/clients/pytest.ini --rootdir tests/clients --confcutdir tests/clients tests/clients
 
 CODE := src benchmarks tools tests
 
@@ -121,6 +138,7 @@ lock: setup
 	$(LOCK) --extra dev --extra sim -o requirements/dev.txt
 	$(LOCK) --extra ray --constraint requirements/dev.txt -o requirements/ray.txt
 	$(PIN) requirements/docs.in -o requirements/docs.txt
+	$(PIN) requirements/clients.in -o requirements/clients.txt
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(DOCS) site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VLLM) $(DOCS) $(CLIENTS) $(JS)/node_modules site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -26,6 +26,21 @@ AllowedHosts = Annotated[
         "loopback's own are answered)."
     ),
 ]
+CorsOrigins = Annotated[
+    str,
+    typer.Option(
+        help="Web pages, by comma, that may use this port from a browser: https://app.example.com, or * for all."
+    ),
+]
+ServedModelName = Annotated[
+    str, typer.Option(help="Further names, by comma, that clients may ask for the model by.")
+]
+ToolParser = Annotated[
+    str,
+    typer.Option(
+        help="How the model writes tool calls: hermes, qwen-xml, llama3, ... (default: as its template)."
+    ),
+]
 HttpKeepAlive = Annotated[
     float,
     typer.Option(help="Seconds that an idle HTTP connection is kept for its next request.", min=1, max=86400),
