@@ -19,7 +19,7 @@ from wisp.core.verify.cost import Load
 from wisp.sim.capacity import Capacity
 from wisp.sim.fluid import demand_of, operating_points
 from wisp.sim.paper import PAPER, RATES, cap, paper_capacity
-from wisp.sim.report import number
+from wisp.sim.report_table import number
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Scenario, load_scenario
 

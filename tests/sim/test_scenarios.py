@@ -24,7 +24,8 @@ from wisp.sim import commands, fleet, runs, scenario
 from wisp.sim.capacity import PAPER_MODELS, Search, capacity, limit_of
 from wisp.sim.fluid import bound
 from wisp.sim.paper import paper_capacity
-from wisp.sim.report import Report, report, table
+from wisp.sim.report import Report, report
+from wisp.sim.report_table import table
 from wisp.sim.runs import SOURCES, Job, Runs, key, remembered
 from wisp.sim.scenario import Kit, Scenario, SloClass, load_scenario, recorded_arrivals
 from wisp.sim.simulate import Simulation

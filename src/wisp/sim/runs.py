@@ -11,8 +11,8 @@ import hashlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -41,7 +41,17 @@ SOURCES = (
     *(f"calibrate/traces/{name}.py" for name in ("format", "prompts", "scripts")),
     *(
         f"sim/{name}.py"
-        for name in ("devices", "report", "runs", "scenario", "simulate", "systems", "timeline", "world")
+        for name in (
+            "devices",
+            "report",
+            "runs",
+            "scenario",
+            "simulate",
+            "smooth",
+            "systems",
+            "timeline",
+            "world",
+        )
     ),
 )  # files that a run depends on
 CLEARLY = 1.5  # a run is cut once this many times as many have missed as are tolerated
@@ -192,6 +202,14 @@ class Runs:
     def map(self, do: Callable[[A], B], items: Sequence[A]) -> Iterable[B]:
         """`do` of each, in order, as they come."""
         return map(do, items) if self._pool is None else self._pool.map(do, items)
+
+    def finished(self, do: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
+        """`do` of each, as soon as it is done."""
+        if self._pool is None:
+            yield from map(do, items)
+            return
+        for future in as_completed([self._pool.submit(do, item) for item in items]):
+            yield future.result()
 
     def reports(self, jobs: Sequence[Job]) -> list[Report]:
         """Of these runs."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from wisp.calibrate.traces.scripts import Script, Scripts
@@ -44,6 +45,7 @@ class Request:
     """One request of a user and its fate, however often it was sent. Times in seconds, at the user.
 
     refusals: how often it was refused; refused: for good
+    heard:    for each message that brought tokens, when it came and how many tokens there were then
     """
 
     seed: int
@@ -59,7 +61,19 @@ class Request:
     ok: bool = True
     refused: bool = False
     refusals: int = 0
-    gaps_ms: list[float] = field(default_factory=list)  # between messages that brought tokens
+    heard: list[tuple[float, int]] = field(default_factory=list)
+
+    def hear(self, now: float, tokens: int) -> None:
+        """A message has brought the answer to `tokens` tokens."""
+        if self.tokens == 0:
+            self.first = now
+        self.last, self.tokens = now, tokens
+        self.heard.append((now, tokens))
+
+    @property
+    def gaps_ms(self) -> list[float]:
+        """Between messages that brought tokens."""
+        return [(b - a) * 1e3 for (a, _), (b, _) in pairwise(self.heard)]
 
     def served(self) -> Served:
         """As `core.protocol.slo` counts it."""
@@ -101,8 +115,10 @@ class VerifierCounts:
 
 @dataclass(slots=True)
 class DraftCounts:
-    """All devices together. wasted_ms: drafting past a first rejection; ahead_wasted: tokens drafted and never sent."""
+    """All devices together. draft_steps: passes of a draft model; wasted_ms: drafting past a first rejection;
+    ahead_wasted: tokens drafted and never sent."""
 
+    draft_steps: int = 0
     drafting_ms: float = 0.0
     wasted_ms: float = 0.0
     ahead_wasted: int = 0
@@ -299,8 +315,8 @@ class SimDevice:
     """
 
     __slots__ = (
-        "_inbox", "_step", "asked", "drafted_ms", "env", "generation", "gone", "index", "link", "policies", "profile",
-        "rounds", "seen", "shared",
+        "_inbox", "_step", "asked", "away_s", "drafted_ms", "env", "generation", "gone", "index", "link", "policies",
+        "profile", "rounds", "seen", "shared",
     )  # fmt: skip
 
     def __init__(
@@ -316,6 +332,7 @@ class SimDevice:
         self.rounds = RoundTimes()  # learnt, from one answer to the next
         self.drafted_ms = 0.0  # by which a device grows warm
         self.asked = 0  # requests so far
+        self.away_s = 0.0  # from the user, there and back: of a drafter beside the target
         self.gone = False
         self.generation: Generation | None = None
         self.seen = Seen()
@@ -400,17 +417,15 @@ class SimDevice:
     def _read(self, generation: Generation, verdict: Verdict) -> None:
         """The user sees tokens as they arrive."""
         request, tokens, now = generation.request, verdict.base + len(verdict.tokens), self.env.now
+        seen = now + self.away_s
         drafted = generation.sent_tokens if verdict.round == generation.sent_round else 0
         if tokens > request.tokens:
-            if request.tokens == 0:
-                request.first = now
-            else:
-                request.gaps_ms.append((now - request.last) * 1e3)
+            if request.tokens:
                 cached = len(request.prompt) + verdict.base
                 self.seen.passes.append(Pass(now, verdict.engine_ms, drafted + 1, cached))
-            request.last, request.tokens = now, tokens
+            request.hear(seen, tokens)
         if verdict.finish:
-            request.ended = now
+            request.ended = seen
         if self.shared.trace is not None:
             since = generation.waiting_since
             self.shared.trace.append(Event("wait", since, (now - since) * 1e3, self.index, drafted))
@@ -447,7 +462,7 @@ class SimDevice:
         if actions:
             self._carry_out(generation, actions)
         if drafter.phase is DONE:
-            self._finish(generation, 0.0)
+            self._finish(generation, self.away_s)
 
     def _refused(self, generation: Generation, retry_after: float | None) -> None:
         request = generation.request
@@ -505,6 +520,7 @@ class SimDevice:
         assert self._step is not None
         drafted_for, (token, signal), ms = self._step
         self._step = None
+        self.shared.counts.draft_steps += 1
         self.shared.counts.drafting_ms += ms
         generation = self.generation
         if generation is None:
