@@ -39,7 +39,7 @@ class Extent(msgspec.Struct, frozen=True):
 
 
 FULL = Extent((101, 102, 103, 104, 105), 140, (91, 92), 60)
-QUICK = Extent((81, 82), 50, (91,), 40, True)
+QUICK = Extent((81, 82), 40, (91,), 30, True)
 
 
 class Task(msgspec.Struct, frozen=True):

@@ -12,6 +12,7 @@ from statistics import fmean
 
 import msgspec
 
+from wisp.sim.capacity import chunks
 from wisp.sim.fluid import bound
 from wisp.sim.report import Report
 from wisp.sim.runs import Job, remembered
@@ -19,8 +20,6 @@ from wisp.sim.scenario import Scenario
 from wisp.sim.systems import System, system
 
 CAPS = (1.0, 0.85)  # shares of the sessions that the fluid bound says are served in time
-CHUNKS = (512, 256, 128)  # tokens of a step, beside the profile's own
-RESERVED = 0.75  # of a step, the most that decodes get (`core.verify.batching.simple`)
 DRAFTS = {"sled": (4, 2, 6), "central-speculative": (3, 1, 2)}  # tokens in a draft
 ATTAINED, EARNED = 0.01, 0.02  # differences in attainment, and relative ones in goodput, that are none
 WORSE = 0.02  # a run is stopped once clearly so much more is missed than by the first of the grid
@@ -46,10 +45,10 @@ def _central(scenario: Scenario, coarse: bool) -> list[System]:
     most = bound(scenario, central=True).devices
     wanted = math.inf if scenario.open or scenario.population else scenario.devices_n
     caps = [round(most * share) for share in CAPS if 4 < most * share < wanted]
-    chunks = [c for c in CHUNKS if most < RESERVED * c]
+    sizes = chunks(most)
     if coarse:
-        caps, chunks = caps[:1], chunks[1:2]
-    return [system(_limited("central", cap, chunk)) for cap in (0, *caps) for chunk in (0, *chunks)]
+        caps, sizes = caps[:1], sizes[1:2]
+    return [system(_limited("central", cap, size)) for cap in (0, *caps) for size in (0, *sizes)]
 
 
 def _limited(name: str, slots: int, step_tokens: int) -> str:
