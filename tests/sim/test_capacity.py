@@ -142,8 +142,8 @@ def test_central_may_read_prompts_in_smaller_chunks_where_decodes_leave_room() -
     def sizes(rate: float) -> set[int]:
         return {v.step_tokens for v in variants("central", SCENARIO.at_rate(rate))}
 
-    assert sizes(16.0) == {0, 512, 256, 128}
-    assert sizes(8.0) == {0, 512, 256}  # 137 decodes would not fit into 128
+    assert sizes(16.0) == {0, 256, 128}
+    assert sizes(8.0) == {0, 256}  # 137 decodes would not fit into 128
 
 
 def test_no_number_of_devices_is_measured_twice(blank: Report) -> None:

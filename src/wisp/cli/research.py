@@ -135,11 +135,11 @@ def compare(
         str,
         typer.Option(
             help="By comma, each with its changes: wisp,ahead=no,paper are two. Baselines are tuned in each cell; "
-            "central is always there.",
+            "central is always there. Default: all but sled-confidence; with --quick central, central-wisp, wisp.",
         ),
-    ] = "central,central-wisp,central-speculative,paper,sled,wisp",
+    ] = "",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Few requests and two seeds: for a first impression.")
+        bool, typer.Option("--quick", help="Few requests under one seed: for a first impression.")
     ] = False,
     out: Annotated[
         Path | None,

@@ -31,7 +31,7 @@ GRAIN = 0.02  # a crossing is searched to one device or this share
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 MOST = 4096  # devices
-CHUNKS = (512, 256, 128)  # tokens of a step that central serving may choose
+CHUNKS = (256, 128)  # tokens of a step that central serving may choose
 DECODES = 0.75  # of a step's tokens, the most that decodes get (`core.verify.batching.simple`)
 FEWEST = 100  # requests by which a number of devices is judged, if windows need be no more than
 LONGEST = 10.0  # times as long for it

@@ -38,8 +38,8 @@ class Extent(msgspec.Struct, frozen=True):
     coarse: bool = False
 
 
-FULL = Extent((101, 102, 103, 104, 105), 140, (91, 92), 60)
-QUICK = Extent((81, 82), 40, (91,), 30, True)
+FULL = Extent((101, 102, 103, 104, 105), 130, (91, 92), 40)
+QUICK = Extent((81,), 60, (91,), 30, True)
 
 
 class Task(msgspec.Struct, frozen=True):

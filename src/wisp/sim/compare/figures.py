@@ -57,7 +57,7 @@ class SystemFigures(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, variant: str, reports: Sequence[Report]) -> SystemFigures:
         """Of its runs, one for each seed."""
-        seeds = {name: [value_of(r) for r in reports] for name, value_of in METRICS.items()}
+        seeds = {name: [_value(value_of(r)) for r in reports] for name, value_of in METRICS.items()}
         return cls(variant, seeds, {name: _estimate(values) for name, values in seeds.items()})
 
     def mean(self, metric: str) -> float | None:
@@ -74,6 +74,10 @@ class SystemFigures(msgspec.Struct, frozen=True):
 def _estimate(values: Sequence[float | None]) -> Estimate | None:
     known = [v for v in values if v is not None]
     return Estimate.of(known) if known else None
+
+
+def _value(value: float | None) -> float | None:
+    return None if value is None else _rounded(value)
 
 
 def _rounded(value: float) -> float:

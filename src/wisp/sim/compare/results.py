@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -49,5 +51,14 @@ def read(path: Path) -> Comparison | None:
 def write(path: Path, found: Comparison) -> None:
     """All at once: a run that is killed leaves the file as it was."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    partial.write_text(as_text(msgspec.to_builtins(found)))
     partial.replace(path)
+
+
+def as_text(data: dict[str, Any]) -> str:
+    """As JSON with a line for each cell."""
+    head = "".join(
+        f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in data.items() if key != "cells"
+    )
+    cells = ",\n".join(map(json.dumps, data["cells"]))
+    return f'{{\n{head}"cells": [\n{cells}\n]\n}}\n'

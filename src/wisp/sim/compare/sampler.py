@@ -10,7 +10,7 @@ from wisp.core.verify.cost import Load
 from wisp.sim.fluid import bound
 from wisp.sim.scenario import Kit, Scenario, SloClass
 
-FEWEST, MOST = 5, 500  # devices
+FEWEST, MOST = 5, 300  # devices
 LOADS = (0.6, 0.85, 1.25)  # below, at and above what central serving carries, as shares of its fluid bound
 HARDWARE = ("a100-qwen3-32b", "a100-qwen3-32b", "a100-qwen3-14b", "h200-qwen3-32b", "4xa100-llama-70b")
 PROMPTS = ((20, 80), (60, 200), (60, 200), (300, 900), (500, 1100), (1500, 2500))

@@ -47,7 +47,7 @@ def _central(scenario: Scenario, coarse: bool) -> list[System]:
     caps = [round(most * share) for share in CAPS if 4 < most * share < wanted]
     sizes = chunks(most)
     if coarse:
-        caps, sizes = caps[:1], sizes[1:2]
+        caps, sizes = caps[:1], sizes[-1:]
     return [system(_limited("central", cap, size)) for cap in (0, *caps) for size in (0, *sizes)]
 
 
