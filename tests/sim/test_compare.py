@@ -306,7 +306,7 @@ def test_a_table_for_people_and_an_exit_code_on_request(suite: Path, monkeypatch
     def worse(task: Task) -> object:
         found = measure(task)
         criteria = [msgspec.structs.replace(c, holds=False) for c in found.verdicts["wisp"].criteria]
-        judged = msgspec.structs.replace(found.verdicts["wisp"], criteria=criteria)
+        judged = msgspec.structs.replace(found.verdicts["wisp"], criteria=criteria, passes=False)
         return msgspec.structs.replace(found, verdicts={"wisp": judged})
 
     monkeypatch.setattr(command, "measure", worse)
@@ -374,6 +374,13 @@ def test_a_file_of_something_else_is_not_overwritten(suite: Path, tmp_path: Path
     assert isinstance(result.exception, ConfigError)
     assert "no file of this command" in str(result.exception)
     assert out.read_text() == '{"mine": 1}'
+
+
+def test_a_quick_run_does_not_replace_the_figures_of_a_full_one(suite: Path, tmp_path: Path) -> None:
+    out, cells = tmp_path / "out.json", load_suite(suite)
+    compare(cells, ("central",), quick=True, out=out)
+    with pytest.raises(ConfigError, match="of a quick run: give another --out"):
+        compare(cells, ("central",), quick=False, out=out)
 
 
 def test_every_cell_can_be_had_as_a_scenario_file(suite: Path, tmp_path: Path) -> None:

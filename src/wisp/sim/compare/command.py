@@ -80,6 +80,9 @@ def compare(
     extent = QUICK if quick else FULL
     tasks = {cell.name: Task(cell, systems, extent) for cell in cells}
     before = read(out) if out is not None else None
+    if before is not None and before.quick != quick:
+        kind = "quick" if before.quick else "full"
+        raise ConfigError(f"{out} has the figures of a {kind} run: give another --out, or remove it")
     kept = [c for c in before.cells if c.name in tasks] if before is not None else []
     done = {c.name: c for c in kept if c.digest == digest(tasks[c.name])}
     todo = sorted((t for name, t in tasks.items() if name not in done), key=_load, reverse=True)

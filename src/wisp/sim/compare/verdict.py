@@ -22,32 +22,24 @@ CARRIED = 0.1  # violations up to which a load is carried
 
 
 class Criterion(msgspec.Struct, frozen=True):
-    """excess: what it is beyond the limit, seed by seed, in the metric's unit (None: it has no such figure)."""
+    """excess: what it is beyond the limit, seed by seed, in the metric's unit (None: it has no such figure)
+    clear:  the whole interval is on one side of the limit
+    """
 
     metric: str
     system: float | None
     central: float
     excess: Estimate | None
     holds: bool
-
-    @property
-    def clear(self) -> bool:
-        """Is the whole interval on one side?"""
-        found = self.excess
-        if found is None or found.low is None or found.high is None:
-            return found is None
-        return found.low > 0 or found.high <= 0
+    clear: bool
 
 
 class Verdict(msgspec.Struct, frozen=True):
     """Of one system in a cell. carried: central at its best carries this load, so that all criteria count."""
 
+    passes: bool
     carried: bool
     criteria: list[Criterion]
-
-    @property
-    def passes(self) -> bool:
-        return all(c.holds for c in self.criteria)
 
     @property
     def missed(self) -> list[Criterion]:
@@ -65,7 +57,8 @@ def verdict(system: SystemFigures, central: SystemFigures, tpot_ms: float) -> Ve
             _criterion("longest_stall_p50_ms", system, central, _longer, equal_within=tpot_ms),
             _criterion("goodput", system, central, lambda ours, theirs: theirs * (1 - SHARE) - ours),
         ]
-    return Verdict(carried, [c for c in criteria if c is not None])
+    known = [c for c in criteria if c is not None]
+    return Verdict(all(c.holds for c in known), carried, known)
 
 
 def _longer(ours: float, theirs: float) -> float:
@@ -88,8 +81,13 @@ def _criterion(
     both = [(ours, theirs) for ours, theirs in known if ours is not None]
     theirs = fmean(theirs for _, theirs in known)
     if len(both) < len(known):  # nobody was served under some seed
-        return Criterion(metric, system.mean(metric), theirs, None, False)
+        return Criterion(metric, system.mean(metric), theirs, None, False, True)
     excess = Estimate.of([excess_of(ours, theirs) for ours, theirs in both])
     ours = fmean(ours for ours, _ in both)
     holds = excess.mean <= 0 or max(ours, theirs) <= equal_within
-    return Criterion(metric, ours, theirs, excess, holds)
+    return Criterion(metric, ours, theirs, excess, holds, _clear(excess))
+
+
+def _clear(excess: Estimate) -> bool:
+    """False without an interval, too."""
+    return excess.low is not None and excess.high is not None and (excess.low > 0 or excess.high <= 0)
