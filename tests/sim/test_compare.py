@@ -17,7 +17,7 @@ from wisp.sim.compare.cell import QUICK, Extent, Task, digest, measure, sized
 from wisp.sim.compare.command import SYSTEMS, compare, specs_of
 from wisp.sim.compare.figures import METRICS, Estimate, SystemFigures
 from wisp.sim.compare.results import read
-from wisp.sim.compare.sampler import FEWEST, LOADS, MOST, at_load, sample
+from wisp.sim.compare.sampler import FEWEST, LOADS, MOST, at_load, carried, sample
 from wisp.sim.compare.suite import Cell, load_suite, scenario_file
 from wisp.sim.compare.tuning import best, grid
 from wisp.sim.compare.verdict import verdict
@@ -113,9 +113,19 @@ def test_a_sampled_load_is_below_at_or_above_what_central_carries(index: int) ->
     s = sample(5, index)
     answering = s.answer_s / (s.answer_s + s.think_s)
     at_work = s.arrivals_per_s * s.answer_s if s.open else s.devices_n * answering
-    carried = bound(s, central=True).devices
-    assert at_work / carried == pytest.approx(LOADS[index % 3], rel=0.15)
+    assert at_work / carried(s) == pytest.approx(LOADS[index % 3], rel=0.15)
     assert FEWEST <= (at_work if s.open else s.devices_n) <= MOST
+
+
+def test_central_serves_all_at_the_pace_of_the_fastest_and_bursts_need_room() -> None:
+    mixed, fast, poisson = (
+        load_scenario("mixed"),
+        load_scenario("mixed").at_rate(16.0),
+        load_scenario("poisson"),
+    )
+    assert carried(mixed) == carried(fast) < bound(mixed, central=True).devices
+    bursts = msgspec.structs.replace(poisson, arrivals_cv=3.0)
+    assert carried(bursts) < 0.75 * carried(poisson) < 0.75 * bound(poisson, central=True).devices
 
 
 def test_a_load_of_what_is_never_carried_is_none() -> None:

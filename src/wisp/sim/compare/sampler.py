@@ -11,7 +11,8 @@ from wisp.sim.fluid import bound
 from wisp.sim.scenario import Kit, Scenario, SloClass
 
 FEWEST, MOST = 5, 300  # devices
-LOADS = (0.6, 0.85, 1.25)  # below, at and above what central serving carries, as shares of its fluid bound
+LOADS = (0.5, 0.8, 1.2)  # below, at and above what central serving carries, as shares of `carried`
+CHANCE = 0.25  # spare capacity that arrivals by chance need, for each unit of their coefficient of variation
 HARDWARE = ("a100-qwen3-32b", "a100-qwen3-32b", "a100-qwen3-14b", "h200-qwen3-32b", "4xa100-llama-70b")
 PROMPTS = ((20, 80), (60, 200), (60, 200), (300, 900), (500, 1100), (1500, 2500))
 OVERLAPS = (1.0, 1.3, 1.3, 1.3, 2.0, 3.0, 5.0)
@@ -32,13 +33,23 @@ def sample(seed: int, index: int) -> Scenario:
 
 
 def at_load(scenario: Scenario, share: float) -> Scenario | None:
-    """With `share` times the load that central serving carries by the fluid bound; None if it carries nobody."""
-    devices = bound(scenario, central=True).devices * share
+    """With `share` times the load that central serving carries; None if it carries nobody."""
+    devices = carried(scenario) * share
     if devices < 1:
         return None
     if scenario.open:
         return msgspec.structs.replace(scenario, arrivals_per_s=round(devices / scenario.answer_s, 3))
     return scenario.with_devices(round(devices * (1 + scenario.think_s / scenario.answer_s)))
+
+
+def carried(scenario: Scenario) -> float:
+    """Sessions, all answering at once, that central serving carries by the fluid bound.
+
+    It serves all alike, so at the pace of the fastest users; arrivals by chance must find spare capacity.
+    """
+    fastest = max(scenario.slo, key=lambda c: c.rate)
+    devices = bound(msgspec.structs.replace(scenario, slo=(fastest,)), central=True).devices
+    return devices / (1 + CHANCE * scenario.arrivals_cv) if scenario.open else devices
 
 
 def _drawn(source: random.Random, title: str) -> Scenario:

@@ -26,7 +26,7 @@ class Cell(msgspec.Struct, frozen=True):
 
 
 class Chosen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A scenario with changes. loads: a cell for each share of what central serving carries by the fluid bound."""
+    """A scenario with changes. loads: a cell for each share of what central serving carries (`sampler.carried`)."""
 
     name: str
     scenario: str
