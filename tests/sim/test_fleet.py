@@ -39,11 +39,12 @@ from wisp.sim import serving
 from wisp.sim.fleet import check_live, run_live, verifier
 from wisp.sim.live import Clock, Sockets
 from wisp.sim.report import Engine, Report
+from wisp.sim.request import Request
 from wisp.sim.scenario import Kit, Scenario, SloClass
 from wisp.sim.simulate import Fleet, scripts_of
 from wisp.sim.systems import system
 from wisp.sim.timeline import Timeline
-from wisp.sim.world import Generation, Request, SimDevice
+from wisp.sim.world import Generation, SimDevice
 
 DEVICES = 12
 OURS = "wisp,admission=no"  # who would be late here is served all the same

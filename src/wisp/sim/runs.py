@@ -24,10 +24,10 @@ from wisp.calibrate.traces.format import trace_folder
 from wisp.core.protocol.slo import met
 from wisp.engines.models.store import cache_dir
 from wisp.sim.report import Report, report
+from wisp.sim.request import Request
 from wisp.sim.scenario import Scenario, arrivals_file
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import System
-from wisp.sim.world import Request
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -44,6 +44,7 @@ SOURCES = (
         for name in (
             "devices",
             "report",
+            "request",
             "runs",
             "scenario",
             "simulate",

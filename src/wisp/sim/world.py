@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from wisp.calibrate.traces.scripts import Script, Scripts
@@ -22,7 +21,6 @@ from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.protocol.slo import Served, Slo
 from wisp.core.protocol.step import Committed
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
@@ -32,52 +30,13 @@ from wisp.core.verify.loop import VerifierLoop
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.emulated import EmulatedTarget
 from wisp.sim.devices import Device, Link
+from wisp.sim.request import Request
 from wisp.sim.timeline import Timeline
 
 HOST_S = 2e-3  # the server's own work between steps of some 50 sequences: measured, on 2 slow cores
 MAX_DRAFT = 32
 READ_AHEAD = 20.0  # prompt tokens that a drafter reads in the time of one draft step
 WRONG_TEXT_PAUSE_S = 1.0  # before the next request of a device whose verifier contradicted itself
-
-
-@dataclass(slots=True)
-class Request:
-    """One request of a user and its fate, however often it was sent. Times in seconds, at the user.
-
-    refusals: how often it was refused; refused: for good
-    heard:    for each message that brought tokens, when it came and how many tokens there were then
-    """
-
-    seed: int
-    prompt: list[int]
-    slo: Slo
-    device: int
-    arrived: float
-    max_tokens: int
-    first: float = 0.0
-    last: float = 0.0
-    tokens: int = 0
-    ended: float | None = None
-    ok: bool = True
-    refused: bool = False
-    refusals: int = 0
-    heard: list[tuple[float, int]] = field(default_factory=list)
-
-    def hear(self, now: float, tokens: int) -> None:
-        """A message has brought the answer to `tokens` tokens."""
-        if self.tokens == 0:
-            self.first = now
-        self.last, self.tokens = now, tokens
-        self.heard.append((now, tokens))
-
-    @property
-    def gaps_ms(self) -> list[float]:
-        """Between messages that brought tokens."""
-        return [(b - a) * 1e3 for (a, _), (b, _) in pairwise(self.heard)]
-
-    def served(self) -> Served:
-        """As `core.protocol.slo` counts it."""
-        return Served(self.arrived, self.first, self.last, self.tokens, self.slo, self.ended, self.ok)
 
 
 class Event(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from wisp.core.errors import ConfigError
-from wisp.sim import fluid
+from wisp.sim import capacity, fluid
 from wisp.sim.compare.figures import SystemFigures
 from wisp.sim.compare.suite import Cell
 from wisp.sim.compare.tuning import grid, tuned
@@ -20,7 +20,7 @@ from wisp.sim.scenario import Scenario
 from wisp.sim.systems import System, system
 
 CENTRAL = "central"
-SOURCES = ("cell", "figures", "sampler", "suite", "tuning", "verdict")  # that decide what a cell says
+SOURCES = ("cell", "figures", "tuning", "verdict")  # that decide what a cell says
 LEAST_S = 10.0  # of warm-up, and of a window
 SLACK = 1.15  # more requests than are wanted: a server that is behind is asked for fewer
 
@@ -126,5 +126,8 @@ def digest(task: Task) -> str:
 
 @functools.cache
 def _sources() -> bytes:
-    paths = [*(Path(__file__).with_name(f"{name}.py") for name in SOURCES), Path(fluid.__file__)]
+    paths = [
+        *(Path(__file__).with_name(f"{name}.py") for name in SOURCES),
+        *(Path(m.__file__) for m in (capacity, fluid)),
+    ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).digest()
