@@ -10,7 +10,6 @@ from pathlib import Path
 import msgspec
 
 from wisp.core.errors import ConfigError
-from wisp.sim import capacity, fluid
 from wisp.sim.compare.figures import SystemFigures
 from wisp.sim.compare.suite import Cell
 from wisp.sim.compare.tuning import grid, tuned
@@ -20,7 +19,8 @@ from wisp.sim.scenario import Scenario
 from wisp.sim.systems import System, system
 
 CENTRAL = "central"
-SOURCES = ("cell", "figures", "tuning", "verdict")  # that decide what a cell says
+# That decide what a cell says, beside what runs depend on.
+SOURCES = ("capacity", "fluid", *(f"compare/{name}" for name in ("cell", "figures", "tuning", "verdict")))
 LEAST_S = 10.0  # of warm-up, and of a window
 SLACK = 1.15  # more requests than are wanted: a server that is behind is asked for fewer
 
@@ -126,8 +126,5 @@ def digest(task: Task) -> str:
 
 @functools.cache
 def _sources() -> bytes:
-    paths = [
-        *(Path(__file__).with_name(f"{name}.py") for name in SOURCES),
-        *(Path(m.__file__) for m in (capacity, fluid)),
-    ]
+    paths = [Path(__file__).parents[1] / f"{name}.py" for name in SOURCES]
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).digest()
