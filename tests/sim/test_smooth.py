@@ -75,5 +75,5 @@ def test_users_that_expect_more_than_there_is_see_late_tokens() -> None:
     hurried.run()
     found = report(hurried)
     assert found.late_tokens == 1.0
-    assert found.longest_stall_ms.median > 1000.0
+    assert (found.longest_stall_ms.median or 0.0) > 1000.0
     assert msgspec.json.decode(msgspec.json.encode(found.benchmark()))["late_tokens"] == 1.0
