@@ -211,12 +211,9 @@ def test_the_best_has_most_attainment_then_goodput_then_the_lowest_ttft(blank: R
 
 
 def figures(**values: list[float | None]) -> SystemFigures:
-    usual: dict[str, list[float | None]] = {name: [1.0, 1.0, 1.0] for name in METRICS}
-    usual |= {
-        "ttft_p50_ms": [100.0] * 3,
-        "longest_stall_p50_ms": [500.0] * 3,
-        "goodput": [400.0] * 3,
-    } | values
+    level = {"ttft_p50_ms": 100.0, "longest_stall_p50_ms": 500.0, "goodput": 400.0}
+    usual: dict[str, list[float | None]] = {name: [level.get(name, 1.0)] * 3 for name in METRICS}
+    usual |= values
     estimates = {
         name: Estimate.of([v for v in of if v is not None]) if None not in of else None
         for name, of in usual.items()
@@ -269,8 +266,8 @@ def test_seeds_are_paired_and_an_interval_says_whether_it_is_clear() -> None:
     assert not clear.clear
     (sure,) = verdict(figures(ttft_p50_ms=[150.0, 1150.0, 365.0]), central, 100.0).missed
     assert sure.clear
-    assert sure.excess is not None
-    assert 0 < sure.excess.low < 41.0 < sure.excess.high
+    low, mean, high = (getattr(sure.excess, name) for name in ("low", "mean", "high"))
+    assert 0 < low < mean < high
 
 
 def test_who_serves_nobody_is_worse_and_where_nobody_is_served_nobody_is() -> None:
