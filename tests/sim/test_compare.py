@@ -185,7 +185,7 @@ def test_central_is_tuned_over_caps_and_chunks_that_can_matter() -> None:
     assert len(caps) == 3
     assert len(found) == 9
     assert {of.slots for of in grid("central", SMALL)} == {0}  # no cap below three devices
-    assert len(grid("central", loaded, coarse=True)) == 4
+    assert len(grid("central", loaded, coarse=True)) == 3
 
 
 def test_a_drafter_beside_the_target_is_served_as_central_is() -> None:

@@ -39,7 +39,7 @@ class Extent(msgspec.Struct, frozen=True):
 
 
 FULL = Extent((101, 102, 103, 104, 105), 130, (91, 92), 40)
-QUICK = Extent((81,), 60, (91,), 30, True)
+QUICK = Extent((81,), 50, (91,), 30, True)
 
 
 class Task(msgspec.Struct, frozen=True):

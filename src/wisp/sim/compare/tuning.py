@@ -46,9 +46,10 @@ def _central(scenario: Scenario, coarse: bool) -> list[System]:
     wanted = math.inf if scenario.open or scenario.population else scenario.devices_n
     caps = [round(most * share) for share in CAPS if 4 < most * share < wanted]
     sizes = chunks(most)
-    if coarse:
-        caps, sizes = caps[:1], sizes[-1:]
-    return [system(_limited("central", cap, size)) for cap in (0, *caps) for size in (0, *sizes)]
+    limits = [(cap, size) for cap in (0, *caps) for size in (0, *sizes)]
+    if coarse:  # one of each, alone
+        limits = [(0, 0), *((cap, 0) for cap in caps[:1]), *((0, size) for size in sizes[-1:])]
+    return [system(_limited("central", cap, size)) for cap, size in limits]
 
 
 def _limited(name: str, slots: int, step_tokens: int) -> str:
