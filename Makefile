@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-all coverage test-busy test-vllm test-clients test-replicas check format lock check-lossless docs clean \
-	bench bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
+	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
 
 setup: $(VENV)/.ready
 
@@ -106,6 +106,9 @@ bench-ahead: setup  ## drafting ahead over a delayed line, beside a replay; minu
 
 bench: setup  ## every experiment: pages, data and plots, in two processes; `reality` needs the machine to itself
 	$(BENCH) experiments --out docs/results --jobs 2
+
+bench-suite: setup  ## all systems over the suite that decides about scheduling; hours, and it goes on where it stopped
+	$(BENCH) suite --out docs/results --jobs 2
 
 bench-simulator: setup  ## what simulations cost, from ten devices to two thousand
 	$(BENCH) simulator --out docs/results/simulator.json

@@ -66,7 +66,7 @@ Limit = Annotated[int, typer.Option(help="Generations per cell of the grid.", mi
 Rate = Annotated[
     float | None, typer.Option(help="Tokens per second that users expect (default: the scenario's).", min=0.1)
 ]
-SYSTEMS = "wisp, paper, central, sled, sled-confidence or central-speculative"
+SYSTEMS = "wisp, paper, central, central-wisp, sled, sled-confidence or central-speculative"
 SYSTEM_HELP = f"{SYSTEMS}; with changes: wisp,ahead=no,drafting=fixed:4 (docs/simulator.md lists them)."
 System = Annotated[str, typer.Option("--system", "--policy", help=SYSTEM_HELP, callback=today)]
 Seed = Annotated[
