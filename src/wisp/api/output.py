@@ -7,10 +7,12 @@ answer cannot differ; and as tokens are taken one by one, neither can the same t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 from wisp.api.backend import Committed
+from wisp.api.origins import Origins, origin, told
 from wisp.api.text import TextStream
 from wisp.core.draft.stats import SpecStats
 from wisp.core.errors import EngineError
@@ -28,12 +30,13 @@ class Entry(msgspec.Struct, frozen=True):
 class Delta(msgspec.Struct, frozen=True):
     """What became certain: text, the tokens that it begins in (if log probabilities were asked for), the end.
 
-    finish: "" (goes on), "stop" or "length".
+    finish: "" (goes on), "stop" or "length". told: origins and round, where they were asked for.
     """
 
     text: str
     entries: list[Entry]
     finish: str
+    told: dict[str, Any] = {}
 
 
 class Output:
@@ -41,11 +44,18 @@ class Output:
     shown_draft: how many of them came from drafts. first/last: when tokens arrived (0.0: not yet)."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str], logprobs: bool, min_tokens: int = 0
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        logprobs: bool,
+        min_tokens: int = 0,
+        *,
+        rounds: bool = False,
     ) -> None:
         self._text = TextStream(tokenizer.piece, stop, min_tokens)
         self._logprobs = logprobs
         self._waiting: list[Entry] = []
+        self._origins = Origins() if rounds else None
         self.tokens = 0
         self.shown_draft = 0
         self.spec = SpecStats()
@@ -69,7 +79,10 @@ class Output:
             self._text.end()
             self.finish = "stop" if self._text.stopped else item.finish
         text = self._text.take()
-        return Delta(text, self._certain_entries(), self.finish)
+        tell = {}
+        if self._origins is not None:
+            tell = told(item, self._origins.take(text, last=bool(self.finish)))
+        return Delta(text, self._certain_entries(), self.finish, tell)
 
     def _push(self, item: Committed) -> int:
         """Push tokens up to the end or a stop string; how many count. The end-of-sequence token has no text."""
@@ -78,6 +91,8 @@ class Output:
             stopped = self._text.push(item.tokens[i])
             if self._logprobs:
                 self._waiting.append(Entry(item.logprobs[i], self._text.offsets[-1]))
+            if self._origins is not None:
+                self._origins.push(item.tokens[i], origin(item, i), self._text.offsets[-1])
             if stopped:
                 return i + 1
         return len(item.tokens)

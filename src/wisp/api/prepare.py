@@ -51,6 +51,7 @@ def prepare(
         digest=target.digest,
         request_id=request_id,
         key=key,
+        extras=ask.extras,
     )
 
 

@@ -2,7 +2,7 @@
 
 Whatever would change the text and is not implemented is refused by name; unknown fields are ignored, as
 clients of many servers send them. Defaults are OpenAI's. Extensions, in vLLM's names: `top_k`, `min_p`,
-`min_tokens`, `ignore_eos`, `chat_template_kwargs`.
+`min_tokens`, `ignore_eos`, `chat_template_kwargs`; and our own `wisp` (`api.extras`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from wisp.api.extras import Extras, parse_extras
 from wisp.api.fields import Fields, refuse
 from wisp.api.messages import Message, parse_messages, parse_tools
 from wisp.core.protocol.sampling import Sampling
@@ -89,6 +90,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     min_tokens: int = 0
     slo: Slo | None = None
     slo_class: str = ""
+    extras: Extras = Extras()
 
 
 def parse_chat(
@@ -145,6 +147,7 @@ def _common(
         "min_tokens": fields.integer("min_tokens", 0, _MAX_COUNT) or 0,
         "slo": parse_slo(headers, classes),
         "slo_class": headers.get("x-slo-class") or "",
+        "extras": parse_extras(fields),
     }
 
 

@@ -2,7 +2,8 @@
 
 Two shapes, chat and completion, with the same four methods: a whole answer; and, streamed, a chunk of text, a
 closing chunk, and a chunk of usage. Extensions: `metrics.speculative_decoding`, in the shape that vLLM has
-it, and `metrics.seed`, with which the same request gives the same text again.
+it, and `metrics.seed`, with which the same request gives the same text again; `wisp`, where it was asked for
+(`api.extras`).
 """
 
 from __future__ import annotations
@@ -61,7 +62,12 @@ class ResponseFormat(ABC):
         text = "".join(d.text for d in deltas)
         entries = [e for d in deltas for e in d.entries]
         choice = self._choice(self._full(text), self._log_probabilities(entries), deltas[-1].finish)
-        return self._object(self.whole_object, [choice]) | {"usage": usage, "metrics": metrics}
+        whole = self._object(self.whole_object, [choice]) | {"usage": usage, "metrics": metrics}
+        told = [d.told for d in deltas if d.told]
+        if not told:
+            return whole
+        rounds = [t["round"] for t in told if t["round"] is not None]
+        return whole | {"wisp": {"tokens": [token for t in told for token in t["tokens"]], "rounds": rounds}}
 
     def opening(self) -> list[Json]:
         """Chunks that come before any text."""
@@ -69,11 +75,10 @@ class ResponseFormat(ABC):
 
     def chunk(self, delta: Delta) -> list[Json]:
         """The chunk that carries a delta's text; none if it has nothing to show."""
-        if not delta.text and not delta.entries:
+        if not delta.text and not delta.entries and not delta.told:
             return []
-        return [
-            self._chunk([self._choice(self._part(delta.text), self._log_probabilities(delta.entries), None)])
-        ]
+        choice = self._choice(self._part(delta.text), self._log_probabilities(delta.entries), None)
+        return [self._chunk([choice]) | ({"wisp": delta.told} if delta.told else {})]
 
     def closing(self, finish: str, usage: Json, metrics: Json) -> list[Json]:
         """The chunk with the finish reason, and the one with usage if that was asked for."""

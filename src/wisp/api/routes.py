@@ -177,7 +177,9 @@ class _Generating:
         generation = await self._prompts.run(key, admit, work)
         exchange.prompt_tokens = len(generation.prompt)
         wants_logprobs = ask.logprobs is not None
-        exchange.output = output = Output(target.tokenizer, ask.stop, wants_logprobs, ask.min_tokens)
+        exchange.output = output = Output(
+            target.tokenizer, ask.stop, wants_logprobs, ask.min_tokens, rounds=ask.extras.rounds
+        )
         head = responses.new_head(ask.chat, target)
         shape = self._shape(head, target.tokenizer, wants_logprobs, ask.include_usage)
         deltas = _deltas(self._backend, generation, output)

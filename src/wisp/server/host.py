@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Concatenate, ParamSpec
 
 from wisp import __version__
+from wisp.api.pages.recorder import THIN, Recorder
 from wisp.core.errors import EngineDeadError, InternalError
 from wisp.core.protocol.messages import VERSION as PROTOCOL
 from wisp.core.protocol.messages import (
@@ -31,6 +33,7 @@ from wisp.core.protocol.messages import (
     check_hello,
     frame_limit,
 )
+from wisp.core.protocol.slo import Slo
 from wisp.core.verify.admission import Admission, KeyLimits, Refusal
 from wisp.core.verify.batching import batching_policy
 from wisp.core.verify.cost import Coefficients, CostModel
@@ -93,6 +96,7 @@ class VerifierHost:
         cost: Coefficients | None = None,
         park_s: float = 60.0,
         slo_admission: bool = True,
+        slo_classes: Mapping[str, Slo] = {},
         event_log: Path | None = None,
         died: Callable[[Exception], None] = lambda error: None,
         look_s: float = LOOK_S,
@@ -142,7 +146,16 @@ class VerifierHost:
         self._keys: dict[int, str] = {}
         self._sockets: dict[int, bool] = {}  # connections of edges: can their sessions go elsewhere?
         self._next_connection = 0
-        self._driver = VerifierLoop(self.verifier, self, self._log.write if self._log else None)
+        self.batching = batching
+        self.recorder = Recorder(
+            self.verifier,
+            classes=slo_classes,
+            device=lambda connection: connection if connection in self._sockets else THIN,
+            epoch=time.time() - self._loop.time(),
+        )
+        self._driver = VerifierLoop(
+            self.verifier, self, self._log.write if self._log else None, self.recorder
+        )
         self._step: Run | None = None
         self._watch = StepWatch(
             lambda: self._step, lambda step: patience(step, self.verifier.cost), self._give_up
@@ -182,6 +195,7 @@ class VerifierHost:
         except Refusal as refusal:
             admission.turned_away(key)
             self.metrics.admission(refusal.code)
+            self.recorder.refused()
             self.metrics.refused.labels(refusal.code).inc()
             raise
 
@@ -210,6 +224,7 @@ class VerifierHost:
             text = "this verifier is shutting down"
             refused = Refused(message.session, "shutting_down", text, 1.0, True, message.round)
             self.metrics.admission(refused.code)
+            self.recorder.refused()
             self._send(connection, refused)
 
     @vital
@@ -251,6 +266,11 @@ class VerifierHost:
     def n_connections(self) -> int:
         """Open connections, edges and thin clients together."""
         return len(self._senders)
+
+    @property
+    def n_edges(self) -> int:
+        """Open session sockets."""
+        return len(self._sockets)
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new sessions; wait until those that have an edge have ended, or `timeout_s`."""
