@@ -5,6 +5,8 @@ The drafter decides; this only looks on.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from msgspec.structs import replace
 
 from wisp.core.draft.drafter import Drafter
@@ -28,8 +30,9 @@ class RoundLog:
 
     def __init__(self, now_ms: float, times: RoundTimes, *, off: str) -> None:
         """off: why this session never drafts, "" if it may."""
-        self.why = off
         self._off = off
+        self._rounds = 0
+        self._whys: Counter[str] = Counter()  # of rounds without a draft
         self._times = times
         self._began = self._heard = now_ms
         self._steps = 0  # since the last round
@@ -58,8 +61,12 @@ class RoundLog:
         self._sent = {number: flight for number, flight in self._sent.items() if number > verdict.round}
         flights = [f for f in drafter.rounds.flights if f.round == verdict.round]
         drafted = flights[0].drafted if flights else 0  # tokens of earlier drafts included
-        if known is not None and verdict.round > 0:
-            self.why = self._off or self._reason(drafted, verdict.price, drafter)
+        turn = (
+            known is not None and verdict.round > 0 and drafter.task.max_tokens - len(drafter.committed) > 1
+        )
+        why = self._off or (self._reason(drafted, verdict.price, drafter) if turn else "")
+        self._rounds += 1
+        self._whys[why] += bool(why)
         waited = max(0.0, arrived_ms - sent)
         self._round = Round(
             at_ms=_ms(arrived_ms - self._began),
@@ -72,10 +79,16 @@ class RoundLog:
             steps=self._steps,
             ahead=ahead,
             price=round(verdict.price, 4),
-            why=self.why,
+            why=why,
         )
         self._heard = arrived_ms
         self._steps = 0
+
+    @property
+    def why(self) -> str:
+        """Why most of its rounds had no draft; "" if most had one."""
+        why, n = max(self._whys.items(), key=lambda item: item[1], default=(self._off, 0))
+        return why if 2 * n > self._rounds or not self._rounds else ""
 
     def told(self, committed: Committed) -> Committed:
         """The same, with the round that it came of. Of a draft sent ahead, it counts what was not settled before."""

@@ -69,13 +69,16 @@ class Recorder:
         kept: int = 300,
         device: Callable[[int], int] = lambda connection: connection,
         epoch: float = 0.0,
+        live: bool = True,
     ) -> None:
         """classes: SLO classes by name. device: of a connection; THIN for clients without an edge.
-        epoch: what to add to times for seconds since 1970; 0: times count from the start of a run."""
+        epoch: what to add to times: for seconds since 1970, or (not `live`) for seconds since the start of a run.
+        live: devices are forgotten when they go."""
         self._verifier = verifier
         self._names = {slo: name for name, slo in classes.items()}
         self._device = device
         self._epoch = epoch
+        self._live = live
         self._now: Second = Second()
         self._ends = math.nan  # of the present row
         self.series = Series(width_s, kept)
@@ -94,7 +97,7 @@ class Recorder:
             self._done(now, event)
         elif isinstance(event, Received) and isinstance(event.message, Open):
             self._opened(now, event, event.message, actions)
-        elif isinstance(event, EdgeLost):
+        elif isinstance(event, EdgeLost) and self._live:
             self._devices.pop(event.connection, None)
         for action in actions:
             if isinstance(action, Send):
@@ -230,7 +233,7 @@ class Recorder:
         devices = sorted(self._devices.values(), key=lambda d: (-d.sessions, d.id))
         return {
             "now": now + self._epoch,
-            "clock": "unix" if self._epoch else "run",
+            "clock": "unix" if self._live else "run",
             "width_s": self.series.width_s,
             "series": self.series.since(since),
             "sessions": [
