@@ -61,10 +61,7 @@ class RoundLog:
         self._sent = {number: flight for number, flight in self._sent.items() if number > verdict.round}
         flights = [f for f in drafter.rounds.flights if f.round == verdict.round]
         drafted = flights[0].drafted if flights else 0  # tokens of earlier drafts included
-        turn = (
-            known is not None and verdict.round > 0 and drafter.task.max_tokens - len(drafter.committed) > 1
-        )
-        why = self._off or (self._reason(drafted, verdict.price, drafter) if turn else "")
+        why = self._off or self._reason(known is not None, drafted, verdict, drafter)
         self._rounds += 1
         self._whys[why] += bool(why)
         waited = max(0.0, arrived_ms - sent)
@@ -98,14 +95,15 @@ class RoundLog:
         drafted, accepted = committed.drafted, committed.accepted
         return replace(committed, round=replace(found, drafted=drafted, accepted=accepted))
 
-    def _reason(self, drafted: int, price: float, drafter: Drafter) -> str:
-        if drafted:
-            return ""
+    def _reason(self, asked: bool, drafted: int, verdict: Verdict, drafter: Drafter) -> str:
         if drafter.rounds.serve:
             return "slow_device"
+        last = drafter.task.max_tokens - len(drafter.committed) <= 1  # the target's own in any case
+        if drafted or not asked or last or not verdict.round:
+            return ""
         if self._dry:
             return "nothing_to_propose"
-        return "price" if price > self._times.verify.slope * self._times.speed(1) else "unlikely"
+        return "price" if verdict.price > self._times.verify.slope * self._times.speed(1) else "unlikely"
 
 
 def _ms(value: float) -> float:

@@ -249,7 +249,7 @@ class Recorder:
 
     def _class(self, slo: Slo, ended: int, kept: int) -> dict[str, Any]:
         return {
-            "name": self._named(slo),
+            "name": self._names.get(slo, ""),
             "ttft_ms": slo.ttft_ms,
             "tpot_ms": slo.tpot_ms,
             "ended": ended,
@@ -260,7 +260,7 @@ class Recorder:
         """The class of these targets, or the targets."""
         if slo is None:
             return ""
-        targets = (f"{name} {ms:g} ms" for name, ms in (("TTFT", slo.ttft_ms), ("TPOT", slo.tpot_ms)) if ms)
+        targets = (f"{name} {ms:.4g} ms" for name, ms in (("TTFT", slo.ttft_ms), ("TPOT", slo.tpot_ms)) if ms)
         return self._names.get(slo) or ", ".join(targets)
 
     def _row(self, d: Device) -> dict[str, Any]:

@@ -9,6 +9,7 @@ The stream is read with fetch, since keys travel in headers. Nothing is made whi
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,6 +26,8 @@ from wisp.api.keys import Keyring
 from wisp.api.sse import event
 from wisp.core.errors import RequestError, UnavailableError
 
+log = logging.getLogger("wisp.status")
+
 EVERY_S = 1.0
 MOST = 64  # who may watch at a time
 BEHIND = 8  # events that wait for one who does not read; then some are left out
@@ -36,10 +39,11 @@ Make = Callable[[float], Awaitable[Json]]  # since which row
 class StatusStream:
     """Snapshots for those who watch."""
 
-    def __init__(self, make: Make) -> None:
+    def __init__(self, make: Make, every_s: float = EVERY_S) -> None:
         """`make` gives the snapshot, with the rows after a time alone (0: all)."""
         self._make = make
-        self._whole: tuple[float, Json] = (-EVERY_S, {})
+        self._every_s = every_s
+        self._whole: tuple[float, Json] = (-math.inf, {})
         self._watching: set[asyncio.Queue[bytes | None]] = set()
         self._task: asyncio.Task[None] | None = None
         self.made = 0  # snapshots
@@ -47,7 +51,7 @@ class StatusStream:
     async def snapshot(self) -> Json:
         """The whole, at most a second old."""
         at, whole = self._whole
-        if time.monotonic() - at >= EVERY_S or not whole:
+        if time.monotonic() - at >= self._every_s:
             whole = await self._made(0.0)
             self._whole = (time.monotonic(), whole)
         return whole
@@ -82,9 +86,18 @@ class StatusStream:
             queue.put_nowait(None)
 
     async def _tell(self) -> None:
-        since = (await self.snapshot()).get("now", 0.0) - 2 * EVERY_S
+        """Make a snapshot every second. If one fails, those who watch are let go: they come back and are told why."""
+        try:
+            await self._tell_on()
+        except Exception:
+            log.exception("no snapshot can be made")
+            self._task = None
+            self.close()
+
+    async def _tell_on(self) -> None:
+        since = (await self.snapshot()).get("now", 0.0) - 2 * self._every_s
         while True:
-            await asyncio.sleep(EVERY_S)
+            await asyncio.sleep(self._every_s)
             made = await self._made(since)
             since = max([since, *made.get("series", {}).get("t", ())])
             data = event(made)

@@ -40,9 +40,9 @@ wisp.charts = (() => {
       },
       axes: [
         { ...axis, size: 26, space: 80, values: (_, values) => values.map(time) },
-        { ...axis, size: 52, values: (_, values) => values.map(format) },
+        { ...axis, size: 60, values: (_, values) => values.map(format) },
       ],
-      series: [{}, ...lines.map((_, i) => ({ stroke: colour(`--c${i + 1}`), width: 1.6, spanGaps: false, points: { show: false } }))],
+      series: [{}, ...lines.map((_, i) => ({ stroke: colour(`--c${i + 1}`), width: 1.6, spanGaps: false, points: { size: 4 } }))],
       hooks: {
         setCursor: [(u) => hover(u.cursor.idx)],
         drawClear: window_ ? [(u) => shade(u, window_)] : [],

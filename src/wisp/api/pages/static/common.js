@@ -102,7 +102,7 @@ window.wisp = (() => {
     value === null || value === undefined || !Number.isFinite(value)
       ? "–"
       : value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
-  const percent = (value, digits = 0) => (Number.isFinite(value) && value !== null ? `${number(value * 100, digits)} %` : "–");
+  const percent = (value, digits = 0) => (Number.isFinite(value) && value !== null ? `${number(value * 100, value < 1 ? digits : 0)}\u00a0%` : "–");
 
   function KeyForm({ error, given }) {
     const [text, setText] = useState("");

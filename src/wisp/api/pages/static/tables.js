@@ -34,7 +34,7 @@ wisp.tables = (() => {
 
   const Classes = ({ classes }) => html`<${Section} title="SLO attainment" note="as seen from here, of sessions that have ended" rows=${classes.length}
       empty="No session with an SLO has ended yet." head=${[["class"], ["targets"], ["attained"]]}>
-    ${classes.map((c) => html`<tr data-testid="class"><td>${c.name}</td><td>${targets(c)}</td><td><${Attained} ...${c} /></td></tr>`)}
+    ${classes.map((c) => html`<tr data-testid="class"><td>${c.name || "–"}</td><td>${targets(c)}</td><td><${Attained} ...${c} /></td></tr>`)}
   <//>`;
 
   const name = (d) => (d.thin ? "clients without an edge" : d.name ? `${d.name} #${d.id}` : `#${d.id}`);
