@@ -29,7 +29,7 @@ def test_the_page_of_a_run_holds_its_figures_devices_and_sessions(tmp_path: Path
     assert run["attainment"] == found.attainment
     assert run["n_devices"] == 4
     assert all(d["name"] and d["draft_per_s"] for d in run["devices"])
-    assert run["n_sessions"] == len(run["sessions"]) == 4, "as at the end of the window"
+    assert 0 < run["n_sessions"] == len(run["sessions"]), "as at the end of the window: now all are over"
     assert sum(run["series"]["tokens_per_s"]) * run["width_s"] >= found.total_output_tokens
     assert len(run["series"]["t"]) <= ROWS
     plain = Simulation(mixed, system("wisp"), 1)

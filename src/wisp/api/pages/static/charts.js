@@ -3,7 +3,7 @@
 wisp.charts = (() => {
   const { html, useEffect, useRef, useState } = window.htmPreact;
   const { number } = wisp;
-  const ms = (v) => `${number(v, v < 10 ? 1 : 0)} ms`;
+  const ms = (v) => (v === 0 ? "0" : Math.abs(v) >= 1000 ? `${number(v / 1e3, 1)} s` : `${number(v, Math.abs(v) < 10 ? 1 : 0)} ms`);
   const share = (v) => wisp.percent(v);
   const whole = (v) => number(v, v > 0 && v < 10 ? 1 : 0);
 

@@ -52,7 +52,7 @@
       ${!over && html`<${Tile} name="committed" value=${number(latest(s.series, "tokens_per_s"))} more="tokens/s" test="tokens" />`}
       <${Tile} name="devices" value=${number(s.n_devices)} />
       ${!over && html`<${Tile} name="sessions" value=${number(s.n_sessions)} test="sessions" />`}
-      <${Tile} name="drafts accepted" value=${drafted ? percent(total(s.devices, "accepted") / drafted) : "–"} />
+      <${Tile} name="accepted" value=${drafted ? percent(total(s.devices, "accepted") / drafted) : "–"} more="of draft tokens" />
       <${Tile} name="KV held" value=${percent(s.kv.used / s.kv.all)} more="of ${number(s.kv.all)}" />
       <${Tile} name="estimates off" value=${percent(s.cost_model.error, 1)} more="median" />
     </dl>`;

@@ -7,6 +7,7 @@ wisp.generation = (() => {
     for (const name of ["temperature", "top_p", "top_k", "min_p", "max_tokens"]) {
       if (settings[name] !== "") sent[name] = Number(settings[name]);
     }
+    if (settings.ignore_eos) sent.ignore_eos = true;
     if (settings.tools.trim()) sent.tools = JSON.parse(settings.tools);
     if (settings.schema.trim()) {
       sent.response_format = { type: "json_schema", json_schema: { name: "answer", schema: JSON.parse(settings.schema) } };

@@ -5,7 +5,7 @@ wisp.settings = (() => {
   const { number, percent } = wisp;
 
   const DEFAULTS = {
-    system: "", temperature: "0", top_p: "", top_k: "", min_p: "", seed: "", max_tokens: "256", tools: "", schema: "",
+    system: "", temperature: "0", top_p: "", top_k: "", min_p: "", seed: "", max_tokens: "256", ignore_eos: false, tools: "", schema: "",
   };
   const NUMBERS = [
     ["temperature", "Temperature", "0 is greedy"], ["top_p", "Top p", "1"], ["top_k", "Top k", "off"], ["min_p", "Min p", "0"],
@@ -43,6 +43,7 @@ wisp.settings = (() => {
       ${NUMBERS.map(([name, label, hint]) => html`<div><label for=${name}>${label}</label>
         <input id=${name} inputmode="decimal" placeholder=${hint} value=${settings[name]} onInput=${(e) => set(name, e.target.value)} /></div>`)}
     </div>
+    <label class="check"><input type="checkbox" checked=${settings.ignore_eos} onChange=${(e) => set("ignore_eos", e.target.checked)} /> Go on past the end of the answer</label>
     <${Json} name="tools" label="Tools (JSON list)" hint=${'[{"type": "function", "function": {"name": "..."}}]'} settings=${settings} set=${set} />
     <${Json} name="schema" label="JSON schema of the answer" hint=${'{"type": "object", "properties": {}}'} settings=${settings} set=${set} />
   </div></details>`;
@@ -81,7 +82,7 @@ wisp.settings = (() => {
 
   function python(request) {
     const known = ["model", "messages", "seed", "temperature", "top_p", "max_tokens", "tools", "response_format"];
-    const extra = Object.fromEntries(["top_k", "min_p"].filter((n) => n in request).map((n) => [n, request[n]]));
+    const extra = Object.fromEntries(["top_k", "min_p", "ignore_eos"].filter((n) => n in request).map((n) => [n, request[n]]));
     const lines = known.filter((n) => n in request).map((n) => `    ${n}=${literal(request[n])},`);
     if (Object.keys(extra).length) lines.push(`    extra_body=${literal(extra)},`);
     return `import os\n\nfrom openai import OpenAI\n\nclient = OpenAI(base_url="${location.origin}/v1", api_key=os.environ.get("WISP_API_KEY", "none"))\n` +
