@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from test_server_metrics import Client, opening, text, with_host
 from wisp.core.protocol.messages import Device, Draft, Verdict
 from wisp.core.protocol.slo import Slo
@@ -43,6 +45,21 @@ def test_a_verifier_says_what_it_is_and_what_it_does() -> None:
         assert "edge_gone" in {s["waits_for"] for s in status["sessions"]}
         host.draining = True
         assert verifier_status(host, 0.0)["state"] == "draining"
+
+    with_host(scenario)
+
+
+def test_a_recorder_that_fails_takes_nothing_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(host: VerifierHost) -> None:
+        def fail(*_: object) -> None:
+            raise RuntimeError("of the page")
+
+        host.recorder._dispatch = fail  # type: ignore[method-assign]
+        client = Client(host)
+        for i in range(2):
+            assert isinstance(await client.ask(opening(f"session-{i}")), Verdict)
+        assert host.failed is None
+        assert caplog.text.count("of the page") == 1, "said once"
 
     with_host(scenario)
 

@@ -16,12 +16,6 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.ui)
-
-
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     api = pytest.importorskip(
@@ -42,8 +36,6 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         yield processes
 
 
-REFUSED = "Failed to load resource: the server responded with a status of 40"
-CUT_OFF = "Failed to load resource: net::ERR"
 Visit = Callable[..., Any]
 
 

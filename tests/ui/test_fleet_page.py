@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
-from conftest import CUT_OFF, REFUSED
 from harness import Fleet, Process
+from ui_harness import CUT_OFF, REFUSED
 from wisp.sim.scenario import load_scenario
 from wisp.sim.serving import serve_arguments
 from wisp.sim.systems import system
+
+pytestmark = pytest.mark.ui
 
 KEYS = '[keys.root]\nsecret = "root-secret"\nadmin = true\n\n[keys.bob]\nsecret = "bob-secret"\n'
 FLEET = ("sim", "fleet", "mixed", "--devices", "12", "--warmup", "1", "--window", "3600")

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import pytest
 
-from conftest import REFUSED
-from gate import Gate
-from harness import HTTP, Fleet, Process, ask, eventually
+from harness import Fleet, Process, ask
+from ui_harness import REFUSED, Gate
+
+pytestmark = pytest.mark.ui
 
 PROMPT = "Tell me a story about Belomi."
 KEYS = '[keys.ann]\nsecret = "ann-secret"\n'
@@ -175,14 +175,3 @@ def test_it_works_on_a_narrow_screen_and_every_field_has_a_name(
     fields = "[...document.querySelectorAll('input, textarea, button')]"
     unnamed = f"{fields}.filter((e) => !(e.labels || []).length && !e.textContent.trim()).length"
     assert page.evaluate(unnamed) == 0
-
-
-def test_pages_end_with_their_edge_and_do_not_hold_it_up(fleet: Fleet, server: Process) -> None:
-    edge = fleet.edge(server.url)
-    with httpx.stream("GET", f"{edge.url}/v1/status/events", **HTTP) as stream:
-        lines = stream.iter_lines()
-        assert next(lines).startswith("data: ")
-        edge.terminate()
-        assert [line for line in lines if line and not line.startswith("data: ")] == []
-    assert eventually(lambda: edge.popen.poll() is not None)
-    assert edge.wait() == 0

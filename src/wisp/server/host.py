@@ -153,8 +153,9 @@ class VerifierHost:
             device=lambda connection: connection if connection in self._sockets else THIN,
             epoch=time.time() - self._loop.time(),
         )
+        self._blind = False  # the recorder has failed
         self._driver = VerifierLoop(
-            self.verifier, self, self._log.write if self._log else None, self.recorder
+            self.verifier, self, self._log.write if self._log else None, self._look_on
         )
         self._step: Run | None = None
         self._watch = StepWatch(
@@ -322,6 +323,16 @@ class VerifierHost:
     def _feed(self, event: InEvent) -> list[Action]:
         """Hand over an event and carry out what follows."""
         return self._driver.feed(event)
+
+    def _look_on(self, now: float, event: InEvent, actions: list[Action]) -> None:
+        """For the page. It must not break what it shows."""
+        if self._blind:
+            return
+        try:
+            self.recorder(now, event, actions)
+        except Exception:
+            self._blind = True
+            log.exception("the recorder failed: the page's figures stand still from now on")
 
     @property
     def now(self) -> float:

@@ -8,7 +8,8 @@
 
   // A snapshot after another: rows of series are added, everything else is replaced.
   function merged(before, now) {
-    if (!now.series || !before || !before.series || before.kind !== now.kind) return now;
+    if (!before || !before.series || before.kind !== now.kind) return now;
+    if (!now.series) return { ...before, ...now }; // no replica answered in time
     const known = before.series.t;
     const last = known.length ? known[known.length - 1] : -Infinity;
     const fresh = now.series.t.map((t, i) => (t > last ? i : -1)).filter((i) => i >= 0);

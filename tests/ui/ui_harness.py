@@ -1,4 +1,4 @@
-"""A line that stops in the middle of an answer, for as long as a test wants."""
+"""What the tests of the pages share: a line that stops in the middle of an answer, and what a browser says."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import asyncio
 from harness import Cutter
 
 ENDLESS = 1 << 40
+# What a browser says on its console where a test has it refused, or cut off.
+REFUSED = "Failed to load resource: the server responded with a status of 40"
+CUT_OFF = "Failed to load resource: net::ERR"
 
 
 class Gate(Cutter):
