@@ -36,6 +36,11 @@ def send(page: Any, prompt: str = PROMPT, **settings: str) -> None:
     page.get_by_label("Your message").press("Enter")
 
 
+def answered(page: Any) -> None:
+    """Wait for the end of an answer."""
+    page.locator("article[aria-busy=false]").get_by_test_id("figures").wait_for()
+
+
 def figures(page: Any, nth: int = 0) -> dict[str, str]:
     """The figures under an answer, by name."""
     shown = page.get_by_test_id("figures").nth(nth)
@@ -83,7 +88,7 @@ def test_a_prompt_is_answered_in_colours_with_its_figures_and_the_target_alone_s
 def test_a_request_as_code_is_the_request(edge: Process, visit: Callable[..., Any]) -> None:
     page = visit(f"{edge.url}/")
     send(page, "It's a test.", Seed="7", Temperature="0.5")
-    page.get_by_test_id("figures").wait_for()
+    answered(page)
     text = page.get_by_test_id("text").inner_text().strip()
     page.get_by_role("button", name="Copy as Python").click()
     code = page.get_by_test_id("code").inner_text()
@@ -137,11 +142,11 @@ def test_a_wrong_setting_is_answered_with_what_is_wrong(edge: Process, visit: Ca
     page.get_by_role("alert").get_by_text("temperature").wait_for()
     page.get_by_label("Tools (JSON list)").fill("[{")
     page.get_by_label("Your message").fill("again")
-    assert page.get_by_role("button", name="Send").is_disabled()
+    page.get_by_role("button", name="Send", disabled=True).wait_for()
     page.get_by_label("Tools (JSON list)").fill("")
     page.get_by_label("Temperature").fill("0")
     page.get_by_role("button", name="Try again").click()
-    page.get_by_test_id("figures").wait_for()
+    answered(page)
 
 
 def test_a_key_is_asked_for_refused_and_kept_out_of_addresses(
@@ -157,7 +162,7 @@ def test_a_key_is_asked_for_refused_and_kept_out_of_addresses(
     page.get_by_role("textbox", name="API key").fill("ann-secret")
     page.get_by_role("button", name="Continue").click()
     send(page)
-    page.get_by_test_id("figures").wait_for()
+    answered(page)
     assert page.url == f"{keyed.url}/"
     assert page.evaluate("[sessionStorage.length, localStorage.length]") == [0, 0]
 
