@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all test-busy test-ui test-vllm test-replicas check format lock check-lossless docs clean \
+.PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-replicas check format lock check-lossless docs clean \
 	bench bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
 
 setup: $(VENV)/.ready
@@ -28,6 +28,10 @@ test: setup  ## offline, on the tiny pair
 
 test-all: test  ## then the long and the statistical ones
 	$(PYTEST) $(SPREAD) -m "extended and not ray and not ui"
+
+coverage: setup  ## lines and branches of `core` that its tests reach; fewer than pyproject.toml says are an error
+	$(BIN)/coverage run -m pytest tests/core
+	$(BIN)/coverage report
 
 test-busy: setup  ## `make test` three times in a row, on a machine that has four busy loops to run besides
 	$(BIN)/python tests/busy.py --loops 4 --times 3 $(MAKE) test
@@ -123,4 +127,4 @@ lock: setup
 	$(PIN) requirements/docs.in -o requirements/docs.txt
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(DOCS) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(DOCS) site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -18,7 +18,7 @@ Figures = Annotated[Path | None, typer.Option(help="Write the figures into this 
 Page = Annotated[Path | None, typer.Option(help="Write a page with its data and plots into this folder.")]
 
 app = typer.Typer(
-    help="What makes the figures and pages of docs/results.",
+    help="Benchmarks and experiments: they make the figures and pages of docs/results.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -57,7 +57,7 @@ def vllm(
     offline: Offline = False,
     json: Json = False,
 ) -> None:
-    """What it costs that WISP decides the steps of vLLM: decode steps beside vLLM's own, in turn."""
+    """The cost of WISP deciding the steps of vLLM: its decode steps beside vLLM's own, in turn."""
     from benchmarks.vllm import run_bench
 
     run_bench(target, out, as_json=json, offline=offline)

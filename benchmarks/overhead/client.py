@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.typing import Subprotocol
@@ -16,6 +17,7 @@ from benchmarks.overhead.servers import Server
 from wisp.core.errors import ProtocolError
 from wisp.core.protocol.messages import SUBPROTOCOL, Hello, Verdict, decode_server_message, encode
 from wisp.core.protocol.messages import VERSION as PROTOCOL
+from wisp.sim.simulate import quantile
 
 
 class Tally:
@@ -28,11 +30,18 @@ class Tally:
 
     @property
     def rounds(self) -> int:
-        """Answers so far."""
         return len(self.latencies)
 
 
-async def play(peer: ClientConnection, script_: Script, until: float, tally: Tally) -> None:
+class Peer(Protocol):
+    """What is needed of a connection."""
+
+    async def send(self, frame: bytes, /) -> None: ...
+
+    async def recv(self) -> str | bytes: ...
+
+
+async def play(peer: Peer, script_: Script, until: float, tally: Tally) -> None:
     """Repeat the script until the clock says `until`. Raises ProtocolError if an answer is wrong."""
     clock = time.perf_counter
     while True:
@@ -98,7 +107,5 @@ async def measure(server: Server, plan: Sequence[Script], seconds: float) -> tup
 
 
 def percentiles(seconds: list[float]) -> Percentiles:
-    """Of latencies in seconds."""
-    ordered = sorted(seconds)
-    p50, p99 = (ordered[min(int(len(ordered) * q), len(ordered) - 1)] * 1e3 for q in (0.5, 0.99))
+    p50, p99 = (quantile(seconds, q) * 1e3 for q in (0.5, 0.99))
     return Percentiles(round(p50, 4), round(p99, 4))

@@ -69,7 +69,6 @@ class PacedDraft:
     def propose(
         self, session: str, context: Sequence[int], position: int, sampling: Sampling
     ) -> Proposal | None:
-        """See DraftEngine.propose."""
         due = time.monotonic() + self._draft_s
         proposal = self._engine.propose(session, context, position, sampling)
         time.sleep(max(0.0, due - time.monotonic()))

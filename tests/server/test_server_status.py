@@ -54,7 +54,7 @@ def test_a_recorder_that_fails_takes_nothing_with_it(caplog: pytest.LogCaptureFi
         def fail(*_: object) -> None:
             raise RuntimeError("of the page")
 
-        host.recorder._dispatch = fail  # type: ignore[method-assign]
+        host.recorder._dispatch = fail  # type: ignore[method-assign, assignment]
         client = Client(host)
         for i in range(2):
             assert isinstance(await client.ask(opening(f"session-{i}")), Verdict)

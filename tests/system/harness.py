@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import msgspec
@@ -60,7 +60,7 @@ HTTP: dict[str, Any] = {"trust_env": False, "timeout": PATIENCE_S, "verify": Fal
 
 
 # Below the ports that the system gives to outgoing connections, or one of those could take a port before it is used.
-# Above each there is room for the replicas of a front; and each process of tests begins elsewhere.
+# Above each there is room for the replicas of a router; and each process of tests begins elsewhere.
 PORTS = itertools.cycle(20_000 + (os.getpid() * 37 + n) % 1_200 * 10 for n in range(1_200))
 
 
@@ -366,7 +366,7 @@ class Peer:
             assert isinstance(welcome, Welcome), welcome
             self.welcome = welcome
 
-    def __enter__(self) -> Peer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -401,8 +401,7 @@ class Peer:
 
 def opening(session: str, **fields: Any) -> Open:
     """An Open with small defaults."""
-    given = {"epoch": 0, "prompt": [1, 2, 3], "sampling": Sampling(seed=7), "max_tokens": 20} | fields
-    return Open(session, **given)
+    return msgspec.structs.replace(Open(session, 0, [1, 2, 3], Sampling(seed=7), 20), **fields)
 
 
 # --- a line that breaks
@@ -431,7 +430,7 @@ class Cutter:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def __enter__(self) -> Cutter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 
-from harness import HTTP, Fleet, Peer, Process, ask, eventually, free_port
+from harness import HTTP, Fleet, Peer, Process, ask, free_port
+from waiting import eventually
 from wisp.core.protocol.sampling import Sampling
 from wisp.engines.emulated import fold
 from wisp.engines.null import null_token
@@ -52,7 +53,7 @@ def test_a_thin_client_is_answered_and_its_slo_is_counted(fleet: Fleet, hardware
     classes = fleet.folder / "classes.toml"
     classes.write_text(CLASSES)
     server = fleet.serve("--slo-classes", str(classes), target=hardware, engine="emulated")
-    wire = httpx.Client(**HTTP)
+    wire = DefaultHttpxClient(**HTTP)
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", http_client=wire)
 
     def complete(**headers: str) -> str:
@@ -102,21 +103,21 @@ def test_a_front_hands_engine_and_slo_classes_to_its_replicas(fleet: Fleet, hard
     classes = fleet.folder / "classes.toml"
     classes.write_text(CLASSES)
     flags = ("--replicas", "2", "--slo-classes", str(classes), "--kv-tokens", "5000")
-    front = fleet.serve(*flags, target=hardware, engine="emulated", ready=False)
-    eventually(lambda: front.health() == 200)
-    edge = fleet.edge(front.url, draft="ngram")
+    router = fleet.serve(*flags, target=hardware, engine="emulated", ready=False)
+    eventually(lambda: router.health() == 200)
+    edge = fleet.edge(router.url, draft="ngram")
     job: dict[str, Any] = {"seed": 7, "model": NAME, "max_tokens": 20}
-    thin, drafted = ask(front.url, "abc", **job), ask(edge.url, "abc", **job)
+    thin, drafted = ask(router.url, "abc", **job), ask(edge.url, "abc", **job)
     assert thin.text == drafted.text
     assert thin.usage["completion_tokens"] == 20
     body = {"model": NAME, "prompt": "abc", "max_tokens": 5}
 
     def status(of: str) -> int:
-        url = f"{front.url}/v1/completions"
+        url = f"{router.url}/v1/completions"
         return httpx.post(url, json=body, headers={"x-slo-class": of}, **HTTP).status_code
 
     assert [status("patient"), status("nobody")] == [200, 400]
-    assert front.metrics()['wisp:request_slo_total{outcome="met",slo_class="patient"}'] == 1
+    assert router.metrics()['wisp:request_slo_total{outcome="met",slo_class="patient"}'] == 1
 
 
 def test_an_edge_with_ngrams_says_what_the_verifier_alone_says(fleet: Fleet, hardware: str) -> None:

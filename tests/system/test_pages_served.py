@@ -9,12 +9,13 @@ from typing import Any
 import httpx
 import pytest
 
-from harness import HTTP, MODEL, Fleet, Process, ask, eventually
+from harness import HTTP, MODEL, Fleet, Process, ask
+from waiting import eventually
 from wisp.api.pages.site import POLICY
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_pair")]
 
-NULL = {"target": "null", "engine": "null"}
+NULL: dict[str, Any] = {"target": "null", "engine": "null"}
 KEYS = '[keys.root]\nsecret = "root-secret"\nadmin = true\n\n[keys.bob]\nsecret = "bob-secret"\n'
 
 

@@ -41,20 +41,16 @@ class Backend(Protocol):
     @property
     def context(self) -> int:
         """Most tokens of prompt and output; 0 while there is no model yet."""
-        ...
 
     async def target(self) -> Target:
         """The model served. Waits a stated time for a verifier, then raises UnavailableError."""
-        ...
 
     def admit(self, key: str) -> None:
         """Asked before any work on a prompt of `key`. Raises RequestError 429 where a generation would be refused at
         once for the key's limits. Counts nothing but the refusal."""
-        ...
 
     def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         """Stream what is committed; the last item has a `finish`. Closing the iterator cancels the work.
 
         Raises RequestError (429, 503, ...) before the first item or between items.
         """
-        ...

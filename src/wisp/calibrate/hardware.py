@@ -33,7 +33,6 @@ class Measured(Hardware, frozen=True):
     coefficients: Coefficients = Coefficients()
 
     def step_ms(self, load: Load) -> float:
-        """As the cost model has it."""
         return self.coefficients.ms(load)
 
 

@@ -12,9 +12,8 @@ from wisp.cli.renamed import today
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never download anything.")]
-MOST_THREADS = 4 * (
-    os.cpu_count() or 1
-)  # beyond this they only wait for each other; llama.cpp ends with SIGSEGV at some point
+# Beyond this they only wait for each other; llama.cpp ends with SIGSEGV at some point.
+MOST_THREADS = 4 * (os.cpu_count() or 1)
 Threads = Annotated[
     int | None, typer.Option(help="Threads of the engine (default: one per core).", min=1, max=MOST_THREADS)
 ]

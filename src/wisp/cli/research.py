@@ -74,7 +74,7 @@ def log(
 
 @app.command()
 def fleet(
-    scenario: Annotated[str, typer.Argument(help="A scenario that ships, or a TOML file.")],
+    scenario: ScenarioName,
     system: System = "wisp",
     server: Annotated[
         str, typer.Option(help="A verifier that serves the scenario (default: one is started).")

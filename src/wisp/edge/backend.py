@@ -121,7 +121,6 @@ class EdgeBackend:
             self._thread.submit(self.drafter.forget, session)
 
     def close(self) -> None:
-        """End the draft thread and free the engine."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         if self.drafter is not None:
             self.drafter.close()
@@ -232,7 +231,6 @@ class _Session:
         return self.itinerary.heard(where, event, now_s)
 
     def _follow(self, address: str) -> Step:
-        """Listen to the verifier that the router named."""
         try:
             link = self.home.redirects.link(address)
         except ProtocolError as error:

@@ -24,18 +24,15 @@ class NgramThenModel:
     def propose(
         self, session: str, context: Sequence[int], position: int, sampling: Sampling
     ) -> Proposal | None:
-        """See DraftEngine.propose."""
         known = self.ngram.propose(session, context, position, sampling)
         if known is not None and known.signal.confidence >= SURE:
             return known
         return self.model.propose(session, context, position, sampling)
 
     def forget(self, session: str) -> None:
-        """Both forget."""
         self.ngram.forget(session)
         self.model.forget(session)
 
     def close(self) -> None:
-        """Both close."""
         self.ngram.close()
         self.model.close()

@@ -54,7 +54,7 @@ from wisp.core.verify.session import Session, State
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.base import TargetEngine, Tokenizer
 from wisp.server.engine_thread import EngineThread
-from wisp.server.event_log import EventLog, LogHeader, read_events
+from wisp.server.event_log import EventLog, LogHeader
 from wisp.server.metrics import Metrics
 from wisp.server.watchdog import LOOK_S, StepWatch, patience_s
 
@@ -216,7 +216,6 @@ class VerifierHost:
         return self._next_connection
 
     def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
-        """A message came in."""
         if not (self.draining and isinstance(message, Open)):
             self._receive(connection, message)
             if self.failed is None:
@@ -232,11 +231,11 @@ class VerifierHost:
     def _receive(self, connection: int, message: Open | Draft | Cancel) -> None:
         key = self._keys[connection]
         if not isinstance(message, Open):
-            self._feed(Received(connection, key, message))
+            self._driver.feed(Received(connection, key, message))
             return
         self.metrics.opened(self._loop.time(), message, key)
         known = self.verifier.knows(message.session)
-        actions = self._feed(Received(connection, key, message))
+        actions = self._driver.feed(Received(connection, key, message))
         sent = (a.message for a in actions if isinstance(a, Send))
         own = (m.code for m in sent if isinstance(m, Refused) and m.session == message.session)
         self.metrics.admission(next(own, "resumed" if known else "admitted"))
@@ -251,16 +250,15 @@ class VerifierHost:
 
     @vital
     def _lose(self, connection: int) -> None:
-        self._feed(EdgeLost(connection))
+        self._driver.feed(EdgeLost(connection))
 
     @vital
     def limit(self, limits: dict[str, KeyLimits]) -> None:
         """The limits of keys have changed; these are all of them."""
-        self._feed(KeyLimitsChanged(limits))
+        self._driver.feed(KeyLimitsChanged(limits))
 
     @property
     def n_sessions(self) -> int:
-        """Live sessions."""
         return len(self.verifier.sessions)
 
     @property
@@ -295,7 +293,7 @@ class VerifierHost:
         refused = Refused(s.id, "shutting_down", message, fatal=True)
         self.metrics.sent(self._loop.time(), refused)
         self._send(s.connection, refused)
-        self._feed(Received(s.connection, s.key, Cancel(s.id)))
+        self._driver.feed(Received(s.connection, s.key, Cancel(s.id)))
 
     def fail(self, error: Exception) -> None:
         """This verifier is over: tell its sessions, then who can end the process."""
@@ -320,10 +318,6 @@ class VerifierHost:
 
     # --- events and actions
 
-    def _feed(self, event: InEvent) -> list[Action]:
-        """Hand over an event and carry out what follows."""
-        return self._driver.feed(event)
-
     def _look_on(self, now: float, event: InEvent, actions: list[Action]) -> None:
         """For the page. It must not break what it shows."""
         if self._blind:
@@ -336,7 +330,6 @@ class VerifierHost:
 
     @property
     def now(self) -> float:
-        """Seconds, by the event loop's clock."""
         return self._loop.time()
 
     def soon(self, do: Callable[[], None]) -> None:
@@ -344,7 +337,6 @@ class VerifierHost:
         self._loop.call_soon(self._call, do)
 
     def at(self, time: float, do: Callable[[], None]) -> Callable[[], None]:
-        """A timer."""
         return self._loop.call_at(time, self._call, do).cancel
 
     @vital
@@ -352,18 +344,15 @@ class VerifierHost:
         do()
 
     def run(self, step: Run) -> None:
-        """To the engine's thread."""
         self._step = step
         self.metrics.dispatched(self.now, step)
         self._engine.submit(step)
 
     def send(self, connection: int, message: Verdict | Refused) -> None:
-        """To an edge, or a thin client."""
         self.metrics.sent(self.now, message)
         self._send(connection, message)
 
     def ended(self, ended: Ended) -> None:
-        """Only the metrics care."""
         self.metrics.ended(ended)
 
     @vital
@@ -384,7 +373,7 @@ class VerifierHost:
         self.metrics.step(self._loop.time(), self._step, done)
         self._step = None
         dead = self._engine.dead  # before the next step can say so, too
-        self._feed(done)
+        self._driver.feed(done)
         if dead is not None:
             self.fail(dead)
 
@@ -392,6 +381,3 @@ class VerifierHost:
         sender = self._senders.get(connection)
         if sender is not None:
             sender(message)
-
-
-__all__ = ["EventLog", "Sender", "VerifierHost", "read_events"]

@@ -138,8 +138,8 @@ def run_capacity(
 
 
 def _shown(c: Capacity) -> Table:
-    pace = f", {c.rate:g} tokens/s" if c.rate else ""
-    out = Table(title=f"{c.scenario}{pace}: {c.system}", show_header=False)
+    rate = f", {c.rate:g} tokens/s" if c.rate else ""
+    out = Table(title=f"{c.scenario}{rate}: {c.system}", show_header=False)
     out.add_column()
     out.add_column(justify="right")
     out.add_row(f"devices with {c.tolerance:.0%} violations (95 %)", f"{c.capacity} ({c.low} to {c.high})")
@@ -159,7 +159,6 @@ def _shown(c: Capacity) -> Table:
 
 
 def run_plan(scenario: Scenario, *, tolerance: float, simulate: bool, jobs: int, as_json: bool) -> None:
-    """Advice. Raises ConfigError."""
     with Runs(jobs if simulate else 1) as runs, progress_bar() as tell:
 
         def watch(tried: str, done: int, of: int) -> None:

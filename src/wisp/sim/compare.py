@@ -14,10 +14,8 @@ AIMS = {  # live against simulated
     "median_tpot_ms": 0.05,
     "p99_tpot_ms": 0.15,
 }
-SHOWN = (
-    "median_ttft_ms",
-    "p99_ttft_ms",
-)  # without an aim: they depend on the requests that happen to share a step
+# Without an aim: they depend on the requests that happen to share a step.
+SHOWN = ("median_ttft_ms", "p99_ttft_ms")
 
 
 class Difference(msgspec.Struct, frozen=True):

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
 import msgspec
@@ -31,6 +30,7 @@ from wisp.sim.world import Request
 
 A = TypeVar("A")
 B = TypeVar("B")
+# Files that a run depends on.
 SOURCES = (
     "core/**/*.py",
     "engines/emulated.py",
@@ -43,7 +43,7 @@ SOURCES = (
         f"sim/{name}.py"
         for name in ("devices", "report", "runs", "scenario", "simulate", "systems", "timeline", "world")
     ),
-)  # files that a run depends on
+)
 CLEARLY = 1.5  # a run is cut once this many times as many have missed as are tolerated
 
 
@@ -104,7 +104,6 @@ def missed_for_sure(request: Request, now: float) -> bool:
 
 @functools.cache
 def source_hash() -> str:
-    """Of every file of SOURCES."""
     root = Path(wisp.__file__).parent
     digest = hashlib.sha256()
     for pattern in SOURCES:
@@ -183,9 +182,7 @@ class Runs:
     def __enter__(self) -> Runs:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=error is None, cancel_futures=True)
 
@@ -194,5 +191,4 @@ class Runs:
         return map(do, items) if self._pool is None else self._pool.map(do, items)
 
     def reports(self, jobs: Sequence[Job]) -> list[Report]:
-        """Of these runs."""
         return list(self.map(remembered, jobs))

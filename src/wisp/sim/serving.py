@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-import httpx
 import msgspec
 
 from wisp.calibrate.hardware import Measured
-from wisp.children import Child, Children, free_ports
+from wisp.children import Child, serving
 from wisp.sim.scenario import Scenario
 from wisp.sim.simulate import first_guess
 from wisp.sim.systems import System
@@ -19,15 +18,9 @@ from wisp.sim.systems import System
 MOST_SESSIONS = 100_000  # the fleet's own number is the limit
 
 
-@contextlib.contextmanager
-def verifier(scenario: Scenario, of: System) -> Iterator[Child]:
+def verifier(scenario: Scenario, of: System) -> AbstractContextManager[Child]:
     """A server with the scenario's engine, until the context is left. Raises ChildError if it does not start."""
-    with Children() as children:
-        (port,) = free_ports(1)
-        child = children.start("verifier", serve_arguments(scenario, of, port, children.folder), port)
-        with httpx.Client(trust_env=False) as client:
-            child.wait_healthy(client)
-        yield child
+    return serving("verifier", functools.partial(serve_arguments, scenario, of))
 
 
 def serve_arguments(scenario: Scenario, of: System, port: int, folder: Path) -> list[str]:

@@ -84,7 +84,6 @@ class Fleet:
         return [r for r in self.requests if start <= r.arrived < end]
 
     def busy(self) -> bool:
-        """Is a request of the window unfinished?"""
         return any(r.ended is None for r in self.window())
 
     def _population(self, n: int) -> None:
@@ -96,7 +95,6 @@ class Fleet:
             self._ask(self.idle.pop())
 
     def _make(self) -> SimDevice:
-        """Add a device."""
         s, system = self.scenario, self.system
         index = len(self.devices)
         kit = pick(random.Random(index * 7919 + 17), s.devices, [k.share for k in s.devices])

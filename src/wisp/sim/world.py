@@ -157,19 +157,15 @@ class SimVerifier:
 
     @property
     def now(self) -> float:
-        """Simulated seconds."""
         return self.env.now
 
     def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
-        """A message arrives."""
         self._loop.feed(Received(connection, "", message))
 
     def lost(self, connection: int) -> None:
-        """A connection is known to be gone."""
         self._loop.feed(EdgeLost(connection))
 
     def send(self, connection: int, message: Verdict | Refused) -> None:
-        """A message leaves."""
         if isinstance(message, Verdict):
             self.counts.prices.append(message.price)
         sender = self.senders.get(connection)
@@ -328,7 +324,6 @@ class SimDevice:
         shared.uplink.senders[index] = self._sent
 
     def start(self, request: Request) -> None:
-        """Begin a generation."""
         shared = self.shared
         policy = self.policies.make(0.0) if self.policies else None
         task = Task(request.prompt, Sampling(seed=request.seed), request.max_tokens, slo=request.slo)

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -60,7 +60,7 @@ class StatusStream:
         """The same, with the rows after `t` alone."""
         return await self._made(t)
 
-    async def follow(self) -> AsyncIterator[bytes]:
+    async def follow(self) -> AsyncGenerator[bytes, None]:
         """Events until `close`, or until the caller has enough. Raises UnavailableError if too many watch."""
         if len(self._watching) >= MOST:
             raise UnavailableError(f"{MOST} pages watch already; close one", retry_after=10.0)
@@ -136,7 +136,7 @@ def status_routes(stream: StatusStream, authorize: Callable[[Request], object]) 
                 async for data in following:
                     yield data
             finally:
-                await following.aclose()  # type: ignore[attr-defined]
+                await following.aclose()
 
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(body(), media_type="text/event-stream", headers=headers)

@@ -292,7 +292,6 @@ class Drafter:
         return [open_]
 
     def lost(self) -> None:
-        """The connection is gone."""
         if self.phase is not DONE:
             self.phase = DETACHED
             self.rounds.flights = []
@@ -413,7 +412,6 @@ class Drafter:
         return [self._send(now_ms, 0)] if better_served else self._go_on(now_ms, view)
 
     def _go_on(self, now_ms: float, view: View) -> list[Action]:
-        """Draft another token, or send what there is."""
         policy, chain = self.policy, self.chain
         assert policy is not None
         full = chain.dry or chain.ended or len(chain.tokens) - chain.sent >= self._most()
@@ -460,7 +458,6 @@ class Drafter:
         return Flight(self.rounds.number, drafted, now_ms, due_ms, not self.rounds.flights)
 
     def _view(self, now_ms: float) -> View:
-        """What the policy sees."""
         chain, rounds = self.chain, self.rounds
         flights, sent = rounds.flights, chain.sent
         due_ms = flights[-1].due_ms if flights else 0.0

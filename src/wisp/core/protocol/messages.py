@@ -203,7 +203,6 @@ _server_decoder: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decode
 
 
 def encode(message: Message) -> bytes:
-    """One frame."""
     return _encoder.encode(message)
 
 

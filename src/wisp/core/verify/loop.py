@@ -25,21 +25,17 @@ class Surroundings(Protocol):
 
     def soon(self, do: Callable[[], None]) -> None:
         """Call `do` once the events at hand have been fed."""
-        ...
 
     def at(self, time: float, do: Callable[[], None]) -> Callable[[], None]:
         """Call `do` at `time`. Returns a function that cancels this."""
-        ...
 
     def run(self, step: Run) -> None:
         """Start a step. Its StepDone is fed later."""
-        ...
 
     def send(self, connection: int, message: Verdict | Refused) -> None: ...
 
     def ended(self, ended: Ended) -> None:
         """A session has ended without a message to its edge."""
-        ...
 
 
 class VerifierLoop:
@@ -83,7 +79,6 @@ class VerifierLoop:
         return actions
 
     def stop(self) -> None:
-        """Cancel the timer."""
         if self._cancel_wake is not None:
             self._cancel_wake()
             self._cancel_wake = None

@@ -1,4 +1,4 @@
-"""A front's side of the session socket, before pretended replicas: who waits, who is refused, who is placed."""
+"""A router's side of the session socket, before pretended replicas: who waits, who is refused, who is placed."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ async def until(look: Callable[[], object]) -> None:
 
 
 def test_while_a_replica_hangs_few_opens_of_a_key_wait_and_the_others_are_told_when_to_come_again() -> None:
-    async def scenario(front: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
-        edge, other = Edge(front, "limited"), Edge(front, "another")
+    async def scenario(router: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
+        edge, other = Edge(router, "limited"), Edge(router, "another")
         edge.open("first-of-all")
         assert edge.placed() == ["first-of-all"]
         for n in range(500):
@@ -104,8 +104,8 @@ def test_while_a_replica_hangs_few_opens_of_a_key_wait_and_the_others_are_told_w
 
 
 def test_long_prompts_that_wait_are_fewer_still() -> None:
-    async def scenario(front: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
-        edge = Edge(front, "limited")
+    async def scenario(router: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
+        edge = Edge(router, "limited")
         edge.open("first-of-all")
         for n in range(39):
             edge.open(f"session-{n}", prompt=100_000)
@@ -116,12 +116,12 @@ def test_long_prompts_that_wait_are_fewer_still() -> None:
 
 
 def test_what_is_not_looked_at_here_is_not_kept_while_it_waits() -> None:
-    async def scenario(front: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
-        edge = Edge(front, "limited")
+    async def scenario(router: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
+        edge = Edge(router, "limited")
         edge.open("first-of-all")
         edge.open("not-a-prompt", prompt=(1 << 20) + 1)  # beyond the context: its replica will say so
         edge.open("has-history", committed=[2] * 100, draft=[3] * 100)
-        kept = [open_ for _, open_ in front._waiting["limited"].opens]
+        kept = [open_ for _, open_ in router._waiting["limited"].opens]
         assert [(o.session, len(o.prompt), o.committed, o.draft) for o in kept] == [
             ("not-a-prompt", 0, [], []),
             ("has-history", 3, [], []),
@@ -131,26 +131,26 @@ def test_what_is_not_looked_at_here_is_not_kept_while_it_waits() -> None:
 
 
 def test_who_has_left_or_thought_better_of_it_waits_no_longer() -> None:
-    async def scenario(front: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
-        edge, gone = Edge(front, "limited"), Edge(front, "limited")
+    async def scenario(router: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
+        edge, gone = Edge(router, "limited"), Edge(router, "limited")
         edge.open("first-of-all")
         gone.open("session-a")
         edge.open("session-b")
         edge.open("session-c")
-        front.receive(edge.connection, Cancel("session-b"))
-        front.detach(gone.connection)
+        router.receive(edge.connection, Cancel("session-b"))
+        router.detach(gone.connection)
         fleet.answering.set()
         await until(lambda: len(edge.heard) == 2)
         assert [r.session for r in edge.refused()] == ["session-c"]
         assert gone.heard == []
-        await until(lambda: not front._waiting)
+        await until(lambda: not router._waiting)
 
     with_front(scenario)
 
 
 def test_who_comes_while_others_are_asked_about_is_asked_about_afterwards() -> None:
-    async def scenario(front: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
-        edge = Edge(front, "limited")
+    async def scenario(router: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
+        edge = Edge(router, "limited")
         edge.open("first-of-all")
         edge.open("session-a")
         await until(lambda: fleet.looks == 1)
@@ -165,8 +165,8 @@ def test_who_comes_while_others_are_asked_about_is_asked_about_afterwards() -> N
 def test_where_one_key_fills_all_replicas_another_is_sent_to_one_all_the_same() -> None:
     """It has fewer places than it may have: the replica makes room for it."""
 
-    async def scenario(front: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
-        hog, guest = Edge(front, "hog"), Edge(front, "guest")
+    async def scenario(router: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
+        hog, guest = Edge(router, "hog"), Edge(router, "guest")
         for n in range(8):
             hog.open(f"session-{n}")
         hog.open("session-8")
@@ -178,8 +178,8 @@ def test_where_one_key_fills_all_replicas_another_is_sent_to_one_all_the_same() 
 
 
 def test_prefixes_draw_sessions_only_within_one_salt() -> None:
-    async def scenario(front: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
-        edge = Edge(front, "edge")
+    async def scenario(router: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
+        edge = Edge(router, "edge")
         edge.open("session-1", prompt=64, salt="a")
         edge.open("session-2", prompt=64, salt="b")  # goes to the emptier one
         edge.open("session-3", prompt=64, salt="b")
