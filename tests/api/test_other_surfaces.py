@@ -20,7 +20,7 @@ from wisp.api.web_guard import web_origins
 from wisp.core.errors import ConfigError, RequestError
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
-FLAT = {"type": "function", **TOOL["function"]}  # type: ignore[dict-item]
+FLAT: Any = {"type": "function", **TOOL["function"]}  # type: ignore[dict-item]
 ANTHROPIC_TOOL = {"name": "f", "input_schema": {"type": "object", "properties": {"x": {"type": "integer"}}}}
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from wisp.api.extras import Extras
 from wisp.core.draft.drafter import Task
 from wisp.core.protocol.step import Committed
 from wisp.engines.base import Tokenizer
@@ -18,11 +19,12 @@ __all__ = ["Backend", "Committed", "Generation", "Target"]
 class Generation(Task, frozen=True):
     """A task, in token ids, and whose it is. `max_tokens` is at least 1.
 
-    `key` names the API key of the caller ("" where none is needed); `request_id` is for logs.
+    `key` names the API key of the caller ("" where none is needed); `request_id` is for logs. `extras`: see there.
     """
 
     request_id: str = ""
     key: str = ""
+    extras: Extras = Extras()
 
 
 class Target(msgspec.Struct, frozen=True):

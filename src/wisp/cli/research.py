@@ -37,14 +37,39 @@ def run(
     seed: Seed = None,
     chrome_trace: Annotated[Path | None, typer.Option(help="Write a trace for chrome://tracing.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page to look at the run in, as one file for a browser.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """A fleet and its verifier in virtual time: the live decisions, modelled time."""
     from wisp.sim.commands import run_simulate
 
     run_simulate(
-        scenario, system, rate=rate, devices=devices, seed=seed, chrome=chrome_trace, plot=plot, as_json=json
+        scenario,
+        system,
+        rate=rate,
+        devices=devices,
+        seed=seed,
+        chrome=chrome_trace,
+        plot=plot,
+        html=html,
+        as_json=json,
     )
+
+
+@app.command()
+def log(
+    file: Annotated[Path, typer.Argument(help="An event log of `wisp serve --event-log`.")],
+    html: Annotated[Path, typer.Option(help="Write the page into this file.")],
+) -> None:
+    """Replay an event log, and write the page of its last run, as one file for a browser."""
+    from wisp.server.log_page import write_log_page
+    from wisp.sim.commands import writable
+
+    writable(html)
+    events = write_log_page(file, html)
+    typer.echo(f"{html}: {events:,} events")
 
 
 @app.command()

@@ -234,6 +234,14 @@ class Fleet:
             response.raise_for_status()
             return b"".join([chunk async for chunk in response.aiter_raw()])
 
+    async def get(self, replica: Replica, path: str) -> bytes:
+        """What a replica that is up answers to its router. Raises httpx.HTTPError."""
+        if replica.running is None:
+            raise httpx.ConnectError("it is not running")
+        url = f"{replica.running.url}{path}"
+        response = await self._client.get(url, headers=_us(replica), timeout=ANSWER_S)
+        return response.raise_for_status().content
+
     # --- a replica's life
 
     async def _live(self, r: Replica) -> None:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Concatenate, ParamSpec
 
 from wisp import __version__
+from wisp.api.pages.recorder import THIN, Recorder
 from wisp.core.errors import EngineDeadError, InternalError
 from wisp.core.protocol.messages import VERSION as PROTOCOL
 from wisp.core.protocol.messages import (
@@ -31,12 +33,15 @@ from wisp.core.protocol.messages import (
     check_hello,
     frame_limit,
 )
+from wisp.core.protocol.slo import Slo
 from wisp.core.verify.admission import Admission, KeyLimits, Refusal
 from wisp.core.verify.batching import batching_policy
 from wisp.core.verify.cost import Coefficients, CostModel
 from wisp.core.verify.events import (
+    Action,
     EdgeLost,
     Ended,
+    InEvent,
     KeyLimitsChanged,
     Limits,
     Received,
@@ -92,6 +97,7 @@ class VerifierHost:
         cost: Coefficients | None = None,
         park_s: float = 60.0,
         slo_admission: bool = True,
+        slo_classes: Mapping[str, Slo] = {},
         event_log: Path | None = None,
         died: Callable[[Exception], None] = lambda error: None,
         look_s: float = LOOK_S,
@@ -145,7 +151,17 @@ class VerifierHost:
         self._keys: dict[int, str] = {}
         self._sockets: dict[int, bool] = {}  # connections of edges: can their sessions go elsewhere?
         self._next_connection = 0
-        self._driver = VerifierLoop(self.verifier, self, self._log.write if self._log else None)
+        self.batching = batching
+        self.recorder = Recorder(
+            self.verifier,
+            classes=slo_classes,
+            device=lambda connection: connection if connection in self._sockets else THIN,
+            epoch=time.time() - self._loop.time(),
+        )
+        self._blind = False  # the recorder has failed
+        self._driver = VerifierLoop(
+            self.verifier, self, self._log.write if self._log else None, self._look_on
+        )
         self._step: Run | None = None
         self._watch = StepWatch(
             lambda: self._step, lambda step: patience(step, self.verifier.cost), self._give_up
@@ -185,6 +201,7 @@ class VerifierHost:
         except Refusal as refusal:
             admission.turned_away(key)
             self.metrics.admission(refusal.code)
+            self.recorder.refused()
             self.metrics.refused.labels(refusal.code).inc()
             raise
 
@@ -217,6 +234,7 @@ class VerifierHost:
             text = "this verifier is shutting down"
             refused = Refused(message.session, "shutting_down", text, 1.0, True, message.round)
             self.metrics.admission(refused.code)
+            self.recorder.refused()
             self._send(connection, refused)
 
     def _refuse(self, connection: int, refused: Refused) -> None:
@@ -262,6 +280,11 @@ class VerifierHost:
     def n_connections(self) -> int:
         """Open connections, edges and thin clients together."""
         return len(self._senders)
+
+    @property
+    def n_edges(self) -> int:
+        """Open session sockets."""
+        return len(self._sockets)
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new sessions; wait until those that have an edge have ended, or `timeout_s`."""
@@ -309,6 +332,16 @@ class VerifierHost:
             self._log.close()
 
     # --- events and actions
+
+    def _look_on(self, now: float, event: InEvent, actions: list[Action]) -> None:
+        """For the page. It must not break what it shows."""
+        if self._blind:
+            return
+        try:
+            self.recorder(now, event, actions)
+        except Exception:
+            self._blind = True
+            log.exception("the recorder failed: the page's figures stand still from now on")
 
     @property
     def now(self) -> float:

@@ -13,6 +13,7 @@ from rich.table import Table
 from wisp.core.errors import ConfigError
 from wisp.progress import progress_bar
 from wisp.sim.capacity import Capacity, capacity
+from wisp.sim.page import RunPage, row_s
 from wisp.sim.plan import plan
 from wisp.sim.plan.estimate import Estimate
 from wisp.sim.report import report
@@ -70,12 +71,13 @@ def run_simulate(
     seed: int | None,
     chrome: Path | None,
     plot: Path | None,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """One run; by default under the scenario's first seed. Raises ConfigError."""
     scenario = chosen(name, rate, devices)
     seed = scenario.seeds[0] if seed is None else seed
-    for path in (chrome, plot):
+    for path in (chrome, plot, html):
         if path is not None:
             writable(path)
     if plot is not None:
@@ -86,7 +88,9 @@ def run_simulate(
         plt.close()
         if plot.suffix[1:] not in kinds:
             raise ConfigError(f"cannot draw {plot}: give it one of the endings {', '.join(sorted(kinds))}")
-    simulation = Simulation(scenario, system(spec), seed, trace=chrome is not None or plot is not None)
+    trace, width_s = chrome is not None or plot is not None, row_s(scenario) if html is not None else 0.0
+    simulation = Simulation(scenario, system(spec), seed, trace=trace, row_s=width_s)
+    page = RunPage(simulation) if html is not None else None
     with progress_bar() as tell:
 
         def step(running: Simulation) -> bool:
@@ -99,6 +103,8 @@ def run_simulate(
         chrome.write_text(chrome_trace(simulation))
     if plot is not None:
         draw(simulation, plot)
+    if page is not None and html is not None:
+        page.write(html, found)
     if as_json:
         print(json.dumps(found.benchmark()))
     else:

@@ -191,7 +191,10 @@ class Fleet:
 class Simulation(Fleet):
     """A scenario under a system, under a seed, in virtual time."""
 
-    def __init__(self, scenario: Scenario, system: System, seed: int, *, trace: bool = False) -> None:
+    def __init__(
+        self, scenario: Scenario, system: System, seed: int, *, trace: bool = False, row_s: float = 0.0
+    ) -> None:
+        """row_s: see `SimVerifier`."""
         scripts, profile = scripts_of(scenario), scenario.profile
         profile = msgspec.structs.replace(
             profile,
@@ -212,6 +215,7 @@ class Simulation(Fleet):
             drafter_ms=DRAFTER_MS if system.beside else 0.0,
             slo_admission=system.admission,
             trace=events,
+            row_s=row_s,
         )
         self.marks: list[VerifierCounts] = []  # at both ends of the window
         super().__init__(scenario, system, seed, env, self.verifier, scripts, trace=events)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from wisp.api.pages.recorder import Recorder
 from wisp.calibrate.traces.scripts import Script, Scripts
 from wisp.core.draft.drafter import DONE, Action, Drafter, Task
 from wisp.core.draft.policies import Ahead, Policies
@@ -108,8 +109,10 @@ class SimVerifier:
         drafter_ms: float = 0.0,
         slo_admission: bool = False,
         trace: list[Event] | None = None,
+        row_s: float = 0.0,
     ) -> None:
-        """drafter_ms: draft step of a drafter on the same accelerator (0: devices draft)."""
+        """drafter_ms: draft step of a drafter on the same accelerator (0: devices draft).
+        row_s: width of a row of `recorder`, for the run's page (0: none)."""
         info = engine.info
         limits = Limits(
             info.n_vocab, info.eos, info.slots, info.slot_tokens, info.kv_tokens, info.step_tokens, MAX_DRAFT,
@@ -123,7 +126,8 @@ class SimVerifier:
         self.verifier = Verifier(limits, batching_policy(batching), admission, CostModel(cost))
         self.senders: dict[int, Callable[[Verdict | Refused], None]] = {}
         self.soon, self.at = env.soon, env.at
-        self._loop = VerifierLoop(self.verifier, self)
+        self.recorder = Recorder(self.verifier, width_s=row_s, kept=1000, live=False) if row_s else None
+        self._loop = VerifierLoop(self.verifier, self, watch=self.recorder)
         self._noise = random.Random(seed)
 
     @property

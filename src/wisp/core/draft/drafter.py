@@ -25,7 +25,7 @@ from wisp.core.draft.policies import CERTAIN, Ahead, DraftingPolicy, Odds, View
 from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError
-from wisp.core.protocol.messages import MODEL_CHANGED, Draft, Open, Refused, Verdict
+from wisp.core.protocol.messages import MODEL_CHANGED, Device, Draft, Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
 from wisp.core.protocol.step import INVALID_GRAMMAR, Committed
@@ -288,6 +288,7 @@ class Drafter:
             slo=task.slo,
             salt=task.salt,
             digest=digest,
+            device=self._device(),
         )
         return [open_]
 
@@ -478,6 +479,11 @@ class Drafter:
         flights, sent = rounds.flights, chain.sent
         due_ms = flights[-1].due_ms if flights else 0.0
         return View(now_ms, chain.p, sent, sent, due_ms, self.times, rounds.number == 0)
+
+    def _device(self) -> Device | None:
+        times = self.times
+        known = times.draft.n or times.line.n
+        return Device(round(times.draft.value, 2), round(times.line.value, 2)) if known else None
 
     def _most(self) -> int:
         """The longest draft now: the last token of all is always the target's own."""

@@ -46,11 +46,13 @@ class VerifierLoop:
         verifier: Verifier,
         surroundings: Surroundings,
         record: Callable[[float, InEvent], None] | None = None,
+        watch: Callable[[float, InEvent, list[Action]], None] | None = None,
     ) -> None:
-        """`record` is called with every event before it is handled (an event log)."""
+        """`record` is called with every event before it is handled (an event log), `watch` after, with its actions."""
         self.verifier = verifier
         self._world = surroundings
         self._record = record
+        self._watch = watch
         self._tick_due = False
         self._cancel_wake: Callable[[], None] | None = None
 
@@ -85,7 +87,10 @@ class VerifierLoop:
         now = self._world.now
         if self._record is not None:
             self._record(now, event)
-        return self.verifier.handle(now, event)
+        actions = self.verifier.handle(now, event)
+        if self._watch is not None:
+            self._watch(now, event, actions)
+        return actions
 
     def _tick(self) -> None:
         self._tick_due = False
