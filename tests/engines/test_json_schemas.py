@@ -94,7 +94,7 @@ def check(pair: Pair, schemas: Sequence[Schema]) -> tuple[list[str], list[str], 
         if text[-1] not in pair.tokenizer.eos:
             endless += 1
             continue
-        said = pair.tokenizer.decode(text).decode("utf-8", "replace")
+        said = b"".join(map(pair.tokenizer.piece, text)).decode("utf-8", "replace")
         try:
             value, formats = json.loads(said), VALIDATOR.FORMAT_CHECKER
             jsonschema.validate(value, schema, VALIDATOR, format_checker=formats)
