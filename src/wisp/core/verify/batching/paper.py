@@ -5,8 +5,8 @@ What the description says, and how it is read here:
 - "Slack comes from the required token rate, expected accepted tokens, draft time and communication time." A round that
   is expected to commit E tokens may take E / rate from the last verdict on, drafting and the way there included. Where
   the session has a lead over its rate since the first token, it may use it up. A prompt is due when its first token is.
-- "Requests that miss their deadline unless started now go first, earliest deadline first." Left out, a request takes
-  part in the next step at best. It would miss if its deadline comes before two steps of all that waits are over.
+- "Requests that miss their deadline unless started now go first, earliest deadline first." Not started now, a request
+  waits for a step first, which may be one of all that is ready. Then it takes the time of a step by itself.
 - "The others by density, E / predicted time." The time is that of a step with nothing else.
 - "After each addition: does it fit in memory, and is the predicted finish no later than the earliest deadline in it?"
   This is asked of the others only, and missed deadlines count: as long as somebody is late, the others wait.
@@ -23,8 +23,6 @@ from operator import itemgetter
 
 from wisp.core.verify.batching.base import Candidate, Grant, Kind, Plan, StepLimits
 from wisp.core.verify.cost import Load
-
-WAIT = 2.0  # steps of all that waits: one that a request misses, and the one that it takes part in
 
 
 def deadline(w: Candidate) -> float:
@@ -69,15 +67,15 @@ def _in_order(now: float, candidates: Sequence[Candidate], limits: StepLimits) -
     """Urgent requests by deadline, and the rest by density."""
     ms, scale = limits.cost.now.ms_of, limits.cost.margin / 1e3
     new, cached = sum([w.new for w in candidates]), sum([w.cached for w in candidates])
-    soon = now + WAIT * ms(new, 0, cached, len(candidates)) * scale
+    later = now + ms(new, 0, cached, len(candidates)) * scale  # the end of a step of all that is ready
     urgent: _Ordered = []
     rest: _Ordered = []
     for w in candidates:
         due = deadline(w)
-        if due < soon:
+        alone = ms(w.new, w.new * (w.cached + w.new), w.cached, 1)
+        if due < later + alone * scale:
             urgent.append((due, w.session, due, w))
         else:
-            alone = ms(w.new, w.new * (w.cached + w.new), w.cached, 1)
             rest.append((-w.expected_tokens / alone, w.session, due, w))
     urgent.sort(key=itemgetter(0, 1))
     rest.sort(key=itemgetter(0, 1))
