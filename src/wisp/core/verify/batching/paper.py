@@ -47,9 +47,8 @@ class Paper:
         for i, (_, _, due, w) in enumerate((*urgent, *rest)):
             if len(grants) >= limits.slices or left <= 0:
                 break
-            tokens = min(w.new, left)
-            cut = tokens < w.new and w.kind is not Kind.PREFILL
-            if grants and (cut or tokens > free_kv):
+            tokens = min(w.new, left) if w.kind is Kind.PREFILL else w.new
+            if grants and tokens > min(left, free_kv):
                 continue
             more = load.plus(tokens, w.cached)
             earliest_with = min(earliest, due)
