@@ -17,7 +17,7 @@ from wisp.core.verify.events import Run
 from wisp.sim import runs as simulated
 from wisp.sim.capacity import Search, limit_of
 from wisp.sim.paper import PAPER, RATES
-from wisp.sim.report import Report, report
+from wisp.sim.report import Report, number, report
 from wisp.sim.runs import Job, Runs
 from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.simulate import Simulation
@@ -142,7 +142,7 @@ def search(cell: Cell) -> Data:
         "capacity": at,
         "goodput": fmean([r.goodput for r in found] or [0.0]),
         "violation_rate": fmean([r.missed for r in found] or [0.0]),
-        "ttft_ms": fmean([r.ttft_ms.median or 0.0 for r in found] or [0.0]),
+        "ttft_s": fmean([(r.ttft_ms.median or 0.0) / 1e3 for r in found] or [0.0]),
     }
 
 
@@ -216,34 +216,44 @@ def _padded(job: Job) -> Report:
 
 def figures(data: Data) -> Data:
     """The tables."""
+    cells = [*data["main"], *data["readings"], *data["rows"]]
     return {
         "capacities": _main(data["main"]),
         "tried": _readings(data["readings"]),
         "table": _rows(data["rows"]),
+        "missing": any(c["capacity"] is None for c in cells),
+        "seeds": ", ".join(map(str, UNSEARCHED)),
+        "searched": ", ".join(map(str, SEARCHED)),
+        "read_at": f"{READ_AT:g}",
     }
+
+
+def _n(devices: int | None) -> str:
+    return "-" if devices is None else str(devices)
 
 
 def _main(found: list[Data]) -> str:
     rates = sorted({c["rate"] for c in found})
-    by = {(c["setup"], c["rate"]): c for c in found}
+    by = {(c["setup"], c["rate"]): c["capacity"] for c in found}
+    shipped = READINGS[0].about
     body = [
-        ("`paper`" if setup == READINGS[0].about else setup, *(str(by[setup, r]["capacity"]) for r in rates))
+        ("**`paper`**" if setup == shipped else setup, *(_n(by[setup, r]) for r in rates))
         for setup in dict.fromkeys(c["setup"] for c in found)
     ]
     best = [
-        max(c["capacity"] for c in found if c["rate"] == r and c["setup"].startswith("sled")) for r in rates
+        max(n or 0 for (setup, at), n in by.items() if at == r and setup.startswith("sled")) for r in rates
     ]
-    ours = [by[READINGS[0].about, r]["capacity"] for r in rates]
+    ours = [by[shipped, r] or 0 for r in rates]
     body.append(("`paper` / best `sled`", *(ratio(a, b) for a, b in zip(ours, best, strict=True))))
-    return table(("devices, at most 10 % late", *(f"{r:g} tok/s" for r in rates)), body)
+    return table(("", *(f"{r:g} tok/s" for r in rates)), body)
 
 
 def _readings(found: list[Data]) -> str:
     body = [
-        (c["setup"], f"**{c['capacity']}**", f"{c['goodput']:.0f}", f"{c['ttft_ms'] / 1e3:.1f} s")
+        (c["setup"], _n(c["capacity"]), number(c["goodput"], ".0f"), number(c["ttft_s"], ".1f") + " s")
         for c in found
     ]
-    return table(("reading", f"devices at {READ_AT:g} tok/s", "goodput", "median TTFT"), body)
+    return table(("reading", "devices", "goodput", "median TTFT"), body)
 
 
 def _rows(found: list[Data]) -> str:
@@ -251,12 +261,12 @@ def _rows(found: list[Data]) -> str:
     body = []
     for of in ROWS:
         theirs = dict(zip(RATES, PAPER[MAIN][of].capacity, strict=True))
-        body.append((f"**{of}**, published", *(f"**{theirs[r]}**" for r in rates), ""))
+        body.append((f"**{of}, published**", *(f"**{theirs[r]}**" for r in rates), ""))
         by = {(c["setup"], c["rate"]): c["capacity"] for c in found if c["row"] == of}
         for setup in dict.fromkeys(s for s, _ in by):
             each = [by[setup, r] for r in rates]
-            off = max(abs(n / theirs[r] - 1.0) for n, r in zip(each, rates, strict=True))
-            body.append((f"{of}: {setup}", *map(str, each), f"{off:.0%}"))
+            off = max(abs(n / theirs[r] - 1.0) for n, r in zip(each, rates, strict=True) if n is not None)
+            body.append((f"{of}: {setup}", *map(_n, each), f"{off:.0%}"))
     return table(("", *(f"{r:g} tok/s" for r in rates), "largest difference"), body)
 
 
