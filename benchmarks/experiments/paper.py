@@ -26,12 +26,14 @@ from wisp.sim.systems import system
 MAIN = "a100-qwen3-32b"
 MAIN_RATES = (8.0, 12.0, 16.0, 20.0)
 READ_AT = 16.0  # tokens/s, where readings are compared
+READ_WITH = 42  # devices
 TOLERANCE = 0.1
 GRAIN = 0.04  # of a capacity
 QUICK_GRAIN = 0.3
+NEAR = 0.15  # largest difference from a published row that is called near
 GUESS = 0.6  # of the fluid bound: where a search begins
 FEW = "fcfs/16"
-SEARCHED = (1, 2)  # seeds that readings were chosen with
+SEARCHED = (1, 2, 3)  # seeds that readings were chosen with
 UNSEARCHED = (101, 102, 103)
 
 
@@ -83,12 +85,13 @@ BASELINES = (
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """A capacity to search."""
+    """A capacity to search; or, with `devices`, how so many fare."""
 
     setup: Setup
     rate: float
     seeds: tuple[int, ...]
     quick: bool = False
+    devices: int = 0
 
 
 def run(quick: bool, runs: Runs) -> Data:
@@ -100,7 +103,7 @@ def run(quick: bool, runs: Runs) -> Data:
         for rate in rates
         for setup in (READINGS[0], *BASELINES[:most])
     ]
-    tried = [Cell(setup, READ_AT, SEARCHED[:most], quick) for setup in READINGS[:most]]
+    tried = [Cell(setup, READ_AT, SEARCHED[:most], quick, READ_WITH) for setup in READINGS[:most]]
     rows = [
         (of, Cell(setup, rate, (1,), quick))
         for of, setups in ROWS.items()
@@ -127,22 +130,26 @@ def _told(cell: Cell, found: Data) -> Data:
 
 
 def search(cell: Cell) -> Data:
-    """The most devices with at most a tenth of requests late, and how it went with so many."""
-    scenario = _scenario(cell)
-    of = system(cell.setup.spec)
-    looking = Search(
-        scenario, of, cell.seeds, _Here(cell.setup), TOLERANCE, QUICK_GRAIN if cell.quick else GRAIN
-    )
-    guess = max(1, round(GUESS * limit_of(of, scenario).devices))
-    at = looking.crossing(guess, TOLERANCE, 1)
-    if len(cell.seeds) > 1 and at:
-        at = looking.crossing(at, TOLERANCE, len(cell.seeds))
-    found = list(looking.known.get(at, {}).values())
+    """The most devices with at most a tenth of requests late, or those given, and how it went with so many."""
+    scenario, of = _scenario(cell), system(cell.setup.spec)
+    at, here, seeds = cell.devices, _Here(cell.setup), cell.seeds
+    if at:
+        jobs = [Job(scenario.with_devices(at), of, seed) for seed in seeds]
+        found = here.reports(jobs)
+    else:
+        looking = Search(scenario, of, seeds, here, TOLERANCE, QUICK_GRAIN if cell.quick else GRAIN)
+        guess = max(1, round(GUESS * limit_of(of, scenario).devices))
+        at = looking.crossing(guess, TOLERANCE, 1)
+        if len(seeds) > 1 and at:
+            at = looking.crossing(at, TOLERANCE, len(seeds))
+        found = list(looking.known.get(at, {}).values())
     return {
-        "capacity": at,
+        "devices": at,
+        "late": fmean([r.missed for r in found] or [0.0]),
         "goodput": fmean([r.goodput for r in found] or [0.0]),
-        "violation_rate": fmean([r.missed for r in found] or [0.0]),
         "ttft_s": fmean([(r.ttft_ms.median or 0.0) / 1e3 for r in found] or [0.0]),
+        "tpot_ms": fmean([r.tpot_ms.median or 0.0 for r in found] or [0.0]),
+        "tpot_p99_ms": fmean([r.tpot_ms.p99 or 0.0 for r in found] or [0.0]),
     }
 
 
@@ -220,11 +227,13 @@ def figures(data: Data) -> Data:
     return {
         "capacities": _main(data["main"]),
         "tried": _readings(data["readings"]),
-        "table": _rows(data["rows"]),
-        "missing": any(c["capacity"] is None for c in cells),
+        "missing": any(c["devices"] is None for c in cells),
         "seeds": ", ".join(map(str, UNSEARCHED)),
         "searched": ", ".join(map(str, SEARCHED)),
         "read_at": f"{READ_AT:g}",
+        "read_with": READ_WITH,
+        "due_ms": f"{1e3 / READ_AT:.1f}",
+        **_rows(data["rows"]),
     }
 
 
@@ -234,7 +243,7 @@ def _n(devices: int | None) -> str:
 
 def _main(found: list[Data]) -> str:
     rates = sorted({c["rate"] for c in found})
-    by = {(c["setup"], c["rate"]): c["capacity"] for c in found}
+    by = {(c["setup"], c["rate"]): c["devices"] for c in found}
     shipped = READINGS[0].about
     body = [
         ("**`paper`**" if setup == shipped else setup, *(_n(by[setup, r]) for r in rates))
@@ -243,31 +252,44 @@ def _main(found: list[Data]) -> str:
     best = [
         max(n or 0 for (setup, at), n in by.items() if at == r and setup.startswith("sled")) for r in rates
     ]
-    ours = [by[shipped, r] or 0 for r in rates]
-    body.append(("`paper` / best `sled`", *(ratio(a, b) for a, b in zip(ours, best, strict=True))))
+    ours = [by[shipped, r] for r in rates]
+    body.append(
+        ("`paper` / best `sled`", *(ratio(a, b) if a else "-" for a, b in zip(ours, best, strict=True)))
+    )
     return table(("", *(f"{r:g} tok/s" for r in rates)), body)
 
 
 def _readings(found: list[Data]) -> str:
     body = [
-        (c["setup"], _n(c["capacity"]), number(c["goodput"], ".0f"), number(c["ttft_s"], ".1f") + " s")
+        (
+            c["setup"],
+            number(c["late"], ".0%"),
+            number(c["goodput"], ".0f"),
+            number(c["ttft_s"], ".1f") + " s",
+            f"{number(c['tpot_ms'], '.0f')} / {number(c['tpot_p99_ms'], '.0f')} ms",
+        )
         for c in found
     ]
-    return table(("reading", "devices", "goodput", "median TTFT"), body)
+    return table(("reading", "late", "goodput", "median TTFT", "TPOT, median / p99"), body)
 
 
-def _rows(found: list[Data]) -> str:
+def _rows(found: list[Data]) -> Data:
+    """The table, and the set-ups that are near a published row at every rate."""
     rates = sorted({c["rate"] for c in found})
-    body = []
+    body, near = [], []
     for of in ROWS:
         theirs = dict(zip(RATES, PAPER[MAIN][of].capacity, strict=True))
         body.append((f"**{of}, published**", *(f"**{theirs[r]}**" for r in rates), ""))
-        by = {(c["setup"], c["rate"]): c["capacity"] for c in found if c["row"] == of}
+        by = {(c["setup"], c["rate"]): c["devices"] for c in found if c["row"] == of}
         for setup in dict.fromkeys(s for s, _ in by):
             each = [by[setup, r] for r in rates]
-            off = max(abs(n / theirs[r] - 1.0) for n, r in zip(each, rates, strict=True) if n is not None)
-            body.append((f"{of}: {setup}", *map(_n, each), f"{off:.0%}"))
-    return table(("", *(f"{r:g} tok/s" for r in rates), "largest difference"), body)
+            searched = [n / theirs[r] - 1.0 for n, r in zip(each, rates, strict=True) if n is not None]
+            off = max(map(abs, searched), default=None)
+            body.append((f"{of}: {setup}", *map(_n, each), number(off, ".0%")))
+            if off is not None and off <= NEAR and len(searched) == len(rates):
+                near.append(f"{of} ({setup})")
+    head = ("", *(f"{r:g} tok/s" for r in rates), "largest difference")
+    return {"table": table(head, body), "near": "; ".join(near) or "none", "within": f"{NEAR:.0%}"}
 
 
 def draw(data: Data, path: Path) -> None:
@@ -281,7 +303,7 @@ def draw(data: Data, path: Path) -> None:
         mine = [c for c in data["rows"] if c["row"] == of]
         for setup in dict.fromkeys(c["setup"] for c in mine):
             its = [c for c in mine if c["setup"] == setup]
-            axis.plot([c["rate"] for c in its], [c["capacity"] for c in its], marker="o", label=setup)
+            axis.plot([c["rate"] for c in its], [c["devices"] for c in its], marker="o", label=setup)
         axis.set_title(of)
         axis.set_xlabel("tokens/s")
         axis.legend(fontsize=6)
