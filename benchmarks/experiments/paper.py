@@ -120,13 +120,10 @@ def run(quick: bool, runs: Runs) -> Data:
 
 
 def _told(cell: Cell, found: Data) -> Data:
-    return {
-        "setup": cell.setup.about,
-        "spec": cell.setup.spec,
-        "rate": cell.rate,
-        "seeds": cell.seeds,
-        **found,
-    }
+    setup = cell.setup
+    bound = round(limit_of(system(setup.spec), _scenario(cell)).devices, 1)
+    about = {"setup": setup.about, "spec": setup.spec, "rate": cell.rate, "seeds": cell.seeds}
+    return {**about, "bound": bound, **found}
 
 
 def search(cell: Cell) -> Data:
@@ -249,6 +246,8 @@ def _main(found: list[Data]) -> str:
         ("**`paper`**" if setup == shipped else setup, *(_n(by[setup, r]) for r in rates))
         for setup in dict.fromkeys(c["setup"] for c in found)
     ]
+    bounds = [max(c["bound"] for c in found if c["rate"] == r) for r in rates]
+    body.append(("fluid bound, with drafts of devices", *(f"{bound:.0f}" for bound in bounds)))
     best = [
         max(n or 0 for (setup, at), n in by.items() if at == r and setup.startswith("sled")) for r in rates
     ]
