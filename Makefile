@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all coverage test-busy test-vllm test-replicas check format lock check-lossless docs clean \
+.PHONY: setup demo test test-all coverage test-busy test-vllm test-replicas test-prometheus test-wheel check format lock check-lossless docs clean \
 	bench bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
 
 setup: $(VENV)/.ready
@@ -27,7 +27,7 @@ test: setup  ## offline, on the tiny pair
 	$(PYTEST) $(SPREAD)
 
 test-all: test  ## then the long and the statistical ones
-	$(PYTEST) $(SPREAD) -m "extended and not ray"
+	$(PYTEST) $(SPREAD) -m "extended and not ray and not prometheus"
 
 coverage: setup  ## lines and branches of `core` that its tests reach; fewer than pyproject.toml says are an error
 	$(BIN)/coverage run -m pytest tests/core
@@ -38,6 +38,9 @@ test-busy: setup  ## `make test` three times in a row, on a machine that has fou
 
 test-replicas: setup $(VENV)/.ray  ## several verifiers as Ray actors, killed, drained and scaled
 	$(PYTEST) -m ray
+
+test-prometheus: setup  ## a Prometheus scrapes, takes the rules, and has data for every dashboard; skips where there is none
+	$(PYTEST) -m prometheus -rs tests/system/test_prometheus.py
 
 $(VENV)/.ray: requirements/ray.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/ray.txt

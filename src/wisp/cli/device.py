@@ -17,7 +17,7 @@ from wisp.cli.options import (
     Drafting,
     HttpKeepAlive,
     Json,
-    LogJson,
+    LogFormat,
     LogLevel,
     Offline,
     PredictorFile,
@@ -25,6 +25,7 @@ from wisp.cli.options import (
     SloClasses,
     Threads,
 )
+from wisp.cli.renamed import LogJson
 
 
 def edge(
@@ -54,6 +55,7 @@ def edge(
     http_keep_alive_s: HttpKeepAlive = 75.0,
     offline: Offline = False,
     log_level: LogLevel = "info",
+    log_format: LogFormat = "text",
     log_json: LogJson = False,
 ) -> None:
     """Run an edge: an OpenAI endpoint on this device.
@@ -63,7 +65,8 @@ def edge(
     """
     from wisp.api.attainment import read_slo_classes
     from wisp.api.keys import Keyring
-    from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
+    from wisp.api.logs import set_up_logging
+    from wisp.api.process import Listen, event_loop_factory, run_app
     from wisp.api.web_guard import host_names
     from wisp.core.draft.policies import Ahead
     from wisp.edge.address import session_url
@@ -71,7 +74,7 @@ def edge(
     from wisp.engines.build import drafting_policies, load_drafter
     from wisp.engines.models import RichProgress
 
-    set_up_logging(log_level, json_lines=log_json)
+    set_up_logging(log_level, form="json" if log_json else log_format)
     session_url(server)  # before a model is loaded
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
     listen = Listen(host, port, tls_cert, tls_key, host_names(allowed_hosts), http_keep_alive_s)
