@@ -42,6 +42,12 @@ test-replicas: setup $(VENV)/.ray  ## several verifiers as Ray actors, killed, d
 test-prometheus: setup  ## a Prometheus scrapes, takes the rules, and has data for every dashboard; skips where there is none
 	$(PYTEST) -m prometheus -rs tests/system/test_prometheus.py
 
+WHEELS := build/wheel
+test-wheel: setup  ## the wheel in empty environments of Python 3.11, 3.12 and 3.13, from another folder
+	rm -rf $(WHEELS)
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(WHEELS) .
+	$(BIN)/python tests/wheel.py $(WHEELS)/*.whl
+
 $(VENV)/.ray: requirements/ray.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/ray.txt
 	@touch $@
@@ -122,4 +128,4 @@ lock: setup
 	$(PIN) requirements/docs.in -o requirements/docs.txt
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(DOCS) site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VLLM) $(DOCS) site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build

@@ -29,7 +29,12 @@ from wisp.cli.renamed import LogJson
 
 
 def edge(
-    draft: Draft,
+    draft: Annotated[
+        str,
+        typer.Option(
+            help="A model as for --target, ngram, ngram+MODEL, none; or auto: the best one on this device, else ngram."
+        ),
+    ] = "auto",
     drafting: Drafting = "gain",
     ahead: DraftAhead = True,
     energy: Annotated[
@@ -71,6 +76,7 @@ def edge(
     from wisp.core.draft.policies import Ahead
     from wisp.edge.address import session_url
     from wisp.edge.app import EdgeApp
+    from wisp.edge.finding import find_drafter
     from wisp.engines.build import drafting_policies, load_drafter
     from wisp.engines.models import RichProgress
 
@@ -81,15 +87,18 @@ def edge(
     listen.check(keyed=bool(keys))
     policies = drafting_policies(drafting, predictor)
     classes = read_slo_classes(slo_classes) if slo_classes else {}
-    with RichProgress() as progress:
-        drafter, fingerprint = load_drafter(
-            draft, slots=slots, threads=threads, offline=offline, progress=progress
-        )
+    api_key = os.environ.get("WISP_API_KEY")
+    if draft == "auto":
+        found = find_drafter(server, api_key, slots=slots, threads=threads, wait_s=give_up_s)
+    else:
+        with RichProgress() as progress:
+            found = load_drafter(draft, slots=slots, threads=threads, offline=offline, progress=progress)
+    drafter, fingerprint = found
 
     async def run() -> None:
         device = EdgeApp(
             server,
-            api_key=os.environ.get("WISP_API_KEY"),
+            api_key=api_key,
             keys=keys,
             drafter=drafter,
             fingerprint=fingerprint,
