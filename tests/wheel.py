@@ -26,7 +26,8 @@ PATIENCE_S = 300.0
 
 
 def main(wheel: str, *given: str) -> int:
-    pythons = {python: python for python in given} or {v: found(v) for v in VERSIONS}
+    pythons: dict[str, str | None] = {python: python for python in given}
+    pythons = pythons or {version: found(version) for version in VERSIONS}
     failed = 0
     for name, python in pythons.items():
         if python is None:
@@ -57,7 +58,7 @@ def check(wheel: Path, python: str, folder: Path) -> str:
     env |= {"WISP_CACHE": str(folder / "cache"), "WISP_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
     venv = folder / "venv"
     subprocess.run([python, "-m", "venv", str(venv)], check=True, capture_output=True, text=True)
-    install = [venv / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", wheel]
+    install = [str(venv / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", str(wheel)]
     subprocess.run(install, check=True, capture_output=True, text=True, env=env)
     wisp = str(venv / "bin" / "wisp")
     version = subprocess.run(

@@ -439,7 +439,7 @@ def test_a_model_without_a_digest_is_the_hubs(monkeypatch: pytest.MonkeyPatch, t
         ModelError, match=r"hf:Qwen/Qwen3-0\.6B-GGUF/Qwen3-0\.6B-Q8_0\.gguf is not in the hub's cache"
     ):
         resolve("qwen3-0.6b", offline=True, sources=NOTHING)
-    monkeypatch.setattr(pulling.hub, "cached", cached)
+    monkeypatch.setattr(hub, "cached", cached)
     assert is_cached("qwen3-0.6b")
     assert resolve("qwen3-0.6b", offline=True, sources=NOTHING) == path
     assert asked

@@ -77,6 +77,7 @@ def edge(
     from wisp.edge.address import session_url
     from wisp.edge.app import EdgeApp
     from wisp.edge.finding import find_drafter
+    from wisp.engines.base import DraftEngine
     from wisp.engines.build import drafting_policies, load_drafter
     from wisp.engines.models import RichProgress
 
@@ -88,12 +89,14 @@ def edge(
     policies = drafting_policies(drafting, predictor)
     classes = read_slo_classes(slo_classes) if slo_classes else {}
     api_key = os.environ.get("WISP_API_KEY")
+    drafter: DraftEngine | None
     if draft == "auto":
-        found = find_drafter(server, api_key, slots=slots, threads=threads, wait_s=give_up_s)
+        drafter, fingerprint = find_drafter(server, api_key, slots=slots, threads=threads, wait_s=give_up_s)
     else:
         with RichProgress() as progress:
-            found = load_drafter(draft, slots=slots, threads=threads, offline=offline, progress=progress)
-    drafter, fingerprint = found
+            drafter, fingerprint = load_drafter(
+                draft, slots=slots, threads=threads, offline=offline, progress=progress
+            )
 
     async def run() -> None:
         device = EdgeApp(
