@@ -17,7 +17,8 @@ from wisp.core.verify.events import Run
 from wisp.sim import runs as simulated
 from wisp.sim.capacity import Search, limit_of
 from wisp.sim.paper import PAPER, RATES
-from wisp.sim.report_table import Report, number, report
+from wisp.sim.report import Report, report
+from wisp.sim.report_table import number
 from wisp.sim.runs import Job, Runs
 from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.simulate import Simulation
