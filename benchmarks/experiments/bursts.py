@@ -19,11 +19,11 @@ from wisp.core.protocol.slo import met
 from wisp.sim.fluid import bound
 from wisp.sim.plots import picture
 from wisp.sim.report import report
+from wisp.sim.request import Request
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import system
-from wisp.sim.world import Request
 
 SYSTEMS = ("wisp", "paper", "central", "sled")
 WELL = 0.9  # attainment that counts as recovered

@@ -24,7 +24,7 @@ from benchmarks.pages import Data, table
 from tools.tiny.text import story
 from wisp.api.process import event_loop_factory
 from wisp.core.errors import UnavailableError
-from wisp.sim.compare import SHOWN, Difference, differences
+from wisp.sim.differences import SHOWN, Difference, differences
 from wisp.sim.fleet import run_live
 from wisp.sim.fluid import bound
 from wisp.sim.plan.estimate import reached

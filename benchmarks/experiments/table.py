@@ -20,7 +20,7 @@ from wisp.sim.capacity import Capacity
 from wisp.sim.fluid import demand_of, operating_points
 from wisp.sim.paper import PAPER, RATES, cap, paper_capacity
 from wisp.sim.plots import picture
-from wisp.sim.report import number
+from wisp.sim.report_table import number
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Scenario, load_scenario
 

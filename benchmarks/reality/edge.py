@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
@@ -62,10 +63,15 @@ class NotingDrafter(Drafter):
     story: Story
 
     def proposed(
-        self, now_ms: float, token: int | None, signal: Signal, took_ms: float = 0.0
+        self,
+        now_ms: float,
+        token: int | None,
+        signal: Signal,
+        took_ms: float = 0.0,
+        then: Sequence[int] = (),
     ) -> list[Action]:
         self.story.events.append(Proposed(now_ms, token, took_ms, signal))
-        return self.noted(super().proposed(now_ms, token, signal, took_ms))
+        return self.noted(super().proposed(now_ms, token, signal, took_ms, then))
 
     def verdict(self, now_ms: float, verdict: Verdict, arrived_ms: float | None = None) -> list[Action]:
         self.story.events.append(Heard(now_ms, verdict, now_ms if arrived_ms is None else arrived_ms))

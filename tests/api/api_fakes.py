@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from wisp.api.backend import Committed, Generation, Target
 from wisp.api.errors import exception_handlers
+from wisp.api.generating import ApiOptions
 from wisp.api.observe import RequestRecord
 from wisp.api.routes import openai_routes
 from wisp.core.errors import RequestError
@@ -148,9 +149,13 @@ def make_app(
     *,
     keep_alive_s: float = 10.0,
     auth: bool = False,
+    **options: Any,
 ) -> Starlette:
     routes = openai_routes(
-        backend, keep_alive_s=keep_alive_s, authorize=by_key if auth else None, observer=recorder
+        backend,
+        options=ApiOptions(keep_alive_s=keep_alive_s, **options),
+        authorize=by_key if auth else None,
+        observer=recorder,
     )
     return Starlette(routes=routes, exception_handlers=dict(exception_handlers()))
 

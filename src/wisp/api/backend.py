@@ -11,6 +11,7 @@ from wisp.api.extras import Extras
 from wisp.core.draft.drafter import Task
 from wisp.core.protocol.step import Committed
 from wisp.engines.base import Tokenizer
+from wisp.engines.constraining import Compiler
 
 __all__ = ["Backend", "Committed", "Generation", "Target"]
 
@@ -27,12 +28,17 @@ class Generation(Task, frozen=True):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """The model behind a backend. `context`: most tokens of prompt + output; `digest`: see `messages.Welcome`."""
+    """The model behind a backend. `context`: most tokens of prompt + output; `digest`: see `messages.Welcome`.
+
+    grammars: compiles those that a request asks for, off the event loop, so that it can be refused at once; None: the
+    verifier does that
+    """
 
     model: str
     tokenizer: Tokenizer
     context: int
     digest: str
+    grammars: Compiler | None = None
 
 
 class Backend(Protocol):

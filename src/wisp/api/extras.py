@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from wisp.api.fields import Fields, refuse
@@ -17,9 +19,9 @@ class Extras(msgspec.Struct, frozen=True):
     draft: bool = True
 
 
-def parse_extras(fields: Fields) -> Extras:
+def parse_extras(given: dict[str, Any] | None) -> Extras:
     """The field `wisp` of a request. Raises RequestError 400."""
-    given = fields.object("wisp")
+    given = given or {}
     own = Fields(given, "wisp")
     known = Extras.__struct_fields__
     for name in given:

@@ -41,9 +41,12 @@ class Origins:
         """A token that is shown; `offset` characters stand before it."""
         self._waiting.append((token, origin, offset))
 
-    def take(self, text: str, *, last: bool) -> list[dict[str, Any]]:
-        """`text` has become certain; the tokens that are now complete. last: there is no more to come."""
+    def show(self, text: str) -> None:
+        """`text` has become certain."""
         self._text += text
+
+    def take(self, *, last: bool) -> list[dict[str, Any]]:
+        """The tokens whose text is complete. last: there is no more to come."""
         released = self._start + len(self._text)
         ends = [offset for _, _, offset in self._waiting[1:]]
         ready = sum(end <= released for end in ends)

@@ -26,6 +26,21 @@ AllowedHosts = Annotated[
         "loopback's own are answered)."
     ),
 ]
+CorsOrigins = Annotated[
+    str,
+    typer.Option(
+        help="Web pages, by comma, that may use this port from a browser: https://app.example.com, or * for all."
+    ),
+]
+ServedModelName = Annotated[
+    str, typer.Option(help="Further names, by comma, that clients may ask for the model by.")
+]
+ToolParser = Annotated[
+    str,
+    typer.Option(
+        help="How the model writes tool calls: hermes, qwen-xml, llama3, ... (default: as its template)."
+    ),
+]
 HttpKeepAlive = Annotated[
     float,
     typer.Option(help="Seconds that an idle HTTP connection is kept for its next request.", min=1, max=86400),
@@ -51,7 +66,7 @@ Limit = Annotated[int, typer.Option(help="Generations per cell of the grid.", mi
 Rate = Annotated[
     float | None, typer.Option(help="Tokens per second that users expect (default: the scenario's).", min=0.1)
 ]
-SYSTEMS = "wisp, paper, central, sled, sled-confidence or central-speculative"
+SYSTEMS = "wisp, paper, central, central-wisp, sled, sled-confidence or central-speculative"
 SYSTEM_HELP = f"{SYSTEMS}; with changes: wisp,ahead=no,drafting=fixed:4 (docs/simulator.md lists them)."
 System = Annotated[str, typer.Option("--system", "--policy", help=SYSTEM_HELP, callback=today)]
 Seed = Annotated[

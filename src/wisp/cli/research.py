@@ -149,6 +149,59 @@ def capacity(
 
 
 @app.command()
+def compare(
+    scenarios: Annotated[
+        list[str] | None, typer.Argument(help="Scenarios to compare in, instead of a suite.")
+    ] = None,
+    suite: Annotated[
+        Path | None, typer.Option(help="TOML file that lists scenarios (default: the suite that ships).")
+    ] = None,
+    systems: Annotated[
+        str,
+        typer.Option(
+            help="By comma, each with its changes: wisp,ahead=no,paper are two. Baselines are tuned in each cell; "
+            "central is always there. Default: all but sled-confidence; with --quick central, central-wisp, wisp.",
+        ),
+    ] = "",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few requests under one seed: for a first impression.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the figures into this JSON file after each cell; go on with it if it is there."
+        ),
+    ] = None,
+    scenario_files: Annotated[
+        Path | None, typer.Option(help="Only write the suite's scenarios as files into this folder.")
+    ] = None,
+    jobs: Jobs = 2,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 if wisp is worse than central serving in a cell.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Systems over a suite of scenarios: is wisp ever worse than central serving at its best?
+
+    Every system sees the same requests under the same seeds. A verdict for each cell; cells that fail are listed.
+    """
+    from wisp.sim.compare.command import run_compare
+
+    code = run_compare(
+        scenarios or [],
+        suite=suite,
+        systems=systems,
+        quick=quick,
+        out=out,
+        scenario_files=scenario_files,
+        jobs=jobs,
+        check=check,
+        as_json=json,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
 def replay(
     traces: Traces = Path("data/traces"),
     policies: Annotated[str, typer.Option(help="Which to compare, by comma; default: all.")] = "",

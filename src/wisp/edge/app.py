@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.applications import Starlette
@@ -13,13 +13,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from wisp.api.errors import JsonResponse, exception_handlers
+from wisp.api.generating import ApiOptions
 from wisp.api.keys import Keyring
 from wisp.api.pages.site import PLAYGROUND, site_routes
 from wisp.api.pages.stream import StatusStream, status_routes
 from wisp.api.routes import openai_routes
 from wisp.api.scrape import scraped
 from wisp.core.draft.policies import Ahead, Policies
-from wisp.core.protocol.slo import Slo
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.customers import Customers
 from wisp.edge.link import VerifierLink
@@ -27,6 +27,8 @@ from wisp.edge.metrics import EdgeMetrics
 from wisp.edge.status import edge_status
 from wisp.edge.tokenizers import TokenizerCache
 from wisp.engines.base import DraftEngine
+
+_DEFAULTS = ApiOptions()
 
 
 class EdgeApp:
@@ -43,8 +45,7 @@ class EdgeApp:
         policies: Policies,
         ahead: Ahead | None = None,
         give_up_s: float = 30.0,
-        keep_alive_s: float = 10.0,
-        slo_classes: Mapping[str, Slo] = {},
+        options: ApiOptions = _DEFAULTS,
     ) -> None:
         """`fingerprint`: of the draft model's vocabulary; "" if none is loaded."""
         self.keys = keys
@@ -61,10 +62,9 @@ class EdgeApp:
                 *status_routes(self.status, self._authorize),
                 *openai_routes(
                     self.customers,
-                    keep_alive_s=keep_alive_s,
+                    options=options,
                     authorize=self._authorize,
                     observer=self.metrics,
-                    slo_classes=slo_classes,
                 ),
             ],
             exception_handlers=exception_handlers(),

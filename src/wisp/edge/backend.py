@@ -28,9 +28,12 @@ from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError, UnavailableError
 from wisp.core.protocol.messages import Cancel, Message, Refused, Verdict, Welcome
+from wisp.core.protocol.sampling import Sampling
 from wisp.edge.link import FromLink, Listener, Lost, Redirects
 from wisp.edge.rounds import RoundLog
 from wisp.engines.base import DraftEngine, Proposal, Tokenizer
+from wisp.engines.constrained_draft import ConstrainedDraft
+from wisp.engines.grammars import Grammars, available
 
 log = logging.getLogger("wisp.edge")
 
@@ -75,7 +78,9 @@ class EdgeBackend:
     ) -> None:
         self.link = link
         self.tokenizers = tokenizers
-        self.drafter = drafter
+        self.drafter = ConstrainedDraft(drafter) if drafter is not None else None
+        self.grammars: Grammars | None = None  # of the target's vocabulary
+        self._fingerprint = ""  # of that vocabulary
         self.policies = policies
         self.ahead = ahead
         self.times = RoundTimes()  # of the last session; the next one starts from them
@@ -94,7 +99,12 @@ class EdgeBackend:
         """The verifier's model; waits for a verifier as long as the link allows."""
         welcome = await self.link.connected()
         tokenizer = await self.tokenizers.get(welcome.fingerprint)
-        return Target(welcome.model, tokenizer, welcome.context, welcome.digest)
+        if self._fingerprint != welcome.fingerprint:
+            self._fingerprint = welcome.fingerprint
+            self.grammars = Grammars(tokenizer) if available() else None
+            if self.drafter is not None:
+                self.drafter.matchers = self.grammars
+        return Target(welcome.model, tokenizer, welcome.context, welcome.digest, self.grammars)
 
     def admit(self, key: str) -> None:
         """An edge has no limits of its own; the verifier's answer comes with the first verdict."""
@@ -103,12 +113,16 @@ class EdgeBackend:
         """Stream the committed tokens. Closing the iterator cancels the session at the verifier."""
         return _Session(self, generation).run()
 
+    async def warm(self, session: str, prompt: Sequence[int]) -> None:
+        """Have the draft engine read a prompt."""
+        await self.propose(session, prompt, 0, Sampling())
+
     async def propose(
-        self, session: str, context: Sequence[int], position: int, g: Generation
+        self, session: str, context: Sequence[int], position: int, sampling: Sampling
     ) -> Proposal | None:
         """Ask the draft engine, in its own thread. If it fails, this round goes without a draft."""
         assert self.drafter is not None
-        call = functools.partial(self.drafter.propose, session, context, position, g.sampling)
+        call = functools.partial(self.drafter.propose, session, context, position, sampling)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, call)
         except Exception:  # a broken drafter costs speed, never text
@@ -158,7 +172,7 @@ class _Session:
         try:
             actions = drafter.connected(_now_ms(), welcome.max_draft, welcome.digest)
             if policy is not None and ahead is None:  # the draft model reads the prompt while the target does
-                self.warm = asyncio.create_task(self.backend.propose(self.drafts, g.prompt, 0, g))
+                self.warm = asyncio.create_task(self.backend.warm(self.drafts, g.prompt))
             while True:
                 for action in actions:
                     if isinstance(action, Committed):
@@ -179,12 +193,13 @@ class _Session:
         """Wait for the next thing to happen. Returns what follows from it."""
         if self.events.empty() and drafter.wants_token(started := _now_ms()):
             proposal = await self.backend.propose(
-                self.drafts, drafter.context(), drafter.position, self.generation
+                self.drafts, drafter.context(), drafter.position, self.generation.sampling
             )
-            token, signal = (proposal.token, proposal.signal) if proposal else (None, Signal())
             now = _now_ms()
-            self.rounds.proposed(now - started, dry=token is None)
-            return drafter.proposed(now, token, signal, now - started)
+            self.rounds.proposed(now - started, dry=proposal is None)
+            if proposal is None:
+                return drafter.proposed(now, None, Signal(), now - started)
+            return drafter.proposed(now, proposal.token, proposal.signal, now - started, proposal.then)
         where, event, arrived = await self._event()
         step = self._take(where, event)
         if isinstance(step, Go):

@@ -109,12 +109,11 @@ def _generation(request: Request, target: Target) -> Generation:
         chat=not request.raw,
         model=target.model,
         sampling=sampling,
-        prompt=request.prompt,
+        prompts=(request.prompt,),
         messages=messages,
         max_tokens=request.max_tokens,
-        clamp=True,
     )
-    return prepare(ask, target)
+    return prepare(ask, target).generations[0]
 
 
 def _report(generation: Generation, target: Target, answer: Answer) -> dict[str, object]:

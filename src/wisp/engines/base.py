@@ -11,8 +11,10 @@ from typing import Literal, Protocol
 import msgspec
 
 from wisp.core.draft.signals import Signal
+from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Copy, Slice, SliceResult
+from wisp.engines.constraining import SlotTrackers
 from wisp.engines.special import NO_STAND_INS, StandIns
 
 Check = Callable[[], object]  # raises where the work is not wanted any more
@@ -55,6 +57,11 @@ class TargetEngine(Protocol):
     @property
     def info(self) -> EngineInfo: ...
 
+    @property
+    def constraints(self) -> SlotTrackers:
+        """By these it constrains choices. Whoever knows the tokenizer gives them their `grammars`."""
+        ...
+
     def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
         """One step. Results in the order of the slices; at most one slice per slot in a batch.
 
@@ -68,10 +75,12 @@ class TargetEngine(Protocol):
 
 
 class Proposal(msgspec.Struct, frozen=True, array_like=True):
-    """A drafted token and the statistics a drafting policy decides by."""
+    """A drafted token and the statistics a drafting policy decides by. `then`: tokens that follow it for certain, as
+    constraints leave no others."""
 
     token: int
     signal: Signal
+    then: tuple[int, ...] = ()
 
 
 class DraftEngine(Protocol):
@@ -80,14 +89,20 @@ class DraftEngine(Protocol):
     name: str
 
     def propose(
-        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+        self,
+        session: str,
+        context: Sequence[int],
+        position: int,
+        sampling: Sampling,
+        edit: Edit | None = None,
     ) -> Proposal | None:
         """The drafter's token after `context` (prompt, committed and drafted tokens, in order).
 
         Whatever KV the engine has for `session` is rolled back to the longest common prefix with
         `context` and caught up; so rejections, stale drafts and tokens decoded elsewhere need no call
         of their own. `position` is the index of the proposed token among the generated ones, for the
-        shared noise. None means "nothing to propose" (an n-gram drafter without a match).
+        shared noise, `edit` what the session's constraints make of its logits. None means "nothing to
+        propose" (an n-gram drafter without a match).
         Sessions share KV only if their names are alike up to the last "/" (see `messages.Open`, salt).
         """
 

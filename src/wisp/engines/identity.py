@@ -11,6 +11,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from wisp.core.errors import ModelError
@@ -23,9 +25,18 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".json")  # and settings, in 
 
 
 def engine_digest(engine: str, **decides: str | int | list[int]) -> str:
-    """The digest of an engine and of what `decides` its logits. The rule that makes tokens of them is in it."""
-    everything = {"engine": engine, "rule": RULE, **decides}
+    """The digest of an engine and of what `decides` its logits. The rule that makes tokens of them is in it, and the
+    library that says what a grammar allows."""
+    everything = {"engine": engine, "rule": RULE, "grammars": _grammars(), **decides}
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@cache
+def _grammars() -> str:
+    try:
+        return version("llguidance")
+    except PackageNotFoundError:
+        return ""
 
 
 def gguf_digest(path: Path) -> str:

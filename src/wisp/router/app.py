@@ -94,7 +94,7 @@ class RouterApp:
                     self.backend,
                     authorize=self._authorize,
                     observer=self.metrics,
-                    slo_classes=spec.settings.slo_classes,
+                    options=spec.settings.api_options(),
                 ),
             ],
             exception_handlers=exception_handlers(),

@@ -28,6 +28,7 @@ from starlette.routing import Route, WebSocketRoute
 
 from wisp.api.backend import Committed, Generation, Target
 from wisp.api.errors import JsonResponse, error_response, exception_handlers, request_id
+from wisp.api.generating import ApiOptions
 from wisp.api.keys import Keyring
 from wisp.api.observe import RequestRecord
 from wisp.api.pages.site import FLEET, site_routes
@@ -62,6 +63,12 @@ class Settings(msgspec.Struct, frozen=True):
     cost: Coefficients | None = None
     slo_classes: dict[str, Slo] = {}
     slo_admission: bool = True
+    aliases: tuple[str, ...] = ()
+    tool_parser: str = ""
+
+    def api_options(self) -> ApiOptions:
+        """Of the OpenAI surface."""
+        return ApiOptions(self.aliases, self.tool_parser, slo_classes=self.slo_classes)
 
 
 class ServerApp:
@@ -89,7 +96,7 @@ class ServerApp:
                     "/v1/sessions", Crowd(SessionEndpoint(self.host, keys.authorize), keys.authorize)
                 ),
                 *openai_routes(
-                    backend, authorize=self._authorize, observer=self, slo_classes=settings.slo_classes
+                    backend, authorize=self._authorize, observer=self, options=settings.api_options()
                 ),
                 *site_routes(FLEET),
                 *status_routes(self.status, admins_only(keys)),

@@ -53,6 +53,7 @@ from wisp.core.verify.loop import VerifierLoop
 from wisp.core.verify.session import Session, State
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.base import TargetEngine, Tokenizer
+from wisp.server.compiling import Compiling
 from wisp.server.engine_thread import EngineThread
 from wisp.server.event_log import EventLog, LogHeader
 from wisp.server.metrics import Metrics
@@ -140,6 +141,10 @@ class VerifierHost:
                 admission.limits,
             )
             self._log = EventLog(event_log, header, self._loop.time(), self.metrics.event_log_lost.inc)
+        self.grammars = engine.constraints.grammars
+        self._compiling = Compiling(
+            self.grammars, lambda key: admission.ask(self._loop.time(), key), self._take, self._refuse
+        )
         self._engine = EngineThread(engine, self._loop, self._step_done)
         self._died = died
         self._senders: dict[int, Sender] = {}
@@ -216,6 +221,11 @@ class VerifierHost:
         return self._next_connection
 
     def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
+        key = self._keys.get(connection)
+        if key is None or not self._compiling.held(connection, key, message):
+            self._take(connection, message)
+
+    def _take(self, connection: int, message: Open | Draft | Cancel) -> None:
         if not (self.draining and isinstance(message, Open)):
             self._receive(connection, message)
             if self.failed is None:
@@ -226,6 +236,10 @@ class VerifierHost:
             self.metrics.admission(refused.code)
             self.recorder.refused()
             self._send(connection, refused)
+
+    def _refuse(self, connection: int, refused: Refused) -> None:
+        self.metrics.admission(refused.code)
+        self.send(connection, refused)
 
     @vital
     def _receive(self, connection: int, message: Open | Draft | Cancel) -> None:
@@ -244,6 +258,7 @@ class VerifierHost:
         """The connection is gone; its sessions are parked."""
         self._senders.pop(connection, None)
         self._keys.pop(connection, None)
+        self._compiling.lost(connection)
         if self._sockets.pop(connection, None) is not None:
             self.metrics.connections.dec()
         self._lose(connection)

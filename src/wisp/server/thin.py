@@ -23,7 +23,8 @@ class ThinBackend:
 
     def __init__(self, host: VerifierHost) -> None:
         self.host = host
-        self._target = Target(host.model, host.tokenizer, host.limits.slot_tokens, host.limits.digest)
+        limits = host.limits
+        self._target = Target(host.model, host.tokenizer, limits.slot_tokens, limits.digest, host.grammars)
 
     @property
     def context(self) -> int:

@@ -16,7 +16,9 @@ from wisp.sim.capacity import Capacity, capacity
 from wisp.sim.page import RunPage, row_s
 from wisp.sim.plan import plan
 from wisp.sim.plan.estimate import Estimate
-from wisp.sim.report import chrome_trace, draw, number, report, table
+from wisp.sim.report import report
+from wisp.sim.report_table import number, table
+from wisp.sim.run_trace import chrome_trace, draw
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.simulate import Simulation

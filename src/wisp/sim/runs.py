@@ -11,8 +11,8 @@ import hashlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,10 +23,10 @@ from wisp.calibrate.traces.format import trace_folder
 from wisp.core.protocol.slo import met
 from wisp.engines.models.store import cache_dir
 from wisp.sim.report import Report, report
+from wisp.sim.request import Request
 from wisp.sim.scenario import Scenario, arrivals_file
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import System
-from wisp.sim.world import Request
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -41,7 +41,18 @@ SOURCES = (
     *(f"calibrate/traces/{name}.py" for name in ("format", "prompts", "scripts")),
     *(
         f"sim/{name}.py"
-        for name in ("devices", "report", "runs", "scenario", "simulate", "systems", "timeline", "world")
+        for name in (
+            "devices",
+            "report",
+            "request",
+            "runs",
+            "scenario",
+            "simulate",
+            "smooth",
+            "systems",
+            "timeline",
+            "world",
+        )
     ),
 )
 CLEARLY = 1.5  # a run is cut once this many times as many have missed as are tolerated
@@ -189,6 +200,14 @@ class Runs:
     def map(self, do: Callable[[A], B], items: Sequence[A]) -> Iterable[B]:
         """`do` of each, in order, as they come."""
         return map(do, items) if self._pool is None else self._pool.map(do, items)
+
+    def finished(self, do: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
+        """`do` of each, as soon as it is done."""
+        if self._pool is None:
+            yield from map(do, items)
+            return
+        for future in as_completed([self._pool.submit(do, item) for item in items]):
+            yield future.result()
 
     def reports(self, jobs: Sequence[Job]) -> list[Report]:
         return list(self.map(remembered, jobs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,6 +12,8 @@ import msgspec
 
 from wisp.calibrate.hardware import Measured
 from wisp.children import Child, serving
+from wisp.core.errors import ConfigError
+from wisp.engines.emulated import Hardware
 from wisp.sim.scenario import Scenario
 from wisp.sim.simulate import first_guess
 from wisp.sim.systems import System
@@ -34,6 +37,8 @@ def serve_arguments(scenario: Scenario, of: System, port: int, folder: Path) -> 
         "port": str(port),
     }
     if isinstance(profile, Measured):
+        if of.step_tokens:
+            raise ConfigError(f"system {of.name}: step_tokens is for the simulator and emulated engines")
         slots = of.slots or profile.slots
         flags |= {"engine": profile.engine, "target": profile.model, "mode": profile.mode, "threads": "1"}
         flags |= {"slots": str(slots), "context": str(profile.slot_tokens), "cost": scenario.hardware}
@@ -45,6 +50,8 @@ def serve_arguments(scenario: Scenario, of: System, port: int, folder: Path) -> 
             "output-tokens": "-".join(map(str, scenario.output_tokens)),
             "kv-tokens": str(profile.kv_tokens),
         }
+        if scenario.overlap or scenario.step_tokens or of.step_tokens:
+            flags["target"] = _written(profile, of, folder)
         if of.slots or scenario.slots:
             flags["slots"] = str(of.slots or scenario.slots)
         if scenario.acceptance:
@@ -58,6 +65,16 @@ def serve_arguments(scenario: Scenario, of: System, port: int, folder: Path) -> 
         *(part for name, value in flags.items() for part in (f"--{name}", value)),
         "--slo-admission" if of.admission else "--no-slo-admission",
     ]
+
+
+def _written(profile: Hardware, of: System, folder: Path) -> str:
+    """The profile as changed, as a file."""
+    changed = msgspec.structs.replace(profile, step_tokens=of.step_tokens or profile.step_tokens)
+    path = folder / "hardware.toml"
+    # A field's JSON is TOML, too: strings, numbers and lists of them.
+    fields = msgspec.to_builtins(changed).items()
+    path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in fields))
+    return str(path)
 
 
 def cpu_s(pid: int) -> float | None:

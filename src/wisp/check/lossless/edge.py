@@ -31,7 +31,7 @@ from wisp.core.protocol.messages import (
     encode,
 )
 from wisp.core.protocol.step import Committed
-from wisp.engines.base import DraftEngine
+from wisp.engines.base import DraftEngine, Proposal
 from wisp.engines.build import drafting_policies
 from wisp.sim.timeline import Timeline
 
@@ -135,6 +135,7 @@ class ChaosSession:
         self.drafter = Drafter(session, task, policy, eos, ahead=ahead if engine is not None else None)
         self.stream = TextStream(piece, case.stop)
         self.tokens: list[int] = []
+        self._reasoning = _reasoning(case)
         self.over = False
         self.cancelled = False
         self._wire = -1
@@ -197,6 +198,8 @@ class ChaosSession:
         if item.logprobs and [e.token for e in item.logprobs] != item.tokens:
             self._end("", problem="log probabilities do not belong to the tokens")
             return
+        first, last = len(self.tokens), len(self.tokens) + item.from_draft
+        self.counts["reasoning_ended_inside_draft"] += first < self._reasoning < last
         for i, token in enumerate(item.tokens):
             self.tokens.append(token)
             if self.stream.push(token):
@@ -230,17 +233,20 @@ class ChaosSession:
         self._thinking = False
         if self.over or not self.drafter.wants_token(self._now_ms):
             return
-        token, signal = self._proposal(self.drafter.context(), self.drafter.position)
-        actions = self.drafter.proposed(self._now_ms, token, signal, 10.0)
+        p = self._proposal(self.drafter.context(), self.drafter.position)
+        if p is None:
+            actions = self.drafter.proposed(self._now_ms, None, Signal(), 10.0)
+        else:
+            self.counts["certain_tokens"] += p.signal.certain + len(p.then)
+            actions = self.drafter.proposed(self._now_ms, p.token, p.signal, 10.0, p.then)
         drafting = self.drafter.phase is Phase.DRAFTING
         if drafting and not actions and self.rng.random() < self.chaos.meddle:
             self._extra(self.drafter.chain.tokens, round_=-1)  # sent before it is complete
         self._carry_out(actions)
 
-    def _proposal(self, context: list[int], position: int) -> tuple[int | None, Signal]:
+    def _proposal(self, context: list[int], position: int) -> Proposal | None:
         assert self.engine is not None
-        p = self.engine.propose(self.id, context, position, self.case.sampling)
-        return (p.token, p.signal) if p is not None else (None, Signal())
+        return self.engine.propose(self.id, context, position, self.case.sampling)
 
     # --- sending
 
@@ -267,10 +273,10 @@ class ChaosSession:
     def _first_draft(self) -> list[int]:
         draft: list[int] = []
         while len(draft) < min(self.rng.randint(1, 6), self.case.max_tokens):
-            token, _ = self._proposal(self.case.prompt + draft, len(draft))
-            if token is None:
+            proposal = self._proposal(self.case.prompt + draft, len(draft))
+            if proposal is None:
                 break
-            draft.append(token)
+            draft.append(proposal.token)
         self.counts["first_drafts"] += bool(draft)
         return draft
 
@@ -355,3 +361,13 @@ class ChaosSession:
             self.counts["eos_inside_draft"] += accepted == n < len(sent.tokens)
         elif verdict.finish == "length":
             self.counts["length_inside_draft"] += 1 <= accepted >= n - 1 and len(sent.tokens) >= n
+
+
+def _reasoning(case: Case) -> int:
+    """Tokens of the text before its grammar begins; -1 without one."""
+    grammar = case.sampling.constraints.grammar if case.sampling.constraints is not None else None
+    if grammar is None or not grammar.after:
+        return -1
+    after, script = list(grammar.after), case.script
+    size = len(after)
+    return next((i for i in range(size, len(script) + 1) if script[i - size : i] == after), -1)

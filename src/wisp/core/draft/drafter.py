@@ -16,18 +16,19 @@ from them, and the text goes on where it was, but never with another model than 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, auto
 
 import msgspec
 
-from wisp.core.draft.policies import Ahead, DraftingPolicy, Odds, View
+from wisp.core.draft.policies import CERTAIN, Ahead, DraftingPolicy, Odds, View
 from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.protocol.messages import MODEL_CHANGED, Device, Draft, Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
-from wisp.core.protocol.step import Committed
+from wisp.core.protocol.step import INVALID_GRAMMAR, Committed
 
 REOPEN = frozenset({"unknown_session", "unknown_base", "out_of_turn", "engine_error", "stale_epoch"})
 BUSY = {"overloaded": 429, "rate_limit_exceeded": 429, "shutting_down": 503}  # and the HTTP status for each
@@ -297,9 +298,16 @@ class Drafter:
             self.rounds.flights = []
 
     def proposed(
-        self, now_ms: float, token: int | None, signal: Signal, took_ms: float = 0.0
+        self,
+        now_ms: float,
+        token: int | None,
+        signal: Signal,
+        took_ms: float = 0.0,
+        then: Sequence[int] = (),
     ) -> list[Action]:
-        """The draft engine, in `took_ms`, proposes `token` after `context` (None: it has nothing to propose)."""
+        """The draft engine, in `took_ms`, proposes `token` after `context` (None: it has nothing to propose), and
+        `then` what follows for certain.
+        """
         phase = self.phase
         if phase is not DRAFTING and phase is not IN_FLIGHT:
             return []  # a broken connection came first
@@ -309,16 +317,23 @@ class Drafter:
             chain.dry = True
         else:
             if self._warm:
-                self.times.drafted(took_ms)
-            else:
+                if not signal.certain:
+                    self.times.drafted(took_ms)
+            elif not signal.certain:
                 self._warm = True  # the first step reads the prompt
-            p = chain.p
-            odds = policy.judge(signal, p)
-            chain.odds.append(odds)
-            p.append(odds.p)
-            chain.tokens.append(token)
-            chain.ended = token in self.eos and not self.task.ignore_eos
+            self._guess(token, policy.judge(signal, chain.p))
+            for certain in then:
+                if chain.ended or self.position >= self.task.max_tokens - 1:
+                    break
+                self._guess(certain, CERTAIN)
         return self._send_ahead(now_ms) if phase is IN_FLIGHT else self._go_on(now_ms, self._view(now_ms))
+
+    def _guess(self, token: int, odds: Odds) -> None:
+        chain, task = self.chain, self.task
+        chain.odds.append(odds)
+        chain.p.append(odds.p)
+        chain.tokens.append(token)
+        chain.ended = (token in self.eos and not task.ignore_eos) or token in task.sampling.stops
 
     def verdict(self, now_ms: float, verdict: Verdict, arrived_ms: float | None = None) -> list[Action]:
         """Take the newly committed tokens, and go on. The verdict may have arrived earlier, during a draft step.
@@ -391,6 +406,8 @@ class Drafter:
             raise busy_error(refused.code, refused.message, refused.retry_after)
         if refused.code == "context_length_exceeded":
             raise RequestError(400, refused.message, code=refused.code, param="messages")
+        if refused.code == INVALID_GRAMMAR:
+            raise RequestError(400, refused.message, code=refused.code, param="grammar")
         raise RequestError(
             502, f"the verifier refused: {refused.message}", code=refused.code, type="server_error"
         )

@@ -27,12 +27,16 @@ MOST = 64  # tokens in one draft, at most, for a user to ask for
 class Odds(msgspec.Struct, frozen=True, gc=False):
     """A policy's judgement of one token: probability of acceptance, and the log odds it was made from.
 
-    counted: the token is an n-gram's (`Signal.counted`).
+    counted, certain: of the token's `Signal`.
     """
 
     p: float
     z: float
     counted: bool = False
+    certain: bool = False
+
+
+CERTAIN = Odds(1.0, 0.0, certain=True)  # nothing else is allowed
 
 
 class View(msgspec.Struct, frozen=True, gc=False):
@@ -165,6 +169,8 @@ class Judgement:
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
         """The predictor's odds, recalibrated. An n-gram's are its own."""
+        if signal.certain:
+            return CERTAIN
         if signal.counted:
             confidence = min(max(signal.confidence, 0.01), 0.99)
             z = math.log(confidence / (1.0 - confidence))
@@ -179,6 +185,8 @@ class Judgement:
         self.recent.add_each(accepted, n)
         for i in range(n):
             each = odds[i]
+            if each.certain:  # nothing to be learnt from it
+                continue
             concerned = counts if each.counted else calibration
             if concerned is not None:
                 concerned.learn(each.z, i < accepted)

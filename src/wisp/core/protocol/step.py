@@ -17,6 +17,7 @@ from wisp.core.protocol.sampling import Sampling
 
 ENGINE_ERROR = "engine_error"
 NOT_FINITE = "logits_not_finite"
+INVALID_GRAMMAR = "invalid_grammar"
 NO_TOKEN = "the model computed a NaN or an infinity, from which no token can be chosen"  # and NOT_FINITE
 
 
@@ -47,6 +48,8 @@ class Slice(msgspec.Struct, frozen=True, array_like=True):
     position:  index of the first chosen token among the session's generated tokens
     sampling:  parameters of the choice
     logprobs:  None, or how many alternatives to report with each chosen token (0 is allowed)
+    past:      where `sampling` has constraints: the session's tokens before the first one to be chosen, from the first
+               generated one on, or from the prompt's first on if its tokens count (`repetition_penalty`)
     """
 
     session: int
@@ -58,6 +61,7 @@ class Slice(msgspec.Struct, frozen=True, array_like=True):
     position: int = 0
     sampling: Sampling = Sampling()
     logprobs: int | None = None
+    past: list[int] = []
 
 
 class SliceResult(msgspec.Struct, frozen=True, array_like=True):
@@ -67,7 +71,7 @@ class SliceResult(msgspec.Struct, frozen=True, array_like=True):
     tokens:   the accepted draft tokens and one token more (correction or bonus); [] if `sample` was False
     logprobs: one entry per token of `tokens`, or [] if none were asked for
     error:    non-empty if this slice failed; its slot is then empty
-    code:     of the error: ENGINE_ERROR may be retried, NOT_FINITE would fail again
+    code:     of the error: ENGINE_ERROR may be retried, NOT_FINITE and INVALID_GRAMMAR would fail again
 
     The slot then holds start + len(slice.tokens) - n_draft + accepted tokens: all fed tokens that were not rejected.
     The last of `tokens` is not among them; the next slice feeds it.

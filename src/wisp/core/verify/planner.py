@@ -253,8 +253,12 @@ class Planner:
         self.kv.touch(now, slot)
         # By position, as in `candidate_of`.
         tokens, n_draft, position = chain[start:end].tolist() + draft, len(draft), s.progress.committed
+        sampling, constraints = s.params.sampling, s.params.sampling.constraints
+        past: list[int] = []
+        if constraints is not None and last and constraints.choosing:
+            past = (chain if constraints.repetition_penalty != 1.0 else chain[s.progress.n_prompt :]).tolist()
         return Slice(
-            s.handle, slot, start, tokens, n_draft, last, position, s.params.sampling, s.progress.logprobs
+            s.handle, slot, start, tokens, n_draft, last, position, sampling, s.progress.logprobs, past
         )
 
 
