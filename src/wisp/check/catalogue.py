@@ -32,6 +32,7 @@ def list_models(*, as_json: bool) -> None:
     console = Console()
     console.print(table)
     console.print(
+        "Without a size: from the hub alone, and its digest is the hub's word.\n"
         f"Models are kept in {cache_dir()}. Also: a path, or hf:user/repo/file.gguf.",
         markup=False,
         highlight=False,
@@ -58,6 +59,7 @@ def _row(card: ModelCard) -> dict[str, object]:
         "bytes": card.size,
         "licence": card.licence,
         "bundled": card.bundled,
+        "checked": card.bundled or card.checked,
         "cached": is_cached(card.name),
         "roles": _roles(card.name),
     }

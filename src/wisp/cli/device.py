@@ -18,7 +18,7 @@ from wisp.cli.options import (
     Drafting,
     HttpKeepAlive,
     Json,
-    LogJson,
+    LogFormat,
     LogLevel,
     Offline,
     PredictorFile,
@@ -28,10 +28,16 @@ from wisp.cli.options import (
     Threads,
     ToolParser,
 )
+from wisp.cli.renamed import LogJson
 
 
 def edge(
-    draft: Draft,
+    draft: Annotated[
+        str,
+        typer.Option(
+            help="A model as for --target, ngram, ngram+MODEL, none; or auto: the best one on this device, else ngram."
+        ),
+    ] = "auto",
     drafting: Drafting = "gain",
     ahead: DraftAhead = True,
     energy: Annotated[
@@ -60,6 +66,7 @@ def edge(
     http_keep_alive_s: HttpKeepAlive = 75.0,
     offline: Offline = False,
     log_level: LogLevel = "info",
+    log_format: LogFormat = "text",
     log_json: LogJson = False,
 ) -> None:
     """Run an edge: an OpenAI endpoint on this device.
@@ -70,15 +77,18 @@ def edge(
     from wisp.api.attainment import read_slo_classes
     from wisp.api.generating import ApiOptions, model_names, parser_name
     from wisp.api.keys import Keyring
-    from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
+    from wisp.api.logs import set_up_logging
+    from wisp.api.process import Listen, event_loop_factory, run_app
     from wisp.api.web_guard import host_names, web_origins
     from wisp.core.draft.policies import Ahead
     from wisp.edge.address import session_url
     from wisp.edge.app import EdgeApp
+    from wisp.edge.finding import find_drafter
+    from wisp.engines.base import DraftEngine
     from wisp.engines.build import drafting_policies, load_drafter
     from wisp.engines.models import RichProgress
 
-    set_up_logging(log_level, json_lines=log_json)
+    set_up_logging(log_level, form="json" if log_json else log_format)
     session_url(server)  # before a model is loaded
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
     listen = Listen(
@@ -92,15 +102,20 @@ def edge(
         keep_alive_s,
         read_slo_classes(slo_classes) if slo_classes else {},
     )
-    with RichProgress() as progress:
-        drafter, fingerprint = load_drafter(
-            draft, slots=slots, threads=threads, offline=offline, progress=progress
-        )
+    api_key = os.environ.get("WISP_API_KEY")
+    drafter: DraftEngine | None
+    if draft == "auto":
+        drafter, fingerprint = find_drafter(server, api_key, slots=slots, threads=threads, wait_s=give_up_s)
+    else:
+        with RichProgress() as progress:
+            drafter, fingerprint = load_drafter(
+                draft, slots=slots, threads=threads, offline=offline, progress=progress
+            )
 
     async def run() -> None:
         device = EdgeApp(
             server,
-            api_key=os.environ.get("WISP_API_KEY"),
+            api_key=api_key,
             keys=keys,
             drafter=drafter,
             fingerprint=fingerprint,

@@ -18,7 +18,7 @@ Threads = Annotated[
     int | None, typer.Option(help="Threads of the engine (default: one per core).", min=1, max=MOST_THREADS)
 ]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
-LogJson = Annotated[bool, typer.Option("--log-json", help="Log JSON lines.")]
+LogFormat = Annotated[str, typer.Option(help="text, or json: one object a line.")]
 AllowedHosts = Annotated[
     str,
     typer.Option(

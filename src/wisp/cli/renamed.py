@@ -60,6 +60,12 @@ def _forecast(ctx: typer.Context, value: bool | None) -> bool | None:
     return value
 
 
+def _log_json(ctx: typer.Context, value: bool) -> bool:
+    if value:
+        say(ctx, "`--log-json` is now called `--log-format json`")
+    return value
+
+
 def _page(value: Path | None) -> None:
     if value is not None:
         raise ConfigError(
@@ -68,4 +74,5 @@ def _page(value: Path | None) -> None:
 
 
 Forecast = Annotated[bool | None, typer.Option("--forecast/--no-forecast", hidden=True, callback=_forecast)]
+LogJson = Annotated[bool, typer.Option("--log-json", hidden=True, callback=_log_json)]
 Page = Annotated[Path | None, typer.Option("--out", hidden=True, callback=_page)]

@@ -14,7 +14,7 @@ from wisp.cli.options import (
     AllowedHosts,
     CorsOrigins,
     HttpKeepAlive,
-    LogJson,
+    LogFormat,
     LogLevel,
     Offline,
     ServedModelName,
@@ -22,7 +22,7 @@ from wisp.cli.options import (
     Threads,
     ToolParser,
 )
-from wisp.cli.renamed import Forecast, today
+from wisp.cli.renamed import Forecast, LogJson, today
 from wisp.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def serve(
     gpus_per_replica: Annotated[float, typer.Option(help="GPUs that Ray gives each.", min=0)] = 0.0,
     offline: Offline = False,
     log_level: LogLevel = "info",
+    log_format: LogFormat = "text",
     log_json: LogJson = False,
 ) -> None:
     """Run a verifier: edges on a WebSocket, OpenAI clients on HTTP, one port.
@@ -127,14 +128,16 @@ def serve(
     from wisp.api.attainment import read_slo_classes
     from wisp.api.generating import model_names, parser_name
     from wisp.api.keys import Keyring
-    from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
+    from wisp.api.logs import set_up_logging
+    from wisp.api.process import Listen, event_loop_factory, run_app
     from wisp.api.web_guard import host_names, web_origins
     from wisp.core.verify.batching import batching_policy
     from wisp.engines.build import check_engine, fetch_target, load_target, served_name
     from wisp.engines.models import RichProgress
     from wisp.server.app import ServerApp, Settings
 
-    set_up_logging(log_level, json_lines=log_json)
+    log_format = "json" if log_json else log_format
+    set_up_logging(log_level, form=log_format)
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
     listen = Listen(
         host, port, tls_cert, tls_key, host_names(allowed_hosts), http_keep_alive_s, web_origins(cors_origins)
@@ -179,7 +182,7 @@ def serve(
             raise ConfigError("--traces does not go with replicas: leave out --replicas and --launcher")
         secrets = os.environ.get("WISP_API_KEYS")
         spec = ReplicaSpec(
-            "", target, of_engine, settings, listen, "", api_keys, secrets, log_level, log_json
+            "", target, of_engine, settings, listen, "", api_keys, secrets, log_level, log_format
         )
         serve_replicas(spec, keys, replicas, launcher or "local", gpus_per_replica)
         return

@@ -13,7 +13,8 @@ import os
 import threading
 from typing import Any
 
-from wisp.api.process import event_loop_factory, set_up_logging
+from wisp.api.logs import set_up_logging
+from wisp.api.process import event_loop_factory
 from wisp.api.web_guard import is_loopback
 from wisp.core.errors import ConfigError
 from wisp.router.launch import Running, own_url
@@ -51,7 +52,7 @@ class ReplicaActor:
         self._over = asyncio.Event()
         self._done = threading.Event()
         self._why = "ended"
-        set_up_logging(spec.log_level, json_lines=spec.log_json, who=spec.name)
+        set_up_logging(spec.log_level, form=spec.log_format, who=spec.name)
         threading.Thread(target=self._main, name="replica", daemon=True).start()
 
     def where(self) -> tuple[str, str, int]:

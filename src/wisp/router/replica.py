@@ -21,7 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `wisp.cli`
 import msgspec
 
 from wisp.api.keys import Keyring
-from wisp.api.process import Listen, event_loop_factory, run_app, set_up_logging
+from wisp.api.logs import set_up_logging
+from wisp.api.process import Listen, event_loop_factory, run_app
 from wisp.core.errors import ConfigError, WispError
 from wisp.engines.build import load_target
 from wisp.server.app import ServerApp, Settings
@@ -41,7 +42,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     key_file: Path | None = None
     secrets: str | None = None
     log_level: str = "info"
-    log_json: bool = False
+    log_format: str = "text"
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self, enc_hook=str) + b"\n"
@@ -93,7 +94,7 @@ def main() -> None:
     if not line:  # the router went before it had told us anything
         return
     spec = ReplicaSpec.decode(line)
-    set_up_logging(spec.log_level, json_lines=spec.log_json, who=spec.name)
+    set_up_logging(spec.log_level, form=spec.log_format, who=spec.name)
 
     async def serve() -> None:
         over = asyncio.Event()

@@ -19,7 +19,7 @@ from wisp.check.doctor import installed, machine
 from wisp.check.doctor.check import Check, guarded
 from wisp.check.doctor.engine import ENGINE_S, VLLM_S, engine_checks, vllm_checks
 from wisp.check.doctor.models import HUB_S, hub_reachable, model_cached
-from wisp.engines.models import catalogue
+from wisp.engines.models import catalogue, is_cached
 
 SYSTEM: dict[str, Callable[[], Check]] = {
     "Python": installed.python_version,
@@ -54,7 +54,8 @@ def examine(*, offline: bool) -> list[Check]:
     engine = _InBackground("engine", engine_checks)
     vllm = _InBackground("vllm", vllm_checks)
     system = [guarded(name, check) for name, check in SYSTEM.items()]
-    models = [guarded(f"model {card.name}", functools.partial(model_cached, card)) for card in catalogue()]
+    cards = [card for card in catalogue() if card.bundled or card.checked or is_cached(card.name)]
+    models = [guarded(f"model {card.name}", functools.partial(model_cached, card)) for card in cards]
     engines = [*engine.result(ENGINE_S + 5), *vllm.result(VLLM_S + 5)]
     return [*system, *engines, *models, *hub.result(HUB_S + 1)]
 

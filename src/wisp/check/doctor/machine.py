@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import socket
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from wisp.check.catalogue import size_text
 from wisp.check.doctor.check import Check
+from wisp.engines.memory import available_memory
 from wisp.engines.models import PAIRS, cache_dir, catalogue, is_cached
 
 _PORTS = {"wisp serve": 8100, "wisp edge": 8200}
@@ -50,7 +50,11 @@ def memory() -> Check:
     if free is None:
         return Check("memory", "ok", "this system does not report free memory")
     sizes = {card.name: card.size for card in catalogue()}
-    needs = {name: int(_OVERHEAD * sum(sizes[m] for m in models)) for name, models in PAIRS.items()}
+    needs = {
+        name: int(_OVERHEAD * sum(sizes[m] for m in models))
+        for name, models in PAIRS.items()
+        if name == "tiny" or all(sizes[m] for m in models)  # of the others no size is known
+    }
     short = [f"{name} (about {size_text(need)})" for name, need in needs.items() if need > free]
     if short:
         remedy = "Close other programs, or take a smaller pair."
@@ -62,19 +66,6 @@ def memory() -> Check:
         "ok",
         f"{size_text(free)} available; the largest pair needs {size_text(max(needs.values()))}",
     )
-
-
-def available_memory() -> int | None:
-    """Available bytes by /proc/meminfo, or by a control group's limit if that is less."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-        group = Path("/sys/fs/cgroup")
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
-            limit = int((group / "memory.max").read_text())
-            free = min(free, limit - int((group / "memory.current").read_text()))
-        return max(0, free)
-    return None
 
 
 def disk() -> Check:

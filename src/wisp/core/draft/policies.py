@@ -129,12 +129,18 @@ class Confidence(Plain):
 
 
 class Predicted(Confidence):
-    """The paper's policy: stop at the first token that a trained predictor expects to be rejected."""
+    """The paper's policy: stop at the first token that a trained predictor expects to be rejected, and send.
+
+    That token is sent, too: it is drafted already, and the predictor is often wrong about it.
+    """
 
     def __init__(self, judgement: Judgement, least: float | None = None, longest: int = LONGEST) -> None:
         """`least`: accept at this probability (default: where the predictor keeps 80 % of accepted tokens)."""
         super().__init__(least if least is not None else judgement.threshold, longest)
         self.judgement = judgement
+
+    def take(self, view: View) -> int:
+        return min(super().take(view) + 1, len(view.unsent))
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
         return self.judgement.judge(signal, p)

@@ -8,7 +8,8 @@
 two places that files come from, and `pulling.py` puts them together.
 """
 
-from wisp.engines.models.cards import PAIRS, ModelCard, catalogue
+from wisp.engines.models.cards import PAIRS, ModelCard, catalogue, drafter_for
+from wisp.engines.models.device import here
 from wisp.engines.models.progress import Progress, RichProgress
 from wisp.engines.models.pulling import is_cached, pull, resolve
 from wisp.engines.models.store import cache_dir
@@ -20,6 +21,8 @@ __all__ = [
     "RichProgress",
     "cache_dir",
     "catalogue",
+    "drafter_for",
+    "here",
     "is_cached",
     "pull",
     "resolve",

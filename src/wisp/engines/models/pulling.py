@@ -39,7 +39,8 @@ def resolve(
     """The local file of a model: a name of the catalogue, a path, or `hf:user/repo/file.gguf`.
 
     Downloads what is not here yet, unless `offline` (or WISP_OFFLINE or HF_HUB_OFFLINE) forbids. A file that
-    is fetched for a name of the catalogue is checked against its SHA-256; any other only for being GGUF.
+    is fetched for a name of the catalogue is checked against its SHA-256 where the card has one; any other only for
+    being GGUF.
     Without `progress`, remarks go to the log. Raises ModelError.
     """
     report = progress or _log
@@ -51,6 +52,8 @@ def resolve(
     card = find(name)
     if card.bundled:
         return _local(_bundled(card))
+    if not card.checked and card.hub is not None:
+        return _from_hub(card.hub, offline, report)
     return _from_catalogue(card, offline, report, sources or Sources())
 
 
@@ -74,6 +77,8 @@ def is_cached(name: str) -> bool:
     card = find(name)
     if card.bundled:
         return _bundled(card).is_file()
+    if not card.checked and card.hub is not None:
+        return hub.cached(card.hub) is not None
     with contextlib.suppress(OSError):  # not there, or not ours to look at
         return store.final_path(card).stat().st_size == card.size
     return False

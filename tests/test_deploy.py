@@ -1,0 +1,82 @@
+"""What deploy/ holds is well-formed, runs commands that there are, and leaves the time that a drain takes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from wisp.cli import app
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+DRAIN_S = 30  # the default of --drain-s
+VERIFIERS = ("verifier-cpu.yaml", "verifier-gpu.yaml")
+
+
+def documents(path: str) -> list[Any]:
+    return list(yaml.safe_load_all((DEPLOY / path).read_text()))
+
+
+def accepted(words: list[str]) -> dict[str, Any]:
+    """The options of a `wisp` command. Raises click's UsageError for one that there is not."""
+    group: Any = get_command(app)
+    while words[0] == "--config":
+        words = words[2:]
+    return group.commands[words[0]].make_context(words[0], words[1:]).params  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("path", sorted(p.relative_to(DEPLOY).as_posix() for p in DEPLOY.rglob("*.y*ml")))
+def test_every_file_is_yaml(path: str) -> None:
+    assert all(documents(path))
+
+
+@pytest.mark.parametrize("path", VERIFIERS)
+def test_pods_drain_and_run_as_nobody_in_particular(path: str) -> None:
+    (deployment,) = documents(f"kubernetes/{path}")
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    options = accepted(container["args"])
+    assert options["host"] == "0.0.0.0"
+    assert options["api_keys"] is not None
+    assert pod["terminationGracePeriodSeconds"] > options["drain_s"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (path == "verifier-gpu.yaml")
+    assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+
+
+def test_the_compose_file_runs_the_image_of_this_repository() -> None:
+    (compose,) = documents("compose.yaml")
+    verifier = compose["services"]["verifier"]
+    words = [word.replace("${WISP_TARGET:-tiny-target}", "tiny-target") for word in verifier["command"]]
+    assert accepted(words)["target"] == "tiny-target"
+    assert (DEPLOY.parent / verifier["build"]["dockerfile"]).is_file()
+    assert int(verifier["stop_grace_period"].removesuffix("s")) > DRAIN_S
+    named = {volume.split(":")[0] for s in compose["services"].values() for volume in s["volumes"]}
+    assert {n for n in named if not n.startswith(".")} == set(compose["volumes"])
+    assert all((DEPLOY / n).is_dir() for n in named if n.startswith("."))
+
+
+@pytest.mark.parametrize("unit", ["serve", "router", "edge"])
+def test_units_run_commands_that_there_are(unit: str) -> None:
+    lines = dict(
+        line.split("=", 1)
+        for line in (DEPLOY / "systemd" / f"wisp-{unit}.service").read_text().splitlines()
+        if "=" in line and not line.startswith("#")
+    )
+    words = shlex.split(lines["ExecStart"])[1:]
+    command = words[2]
+    given = tomllib.loads((DEPLOY / "systemd" / "wisp.toml").read_text())[command]
+    flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    accepted([*words, *flags])
+    assert int(lines["TimeoutStopSec"]) > (DRAIN_S if command == "serve" else 0)
+
+
+def test_dashboards_are_json_that_grafana_takes() -> None:
+    boards = [json.loads(p.read_text()) for p in sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))]
+    assert [b["uid"] for b in boards] == ["wisp-edge", "wisp-router", "wisp-server"]
