@@ -105,6 +105,7 @@ class Round(msgspec.Struct, frozen=True):
     queue_ms, verify_ms: in the verifier's queue and engine
     steps:     draft steps since the round before, unused ones included
     price:     of a draft token, as of this verdict
+    forced:    places, among the tokens that it committed, of draft tokens that a grammar left no choice for
     why:       why nothing was drafted ("": something was, or it was not its turn), a key of `edge.rounds.WHY`
     """
 
@@ -119,6 +120,7 @@ class Round(msgspec.Struct, frozen=True):
     ahead: bool = False
     price: float = 0.0
     why: str = ""
+    forced: list[int] = []
 
 
 class Committed(msgspec.Struct, frozen=True):
