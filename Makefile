@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all test-busy test-vllm test-clients test-replicas check format lock check-lossless docs clean \
-	bench bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
+.PHONY: setup demo test test-all coverage test-busy test-vllm test-clients test-replicas check format lock check-lossless docs clean \
+	bench bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
 
 setup: $(VENV)/.ready
 
@@ -28,6 +28,10 @@ test: setup  ## offline, on the tiny pair
 
 test-all: test  ## then the long and the statistical ones
 	$(PYTEST) $(SPREAD) -m "extended and not ray"
+
+coverage: setup  ## lines and branches of `core` that its tests reach; fewer than pyproject.toml says are an error
+	$(BIN)/coverage run -m pytest tests/core
+	$(BIN)/coverage report
 
 test-busy: setup  ## `make test` three times in a row, on a machine that has four busy loops to run besides
 	$(BIN)/python tests/busy.py --loops 4 --times 3 $(MAKE) test
@@ -93,6 +97,10 @@ bench-overhead: setup  ## what a verification costs beside the engine
 bench-policy: setup  ## what a decision of each batching policy costs
 	$(BENCH) policy
 
+# AGAINST: the `src` folder of another version, whose requests without constraints are timed in turn with this one's.
+bench-constraints: setup  ## what constraints cost, and what drafting gains from grammars; fetches the real pair
+	$(BENCH) constraints $(if $(AGAINST),--against $(AGAINST)) --out docs/results/constraints.json
+
 bench-ahead: setup  ## drafting ahead over a delayed line, beside a replay; minutes, on a machine that is quiet
 	$(BENCH) ahead --out docs/results
 
@@ -133,4 +141,4 @@ lock: setup
 	$(PIN) requirements/clients.in -o requirements/clients.txt
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(DOCS) $(CLIENTS) $(JS)/node_modules site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(DOCS) $(CLIENTS) $(JS)/node_modules site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -51,6 +51,22 @@ def policy(
 
 
 @app.command()
+def constraints(
+    pair: Annotated[str, typer.Option(help="Whose vocabulary, and who answers.")] = "qwen2.5-coder",
+    against: Annotated[
+        Path | None, typer.Option(help="The `src` of another version, for requests without constraints.")
+    ] = None,
+    out: Figures = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """What constraints cost: masks along a draft, requests without any; and what drafting gains from grammars."""
+    from benchmarks.constraints import run_bench
+
+    run_bench(pair, against, out=out, as_json=json, offline=offline)
+
+
+@app.command()
 def vllm(
     target: Annotated[str, typer.Option(help="As for `wisp serve --engine vllm`.")] = "tiny-target",
     out: Figures = None,

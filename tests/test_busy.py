@@ -26,8 +26,8 @@ def running(process: psutil.Process) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_loop_outlives_the_command(number: signal.Signals) -> None:
     command = [sys.executable, str(SCRIPT), "--loops", "2", *LASTING]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **pipes) as parent:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"here\n"
         loops = [p for p in psutil.Process(parent.pid).children() if "getppid" in " ".join(p.cmdline())]

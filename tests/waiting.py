@@ -13,7 +13,7 @@ LOOK_S = 0.02  # between two looks
 T = TypeVar("T")
 
 
-def eventually(look: Callable[[], T], timeout_s: float = PATIENCE_S) -> T:
+def eventually(look: Callable[[], T | None], timeout_s: float = PATIENCE_S) -> T:
     """Poll until `look` returns something true. What it last returned is in the error."""
     deadline = time.monotonic() + timeout_s
     while not (seen := look()):

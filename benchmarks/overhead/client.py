@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.typing import Subprotocol
@@ -32,7 +33,15 @@ class Tally:
         return len(self.latencies)
 
 
-async def play(peer: ClientConnection, script_: Script, until: float, tally: Tally) -> None:
+class Peer(Protocol):
+    """What is needed of a connection."""
+
+    async def send(self, frame: bytes, /) -> None: ...
+
+    async def recv(self) -> str | bytes: ...
+
+
+async def play(peer: Peer, script_: Script, until: float, tally: Tally) -> None:
     """Repeat the script until the clock says `until`. Raises ProtocolError if an answer is wrong."""
     clock = time.perf_counter
     while True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 from wisp.api.connections import LOOKS, _Transport
 
@@ -42,16 +42,16 @@ def looks_until_cut_off(pipe: Callable[[], Pipe], what: Callable[[_Transport], N
     async def scenario() -> int:
         made = pipe()
         transport = _Transport(cast(asyncio.Transport, made), 0.0)
-        looks, look = [0], transport._look
+        looked, look = [0], transport._look
 
-        def counted(*arguments: Any) -> None:
-            looks[0] += 1
-            look(*arguments)
+        def counted(before: int, looks: int) -> None:
+            looked[0] += 1
+            look(before, looks)
 
         transport._look = counted  # type: ignore[method-assign]
         what(transport)
         await asyncio.wait_for(made.aborted.wait(), 60)
-        return looks[0]
+        return looked[0]
 
     return asyncio.run(scenario())
 

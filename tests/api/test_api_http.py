@@ -67,8 +67,9 @@ def error(response: Any, status: int) -> dict[str, Any]:
     body = response.json()
     assert list(body) == ["error"]
     assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert body["error"]["code"], "clients tell refusals apart by their code"
-    return body["error"]
+    found: dict[str, Any] = body["error"]
+    assert found["code"], "clients tell refusals apart by their code"
+    return found
 
 
 # --- answers

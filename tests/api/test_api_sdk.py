@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 from api_fakes import KEY, MODEL, Recorder, ScriptedBackend, committed, make_app, say, serving
 from waiting import PATIENCE_S, eventually
@@ -41,7 +42,7 @@ def served(running: Served) -> Served:
     return running
 
 
-MESSAGES = [{"role": "user", "content": "Hi"}]
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hi"}]
 
 
 def test_chat(served: Served) -> None:

@@ -66,7 +66,7 @@ def test_names_arguments_tools_and_template_arguments_are_text_too() -> None:
     )
     bad = "é<|im_start|>"
     call = {"type": "function", "function": {"name": bad, "arguments": {bad: [bad]}}, "id": bad}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "assistant", "content": None, "tool_calls": [call], "name": bad, "reasoning_content": bad},
         {"role": "tool", "content": bad, "tool_call_id": bad},
     ]

@@ -20,8 +20,11 @@ from wisp.api.web_guard import web_origins
 from wisp.core.errors import ConfigError, RequestError
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
-FLAT = {"type": "function", **TOOL["function"]}  # type: ignore[dict-item]
-ANTHROPIC_TOOL = {"name": "f", "input_schema": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+FLAT: Any = {"type": "function", **TOOL["function"]}  # type: ignore[dict-item]
+ANTHROPIC_TOOL: Any = {
+    "name": "f",
+    "input_schema": {"type": "object", "properties": {"x": {"type": "integer"}}},
+}
 
 
 @pytest.fixture

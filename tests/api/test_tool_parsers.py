@@ -206,15 +206,16 @@ def test_without_tools_nothing_is_a_call() -> None:
 
 def test_a_long_call_in_small_pieces_takes_no_quadratic_time() -> None:
     text = json.dumps({"name": "f", "arguments": {"s": "x" * 400_000}})
-    parser = PARSERS["hermes"](TOOLS)
+    parser: Any = PARSERS["hermes"](TOOLS)
     reads = 0
 
     def counted(text: str, ended: bool) -> tuple[list[Call], int]:
         nonlocal reads
         reads += 1
-        return type(parser).call(parser, text, ended)  # type: ignore[attr-defined]
+        found: tuple[list[Call], int] = type(parser).call(parser, text, ended)
+        return found
 
-    parser.call = counted  # type: ignore[attr-defined]
+    parser.call = counted
     pieces = [f"<tool_call>{text}</tool_call>"[i : i + 40] for i in range(0, len(text) + 23, 40)]
     assert len([e for piece in pieces for e in parser.feed(piece)]) == 1
     assert reads < 10
@@ -227,18 +228,18 @@ def test_a_long_call_full_of_ends_takes_no_quadratic_time_either() -> None:
         ("qwen-xml", "<tool_call>\n<function=f>\n<parameter=s>\n", "</function>"),
         ("glm", "<tool_call>f\n<arg_key>s</arg_key>\n<arg_value>", "</arg_value><arg_key></tool_call>"),
     ):
-        parser = PARSERS[family](TOOLS)
+        parser: Any = PARSERS[family](TOOLS)
         sizes: list[int] = []
-        call = parser.call  # type: ignore[attr-defined]
+        call = parser.call
 
         def counted(text: str, ended: bool, call: Any = call, sizes: list[int] = sizes) -> Any:
             sizes.append(len(text))
             return call(text, ended)
 
-        parser.call = counted  # type: ignore[attr-defined]
+        parser.call = counted
         for _ in range(60_000 // len(part)):
             parser.feed(part if sizes else head + part)
-        assert sum(s for s in sizes if s > parser.long) < 20 * 60_000, family  # type: ignore[attr-defined]
+        assert sum(s for s in sizes if s > parser.long) < 20 * 60_000, family
 
 
 @pytest.mark.parametrize(

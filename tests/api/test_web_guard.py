@@ -24,7 +24,7 @@ def visit(
     """(status, error): 200 for who was let in."""
     headers = [(b"host", host.encode())] if host is not None else []
     headers += [(b"origin", origin.encode())] if origin is not None else []
-    scope = {"type": kind, "headers": headers, "method": "GET", "path": "/v1/models"}
+    scope: dict[str, Any] = {"type": kind, "headers": headers, "method": "GET", "path": "/v1/models"}
     scope["extensions"] = {"websocket.http.response": {}}
     sent: list[Message] = []
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -179,7 +180,7 @@ def check_off_paths(traces: TraceSet) -> None:
 def test_a_trace_gives_signals_as_policies_take_them(recorded: TraceSet) -> None:
     trace = recorded.traces[0]
     fields = dict(zip(trace.columns, map(float, trace.signals[3]), strict=True))
-    assert trace.signal(3) == Signal(**{name: fields[name] for name in STATISTICS})
+    assert trace.signal(3) == msgspec.structs.replace(Signal(), **{name: fields[name] for name in STATISTICS})
 
 
 def test_the_header_says_where_a_trace_comes_from(recorded: TraceSet) -> None:

@@ -49,7 +49,9 @@ def wisp(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
         raise ConfigError("it would serve")
 
     monkeypatch.setattr(process._Server, "serve", serve)
-    monkeypatch.setitem(link.VerifierLink.__init__.__kwdefaults__, "give_up_s", 0.0)  # for `wisp generate`
+    defaults = link.VerifierLink.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "give_up_s", 0.0)  # for `wisp generate`
     monkeypatch.setenv("WISP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("WISP_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "300")
@@ -187,8 +189,8 @@ def test_a_terminal_without_the_characters_of_the_answer_is_shown_others(
 
 
 def test_closed_streams_lead_nowhere(wisp: Wisp, monkeypatch: pytest.MonkeyPatch) -> None:
-    for stream in ("stdin", "stdout", "stderr"):
-        monkeypatch.setattr(sys, stream, None)
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
     assert wisp("generate", "-", *GENERATE[2:])[0] == 2
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.close()

@@ -145,6 +145,16 @@ class Rig:
         assert isinstance(message, Refused), message
         return message
 
+    def verdicts(self, connection: int = 1) -> list[Verdict]:
+        """All that is on its way there, which must be verdicts alone."""
+        found = [m for m in self.sent[connection] if isinstance(m, Verdict)]
+        assert len(found) == len(self.sent[connection]), self.sent[connection]
+        return found
+
+    def text(self, connection: int = 1) -> list[int]:
+        """The tokens of those verdicts."""
+        return [t for v in self.verdicts(connection) for t in v.tokens]
+
     @property
     def silent(self) -> bool:
         return not any(self.sent.values())

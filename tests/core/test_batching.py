@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from wisp.core.errors import ConfigError
-from wisp.core.verify.batching import Candidate, Continuous, Fcfs, Grant, Kind, StepLimits, batching_policy
+from wisp.core.verify.batching import Candidate, Grant, Kind, StepLimits, batching_policy
+from wisp.core.verify.batching.simple import Continuous, Fcfs
 
 
 def work(

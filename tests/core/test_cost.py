@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from statistics import median
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -212,8 +213,8 @@ def test_a_fit_is_never_negative_and_no_worse_than_its_best_constant(
 
 def slower(c: Coefficients, factor: float) -> Coefficients:
     """The same machine, `factor` times as slow."""
-    times = (c.step, c.token, c.cached, c.attention, c.beyond)
-    return Coefficients(*(v * factor for v in times), c.knee)
+    times = ("step", "token", "cached", "attention", "beyond", "slice")
+    return msgspec.structs.replace(c, **{name: getattr(c, name) * factor for name in times})
 
 
 def test_the_decoding_load_of_a_step_leaves_prefill_out() -> None:
@@ -224,3 +225,9 @@ def test_the_decoding_load_of_a_step_leaves_prefill_out() -> None:
     assert decoding_of([begun]) == Load()
     assert decoding_of([begun, ending, drafted]) == Load().plus(3, 49).plus(5, 200)
     assert decoding_of([drafted]) == load_of([drafted])
+
+
+def test_the_error_is_the_median_of_how_far_predictions_were_off() -> None:
+    model = CostModel(Coefficients(step=10.0, token=1.0))
+    model.observe(Load(10, 100, 0, 1), 30.0)  # 20 were predicted
+    assert model.error == pytest.approx(0.5)

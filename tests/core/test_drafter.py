@@ -336,8 +336,7 @@ def test_an_old_verdict_after_reopening_settles_nothing() -> None:
     made.lost()
     made.connected(500.0, 16)
     made.verdict(510.0, Verdict("s", 1, 1, 2, [11, 12, 13]))
-    assert made.committed == [10, 11, 12, 13]
-    assert made.phase is Phase.IN_FLIGHT
+    assert (made.committed, made.phase) == ([10, 11, 12, 13], Phase.IN_FLIGHT)
     settled = made.verdict(520.0, Verdict("s", 2, 1, 2, [11, 12, 13]))
     assert not any(
         isinstance(a, Committed) for a in settled
@@ -492,7 +491,7 @@ def test_what_was_in_flight_behind_a_failed_step_is_one_failure_with_it() -> Non
             assert made.refused(Refused("s", "unknown_session", "no such", round=draft.round)) == []
         assert made.phase is Phase.IN_FLIGHT
         sent = [Draft("s", again.round, 1, [])]
-    made.verdict(310.0, Verdict("s", again.round, 1, 0, [20]))
+    made.verdict(310.0, Verdict("s", sent[-1].round, 1, 0, [20]))
     assert made.committed == [10, 20]
 
 

@@ -151,6 +151,15 @@ def test_simple_policies_never_leave_it_to_the_verifier(policy: DraftingPolicy) 
 # --- gain: length
 
 
+def test_gain_does_not_leave_it_to_a_verifier_that_tells_no_times() -> None:
+    made = RoundTimes()
+    made.drafted(15.0)
+    for k in range(7):
+        made.verdict(k, 60.0, 0.0, 0.0)
+    assert made.serve_ms == 0.0
+    assert not gain().serve(view([], made))
+
+
 def test_gain_drafts_longer_when_the_round_trip_is_long() -> None:
     lengths = [len(drafted(gain(), pace(wait_ms=wait))) for wait in (30.0, 100.0, 400.0, 1500.0)]
     assert lengths == sorted(lengths)
@@ -179,7 +188,7 @@ def test_gain_stops_at_low_survival() -> None:
 def test_gain_is_close_to_the_best_fixed_length_where_all_tokens_are_alike() -> None:
     for wait in (60.0, 200.0, 600.0):
         made = pace(draft_ms=10.0, wait_ms=wait)
-        best = max(range(17), key=lambda k, w=wait: sum(0.8**i for i in range(k + 1)) / (10.0 * k + w))
+        best = max(range(17), key=lambda k: sum(0.8**i for i in range(k + 1)) / (10.0 * k + wait))
         assert abs(len(drafted(gain(), made)) - best) <= 1
 
 
@@ -266,9 +275,9 @@ def test_ahead_drafts_nothing_that_the_price_would_keep_from_being_sent() -> Non
 
 def test_ahead_never_delays_a_likely_restart() -> None:
     made = pace(draft_ms=100.0, wait_ms=120.0)
-    late = {"sent": 2, "now_ms": 110.0}  # the verdict is due in 10 ms
-    assert not Ahead(energy=0.0).worth(view([0.5, 0.5, 0.8], made, **late))
-    assert Ahead(energy=0.0).worth(view([0.99, 0.99, 0.99], made, **late))
+    late = 110.0  # the verdict is due in 10 ms
+    assert not Ahead(energy=0.0).worth(view([0.5, 0.5, 0.8], made, sent=2, now_ms=late))
+    assert Ahead(energy=0.0).worth(view([0.99, 0.99, 0.99], made, sent=2, now_ms=late))
     assert Ahead(energy=0.0).worth(view([0.5, 0.5, 0.8], made, sent=2, now_ms=5.0))
 
 

@@ -11,12 +11,12 @@ from wisp.core.verify.kv import KvPool, SlotAssignment, common_prefix, packed
 
 
 class Pool(KvPool):
-    """A pool that takes lists."""
+    """A pool that takes lists, and an API key alone."""
 
     def acquire(  # type: ignore[override]
         self, now: float, session: int, key: str, chain: list[int], evictable: Callable[[int], bool]
     ) -> SlotAssignment | None:
-        return super().acquire(now, session, key, packed(chain), evictable)
+        return super().acquire(now, session, (key, ""), packed(chain), evictable)
 
     def grow(self, now: float, slot: int, tokens: list[int]) -> None:  # type: ignore[override]
         super().grow(now, slot, packed(tokens))
@@ -24,6 +24,11 @@ class Pool(KvPool):
 
 def never(session: int) -> bool:
     return False
+
+
+def unless(idle: set[int]) -> Callable[[int], bool]:
+    """Which sessions are busy: all but those."""
+    return lambda session: session not in idle
 
 
 def test_common_prefix_by_bisection() -> None:
@@ -145,7 +150,7 @@ def oldest_that_may_go(pool: KvPool, evictable: set[int]) -> int | None:
 
 def longest_shared(pool: KvPool, key: str, chain: list[int]) -> int:
     """Longest prefix of a chain in the slots of that key, from a search through all slots."""
-    return max((common_prefix(s.tokens, chain) for s in pool.slots if s.key == key), default=0)
+    return max((common_prefix(s.tokens, chain) for s in pool.slots if s.key == (key, "")), default=0)
 
 
 @given(st.lists(st.tuples(st.sampled_from("adegr"), st.integers(0, 3), st.integers(0, 40)), max_size=60))
@@ -165,7 +170,7 @@ def test_the_slot_found_is_that_of_a_search_through_all_slots(what: list[tuple[s
         elif do == "d":
             pool.drop(slot)
         elif do == "e":
-            pool.fit(n * 5, lambda handle, idle=idle: handle not in idle)
+            pool.fit(n * 5, unless(idle))
         elif held.owner is not None and do == "g":
             pool.grow(float(now // 2), slot, chain)
         elif held.owner is not None:
@@ -173,4 +178,16 @@ def test_the_slot_found_is_that_of_a_search_through_all_slots(what: list[tuple[s
         assert pool.held == sum(len(s.tokens) for s in pool.slots)
         assert pool.owned_slots == sum(s.owner is not None for s in pool.slots)
         owners = sum(len(s.tokens) for s in pool.slots if s.owner in idle or s.owner is None)
-        assert pool.obtainable(lambda handle, idle=idle: handle not in idle) == pool.unused + owners
+        assert pool.obtainable(unless(idle)) == pool.unused + owners
+
+
+def test_leftovers_go_before_sessions_and_of_those_the_oldest_first() -> None:
+    pool = Pool(4, 100, 100)
+    for i in range(4):
+        assert pool.acquire(float(i), i, "k", [i, 1], never) is not None
+        pool.record(float(i), i, [i] * 20)
+    pool.release(3, keep=True)
+    assert pool.fit(90, unless({0, 1})) is None
+    assert pool.held == 80  # nothing has changed
+    assert pool.fit(50, unless({0, 1})) == [0]
+    assert [len(s.tokens) for s in pool.slots] == [0, 20, 20, 0]

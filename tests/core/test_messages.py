@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from wisp.core.errors import ProtocolError
 from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.messages import (
+    DIGESTS_SINCE,
+    FRAME_EXTRA,
+    VERSION,
     Cancel,
     Draft,
     Hello,
@@ -21,9 +24,12 @@ from wisp.core.protocol.messages import (
     Refused,
     Verdict,
     Welcome,
+    check_hello,
+    check_welcome,
     decode_edge_message,
     decode_server_message,
     encode,
+    frame_limit,
     vocabulary_fingerprint,
 )
 from wisp.core.protocol.sampling import Sampling
@@ -157,3 +163,30 @@ def test_fingerprint_tells_vocabularies_apart() -> None:
 def test_text_that_is_not_utf8_is_refused() -> None:
     with pytest.raises(ProtocolError):
         decode_edge_message(b"\x91\xa2\xff\xfe")
+
+
+def test_a_peer_of_another_version_is_told_to_install_the_same_release() -> None:
+    with pytest.raises(ProtocolError, match="install the same release") as refused:
+        check_hello(Hello(VERSION + 1, "f"), "f", "m")
+    assert refused.value.code == "version_mismatch"
+    check_hello(Hello(VERSION, "f"), "f", "m")
+
+
+def test_an_edge_with_another_vocabulary_is_refused_and_one_without_any_is_not() -> None:
+    with pytest.raises(ProtocolError, match="not that of the-model") as refused:
+        check_hello(Hello(VERSION, "other"), "f", "the-model")
+    assert refused.value.code == "vocabulary_mismatch"
+    check_hello(Hello(VERSION), "f", "the-model")
+
+
+def test_a_verifier_must_say_which_weights_it_runs() -> None:
+    check_welcome(WELCOME)
+    with pytest.raises(ProtocolError, match=DIGESTS_SINCE) as refused:
+        check_welcome(msgspec.structs.replace(WELCOME, digest=""))
+    assert refused.value.code == "version_mismatch"
+
+
+def test_the_longest_open_of_a_context_fits_its_frame() -> None:
+    context, token = 1000, 2**31 - 1
+    longest = Open("x" * 64, 1, [token] * (context // 2), Sampling(), 1, committed=[token] * (context // 2))
+    assert len(encode(longest)) <= frame_limit(context) < len(encode(longest)) + FRAME_EXTRA

@@ -11,8 +11,9 @@ import pytest
 
 import oracle
 from oracle import Form, Piece, best, enumerate_all
-from wisp.core.verify.batching import Candidate, Grant, Kind, StepLimits, Wisp
+from wisp.core.verify.batching import Candidate, Grant, Kind, StepLimits
 from wisp.core.verify.batching.deadlines import first_step
+from wisp.core.verify.batching.wisp import Wisp
 from wisp.core.verify.cost import Coefficients, CostModel, Load
 
 MOST = 4096

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,10 +21,10 @@ HOG, GUEST = 1, 2  # connections
 
 
 def opening(session: str, **changes: object) -> Open:
-    return Open(session, **{"epoch": 0, "prompt": PROMPT, "sampling": SAMPLING, "max_tokens": 40, **changes})
+    return msgspec.structs.replace(Open(session, 0, PROMPT, SAMPLING, 40), **changes)
 
 
-def hogged(places: int = 4, **options: object) -> Rig:
+def hogged(places: int = 4, **options: Any) -> Rig:
     """One key has taken all places and sends nothing more."""
     rig = Rig(max_sessions=places, **options)
     for n in range(places):
@@ -89,7 +92,7 @@ def test_without_silent_sessions_the_youngest_gives_way() -> None:
     assert isinstance(last, Refused)
     assert (last.session, last.code) == ("busy-0002", "overloaded")
     for n in range(2):
-        assert [t for v in rig.sent[n] for t in v.tokens] == TEXT
+        assert rig.text(n) == TEXT
     assert held(rig) == {"guest": 1}
 
 
@@ -166,7 +169,7 @@ def test_the_last_step_of_an_ended_session_changes_nothing() -> None:
     rig.fail("out of memory")
     assert rig.silent
     rig.settle()
-    assert [t for v in rig.sent[1] for t in v.tokens] == TEXT
+    assert rig.text(1) == TEXT
 
 
 def test_silent_sessions_do_not_count_in_slo_admission() -> None:

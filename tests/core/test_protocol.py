@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Sequence
+from functools import partial
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -16,12 +18,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from rig import Rig
 from toy import EOS, N_VOCAB, edit_afresh, toy_text, toy_token
-from wisp.core.draft.drafter import Drafter, Phase, Reopen, Task
+from wisp.core.draft.drafter import Action, Drafter, Phase, Reopen, Task
 from wisp.core.draft.policies import Ahead, Fixed, View
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import RequestError
 from wisp.core.protocol.constraints import Constraints
-from wisp.core.protocol.messages import Cancel, Message, Refused, Verdict
+from wisp.core.protocol.messages import Cancel, Message, Refused, ServerMessage, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
 from wisp.core.protocol.step import Committed
@@ -69,7 +71,7 @@ class Edge:
         self.finish = ""
         self.expected = toy_text(prompt, self.task.sampling, max_tokens)
 
-    def act(self, actions: list) -> None:
+    def act(self, actions: Sequence[Action]) -> None:
         for action in actions:
             if isinstance(action, Committed):
                 self.text += action.tokens
@@ -92,13 +94,14 @@ class Edge:
                 token = self.random.choice([None, self.random.randrange(N_VOCAB)])
             self.act(self.drafter.proposed(0.0, token, Signal()))
 
-    def hear(self, message: Verdict | Refused) -> None:
+    def hear(self, message: ServerMessage) -> None:
         if isinstance(message, Refused):
             try:
                 self.act(self.drafter.refused(message))
             except RequestError as error:
                 self.finish = "refused" if error.status == 429 and not self.text else str(error)
         else:
+            assert isinstance(message, Verdict), message
             self.act(self.drafter.verdict(0.0, message))
 
 
@@ -112,7 +115,8 @@ class Fleet(RuleBasedStateMachine):
         places=st.sampled_from([2, 100]),
     )
     def start(self, batching: str, slots: int, tight: bool, places: int) -> None:
-        self.make = lambda: Rig(
+        self.make = partial(
+            Rig,
             slots=slots,
             slot_tokens=64,
             kv_tokens=70 if tight else None,
@@ -152,12 +156,14 @@ class Fleet(RuleBasedStateMachine):
 
     @rule(i=st.integers(0, 4), twice=st.booleans())
     def to_cloud(self, i: int, twice: bool) -> None:
-        if i < len(self.edges) and self.edges[i].out and self.edges[i].connection is not None:
-            edge = self.edges[i]
-            message = edge.out.popleft()
-            self.rig.receive(message, edge.connection, edge.key)
+        if i < len(self.edges) and (out := self.edges[i].out):
+            connection, key = self.edges[i].connection, self.edges[i].key
+            if connection is None:
+                return
+            message = out.popleft()
+            self.rig.receive(message, connection, key)
             if twice and message.__class__.__name__ == "Draft":
-                self.rig.receive(message, edge.connection, edge.key)
+                self.rig.receive(message, connection, key)
 
     @rule(i=st.integers(0, 4))
     def to_edge(self, i: int) -> None:
@@ -179,10 +185,10 @@ class Fleet(RuleBasedStateMachine):
     @rule(i=st.integers(0, 4), noticed=st.booleans())
     def cut(self, i: int, noticed: bool) -> None:
         """The connection breaks; what was on it is lost. The verifier may notice only much later."""
-        if i < len(self.edges) and self.edges[i].connection is not None:
+        if i < len(self.edges) and (connection := self.edges[i].connection) is not None:
             edge = self.edges[i]
             if noticed:
-                self.rig.lose(edge.connection)
+                self.rig.lose(connection)
             edge.connection = None
             edge.out.clear()
             edge.drafter.lost()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +131,7 @@ def test_coupled_drafters_agree_nearly_as_often_as_any_can() -> None:
 def test_verify_reads_no_further_than_the_first_disagreement() -> None:
     rows = [np.eye(5, dtype=np.float32)[i] for i in (3, 1, 4)]
 
-    def reading():
+    def reading() -> Iterator[np.ndarray]:
         yield rows[0]
         yield rows[1]
         raise AssertionError("read too far")
@@ -150,7 +152,7 @@ def test_log_probabilities_are_of_the_plain_softmax() -> None:
 
 @pytest.mark.parametrize("temperature", [5e-324, 2.3e-308, 1e-300, 9.9e-6])
 @pytest.mark.parametrize("how", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])
-def test_a_temperature_next_to_nothing_is_greedy(temperature: float, how: dict[str, float]) -> None:
+def test_a_temperature_next_to_nothing_is_greedy(temperature: float, how: dict[str, Any]) -> None:
     logits = np.array([1.0, 3.0, 3.0, -2.0, 2.999999], np.float32)
     with np.errstate(over="raise", invalid="raise", divide="raise"):
         assert target_token(logits, Sampling(temperature, seed=4, **how), 0) == 1
@@ -163,7 +165,7 @@ def test_a_temperature_next_to_nothing_is_greedy(temperature: float, how: dict[s
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("how", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}])
 def test_ids_that_end_a_generation_are_out_until_there_are_enough_tokens(
-    temperature: float, how: dict[str, float]
+    temperature: float, how: dict[str, Any]
 ) -> None:
     logits = np.array([0.0, 9.0, 1.0, 9.5], np.float32)
     before = logits.copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 
 from wisp.core.protocol.slo import Served, Slo, account, met
@@ -12,8 +13,8 @@ SLO = Slo(ttft_ms=500, tpot_ms=100)
 
 
 def served(**changes: object) -> Served:
-    base = {"arrived": 0.0, "first": 0.4, "last": 1.4, "tokens": 11, "slo": SLO, "ended": 1.4, "ok": True}
-    return Served(**(base | changes))
+    base = Served(arrived=0.0, first=0.4, last=1.4, tokens=11, slo=SLO, ended=1.4)
+    return msgspec.structs.replace(base, **changes)
 
 
 def test_met_at_the_limit_and_missed_beyond() -> None:

@@ -28,8 +28,7 @@ WRONG = next(t for t in range(90) if t not in TEXT)
 
 
 def opening(session: str = ID, epoch: int = 0, **changes: object) -> Open:
-    fields = {"prompt": PROMPT, "sampling": SAMPLING, "max_tokens": 40, **changes}
-    return Open(session, epoch, **fields)
+    return msgspec.structs.replace(Open(session, epoch, PROMPT, SAMPLING, 40), **changes)
 
 
 @pytest.fixture
@@ -105,7 +104,7 @@ def test_a_draft_in_server_mode_is_verified_and_ends_it(rig: Rig) -> None:
     rig.receive(Draft(ID, 1, 1, TEXT[1:6]))
     rig.finish()
     rig.settle()
-    last = list(rig.sent[1])[-1]
+    last = rig.verdicts()[-1]
     assert (last.round, last.base, last.accepted, last.tokens) == (1, 1, 5, TEXT[1:7])
     assert rig.verifier.sessions[1].state is State.WAITING
 
@@ -344,7 +343,7 @@ def test_resuming_while_the_step_still_runs(rig: Rig) -> None:
     rig.receive(opening(epoch=1, round=1, draft=TEXT[:6]), connection=2)
     rig.finish()
     rig.settle()
-    last = list(rig.sent[2])[-1]
+    last = rig.verdicts(2)[-1]
     assert (last.round, last.base, last.tokens) == (1, 0, TEXT[:7])
 
 
@@ -398,7 +397,7 @@ def test_more_sessions_than_slots_queue_and_all_are_served() -> None:
         rig.receive(opening(f"session-{i}", serve=True, max_tokens=5), connection=i)
     rig.settle()
     for i in range(6):
-        assert [t for v in rig.sent[i] for t in v.tokens] == TEXT[:5]
+        assert rig.text(i) == TEXT[:5]
     assert not rig.verifier.sessions
 
 
@@ -412,7 +411,7 @@ def test_an_idle_session_loses_its_kv_and_computes_it_again_on_return() -> None:
     assert rig.wake_at is not None
     rig.now += 1.5
     rig.settle()
-    assert [t for v in rig.sent[2] for t in v.tokens] == TEXT[:3]
+    assert rig.text(2) == TEXT[:3]
     rig.receive(Draft("session-a", 1, 1, TEXT[1:3]), connection=1)
     rig.settle()
     assert rig.verdict(1).tokens == TEXT[1:4]
@@ -425,15 +424,15 @@ def test_a_shared_prefix_is_copied_and_a_follow_up_turn_reuses_its_slot() -> Non
         rig.receive(opening(f"session-{i}", prompt=system + tail, max_tokens=2), connection=i)
         rig.settle()
     assert rig.runs[-1].copies == [Copy(0, 1, 20)]
-    assert rig.sent[1][0].tokens == toy_text([*system, 42], SAMPLING, 1)
+    assert rig.verdicts(1)[0].tokens == toy_text([*system, 42], SAMPLING, 1)
     rows = rig.engine.rows
     rig.receive(Draft("session-0", 1, 1, []), connection=0)
     rig.settle()
-    answer = [t for v in rig.sent[0] for t in v.tokens]
+    answer = rig.text(0)
     rig.receive(opening("session-2", prompt=[*system, 41, *answer, 43], max_tokens=1), connection=2)
     rig.settle()
     assert rig.engine.rows - rows <= 4  # one decode, and the two tokens that are new
-    assert rig.sent[2][0].tokens == toy_text([*system, 41, *answer, 43], SAMPLING, 1)
+    assert rig.verdicts(2)[0].tokens == toy_text([*system, 41, *answer, 43], SAMPLING, 1)
 
 
 def test_prefixes_are_shared_within_one_salt_only() -> None:
@@ -455,7 +454,7 @@ def test_when_kv_runs_out_the_youngest_session_is_preempted() -> None:
         rig.receive(opening(f"session-{i}", serve=True, max_tokens=30), connection=i)
     rig.settle(1000)
     for i in range(3):
-        assert [t for v in rig.sent[i] for t in v.tokens] == TEXT[:30]
+        assert rig.text(i) == TEXT[:30]
 
 
 CALM = Slo(ttft_ms=500.0, tpot_ms=1000.0)  # steps take 10 ms here: whoever is under way is soon far ahead
@@ -474,8 +473,8 @@ def test_a_preempted_session_writes_the_same_text() -> None:
     assert rig.now - began < CALM.ttft_ms / 1e3  # without the loan it waits until another has ended
     rig.settle(2000)
     for i in range(2):
-        assert [t for v in rig.sent[i] for t in v.tokens] == toy_text(PROMPT, SAMPLING, 250)
-    assert [t for v in rig.sent[2] for t in v.tokens] == toy_text(late, SAMPLING, 10)
+        assert rig.text(i) == toy_text(PROMPT, SAMPLING, 250)
+    assert rig.text(2) == toy_text(late, SAMPLING, 10)
 
 
 def test_a_slot_is_preempted_too() -> None:
@@ -488,7 +487,7 @@ def test_a_slot_is_preempted_too() -> None:
     lasts = [s.session for r in rig.runs for s in r.slices if s.position in (4, 49)]
     assert firsts == [1, 2]
     assert lasts.index(2) < len(lasts) - 1  # the newcomer did not wait for the other's end
-    assert [t for v in rig.sent[0] for t in v.tokens] == toy_text(PROMPT, SAMPLING, 50)
+    assert rig.text(0) == toy_text(PROMPT, SAMPLING, 50)
 
 
 def test_prefill_time_is_no_part_of_the_congestion_price(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,14 +541,15 @@ def test_a_refusal_names_the_refused_round(rig: Rig) -> None:
 def test_log_probabilities_match_their_tokens_after_being_switched_off_and_on(rig: Rig) -> None:
     said: list[int] = []
     for epoch, logprobs in enumerate((0, None, 0, 2)):
-        fields = {"committed": said, "serve": True, "logprobs": logprobs}
-        rig.receive(opening(epoch=epoch, round=epoch, **fields), connection=epoch)
+        again = opening(epoch=epoch, round=epoch, committed=said, serve=True, logprobs=logprobs)
+        rig.receive(again, connection=epoch)
         rig.steps(2)
-        for verdict in list(rig.sent[epoch]):
+        for verdict in rig.verdicts(epoch):
             assert [e.token for e in verdict.logprobs] in ([], verdict.tokens)
         if logprobs == 0:
-            assert rig.sent[epoch][-1].logprobs
-            said = TEXT[: rig.sent[epoch][-1].base + len(rig.sent[epoch][-1].tokens)]
+            last = rig.verdicts(epoch)[-1]
+            assert last.logprobs
+            said = TEXT[: last.base + len(last.tokens)]
         rig.lose(epoch)  # of the others nothing was heard
 
 
@@ -559,9 +559,9 @@ def test_a_session_without_slo_is_served_among_sessions_with_one() -> None:
     for i in range(1, 60):
         rig.receive(opening(f"session-{i}", serve=True, max_tokens=20, slo=Slo(800.0, 60.0)), connection=i)
         rig.steps(10)
-        if rig.sent.get(0) and rig.sent[0][-1].finish:
+        if rig.sent.get(0) and rig.verdicts(0)[-1].finish:
             break
-    assert [t for v in rig.sent[0] for t in v.tokens] == toy_text(PROMPT, SAMPLING, 60)
+    assert rig.text(0) == toy_text(PROMPT, SAMPLING, 60)
 
 
 def test_a_prompt_without_kv_is_not_prefilled_over_and_over() -> None:
@@ -572,7 +572,7 @@ def test_a_prompt_without_kv_is_not_prefilled_over_and_over() -> None:
     late = [i % 40 for i in range(250)]  # does not fit beside the others, and nothing is promised to it
     rig.receive(opening("calm-session", prompt=late, serve=True, max_tokens=5), connection=9)
     rig.settle(2000)
-    assert [t for v in rig.sent[9] for t in v.tokens] == toy_text(late, SAMPLING, 5)
+    assert rig.text(9) == toy_text(late, SAMPLING, 5)
     assert rig.engine.rows < 2 * (2 * 125 + 255)
 
 

@@ -155,7 +155,7 @@ def test_waits_between_attempts_grow_with_jitter_up_to_a_limit(monkeypatch: pyte
         waits.append(seconds)
         await real(0)
 
-    monkeypatch.setattr(module.asyncio, "sleep", sleep)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
 
     async def scenario() -> None:
         async with linked("http://127.0.0.1:1"):
@@ -182,7 +182,7 @@ def test_after_a_good_connection_it_comes_back_soon(monkeypatch: pytest.MonkeyPa
         else:
             await real(seconds)
 
-    monkeypatch.setattr(module.asyncio, "sleep", sleep)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
 
     async def scenario() -> None:
         async with script.listening() as url, linked(url):
@@ -330,10 +330,10 @@ def test_no_failure_whatever_ends_the_link_in_silence(
 ) -> None:
     real, left = module.VerifierLink._one_connection, [error] * 3
 
-    async def broken(self: VerifierLink) -> object:
+    async def broken(self: VerifierLink) -> None:
         if left:
             raise left.pop()
-        return await real(self)
+        await real(self)
 
     monkeypatch.setattr(module.VerifierLink, "_one_connection", broken)
     script = Script(say(WELCOME))

@@ -13,7 +13,6 @@ import pytest
 import wisp.engines
 from hf_files import tokenizer_files
 from wisp.core.errors import RequestError
-from wisp.edge import tokenizers
 from wisp.edge.tokenizers import TokenizerCache
 from wisp.engines.huggingface import HfTokenizer
 from wisp.engines.llama.tokenizer import LlamaTokenizer
@@ -116,7 +115,7 @@ def test_a_cache_that_takes_nothing_costs_a_warning_and_no_answer(
         (folder / "file").write_text("")
         monkeypatch.setenv("WISP_CACHE", str(folder / "file"))
     elif trouble == "full":
-        monkeypatch.setattr(tokenizers.os, "replace", full)
+        monkeypatch.setattr(os, "replace", full)
     elif trouble == "no such user":
         monkeypatch.setenv("WISP_CACHE", "~nobody-of-this-name/cache")
     else:

@@ -76,7 +76,7 @@ def test_along_drafts_it_says_what_it_says_without(
     without = plain(engine, Sampling(temperature, seed=3))
     sampling = constrain(name, Sampling(temperature, seed=3), without, source).ending(engine.info.eos)
     expected = plain(engine, sampling, slot=1)
-    text, held, slot = [], 0, 2
+    text, held, slot = list[int](), 0, 2
     while len(text) < LENGTH - 6:
         right = source.randint(0, 5)
         draft = expected[len(text) : len(text) + right]

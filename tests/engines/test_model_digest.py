@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 
 from gguf_files import Weights
 from wisp.core.errors import ModelError
+from wisp.core.protocol.sampling import RULE
 from wisp.engines import identity
 from wisp.engines.build import load_target
 from wisp.engines.emulated import Written
@@ -30,7 +32,7 @@ def digest(path: Path, **settings: object) -> str:
 def test_what_a_file_is_called_and_how_many_it_serves_decide_no_text(
     tiny_target: Path, tmp_path: Path
 ) -> None:
-    copy = shutil.copy(tiny_target, tmp_path / "other-name.gguf")
+    copy = Path(shutil.copy(tiny_target, tmp_path / "other-name.gguf"))
     os.utime(copy, (1, 1))
     assert digest(tiny_target) == digest(copy, name="another", slots=3, threads=2)
 
@@ -63,7 +65,7 @@ def test_another_build_or_processor_changes_the_digest(
 
 def test_another_rule_of_sampling_changes_every_digest(monkeypatch: pytest.MonkeyPatch) -> None:
     before = engine_digest("null")
-    monkeypatch.setattr(identity, "RULE", identity.RULE + 1)
+    monkeypatch.setattr(identity, "RULE", RULE + 1)
     assert engine_digest("null") != before
 
 
@@ -129,7 +131,7 @@ def test_no_more_of_a_large_file_is_read_than_some_tens_of_megabytes(
         def hexdigest(self) -> str:
             return ""
 
-    monkeypatch.setattr(identity.hashlib, "sha256", Counting)
+    monkeypatch.setattr(hashlib, "sha256", Counting)
     files_digest([path])
     assert sum(read) < 40 << 20
 

@@ -15,6 +15,7 @@ import types
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -96,7 +97,7 @@ def no_hub(wanted: HubFile, sha256: str, folder: Path) -> Path:
     raise SourceError("the Hugging Face hub cannot be reached (test)")
 
 
-def never(*_: object) -> Path:
+def never(*_: object) -> NoReturn:
     raise AssertionError("nothing should be fetched")
 
 

@@ -240,7 +240,7 @@ def test_one_that_keeps_dying_is_started_less_and_less_often(monkeypatch: pytest
     async def scenario(fleet: Fleet, launcher: PretendLauncher) -> None:
         while len(fleet.up()) < 2:
             await real(0.01)
-        monkeypatch.setattr(module.asyncio, "sleep", sleep)
+        monkeypatch.setattr(asyncio, "sleep", sleep)
         launcher.fates["r1"] = ["killed"] * 6
         launcher.started[0].kill()
         while fleet.replicas["r1"].lives < 8 or len(fleet.up()) < 2:

@@ -122,6 +122,6 @@ def test_an_end_of_the_server_is_not_taken_for_anothers_turn() -> None:
         peer.task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await peer.task
-        peer.task = asyncio.ensure_future(asyncio.sleep(0))  # type: ignore[assignment]
+        peer.task = asyncio.ensure_future(asyncio.sleep(0))
 
     with_crowd(scenario, 1)

@@ -43,11 +43,15 @@ def history(*errors: Exception) -> list[str]:
             model="m",
             died=lambda error: heard.append(f"died: {error}"),
         )
+
+        async def more_than(before: int) -> None:
+            await until(lambda: len(heard) > before)
+
         connection = host.attach("key", said)
         for number in range(2):
             before = len(heard)
             host.receive(connection, Open(f"session-{number}", 1, [1, 2], Sampling(), 8, draft=[3]))
-            await until(lambda n=before: len(heard) > n)
+            await more_than(before)
         host.stop()
         return heard
 

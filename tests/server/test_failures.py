@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import stat
 import threading
 from collections.abc import Awaitable, Callable, Sequence
@@ -108,7 +109,7 @@ def test_a_log_that_was_given_up_ends_with_a_whole_record_and_can_be_appended_to
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "events.log"
-    write, room = __import__("os").write, [300_000]
+    write, room = os.write, [300_000]
 
     def until_full(file: int, data: bytes) -> int:
         """A disk with little room: takes a part of what does not fit, and then nothing."""

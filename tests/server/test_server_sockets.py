@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from waiting import PATIENCE_S, run
@@ -82,9 +83,7 @@ def endpoint_of(host: VerifierHost) -> SessionEndpoint:
 
 
 def opening(session: str, **fields: Any) -> Open:
-    return Open(
-        session, **({"epoch": 0, "prompt": [1], "sampling": Sampling(seed=7), "max_tokens": 3000} | fields)
-    )
+    return msgspec.structs.replace(Open(session, 0, [1], Sampling(seed=7), 3000), **fields)
 
 
 def test_a_peer_that_does_not_read_is_let_go_and_its_sessions_are_parked() -> None:

@@ -177,6 +177,7 @@ def test_a_hopeless_run_is_cut_and_says_so() -> None:
     cut = run(Job(crowd, system("central"), 1, give_up=0.1))
     assert cut.cut
     assert cut.simulated_s < 60.0
+    assert cut.violation_rate is not None
     assert cut.violation_rate > 0.15
 
 

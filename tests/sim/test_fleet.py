@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import selectors
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -36,10 +36,11 @@ from wisp.core.protocol.sampling import Sampling
 from wisp.edge.link import LOST
 from wisp.engines.emulated import HARDWARE
 from wisp.sim import serving
-from wisp.sim.fleet import check_live, run_live, verifier
-from wisp.sim.live import Clock, Sockets
+from wisp.sim.fleet import check_live, run_live
+from wisp.sim.live import Clock, Sockets, Wire
 from wisp.sim.report import Engine, Report
 from wisp.sim.scenario import Kit, Scenario, SloClass
+from wisp.sim.serving import verifier
 from wisp.sim.simulate import Fleet, scripts_of
 from wisp.sim.systems import system
 from wisp.sim.timeline import Timeline
@@ -73,7 +74,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
 
 
 @pytest.fixture(scope="module")
-def server(quick: Scenario):
+def server(quick: Scenario) -> Iterator[Child]:
     """`wisp serve` as a child process; not all tests need one of their own."""
     with verifier(quick, system(OURS)) as child:
         yield child
@@ -147,6 +148,7 @@ def test_a_wrong_token_is_counted(quick: Scenario, server: Child, monkeypatch: p
     def start(self: SimDevice, request: Request) -> None:
         begin(self, request)
         if self.index == 3:
+            assert self.generation is not None
             self.generation.script.tokens[5] += 1  # this device believes in another text
 
     monkeypatch.setattr(SimDevice, "start", start)
@@ -231,12 +233,12 @@ WELCOME = Welcome(VERSION, "m", "f", 1000, [999], 512, 64, digest="d1")
 OPENING = Open("session-1", 0, [1, 2, 3], Sampling(), 20, digest="d1")
 
 
-class FakeWire:
+class FakeWire(Wire):
     """A connection that is there. `sent` is what went out on it."""
 
-    welcome = WELCOME
-
     def __init__(self) -> None:
+        super().__init__("ws://127.0.0.1:9", {}, lambda frame: None, lambda why: None)
+        self.welcome = WELCOME
         self.sent: list[Message] = []
 
     def send(self, frame: bytes) -> None:

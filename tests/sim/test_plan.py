@@ -16,7 +16,8 @@ from wisp.calibrate.traces.written import read_range
 from wisp.cli import app
 from wisp.core.errors import ConfigError
 from wisp.sim.fluid import bound
-from wisp.sim.plan import Plan, Verdict, plan, scenario_for
+from wisp.sim.plan import Plan, plan, scenario_for
+from wisp.sim.plan.advice import Verdict
 from wisp.sim.plan.estimate import expected, reached
 from wisp.sim.report import Report
 from wisp.sim.runs import Job, Runs
@@ -45,9 +46,8 @@ class Fake(Runs):
         name, n = job.system.name.partition(",")[0], job.scenario.devices_n
         self.asked.append((name, n))
         missed = 0.02 if n <= self.most[name] else 0.3
-        return Report(
-            **(dict.fromkeys(Report.__struct_fields__, 0) | {"violation_rate": missed, "arrived": 100})
-        )
+        nothing: dict[str, Any] = dict.fromkeys(Report.__struct_fields__, 0)
+        return Report(**nothing | {"violation_rate": missed, "arrived": 100})
 
 
 def both(devices: int, device: str, rtt_ms: float, rate: float) -> tuple[Plan, Plan]:

@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import msgspec
@@ -366,7 +366,7 @@ class Peer:
             assert isinstance(welcome, Welcome), welcome
             self.welcome = welcome
 
-    def __enter__(self) -> Peer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -401,8 +401,7 @@ class Peer:
 
 def opening(session: str, **fields: Any) -> Open:
     """An Open with small defaults."""
-    given = {"epoch": 0, "prompt": [1, 2, 3], "sampling": Sampling(seed=7), "max_tokens": 20} | fields
-    return Open(session, **given)
+    return msgspec.structs.replace(Open(session, 0, [1, 2, 3], Sampling(seed=7), 20), **fields)
 
 
 # --- a line that breaks
@@ -431,7 +430,7 @@ class Cutter:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def __enter__(self) -> Cutter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -13,12 +14,13 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin
 
-from harness import HTTP, MODEL, Fleet, Peer, Process, Stream, ask, eventually, free_port, opening
+from harness import HTTP, MODEL, Fleet, Peer, Process, Stream, ask, free_port, opening
+from waiting import eventually
 from wisp.core.protocol.messages import Refused
 
 pytestmark = pytest.mark.slow
 
-NULL = {"target": "null", "engine": "null"}  # enough for keys
+NULL: dict[str, Any] = {"target": "null", "engine": "null"}  # enough for keys
 KEYS = """
 [keys.alice]
 secret = "alice-secret"
@@ -78,14 +80,16 @@ def test_an_upgrade_without_the_right_key_is_refused_with_401(server: Process, k
     assert refused.value.response.status_code == 401
 
 
-def test_an_edge_with_a_wrong_key_says_so_to_its_user(fleet: Fleet, server: Process) -> None:
-    for env in ({"WISP_API_KEY": "wrong"}, {}):
-        edge = fleet.edge(server.url, draft="none", env=env, ready=False)
-        eventually(lambda e=edge: "refused our key" in e.log() or e.health() == 503)
-        answer = eventually(lambda e=edge: a if (a := ask(e.url, "Hi")).error.get("code") else None)
-        assert (answer.status, answer.error["code"]) == (502, "verifier_unauthorized")
-        assert "WISP_API_KEY" in answer.error["message"]
-        assert "Authorization" not in answer.error["message"] or not env
+@pytest.mark.parametrize("env", [{"WISP_API_KEY": "wrong"}, {}], ids=["wrong", "none"])
+def test_an_edge_with_a_wrong_key_says_so_to_its_user(
+    fleet: Fleet, server: Process, env: dict[str, str]
+) -> None:
+    edge = fleet.edge(server.url, draft="none", env=env, ready=False)
+    eventually(lambda: "refused our key" in edge.log() or edge.health() == 503)
+    answer = eventually(lambda: a if (a := ask(edge.url, "Hi")).error.get("code") else None)
+    assert (answer.status, answer.error["code"]) == (502, "verifier_unauthorized")
+    assert "WISP_API_KEY" in answer.error["message"]
+    assert "Authorization" not in answer.error["message"] or not env
 
 
 def test_limits_are_429_with_retry_after_for_thin_clients_and_through_an_edge(
@@ -106,7 +110,7 @@ def test_limits_are_429_with_retry_after_for_thin_clients_and_through_an_edge(
 
 
 def test_a_key_may_have_so_many_sessions_and_tokens(server: Process) -> None:
-    long = {"max_tokens": 300, "ignore_eos": True, "key": "carol-secret"}
+    long: dict[str, Any] = {"max_tokens": 300, "ignore_eos": True, "key": "carol-secret"}
     with Stream(server.url, "Tell me a story.", **long) as first:
         first.until(lambda answer: bool(answer.text))
         second = ask(server.url, "Hi", key="carol-secret")

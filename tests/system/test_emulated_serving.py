@@ -7,9 +7,10 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 
-from harness import HTTP, Fleet, Peer, Process, ask, eventually, free_port
+from harness import HTTP, Fleet, Peer, Process, ask, free_port
+from waiting import eventually
 from wisp.core.protocol.sampling import Sampling
 from wisp.engines.emulated import fold
 from wisp.engines.null import null_token
@@ -52,7 +53,7 @@ def test_a_thin_client_is_answered_and_its_slo_is_counted(fleet: Fleet, hardware
     classes = fleet.folder / "classes.toml"
     classes.write_text(CLASSES)
     server = fleet.serve("--slo-classes", str(classes), target=hardware, engine="emulated")
-    wire = httpx.Client(**HTTP)
+    wire = DefaultHttpxClient(**HTTP)
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", http_client=wire)
 
     def complete(**headers: str) -> str:

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from harness import Fleet, Peer, eventually, opening
+from harness import Fleet, Peer, opening
+from waiting import eventually
 from wisp.core.protocol.messages import Cancel, Draft, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.verify.admission import KeyLimits

@@ -6,18 +6,28 @@ import json
 import random
 import socket
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 
-from harness import DRAFT, Answer, Cutter, Fleet, Process, Stream, ask, body_of, eventually
-from waiting import PATIENCE_S
+from harness import DRAFT, Answer, Cutter, Fleet, Process, Stream, ask, body_of
+from waiting import PATIENCE_S, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_pair")]
 
 LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
 ENDLESS: dict[str, Any] = {"max_tokens": 950, "ignore_eos": True}  # longer than it takes to look at metrics
+
+
+def longer_than(n: int) -> Callable[[Answer], bool]:
+    return lambda answer: len(answer.text) > n
+
+
+def lost_more_than(edge: Process, n: int) -> bool:
+    return edge.metrics()["wisp:verifier_connections_lost"] > n
 
 
 def idle(server: Process) -> bool:
@@ -77,16 +87,16 @@ def test_an_edge_that_is_killed_leaves_parked_sessions_that_are_freed(fleet: Fle
 
 
 def test_a_line_that_drops_in_the_middle_of_a_round_loses_nothing(fleet: Fleet, server: Process) -> None:
-    sampled = {"max_tokens": 300, "ignore_eos": True, "temperature": 0.8, "seed": 5}
+    sampled: dict[str, Any] = {"max_tokens": 300, "ignore_eos": True, "temperature": 0.8, "seed": 5}
     alone = ask(server.url, "Tell me a story about Belomi.", **sampled)
     with Cutter(server.port, seed=1, budget=(10**9, 10**9)) as line:
         edge = fleet.edge(line.url)
         with Stream(edge.url, "Tell me a story about Belomi.", **sampled) as s:
             for cuts, length in enumerate((20, 60, 100)):
-                s.until(lambda answer, n=length: len(answer.text) > n)
+                s.until(longer_than(length))
                 eventually(lambda: edge.health() == 200)
                 line.cut()
-                eventually(lambda n=cuts: edge.metrics()["wisp:verifier_connections_lost"] > n)
+                eventually(partial(lost_more_than, edge, cuts))
             answer = s.rest()
     assert (answer.text, answer.finish) == (alone.text, alone.finish)
     assert answer.usage["completion_tokens"] == 300
@@ -134,7 +144,9 @@ def test_without_a_verifier_answers_fail_clearly_and_in_time(fleet: Fleet) -> No
 def test_more_sessions_than_kv_holds_are_all_right(fleet: Fleet) -> None:
     server = fleet.serve("--slots", "2")
     edge = fleet.edge(server.url)
-    jobs = [(f"Make a list for {i}.", {"temperature": 0.8 * (i % 2), "seed": i}) for i in range(12)]
+    jobs: list[tuple[str, dict[str, Any]]] = [
+        (f"Make a list for {i}.", {"temperature": 0.8 * (i % 2), "seed": i}) for i in range(12)
+    ]
     alone = [ask(server.url, prompt, **p) for prompt, p in jobs]
     with ThreadPoolExecutor(12) as pool:
         answers = list(
@@ -149,8 +161,12 @@ def test_more_sessions_than_kv_holds_are_all_right(fleet: Fleet) -> None:
 def test_many_sessions_on_several_edges_survive_broken_lines_and_a_dead_verifier(fleet: Fleet) -> None:
     """8 sessions on one edge, 3 edges, random disconnects in mid-frame, one kill -9 of the verifier."""
     server = fleet.serve("--slots", "8")
-    sampling = [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.9}]
-    jobs = [
+    sampling: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.8},
+        {"temperature": 1.2, "top_p": 0.9},
+    ]
+    jobs: list[tuple[str, dict[str, Any]]] = [
         (f"Tell me {i} of Tavoku.", {"max_tokens": 100, "seed": i, "ignore_eos": True, **sampling[i % 3]})
         for i in range(24)
     ]

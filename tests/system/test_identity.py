@@ -25,10 +25,10 @@ from harness import (
     Process,
     Stream,
     ask,
-    eventually,
     free_port,
     opening,
 )
+from waiting import eventually
 from wisp.engines.models import resolve
 
 pytestmark = [

@@ -9,14 +9,15 @@ from typing import Any
 import httpx
 import pytest
 
-from harness import HTTP, MODE, MODEL, TARGET, Fleet, Process, Stream, ask, eventually, free_port
+from harness import HTTP, MODE, MODEL, TARGET, Fleet, Process, Stream, ask, free_port
+from waiting import eventually
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 from wisp.engines.models import resolve
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_pair")]
 
 LONG: dict[str, Any] = {"max_tokens": 900, "ignore_eos": True}
-NULL = {"target": "null", "engine": "null"}
+NULL: dict[str, Any] = {"target": "null", "engine": "null"}
 
 
 @pytest.fixture(scope="module")

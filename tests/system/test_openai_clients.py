@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from harness import DRAFT, HTTP, MODEL, TARGET, Fleet, Process, ask, eventually
+from harness import DRAFT, HTTP, MODEL, TARGET, Fleet, Process, ask
+from waiting import eventually
 from wisp.api.template import chat_template
 from wisp.core.protocol.sampling import Sampling
 from wisp.engines.llama.reference import reference_tokens
@@ -191,6 +193,10 @@ def test_edges_and_verifier_count_alike(processes: dict[str, Process]) -> None:
     assert theirs[sample] - before[1][sample] == answer.usage["completion_tokens"]
 
 
+def logged(process: Process, word: str) -> bool:
+    return word in process.log()
+
+
 def test_logs_name_requests_and_never_quote_them(processes: dict[str, Process]) -> None:
     for kind, process in processes.items():
         given = f"trace-{kind}"
@@ -199,6 +205,6 @@ def test_logs_name_requests_and_never_quote_them(processes: dict[str, Process]) 
             f"{process.url}/v1/chat/completions", json=body, headers={"x-request-id": given}, **HTTP
         )
         assert response.headers["x-request-id"] == given
-        eventually(lambda p=process, g=given: g in p.log())
+        eventually(partial(logged, process, given))
         assert SECRET_WORD not in process.log()
         assert "Belomi" not in process.log()

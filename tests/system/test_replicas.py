@@ -33,11 +33,10 @@ from harness import (
     Process,
     Stream,
     ask,
-    eventually,
     free_port,
     opening,
 )
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, eventually
 from wisp.api.backend import Generation
 from wisp.calibrate.traces.prompts import Prompt
 from wisp.calibrate.traces.record import Recording, Settings
@@ -382,7 +381,7 @@ def test_what_begins_alike_goes_where_it_is_cached_but_only_within_one_key(fleet
     eventually(lambda: up() == 3)
     same = list(range(64))
 
-    def where(peer: Peer, n: int) -> str:
+    def where(peer: RedirectedPeer, n: int) -> str:
         peer.say(opening(f"session-{peer.key}-{n}", prompt=[*same, n]))
         redirect = peer.hear()
         assert isinstance(redirect, Redirect)

@@ -7,8 +7,9 @@ import random
 import psutil
 import pytest
 
-from harness import Fleet, Peer, Process, ask, eventually, opening
-from wisp.core.protocol.messages import Draft
+from harness import Fleet, Peer, Process, ask, opening
+from waiting import eventually
+from wisp.core.protocol.messages import Draft, Open
 from wisp.core.protocol.sampling import Sampling
 from wisp.engines.null import null_token
 
@@ -29,7 +30,8 @@ def short_session(peer: Peer, number: int, sums: Sums) -> None:
     """One session whose drafts are right as far as chance has it. Checks every token."""
     chance = random.Random(number)
     truth = [null_token(number, position) for position in range(MAX_TOKENS)]
-    session, committed, round_ = f"session-{number}", [], 0
+    session, round_ = f"session-{number}", 0
+    committed: list[int] = []
 
     def draft() -> list[int]:
         at, size = len(committed), min(chance.randint(0, 6), MAX_TOKENS - len(committed) - 1)
@@ -41,7 +43,7 @@ def short_session(peer: Peer, number: int, sums: Sums) -> None:
         return tokens
 
     prompt = [number % 256, *range(chance.randint(1, 40))]
-    message = opening(
+    message: Open | Draft = opening(
         session, prompt=prompt, sampling=Sampling(seed=number), max_tokens=MAX_TOKENS, draft=draft()
     )
     while True:

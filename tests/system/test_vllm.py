@@ -5,26 +5,30 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 import wisp.engines
-from harness import ENGINE, START_S, Fleet, ask, eventually
+from harness import ENGINE, START_S, Fleet, ask
 from hf_files import tokenizer_files
+from waiting import eventually
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(ENGINE != "vllm", reason="--engine vllm is not under test"),
 ]
 TINY = Path(wisp.engines.__file__).parent / "data" / "tiny-target.gguf"
+WAYS: list[dict[str, Any]] = [{}, {"temperature": 0.9, "top_p": 0.9, "seed": 3}]
 TWO = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny target as the hub would have it: a tokenizer.json, and no GGUF file anywhere."""
-    from wisp.engines.vllm.converting import TOKENIZER, convert
+    from wisp.engines.vllm.converting import convert
+    from wisp.engines.vllm.models import TOKENIZER
 
     folder = tmp_path_factory.mktemp("models") / "tiny-target"
     folder.mkdir()
@@ -39,7 +43,7 @@ def test_a_folder_of_the_hub_split_over_two_workers(fleet: Fleet, folder: Path) 
     server = fleet.serve("--tensor-parallel", "2", target=str(folder), env=TWO)
     one = fleet.serve(engine="llama.cpp")
     edge = fleet.edge(server.url)
-    for parameters in ({}, {"temperature": 0.9, "top_p": 0.9, "seed": 3}):
+    for parameters in WAYS:
         prompt = "Tell me a story about Belomi."
         drafted, plain = ask(edge.url, prompt, **parameters), ask(server.url, prompt, **parameters)
         assert drafted.spec["num_accepted_draft_tokens"] > 0
@@ -62,7 +66,7 @@ def test_replicas_of_it_behind_a_front(fleet: Fleet, folder: Path) -> None:
     front = fleet.serve(*flags, target=str(folder), ready=False)
     eventually(lambda: front.health() == 200, START_S)
     edge = fleet.edge(front.url)
-    for parameters in ({}, {"temperature": 0.9, "top_p": 0.9, "seed": 3}):
+    for parameters in WAYS:
         prompt = "Tell me a story about Belomi."
         drafted, thin = ask(edge.url, prompt, **parameters), ask(front.url, prompt, **parameters)
         assert drafted.spec["num_accepted_draft_tokens"] > 0

@@ -8,7 +8,8 @@ import msgspec
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from harness import Fleet, Peer, Process, eventually, opening
+from harness import Fleet, Peer, Process, opening
+from waiting import eventually
 from wisp.core.protocol.messages import MAX_FRAME, VERSION, Cancel, Draft, Hello, Message, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.engines.null import N_VOCAB, null_token

@@ -23,8 +23,9 @@ import numpy as np
 
 from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Grammar
-from wisp.core.protocol.edits import Bits
+from wisp.core.protocol.edits import Bits, Matcher
 from wisp.engines.base import Tokenizer
+from wisp.engines.forced_tokens import ForcedTokens
 
 # What a grammar may cost: the largest that fits its 64 KiB takes 2 to 4 s of a core to compile and 40 MB, a mask 15 ms.
 LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 30_000, "max_lexer_states": 20_000}
@@ -90,15 +91,23 @@ class Grammars:
         with self._lock:
             return grammar in self._by_key.get(key, ())
 
-    def matcher(self, grammar: Grammar) -> GrammarMatcher:
+    def matcher(self, grammar: Grammar) -> Matcher:
         """A matcher at the beginning of the grammar. Raises GrammarError."""
+        if grammar.kind == "tokens":
+            return self._forced(grammar)
         with self._lock:
             known = next((kept[grammar] for kept in self._by_key.values() if grammar in kept), None)
             fresh = known.deep_copy() if known is not None else None
         vocabulary, ends = self._vocabulary
         return GrammarMatcher(fresh or self._compiled(grammar), vocabulary.vocab_size, ends)
 
+    def _forced(self, grammar: Grammar) -> ForcedTokens:
+        """llguidance names tokens of text, too (`<[123]>`), but loses its place among them when it goes back."""
+        return ForcedTokens(grammar.source, self._tokenizer.n_vocab, self._tokenizer.eos)
+
     def _compiled(self, grammar: Grammar) -> Any:
+        if grammar.kind == "tokens":
+            return self._forced(grammar)
         library = _library()
         if library is None:
             raise GrammarError(MISSING)

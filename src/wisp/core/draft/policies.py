@@ -98,9 +98,6 @@ class Plain:
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
         return Odds(signal.confidence, 0.0)
 
-    def take(self, view: View) -> int:
-        return len(view.unsent)
-
     def serve(self, view: View) -> bool:
         return False
 
