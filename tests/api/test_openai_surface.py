@@ -358,9 +358,8 @@ class Scoring(ScriptedBackend):
                 yield item
             return
         self.asked.append(generation)
-        ids = [
-            int(part.strip("<[]>")) for part in constraints.grammar.source.split() if part.startswith("<[")
-        ]
+        assert constraints.grammar.kind == "tokens"
+        ids = json.loads(constraints.grammar.source)
         assert generation.max_tokens == len(ids)
         item = committed(bytes(ids), "length", top=generation.logprobs)
         yield item

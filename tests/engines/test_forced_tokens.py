@@ -44,3 +44,11 @@ def test_a_draft_is_followed_up_to_its_first_wrong_token() -> None:
 def test_what_is_no_list_of_tokens_is_refused(source: str) -> None:
     with pytest.raises(GrammarError, match="tokens must be"):
         Grammars(PlainTokenizer()).compile(Grammar("tokens", source))
+
+
+@pytest.mark.parametrize("name", ["<[104]>", "<[99999]>", "<[^1]>", "<[*]>", "<[1-5]>"])
+def test_tokens_of_text_cannot_be_named_by_number_in_other_grammars(name: str) -> None:
+    """llguidance takes them, and then has other masks along a draft than one by one."""
+    with pytest.raises(GrammarError, match="control token"):
+        Grammars(PlainTokenizer()).compile(Grammar("lark", f"start: {name}"))
+    Grammars(PlainTokenizer()).compile(Grammar("lark", "start: <[256]>"))

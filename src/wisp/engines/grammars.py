@@ -37,6 +37,7 @@ WHITE_SPACE = r"( |\n{1,2}[ \t]{0,40})"
 MISSING = (
     "grammars need llguidance 1.7.6 or later, which is not installed here: pip install 'llguidance>=1.7.6'"
 )
+_BY_NUMBER = re.compile(r"<\[([^\]\n]*)\]>")
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]+)')
 
 
@@ -101,13 +102,23 @@ class Grammars:
         vocabulary, ends = self._vocabulary
         return GrammarMatcher(fresh or self._compiled(grammar), vocabulary.vocab_size, ends)
 
+    def _check_named(self, source: str) -> None:
+        """Raises GrammarError for tokens of text by number: llguidance loses its place among them on its way back from
+        a draft. Control tokens may be named so."""
+        for inner in _BY_NUMBER.findall(source):
+            n = int(inner) if inner.isdecimal() and len(inner) < 10 else -1
+            if not 0 <= n < self._tokenizer.n_vocab or self._tokenizer.piece(n):
+                raise GrammarError(f"<[{inner[:40]}]>: only a control token can be named by its number")
+
     def _forced(self, grammar: Grammar) -> ForcedTokens:
-        """llguidance names tokens of text, too (`<[123]>`), but loses its place among them when it goes back."""
+        """Not by llguidance: see `_check_named`."""
         return ForcedTokens(grammar.source, self._tokenizer.n_vocab, self._tokenizer.eos)
 
     def _compiled(self, grammar: Grammar) -> Any:
         if grammar.kind == "tokens":
             return self._forced(grammar)
+        if grammar.kind == "lark":
+            self._check_named(grammar.source)
         library = _library()
         if library is None:
             raise GrammarError(MISSING)
