@@ -15,12 +15,12 @@ import msgspec
 
 from wisp.api.answers import answers
 from wisp.api.backend import Backend, Generation, Target
-from wisp.api.formats import finite, spelled
 from wisp.api.output import Entry, Output
 from wisp.api.prepare import Prepared
 from wisp.api.requests import GenerationRequest
 from wisp.api.responses import Json
 from wisp.api.shape import Echo
+from wisp.api.spelling import finite, spelled
 from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import TokenLogprob
