@@ -126,6 +126,16 @@ def test_scores_are_the_same_everywhere_and_those_of_generation(processes: dict[
         assert scored[len(tokens) :] == choice["logprobs"]["token_logprobs"]
 
 
+def test_what_was_cached_of_a_prompt_is_told(processes: dict[str, Process]) -> None:
+    prompt = "A long beginning that nobody has said before: " * 4
+    for kind in ("server", "none"):
+        said = {"prompt": f"{kind}. {prompt}", "max_tokens": 4}
+        used = [post(processes[kind], "/v1/completions", said).json()["usage"] for _ in range(2)]
+        cached = [u["prompt_tokens_details"]["cached_tokens"] for u in used]
+        assert cached == [cached[0], used[1]["prompt_tokens"] - 1]
+        assert cached[0] < used[0]["prompt_tokens"] // 2
+
+
 def test_bad_grammars_are_refused_everywhere_by_the_parameter(processes: dict[str, Process]) -> None:
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {"type": "string"}}}}
     for kind in KINDS:

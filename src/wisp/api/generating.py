@@ -208,4 +208,4 @@ async def _events(
 def _statistics(prepared: Prepared, outputs: list[Output]) -> tuple[Json, Json]:
     """(usage, metrics)"""
     seeds = [g.sampling.seed for g in prepared.generations]
-    return responses.usage(prepared.prompt_tokens, outputs), responses.metrics(seeds, outputs)
+    return responses.usage(prepared.prompt_tokens, outputs, prepared.n), responses.metrics(seeds, outputs)

@@ -102,6 +102,7 @@ class Committed(msgspec.Struct, frozen=True):
     drafted, accepted: tokens of the answered draft, and how many agreed (0, 0 without a draft)
     from_draft:        the first so many of `tokens` came from the draft
     finish:            "" (goes on), "stop" (an end-of-sequence token, the last of `tokens`) or "length"
+    cached:            tokens of the prompt whose KV was there already
     """
 
     tokens: list[int]
@@ -110,3 +111,4 @@ class Committed(msgspec.Struct, frozen=True):
     accepted: int = 0
     from_draft: int = 0
     finish: str = ""
+    cached: int = 0
