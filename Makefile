@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all coverage test-busy test-vllm test-clients test-replicas check format lock check-lossless docs clean \
-	bench bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
+.PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-clients test-replicas check format lock check-lossless docs clean \
+	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
 
 setup: $(VENV)/.ready
 
@@ -27,7 +27,7 @@ test: setup  ## offline, on the tiny pair
 	$(PYTEST) $(SPREAD)
 
 test-all: test  ## then the long and the statistical ones
-	$(PYTEST) $(SPREAD) -m "extended and not ray"
+	$(PYTEST) $(SPREAD) -m "extended and not ray and not ui"
 
 coverage: setup  ## lines and branches of `core` that its tests reach; fewer than pyproject.toml says are an error
 	$(BIN)/coverage run -m pytest tests/core
@@ -35,6 +35,13 @@ coverage: setup  ## lines and branches of `core` that its tests reach; fewer tha
 
 test-busy: setup  ## `make test` three times in a row, on a machine that has four busy loops to run besides
 	$(BIN)/python tests/busy.py --loops 4 --times 3 $(MAKE) test
+
+test-ui: setup $(VENV)/.ui  ## the pages in the system's Chromium, which it does not fetch; makes the pictures of docs/images
+	$(PYTEST) -m ui tests/ui
+
+$(VENV)/.ui: requirements/ui.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/ui.txt
+	@touch $@
 
 test-replicas: setup $(VENV)/.ray  ## several verifiers as Ray actors, killed, drained and scaled
 	$(PYTEST) -m ray
@@ -107,6 +114,9 @@ bench-ahead: setup  ## drafting ahead over a delayed line, beside a replay; minu
 bench: setup  ## every experiment: pages, data and plots, in two processes; `reality` needs the machine to itself
 	$(BENCH) experiments --out docs/results --jobs 2
 
+bench-suite: setup  ## all systems over the suite that decides about scheduling; hours, and it goes on where it stopped
+	$(BENCH) suite --out docs/results --jobs 2
+
 bench-simulator: setup  ## what simulations cost, from ten devices to two thousand
 	$(BENCH) simulator --out docs/results/simulator.json
 
@@ -136,6 +146,7 @@ lock: setup
 	$(BIN)/pip install --quiet uv
 	$(LOCK) -o requirements/base.txt
 	$(LOCK) --extra dev --extra sim -o requirements/dev.txt
+	$(LOCK) --extra ui --constraint requirements/dev.txt -o requirements/ui.txt
 	$(LOCK) --extra ray --constraint requirements/dev.txt -o requirements/ray.txt
 	$(PIN) requirements/docs.in -o requirements/docs.txt
 	$(PIN) requirements/clients.in -o requirements/clients.txt

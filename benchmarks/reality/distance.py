@@ -75,7 +75,6 @@ class PacedDraft:
         sampling: Sampling,
         edit: Edit | None = None,
     ) -> Proposal | None:
-        """See DraftEngine.propose."""
         due = time.monotonic() + self._draft_s
         proposal = self._engine.propose(session, context, position, sampling, edit)
         time.sleep(max(0.0, due - time.monotonic()))

@@ -118,7 +118,7 @@ class Recorder:
         self.records.append(record)
 
 
-def committed(text: str | bytes, finish: str = "", *, top: int | None = None, **spec: int) -> Committed:
+def committed(text: str | bytes, finish: str = "", *, top: int | None = None, **spec: Any) -> Committed:
     """The bytes of `text` as tokens; an end-of-sequence token after them where `finish` is "stop".
 
     With `top`, each token has the log probability -0.5, and that many alternatives, the control token first.

@@ -21,10 +21,7 @@ from wisp.core.errors import ConfigError, RequestError
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 FLAT: Any = {"type": "function", **TOOL["function"]}  # type: ignore[dict-item]
-ANTHROPIC_TOOL: Any = {
-    "name": "f",
-    "input_schema": {"type": "object", "properties": {"x": {"type": "integer"}}},
-}
+ANTHROPIC_TOOL = {"name": "f", "input_schema": {"type": "object", "properties": {"x": {"type": "integer"}}}}
 
 
 @pytest.fixture

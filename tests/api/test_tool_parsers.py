@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import random
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from wisp.api.tools.events import Call, Event, Reasoning, Text, Tool
 from wisp.api.tools.families import PARSERS, family_of
+from wisp.api.tools.markup import Markup
 
 TOOLS = {
     "f": Tool(
@@ -206,19 +208,12 @@ def test_without_tools_nothing_is_a_call() -> None:
 
 def test_a_long_call_in_small_pieces_takes_no_quadratic_time() -> None:
     text = json.dumps({"name": "f", "arguments": {"s": "x" * 400_000}})
-    parser: Any = PARSERS["hermes"](TOOLS)
-    reads = 0
-
-    def counted(text: str, ended: bool) -> tuple[list[Call], int]:
-        nonlocal reads
-        reads += 1
-        found: tuple[list[Call], int] = type(parser).call(parser, text, ended)
-        return found
-
-    parser.call = counted
+    parser = PARSERS["hermes"](TOOLS)
+    assert isinstance(parser, Markup)
     pieces = [f"<tool_call>{text}</tool_call>"[i : i + 40] for i in range(0, len(text) + 23, 40)]
-    assert len([e for piece in pieces for e in parser.feed(piece)]) == 1
-    assert reads < 10
+    with patch.object(parser, "call", wraps=parser.call) as call:
+        assert len([e for piece in pieces for e in parser.feed(piece)]) == 1
+    assert call.call_count < 10
 
 
 def test_a_long_call_full_of_ends_takes_no_quadratic_time_either() -> None:
@@ -228,18 +223,14 @@ def test_a_long_call_full_of_ends_takes_no_quadratic_time_either() -> None:
         ("qwen-xml", "<tool_call>\n<function=f>\n<parameter=s>\n", "</function>"),
         ("glm", "<tool_call>f\n<arg_key>s</arg_key>\n<arg_value>", "</arg_value><arg_key></tool_call>"),
     ):
-        parser: Any = PARSERS[family](TOOLS)
-        sizes: list[int] = []
-        call = parser.call
-
-        def counted(text: str, ended: bool, call: Any = call, sizes: list[int] = sizes) -> Any:
-            sizes.append(len(text))
-            return call(text, ended)
-
-        parser.call = counted
-        for _ in range(60_000 // len(part)):
-            parser.feed(part if sizes else head + part)
-        assert sum(s for s in sizes if s > parser.long) < 20 * 60_000, family
+        parser = PARSERS[family](TOOLS)
+        assert isinstance(parser, Markup)
+        with patch.object(parser, "call", wraps=parser.call) as call:
+            parser.feed(head + part)
+            for _ in range(60_000 // len(part)):
+                parser.feed(part)
+        sizes = [len(seen.args[0]) for seen in call.call_args_list]
+        assert sum(size for size in sizes if size > parser.long) < 20 * 60_000, family
 
 
 @pytest.mark.parametrize(

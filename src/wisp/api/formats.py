@@ -40,21 +40,25 @@ class ResponseFormat(Shape):
             self._choice(i, self._full(i, deltas), self._all_logprobs(i, deltas), deltas[-1].finish)
             for i, deltas in enumerate(choices)
         ]
-        return self._object(self.whole_object, found) | {"usage": usage, "metrics": metrics}
+        whole = self._object(self.whole_object, found) | {"usage": usage, "metrics": metrics}
+        return whole | told_of(choices)
 
     def opening(self) -> list[Json]:
         return []
 
     def chunk(self, index: int, delta: Delta) -> list[Json]:
         parts = self._parts(index, delta)
-        if not parts and not delta.entries:
+        if not parts and not delta.entries and not delta.told:
             return []
         logprobs = [self._log_probabilities(delta.entries)] + [self._log_probabilities([])] * len(parts)
         contents = parts or [self._nothing()]
-        return [
+        chunks = [
             self._chunk([self._choice(index, content, log, None)])
             for content, log in zip(contents, logprobs, strict=False)
         ]
+        if delta.told:
+            chunks[0]["wisp"] = delta.told
+        return chunks
 
     def finished(self, index: int, finish: str) -> list[Json]:
         """The chunk with a choice's finish reason."""
@@ -221,6 +225,15 @@ class CompletionFormat(ResponseFormat):
 
     def _name(self, token: int) -> str:
         return spelled(self._tokenizer, token)
+
+
+def told_of(choices: Sequence[Sequence[Delta]]) -> Json:
+    """The field `wisp` of a whole answer: origins and rounds, in the order of choices, where they were asked for."""
+    told = [delta.told for deltas in choices for delta in deltas if delta.told]
+    if not told:
+        return {}
+    rounds = [t["round"] for t in told if t["round"] is not None]
+    return {"wisp": {"tokens": [token for t in told for token in t["tokens"]], "rounds": rounds}}
 
 
 def tool_call(call: Call) -> Json:

@@ -174,7 +174,13 @@ def _output(ask: GenerationRequest, prepared: Prepared, target: Target) -> Outpu
     reader = Reader(prepared.reading) if prepared.reading is not None else None
     # Who reads the log probabilities of a prompt counts on one more for each token that was asked for
     return Output(
-        target.tokenizer, ask.stop, ask.logprobs is not None, ask.min_tokens, reader, with_end=ask.echo
+        target.tokenizer,
+        ask.stop,
+        ask.logprobs is not None,
+        ask.min_tokens,
+        reader,
+        with_end=ask.echo,
+        rounds=ask.extras.rounds,
     )
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 from wisp.api.backend import Committed
+from wisp.api.origins import Origins, origin, told
 from wisp.api.reader import Reader
 from wisp.api.text import TextStream
 from wisp.api.tools.events import Event
@@ -32,13 +34,14 @@ class Delta(msgspec.Struct, frozen=True):
     """What became certain: text, the tokens that it begins in (if log probabilities were asked for), the end.
 
     finish: "" (goes on), "stop", "length" or "tool_calls". events: what a chat's client gets, if the answer is read;
-    `text` is empty then.
+    `text` is empty then. told: origins and round, where they were asked for.
     """
 
     text: str
     entries: list[Entry]
     finish: str
     events: list[Event] = []
+    told: dict[str, Any] = {}
 
 
 class Output:
@@ -56,6 +59,7 @@ class Output:
         reader: Reader | None = None,
         *,
         with_end: bool = False,
+        rounds: bool = False,
     ) -> None:
         piece = tokenizer.piece if reader is None else functools.partial(reader.piece, tokenizer)
         self._text = TextStream(piece, stop, min_tokens)
@@ -63,6 +67,7 @@ class Output:
         self._logprobs = logprobs
         self._with_end = with_end
         self._waiting: list[Entry] = []
+        self._origins = Origins() if rounds else None
         self.tokens = 0
         self.shown_draft = 0
         self.spec = SpecStats()
@@ -87,25 +92,35 @@ class Output:
         if self.finish and not self._text.stopped:
             self._text.end()
             self.finish = "stop" if self._text.stopped else item.finish
+        text, events = self._take(), []
         if self._reader is not None:
-            return self._read(self._reader)
+            text, events = "", self._read(self._reader, text)
+        tell = {}
+        if self._origins is not None:
+            tell = told(item, self._origins.take(last=bool(self.finish)))
+        return Delta(text, self._certain_entries(), self.finish, events, tell)
+
+    def _take(self) -> str:
+        """The text that has become certain."""
         text = self._text.take()
-        return Delta(text, self._certain_entries(), self.finish)
+        if self._origins is not None:
+            self._origins.show(text)
+        return text
 
     @property
     def stop_string(self) -> str:
         """The stop string that ended it, "" for none."""
         return self._text.found
 
-    def _read(self, reader: Reader) -> Delta:
-        reader.feed(self._text.take())
+    def _read(self, reader: Reader, text: str) -> list[Event]:
+        reader.feed(text)
         if reader.done:
             self.finish = "stop"
         if self.finish:
             reader.end(cut=self.finish == "length")
             if reader.called and self.finish == "stop":
                 self.finish = "tool_calls"
-        return Delta("", self._certain_entries(), self.finish, reader.take())
+        return reader.take()
 
     def _push(self, item: Committed) -> int:
         """Push tokens up to the end or a stop string; how many count. The end-of-sequence token has no text."""
@@ -114,6 +129,8 @@ class Output:
             stopped = self._text.push(item.tokens[i])
             if self._logprobs:
                 self._waiting.append(Entry(item.logprobs[i], self._text.offsets[-1]))
+            if self._origins is not None:
+                self._origins.push(item.tokens[i], origin(item, i), self._text.offsets[-1])
             if stopped or (self._reader is not None and self._read_on(self._reader)):
                 return i + 1
         if self._logprobs and self._with_end and shown < len(item.tokens):
@@ -122,7 +139,7 @@ class Output:
 
     def _read_on(self, reader: Reader) -> bool:
         """Is the answer complete with this token? Taken one by one, what counts does not depend on their groups."""
-        reader.feed(self._text.take())
+        reader.feed(self._take())
         return reader.done
 
     def _certain_entries(self) -> list[Entry]:

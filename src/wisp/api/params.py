@@ -114,6 +114,7 @@ class Common(msgspec.Struct, kw_only=True):
     grammar: str | None = None
     ebnf: str | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    wisp: Json | None = None  # `api.extras`
 
 
 class Chat(Common, kw_only=True):

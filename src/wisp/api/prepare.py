@@ -79,6 +79,7 @@ def prepare(
             digest=target.digest,
             request_id=request_id,
             key=key,
+            extras=ask.extras,
         )
         for prompt, max_tokens in ((p, _max_tokens(ask, len(p), target.context)) for p in prompts)
         for i in range(ask.n)

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from wisp.api.extras import Extras, parse_extras
 from wisp.api.fields import Fields, refuse
 from wisp.api.messages import Message, parse_messages
 from wisp.api.params import (
@@ -77,6 +78,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     slo: Slo | None = None
     slo_class: str = ""
     echoed: dict[str, Any] = {}
+    extras: Extras = Extras()
 
 
 def parse_chat(
@@ -153,6 +155,7 @@ def _common(params: Common, headers: Mapping[str, str], classes: SloClasses) -> 
         "bad_words": tuple(word for word in params.bad_words or () if word.strip()),
         "slo": parse_slo(headers, classes),
         "slo_class": headers.get("x-slo-class") or "",
+        "extras": parse_extras(params.wisp),
     }
 
 

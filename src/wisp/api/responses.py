@@ -1,7 +1,7 @@
 """OpenAI's response objects, as plain dicts: what all answers have in common (`api.formats` has their shapes).
 
 Extensions: `metrics.speculative_decoding`, in the shape that vLLM has it, and `metrics.seed`, with which the same
-request gives the same text again.
+request gives the same text again; `wisp`, where it was asked for (`api.extras`).
 """
 
 from __future__ import annotations

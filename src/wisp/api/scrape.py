@@ -6,9 +6,9 @@ are keys, a key that may manage replicas sees all of them, any other its own, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
@@ -20,10 +20,21 @@ from wisp.api.keys import Keyring
 from wisp.core.errors import RequestError
 
 
-def add_gauges(registry: CollectorRegistry, gauges: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
-    """Gauges by name, each with what it says and how it is read when asked."""
-    for name, (text, read) in gauges.items():
-        Gauge(f"wisp:{name}", text, registry=registry).set_function(read)
+class Registry(CollectorRegistry):
+    """A registry that makes its metrics, with our prefix before their names."""
+
+    def counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"wisp:{name}", text, labels, registry=self)
+
+    def histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(f"wisp:{name}", text, labels, buckets=buckets, registry=self)
+
+    def gauge(self, name: str, text: str, read: Callable[[], float] | None = None) -> Gauge:
+        """`read`: called whenever the value is asked for."""
+        gauge = Gauge(f"wisp:{name}", text, registry=self)
+        if read is not None:
+            gauge.set_function(read)
+        return gauge
 
 
 def scraped(request: Request, registry: CollectorRegistry, model: str, keys: Keyring) -> Response:

@@ -1,4 +1,4 @@
-"""Server-sent events, and the end of work for a client that has left.
+"""Server-sent events; a client that disconnects ends the work for it.
 
 A response runs in one task, next to another that waits for the client to disconnect; whichever ends first
 ends the other. Cancelling the response closes the generation it reads from.

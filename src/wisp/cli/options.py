@@ -12,9 +12,8 @@ from wisp.cli.renamed import today
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never download anything.")]
-MOST_THREADS = 4 * (
-    os.cpu_count() or 1
-)  # beyond this they only wait for each other; llama.cpp ends with SIGSEGV at some point
+# Beyond this they only wait for each other; llama.cpp ends with SIGSEGV at some point.
+MOST_THREADS = 4 * (os.cpu_count() or 1)
 Threads = Annotated[
     int | None, typer.Option(help="Threads of the engine (default: one per core).", min=1, max=MOST_THREADS)
 ]
@@ -67,7 +66,7 @@ Limit = Annotated[int, typer.Option(help="Generations per cell of the grid.", mi
 Rate = Annotated[
     float | None, typer.Option(help="Tokens per second that users expect (default: the scenario's).", min=0.1)
 ]
-SYSTEMS = "wisp, paper, central, sled, sled-confidence or central-speculative"
+SYSTEMS = "wisp, paper, central, central-wisp, sled, sled-confidence or central-speculative"
 SYSTEM_HELP = f"{SYSTEMS}; with changes: wisp,ahead=no,drafting=fixed:4 (docs/simulator.md lists them)."
 System = Annotated[str, typer.Option("--system", "--policy", help=SYSTEM_HELP, callback=today)]
 Seed = Annotated[

@@ -185,14 +185,14 @@ def serve(
         return
     if gpus_per_replica:
         raise ConfigError("--gpus-per-replica goes with --launcher ray")
-    cloud = ServerApp(settings, keys, lambda: load_target(target, **of_engine, written=written))
+    server = ServerApp(settings, keys, lambda: load_target(target, **of_engine, written=written))
 
     async def run() -> None:
         await run_app(
-            cloud.asgi, listen, cloud.drain, cloud.ended, keyed=bool(keys), loading=lambda: cloud.loading
+            server.asgi, listen, server.drain, server.ended, keyed=bool(keys), loading=lambda: server.loading
         )
-        if cloud.failed is not None:
-            raise cloud.failed
+        if server.failed is not None:
+            raise server.failed
 
     with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
         runner.run(run())

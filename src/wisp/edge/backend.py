@@ -30,6 +30,7 @@ from wisp.core.errors import ProtocolError, RequestError, UnavailableError
 from wisp.core.protocol.messages import Cancel, Message, Refused, Verdict, Welcome
 from wisp.core.protocol.sampling import Sampling
 from wisp.edge.link import FromLink, Listener, Lost, Redirects
+from wisp.edge.rounds import RoundLog
 from wisp.engines.base import DraftEngine, Proposal, Tokenizer
 from wisp.engines.constrained_draft import ConstrainedDraft
 from wisp.engines.grammars import Grammars, available
@@ -84,6 +85,9 @@ class EdgeBackend:
         self.ahead = ahead
         self.times = RoundTimes()  # of the last session; the next one starts from them
         self.sessions = 0  # live ones
+        self.why = (
+            "" if drafter is not None else "no_drafter"
+        )  # the last session did not draft (`edge.rounds`)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draft")
 
     @property
@@ -131,7 +135,6 @@ class EdgeBackend:
             self._thread.submit(self.drafter.forget, session)
 
     def close(self) -> None:
-        """End the draft thread and free the engine."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         if self.drafter is not None:
             self.drafter.close()
@@ -152,13 +155,16 @@ class _Session:
         # Address, event, and time of arrival (ms)
         self.events: asyncio.Queue[tuple[str | None, FromLink, float]] = asyncio.Queue()
         self.times = backend.times.successor()
+        off = "no_drafter" if backend.drafter is None else "" if generation.extras.draft else "switched_off"
+        self.rounds = RoundLog(_now_ms(), self.times, off=off)
+        self.may_draft = not off
         self.warm: asyncio.Task[object] | None = None
 
     async def run(self) -> AsyncIterator[Committed]:
         welcome = await self.home.connected()
         g = self.generation
         backend = self.backend
-        policy = backend.policies.make(g.sampling.temperature) if backend.drafter is not None else None
+        policy = backend.policies.make(g.sampling.temperature) if self.may_draft else None
         ahead = backend.ahead if policy is not None else None
         drafter = Drafter(self.id, g, policy, frozenset(welcome.eos), ahead=ahead, times=self.times)
         self._move(HOME, self.home)
@@ -171,10 +177,11 @@ class _Session:
                 for action in actions:
                     if isinstance(action, Committed):
                         self.finished = bool(action.finish)
-                        yield action
+                        yield self.rounds.told(action) if g.extras.rounds else action
                     elif isinstance(action, Reopen):
                         self._reopen(action.after_s)
                     else:
+                        self.rounds.sent(_now_ms(), action)
                         self._send(self.itinerary.say(action))
                 if drafter.phase is Phase.DONE:
                     return
@@ -189,6 +196,7 @@ class _Session:
                 self.drafts, drafter.context(), drafter.position, self.generation.sampling
             )
             now = _now_ms()
+            self.rounds.proposed(now - started, dry=proposal is None)
             if proposal is None:
                 return drafter.proposed(now, None, Signal(), now - started)
             return drafter.proposed(now, proposal.token, proposal.signal, now - started, proposal.then)
@@ -197,6 +205,7 @@ class _Session:
         if isinstance(step, Go):
             step = self._follow(step.address)
         if isinstance(step, Verdict):
+            self.rounds.verdict(arrived, step, drafter)
             try:
                 return drafter.verdict(_now_ms(), step, arrived)
             except ProtocolError as error:
@@ -237,7 +246,6 @@ class _Session:
         return self.itinerary.heard(where, event, now_s)
 
     def _follow(self, address: str) -> Step:
-        """Listen to the verifier that the router named."""
         try:
             link = self.home.redirects.link(address)
         except ProtocolError as error:
@@ -280,6 +288,8 @@ class _Session:
         self.backend.forget(self.drafts)
         self.backend.sessions -= 1
         self.backend.times = self.times
+        if self.rounds.why != "switched_off":
+            self.backend.why = self.rounds.why
 
 
 def _now_ms() -> float:

@@ -67,11 +67,9 @@ class TargetEngine(Protocol):
 
         Raises EngineError if the step failed as a whole; then every slot is to be taken as empty.
         """
-        ...
 
     def copy(self, copy: Copy) -> None:
         """Carry out a copy between slots. Called before `run`, in the order of the step."""
-        ...
 
     def close(self) -> None: ...
 
@@ -107,11 +105,9 @@ class DraftEngine(Protocol):
         propose" (an n-gram drafter without a match).
         Sessions share KV only if their names are alike up to the last "/" (see `messages.Open`, salt).
         """
-        ...
 
     def forget(self, session: str) -> None:
         """The session is over; its KV may be reused."""
-        ...
 
     def close(self) -> None: ...
 
@@ -122,7 +118,6 @@ class Tokenizer(Protocol):
     @property
     def fingerprint(self) -> str:
         """Hash of id -> bytes over real tokens (`core.protocol.messages.vocabulary_fingerprint`)."""
-        ...
 
     @property
     def n_vocab(self) -> int: ...
@@ -142,7 +137,6 @@ class Tokenizer(Protocol):
     @property
     def controls(self) -> frozenset[str]:
         """The texts of control tokens."""
-        ...
 
     def encode(
         self,
@@ -159,16 +153,12 @@ class Tokenizer(Protocol):
         does not begin with it. parse_special: the text of control tokens is read as those tokens, but not where
         one of its characters has a stand-in (`engines.special`). `check` is called every now and then.
         """
-        ...
 
     def fewest(self, text: str) -> int:
         """A number of tokens that `text` has at least, found at next to no cost."""
-        ...
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token; b"" for control tokens, which are never shown."""
-        ...
 
     def blob(self) -> bytes:
         """A self-contained file from which an edge can build the same tokenizer."""
-        ...

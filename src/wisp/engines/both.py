@@ -30,18 +30,15 @@ class NgramThenModel:
         sampling: Sampling,
         edit: Edit | None = None,
     ) -> Proposal | None:
-        """See DraftEngine.propose."""
         known = self.ngram.propose(session, context, position, sampling, edit)
         if known is not None and known.signal.confidence >= SURE:
             return known
         return self.model.propose(session, context, position, sampling, edit)
 
     def forget(self, session: str) -> None:
-        """Both forget."""
         self.ngram.forget(session)
         self.model.forget(session)
 
     def close(self) -> None:
-        """Both close."""
         self.ngram.close()
         self.model.close()

@@ -43,9 +43,7 @@ def read_predictor(path: Path | None = None) -> Predictor:
 
 def served_name(name: str) -> str:
     """What clients call the model: the catalogue's name, or the file's without its ending."""
-    name = name.encode(
-        "utf-8", "replace"
-    ).decode()  # the name of a file may be no UTF-8, which cannot be sent
+    name = name.encode("utf-8", "replace").decode()  # a file's name may be no UTF-8, which cannot be sent
     return Path(name.removeprefix("hf:")).name.removesuffix(".gguf").removesuffix(".toml")
 
 

@@ -1,4 +1,4 @@
-"""An accelerator that is not there: a target engine whose steps take the time that a hardware profile says.
+"""An emulated accelerator: a target engine whose steps take the time that a hardware profile says.
 
 The server cannot tell it from a real engine: slots, KV, threads and time are real; only the arithmetic is missing. A
 step's time comes from first principles, not from the estimator's own formula, so that an estimator has something to

@@ -1,5 +1,4 @@
-"""An engine's digest: one word for all that decides its text. Where two are equal, one may go on where the other
-stopped.
+"""An engine's digest: a hash of all that decides its text. Engines with equal digests can continue each other's texts.
 
 Weights are sampled, not read: a file's size, its first 16 MiB (a GGUF's metadata and table of tensors, then the first
 of them), and 256 blocks spread evenly over the rest, the very end included. Another training or quantisation changes

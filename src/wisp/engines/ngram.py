@@ -28,9 +28,8 @@ class _History:
     def __init__(self, sizes: range) -> None:
         self.tokens: list[int] = []
         self._sizes = sizes
-        self._ends: dict[Gram, list[int]] = defaultdict(
-            list
-        )  # ascending indices of the token after the n-gram
+        # Ascending indices of the token after each n-gram
+        self._ends: dict[Gram, list[int]] = defaultdict(list)
 
     def sync(self, context: Sequence[int]) -> None:
         """Make `context` the history, at the cost of what changed since the last call."""

@@ -1,5 +1,4 @@
-"""What engines refuse: slices and copies that do not fit what their slots hold, and models that compute nothing. In
-words, the same of all engines."""
+"""Checks shared by all engines: slices and copies must fit what their slots hold, and logits must be numbers."""
 
 from __future__ import annotations
 

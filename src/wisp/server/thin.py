@@ -34,22 +34,18 @@ class ThinBackend:
 
     @property
     def context(self) -> int:
-        """Of the model served here."""
         return self._target.context
 
     async def target(self) -> Target:
-        """The model served here."""
         return self._target
 
     def admit(self, key: str) -> None:
-        """See `Backend.admit`."""
         try:
             self.host.admit(key)
         except Refusal as refusal:
             raise busy_error(refusal.code, str(refusal), refusal.retry_after) from None
 
     async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
-        """Stream the target's tokens."""
         host = self.host
         if host.draining:
             raise UnavailableError("this server is shutting down", retry_after=2.0)

@@ -217,7 +217,6 @@ class CaseMaker:
         return self.rng.randint(self.scale.shortest, self.scale.longest)
 
     def _former(self, batching: str) -> Case | None:
-        """A recent case to continue."""
         room = self.scale.slot_tokens - self.scale.length - len(self.next_turn) - 1
         recent = [
             c

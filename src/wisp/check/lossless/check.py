@@ -164,7 +164,6 @@ class Bench:
         self.judge = Judge(self.reference, self.tokenizer.piece, self.info.flip_gap)
 
     def close(self) -> None:
-        """Free the models."""
         self.drafts.close()
         self.engine.close()
 
@@ -181,7 +180,6 @@ def _models(pair: str) -> tuple[str, str]:
 
 
 def check(bench: Bench, *, mode: str, cases: int, seed: int, tell: Tell = lambda *_: None) -> Report:
-    """Run it all."""
     started = time.perf_counter()
     report = Report(bench.pair, bench.info.mode, seed, flip_gap=bench.info.flip_gap)
     if bench.info.mode != mode:

@@ -89,6 +89,5 @@ class Drafts:
         return Chosen(*choices[kind]) if kind in choices else None
 
     def close(self) -> None:
-        """Free the shared engines."""
         for engine in self.shared.values():
             engine.close()

@@ -51,7 +51,6 @@ class ChaosLink:
         self._free = [0.0, 0.0]  # when the last frame sent arrives: up, down
 
     def connect(self, connection: int) -> None:
-        """Up again: sessions open again."""
         self.connection = connection
         self._open_at_server.add(connection)
         self._free = [0.0, 0.0]
@@ -59,7 +58,6 @@ class ChaosLink:
             session.connect()
 
     def send(self, message: Message) -> None:
-        """Towards the verifier."""
         connection, server, frame = self.connection, self.server, encode(message)
         if connection:
             self._in_order(0, lambda: self._arrive(connection, server, frame))
@@ -149,7 +147,6 @@ class ChaosSession:
     # --- the drafter's events
 
     def connect(self) -> None:
-        """The link is up."""
         if not self.over and self.drafter.phase is not Phase.DONE:
             self._carry_out(self.drafter.connected(self._now_ms, MAX_DRAFT))
 
@@ -158,17 +155,14 @@ class ChaosSession:
         return self.clock.now * 1e3
 
     def lost(self) -> None:
-        """The link is down."""
         self.drafter.lost()
 
     def cancel(self) -> None:
-        """The user goes away."""
         self.link.send(Cancel(self.id))
         self.counts["cancelled"] += 1
         self._end("", whole=False)
 
     def hear(self, message: Verdict | Refused) -> None:
-        """A message from the verifier."""
         try:
             if isinstance(message, Verdict):
                 self._count(message)

@@ -71,23 +71,18 @@ class DraftingPolicy(Protocol):
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
         """The odds that the token just proposed is accepted, given that those before it (with `p`) are."""
-        ...
 
     def more(self, view: View) -> bool:
         """Draft another token before sending?"""
-        ...
 
     def take(self, view: View) -> int:
         """How many of the unsent tokens to send, at most."""
-        ...
 
     def serve(self, view: View) -> bool:
         """Is it better to let the verifier decode by itself?"""
-        ...
 
     def observe(self, odds: Sequence[Odds], accepted: int) -> None:
         """Of the tokens with these odds the first `accepted` agreed; the next, if any, did not."""
-        ...
 
 
 class Plain:

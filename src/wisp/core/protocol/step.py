@@ -96,12 +96,38 @@ class Copy(msgspec.Struct, frozen=True, array_like=True):
     tokens: int
 
 
+class Round(msgspec.Struct, frozen=True):
+    """What a round took on its edge, in milliseconds.
+
+    at_ms:     when its verdict was heard, since the session began
+    draft_ms:  draft steps of the tokens that were sent. ahead: they ran while an earlier draft was in flight
+    flight_ms: on the way there and back
+    queue_ms, verify_ms: in the verifier's queue and engine
+    steps:     draft steps since the round before, unused ones included
+    price:     of a draft token, as of this verdict
+    why:       why nothing was drafted ("": something was, or it was not its turn), a key of `edge.rounds.WHY`
+    """
+
+    at_ms: float
+    draft_ms: float
+    flight_ms: float
+    queue_ms: float
+    verify_ms: float
+    drafted: int
+    accepted: int
+    steps: int = 0
+    ahead: bool = False
+    price: float = 0.0
+    why: str = ""
+
+
 class Committed(msgspec.Struct, frozen=True):
     """New tokens of a session's output, in order.
 
     drafted, accepted: tokens of the answered draft, and how many agreed (0, 0 without a draft)
     from_draft:        the first so many of `tokens` came from the draft
     finish:            "" (goes on), "stop" (an end-of-sequence token, the last of `tokens`) or "length"
+    round:             the round that committed them, where somebody asked to see rounds
     cached:            tokens of the prompt whose KV was there already
     """
 
@@ -111,4 +137,5 @@ class Committed(msgspec.Struct, frozen=True):
     accepted: int = 0
     from_draft: int = 0
     finish: str = ""
+    round: Round | None = None
     cached: int = 0

@@ -125,7 +125,6 @@ class Parameters(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, key: str, open_: Open) -> Parameters:
-        """The parameters in an Open."""
         return cls(open_.sampling, open_.max_tokens, open_.ignore_eos, (key, open_.salt))
 
 
@@ -195,7 +194,6 @@ class Progress:
 
     @property
     def committed(self) -> int:
-        """Generated tokens so far."""
         return len(self.chain) - self.n_prompt
 
     def append(self, tokens: list[int], logprobs: list[TokenLogprob]) -> None:
@@ -207,7 +205,6 @@ class Progress:
             self.entries += logprobs[: len(tokens)]
 
     def tokens_from(self, base: int) -> list[int]:
-        """Generated tokens from `base` on."""
         return self.chain[self.n_prompt + base :].tolist()
 
     def entries_from(self, base: int) -> list[TokenLogprob]:
@@ -293,7 +290,6 @@ class Speed:
         return (1.0 - missed) / (1.0 - a)
 
     def verified(self, now: float, n_draft: int, accepted: int) -> None:
-        """A step verified `n_draft` draft tokens."""
         self.answered_at = now
         acceptance = self.acceptance
         for i in range(min(accepted + 1, n_draft)):
@@ -301,7 +297,6 @@ class Speed:
         self.acceptance = acceptance
 
     def committed(self, tokens: int) -> None:
-        """A round committed `tokens`."""
         self.round_tokens += ROUND_TOKENS_RATE * (tokens - self.round_tokens)
 
 
@@ -343,7 +338,6 @@ class Session:
 
     @property
     def n_committed(self) -> int:
-        """Generated tokens so far."""
         return self.progress.committed
 
     @property
@@ -382,7 +376,6 @@ class Session:
         self.candidate = None
 
     def verified(self, now: float, n_draft: int, accepted: int) -> None:
-        """A step has committed tokens of this session."""
         if now < self.targets.first_at:
             self.targets.first_at = now
         self.speed.verified(now, n_draft, accepted)

@@ -80,7 +80,6 @@ class Verifier:
 
     @property
     def running(self) -> bool:
-        """Is a step in the engine?"""
         return self._step is not None
 
     @property
@@ -89,7 +88,6 @@ class Verifier:
         return sum(s.slot is None for s in self.index.ready.values())
 
     def knows(self, session_id: str) -> bool:
-        """Is there a live session of this id?"""
         return session_id in self._by_id
 
     def kept_places(self, now: float) -> int:
@@ -463,7 +461,6 @@ class Verifier:
             self.index.put(s)
 
     def _next(self, now: float, s: Session, actions: list[Action]) -> None:
-        """Take up the draft that arrived during the step."""
         draft, s.round.inbox = s.round.inbox, None
         if draft is not None and s.state in (READY, WAITING):
             answer = self._take(now, s, draft.round, draft.base, draft.tokens)
