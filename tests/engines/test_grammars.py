@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Grammar
 from wisp.core.protocol.edits import Bits
 from wisp.engines.base import Tokenizer
-from wisp.engines.grammars import Grammars
+from wisp.engines.grammars import LIMITS, Grammars
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 from wisp.engines.plain import PlainTokenizer
 
@@ -77,24 +76,24 @@ def test_every_kind(grammars: Grammars) -> None:
         assert says(grammars.matcher(grammar).masks([], [])[0]) == begin
 
 
-bounded = pytest.mark.skipif(
-    version("llguidance").startswith("1.7"),
-    reason="llguidance 1.7, which vLLM 0.32 wants, repeats white space",
-)
-
-
-@bounded
-def test_white_space_in_json_has_an_end(grammars: Grammars) -> None:
+def test_json_has_the_white_space_that_python_writes_and_no_more(grammars: Grammars) -> None:
     matcher = grammars.matcher(PERSON)
-    assert b" " not in says(matcher.masks(b"{ ", b"")[0])
-    assert says(matcher.masks(b"{\n\n" + b" " * 40, b"")[0]) == b'"'
+    text = json.dumps({"name": "M", "age": 3}).encode()
+    masks = matcher.masks(b"", text)
+    assert len(masks) == len(text) + 1
+    forced = bytes(t for t, m in zip(text, masks, strict=False) if len(ids(m)) == 1)
+    assert forced == b'{"name": ", "age": '  # with the first quote of the value, and without its second
+    assert b" " not in says(matcher.masks(b'{"name": ', b"")[0])
 
 
-@bounded
-def test_properties_come_in_their_order_and_forced_bytes_are_single(grammars: Grammars) -> None:
-    matcher = grammars.matcher(PERSON)
-    forced = [len(ids(m)) == 1 for m in matcher.masks(b'{"', b'name" ')]
-    assert forced == [True] * 5 + [False, True]  # white space or a colon, then only the colon
+def test_a_schema_can_ask_for_white_space_of_its_own(grammars: Grammars) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"const": 1}},
+        "x-guidance": {"whitespace_flexible": True},
+    }
+    matcher = grammars.matcher(Grammar("json_schema", json.dumps(schema)))
+    assert {*b" \n\t"} <= set(says(matcher.masks(b"{", b"")[0]))
 
 
 @pytest.mark.parametrize(
@@ -193,3 +192,28 @@ def test_a_device_without_the_library_says_so(monkeypatch: pytest.MonkeyPatch) -
     vocabulary: Tokenizer = PlainTokenizer()
     with pytest.raises(GrammarError, match="pip install"):
         Grammars(vocabulary).compile(PERSON)
+    with pytest.raises(GrammarError, match="pip install"):
+        Grammars(vocabulary).matcher(PERSON)
+
+
+def test_a_grammar_that_exceeds_a_limit_is_over_for_all_of_its_sessions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What matchers share is wrong from then on."""
+    wide = Grammar("regex", "(" + "|".join(f"a{i}.*b{i}" for i in range(200)) + ")")
+    monkeypatch.setitem(LIMITS, "step_lexer_fuel", 20)
+    grammars = Grammars(PlainTokenizer())
+    grammars.compile(wide, "mine")
+    first, second = grammars.matcher(wide), grammars.matcher(wide)
+    assert says(second.masks(b"", b"")[0]) == b"a"
+    for _ in range(2):
+        with pytest.raises(GrammarError, match="too much work"):
+            first.masks(b"a1zzzz", b"zzz")
+        with pytest.raises(GrammarError, match="too much work"):
+            second.masks(b"", b"")
+    with pytest.raises(GrammarError, match="too much work"):
+        grammars.compile(wide, "mine")
+    with pytest.raises(GrammarError, match="too much work"):
+        grammars.matcher(wide)
+    grammars.compile(wide, "yours")
+    assert says(grammars.matcher(wide).masks(b"", b"")[0]) == b"a"

@@ -23,19 +23,22 @@ import numpy as np
 
 from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Grammar
-from wisp.core.protocol.edits import Bits
+from wisp.core.protocol.edits import Bits, Matcher
 from wisp.engines.base import Tokenizer
+from wisp.engines.forced_tokens import ForcedTokens
 
 # What a grammar may cost: the largest that fits its 64 KiB takes 2 to 4 s of a core to compile and 40 MB, a mask 15 ms.
 LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 30_000, "max_lexer_states": 20_000}
 KEPT = 64  # compiled grammars of a key
 KEYS = 64  # keys whose grammars are kept
 MOST_MULTIPLE = 10_000  # of multipleOf, in units of its last digit: a million takes a minute to compile
-# White space in JSON: one space, or a line break or two with its indentation; a model may go on with more for ever.
-WHITE_SPACE = r"( |\n{1,2}[ \t]{0,40})"
+# White space in JSON is what Python writes. With more freedom models may write blanks for ever, and fewer tokens are
+# certain; a schema can ask for other forms in "x-guidance".
+SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 MISSING = (
     "grammars need llguidance 1.7.6 or later, which is not installed here: pip install 'llguidance>=1.7.6'"
 )
+_BY_NUMBER = re.compile(r"<\[([^\]\n]*)\]>")
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]+)')
 
 
@@ -55,6 +58,23 @@ def _library() -> Any:
     )  # where it has no wheel, pip finds a placeholder
 
 
+class _Compiled:
+    """A grammar at its beginning. `problem`: why it is of no use any more.
+
+    Matchers share what llguidance finds out about a grammar. One that exceeds a limit leaves wrong entries there, so
+    all of them end with it: no text is better than another text.
+    """
+
+    def __init__(self, matcher: Any) -> None:
+        self.matcher = matcher
+        self.problem = ""
+
+    def check(self) -> None:
+        """Raises GrammarError."""
+        if self.problem:
+            raise GrammarError(f"the grammar takes too much work: {self.problem}")
+
+
 class Grammars:
     """Grammars over one vocabulary (`core.protocol.edits.Matchers`)."""
 
@@ -62,7 +82,7 @@ class Grammars:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._making = threading.Lock()
-        self._by_key: OrderedDict[str, OrderedDict[Grammar, Any]] = OrderedDict()
+        self._by_key: OrderedDict[str, OrderedDict[Grammar, _Compiled]] = OrderedDict()
 
     def compile(self, grammar: Grammar, key: str = "") -> None:
         """See that `matcher` will find it compiled, for its next sessions. `key`: whose it is, so that nobody can tell
@@ -70,10 +90,14 @@ class Grammars:
 
         Raises GrammarError, which names the keyword or the place that cannot be compiled.
         """
+        if grammar.kind == "tokens":
+            self._forced(grammar)
+            return
         with self._lock:
             kept = self._by_key.get(key)
             if kept is not None and grammar in kept:
                 kept.move_to_end(grammar)
+                kept[grammar].check()
                 return
         compiled = self._compiled(grammar)
         with self._lock:
@@ -88,17 +112,34 @@ class Grammars:
     def ready(self, grammar: Grammar, key: str) -> bool:
         """Has it been compiled for this key?"""
         with self._lock:
-            return grammar in self._by_key.get(key, ())
+            return grammar.kind == "tokens" or grammar in self._by_key.get(key, ())
 
-    def matcher(self, grammar: Grammar) -> GrammarMatcher:
+    def matcher(self, grammar: Grammar) -> Matcher:
         """A matcher at the beginning of the grammar. Raises GrammarError."""
+        if grammar.kind == "tokens":
+            return self._forced(grammar)
         with self._lock:
-            known = next((kept[grammar] for kept in self._by_key.values() if grammar in kept), None)
-            fresh = known.deep_copy() if known is not None else None
+            all_ = [kept[grammar] for kept in self._by_key.values() if grammar in kept]
+        known = next((c for c in all_ if not c.problem), all_[0] if all_ else None)
+        compiled = known if known is not None else self._compiled(grammar)
         vocabulary, ends = self._vocabulary
-        return GrammarMatcher(fresh or self._compiled(grammar), vocabulary.vocab_size, ends)
+        return GrammarMatcher(compiled, vocabulary.vocab_size, ends)
 
-    def _compiled(self, grammar: Grammar) -> Any:
+    def _check_named(self, source: str) -> None:
+        """Raises GrammarError for tokens of text by number: llguidance loses its place among them on its way back from
+        a draft. Control tokens may be named so."""
+        for inner in _BY_NUMBER.findall(source):
+            n = int(inner) if inner.isdecimal() and len(inner) < 10 else -1
+            if not 0 <= n < self._tokenizer.n_vocab or self._tokenizer.piece(n):
+                raise GrammarError(f"<[{inner[:40]}]>: only a control token can be named by its number")
+
+    def _forced(self, grammar: Grammar) -> ForcedTokens:
+        """Not by llguidance: see `_check_named`."""
+        return ForcedTokens(grammar.source, self._tokenizer.n_vocab, self._tokenizer.eos)
+
+    def _compiled(self, grammar: Grammar) -> _Compiled:
+        if grammar.kind == "lark":
+            self._check_named(grammar.source)
         library = _library()
         if library is None:
             raise GrammarError(MISSING)
@@ -116,7 +157,7 @@ class Grammars:
             raise GrammarError("llguidance cannot compile this grammar") from None
         if matcher.is_error():
             raise GrammarError(_short(matcher.get_error()))
-        return matcher
+        return _Compiled(matcher)
 
     @cached_property
     def _vocabulary(self) -> tuple[Any, frozenset[int]]:
@@ -158,8 +199,11 @@ class _Wrapper:
 class GrammarMatcher:
     """A place in a grammar (`core.protocol.edits.Matcher`)."""
 
-    def __init__(self, matcher: Any, size: int, ends: frozenset[int]) -> None:
-        self._matcher = matcher
+    def __init__(self, compiled: _Compiled, size: int, ends: frozenset[int]) -> None:
+        """Raises GrammarError for a grammar that has exceeded a limit before."""
+        compiled.check()
+        self._compiled = compiled
+        self._matcher = compiled.matcher.deep_copy()
         self._ends = ends
         self._words = (size + 31) // 32
         self._taken: list[int] = []  # by the grammar
@@ -170,6 +214,7 @@ class GrammarMatcher:
     def masks(self, before: Sequence[int], draft: Sequence[int]) -> list[Bits]:
         """See `core.protocol.edits.Matcher`. Behind an end, and behind tokens that the grammar does not have, only
         ends can be chosen."""
+        self._compiled.check()
         text = self._text(before)
         if len(text) < len(before) or not self._go_to(text):
             return self._ending(draft)
@@ -221,7 +266,8 @@ class GrammarMatcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(f"the grammar takes too much work here: {_short(self._matcher.get_error())}")
+            self._compiled.problem = _short(self._matcher.get_error())
+            self._compiled.check()
 
 
 @cache
@@ -269,12 +315,9 @@ def _json(library: Any, schema: Any) -> str:
         raise GrammarError("a JSON schema is an object or a boolean")
     if schema is False:
         raise GrammarError("unsatisfiable: the schema is false")
-    overrides = {"whitespace_pattern": WHITE_SPACE, "whitespace_flexible": True, "lenient": False}
-    return str(
-        library.LLMatcher.grammar_from_json_schema(
-            json.dumps({} if schema is True else schema), overrides=overrides
-        )
-    )
+    text = json.dumps({} if schema is True else schema)
+    of = library.LLMatcher.grammar_from_json_schema
+    return str(of(text, defaults=SEPARATORS, overrides={"lenient": False}))
 
 
 def _read(source: str, what: str) -> Any:

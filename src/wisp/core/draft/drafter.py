@@ -21,7 +21,8 @@ from enum import Enum, auto
 
 import msgspec
 
-from wisp.core.draft.policies import CERTAIN, Ahead, DraftingPolicy, Odds, View
+from wisp.core.draft.chain import Chain, Flight, Rounds
+from wisp.core.draft.policies import CERTAIN, Ahead, DraftingPolicy, View
 from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError
@@ -68,19 +69,6 @@ class Reopen(msgspec.Struct, frozen=True):
 Action = Open | Draft | Committed | Reopen
 
 
-class Flight(msgspec.Struct):
-    """A draft on its way: `drafted` tokens sent at `sent_ms`, with the verdict expected at `due_ms`.
-
-    alone: no other draft was in flight when it was sent, so that its time is that of a round
-    """
-
-    round: int
-    drafted: int
-    sent_ms: float
-    due_ms: float
-    alone: bool = True
-
-
 class Task(msgspec.Struct, frozen=True):
     """A text to generate. Prompt and `max_tokens` together fit the context. `salt`: see `messages.Open`.
 
@@ -112,80 +100,6 @@ class Opening:
         self.digest = digest
         self.epoch = self.round = -1
         self.max_draft = self.reopened = 0
-
-
-class Chain:
-    """Guesses at what follows the committed tokens, in order. The first `sent` of them are in flight.
-
-    odds:   the policy's judgement of each
-    p:      their probabilities alone, as policies read them
-    dry:    there is nothing more to propose until the next verdict
-    ended:  the last one is an end of sequence, which nothing follows
-    wasted: tokens that were guessed and never sent, in all
-    """
-
-    __slots__ = ("dry", "ended", "odds", "p", "sent", "tokens", "wasted")
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.odds: list[Odds] = []
-        self.p: list[float] = []
-        self.sent = 0
-        self.dry = self.ended = False
-        self.wasted = 0
-
-    def agreed(self, new: list[int]) -> int:
-        """How many of the committed tokens `new` were guessed, up to the first that was not."""
-        tokens, n = self.tokens, 0
-        most = min(len(new), len(tokens))
-        while n < most and new[n] == tokens[n]:
-            n += 1
-        return n
-
-    def settle(self, new: list[int], answered: int) -> bool:
-        """Keep what lies beyond the committed tokens `new`, if they were guessed; nothing otherwise. Were they?
-
-        answered: tokens of the chain that were verified, or will be
-        """
-        tokens = self.tokens
-        n = len(tokens)
-        gone = min(len(new), n)
-        right = tokens[:gone] == new[:gone]
-        if not right:
-            gone = n
-            self.wasted += max(0, n - answered)
-        del tokens[:gone], self.odds[:gone], self.p[:gone]
-        self.sent = max(0, self.sent - gone)
-        self.ended = self.ended and n > gone
-        return right
-
-
-class Rounds:
-    """What was asked of the verifier, and has not been answered.
-
-    number:   of the last Open or Draft
-    serve:    what it asked for
-    flights:  at most two drafts: the second was sent ahead
-    began_ms: when this round's clock started, at the last verdict
-    unasked:  tokens that came since then without having been asked for
-    """
-
-    __slots__ = ("began_ms", "flights", "number", "serve", "unasked")
-
-    def __init__(self, *, serve: bool) -> None:
-        self.number = -1
-        self.serve = serve
-        self.flights: list[Flight] = []
-        self.began_ms = 0.0
-        self.unasked = 0
-
-    def landed(self, number: int) -> Flight | None:
-        """The flight that a verdict answers; those before it were replaced by it."""
-        for i, flight in enumerate(self.flights):
-            if flight.round == number:
-                del self.flights[: i + 1]
-                return flight
-        return None
 
 
 class Drafter:
@@ -321,19 +235,16 @@ class Drafter:
                     self.times.drafted(took_ms)
             elif not signal.certain:
                 self._warm = True  # the first step reads the prompt
-            self._guess(token, policy.judge(signal, chain.p))
+            chain.add(token, policy.judge(signal, chain.p), ends=self._ends(token))
             for certain in then:
                 if chain.ended or self.position >= self.task.max_tokens - 1:
                     break
-                self._guess(certain, CERTAIN)
+                chain.add(certain, CERTAIN, ends=self._ends(certain))
         return self._send_ahead(now_ms) if phase is IN_FLIGHT else self._go_on(now_ms, self._view(now_ms))
 
-    def _guess(self, token: int, odds: Odds) -> None:
-        chain, task = self.chain, self.task
-        chain.odds.append(odds)
-        chain.p.append(odds.p)
-        chain.tokens.append(token)
-        chain.ended = (token in self.eos and not task.ignore_eos) or token in task.sampling.stops
+    def _ends(self, token: int) -> bool:
+        """Does nothing follow it?"""
+        return (token in self.eos and not self.task.ignore_eos) or token in self.task.sampling.stops
 
     def verdict(self, now_ms: float, verdict: Verdict, arrived_ms: float | None = None) -> list[Action]:
         """Take the newly committed tokens, and go on. The verdict may have arrived earlier, during a draft step.
@@ -354,7 +265,9 @@ class Drafter:
             drafted = max(0, flight.drafted - before)
             accepted = max(0, verdict.accepted - before)
         logprobs = verdict.logprobs[-len(new) :] if new and verdict.logprobs else []
-        fresh = Committed(new, logprobs, drafted, accepted, min(len(new), accepted), verdict.finish)
+        fresh = Committed(
+            new, logprobs, drafted, accepted, min(len(new), accepted), verdict.finish, cached=verdict.cached
+        )
         if flight is not None:
             arrived = now_ms if arrived_ms is None else arrived_ms
             self._learn(now_ms, arrived, flight, drafted, verdict, new)

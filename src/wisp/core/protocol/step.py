@@ -130,6 +130,7 @@ class Committed(msgspec.Struct, frozen=True):
     from_draft:        the first so many of `tokens` came from the draft
     finish:            "" (goes on), "stop" (an end-of-sequence token, the last of `tokens`) or "length"
     round:             the round that committed them, where somebody asked to see rounds
+    cached:            tokens of the prompt whose KV was there already
     """
 
     tokens: list[int]
@@ -139,3 +140,4 @@ class Committed(msgspec.Struct, frozen=True):
     from_draft: int = 0
     finish: str = ""
     round: Round | None = None
+    cached: int = 0

@@ -174,6 +174,8 @@ class Planner:
             if assigned.copy_from >= 0:
                 self._copies.append(Copy(assigned.copy_from, assigned.slot, assigned.start))
             session.slot, session.cached = assigned.slot, assigned.start
+            if session.progress.reused is None:
+                session.progress.reused = min(assigned.start, session.progress.n_prompt)
             session.candidate = None
 
     def _evictable(self, now: float) -> Callable[[int], bool]:
