@@ -120,11 +120,7 @@ class Metrics:
             ),
             "draft_token_price": (
                 "What one more draft token would cost others, in committed tokens, in a step like the last.",
-                lambda: verifier.price,
-            ),
-            "pressure_utilisation": (
-                "Work left out of steps for want of time, over their time (0: the server keeps up).",
-                lambda: verifier.congestion.utilisation,
+                lambda: verifier.policy.price,
             ),
         }
         add_gauges(r, gauges)

@@ -22,7 +22,7 @@ from wisp.core.verify.cost import CostModel, Load
 SPARE_S = 3.0  # least slack of a victim
 WORTH = 100.0  # least slack of a victim, in multiples of the time to compute its KV again
 ENDING = 16  # tokens; a session with no more than this to generate is not preempted
-URGENT_S = 0.5  # a prompt may preempt this long before its prefill must start
+URGENT_S = 2.0  # a prompt may preempt this long before its prefill must start
 
 
 def victims(now: float, candidates: Sequence[Candidate], free_kv: float, cost: CostModel) -> list[int]:

@@ -23,6 +23,7 @@ class Paper:
     name = "paper"
     wants_drafting = False
     preempts = False
+    price = 0.0
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
         ms, scale = limits.cost.now.ms_of, limits.cost.margin / 1e3
