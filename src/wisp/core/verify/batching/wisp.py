@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from wisp.core.verify.batching.base import Candidate, Grant, Kind, Plan, StepLimits
 from wisp.core.verify.batching.simple import Continuous
@@ -31,9 +30,9 @@ FLOOR = 0.2  # weight of a token of a session far ahead; one that is due now wei
 FIRST = 1.5  # weight of a first token, in weights of others as late: it cannot be made up for later
 HOPELESS = 0.25  # a lateness of this share of an answer's remaining time cannot be made up for
 
-MOST = 5.0  # SCALE_S of lateness, from which the weight no longer grows
+MOST = 2.0  # SCALE_S of lateness, from which the weight no longer grows
 PATIENCE_S = 1.0  # a session without SLO counts as due so long after it became ready
-CLOSE = 0.05  # relative change of the rate at which the iteration ends
+CLOSE = 0.1  # relative change of the rate at which the iteration ends
 ROUNDS = 6  # of the iteration, at most
 LEAST_MS = 1e-3  # fixed cost of a step: some cost models say 0
 NOTHING_MS = 1e-9
@@ -41,22 +40,11 @@ NOTHING_MS = 1e-9
 PREFILL = Kind.PREFILL
 
 
-class _Offer(NamedTuple):
-    """A draft or decode. base_ms: what it adds to a step without its draft; row_ms: each draft token."""
-
-    weight: float
-    base_ms: float
-    row_ms: float
-    candidate: Candidate
-
-
-class _Choice(NamedTuple):
-    """A candidate that takes part with `tokens`. density: worth per millisecond; the densest are granted first."""
-
-    density: float
-    session: int
-    tokens: int
-    candidate: Candidate
+# Plain tuples, for speed. A draft or decode: weight, ms that it adds to a step without its draft, ms of each draft
+# token, rows without the draft, draft tokens, acceptance, candidate.
+_Offer = tuple[float, float, float, int, int, float, Candidate]
+# Who takes part: worth per ms (the densest are granted first), session, tokens, candidate.
+_Choice = tuple[float, int, int, Candidate]
 
 
 class Wisp:
@@ -73,7 +61,8 @@ class Wisp:
         self._rows = 0  # of the last step
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
-        cost, lost = limits.cost.now, _lost(now, candidates)
+        cost = limits.cost.now
+        lost = [c.session for c in candidates if now > c.due and _is_lost(now, c)]
         if all([c.edge_drafting for c in candidates]):  # noqa: C419 - a list is faster
             # No step for edges that are drafting, unless their tokens are due.
             lead_s = 2.0 * cost.ms(Load(1, 0, 0, 1)) / 1e3
@@ -96,7 +85,8 @@ class Wisp:
         self, now: float, candidates: Sequence[Candidate], cost: Coefficients
     ) -> tuple[list[_Offer], list[tuple[float, Candidate]]]:
         """Drafts and decodes with their weights and costs, and prompts with their weights."""
-        exp, inf, per_s, make = math.exp, math.inf, 1.0 / SCALE_S, _Offer._make
+        exp, inf, per_s = math.exp, math.inf, 1.0 / SCALE_S
+        attention, cached, slice_ = cost.attention, cost.cached, cost.slice
         token = cost.token + (cost.beyond if cost.knee and self._rows > cost.knee else 0.0)
         offers: list[_Offer] = []
         prompts: list[tuple[float, Candidate]] = []
@@ -106,9 +96,10 @@ class Wisp:
             if c.kind is PREFILL:
                 prompts.append((weight * FIRST if c.first else weight, c))
             else:
-                row_ms = token + cost.attention * (c.cached + c.new)
-                base_ms = row_ms * (c.new - c.n_draft) + cost.cached * c.cached + cost.slice
-                offers.append(make((weight, base_ms, row_ms, c)))
+                new, before, n = c.new, c.cached, c.n_draft
+                row_ms = token + attention * (before + new)
+                base_ms = row_ms * (new - n) + cached * before + slice_
+                offers.append((weight, base_ms, row_ms, new - n, n, c.acceptance, c))
         return offers, prompts
 
     def _read(
@@ -116,12 +107,12 @@ class Wisp:
     ) -> list[_Choice]:
         """The rows of prompts to read, the most urgent prompt first."""
         choices: list[_Choice] = []
-        ms = max(limits.cost.now.step, LEAST_MS) + sum([o.base_ms for o in offers])
+        ms = max(limits.cost.now.step, LEAST_MS) + sum([o[1] for o in offers])
         row_ms = limits.cost.token_ms(Load(self._rows)) + NOTHING_MS
-        delay = (
-            sum([o.weight for o in offers]) / ms * row_ms
-        )  # what the others would earn in the time of a row
-        left, free_kv = limits.tokens, limits.free_kv - sum([o.candidate.new for o in offers])
+        delay = sum([o[0] for o in offers]) / ms * row_ms  # what the others would earn in the time of a row
+        left, free_kv = limits.tokens, limits.free_kv
+        if free_kv < math.inf:
+            free_kv -= sum([o[3] + o[4] for o in offers])
         for weight, c in prompts:
             if c.new > free_kv:
                 continue  # no session waits for a prompt that has no KV
@@ -133,14 +124,14 @@ class Wisp:
             free_kv -= c.new
             left -= read
             ms += row_ms * read
-            choices.append(_Choice(weight / row_ms, c.session, read, c))
+            choices.append((weight / row_ms, c.session, read, c))
         return choices
 
     def _chosen(self, offers: list[_Offer], read: list[_Choice], limits: StepLimits) -> list[_Choice]:
         """What takes part at the best rate, which is found on the way."""
         row_ms = limits.cost.token_ms(Load(self._rows))
-        prompts_ms = sum([choice.tokens for choice in read]) * row_ms
-        prompts_worth = sum([choice.density * choice.tokens for choice in read]) * (row_ms + NOTHING_MS)
+        prompts_ms = sum([tokens for _, _, tokens, _ in read]) * row_ms
+        prompts_worth = sum([density * tokens for density, _, tokens, _ in read]) * (row_ms + NOTHING_MS)
         step_ms, rate = max(limits.cost.now.step, LEAST_MS), self._rate
         for _ in range(ROUNDS):
             choices, worth, ms, tokens = _at(rate, offers)
@@ -158,33 +149,26 @@ def _at(rate: float, offers: list[_Offer]) -> tuple[list[_Choice], float, float,
     """Who takes part at this rate; what they are worth, the milliseconds they add, and their expected tokens."""
     choices: list[_Choice] = []
     worth = ms = tokens = 0.0
-    for weight, base_ms, row_ms, c in offers:
-        n, cut = c.n_draft, 0
-        gain, added_ms = weight * (c.new - n), base_ms
+    for weight, base_ms, row_ms, base, n, acceptance, c in offers:
+        gain, added_ms, cut = weight * base, base_ms, 0
         if n:
-            next_, acceptance, price = weight, c.acceptance, rate * row_ms
-            while cut < n:
-                next_ *= acceptance
-                if next_ < price:
-                    break
+            next_, price = weight * acceptance, rate * row_ms
+            while cut < n and next_ >= price:
                 gain += next_
                 added_ms += row_ms
+                next_ *= acceptance
                 cut += 1
         if gain >= rate * added_ms:
             worth += gain
             ms += added_ms
             tokens += gain / weight
-            choices.append(_Choice(gain / (added_ms + NOTHING_MS), c.session, c.new - n + cut, c))
+            choices.append((gain / (added_ms + NOTHING_MS), c.session, base + cut, c))
     return choices, worth, ms, tokens
 
 
-def _lost(now: float, candidates: Sequence[Candidate]) -> list[int]:
-    """Sessions that can no longer keep their SLO."""
-    return [
-        c.session
-        for c in candidates
-        if now > c.due and not c.slo_lost and (c.first or now - c.due > HOPELESS * c.remaining * c.tpot_s)
-    ]
+def _is_lost(now: float, c: Candidate) -> bool:
+    """Is an overdue session unable to keep its SLO?"""
+    return not c.slo_lost and (c.first or now - c.due > HOPELESS * c.remaining * c.tpot_s)
 
 
 def _packed(choices: list[_Choice], limits: StepLimits) -> list[Grant]:
