@@ -9,7 +9,7 @@ not what it waits for on a busy machine.
           decoded by the server, 10 % are prompts of 60 to 800 tokens. Three classes of users give a token 62, 125 or
           250 ms; one in ten has no due time. Most are up to 1.5 s ahead, some are late, a few have lost their SLO.
 *strict*  the same, but everybody is in the last round of an answer or a newcomer, and there is much too much of it:
-          what `deadlines` decides, at its worst.
+          the worst that a policy has to sort out.
 *tick*    `Verifier.handle(now, Tick())` of a server with so many sessions, the work described and the slices made.
           Its edges answer in virtual time, a verdict after the other, and open a new session when one is over.
 

@@ -42,6 +42,7 @@ class Read:
     name = "paper"
     wants_drafting = False
     preempts = False
+    price = 0.0
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class Few:
 
     wants_drafting = False
     preempts = False
+    price = 0.0
 
     def __init__(self, policy: BatchingPolicy) -> None:
         self.policy = policy

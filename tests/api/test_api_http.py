@@ -78,8 +78,8 @@ def error(response: Any, status: int) -> dict[str, Any]:
 
 def test_a_chat_completion(client: TestClient, backend: ScriptedBackend) -> None:
     backend.script = [
-        committed("Hel", drafted=4, accepted=2, from_draft=2),
-        committed("lo", "stop", drafted=2, accepted=2, from_draft=2),
+        committed("Hel", drafted=4, accepted=2, from_draft=2, cached=5),
+        committed("lo", "stop", drafted=2, accepted=2, from_draft=2, cached=5),
     ]
     body = client.post(CHAT, json=chat(seed=7)).json()
     assert body["object"] == "chat.completion"
@@ -101,6 +101,7 @@ def test_a_chat_completion(client: TestClient, backend: ScriptedBackend) -> None
         "prompt_tokens": len(ids),
         "completion_tokens": 6,
         "total_tokens": len(ids) + 6,
+        "prompt_tokens_details": {"cached_tokens": 5},
         "completion_tokens_details": {"accepted_prediction_tokens": 4, "rejected_prediction_tokens": 2},
     }
     assert body["metrics"] == {

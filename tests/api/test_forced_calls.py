@@ -119,6 +119,30 @@ def test_a_forced_answer_is_calls_and_nothing_else(name: str, template: str, as_
     assert called == set(TOOLS)
 
 
+@pytest.mark.parametrize(("name", "template", "as_tokens"), FAMILIES)
+def test_along_a_draft_its_masks_are_those_one_by_one(name: str, template: str, as_tokens: bool) -> None:
+    tokenizer = Marked(PARSERS[name].markers if as_tokens else (), template)
+    family = Family(name, tokenizer)
+
+    def mark(marker: str) -> str:
+        token = family.ids.get(marker)
+        return forced.text(marker) if token is None else f"<[{token}]>"
+
+    source = forced.grammar(name, template, list(TOOLS.values()), parallel=True, mark=mark)
+    if source is None:
+        return
+    tokens = answer(tokenizer, source, 3, ENDINGS.get(name, b""))
+    grammars, grammar = Grammars(tokenizer), Grammar("lark", f"%llguidance {{}}\nstart: calls\n{source}\n")
+    matcher, choose = grammars.matcher(grammar), random.Random(1)
+    expected = [matcher.masks(tokens[:i], [])[0].copy() for i in range(len(tokens) + 1)]
+    matcher = grammars.matcher(grammar)
+    for _ in range(60):
+        at = choose.randrange(len(tokens))
+        n = choose.randrange(min(17, len(tokens) - at + 1))
+        masks = matcher.masks(tokens[:at], tokens[at : at + n])
+        assert np.array_equal(masks, expected[at : at + n + 1])
+
+
 def check(call: Call) -> None:
     arguments = json.loads(call.arguments)
     if call.name == "g_2":

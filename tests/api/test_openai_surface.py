@@ -11,6 +11,8 @@ from starlette.testclient import TestClient
 from api_fakes import EOS, IM_END, MODEL, ScriptedBackend, committed, make_app, say
 from test_api_http import CHAT, TEXT, chat, error, events, text
 from wisp.core.protocol.constraints import Constraints, Grammar
+from wisp.engines.grammars import Grammars
+from wisp.engines.plain import PlainTokenizer
 
 HERMES = (
     "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -219,6 +221,14 @@ def test_a_grammar_begins_after_the_reasoning(client: TestClient, backend: Scrip
     assert grammar(backend) == Grammar("json_object", "", tuple(b"</think>"))
 
 
+def test_a_call_can_be_forced_after_reasoning(client: TestClient, backend: ScriptedBackend) -> None:
+    client.post(CHAT, json=chat(enable_thinking=True, tools=[TOOL], tool_choice="required"))
+    found = grammar(backend)
+    assert found.after == tuple(b"</think>")
+    assert 'start: "\\n\\n"? calls\n' in found.source
+    Grammars(PlainTokenizer()).compile(found)
+
+
 def test_an_answer_that_is_begun_goes_on(client: TestClient, backend: ScriptedBackend) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "One, two,<|im_end|> "}]
     assert client.post(CHAT, json=chat(messages=messages, continue_final_message=True)).status_code == 200
@@ -358,9 +368,8 @@ class Scoring(ScriptedBackend):
                 yield item
             return
         self.asked.append(generation)
-        ids = [
-            int(part.strip("<[]>")) for part in constraints.grammar.source.split() if part.startswith("<[")
-        ]
+        assert constraints.grammar.kind == "tokens"
+        ids = json.loads(constraints.grammar.source)
         assert generation.max_tokens == len(ids)
         item = committed(bytes(ids), "length", top=generation.logprobs)
         yield item

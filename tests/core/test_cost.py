@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wisp.core.protocol.step import Slice
-from wisp.core.verify.cost import Coefficients, CostModel, Load, decoding_of, errors, fit, load_of
+from wisp.core.verify.cost import Coefficients, CostModel, Load, errors, fit, load_of
 from wisp.engines.emulated import hardware
 
 TRUTH = Coefficients(step=40.0, token=0.3, cached=2e-4, attention=2e-5)
@@ -215,16 +215,6 @@ def slower(c: Coefficients, factor: float) -> Coefficients:
     """The same machine, `factor` times as slow."""
     times = ("step", "token", "cached", "attention", "beyond", "slice")
     return msgspec.structs.replace(c, **{name: getattr(c, name) * factor for name in times})
-
-
-def test_the_decoding_load_of_a_step_leaves_prefill_out() -> None:
-    begun = Slice(session=1, slot=0, start=0, tokens=[1] * 50, sample=False)
-    # Nine tokens of a prompt, its last one, and a draft.
-    ending = Slice(session=2, slot=1, start=40, tokens=[1] * 12, n_draft=2)
-    drafted = Slice(session=3, slot=2, start=200, tokens=[1] * 5, n_draft=4)
-    assert decoding_of([begun]) == Load()
-    assert decoding_of([begun, ending, drafted]) == Load().plus(3, 49).plus(5, 200)
-    assert decoding_of([drafted]) == load_of([drafted])
 
 
 def test_the_error_is_the_median_of_how_far_predictions_were_off() -> None:

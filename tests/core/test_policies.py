@@ -11,7 +11,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from wisp.core.verify.batching import POLICIES, Candidate, Grant, Kind, Plan, StepLimits, batching_policy
-from wisp.core.verify.batching.deadlines import first_step
 from wisp.core.verify.batching.paper import deadline
 from wisp.core.verify.cost import Coefficients, CostModel, Load
 
@@ -105,27 +104,6 @@ def test_policies_work_with_a_single_positive_cost_coefficient(
     assert cost.ms(Load()) > 0.0
 
 
-def test_strict_due_times_work_with_candidates_that_cost_nothing() -> None:
-    """Only the step itself takes time, and some candidates are too late for any step."""
-    work = [
-        Candidate(
-            i,
-            Kind.VERIFY,
-            1 + i % 5,
-            10 * i,
-            i % 5,
-            NOW - 1.0,
-            NOW - 9.0,
-            due=NOW + 0.004 * i,
-            expected_tokens=1.0,
-        )
-        for i in range(40)
-    ]
-    grants, lost = first_step(NOW, work, Coefficients(step=20.0, token=0.0), 1.0, 8)
-    assert grants
-    assert not {g.session for g in grants} & set(lost)
-
-
 # --- the paper's
 
 
@@ -201,7 +179,6 @@ def test_grants_are_for_candidates_and_fit_into_the_step(name: str, data: st.Dat
             assert g.tokens == w.new
     assert len(plan.grants) <= step.slices
     assert len(plan.grants) <= 1 or sum(g.tokens for g in plan.grants) <= step.tokens
-    assert plan.left_ms >= 0.0
     assert plan.wake_at is None or plan.wake_at > NOW
 
 
@@ -228,7 +205,8 @@ def test_without_slos_wisp_is_continuous_batching(work: list[Candidate], tokens:
     assert {(g.session, g.tokens) for g in ours} == {(g.session, g.tokens) for g in theirs}
 
 
-@pytest.mark.parametrize("name", NAMES)
+# wisp weighs sessions even then: see test_wisp_policy.
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "wisp"])
 @settings(max_examples=80, deadline=None)
 @given(work=pieces(most=6, drafting=False, longest=40), slack=st.floats(2.0, 10.0))
 def test_an_idle_server_runs_everything_at_once(name: str, work: list[Candidate], slack: float) -> None:
@@ -242,7 +220,6 @@ def test_an_idle_server_runs_everything_at_once(name: str, work: list[Candidate]
     ]
     plan = planned(name, work, limits(100_000, 32))
     assert {(g.session, g.tokens) for g in plan.grants} == {(w.session, w.new) for w in work}
-    assert plan.left_ms == 0.0
     assert not plan.lost
 
 

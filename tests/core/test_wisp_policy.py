@@ -1,21 +1,26 @@
-"""The wisp policy: prompts, slack and backlog. Rules common to all policies are in test_policies."""
+"""The wisp policy: what takes part, what is left out, and what a draft token costs. Rules common to all policies are
+in test_policies."""
 
 from __future__ import annotations
 
-import msgspec
+import random
 
-from wisp.core.verify.batching import Candidate, Kind, StepLimits, batching_policy
+import msgspec
+import pytest
+
+from wisp.core.verify.batching import Candidate, Kind, Plan, StepLimits, batching_policy
 from wisp.core.verify.cost import Coefficients, CostModel
 
 NOW = 50.0
 LIMITS = StepLimits(2048, 256, {}, CostModel(Coefficients(step=30.0, token=0.4)))
 
 
-def going(session: int, ahead_s: float) -> Candidate:
-    """A draft of four tokens, of a session whose next token is due in `ahead_s`."""
+def going(session: int, ahead_s: float, n_draft: int = 4) -> Candidate:
+    """A draft, of a session whose next token is due in `ahead_s`."""
     return Candidate(
-        session=session, kind=Kind.VERIFY, new=5, cached=200, n_draft=4, since=NOW, opened=NOW - 9.0,
-        due=NOW + ahead_s, tpot_s=0.125, expected_tokens=3.4, round_tokens=3.0, remaining=90, lag_s=-ahead_s,
+        session=session, kind=Kind.VERIFY if n_draft else Kind.DECODE, new=1 + n_draft, cached=200, n_draft=n_draft,
+        since=NOW, opened=NOW - 9.0, due=NOW + ahead_s, tpot_s=0.125, expected_tokens=3.4, remaining=90,
+        acceptance=0.8,
     )  # fmt: skip
 
 
@@ -27,92 +32,122 @@ def prompt(session: int, tokens: int, within_s: float) -> Candidate:
     )  # fmt: skip
 
 
-def granted(*candidates: Candidate) -> dict[int, int]:
+def settled(*candidates: Candidate, limits: StepLimits = LIMITS) -> tuple[Plan, float]:
+    """The plan and the price of a policy that has seen these candidates before."""
+    policy = batching_policy("wisp")
+    for _ in range(3):
+        plan = policy.plan(NOW, candidates, limits)
+    return plan, policy.price
+
+
+def granted(*candidates: Candidate, limits: StepLimits = LIMITS) -> dict[int, int]:
     """Tokens by session."""
-    return {g.session: g.tokens for g in batching_policy("wisp").plan(NOW, candidates, LIMITS).grants}
+    return {g.session: g.tokens for g in settled(*candidates, limits=limits)[0].grants}
 
 
-def test_sessions_with_much_slack_wait_for_a_crowd_of_prompts() -> None:
-    sessions = [going(i, 2.0) for i in range(20)]
-    few = granted(*sessions, prompt(100, 150, 3.0))
-    assert all(s.session in few for s in sessions)
-    assert few[100] == 150
-    crowd = [prompt(100 + i, 150, 3.0) for i in range(40)]  # 6,000 tokens: 2.4 s of the engine's time
-    found = granted(*sessions, *crowd)
-    assert sum(s.session in found for s in sessions) <= 1
-    # More than fits into a step without a crowd
-    assert sum(tokens for session, tokens in found.items() if session >= 100) > 700
+def test_a_server_with_time_serves_everybody_at_once_however_far_ahead() -> None:
+    sessions = [going(i, ahead) for i, ahead in enumerate((0.0, 0.5, 2.0, 9.0))]
+    assert granted(*sessions).keys() == {0, 1, 2, 3}
+    alike = [going(i, 2.0) for i in range(6)]
+    assert granted(*alike, prompt(100, 30, 3.0)).keys() == {*range(6), 100}
 
 
-def test_sessions_that_cannot_catch_up_do_not_wait_for_a_crowd() -> None:
-    # The hurried sessions have hardly any tokens left to catch up in
-    hurried = [msgspec.structs.replace(going(i, 0.1), remaining=10) for i in range(10)]
-    able = [going(10 + i, 0.1) for i in range(10)]
-    relaxed = [going(20 + i, 2.0) for i in range(10)]
-    crowd = [prompt(100 + i, 150, 3.0) for i in range(40)]
-    found = granted(*hurried, *able, *relaxed, *crowd)
-    assert all(found.get(s.session) == 5 for s in hurried)
-    assert not any(s.session in found for s in (*able, *relaxed))
-    assert sum(tokens for session, tokens in found.items() if session >= 100) > 1000
+def test_sessions_ahead_are_left_out_where_others_are_late() -> None:
+    late = [going(i, -0.8) for i in range(40)]
+    ahead = [going(100 + i, 5.0) for i in range(40)]
+    found = granted(*late, *ahead)
+    assert all(s.session in found for s in late)
+    assert not any(s.session in found for s in ahead)
 
 
-def test_prompts_with_time_are_no_crowd() -> None:
-    sessions = [going(i, 2.0) for i in range(20)]
-    found = granted(*sessions, *(prompt(100 + i, 150, 30.0) for i in range(40)))
-    assert all(s.session in found for s in sessions)
+def test_drafts_are_cut_as_the_step_fills_and_no_session_is_dropped_for_them() -> None:
+    rows = []
+    for n in (2, 20, 120):
+        found = granted(*(going(i, 0.2, n_draft=12) for i in range(n)))
+        assert len(found) == n
+        rows.append(max(found.values()))
+    assert rows[0] > rows[1] > rows[2] >= 1
 
 
-def test_sessions_with_slack_for_less_than_a_long_step_do_not_wait() -> None:
-    slow = StepLimits(2048, 256, {}, CostModel(Coefficients(step=24.0, token=1.1)))
-    patient = {"tpot_s": 0.48, "round_tokens": 3.0}
-    far = [msgspec.structs.replace(going(i, 3.0), **patient) for i in range(20)]
-    near = [msgspec.structs.replace(going(20 + i, 0.65), remaining=6, **patient) for i in range(5)]
-    crowd = [prompt(100 + i, 200, 3.0) for i in range(40)]
-    plan = batching_policy("wisp").plan(NOW, [*far, *near, *crowd], slow)
-    found = {g.session for g in plan.grants}
-    assert found >= {w.session for w in near}
-    assert not found & {w.session for w in far}
+def test_a_draft_ends_where_its_next_token_is_worth_less_than_its_row() -> None:
+    """A late session's token is worth more, so its draft is longer."""
+    found = granted(going(0, -0.5, n_draft=12), *(going(1 + i, 2.0, n_draft=12) for i in range(30)))
+    assert found[0] > max(tokens for session, tokens in found.items() if session)
 
 
-def test_prompts_that_fit_beside_all_drafts_are_no_crowd() -> None:
-    sessions = [going(i, 2.0) for i in range(20)]
-    found = granted(*sessions, prompt(100, 200, 0.4))
-    assert all(s.session in found for s in sessions)
-    late = msgspec.structs.replace(prompt(100, 4000, 0.4), slo_lost=True)
-    assert all(s.session in granted(*sessions, late) for s in sessions)
+def test_the_price_rises_from_about_nothing_to_the_worth_of_a_row() -> None:
+    prices = [settled(*(going(i, 0.2) for i in range(n)))[1] for n in (1, 10, 100)]
+    assert prices[0] < 0.06
+    assert prices[0] < prices[1] < prices[2] < 1.0
+    late = settled(*(going(i, -3.0) for i in range(100)))[1]
+    assert late == pytest.approx(
+        prices[2], rel=0.02
+    )  # in tokens, not in weights: lateness of all is no price
+
+
+def test_prompts_come_first_as_their_first_token_comes_due() -> None:
+    busy = [going(i, -0.3) for i in range(60)]
+    assert 100 not in granted(*busy, prompt(100, 400, 3.0))
+    assert granted(*busy, prompt(100, 400, 0.1))[100] > 0
+
+
+def test_a_long_prompt_is_cut_where_its_step_would_delay_others_too_long() -> None:
+    limits = msgspec.structs.replace(LIMITS, tokens=100_000)
+    calm = granted(*(going(i, 0.1) for i in range(20)), prompt(100, 8000, 1.0), limits=limits)[100]
+    urgent = granted(*(going(i, 0.1) for i in range(20)), prompt(100, 8000, 0.3), limits=limits)[100]
+    assert 0 < calm < urgent < 8000
+
+
+def test_the_order_of_candidates_does_not_matter() -> None:
+    sessions = [going(i, (i % 7 - 3) / 2) for i in range(60)]
+    sessions += [prompt(100 + i, 200, i / 4) for i in range(8)]
+    plan = settled(*sessions)[0]
+    for seed in range(5):
+        random.Random(seed).shuffle(sessions)
+        assert settled(*sessions)[0] == plan
+
+
+def test_a_session_whose_slo_is_lost_is_told_once_and_goes_on() -> None:
+    hopeless = going(1, -60.0)
+    policy = batching_policy("wisp")
+    plan = policy.plan(NOW, [hopeless, going(2, 0.1)], LIMITS)
+    assert plan.lost == [1]
+    assert 1 in {g.session for g in plan.grants}
+    lost = msgspec.structs.replace(hopeless, slo_lost=True)
+    assert policy.plan(NOW, [lost], LIMITS).lost == []
+
+
+def test_work_without_slo_waits_for_late_sessions_but_not_for_long() -> None:
+    late = [going(i, -0.4) for i in range(80)]
+    plain = msgspec.structs.replace(going(200, 0.0), due=float("inf"), tpot_s=0.0)
+    assert 200 not in granted(*late, plain)
+    waited = msgspec.structs.replace(plain, since=NOW - 3.0)
+    assert 200 in granted(*late, waited)
 
 
 def test_no_session_waits_for_prompts_without_kv() -> None:
-    sessions = [going(i, 2.0) for i in range(20)]
-    crowd = [prompt(100 + i, 150, 3.0) for i in range(40)]
+    sessions = [going(i, 0.1) for i in range(20)]
+    crowd = [prompt(100 + i, 150, 1.5) for i in range(40)]
     limits = msgspec.structs.replace(LIMITS, free_kv=300.0)  # the sessions' drafts, a prompt, and a half
-    found = {g.session for g in batching_policy("wisp").plan(NOW, [*sessions, *crowd], limits).grants}
-    assert found == {*range(20), 100}
-
-
-def backlog_ms(*candidates: Candidate) -> float:
-    return batching_policy("wisp").plan(NOW, candidates, LIMITS).left_ms
-
-
-def test_sessions_with_little_slack_are_a_backlog() -> None:
-    """No candidate is left out of these steps, yet there is not enough time for all."""
-    assert backlog_ms(*(going(i, 2.0) for i in range(10))) == 0.0
-    few = backlog_ms(*(going(i, 2.0) for i in range(9)), going(9, 0.01))
-    many = backlog_ms(*(going(i, 0.01) for i in range(10)))
-    assert 0.0 < few < many
+    found = granted(*sessions, *crowd, limits=limits)
+    assert len(found.keys() & {s.session for s in sessions}) == 20
+    assert len(found) == 21
 
 
 def test_a_cost_model_with_free_steps_grants_everything() -> None:
     limits = StepLimits(2048, 256, {}, CostModel(Coefficients(step=0.0, token=0.0)))
-    candidates = [going(1, 2.0), prompt(100, 150, 0.0), prompt(101, 150, -1.0)]
-    found = {g.session for g in batching_policy("wisp").plan(NOW, candidates, limits).grants}
-    assert found == {1, 100, 101}
+    assert set(granted(going(1, 2.0), prompt(100, 150, 0.0), prompt(101, 150, -1.0), limits=limits)) == {
+        1,
+        100,
+        101,
+    }
 
 
-def test_with_only_prompts_without_kv_the_policy_wakes_up_soon() -> None:
-    away = msgspec.structs.replace(going(1, 9.0), edge_drafting=True, kind=Kind.DECODE, new=1, n_draft=0)
-    limits = msgspec.structs.replace(LIMITS, free_kv=10.0)
-    plan = batching_policy("wisp").plan(NOW, [away, prompt(100, 150, 2.9)], limits)
+def test_an_edge_that_drafts_is_waited_for_until_its_token_is_due() -> None:
+    away = msgspec.structs.replace(going(1, 9.0, n_draft=0), edge_drafting=True)
+    policy = batching_policy("wisp")
+    plan = policy.plan(NOW, [away], LIMITS)
     assert not plan.grants
     assert plan.wake_at is not None
-    assert NOW < plan.wake_at < NOW + 0.1
+    assert NOW < plan.wake_at < NOW + 9.0
+    assert policy.plan(plan.wake_at, [away], LIMITS).grants

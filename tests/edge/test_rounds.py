@@ -11,6 +11,7 @@ from test_redirects import TOKENS, TRUTH, FakeVerifier, Prophet, device
 from waiting import run
 from wisp.api.backend import Generation
 from wisp.api.extras import Extras
+from wisp.api.origins import origin
 from wisp.core.draft.drafter import Drafter, Task
 from wisp.core.draft.policies import Fixed
 from wisp.core.draft.signals import Signal
@@ -20,6 +21,7 @@ from wisp.core.protocol.step import Committed, Round
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.rounds import WHY, RoundLog
 from wisp.edge.status import edge_status
+from wisp.engines.base import Proposal
 
 
 async def rounds(edge: EdgeBackend, **extras: bool) -> list[Committed]:
@@ -80,10 +82,10 @@ def asked(price: float = 0.0, *, dry: bool = False, serve: bool = False, draft: 
     log.verdict(10.0, first, drafter)
     drafter.verdict(10.0, first)
     for token in draft:
-        log.proposed(3.0, dry=False)
+        log.proposed(3.0, drafter.position, Proposal(token, Signal()))
         actions = drafter.proposed(13.0, token, Signal(), 3.0)
     if not draft:
-        log.proposed(3.0, dry=dry)
+        log.proposed(3.0, drafter.position, None if dry else Proposal(5, Signal()))
         actions = drafter.proposed(13.0, None, Signal(), 3.0)
     drafter.rounds.serve = serve
     for action in actions:
@@ -115,3 +117,20 @@ def test_a_round_is_told_in_its_parts() -> None:
 def test_a_round_without_a_draft_has_a_reason(given: dict[str, Any], why: str) -> None:
     assert asked(**given).why == why
     assert why in WHY
+
+
+def test_draft_tokens_that_a_grammar_left_no_choice_for_are_told_and_cost_no_step() -> None:
+    drafter = Drafter("session1", Task([1], Sampling(), 20), Fixed(8), frozenset())
+    log = RoundLog(0.0, drafter.times, off="")
+    log.proposed(1.0, 0, Proposal(5, Signal(), (6, 7)))  # one guess, and two that follow for certain
+    log.proposed(1.0, 3, Proposal(8, Signal(certain=True), (9,)))  # none but this, and then none but that
+    log.verdict(10.0, Verdict("session1", 0, 0, 4, [5, 6, 7, 8, 3]), drafter)
+    item = log.told(Committed([5, 6, 7, 8, 3], drafted=5, accepted=4, from_draft=4))
+    assert item.round is not None
+    assert (item.round.forced, item.round.steps) == ([1, 2, 3], 1)
+    assert [origin(item, i) for i in range(5)] == ["draft", "forced", "forced", "forced", "correction"]
+    log.proposed(1.0, 5, Proposal(8, Signal()))  # the next one is a guess again
+    log.verdict(20.0, Verdict("session1", 1, 5, 1, [8, 2]), drafter)
+    item = log.told(Committed([8, 2], drafted=1, accepted=1, from_draft=1))
+    assert item.round is not None
+    assert item.round.forced == []

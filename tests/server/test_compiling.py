@@ -36,7 +36,7 @@ class Slow(Grammars):
             raise RuntimeError("a bug")
         super().compile(grammar, key)
 
-    def matcher(self, grammar: Grammar) -> Matcher:  # type: ignore[override]
+    def matcher(self, grammar: Grammar) -> Matcher:
         if not self.go.is_set():
             raise GrammarError("asked for before it is compiled")
         return super().matcher(grammar)

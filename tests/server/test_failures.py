@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from wisp.api.keys import Keyring
-from wisp.core.errors import EngineDeadError, InternalError
+from wisp.core.errors import ConfigError, EngineDeadError, InternalError
 from wisp.core.protocol.messages import Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Slice, SliceResult
@@ -146,7 +146,6 @@ def test_the_log_is_for_its_owner_alone(tmp_path: Path) -> None:
     ("release", "policy", "meant"),
     [
         ("0.1.0", "wisp", "paper"),
-        ("0.1.0", "laxity", "wisp"),
         ("0.2.0", "wisp", "wisp"),
         ("0.1.0", "fcfs", "fcfs"),
     ],
@@ -157,6 +156,13 @@ def test_a_log_of_an_earlier_release_is_replayed_with_the_policy_that_it_meant(
     limits = Limits(100, frozenset(), 2, 64, 128, 64)
     header = LogHeader(release, "null", "m", limits, policy, None, 8, {})
     assert header.verifier().policy.name == meant
+
+
+def test_a_log_of_a_policy_that_is_gone_says_which_release_replays_it() -> None:
+    limits = Limits(100, frozenset(), 2, 64, 128, 64)
+    header = LogHeader("0.1.0", "null", "m", limits, "laxity", None, 8, {})
+    with pytest.raises(ConfigError, match=r"0\.1\.0 with batching policy 'laxity'"):
+        header.verifier()
 
 
 # --- any other exception

@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from waiting import run, until
 from wisp.api.attainment import Attainment, read_slo_classes
 from wisp.api.observe import RequestRecord
-from wisp.api.requests import parse_slo
 from wisp.api.scrape import Registry
+from wisp.api.slo import parse_slo
 from wisp.core.draft.stats import SpecStats
 from wisp.core.errors import ConfigError, RequestError
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict

@@ -101,18 +101,21 @@ def test_the_fleet_is_shown_to_an_admins_key_alone(fleet: Fleet, visit: Callable
     page.get_by_test_id("attainment").wait_for()
 
 
+# In the table of replicas: both are up; and r1 has ended once before.
+CHIPS = "[...document.querySelectorAll('td .chip')]"
+ROWS = "[...document.querySelectorAll('tr')]"
+BOTH_UP = f"() => {CHIPS}.filter((c) => c.textContent === 'up').length === 2"
+AGAIN = f"() => ({BOTH_UP})() && {ROWS}.some((r) => /^r1up.*exit status/.test(r.textContent))"
+
+
 def test_a_replica_is_restarted_and_drained_from_the_page(fleet: Fleet, visit: Callable[..., Any]) -> None:
     router = fleet.serve("--replicas", "2", target="null", engine="null")
     page = visit(f"{router.url}/")
     page.on("dialog", lambda dialog: dialog.accept())
-    page.wait_for_function(
-        "() => [...document.querySelectorAll('.chip')].filter((c) => c.textContent === 'up').length === 2"
-    )
+    page.wait_for_function(BOTH_UP)
     page.get_by_role("button", name="Restart r1").click()
     page.get_by_text("r1: restart done.").wait_for()
-    page.wait_for_function(
-        "() => [...document.querySelectorAll('.chip')].filter((c) => c.textContent === 'up').length === 2"
-    )
+    page.wait_for_function(AGAIN)
     page.get_by_role("button", name="Drain r2").click()
     page.get_by_text("r2: drain done.").wait_for()
     page.get_by_role("button", name="Drain r2").wait_for(state="detached")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -124,6 +125,18 @@ def test_a_killed_verifier_is_told_of_and_the_answer_goes_on_when_it_is_back(
         page.get_by_role("button", name="Send").wait_for()
     assert page.get_by_test_id("text").inner_text().strip() == alone.text.strip()
     assert figures(page)["tokens"] == "900"
+
+
+def test_a_schema_is_kept_and_what_it_leaves_no_choice_for_is_shown(
+    edge: Process, visit: Callable[..., Any]
+) -> None:
+    pytest.importorskip("llguidance", reason="grammars need it")
+    page = visit(f"{edge.url}/")
+    send(page, **{"JSON schema of the answer": json.dumps({"const": "all is well"})})
+    answered(page)
+    text = page.get_by_test_id("text")
+    assert json.loads(text.inner_text()) == "all is well"
+    assert text.locator(".token.forced").count() > 0
 
 
 def test_an_edge_without_a_drafter_says_why_it_does_not_draft(

@@ -8,7 +8,8 @@ from typing import Any
 from wisp.api.backend import Target
 from wisp.api.fields import Fields, as_object, refuse
 from wisp.api.prepare import prompt_ids
-from wisp.api.requests import NO_CLASSES, GenerationRequest, SloClasses, parse_chat
+from wisp.api.requests import GenerationRequest, parse_chat
+from wisp.api.slo import NO_CLASSES, SloClasses
 from wisp.core.errors import RequestError
 from wisp.engines.base import Check
 

@@ -39,7 +39,7 @@ def read_and_constrain(
     known = family(tokenizer, parser)
     pair = known.open_thought(rendered.text)
     thinking = pair is not None or (ask.prefill and known.thinks_in(rendered.begun))
-    grammar = _grammar(ask, known, tokenizer)
+    grammar = _grammar(ask, known, thinking)
     if grammar is not None:
         after = _after(known, tokenizer, thinking, forced_call=ask.use.forced)
         grammar = msgspec.structs.replace(grammar, after=after)
@@ -71,8 +71,9 @@ def _after(known: Family, tokenizer: Tokenizer, thinking: bool, *, forced_call: 
     return tuple(tokenizer.encode(marks, add_bos=False, parse_special=True)) if marks else ()
 
 
-def _grammar(ask: GenerationRequest, known: Family, tokenizer: Tokenizer) -> Grammar | None:
-    """The grammar of a chat's answer: a call, what was asked for, or one of both."""
+def _grammar(ask: GenerationRequest, known: Family, thinking: bool) -> Grammar | None:
+    """The grammar of a chat's answer: a call, what was asked for, or one of both. After reasoning models write an
+    empty line."""
     use, asked = ask.use, ask.asked
     if not use.tools:
         return asked.grammar if asked is not None else None
@@ -90,7 +91,8 @@ def _grammar(ask: GenerationRequest, known: Family, tokenizer: Tokenizer) -> Gra
         if calls is None:
             message = f'calls in the format of this model ("{known.name}") cannot be forced; use "auto"'
             refuse("tool_choice", message, "unsupported_parameter")
-        return _lark("tool_choice", f"start: calls\n{calls}")
+        lead = '"\\n\\n"? ' if thinking else ""
+        return _lark("tool_choice", f"start: {lead}calls\n{calls}")
     if asked is not None:
         return _either(asked, calls)
     openers = known.parser.openers if issubclass(known.parser, Markup) else ()

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from wisp.api.output import Delta, Entry
 from wisp.api.responses import Json
 from wisp.api.shape import Echo, Shape, Subject
+from wisp.api.spelling import control_name, finite, spelled
 from wisp.api.tools.events import Call, Event, Reasoning, Text
 from wisp.core.protocol.step import TokenLogprob, TopLogprob
-from wisp.engines.base import Tokenizer
 
 _LETTERS = string.ascii_letters + string.digits
-_LOWEST_LOGPROB = -9999.0  # OpenAI's value for "impossible"; JSON has no infinity
 
 
 class ResponseFormat(Shape):
@@ -237,15 +236,6 @@ def told_of(choices: Sequence[Sequence[Delta]]) -> Json:
     return {"wisp": {"tokens": [token for t in told for token in t["tokens"]], "rounds": rounds}}
 
 
-def spelled(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text. Parts of characters are spelt out, as OpenAI does: they are keys, and must differ."""
-    piece = tokenizer.piece(token)
-    try:
-        return piece.decode("utf-8") or control_name(token)
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
-
-
 def tool_call(call: Call) -> Json:
     """With an id of nine letters and digits, as Mistral's templates demand; others take any."""
     function = {"name": call.name, "arguments": call.arguments}
@@ -254,12 +244,3 @@ def tool_call(call: Call) -> Json:
 
 def call_id() -> str:
     return "".join(secrets.choice(_LETTERS) for _ in range(9))
-
-
-def control_name(token: int) -> str:
-    """The name, in vLLM's spelling, of a token that has no text."""
-    return f"token_id:{token}"
-
-
-def finite(logprob: float) -> float:
-    return max(logprob, _LOWEST_LOGPROB)

@@ -28,10 +28,11 @@ from wisp.api.observe import Observer
 from wisp.api.output import Delta, Output
 from wisp.api.prepare import Prepared, PromptWork, prepare
 from wisp.api.reader import Reader
-from wisp.api.requests import NO_CLASSES, GenerationRequest, SloClasses
+from wisp.api.requests import GenerationRequest
 from wisp.api.responses import Json
 from wisp.api.scoring import echoes
 from wisp.api.shape import Shape, Subject
+from wisp.api.slo import NO_CLASSES, SloClasses
 from wisp.api.sse import KEEP_ALIVE, ClientGoneError, EventSender, unless_gone, with_keep_alive
 from wisp.api.tools.families import PARSERS
 from wisp.core.errors import ConfigError, RequestError
@@ -213,4 +214,4 @@ async def _events(
 def _statistics(prepared: Prepared, outputs: list[Output]) -> tuple[Json, Json]:
     """(usage, metrics)"""
     seeds = [g.sampling.seed for g in prepared.generations]
-    return responses.usage(prepared.prompt_tokens, outputs), responses.metrics(seeds, outputs)
+    return responses.usage(prepared.prompt_tokens, outputs, prepared.n), responses.metrics(seeds, outputs)

@@ -17,13 +17,13 @@ DRAFT = "draft"  # an accepted draft token
 CORRECTION = "correction"  # the target's own, in place of the first draft token that it did not want
 BONUS = "bonus"  # the target's own, after a draft that it accepted whole
 SERVER = "server"  # decoded by the verifier, without a draft
-FORCED = "forced"  # the only one that a grammar allows; kept for that
+FORCED = "forced"  # an accepted draft token that a grammar left no choice for: it cost the drafter no step
 
 
 def origin(item: Committed, i: int) -> str:
     """Where token `i` of what was committed is from."""
     if i < item.from_draft:
-        return DRAFT
+        return FORCED if item.round is not None and i in item.round.forced else DRAFT
     if not item.drafted:
         return SERVER
     return BONUS if item.accepted == item.drafted else CORRECTION

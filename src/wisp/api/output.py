@@ -46,7 +46,8 @@ class Delta(msgspec.Struct, frozen=True):
 
 class Output:
     """tokens: how many count, the end-of-sequence token included, none after a stop string's last.
-    shown_draft: how many of them came from drafts. first/last: when tokens arrived (0.0: not yet).
+    shown_draft: how many of them came from drafts. cached: of the prompt, those whose KV was there.
+    first/last: when tokens arrived (0.0: not yet).
     With `with_end` an end-of-sequence token has its log probability among the entries."""
 
     def __init__(
@@ -70,6 +71,7 @@ class Output:
         self.tokens = 0
         self.shown_draft = 0
         self.spec = SpecStats()
+        self.cached = 0
         self.finish = ""
         self.first = 0.0
         self.last = 0.0
@@ -80,6 +82,7 @@ class Output:
         if self._logprobs and len(item.logprobs) != len(item.tokens):
             raise EngineError(f"{len(item.tokens)} tokens came with {len(item.logprobs)} log probabilities")
         self.spec.round(item.drafted, item.accepted)
+        self.cached = item.cached
         used = self._push(item)
         self.tokens += used
         self.shown_draft += min(item.from_draft, used)

@@ -38,11 +38,13 @@ class Prepared(msgspec.Struct, frozen=True):
     """A request in token ids: one generation for each answer, `n` for each prompt in turn.
 
     reading: how to read a chat's answers, None for text as it is
+    n:       answers to each prompt
     """
 
     generations: list[Generation]
     reading: Reading | None = None
     prompt_tokens: int = 0
+    n: int = 1
 
 
 def prepare(
@@ -82,7 +84,7 @@ def prepare(
         for prompt, max_tokens in ((p, _max_tokens(ask, len(p), target.context)) for p in prompts)
         for i in range(ask.n)
     ]
-    return Prepared(generations, reading, sum(map(len, prompts)))
+    return Prepared(generations, reading, sum(map(len, prompts)), ask.n)
 
 
 def _compile(sampling: Sampling, ask: GenerationRequest, target: Target, key: str) -> None:

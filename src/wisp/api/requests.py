@@ -25,15 +25,14 @@ from wisp.api.params import (
     Completion,
     read,
 )
+from wisp.api.slo import NO_CLASSES, SloClasses, parse_slo
 from wisp.api.structured import Asked, structured
 from wisp.api.tool_choice import ToolUse, tool_use
 from wisp.core.protocol.constraints import Constraints
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.protocol.slo import LONGEST_MS, Slo
+from wisp.core.protocol.slo import Slo
 
-SloClasses = Mapping[str, Slo]
 Prompt = str | list[int]
-NO_CLASSES: SloClasses = {}
 _SEED_BITS = 53  # a client whose numbers are doubles must be able to read the seed and send it back
 _DEFAULT_COMPLETION_TOKENS = 16
 
@@ -236,28 +235,3 @@ def _prompts(prompt: Any) -> tuple[Prompt, ...]:
         if not isinstance(one, str) and not (isinstance(one, list) and all(type(t) is int for t in one)):
             refuse("prompt", "expected a string, a list of token ids, or a list of these")
     return tuple(prompts)
-
-
-def parse_slo(headers: Mapping[str, str], classes: SloClasses = NO_CLASSES) -> Slo | None:
-    """Targets from `x-slo-ttft-ms` and `x-slo-tpot-ms`, and where these say nothing from the class that `x-slo-class`
-    names; None where none is given."""
-    ttft, tpot = (_target_ms(headers, name) for name in ("x-slo-ttft-ms", "x-slo-tpot-ms"))
-    if name := headers.get("x-slo-class"):
-        if name not in classes:
-            known = f"; this server has {', '.join(sorted(classes))}" if classes else "; this server has none"
-            refuse("x-slo-class", f"no such SLO class{known}")
-        ttft, tpot = ttft or classes[name].ttft_ms, tpot or classes[name].tpot_ms
-    return Slo(ttft, tpot) if ttft or tpot else None
-
-
-def _target_ms(headers: Mapping[str, str], name: str) -> float:
-    text = headers.get(name)
-    if text is None:
-        return 0.0
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value <= LONGEST_MS:  # also false for nan
-        refuse(name, f"expected milliseconds, more than 0 and at most {LONGEST_MS:.0e}")
-    return value

@@ -40,14 +40,16 @@ def new_head(name: str, target: Target) -> Head:
     )
 
 
-def usage(prompt_tokens: int, outputs: Sequence[Output]) -> Json:
-    """`usage`. Draft tokens that were rejected cost the client nothing and are not among completion_tokens."""
+def usage(prompt_tokens: int, outputs: Sequence[Output], n: int = 1) -> Json:
+    """`usage`. A prompt counts once, however many answers it has (`n`). Draft tokens that were rejected cost the client
+    nothing and are not among completion_tokens."""
     completion = sum(o.tokens for o in outputs)
     rejected = sum(o.spec.num_draft_tokens - o.spec.num_accepted_draft_tokens for o in outputs)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(o.cached for o in outputs[::n])},
         "completion_tokens_details": {
             "accepted_prediction_tokens": sum(o.shown_draft for o in outputs),
             "rejected_prediction_tokens": rejected,

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from wisp.api.fields import Fields, as_object, refuse
-from wisp.api.requests import NO_CLASSES, GenerationRequest, SloClasses, parse_chat
+from wisp.api.requests import GenerationRequest, parse_chat
+from wisp.api.slo import NO_CLASSES, SloClasses
 from wisp.core.errors import RequestError
 
 Json = dict[str, Any]

@@ -8,25 +8,25 @@ the same on a device, where forced tokens are drafted for nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence
 from contextlib import aclosing
 
 import msgspec
 
 from wisp.api.answers import answers
 from wisp.api.backend import Backend, Generation, Target
-from wisp.api.formats import finite, spelled
 from wisp.api.output import Entry, Output
 from wisp.api.prepare import Prepared
 from wisp.api.requests import GenerationRequest
 from wisp.api.responses import Json
 from wisp.api.shape import Echo
+from wisp.api.spelling import finite, spelled
 from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import TokenLogprob
 from wisp.engines.base import Tokenizer
 
-MOST_FORCED = 4096  # tokens of one grammar: a twentieth of a second to compile
+MOST_FORCED = 8192  # tokens of one grammar; more of them may not fit its source
 
 
 async def echoes(backend: Backend, ask: GenerationRequest, prepared: Prepared, target: Target) -> list[Echo]:
@@ -61,12 +61,14 @@ async def _scores(
 ) -> list[TokenLogprob]:
     """The log probabilities of all tokens but the first, which follows nothing."""
     found: list[TokenLogprob] = []
-    for start, end in _parts(prompt, tokenizer.eos):
+    for start in range(1, len(prompt), MOST_FORCED):
+        tokens = prompt[start : start + MOST_FORCED]
+        forced = Grammar("tokens", msgspec.json.encode(tokens).decode())
         task = msgspec.structs.replace(
             first,
             prompt=prompt[:start],
-            sampling=Sampling(constraints=_forcing(prompt[start:end], tokenizer.eos)),
-            max_tokens=end - start,
+            sampling=Sampling(constraints=Constraints(grammar=forced)),
+            max_tokens=len(tokens),
             ignore_eos=True,
             logprobs=top,
         )
@@ -74,27 +76,6 @@ async def _scores(
         async with aclosing(answers(backend, [task], [output])) as deltas:
             found += [entry.logprob async for _, delta in deltas for entry in delta.entries]
     return found
-
-
-def _parts(prompt: list[int], ends: Set[int]) -> Iterator[tuple[int, int]]:
-    """Where to cut: a grammar is over with an end of sequence, so each of these is a part of its own."""
-    start = 1
-    for at in range(1, len(prompt) + 1):
-        if at == len(prompt) or prompt[at] in ends or at - start == MOST_FORCED:
-            if at > start:
-                yield start, at
-            start = at
-            if at < len(prompt) and prompt[at] in ends:
-                yield at, at + 1
-                start = at + 1
-
-
-def _forcing(tokens: list[int], ends: Set[int]) -> Constraints:
-    """What allows these tokens alone, one after the other."""
-    if tokens[0] in ends:
-        return Constraints(allowed=(tokens[0],))
-    source = " ".join(f"<[{token}]>" for token in tokens)
-    return Constraints(grammar=Grammar("lark", f"%llguidance {{}}\nstart: {source}\n"))
 
 
 def _told(prompt: list[int], scores: list[TokenLogprob], tokenizer: Tokenizer) -> tuple[str, list[Entry]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 from starlette.responses import Response
@@ -37,12 +38,17 @@ class Registry(CollectorRegistry):
 
 
 def scraped(request: Request, registry: CollectorRegistry, model: str, keys: Keyring) -> Response:
-    """All that the caller may see, in the text format that Prometheus reads. `model`: "" while none is known."""
+    """All that the caller may see, in the text format that Prometheus reads; as OpenMetrics where that is asked for.
+    `model`: "" while none is known."""
     try:
         shown = _shown(keys, request.headers.get("authorization"))
     except RequestError as error:
         return error_response(error, request_id(request))
-    page = generate_latest(_View(registry, model, shown))
+    view = _View(registry, model, shown)
+    if "application/openmetrics-text" in request.headers.get("accept", ""):
+        page = openmetrics.generate_latest(view)  # type: ignore[no-untyped-call]
+        return Response(page, media_type=openmetrics.CONTENT_TYPE_LATEST)
+    page = generate_latest(view)
     return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -85,9 +85,7 @@ class EdgeBackend:
         self.ahead = ahead
         self.times = RoundTimes()  # of the last session; the next one starts from them
         self.sessions = 0  # live ones
-        self.why = (
-            "" if drafter is not None else "no_drafter"
-        )  # the last session did not draft (`edge.rounds`)
+        self.why = "" if drafter is not None else "no_drafter"  # of the last session (`edge.rounds`)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draft")
 
     @property
@@ -196,7 +194,7 @@ class _Session:
                 self.drafts, drafter.context(), drafter.position, self.generation.sampling
             )
             now = _now_ms()
-            self.rounds.proposed(now - started, dry=proposal is None)
+            self.rounds.proposed(now - started, drafter.position, proposal)
             if proposal is None:
                 return drafter.proposed(now, None, Signal(), now - started)
             return drafter.proposed(now, proposal.token, proposal.signal, now - started, proposal.then)

@@ -13,6 +13,7 @@ from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.round_times import RoundTimes
 from wisp.core.protocol.messages import Draft, Open, Verdict
 from wisp.core.protocol.step import Committed, Round
+from wisp.engines.base import Proposal
 
 WHY = {
     "": "It drafts, as long as that pays.",
@@ -37,14 +38,20 @@ class RoundLog:
         self._began = self._heard = now_ms
         self._steps = 0  # since the last round
         self._dry = False
+        self._forced: set[int] = set()  # places, in the answer, of tokens that a grammar left no choice for
+        self._committed = 0
         self._drafting_ms = 0.0  # since the last draft was sent
         self._sent: dict[int, tuple[float, float, bool]] = {}  # by round: when, drafting before it, ahead
         self._round: Round | None = None
 
-    def proposed(self, took_ms: float, *, dry: bool) -> None:
-        """A draft step. dry: nothing came of it."""
-        self._steps += 1
-        self._dry = dry
+    def proposed(self, took_ms: float, position: int, proposal: Proposal | None) -> None:
+        """The drafter was asked for the token at `position`."""
+        self._dry = proposal is None
+        self._forced = {at for at in self._forced if at < position}
+        certain = proposal is not None and proposal.signal.certain
+        self._steps += not certain  # otherwise the model was not asked
+        if proposal is not None:
+            self._forced.update(range(position + (not certain), position + 1 + len(proposal.then)))
         self._drafting_ms += took_ms
 
     def sent(self, now_ms: float, message: Open | Draft) -> None:
@@ -90,10 +97,12 @@ class RoundLog:
     def told(self, committed: Committed) -> Committed:
         """The same, with the round that it came of. Of a draft sent ahead, it counts what was not settled before."""
         found, self._round = self._round, None
+        base, self._committed = self._committed, self._committed + len(committed.tokens)
         if found is None:
             return committed
         drafted, accepted = committed.drafted, committed.accepted
-        return replace(committed, round=replace(found, drafted=drafted, accepted=accepted))
+        forced = [i for i in range(committed.from_draft) if base + i in self._forced]
+        return replace(committed, round=replace(found, drafted=drafted, accepted=accepted, forced=forced))
 
     def _reason(self, asked: bool, drafted: int, verdict: Verdict, drafter: Drafter) -> str:
         if drafter.rounds.serve:

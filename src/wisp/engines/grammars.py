@@ -23,8 +23,9 @@ import numpy as np
 
 from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Grammar
-from wisp.core.protocol.edits import Bits
+from wisp.core.protocol.edits import Bits, Matcher
 from wisp.engines.base import Tokenizer
+from wisp.engines.forced_tokens import ForcedTokens
 
 # What a grammar may cost: the largest that fits its 64 KiB takes 2 to 4 s of a core to compile and 40 MB, a mask 15 ms.
 LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 30_000, "max_lexer_states": 20_000}
@@ -37,6 +38,7 @@ SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexibl
 MISSING = (
     "grammars need llguidance 1.7.6 or later, which is not installed here: pip install 'llguidance>=1.7.6'"
 )
+_BY_NUMBER = re.compile(r"<\[([^\]\n]*)\]>")
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]+)')
 
 
@@ -88,6 +90,9 @@ class Grammars:
 
         Raises GrammarError, which names the keyword or the place that cannot be compiled.
         """
+        if grammar.kind == "tokens":
+            self._forced(grammar)
+            return
         with self._lock:
             kept = self._by_key.get(key)
             if kept is not None and grammar in kept:
@@ -107,10 +112,12 @@ class Grammars:
     def ready(self, grammar: Grammar, key: str) -> bool:
         """Has it been compiled for this key?"""
         with self._lock:
-            return grammar in self._by_key.get(key, ())
+            return grammar.kind == "tokens" or grammar in self._by_key.get(key, ())
 
-    def matcher(self, grammar: Grammar) -> GrammarMatcher:
+    def matcher(self, grammar: Grammar) -> Matcher:
         """A matcher at the beginning of the grammar. Raises GrammarError."""
+        if grammar.kind == "tokens":
+            return self._forced(grammar)
         with self._lock:
             all_ = [kept[grammar] for kept in self._by_key.values() if grammar in kept]
         known = next((c for c in all_ if not c.problem), all_[0] if all_ else None)
@@ -118,7 +125,21 @@ class Grammars:
         vocabulary, ends = self._vocabulary
         return GrammarMatcher(compiled, vocabulary.vocab_size, ends)
 
+    def _check_named(self, source: str) -> None:
+        """Raises GrammarError for tokens of text by number: llguidance loses its place among them on its way back from
+        a draft. Control tokens may be named so."""
+        for inner in _BY_NUMBER.findall(source):
+            n = int(inner) if inner.isdecimal() and len(inner) < 10 else -1
+            if not 0 <= n < self._tokenizer.n_vocab or self._tokenizer.piece(n):
+                raise GrammarError(f"<[{inner[:40]}]>: only a control token can be named by its number")
+
+    def _forced(self, grammar: Grammar) -> ForcedTokens:
+        """Not by llguidance: see `_check_named`."""
+        return ForcedTokens(grammar.source, self._tokenizer.n_vocab, self._tokenizer.eos)
+
     def _compiled(self, grammar: Grammar) -> _Compiled:
+        if grammar.kind == "lark":
+            self._check_named(grammar.source)
         library = _library()
         if library is None:
             raise GrammarError(MISSING)

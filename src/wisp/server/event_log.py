@@ -32,7 +32,8 @@ log = logging.getLogger("wisp.host")
 FLUSH_S = 1.0
 FLUSH_BYTES = 1 << 16  # or sooner, once so much has come together
 MODE = 0o600  # prompts are for nobody else's eyes
-RENAMED = {"wisp": "paper", "laxity": "wisp", "laxity:keep": "wisp:keep"}  # policies of 0.1, as called today
+RENAMED = {"wisp": "paper"}  # policies of 0.1, by their names today
+GONE = ("laxity", "laxity:keep")  # policies of 0.1 that later releases do not have
 
 
 class LogHeader(msgspec.Struct, frozen=True, array_like=True, tag="header"):
@@ -49,7 +50,13 @@ class LogHeader(msgspec.Struct, frozen=True, array_like=True, tag="header"):
 
     def verifier(self) -> Verifier:
         """As it was when the run began. Raises ConfigError for a policy that this release does not have."""
-        policy = RENAMED.get(self.policy, self.policy) if self.wisp.startswith("0.1.") else self.policy
+        old = self.wisp.startswith("0.1.")
+        if old and self.policy in GONE:
+            raise ConfigError(
+                f"this event log is of wisp {self.wisp} with batching policy {self.policy!r}, which max-weight batching"
+                f" has replaced since: it replays to the same actions only with wisp {self.wisp}"
+            )
+        policy = RENAMED.get(self.policy, self.policy) if old else self.policy
         admission = Admission(self.max_sessions, dict(self.key_limits))
         return Verifier(self.limits, batching_policy(policy), admission, CostModel(self.cost))
 

@@ -89,9 +89,7 @@ class Metrics:
         text = "Multiplier that makes a prediction a p90 upper bound."
         r.gauge("cost_model_margin", text, lambda: v.cost.margin)
         text = "Congestion price: what one more draft token costs other sessions, in committed tokens."
-        r.gauge("draft_token_price", text, lambda: v.price)
-        text = "Time of what was left out of steps, over the time of the steps (0: the server keeps up)."
-        r.gauge("pressure_utilisation", text, lambda: v.congestion.utilisation)
+        r.gauge("draft_token_price", text, lambda: v.policy.price)
 
     def _requests(self, r: Registry) -> None:
         self.ttft = r.histogram("time_to_first_token_seconds", "From Open to the first token.", TTFT)

@@ -218,7 +218,7 @@ class Recorder:
     def _gauges(self) -> dict[str, float]:
         v = self._verifier
         return {
-            "price": v.price,
+            "price": v.policy.price,
             "kv": v.kv.owned_tokens / v.kv.kv_tokens,
             "running": v.kv.owned_slots,
             "waiting": v.n_waiting,

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 
 from wisp.api.tools.events import Broken, Call, Event, Incomplete, Reasoning, Text, Tools, call, json_at
-from wisp.api.tools.markup import Parser, _held, skip
+from wisp.api.tools.markup import Parser
+from wisp.api.tools.reading import held_back, skip
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
@@ -107,7 +108,7 @@ class Harmony(Parser):
             self._say(self._kind, self._text[: end.start()])
             self._text, self._kind = self._text[end.end() :], None
             return bool(self._text)
-        held = 0 if final else _held(self._text, (*ENDS, *(e + START for e in ENDS)))
+        held = 0 if final else held_back(self._text, (*ENDS, *(e + START for e in ENDS)))
         self._say(self._kind, self._text[: len(self._text) - held])
         self._text = self._text[len(self._text) - held :]
         return False

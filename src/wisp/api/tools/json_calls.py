@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from wisp.api.tools.events import Broken, Call, Incomplete, call, json_at
-from wisp.api.tools.markup import THINK, Markup, expect, passed, skip, until
+from wisp.api.tools.markup import THINK, Markup
+from wisp.api.tools.reading import expect, passed, skip, until
 
 
 def from_object(value: Any) -> Call:

@@ -11,32 +11,10 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from wisp.api.tools.events import Broken, Call, Event, Incomplete, Reasoning, Text, Tools
+from wisp.api.tools.reading import Waiting, held_back
 
 Pair = tuple[str, str]
-_LONGEST_CLOSER = 32  # characters, or more
 THINK: Pair = ("<think>", "</think>")
-
-
-class _Waiting:
-    """The rest of a call, in pieces, until there is hope that it is complete: an end of one has come, and a long call
-    has grown by a part, as each look reads all of it."""
-
-    def __init__(self, closers: tuple[str, ...], begun: str, long: int) -> None:
-        self.pieces: list[str] = []
-        self._closers = closers
-        self._least = len(begun) >> 4 if len(begun) > long else 0
-        self._size = 0
-        self._tail = begun[-_LONGEST_CLOSER:]
-        self._closed = False
-
-    def worth_reading(self, text: str) -> bool:
-        """Take the next piece. Is it time for another look?"""
-        self.pieces.append(text)
-        self._size += len(text)
-        window = self._tail + text
-        self._tail = window[-_LONGEST_CLOSER:]
-        self._closed = self._closed or any(closer in window for closer in self._closers)
-        return self._closed and self._size >= self._least
 
 
 class Parser(ABC):
@@ -80,7 +58,7 @@ class Markup(Parser):
     def __init__(self, tools: Tools, thinking: bool = False) -> None:
         super().__init__(tools, thinking)
         self._text = ""  # not yet reported
-        self._waiting: _Waiting | None = None  # of the call that it ends in
+        self._waiting: Waiting | None = None  # of the call that it ends in
         self._pair = self.thinks[0] if thinking and self.thinks else None
         self._begun = thinking  # past the place where reasoning may begin
         self._lead = thinking  # white space that comes now is dropped
@@ -151,7 +129,7 @@ class Markup(Parser):
             self._pair, self._lead = None, True
             return True
         markers = (close, *(self.openers if self.calls_while_thinking else ()))
-        held = 0 if final else _held(self._text, markers)
+        held = 0 if final else held_back(self._text, markers)
         sure = self._text[: len(self._text) - held].rstrip()
         self._reason(sure)
         self._text = "" if final else self._text[len(sure) :]
@@ -177,7 +155,7 @@ class Markup(Parser):
             if head.startswith(self.first_openers or ("\0",)):
                 return self._try(len(self._text) - len(head), final, cut)
         if at < 0:
-            held = 0 if final else _held(self._text, (*openers, *self.silent))
+            held = 0 if final else held_back(self._text, (*openers, *self.silent))
             self._report(len(self._text) - held, final)
             return False
         if marker in self.silent:
@@ -197,7 +175,7 @@ class Markup(Parser):
         except Incomplete as incomplete:
             if not final:
                 if not incomplete.soon:
-                    self._waiting = _Waiting(self.closers, text, self.long)
+                    self._waiting = Waiting(self.closers, text, self.long)
                 return False
             return self._give_up(at)
         except Broken:
@@ -253,43 +231,3 @@ class Markup(Parser):
         found = [(text.find(m), -len(m), m) for m in markers]
         at, _, marker = min((f for f in found if f[0] >= 0), default=(-1, 0, ""))
         return at, marker
-
-
-def _held(text: str, markers: tuple[str, ...]) -> int:
-    """How many characters at the end of `text` a marker may begin with."""
-    longest = min(len(text), max(map(len, markers), default=1) - 1)
-    return next((n for n in range(longest, 0, -1) if any(m.startswith(text[-n:]) for m in markers)), 0)
-
-
-def skip(text: str, at: int) -> int:
-    """The first place from `at` on that is no white space."""
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
-
-
-def expect(text: str, at: int, marker: str) -> int:
-    """The place after `marker`, which must come at `at`. Raises Incomplete or Broken."""
-    if text.startswith(marker, at):
-        return at + len(marker)
-    if marker.startswith(text[at:]):
-        raise Incomplete(soon=True)
-    raise Broken
-
-
-def passed(text: str, at: int, marker: str, ended: bool) -> int:
-    """The place after white space and `marker`, or `at` where it does not come. Raises Incomplete if it still may."""
-    after = skip(text, at)
-    if text.startswith(marker, after):
-        return after + len(marker)
-    if not ended and marker.startswith(text[after:]):
-        raise Incomplete(soon=True)
-    return at
-
-
-def until(text: str, at: int, marker: str) -> int:
-    """Where `marker` is, from `at` on. Raises Incomplete."""
-    found = text.find(marker, at)
-    if found < 0:
-        raise Incomplete
-    return found

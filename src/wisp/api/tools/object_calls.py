@@ -7,7 +7,8 @@ import re
 from typing import Any
 
 from wisp.api.tools.events import Broken, Call, Incomplete, call
-from wisp.api.tools.markup import Markup, expect, passed, skip
+from wisp.api.tools.markup import Markup
+from wisp.api.tools.reading import expect, passed, skip
 
 _DEEPEST = 64  # levels of objects and lists in arguments
 

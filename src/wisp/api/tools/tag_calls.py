@@ -10,7 +10,8 @@ import re
 from typing import Any
 
 from wisp.api.tools.events import Broken, Call, Incomplete, Tool, call, json_at
-from wisp.api.tools.markup import Markup, passed, skip
+from wisp.api.tools.markup import Markup
+from wisp.api.tools.reading import passed, skip
 from wisp.api.tools.values import typed
 
 NO_TOOL = Tool("")

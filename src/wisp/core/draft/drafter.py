@@ -265,7 +265,9 @@ class Drafter:
             drafted = max(0, flight.drafted - before)
             accepted = max(0, verdict.accepted - before)
         logprobs = verdict.logprobs[-len(new) :] if new and verdict.logprobs else []
-        fresh = Committed(new, logprobs, drafted, accepted, min(len(new), accepted), verdict.finish)
+        fresh = Committed(
+            new, logprobs, drafted, accepted, min(len(new), accepted), verdict.finish, cached=verdict.cached
+        )
         if flight is not None:
             arrived = now_ms if arrived_ms is None else arrived_ms
             self._learn(now_ms, arrived, flight, drafted, verdict, new)

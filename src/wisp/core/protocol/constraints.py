@@ -27,14 +27,15 @@ MOST_STOPS = 256
 MOST_AFTER = 64
 MOST_SOURCE = 1 << 16  # bytes
 
-Kind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
+Kind = Literal["json_object", "json_schema", "regex", "choice", "lark", "tokens"]
 
 
 class Grammar(msgspec.Struct, frozen=True, array_like=True):
     """What the text must be, from its beginning or from the end of the reasoning on.
 
     kind, source: "json_object" (source "": any JSON object), "json_schema" (source: the schema, JSON), "regex" (the
-                  whole text matches), "choice" (source: a JSON list of strings), "lark" (llguidance's dialect)
+                  whole text matches), "choice" (source: a JSON list of strings), "lark" (llguidance's dialect),
+                  "tokens" (exactly these: a JSON list of ids)
     after:        the token ids, in order, that end the reasoning; the grammar begins behind the first place in the
                   output that has them. (): at once
 

@@ -148,6 +148,7 @@ class Verdict(Message, frozen=True, tag="verdict"):
     logprobs: one entry per token if asked for
     queue_ms, engine_ms: time in the queue and in the engine
     price:    congestion price: what one more draft token costs others, in committed tokens (0 at low load)
+    cached:   tokens of the prompt that were not read for this session, as their KV was there
     """
 
     session: str
@@ -160,6 +161,7 @@ class Verdict(Message, frozen=True, tag="verdict"):
     queue_ms: float = 0.0
     engine_ms: float = 0.0
     price: float = 0.0
+    cached: int = 0
 
 
 class Refused(Message, frozen=True, tag="refused"):

@@ -105,6 +105,7 @@ class Round(msgspec.Struct, frozen=True):
     queue_ms, verify_ms: in the verifier's queue and engine
     steps:     draft steps since the round before, unused ones included
     price:     of a draft token, as of this verdict
+    forced:    places, among the tokens that it committed, of draft tokens that a grammar left no choice for
     why:       why nothing was drafted ("": something was, or it was not its turn), a key of `edge.rounds.WHY`
     """
 
@@ -119,6 +120,7 @@ class Round(msgspec.Struct, frozen=True):
     ahead: bool = False
     price: float = 0.0
     why: str = ""
+    forced: list[int] = []
 
 
 class Committed(msgspec.Struct, frozen=True):
@@ -128,6 +130,7 @@ class Committed(msgspec.Struct, frozen=True):
     from_draft:        the first so many of `tokens` came from the draft
     finish:            "" (goes on), "stop" (an end-of-sequence token, the last of `tokens`) or "length"
     round:             the round that committed them, where somebody asked to see rounds
+    cached:            tokens of the prompt whose KV was there already
     """
 
     tokens: list[int]
@@ -137,3 +140,4 @@ class Committed(msgspec.Struct, frozen=True):
     from_draft: int = 0
     finish: str = ""
     round: Round | None = None
+    cached: int = 0

@@ -63,20 +63,6 @@ def load_of(slices: Iterable[Slice]) -> Load:
     return Load(new, attention, cached, n_slices)
 
 
-def decoding_of(slices: Iterable[Slice]) -> Load:
-    """The load of a step without its prefill."""
-    new = attention = cached = n_slices = 0
-    for s in slices:
-        if s.sample:
-            n = s.n_draft + 1
-            total = s.start + len(s.tokens)
-            new += n
-            attention += n * total
-            cached += total - n
-            n_slices += 1
-    return Load(new, attention, cached, n_slices)
-
-
 class Coefficients(msgspec.Struct, frozen=True):
     """Coefficients in milliseconds.
 

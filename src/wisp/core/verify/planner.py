@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from wisp.core.protocol.step import Copy, Slice
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import BatchingPolicy, Candidate, Grant, Kind, StepLimits
-from wisp.core.verify.congestion import CongestionPrice
 from wisp.core.verify.cost import CostModel, Load, load_of
 from wisp.core.verify.events import Limits, Run
 from wisp.core.verify.kv import KvPool
@@ -80,7 +79,6 @@ class Planner:
         self.admission = admission
         self.cost = cost
         self.index = index
-        self.congestion = CongestionPrice()
         self.kv = KvPool(limits.slots, limits.slot_tokens, limits.kv_tokens)
         self.load = Load()  # of the last step
         self.evicted = 0  # times that a session lost its KV to another
@@ -110,7 +108,6 @@ class Planner:
             return None, plan.wake_at
         slices = [self._slice(now, grant) for grant in grants]
         self.load = load_of(slices)
-        self.congestion.planned(self.cost.ms(self.load), plan.left_ms)
         copies, self._copies = self._copies, []
         return Run(copies, slices), None
 
@@ -174,6 +171,8 @@ class Planner:
             if assigned.copy_from >= 0:
                 self._copies.append(Copy(assigned.copy_from, assigned.slot, assigned.start))
             session.slot, session.cached = assigned.slot, assigned.start
+            if session.progress.reused is None:
+                session.progress.reused = min(assigned.start, session.progress.n_prompt)
             session.candidate = None
 
     def _evictable(self, now: float) -> Callable[[int], bool]:
@@ -284,5 +283,6 @@ def candidate_of(s: Session) -> Candidate:
     s.candidate = candidate = Candidate(
         s.handle, kind, missing + n_draft, cached, n_draft, since, targets.opened, s.key, due, targets.tpot_s,
         speed.expected(n_draft), speed.round_tokens, remaining, drafting, first, lag_s, targets.slo_lost,
+        speed.acceptance,
     )  # fmt: skip
     return candidate

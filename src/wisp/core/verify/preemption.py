@@ -22,12 +22,13 @@ from wisp.core.verify.cost import CostModel, Load
 SPARE_S = 3.0  # least slack of a victim
 WORTH = 100.0  # least slack of a victim, in multiples of the time to compute its KV again
 ENDING = 16  # tokens; a session with no more than this to generate is not preempted
-URGENT_S = 0.5  # a prompt may preempt this long before its prefill must start
+URGENT_S = 0.5  # a prompt may preempt a slot this long before its prefill must start,
+EARLY_S = 2.0  # and KV of sessions that are ahead this long
 
 
 def victims(now: float, candidates: Sequence[Candidate], free_kv: float, cost: CostModel) -> list[int]:
     """Sessions to preempt so that urgent candidates fit. `free_kv`: KV tokens available without preemption."""
-    wanted = {c.session: c.new for c in candidates if is_urgent(now, c, cost)}
+    wanted = {c.session: c.new for c in candidates if is_urgent(now, c, cost, EARLY_S)}
     least = {c.session: c.new - c.n_draft for c in candidates if _running(c)}
     if not wanted:  # nothing runs: start the first prompt rather than stand still
         wanted = {c.session: c.new for c in sorted(candidates, key=_first_due)[:1]}
@@ -53,9 +54,9 @@ def slot_victims(now: float, candidates: Iterable[Candidate], cost: CostModel) -
     return [c.session for c in _split(now, candidates, cost)[0]]
 
 
-def is_urgent(now: float, c: Candidate, cost: CostModel) -> bool:
+def is_urgent(now: float, c: Candidate, cost: CostModel, within_s: float = URGENT_S) -> bool:
     """Must it have memory now? Always true of a session that has KV and goes on."""
-    return _running(c) or c.due - now < URGENT_S + 2.0 * c.new * _token_s(cost)
+    return _running(c) or c.due - now < within_s + 2.0 * c.new * _token_s(cost)
 
 
 def _running(c: Candidate) -> bool:

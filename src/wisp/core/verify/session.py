@@ -178,15 +178,19 @@ class Targets:
 
 
 class Progress:
-    """Prompt and committed tokens. `entries` are the log probabilities of the last tokens, as far as asked for."""
+    """Prompt and committed tokens. `entries` are the log probabilities of the last tokens, as far as asked for.
 
-    __slots__ = ("chain", "entries", "logprobs", "n_prompt")
+    reused: tokens of the prompt whose KV was there when the session first got a slot; None before
+    """
+
+    __slots__ = ("chain", "entries", "logprobs", "n_prompt", "reused")
 
     def __init__(self, open_: Open) -> None:
         self.n_prompt = len(open_.prompt)
         self.chain = _chain(open_)  # prompt + committed
         self.logprobs = open_.logprobs  # None, or how many alternatives to report
         self.entries: list[TokenLogprob] = []
+        self.reused: int | None = None
 
     @property
     def committed(self) -> int:
@@ -405,8 +409,9 @@ class Session:
         entries = progress.entries_from(base) if progress.logprobs is not None else []
         tokens = progress.tokens_from(base)
         round_state.verdict = verdict = Verdict(
-            self.id, round_, base, accepted, tokens, finish, entries, queue_ms, engine_ms, round_state.price
-        )
+            self.id, round_, base, accepted, tokens, finish, entries, queue_ms, engine_ms, round_state.price,
+            progress.reused or 0,
+        )  # fmt: skip
         return verdict
 
     def adopt(self, open_: Open) -> None:

@@ -19,7 +19,7 @@ from wisp.core.protocol.slo import LONGEST_MS
 from wisp.core.protocol.step import ENGINE_ERROR, Slice, SliceResult
 from wisp.core.verify.admission import Admission, Refusal
 from wisp.core.verify.batching import BatchingPolicy
-from wisp.core.verify.cost import CostModel, Load, decoding_of
+from wisp.core.verify.cost import CostModel, Load
 from wisp.core.verify.events import (
     Action,
     Ended,
@@ -68,14 +68,12 @@ class Verifier:
         self.index = SessionIndex()
         self.sessions = self.index.sessions
         self.planner = Planner(limits, policy, admission, self.cost, self.index)
-        self.congestion = self.planner.congestion
         self.kv = self.planner.kv
         self._by_id: dict[str, Session] = {}
         self._by_connection: dict[int, set[int]] = {}
         self._step: dict[int, Slice] | None = None  # what the engine is running
         self._load = Load()
         self._dispatched = 0.0
-        self.price = 0.0  # congestion price after the last step: committed tokens per draft token
         self._next_handle = 0
 
     @property
@@ -365,11 +363,6 @@ class Verifier:
             return actions
         # From dispatch to dispatch: the host's work between steps delays every session, too.
         self.cost.observe(self._load, max(event.engine_ms, (now - self._dispatched) * 1e3))
-        decoding = self.cost.ms(decoding_of(step.values())) / self.cost.ms(self._load)
-        self.congestion.stepped(
-            sum(len(r.tokens) for r in event.results), event.engine_ms * min(decoding, 1.0)
-        )
-        self.price = self.congestion.price(self.cost.token_ms(self._load))
         for result in event.results:
             session = self.sessions[result.session]
             self._commit(now, session, step[result.session], result, event.engine_ms, actions)
@@ -409,7 +402,7 @@ class Verifier:
             s.verified(now, slice_.n_draft, result.accepted)
             if p.since != s.since or slice_.n_draft:
                 s.speed.committed(len(tokens))
-            current.price = self.price
+            current.price = self.policy.price
             verdict = s.answer(
                 p.round,
                 p.base,

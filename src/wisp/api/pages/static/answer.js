@@ -103,6 +103,7 @@ wisp.answer = (() => {
     const reason = answer.draft ? why(answer, reasons) : "";
     return html`<article class="answer" aria-label=${title} aria-busy=${answer.running}>
       ${title && html`<h3>${title}</h3>`}
+      <p class="hidden" role="status">${answer.running ? "Answering." : answer.error ? "" : `Answered: ${answer.text}`}</p>
       <${Tokens} answer=${answer} />
       ${answer.error && html`<div class="note bad" role="alert">${answer.error.message} ${again && html`<button class="quiet" onClick=${again}>Try again</button>`}</div>`}
       ${answer.finish === "length" && html`<p class="soft small">Cut off at the most tokens that were asked for.</p>`}

@@ -42,6 +42,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     first:           the first token is still to come
     lag_s:           seconds behind the TPOT target at the last verdict (negative: ahead)
     slo_lost:        the SLO can no longer be met; `due` follows twice the TPOT target
+    acceptance:      probability that a draft token is accepted if those before it are
     """
 
     session: int
@@ -61,6 +62,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     first: bool = False
     lag_s: float = 0.0
     slo_lost: bool = False
+    acceptance: float = 0.8
 
 
 class StepLimits(msgspec.Struct, frozen=True):
@@ -89,14 +91,11 @@ class Grant(msgspec.Struct, frozen=True, gc=False):
 class Plan(msgspec.Struct, frozen=True):
     """Run `grants` now. Without grants, ask again at `wake_at` (None: at the next event).
 
-    left_ms: backlog in ms of engine time: drafts and prompts for which the step had no time, and the share of sessions
-             with little slack
-    lost:    sessions whose SLO can no longer be met; from now on they are served at twice their TPOT target
+    lost: sessions whose SLO can no longer be met; from now on they are served at twice their TPOT target
     """
 
     grants: list[Grant] = []
     wake_at: float | None = None
-    left_ms: float = 0.0
     lost: list[int] = []
 
 
@@ -105,10 +104,12 @@ class BatchingPolicy(Protocol):
 
     wants_drafting: also offer sessions whose edge is still drafting
     preempts:       take KV from sessions far ahead of their TPOT target (`core.verify.preemption`)
+    price:          what one more draft token costs other sessions, in committed tokens; 0 if the policy has none
     """
 
     name: str
     wants_drafting: bool
     preempts: bool
+    price: float
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan: ...

@@ -38,6 +38,7 @@ class Paper:
     name = "paper"
     wants_drafting = False
     preempts = False
+    price = 0.0
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
         cost, scale = limits.cost, limits.cost.margin / 1e3

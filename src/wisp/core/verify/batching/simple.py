@@ -22,6 +22,7 @@ class Continuous:
     name = "continuous"
     wants_drafting = False
     preempts = False
+    price = 0.0
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
         going = nsmallest(limits.slices, (w for w in candidates if w.kind is not Kind.PREFILL), key=_arrival)
@@ -51,6 +52,7 @@ class Fcfs:
     name = "fcfs"
     wants_drafting = False
     preempts = False
+    price = 0.0
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
         grants: list[Grant] = []
