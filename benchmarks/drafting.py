@@ -42,7 +42,6 @@ def write_page(result: dict[str, Any], study: Study, out: Path) -> None:
 
 
 def figures(result: Data) -> Data:
-    """The tables of the page."""
     labels = [label for label in result["cells"][0]["policies"] if label not in FIXED]
     speeds = []
     for cell in result["cells"]:

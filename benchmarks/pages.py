@@ -15,7 +15,11 @@ Data = dict[str, Any]
 
 # The module of each page: its function `figures` makes what the template needs beside the data.
 SOURCES = {
-    **{n: f"benchmarks.experiments.{n}" for n in ("table", "regimes", "bursts", "ablations", "reality")},
+    **{
+        n: f"benchmarks.experiments.{n}"
+        for n in ("table", "paper", "regimes", "bursts", "ablations", "reality")
+    },
+    "suite": "benchmarks.suite",
     "drafting": "benchmarks.drafting",
     "ahead": "benchmarks.reality.ahead",
 }
@@ -49,6 +53,5 @@ def write_data(path: Path, data: Data) -> Data:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -43,9 +43,8 @@ from wisp.core.verify.events import Action, InEvent, Limits, Received, Run, Send
 from wisp.core.verify.verifier import Verifier
 
 COST = Coefficients(step=38.0, token=0.42, cached=0.00005, attention=1e-6)
-BIG = Coefficients(
-    step=15.0, token=0.05, cached=0.00001, attention=1e-7
-)  # an engine that keeps up with 1,000 sessions
+# An engine that keeps up with 1,000 sessions.
+BIG = Coefficients(step=15.0, token=0.05, cached=0.00001, attention=1e-7)
 SIZES = (10, 100, 1_000, 10_000)
 STEP_TOKENS = 2048
 SLOTS = 512
@@ -299,7 +298,6 @@ def _exponent(timings: list[Timing]) -> float:
 
 
 def run_bench_policy(n: int, *, as_json: bool) -> None:
-    """Measure and print."""
     reports = measure(n)
     if as_json:
         print(json.dumps({"pending": n, "aim_ms": AIM_MS, "policies": {r.policy: _row(r) for r in reports}}))

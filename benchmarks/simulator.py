@@ -29,9 +29,7 @@ DEVICES = (10, 100, 500, 2000)
 CARRIED = 100  # devices that the verifier carries with ease
 BRIEF_S = 40.0
 QUESTIONS = ("long", "carried", "beyond")
-CAPTION = (
-    "carried: by a verifier that grows with the number of devices; beyond: the capacity of one that does not"
-)
+CAPTION = "carried: by a verifier that grows with the devices; beyond: the capacity of one that does not"
 
 
 class Speed(msgspec.Struct, frozen=True):

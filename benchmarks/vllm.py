@@ -280,7 +280,6 @@ class _Stock:
             self._core.step()
 
     def step(self) -> Times:
-        """One step of all sessions."""
         self._workers.seconds = 0.0
         wall, cpu = time.perf_counter(), time.process_time()
         self._core.step()
@@ -325,7 +324,6 @@ class _Ours:
             self._note(self._step()[1])
 
     def step(self) -> Times:
-        """One step of all sessions."""
         self._workers.seconds = self._handling.seconds = 0.0
         wall, cpu = time.perf_counter(), time.process_time()
         engine, sent = self._step()

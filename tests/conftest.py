@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+collect_ignore = ["clients"]  # in an environment of their own: `make test-clients`
+
 # A busy machine is slow at random moments, so no example may be late, and a slow one is no reason to fail.
 # `pytest --hypothesis-profile=default` tries others than the usual examples.
 settings.register_profile(

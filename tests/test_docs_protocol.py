@@ -9,13 +9,16 @@ from typing import get_args
 import msgspec
 import pytest
 
+from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.messages import EdgeMessage, ServerMessage
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
 from wisp.core.protocol.step import TokenLogprob
 
 PAGE = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
-STRUCTS = (*get_args(EdgeMessage), *get_args(ServerMessage), Sampling, Slo, TokenLogprob)
+STRUCTS = (
+    *get_args(EdgeMessage), *get_args(ServerMessage), Sampling, Constraints, Grammar, Slo, TokenLogprob,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("struct", STRUCTS, ids=lambda s: s.__name__)

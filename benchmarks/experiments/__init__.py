@@ -17,13 +17,14 @@ from types import ModuleType
 
 from rich.console import Console
 
-from benchmarks.experiments import ablations, bursts, reality, regimes, table
+from benchmarks.experiments import ablations, bursts, paper, reality, regimes, table
 from benchmarks.experiments.page import write
 from wisp.core.errors import ConfigError
 from wisp.sim.runs import Runs
 
 EXPERIMENTS: dict[str, ModuleType] = {
     "table": table,
+    "paper": paper,
     "regimes": regimes,
     "bursts": bursts,
     "ablations": ablations,

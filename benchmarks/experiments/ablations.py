@@ -9,6 +9,7 @@ import msgspec
 from benchmarks.experiments.page import Cell, interval, of_bound, ratio, search_all
 from benchmarks.pages import Data, table
 from wisp.sim.capacity import Capacity
+from wisp.sim.plots import OWN, picture
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Scenario, load_scenario
 
@@ -47,7 +48,6 @@ def trouble(quick: bool) -> dict[str, Scenario]:
 
 
 def run(quick: bool, runs: Runs) -> Data:
-    """All at once."""
     rates = (20.0,) if quick else RATES
     parts = list(WITHOUT)[: 2 if quick else None]
     without = {
@@ -79,7 +79,6 @@ def _capacity(row: dict[str, object]) -> Capacity:
 
 
 def figures(data: Data) -> Data:
-    """The tables of the page."""
     whole = {c["rate"]: c["capacity"] for c in data["without"] if c["spec"] == "wisp"}
     parts = (
         (f"{row['rate']:g}", WITHOUT[row["spec"]], interval(c), ratio(c.capacity, whole[c.rate]), of_bound(c))
@@ -107,18 +106,11 @@ def figures(data: Data) -> Data:
 
 def draw(data: Data, path: Path) -> None:
     """Capacity without each part."""
-    from wisp.sim.plots import OWN, pyplot
-
-    plt = pyplot()
     rates = list(dict.fromkeys(c["rate"] for c in data["without"]))
-    figure, axes = plt.subplots(
-        1, len(rates), figsize=(2.5 + 4.5 * len(rates), 3.8), sharey=True, squeeze=False
-    )
-    for axis, rate in zip(axes[0], rates, strict=True):
-        of = [c for c in data["without"] if c["rate"] == rate][::-1]
-        axis.barh([WITHOUT[c["spec"]] for c in of], [c["capacity"] for c in of], color=OWN)
-        axis.axvline(of[-1]["bound"], color="black", lw=0.9, ls="--")
-        axis.set_title(f"devices at {rate:g} tokens/s; dashed: fluid bound", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    size = (2.5 + 4.5 * len(rates), 3.8)
+    with picture(path, 1, len(rates), figsize=size, sharey=True, squeeze=False) as axes:
+        for axis, rate in zip(axes[0], rates, strict=True):
+            of = [c for c in data["without"] if c["rate"] == rate][::-1]
+            axis.barh([WITHOUT[c["spec"]] for c in of], [c["capacity"] for c in of], color=OWN)
+            axis.axvline(of[-1]["bound"], color="black", lw=0.9, ls="--")
+            axis.set_title(f"devices at {rate:g} tokens/s; dashed: fluid bound", fontsize=9)

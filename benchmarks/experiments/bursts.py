@@ -17,12 +17,13 @@ import msgspec
 from benchmarks.pages import Data, table
 from wisp.core.protocol.slo import met
 from wisp.sim.fluid import bound
+from wisp.sim.plots import picture
 from wisp.sim.report import report
+from wisp.sim.request import Request
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import system
-from wisp.sim.world import Request
 
 SYSTEMS = ("wisp", "paper", "central", "sled")
 WELL = 0.9  # attainment that counts as recovered
@@ -38,7 +39,6 @@ class Burst(msgspec.Struct, frozen=True):
 
 
 def run(quick: bool, runs: Runs) -> Data:
-    """Every system, on the same seeds."""
     scenario = load_scenario("bursts")
     if quick:
         scenario = msgspec.structs.replace(
@@ -142,7 +142,6 @@ def _mean(found: list[Any]) -> Any:
 
 
 def figures(data: Data) -> Data:
-    """The tables of the page."""
     systems = data["systems"]
     names = list(next(iter(systems.values()))["classes"])
     attainment = [
@@ -174,19 +173,16 @@ def figures(data: Data) -> Data:
 
 def draw(data: Data, path: Path) -> None:
     """Attainment over time, above the population."""
-    from wisp.sim.plots import pyplot
-
-    plt = pyplot()
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5), sharex=True, height_ratios=(3, 1))
-    for name, of in data["systems"].items():
-        above.plot([t for t, _ in of["timeline"]], [v for _, v in of["timeline"]], label=name)
-    above.set_ylabel("SLO met, by arrival")
-    above.legend()
-    below.step(
-        [t for t, _ in data["population"]], [n for _, n in data["population"]], where="post", color="black"
-    )
-    below.set_ylabel("devices")
-    below.set_xlabel("seconds")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with picture(path, 2, 1, figsize=(9, 5), sharex=True, height_ratios=(3, 1)) as (above, below):
+        for name, of in data["systems"].items():
+            above.plot([t for t, _ in of["timeline"]], [v for _, v in of["timeline"]], label=name)
+        above.set_ylabel("SLO met, by arrival")
+        above.legend()
+        below.step(
+            [t for t, _ in data["population"]],
+            [n for _, n in data["population"]],
+            where="post",
+            color="black",
+        )
+        below.set_ylabel("devices")
+        below.set_xlabel("seconds")

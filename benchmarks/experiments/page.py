@@ -29,7 +29,6 @@ class Cell(msgspec.Struct, frozen=True):
 
 
 def search(cell: Cell) -> Capacity:
-    """Find it."""
     return capacity(
         cell.scenario,
         cell.policy,
@@ -78,5 +77,4 @@ def of_bound(c: Capacity) -> str:
 
 
 def ratio(a: float, b: float) -> str:
-    """a / b, for people."""
     return f"{a / b:.2f}" if b else ("-" if not a else "∞")

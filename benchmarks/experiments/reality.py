@@ -24,10 +24,11 @@ from benchmarks.pages import Data, table
 from tools.tiny.text import story
 from wisp.api.process import event_loop_factory
 from wisp.core.errors import UnavailableError
-from wisp.sim.compare import SHOWN, Difference, differences
+from wisp.sim.differences import SHOWN, Difference, differences
 from wisp.sim.fleet import run_live
 from wisp.sim.fluid import bound
 from wisp.sim.plan.estimate import reached
+from wisp.sim.plots import OWN, picture
 from wisp.sim.report import Report, report
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Kit, Scenario, SloClass, load_scenario
@@ -43,7 +44,6 @@ ANSWERS = 48  # recorded of the tiny pair
 
 
 def run(quick: bool, runs: Runs) -> Data:
-    """Both, one after the other."""
     with tempfile.TemporaryDirectory() as folder:
         found = [_emulated(quick, LOAD), _tiny(quick, Path(folder))]
         if not quick:
@@ -94,7 +94,6 @@ def _tiny(quick: bool, folder: Path) -> dict[str, Any]:
 
 
 def _both(scenario: Scenario) -> dict[str, Any]:
-    """Live, then simulated."""
     of = system("wisp")
     with verifier(scenario, of) as child, asyncio.Runner(loop_factory=event_loop_factory()) as runner:
         live = runner.run(run_live(scenario, of, 1, child.url, child=child))
@@ -174,17 +173,12 @@ def _row(data: Data) -> tuple[str, ...]:
 
 def draw(data: Data, path: Path) -> None:
     """How far off each figure is, beside its aim."""
-    from wisp.sim.plots import OWN, pyplot
-
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(data["runs"]), figsize=(5.0 * len(data["runs"]), 3.2), squeeze=False)
-    for axis, found in zip(axes[0], data["runs"], strict=True):
-        shown = [d for d in found["differences"] if d["name"] not in SHOWN][::-1]
-        names = [_NAMES[d["name"]].partition(",")[0] for d in shown]
-        axis.barh(names, [2 * d["aim"] for d in shown], left=[-d["aim"] for d in shown], color="0.9")
-        axis.plot([d["off"] for d in shown], names, "o", color=OWN)
-        axis.axvline(0.0, color="black", lw=0.8)
-        axis.set_title(f"{found['title']}, {found['load']:.0%}: live over simulated", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    n = len(data["runs"])
+    with picture(path, 1, n, figsize=(5.0 * n, 3.2), squeeze=False) as axes:
+        for axis, found in zip(axes[0], data["runs"], strict=True):
+            shown = [d for d in found["differences"] if d["name"] not in SHOWN][::-1]
+            names = [_NAMES[d["name"]].partition(",")[0] for d in shown]
+            axis.barh(names, [2 * d["aim"] for d in shown], left=[-d["aim"] for d in shown], color="0.9")
+            axis.plot([d["off"] for d in shown], names, "o", color=OWN)
+            axis.axvline(0.0, color="black", lw=0.8)
+            axis.set_title(f"{found['title']}, {found['load']:.0%}: live over simulated", fontsize=9)

@@ -10,6 +10,7 @@ import msgspec
 from benchmarks.experiments.page import Cell, of_bound, ratio, search_all
 from benchmarks.pages import Data, table
 from wisp.sim.capacity import Capacity
+from wisp.sim.plots import picture
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Kit, Scenario, load_scenario
 
@@ -80,27 +81,22 @@ def figures(data: Data) -> Data:
 
 def draw(data: Data, path: Path) -> None:
     """A map for each context: rate against device and round trip."""
-    from wisp.sim.plots import pyplot
-
-    plt = pyplot()
     contexts = list(dict.fromkeys(c["context"] for c in data["cells"]))
-    figure, axes = plt.subplots(1, len(contexts), figsize=(1.5 + 4.5 * len(contexts), 4.5), squeeze=False)
-    for axis, context in zip(axes[0], contexts, strict=True):
-        cells = [c for c in data["cells"] if c["context"] == context]
-        rows = list(dict.fromkeys((c["device_tokens_per_s"], c["rtt_ms"]) for c in cells))
-        columns = list(dict.fromkeys(c["rate"] for c in cells))
-        values = [[0.0] * len(columns) for _ in rows]
-        for c in cells:
-            of = c["systems"]
-            value = of["wisp"]["capacity"] / max(of["central"]["capacity"], 1)
-            y, x = rows.index((c["device_tokens_per_s"], c["rtt_ms"])), columns.index(c["rate"])
-            values[y][x] = min(value, 3.0)
-            axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8)
-        axis.imshow(values, cmap="RdYlGn", vmin=0.5, vmax=2.0, aspect="auto")
-        axis.set_xticks(range(len(columns)), [f"{r:g}" for r in columns])
-        axis.set_yticks(range(len(rows)), [f"{s:g}/s, {r:g} ms" for s, r in rows])
-        axis.set_title(f"{context} context: wisp over central", fontsize=9)
-        axis.set_xlabel("tokens/s expected")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    size = (1.5 + 4.5 * len(contexts), 4.5)
+    with picture(path, 1, len(contexts), figsize=size, squeeze=False) as axes:
+        for axis, context in zip(axes[0], contexts, strict=True):
+            cells = [c for c in data["cells"] if c["context"] == context]
+            rows = list(dict.fromkeys((c["device_tokens_per_s"], c["rtt_ms"]) for c in cells))
+            columns = list(dict.fromkeys(c["rate"] for c in cells))
+            values = [[0.0] * len(columns) for _ in rows]
+            for c in cells:
+                of = c["systems"]
+                value = of["wisp"]["capacity"] / max(of["central"]["capacity"], 1)
+                y, x = rows.index((c["device_tokens_per_s"], c["rtt_ms"])), columns.index(c["rate"])
+                values[y][x] = min(value, 3.0)
+                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8)
+            axis.imshow(values, cmap="RdYlGn", vmin=0.5, vmax=2.0, aspect="auto")
+            axis.set_xticks(range(len(columns)), [f"{r:g}" for r in columns])
+            axis.set_yticks(range(len(rows)), [f"{s:g}/s, {r:g} ms" for s, r in rows])
+            axis.set_title(f"{context} context: wisp over central", fontsize=9)
+            axis.set_xlabel("tokens/s expected")

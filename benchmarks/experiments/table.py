@@ -19,7 +19,8 @@ from wisp.core.verify.cost import Load
 from wisp.sim.capacity import Capacity
 from wisp.sim.fluid import demand_of, operating_points
 from wisp.sim.paper import PAPER, RATES, cap, paper_capacity
-from wisp.sim.report import number
+from wisp.sim.plots import picture
+from wisp.sim.report_table import number
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Scenario, load_scenario
 
@@ -37,7 +38,7 @@ def run(quick: bool, runs: Runs) -> Data:
     main = {
         (s, r): _main(s, r, quick)
         for r in (MAIN_RATES[-1:] if quick else MAIN_RATES)
-        for s in _systems(quick)
+        for s in (("wisp", "central") if quick else SYSTEMS)
     }
     paper = {
         (t, s, r): _paper(t, s, r)
@@ -59,10 +60,6 @@ def run(quick: bool, runs: Runs) -> Data:
         "overlap": [{"overlap": k[1], **msgspec.to_builtins(found[c])} for k, c in overlap.items()],
         "predicted": _predictions(),
     }
-
-
-def _systems(quick: bool) -> tuple[str, ...]:
-    return ("wisp", "central") if quick else SYSTEMS
 
 
 def _main(policy: str, rate: float, quick: bool) -> Cell:
@@ -267,23 +264,19 @@ def _overlaps(data: Data) -> str:
 
 def draw(data: Data, path: Path) -> None:
     """Capacity by rate for each system, with both bounds."""
-    from wisp.sim.plots import pyplot
-
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(8, 4.5))
     found = [msgspec.convert(c, Capacity) for c in data["main"]]
-    for system in dict.fromkeys(c.system for c in found):
-        of = [c for c in found if c.system == system]
-        at = [c.capacity for c in of]
-        below, above = [c.capacity - c.low for c in of], [c.high - c.capacity for c in of]
-        axis.errorbar([c.rate for c in of], at, (below, above), marker="o", capsize=3, label=system)
-    for system, style in (("wisp", "k--"), ("central", "k:")):
-        of = [c for c in found if c.system == system]
-        axis.plot([c.rate for c in of], [c.bound for c in of], style, lw=0.9, label=f"fluid bound, {system}")
-    axis.set_xlabel("token speed that users expect (tokens/s)")
-    axis.set_ylabel("devices, at most 10 % violations")
-    axis.set_ylim(bottom=0)
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with picture(path, figsize=(8, 4.5)) as axis:
+        for system in dict.fromkeys(c.system for c in found):
+            of = [c for c in found if c.system == system]
+            at = [c.capacity for c in of]
+            below, above = [c.capacity - c.low for c in of], [c.high - c.capacity for c in of]
+            axis.errorbar([c.rate for c in of], at, (below, above), marker="o", capsize=3, label=system)
+        for system, style in (("wisp", "k--"), ("central", "k:")):
+            of = [c for c in found if c.system == system]
+            axis.plot(
+                [c.rate for c in of], [c.bound for c in of], style, lw=0.9, label=f"fluid bound, {system}"
+            )
+        axis.set_xlabel("token speed that users expect (tokens/s)")
+        axis.set_ylabel("devices, at most 10 % violations")
+        axis.set_ylim(bottom=0)
+        axis.legend()

@@ -92,8 +92,6 @@ async def _in_turn(a: Case, b: Case, seconds: float) -> tuple[Load, Load]:
 
 
 def _median(loads: list[Load]) -> Load:
-    """Each figure's median."""
-
     def of(figure: Callable[[Load], float]) -> float:
         return round(statistics.median(figure(load) for load in loads), 4)
 

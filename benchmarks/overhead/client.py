@@ -17,6 +17,7 @@ from benchmarks.overhead.servers import Server
 from wisp.core.errors import ProtocolError
 from wisp.core.protocol.messages import SUBPROTOCOL, Hello, Verdict, decode_server_message, encode
 from wisp.core.protocol.messages import VERSION as PROTOCOL
+from wisp.sim.simulate import quantile
 
 
 class Tally:
@@ -29,7 +30,6 @@ class Tally:
 
     @property
     def rounds(self) -> int:
-        """Answers so far."""
         return len(self.latencies)
 
 
@@ -107,7 +107,5 @@ async def measure(server: Server, plan: Sequence[Script], seconds: float) -> tup
 
 
 def percentiles(seconds: list[float]) -> Percentiles:
-    """Of latencies in seconds."""
-    ordered = sorted(seconds)
-    p50, p99 = (ordered[min(int(len(ordered) * q), len(ordered) - 1)] * 1e3 for q in (0.5, 0.99))
+    p50, p99 = (quantile(seconds, q) * 1e3 for q in (0.5, 0.99))
     return Percentiles(round(p50, 4), round(p99, 4))

@@ -59,7 +59,6 @@ class Report(msgspec.Struct):
 
 
 def show(r: Report) -> None:
-    """As a table."""
     table = Table(title=f"{r.sessions} sessions, a null engine, {r.cpus} cores shared with the client")
     table.add_column()
     table.add_column("verifier", justify="right")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import httpx
 
 from wisp.api.scrape import read_page
-from wisp.children import Child, Children, free_ports
+from wisp.children import Child, serving
+from wisp.sim.serving import cpu_s
 
 START_S = 120.0  # for a process to answer
 
@@ -24,22 +24,14 @@ class Server:
 
     def cpu_s(self) -> float:
         """CPU time so far, user and system, all threads; nan where there is no /proc."""
-        try:
-            stat = Path(f"/proc/{self.child.process.pid}/stat").read_text()
-        except OSError:
-            return float("nan")
-        user, system = stat.rpartition(")")[2].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        seconds = cpu_s(self.child.process.pid)
+        return math.nan if seconds is None else seconds
 
 
 @contextlib.contextmanager
 def started(name: str, arguments: Callable[[int], list[str]], path: str) -> Iterator[Server]:
-    """Run `python <arguments(port)>` on a free port, and wait until it takes sessions. Raises ChildError."""
-    (port,) = free_ports(1)
-    with Children() as children:
-        child = children.start(name, arguments(port), port)
-        with httpx.Client(trust_env=False) as client:
-            child.wait_healthy(client, START_S)
+    """`python ARGUMENTS`, which takes sessions at `path`. Raises ChildError if it does not start."""
+    with serving(name, lambda port, _: arguments(port), START_S) as child:
         yield Server(child, path)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 
+from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import Sampling
 from wisp.engines.base import DraftEngine, Proposal
 
@@ -67,10 +68,14 @@ class PacedDraft:
         self.close = engine.close
 
     def propose(
-        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+        self,
+        session: str,
+        context: Sequence[int],
+        position: int,
+        sampling: Sampling,
+        edit: Edit | None = None,
     ) -> Proposal | None:
-        """See DraftEngine.propose."""
         due = time.monotonic() + self._draft_s
-        proposal = self._engine.propose(session, context, position, sampling)
+        proposal = self._engine.propose(session, context, position, sampling, edit)
         time.sleep(max(0.0, due - time.monotonic()))
         return proposal

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -129,8 +129,20 @@ class Children:
                 child.process.wait()
 
 
+@contextlib.contextmanager
+def serving(
+    name: str, arguments: Callable[[int, Path], Sequence[str]], timeout_s: float = START_S
+) -> Iterator[Child]:
+    """One child, once it answers /health, until the context is left. `arguments` makes those of `python`: from a free
+    port, and a folder for files that the child reads. Raises ChildError."""
+    (port,) = free_ports(1)
+    with Children() as children, httpx.Client(trust_env=False) as client:
+        child = children.start(name, arguments(port, children.folder), port)
+        child.wait_healthy(client, timeout_s)
+        yield child
+
+
 def free_ports(count: int) -> list[int]:
-    """Free ports of the loopback address."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

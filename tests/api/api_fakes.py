@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -13,6 +14,7 @@ from starlette.requests import Request
 
 from wisp.api.backend import Committed, Generation, Target
 from wisp.api.errors import exception_handlers
+from wisp.api.generating import ApiOptions
 from wisp.api.observe import RequestRecord
 from wisp.api.routes import openai_routes
 from wisp.core.errors import RequestError
@@ -116,7 +118,7 @@ class Recorder:
         self.records.append(record)
 
 
-def committed(text: str | bytes, finish: str = "", *, top: int | None = None, **spec: int) -> Committed:
+def committed(text: str | bytes, finish: str = "", *, top: int | None = None, **spec: Any) -> Committed:
     """The bytes of `text` as tokens; an end-of-sequence token after them where `finish` is "stop".
 
     With `top`, each token has the log probability -0.5, and that many alternatives, the control token first.
@@ -147,9 +149,13 @@ def make_app(
     *,
     keep_alive_s: float = 10.0,
     auth: bool = False,
+    **options: Any,
 ) -> Starlette:
     routes = openai_routes(
-        backend, keep_alive_s=keep_alive_s, authorize=by_key if auth else None, observer=recorder
+        backend,
+        options=ApiOptions(keep_alive_s=keep_alive_s, **options),
+        authorize=by_key if auth else None,
+        observer=recorder,
     )
     return Starlette(routes=routes, exception_handlers=dict(exception_handlers()))
 

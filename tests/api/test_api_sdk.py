@@ -109,7 +109,7 @@ def test_errors_are_those_that_the_sdk_knows(served: Served) -> None:
         with pytest.raises(openai.NotFoundError) as not_found:
             client.chat.completions.create(model="other", messages=MESSAGES)
         with pytest.raises(openai.BadRequestError) as bad:
-            client.chat.completions.create(model=MODEL, messages=MESSAGES, n=2)
+            client.chat.completions.create(model=MODEL, messages=MESSAGES, n=0)
         with pytest.raises(openai.AuthenticationError):
             stranger.chat.completions.create(model=MODEL, messages=MESSAGES)
         served.backend.script = [RequestError(429, "Full.", code="overloaded", retry_after=7)]

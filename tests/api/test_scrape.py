@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from starlette.requests import Request
@@ -89,3 +90,14 @@ def test_customers_are_named_to_operators_and_to_themselves(
 
 def test_where_there_are_no_keys_nothing_is_hidden(registry: CollectorRegistry) -> None:
     assert ("wisp:key_tokens_total", "alice") in samples(scrape(registry, Keyring()))
+
+
+def test_open_metrics_are_had_where_they_are_asked_for(registry: CollectorRegistry) -> None:
+    accept = "application/openmetrics-text;version=1.0.0;q=0.8,text/plain;version=0.0.4;q=0.5"
+    request = Request({"type": "http", "headers": [(b"accept", accept.encode())]})
+    response = scraped(request, registry, "tiny", Keyring(None, None))
+    assert response.headers["content-type"].startswith("application/openmetrics-text")
+    text = bytes(response.body).decode()
+    assert text.endswith("# EOF\n")
+    families = {family.name for family in openmetrics_families(text)}  # type: ignore[no-untyped-call]
+    assert {"wisp:num_requests_running", "wisp:request_success"} <= families

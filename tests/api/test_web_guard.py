@@ -119,6 +119,6 @@ def test_every_port_has_the_guard_and_the_asked_for_keep_alive() -> None:
     config = uvicorn_config(welcome, Listen(allowed_hosts=("evil.example",), keep_alive_s=7.5), keyed=False)
     assert visit(config.app, "evil.example")[0] == 200
     assert config.timeout_keep_alive == 7.5
-    # A replica of a front without keys, at this machine's address on a cluster
+    # A replica of a router without keys, at this machine's address on a cluster
     config = uvicorn_config(welcome, Listen(host="10.0.0.7"), keyed=False)
     assert visit(config.app, "10.0.0.7:8101")[0] == 200

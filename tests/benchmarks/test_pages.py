@@ -12,7 +12,9 @@ from benchmarks.pages import SOURCES, remade, render, table
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    "name", [name for name in SOURCES if name != "suite" or (RESULTS / "suite.json").is_file()]
+)
 def test_a_committed_page_is_what_its_data_make(name: str) -> None:
     """After a change of data or template: `python -m benchmarks pages`."""
     assert (RESULTS / f"{name}.md").read_text() == remade(name, RESULTS)

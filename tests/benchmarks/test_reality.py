@@ -15,8 +15,8 @@ import pytest
 
 import wisp.engines
 from benchmarks.reality.distance import DelayedLine, PacedDraft
-from benchmarks.reality.edge import Edge, Event, Proposed, Story, Told, verifier
-from feeding import fed_back
+from benchmarks.reality.edge import Edge, Proposed, verifier
+from feeding import FullDrafter, FullStory, Told, fed_back
 from wisp.calibrate.traces import Trace
 from wisp.calibrate.traces.format import as_signal
 from wisp.calibrate.traces.prompts import Prompt
@@ -87,14 +87,20 @@ def draft() -> Iterator[DraftEngine]:
 
 def live(
     server: str, draft: DraftEngine, traces: list[Trace], policies: Policies, ahead: Ahead | None = None
-) -> list[Story]:
+) -> list[FullStory]:
     """One edge generates all that was recorded, in turn."""
 
-    async def generate() -> list[Story]:
+    async def generate() -> list[FullStory]:
         async with Edge(server, draft, policies, ahead) as edge:
-            return [await edge.generate(t.prompt.tolist(), t.sampling, limit(t)) for t in traces]
+            return [await told(edge, trace) for trace in traces]
 
     return asyncio.run(generate())
+
+
+async def told(edge: Edge, trace: Trace) -> FullStory:
+    story = FullStory()
+    await edge.generate(trace.prompt.tolist(), trace.sampling, limit(trace), story, FullDrafter)
+    return story
 
 
 def limit(trace: Trace) -> int:
@@ -165,7 +171,7 @@ def test_with_recorded_times_the_drafter_does_the_same_again(
         assert same.finish == story.finish
 
 
-def blind(event: Event) -> Event:
+def blind(event: object) -> object:
     """An event without its signal."""
     return replace(event, signal=Signal()) if isinstance(event, Proposed) else event
 
@@ -176,11 +182,11 @@ def test_a_distant_verifier_and_a_slow_device_change_times_alone(
     """What `make bench-ahead` measures with."""
     trace = min(traces, key=len)
 
-    async def generate() -> Story:
+    async def generate() -> FullStory:
         port = int(server.rsplit(":", 1)[1])
         slow = PacedDraft(draft, 4.0)
         async with DelayedLine(port, 30.0) as line, Edge(line.url, slow, Policies("fixed:4"), None) as edge:
-            return await edge.generate(trace.prompt.tolist(), trace.sampling, limit(trace))
+            return await told(edge, trace)
 
     story = asyncio.run(generate())
     assert story.tokens == trace.target.tolist()

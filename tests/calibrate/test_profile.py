@@ -21,6 +21,7 @@ from wisp.core.errors import ConfigError
 from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.core.verify.cost import Coefficients, load_of
 from wisp.engines.base import EngineInfo
+from wisp.engines.constraining import SlotTrackers
 from wisp.engines.emulated import HARDWARE, VirtualClock, hardware
 
 SAID = 7  # by the toy, whatever it is asked
@@ -33,6 +34,7 @@ class Machine:
 
     def __init__(self, info: EngineInfo = INFO, straggle: float = 0.0, noise: float = 0.01) -> None:
         self.info = info
+        self.constraints = SlotTrackers()
         self.clock = VirtualClock()
         self.held = [0] * info.slots
         self.straggle, self.noise = straggle, noise

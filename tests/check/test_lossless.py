@@ -20,6 +20,7 @@ from wisp.core.protocol.sampling import Sampling, target_token
 from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.core.verify.session import Session
 from wisp.engines.base import EngineInfo, TargetEngine
+from wisp.engines.constraining import SlotTrackers
 from wisp.engines.llama.target import LlamaTarget
 
 SCALE = msgspec.structs.replace(TINY, chats=4, plain=2, seeds=1, samples=0)
@@ -45,6 +46,10 @@ class Wrapped:
     @property
     def info(self) -> EngineInfo:
         return self.engine.info
+
+    @property
+    def constraints(self) -> SlotTrackers:
+        return self.engine.constraints
 
     def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
         return self.engine.run(batch)

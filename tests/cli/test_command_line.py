@@ -71,7 +71,7 @@ def test_help_lists_the_commands_in_groups_and_no_old_name() -> None:
 
 
 def test_no_help_mentions_an_old_name() -> None:
-    for words in (["serve"], ["sim", "run"], ["sim", "fleet"], ["sim", "capacity"], ["sim", "replay"]):
+    for words in (["serve"], *(["sim", of] for of in ("run", "fleet", "capacity", "compare", "replay"))):
         shown = wisp(*words, "--help")
         assert shown.exit_code == 0
         assert not re.search(r"laxity|\bours\b|forecast|\bfront\b|--out .*page", shown.stdout), words

@@ -129,9 +129,10 @@ def test_thresholds_are_probabilities(name: str, least: str) -> None:
 
 
 def test_predicted_stops_at_the_predictors_own_threshold_unless_told() -> None:
+    """The token that stopped it is sent, too."""
     p = [0.9, 0.65, 0.55, 0.45, 0.35]
-    assert drafted(Predicted(judgement(0.6)), pace(), p) == p[:2]
-    assert drafted(Predicted(judgement(0.6), 0.5), pace(), p) == p[:3]
+    assert drafted(Predicted(judgement(0.6)), pace(), p) == p[:3]
+    assert drafted(Predicted(judgement(0.6), 0.5), pace(), p) == p[:4]
 
 
 def test_predicted_judges_by_the_predictor_and_confidence_by_the_drafter() -> None:
@@ -321,7 +322,7 @@ def test_every_name_makes_a_policy_that_drafts() -> None:
         ("confidence:0.85", 0),
         ("confidence", 16),
         ("gain:3", 3),
-        ("predictor:0.85", 0),
+        ("predictor:0.85", 1),
     ],
 )
 def test_arguments_reach_the_policy(spec: str, length: int) -> None:

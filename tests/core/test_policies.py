@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from wisp.core.verify.batching import POLICIES, Candidate, Grant, Kind, Plan, StepLimits, batching_policy
 from wisp.core.verify.batching.deadlines import first_step
+from wisp.core.verify.batching.paper import deadline
 from wisp.core.verify.cost import Coefficients, CostModel, Load
 
 NAMES = sorted(POLICIES)
@@ -125,11 +126,59 @@ def test_strict_due_times_work_with_candidates_that_cost_nothing() -> None:
     assert not {g.session for g in grants} & set(lost)
 
 
-def test_the_papers_policy_counts_the_cost_per_slice() -> None:
-    """Ten decodes of 30 ms per slice: two of them end before the first is due, three do not."""
-    work = [Candidate(i, Kind.DECODE, 1, 10, 0, NOW - 1.0, NOW - 9.0, due=NOW + 0.08) for i in range(10)]
+# --- the paper's
+
+
+def of_paper(work: list[Candidate]) -> list[int]:
+    """The sessions in the paper's next step, which takes 10 ms and 30 for each slice."""
     step = StepLimits(64, 16, {}, CostModel(Coefficients(step=10.0, token=0.0, slice=30.0)))
-    assert len(batching_policy("paper").plan(NOW, work, step).grants) == 2
+    return [g.session for g in batching_policy("paper").plan(NOW, work, step).grants]
+
+
+def decode(session: int, due: float, **changes: float) -> Candidate:
+    made = Candidate(session, Kind.DECODE, 1, 10, 0, NOW - 1.0, NOW - 9.0, due=NOW + due)
+    return msgspec.structs.replace(made, **changes)
+
+
+def test_the_papers_policy_counts_the_cost_per_slice() -> None:
+    """All four take 130 ms together, and one by itself 40 ms. Urgent is who could not wait for both."""
+    assert of_paper([decode(i, 9.0) for i in range(3)] + [decode(3, 0.165)]) == [3, 0, 1, 2]
+    assert of_paper([decode(i, 9.0) for i in range(3)] + [decode(3, 0.175)]) == [0, 1, 2, 3]
+
+
+def test_the_papers_urgent_requests_go_first_and_all_of_them() -> None:
+    work = [decode(0, 0.1), decode(1, -0.5), decode(2, 0.05)]
+    assert of_paper(work) == [1, 2, 0]
+
+
+def test_the_papers_others_wait_while_somebody_is_late() -> None:
+    at_leisure = [decode(i, 9.0) for i in (1, 2, 3)]
+    assert of_paper([decode(0, -0.1), *at_leisure]) == [0]
+    # The step ends by the deadline of session 0 with one more, not with two.
+    assert of_paper([decode(0, 0.08), *at_leisure]) == [0, 1]
+    assert of_paper(at_leisure) == [1, 2, 3]
+
+
+def test_the_papers_deadline_is_of_the_average_rate() -> None:
+    """A round of 3 tokens at 0.1 s each: 0.3 s from the last verdict on, or the lead since the first token."""
+    behind = decode(0, -0.5, tpot_s=0.1, lag_s=0.3, expected_tokens=3.0)  # answered 0.3 s ago
+    ahead = decode(0, 2.0, tpot_s=0.1, lag_s=-2.0, expected_tokens=3.0)
+    assert deadline(behind) == pytest.approx(NOW)
+    assert deadline(ahead) == NOW + 2.0
+    assert deadline(msgspec.structs.replace(behind, first=True)) == NOW - 0.5
+    assert deadline(decode(0, math.inf, tpot_s=0.1, lag_s=0.3)) == math.inf
+
+
+def test_the_papers_others_go_by_expected_tokens_per_time() -> None:
+    work = [decode(i, 9.0, expected_tokens=float(i)) for i in (1, 2, 3)]
+    assert of_paper(work) == [3, 2, 1]
+
+
+def test_the_papers_step_fits_into_memory() -> None:
+    cost = CostModel(Coefficients(step=10.0, token=1.0))
+    step = StepLimits(64, 16, {}, cost, free_kv=2)
+    plan = batching_policy("paper").plan(NOW, [decode(i, 9.0) for i in range(4)], step)
+    assert len(plan.grants) == 2
 
 
 @pytest.mark.parametrize("name", NAMES)

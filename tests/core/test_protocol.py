@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rig import Rig
-from toy import EOS, N_VOCAB, toy_text, toy_token
+from toy import EOS, N_VOCAB, edit_afresh, toy_text, toy_token
 from wisp.core.draft.drafter import Action, Drafter, Phase, Reopen, Task
 from wisp.core.draft.policies import Ahead, Fixed, View
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import RequestError
+from wisp.core.protocol.constraints import Constraints
 from wisp.core.protocol.messages import Cancel, Message, Refused, ServerMessage, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
@@ -29,6 +30,9 @@ from wisp.core.protocol.step import Committed
 
 PROMPTS = [[1, 2, 3], [1, 2, 3, 4, 5, 6], [7, 7, 7], [i % 40 for i in range(25)], [i % 40 for i in range(30)]]
 EOS_SET = frozenset({EOS})
+CONSTRAINTS = Constraints(
+    ((11, 30.0),), 1.0, 0.5, 1.2, banned=((3,), (5, 6), (11, 11)), stop_token_ids=(17,)
+)  # fmt: skip
 SLOS = (None, Slo(3000.0, 1000.0), Slo(200.0, 20.0))
 
 
@@ -53,7 +57,8 @@ class Edge:
         self, number: int, prompt: list[int], seed: int, k: int, accuracy: float, max_tokens: int
     ) -> None:
         slo = SLOS[number % len(SLOS)]
-        self.task = Task(prompt, Sampling(seed=seed), max_tokens, logprobs=0 if seed % 2 else None, slo=slo)
+        sampling = Sampling(seed=seed, constraints=CONSTRAINTS if seed > 1 else None)
+        self.task = Task(prompt, sampling, max_tokens, logprobs=0 if seed % 2 else None, slo=slo)
         self.key = "ab"[number % 2]
         self.random = random.Random(number)
         policy = Fickle(k, self.random) if k else None
@@ -81,7 +86,10 @@ class Edge:
 
     def draft(self) -> None:
         if self.drafter.wants_token(0.0):
-            token: int | None = toy_token(self.drafter.context(), self.task.sampling, self.drafter.position)
+            context, sampling, position = self.drafter.context(), self.task.sampling, self.drafter.position
+            token: int | None = toy_token(
+                context, sampling, position, edit_afresh(context, sampling, position)
+            )
             if self.random.random() > self.accuracy:
                 token = self.random.choice([None, self.random.randrange(N_VOCAB)])
             self.act(self.drafter.proposed(0.0, token, Signal()))
@@ -231,7 +239,8 @@ class Fleet(RuleBasedStateMachine):
             assert edge.finish, f"never ended: {edge.drafter.phase}"
             if edge.finish not in ("cancelled", "refused"):  # refused it can only be before it has begun
                 assert edge.text == edge.expected
-                assert edge.finish == ("stop" if edge.text[-1] == EOS else "length")
+                ends = (EOS, *edge.task.sampling.stops)
+                assert edge.finish == ("stop" if edge.text[-1] in ends else "length")
         for connection in range(1, self.connections + 1):  # sooner or later a ping goes unanswered
             self.rig.lose(connection)
         self.rig.now += 100.0

@@ -74,13 +74,13 @@ def test_nothing_is_known_before_the_first_point() -> None:
 
 def measured(draft_ms: float, wait_ms: float, token_ms: float, acceptance: float) -> RoundTimes:
     """Many verdicts of drafts of all lengths."""
-    pace = RoundTimes()
-    pace.draft.add(draft_ms)
+    times = RoundTimes()
+    times.draft.add(draft_ms)
     for i in range(120):
         k = i % 7
-        pace.verdict(k, wait_ms + token_ms * k, 3.0, 15.0 + token_ms * k)
-    pace.acceptance.value = acceptance
-    return pace
+        times.verdict(k, wait_ms + token_ms * k, 3.0, 15.0 + token_ms * k)
+    times.acceptance.value = acceptance
+    return times
 
 
 def expected_tokens(acceptance: float, k: int) -> float:
@@ -94,98 +94,98 @@ def expected_tokens(acceptance: float, k: int) -> float:
 def test_best_speed_is_that_of_the_best_fixed_length(
     draft_ms: float, acceptance: float, longest: int
 ) -> None:
-    pace = measured(draft_ms, 60.0, 2.0, acceptance)
+    times = measured(draft_ms, 60.0, 2.0, acceptance)
     brute = max(expected_tokens(acceptance, k) / (k * draft_ms + 60.0 + 2.0 * k) for k in range(longest + 1))
-    assert pace.best_speed(longest) == pytest.approx(brute, rel=0.03)
+    assert times.best_speed(longest) == pytest.approx(brute, rel=0.03)
 
 
 def test_before_a_round_was_timed_no_speed_is_promised() -> None:
     """A wait of 0 because none was measured would promise an infinite speed, next to which no draft is worth its time;
     and without drafts none would ever be measured."""
-    pace = RoundTimes()
+    times = RoundTimes()
     for _ in range(50):
-        pace.drafted(10.0)
-        pace.verdict(3, None, 2.0, 60.0)  # sent ahead, so its wait says nothing
-        pace.round(3, 2, 70.0)
-    assert pace.best_speed(16) == 0.0
-    assert pace.speed(16) == pytest.approx(2 / 70.0, rel=0.01)
+        times.drafted(10.0)
+        times.verdict(3, None, 2.0, 60.0)  # sent ahead, so its wait says nothing
+        times.round(3, 2, 70.0)
+    assert times.best_speed(16) == 0.0
+    assert times.speed(16) == pytest.approx(2 / 70.0, rel=0.01)
 
 
 def test_certain_acceptance_gives_a_finite_speed() -> None:
-    pace = measured(10.0, 60.0, 0.0, 1.0)
-    assert math.isfinite(pace.best_speed(16))
-    assert pace.best_speed(16) > pace.best_speed(4)
+    times = measured(10.0, 60.0, 0.0, 1.0)
+    assert math.isfinite(times.best_speed(16))
+    assert times.best_speed(16) > times.best_speed(4)
 
 
 def test_waiting_is_told_apart_from_what_the_size_of_a_draft_explains() -> None:
-    pace = measured(10.0, 60.0, 2.0, 0.8)
-    assert pace.wait.value == pytest.approx(60.0, rel=0.03)
-    assert pace.wait_ms(10) - pace.wait_ms(0) == pytest.approx(20.0, rel=0.1)
+    times = measured(10.0, 60.0, 2.0, 0.8)
+    assert times.wait.value == pytest.approx(60.0, rel=0.03)
+    assert times.wait_ms(10) - times.wait_ms(0) == pytest.approx(20.0, rel=0.1)
 
 
 def test_speed_is_the_measured_one_where_that_is_better() -> None:
-    pace = measured(20.0, 100.0, 0.0, 0.8)
+    times = measured(20.0, 100.0, 0.0, 0.8)
     for _ in range(30):
-        pace.round(5, 6, 60.0)  # drafting ahead hides time that the formula counts
-    assert pace.speed(16) == pytest.approx(0.1)
-    assert pace.speed(16) > pace.best_speed(16)
+        times.round(5, 6, 60.0)  # drafting ahead hides time that the formula counts
+    assert times.speed(16) == pytest.approx(0.1)
+    assert times.speed(16) > times.best_speed(16)
 
 
 def test_a_bad_habit_does_not_lower_the_speed_to_be_had() -> None:
-    pace = measured(5.0, 50.0, 0.5, 0.8)
+    times = measured(5.0, 50.0, 0.5, 0.8)
     for _ in range(30):
-        pace.round(0, 1, 500.0)
-    assert pace.speed(8) == pace.best_speed(8)
+        times.round(0, 1, 500.0)
+    assert times.speed(8) == times.best_speed(8)
 
 
 def test_the_speed_of_the_verifier_alone_is_guessed_until_it_was_seen() -> None:
-    pace = measured(10.0, 60.0, 2.0, 0.8)
-    assert pace.serve_ms == pytest.approx(15.0 + 3.0, rel=0.05)  # a step without drafts, and its queue
+    times = measured(10.0, 60.0, 2.0, 0.8)
+    assert times.serve_ms == pytest.approx(15.0 + 3.0, rel=0.05)  # a step without drafts, and its queue
     for _ in range(40):
-        pace.decoded(2, 90.0)
-    assert pace.serve_ms == pytest.approx(45.0)
+        times.decoded(2, 90.0)
+    assert times.serve_ms == pytest.approx(45.0)
 
 
 @pytest.mark.parametrize("believed", [0.1, 0.99])
 def test_without_drafts_belief_goes_back_to_what_is_typical(believed: float) -> None:
-    pace = measured(10.0, 60.0, 2.0, believed)
-    pace.decoded(10, 200.0)
-    once = pace.acceptance.value
+    times = measured(10.0, 60.0, 2.0, believed)
+    times.decoded(10, 200.0)
+    once = times.acceptance.value
     assert abs(once - TYPICAL) < abs(believed - TYPICAL)
     for _ in range(30):
-        pace.decoded(10, 200.0)
-    assert pace.acceptance.value == pytest.approx(TYPICAL, abs=0.01)
+        times.decoded(10, 200.0)
+    assert times.acceptance.value == pytest.approx(TYPICAL, abs=0.01)
 
 
 def test_rounds_with_drafts_forget_nothing_of_acceptance() -> None:
-    pace = measured(10.0, 60.0, 2.0, 0.3)
-    pace.round(3, 1, 90.0)
-    assert pace.acceptance.value == 0.3
-    pace.round(0, 1, 60.0)
-    assert pace.acceptance.value > 0.3
+    times = measured(10.0, 60.0, 2.0, 0.3)
+    times.round(3, 1, 90.0)
+    assert times.acceptance.value == 0.3
+    times.round(0, 1, 60.0)
+    assert times.acceptance.value > 0.3
 
 
 def test_the_next_session_starts_from_what_was_measured_and_the_price_last_told() -> None:
-    pace = measured(10.0, 60.0, 2.0, 0.6)
-    pace.price = 0.4
+    times = measured(10.0, 60.0, 2.0, 0.6)
+    times.price = 0.4
     for _ in range(30):
-        pace.round(5, 6, 30.0)
-    after = pace.successor()
+        times.round(5, 6, 30.0)
+    after = times.successor()
     assert after.price == 0.4  # the verifier's load outlasts an answer
     assert after.draft.value == 10.0
     assert after.acceptance.value == 0.6
-    assert after.wait_ms(5) == pace.wait_ms(5)
+    assert after.wait_ms(5) == times.wait_ms(5)
     for _ in range(6):
         after.round(1, 1, 100.0)
-        pace.round(1, 1, 100.0)
-    assert after.speed(1) < pace.speed(1)  # a new text may go otherwise: less weight on the last one's speed
+        times.round(1, 1, 100.0)
+    assert after.speed(1) < times.speed(1)  # a new text may go otherwise: less weight on the last one's speed
 
 
 def test_a_successor_measures_for_itself() -> None:
-    pace = measured(10.0, 60.0, 2.0, 0.6)
-    after = pace.successor()
+    times = measured(10.0, 60.0, 2.0, 0.6)
+    after = times.successor()
     for _ in range(50):
         after.draft.add(99.0)
         after.acceptance.add(1.0)
-    assert pace.draft.value == 10.0
-    assert pace.acceptance.value == 0.6
+    assert times.draft.value == 10.0
+    assert times.acceptance.value == 0.6

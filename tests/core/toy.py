@@ -9,15 +9,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import msgspec
+
+from wisp.core.protocol.edits import Edit, Tracker
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult, TokenLogprob
+from wisp.engines.constraining import SlotTrackers, constrained
 
 N_VOCAB = 50
 EOS = 49
 
 
-def toy_token(context: Sequence[int], sampling: Sampling, position: int) -> int:
+def toy_token(context: Sequence[int], sampling: Sampling, position: int, edit: Edit | None = None) -> int:
     """The target's token after `context`. End of sequence only if 7 comes three times in four."""
+    if edit is not None:
+        token = toy_token(context, msgspec.structs.replace(sampling, constraints=None), position)
+        return constrained(token, edit, sampling.seed, position, N_VOCAB)
     if list(context[-4:]).count(7) >= 3 and EOS not in sampling.barred(position):
         return EOS
     data = bytes(context[-6:]) + len(context).to_bytes(4, "little") + sampling.seed.to_bytes(8, "little")
@@ -30,10 +37,18 @@ def toy_text(
     """The target alone, one token at a time."""
     out: list[int] = []
     while len(out) < max_tokens:
-        out.append(toy_token([*prompt, *out], sampling, len(out)))
-        if out[-1] == EOS and not ignore_eos:
+        context = [*prompt, *out]
+        out.append(toy_token(context, sampling, len(out), edit_afresh(context, sampling, len(out))))
+        if (out[-1] == EOS and not ignore_eos) or out[-1] in sampling.stops:
             break
     return out
+
+
+def edit_afresh(context: Sequence[int], sampling: Sampling, position: int) -> Edit | None:
+    """What constraints make of the place after `context`, by a tracker that has seen nothing else."""
+    if sampling.constraints is None or not sampling.constraints.choosing:
+        return None
+    return next(Tracker(sampling, None).edits(context, position, ()))
 
 
 class ToyEngine:
@@ -42,6 +57,7 @@ class ToyEngine:
     def __init__(self, slots: int) -> None:
         self.held: list[list[int]] = [[] for _ in range(slots)]
         self.rows = 0  # tokens fed in all
+        self.constraints = SlotTrackers()
         self.poison = -1  # a token whose weights are NaN
 
     def copy(self, copy: Copy) -> None:
@@ -64,8 +80,10 @@ class ToyEngine:
             return SliceResult(s.session, error=NO_TOKEN, code=NOT_FINITE)
         tokens: list[int] = []
         if s.sample:
+            edits = self.constraints.edits(s)
             for i in range(s.n_draft + 1):
-                tokens.append(toy_token(chain, s.sampling, s.position + i))
+                edit = next(edits) if edits is not None else None
+                tokens.append(toy_token(chain, s.sampling, s.position + i, edit))
                 if i == s.n_draft or tokens[i] != s.tokens[solid + i]:
                     break
                 chain.append(tokens[i])

@@ -23,6 +23,7 @@ from wisp.api.backend import Generation
 from wisp.core.draft.policies import Ahead, Policies
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import RequestError, UnavailableError
+from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.messages import (
     VERSION,
     Cancel,
@@ -147,7 +148,12 @@ class Prophet:
     name = "prophet"
 
     def propose(
-        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+        self,
+        session: str,
+        context: Sequence[int],
+        position: int,
+        sampling: Sampling,
+        edit: Edit | None = None,
     ) -> Proposal | None:
         return Proposal(TRUTH[position], Signal(confidence=1.0)) if position < TOKENS else None
 

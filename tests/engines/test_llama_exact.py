@@ -80,7 +80,7 @@ def test_reference_stops_after_an_eos_and_reports_gaps(tiny_target: Path) -> Non
 
 def test_fast_mode_runs_the_same_schedules_without_failing(tiny_target: Path) -> None:
     proof = prove_exact(tiny_target, sessions=7, slots=3, new_tokens=20, seed=1, mode="fast")
-    assert proof.errors == ()
+    assert proof.errors == []
     assert proof.largest < 1.0
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ConfigError
+from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import Sampling
 from wisp.engines.base import Proposal
 from wisp.engines.both import NgramThenModel
@@ -91,7 +92,12 @@ def test_before_a_model_it_is_believed_where_it_is_sure() -> None:
         asked = 0
 
         def propose(
-            self, session: str, context: Sequence[int], position: int, sampling: Sampling
+            self,
+            session: str,
+            context: Sequence[int],
+            position: int,
+            sampling: Sampling,
+            edit: Edit | None = None,
         ) -> Proposal:
             self.asked += 1
             return Proposal(99, Signal(confidence=0.5))

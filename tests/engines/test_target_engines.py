@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
 from slices import PROMPT, SAMPLING, Target, other, verify
-from vllm_rig import reference, with_vllm
+from vllm_rig import TINY, reference, with_vllm
+from wisp.check.lossless.constraints import MAKERS, constrain
 from wisp.core.errors import EngineError
+from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.protocol.step import Copy, Slice
+from wisp.core.protocol.step import INVALID_GRAMMAR, Copy, Slice
+from wisp.engines.grammars import Grammars
+from wisp.engines.llama.reference import reference_tokens
+from wisp.engines.llama.tokenizer import LlamaTokenizer
 
 BEYOND = 99  # no slot of any engine here
 
@@ -127,3 +133,34 @@ def test_logprobs_are_the_targets_own(engine: Target, answer: list[int]) -> None
     assert math.fsum(math.exp(top.logprob) for top in entry.top) == pytest.approx(1.0)
     assert [t.logprob for t in entry.top] == sorted((t.logprob for t in entry.top), reverse=True)
     assert entry.logprob == next(t.logprob for t in entry.top if t.token == entry.token)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_constraints_hold_along_drafts(engine: Target, tokenizer: LlamaTokenizer, name: str) -> None:
+    engine.constraints.grammars = grammars = Grammars(tokenizer)
+    sampling = constrain(name, SAMPLING, reference(PROMPT, SAMPLING, 24), random.Random(name))
+    sampling = sampling.ending(engine.info.eos)
+    expected = reference_tokens(TINY, PROMPT, sampling, 24, matchers=grammars)
+    text: list[int] = []
+    held = 0
+    while len(text) < 18:
+        right = expected[len(text) : len(text) + 3]
+        draft = [*right[:2], other(right[2]), 5] if len(text) % 2 else right
+        chain = [*PROMPT, *text]
+        past = chain if name in ("repetition_penalty", "all_at_once") else text
+        [result] = engine.run(
+            [Slice(1, 0, held, chain[held:] + draft, len(draft), True, len(text), sampling, None, past)]
+        )
+        assert result.tokens == expected[len(text) : len(text) + len(result.tokens)]
+        held = len(chain) + result.accepted
+        text += result.tokens
+
+
+def test_a_grammar_that_cannot_be_compiled_is_an_error_of_its_slice(
+    engine: Target, tokenizer: LlamaTokenizer
+) -> None:
+    engine.constraints.grammars = Grammars(tokenizer)
+    wrong = Sampling(constraints=Constraints(grammar=Grammar("regex", "(a")))
+    refused, fine = engine.run([Slice(1, 0, 0, PROMPT, sampling=wrong), Slice(2, 1, 0, PROMPT)])
+    assert (refused.code, fine.error) == (INVALID_GRAMMAR, "")
+    assert "unclosed" in refused.error

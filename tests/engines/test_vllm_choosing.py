@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_rig import with_vllm
+from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import Sampling, target_token
 
 pytestmark = with_vllm
@@ -94,3 +95,50 @@ def test_a_device_accepts_and_reports_what_the_cpu_does() -> None:
     assert {len(c.tokens) for c in one} >= {0, 1, 2, 3}
     assert sampled_rows([3, 2, 4], [2, 0, 1]).tolist() == [1, 2, 8]
     assert sampled_rows([3, 2], [0, 0]).tolist() == [4]
+
+
+def _edits(source: np.random.Generator, size: int) -> list[Edit | None]:
+    """Edits of every kind, alone and together, with ids that the logits do not have."""
+
+    def some(n: int) -> np.ndarray:
+        return source.choice(size + 20, n, replace=False).astype(np.int64)
+
+    mask = np.zeros((size + 63) // 32, np.uint32)
+    for i in some(40):
+        mask[i // 32] |= np.uint32(1 << i % 32)
+    empty = np.zeros(2, np.uint32)
+    ids, values = some(30), source.standard_normal(30)
+    one = np.array([7], np.int64)
+    return [
+        None,
+        Edit(),
+        Edit(mask=mask),
+        Edit(mask=empty),
+        Edit(mask=mask[:3], banned=some(5)),
+        Edit(allowed=some(6)),
+        Edit(allowed=one, banned=one, early=one),
+        Edit(banned=some(9), early=some(4)),
+        Edit(biased=ids, biases=100 * values),
+        Edit(repeated=some(50), factor=1.3),
+        Edit(counted=ids, penalties=values),
+        Edit(mask, some(200), some(3), some(2), ids, values, some(60), 0.8, some(30), values),
+    ]
+
+
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+def test_constraints_on_many_rows_are_the_rule_row_by_row(spread: float) -> None:
+    import torch
+
+    from wisp.engines.vllm.choosing import target_tokens
+    from wisp.engines.vllm.editing import edited
+
+    source = np.random.default_rng(4)
+    size = 1000
+    edits = [edit for _ in range(12) for edit in _edits(source, size)]
+    asked = [(SAMPLINGS[i % 11], i // 3) for i in range(len(edits))]
+    rows = (spread * source.standard_normal((len(edits), size))).astype(np.float32)
+    both = [(row, edit) for row, edit in zip(rows, edits, strict=True) if edit is not None]
+    scores = edited(torch.from_numpy(np.stack([row for row, _ in both])), [edit for _, edit in both])
+    assert np.array_equal(scores.numpy(), np.stack([edit.apply(row) for row, edit in both]))
+    said = target_tokens(torch.from_numpy(rows), asked, edits)
+    assert said == [target_token(r, *how, edit) for r, how, edit in zip(rows, asked, edits, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import subprocess
@@ -22,12 +23,15 @@ from vllm_rig import (
     steps_of,
     with_vllm,
 )
+from wisp.check.lossless.constraints import MAKERS, constrain
 from wisp.core.protocol.messages import Cancel, Draft, Open, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
 from wisp.core.verify.events import EdgeLost, Limits, Received, Run, Send, StepDone, Tick
 from wisp.core.verify.verifier import Verifier
+from wisp.engines.grammars import Grammars
+from wisp.engines.llama.tokenizer import LlamaTokenizer
 
 pytestmark = with_vllm
 
@@ -46,6 +50,30 @@ def test_eight_edges_get_the_targets_text_whatever_they_send(engine: Any, seed: 
     def mishap(device: Device) -> None:
         if rng.random() < 0.05:
             device.forget()  # parked, evicted, and back
+
+    drive(engine, devices, rng, mishap)
+    check_all(devices)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_eight_edges_with_constraints_get_the_targets_text(
+    engine: Any, tokenizer: LlamaTokenizer, seed: int
+) -> None:
+    """Each constraint once, with drafts that keep to it and drafts that do not."""
+    rng = random.Random(seed)
+    engine.constraints.grammars = grammars = Grammars(tokenizer)
+    names = list(MAKERS)[seed::2]
+    devices = fleet(rng, [Sampling(1.0, seed=seed)])
+    for device, name in zip(devices, itertools.cycle(names), strict=False):
+        script = reference(device.prompt, device.sampling, 40)
+        device.sampling = constrain(name, device.sampling, script, rng).ending(engine.info.eos)
+        if (constraints := device.sampling.constraints) is not None and constraints.grammar is not None:
+            grammars.compile(constraints.grammar)
+        reference(device.prompt, device.sampling, device.n + 8, grammars)
+
+    def mishap(device: Device) -> None:
+        if rng.random() < 0.05:
+            device.forget()
 
     drive(engine, devices, rng, mishap)
     check_all(devices)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import wisp.engines
+from wisp.core.protocol.edits import Matchers
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Slice, SliceResult
 from wisp.engines.llama.reference import reference_tokens
@@ -34,11 +35,13 @@ with_vllm = [
 _reference: dict[tuple[tuple[int, ...], Sampling, int], list[int]] = {}
 
 
-def reference(prompt: Sequence[int], sampling: Sampling, n: int) -> list[int]:
-    """The target alone, by llama.cpp's slow decoder."""
+def reference(
+    prompt: Sequence[int], sampling: Sampling, n: int, matchers: Matchers | None = None
+) -> list[int]:
+    """The target alone, by llama.cpp's slow decoder. `matchers`: for a grammar, the first time it is asked for."""
     key = (tuple(prompt), sampling, n)
     if key not in _reference:
-        _reference[key] = reference_tokens(TINY, prompt, sampling, n)
+        _reference[key] = reference_tokens(TINY, prompt, sampling, n, matchers=matchers)
     return _reference[key]
 
 
@@ -127,7 +130,7 @@ class Device:
         if len(chain) - self.held > 8 and self.rng.random() < 0.7:  # a chunk, the last token left
             end = self.rng.randint(self.held + 1, len(chain) - 1)
             return Slice(self.slot, self.slot, self.held, chain[self.held : end], sample=False)
-        draft = self._draft()
+        draft, constraints = self._draft(), self.sampling.constraints
         return Slice(
             self.slot,
             self.slot,
@@ -137,6 +140,8 @@ class Device:
             True,
             len(self.said),
             self.sampling,
+            None,
+            chain if constraints is not None and constraints.repetition_penalty != 1.0 else list(self.said),
         )
 
     def _draft(self) -> list[int]:

@@ -190,22 +190,22 @@ def test_an_exception_in_the_host_ends_the_verifier_and_sends_its_sessions_elsew
 
 def test_a_failed_verifier_says_so_in_its_health_and_asks_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        cloud = ServerApp(Settings("m"), Keyring(None, None), lambda: (NullTarget(4), ByteTokenizer()))
-        async with cloud.asgi.router.lifespan_context(cloud.asgi):
-            transport = httpx.ASGITransport(cloud.asgi)
+        server = ServerApp(Settings("m"), Keyring(None, None), lambda: (NullTarget(4), ByteTokenizer()))
+        async with server.asgi.router.lifespan_context(server.asgi):
+            transport = httpx.ASGITransport(server.asgi)
             async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
                 while (health := await http.get("/health")).json()["status"] == "loading":
                     await asyncio.sleep(0)
                 assert health.status_code == 200
-                host = cloud.host()
+                host = server.host()
                 monkeypatch.setattr(host.verifier, "handle", lambda now, event: 1 / 0)
                 body = {"model": "m", "prompt": "hello", "max_tokens": 4}
                 answer = await http.post("/v1/completions", json=body)
                 assert answer.status_code == 503
-                await asyncio.wait_for(cloud.ended(), DEADLINE_S)
+                await asyncio.wait_for(server.ended(), DEADLINE_S)
                 health = await http.get("/health")
                 assert (health.status_code, health.json()) == (503, {"status": "failed"})
-        assert isinstance(cloud.failed, InternalError)
+        assert isinstance(server.failed, InternalError)
 
     asyncio.run(scenario())
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from waiting import run, until
 from wisp.api.attainment import Attainment, read_slo_classes
 from wisp.api.observe import RequestRecord
-from wisp.api.requests import parse_slo
+from wisp.api.scrape import Registry
+from wisp.api.slo import parse_slo
 from wisp.core.draft.stats import SpecStats
 from wisp.core.errors import ConfigError, RequestError
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
@@ -297,7 +298,7 @@ def test_a_log_that_cannot_be_written_or_read_is_named(tmp_path: Path) -> None:
 
 
 def test_a_tally_is_the_histogram_that_prometheus_reads() -> None:
-    registry = CollectorRegistry()
+    registry = Registry()
     tally = Tally("wisp:slack_seconds", "Slack.", (-1.0, 0.0, 1.0), signed=True)
     registry.register(tally)
     source = np.random.default_rng(1)
@@ -354,7 +355,7 @@ def record(slo: Slo | None, *, tokens: int = 11, status: int = 200, tpot_s: floa
 
 
 def test_attainment_counts_met_missed_and_the_tokens_of_the_met() -> None:
-    registry = CollectorRegistry()
+    registry = Registry()
     attainment = Attainment(registry)
     slo = Slo(300.0, 60.0)
     for one in (

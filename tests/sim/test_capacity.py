@@ -132,10 +132,18 @@ def test_a_baseline_is_given_its_best_and_the_others_one_run_each(blank: Report)
 
 
 def test_central_may_cap_what_runs_at_once() -> None:
-    caps = [v.slots for v in variants("central", SCENARIO)]
+    caps = [v.slots for v in variants("central", SCENARIO) if not v.step_tokens]
     assert caps[-1] == 0
     assert sorted(caps[:-1], reverse=True) == caps[:-1]
     assert all(20 < c < 60 for c in caps[:-1])
+
+
+def test_central_may_read_prompts_in_smaller_chunks_where_decodes_leave_room() -> None:
+    def sizes(rate: float) -> set[int]:
+        return {v.step_tokens for v in variants("central", SCENARIO.at_rate(rate))}
+
+    assert sizes(16.0) == {0, 256, 128}
+    assert sizes(8.0) == {0, 256}  # 137 decodes would not fit into 128
 
 
 def test_no_number_of_devices_is_measured_twice(blank: Report) -> None:

@@ -1,7 +1,8 @@
-"""`wisp fleet`: emulated devices against a live verifier. Every run here is a second of real time.
+"""`wisp sim fleet`: emulated devices against a live verifier. Every run here is a second of real time.
 
 What devices ask first, they ask at second 0 and get in the end, whatever the machine does meanwhile: that is what tests
-hold on to. How fast a verifier is, and how near to a simulation, is for `wisp fleet` and `wisp experiments reality`.
+hold on to. How fast a verifier is, and how near to a simulation, is for `wisp sim fleet` and the
+experiment `reality`.
 """
 
 from __future__ import annotations
@@ -34,17 +35,18 @@ from wisp.core.protocol.messages import (
 )
 from wisp.core.protocol.sampling import Sampling
 from wisp.edge.link import LOST
-from wisp.engines.emulated import HARDWARE
+from wisp.engines.emulated import HARDWARE, hardware
 from wisp.sim import serving
 from wisp.sim.fleet import check_live, run_live
 from wisp.sim.live import Clock, Sockets, Wire
 from wisp.sim.report import Engine, Report
+from wisp.sim.request import Request
 from wisp.sim.scenario import Kit, Scenario, SloClass
 from wisp.sim.serving import verifier
 from wisp.sim.simulate import Fleet, scripts_of
 from wisp.sim.systems import system
 from wisp.sim.timeline import Timeline
-from wisp.sim.world import Generation, Request, SimDevice
+from wisp.sim.world import Generation, SimDevice
 
 DEVICES = 12
 OURS = "wisp,admission=no"  # who would be late here is served all the same
@@ -225,6 +227,18 @@ def test_what_only_the_simulator_has_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match="simulator"):
         check_live(msgspec.structs.replace(quick, **change), system(of))
+
+
+def test_a_server_of_ones_own_has_the_scenarios_hardware_as_it_is_changed(
+    tmp_path: Path, quick: Scenario
+) -> None:
+    def target(scenario: Scenario, spec: str) -> str:
+        arguments = serving.serve_arguments(scenario, system(spec), 1, tmp_path)
+        return arguments[arguments.index("--target") + 1]
+
+    assert target(quick, "wisp") == quick.hardware
+    changed = hardware(target(msgspec.structs.replace(quick, overlap=3.0), "central,step_tokens=128"))
+    assert changed == msgspec.structs.replace(hardware(quick.hardware), overlap=3.0, step_tokens=128)
 
 
 # --- where a router sends a session (`core.draft.itinerary`), and what its device is told of it

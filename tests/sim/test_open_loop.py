@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from statistics import fmean, stdev
 
 import msgspec
 import pytest
@@ -10,8 +12,8 @@ import pytest
 from wisp.core.errors import ConfigError
 from wisp.core.protocol.messages import Open
 from wisp.sim.report import report
-from wisp.sim.scenario import Scenario, load_scenario, recorded_arrivals
-from wisp.sim.simulate import Simulation
+from wisp.sim.scenario import Kit, Scenario, load_scenario, recorded_arrivals
+from wisp.sim.simulate import Simulation, gap_s
 from wisp.sim.systems import system
 from wisp.sim.world import SimVerifier
 
@@ -34,6 +36,24 @@ def test_requests_come_at_the_rate_asked_for_whatever_the_answers_take() -> None
     assert (
         0.05 < sum(gap < 0.025 for gap in gaps) / len(gaps) < 0.15
     )  # exponential: 1 - exp(-4 * 0.025) = 0.095
+
+
+@pytest.mark.parametrize("cv", [0.5, 1.0, 3.0])
+def test_arrivals_come_in_bursts_where_asked_for(cv: float) -> None:
+    source = random.Random(1)
+    gaps = [gap_s(source, 4.0, cv) for _ in range(40_000)]
+    assert fmean(gaps) == pytest.approx(0.25, rel=0.05)
+    assert stdev(gaps) / fmean(gaps) == pytest.approx(cv, rel=0.05)
+
+
+def test_a_drafter_beside_the_target_brings_the_user_no_nearer() -> None:
+    far = msgspec.structs.replace(
+        POISSON.brief(2.0, 6.0, 20.0), arrivals_per_s=1.0, devices=(Kit("100", 400.0),)
+    )
+    for spec in ("central", "central-speculative"):
+        requests = ran(far, spec).window()
+        assert requests
+        assert min(r.first - r.arrived for r in requests) > 0.4
 
 
 def test_a_seed_decides_everything() -> None:

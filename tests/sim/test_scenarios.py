@@ -24,7 +24,8 @@ from wisp.sim import commands, fleet, runs, scenario
 from wisp.sim.capacity import Search, capacity, limit_of
 from wisp.sim.fluid import bound
 from wisp.sim.paper import paper_capacity
-from wisp.sim.report import Report, report, table
+from wisp.sim.report import Report, report
+from wisp.sim.report_table import table
 from wisp.sim.runs import SOURCES, Job, Runs, key, remembered
 from wisp.sim.scenario import Kit, Scenario, SloClass, load_scenario, recorded_arrivals
 from wisp.sim.simulate import Simulation
@@ -77,6 +78,9 @@ def quiet() -> Scenario:
         ("window_s = 0\n" + SLO, "window_s must be more than 0"),
         ("prompt_tokens = [200, 60]\n" + SLO, r"prompt_tokens must be the fewest .* not \[200, 60\]"),
         ("output_tokens = [0, 60]\n" + SLO, "output_tokens must be the fewest"),
+        ("step_tokens = -1\n" + SLO, "step_tokens must be at least 0"),
+        ("arrivals_per_s = 2\narrivals_cv = 0\n" + SLO, "arrivals_cv must be between 0.1 and 10"),
+        ("arrivals_cv = 3\n" + SLO, "arrivals_cv is of arrivals_per_s"),
         ("devices_n = -3\n" + SLO, "devices_n must be at least 1, not -3"),
         ("acceptance = 1.5\n" + SLO, "acceptance must be at least 0 and at most 1, not 1.5"),
         ("population = [[0, 0]]\n" + SLO, "no device at any time"),

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from wisp.cli import app
 from wisp.core.errors import ConfigError, ProtocolError
-from wisp.sim.report import Report, WholeRun, chrome_trace, report
+from wisp.sim.report import Report, WholeRun, report
+from wisp.sim.run_trace import chrome_trace
 from wisp.sim.scenario import SHIPPED, Kit, Scenario, SloClass, load_scenario
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import SYSTEMS, system

@@ -60,7 +60,7 @@ HTTP: dict[str, Any] = {"trust_env": False, "timeout": PATIENCE_S, "verify": Fal
 
 
 # Below the ports that the system gives to outgoing connections, or one of those could take a port before it is used.
-# Above each there is room for the replicas of a front; and each process of tests begins elsewhere.
+# Above each there is room for the replicas of a router; and each process of tests begins elsewhere.
 PORTS = itertools.cycle(20_000 + (os.getpid() * 37 + n) % 1_200 * 10 for n in range(1_200))
 
 

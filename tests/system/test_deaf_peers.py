@@ -110,7 +110,7 @@ def with_server(
     monkeypatch.setattr(connections, "SEND_BUFFER", 1 << 14)
 
     async def main() -> None:
-        cloud = ServerApp(
+        server = ServerApp(
             Settings("m", park_s=0.0, drain_s=0.0), Keyring(None, None), lambda: (served, ByteTokenizer())
         )
         with socket.create_server(("127.0.0.1", 0)) as bound:
@@ -123,19 +123,19 @@ def with_server(
 
             serving = asyncio.ensure_future(
                 run_app(
-                    cloud.asgi,
+                    server.asgi,
                     Listen(port=port),
-                    cloud.drain,
+                    server.drain,
                     keyed=False,
                     stopped=stopped,
                     signals=False,
                     bound=bound,
                 )
             )
-            while cloud._host is None:
+            while server._host is None:
                 await asyncio.sleep(0.01)
             try:
-                await asyncio.wait_for(scenario(cloud, port), DEADLINE_S)
+                await asyncio.wait_for(scenario(server, port), DEADLINE_S)
             finally:
                 if isinstance(served, Gated):
                     served.gate.set()
@@ -156,10 +156,10 @@ def test_an_edge_that_does_not_read_is_let_go_and_its_session_expires(
 ) -> None:
     engine = Gated(6000)  # more text than may wait for its reader
 
-    async def scenario(cloud: ServerApp, port: int) -> None:
+    async def scenario(server: ServerApp, port: int) -> None:
         with Raw(port) as deaf:
             await deaf.greet(opening("session-1"))
-            host = cloud.host()
+            host = server.host()
             await until(lambda: host.n_sessions == 1)
             await until(lambda: host.n_connections == 0)
             engine.gate.set()
@@ -173,13 +173,13 @@ def test_an_edge_that_does_not_read_is_let_go_and_its_session_expires(
 def test_a_client_that_does_not_read_its_stream_ends_its_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Gated(4000)  # more text than may wait for its reader
 
-    async def scenario(cloud: ServerApp, port: int) -> None:
+    async def scenario(server: ServerApp, port: int) -> None:
         with Raw(port) as client:
             await client.connect()
             body = b'{"model": "m", "prompt": "hello", "max_tokens": 60000, "stream": true}'
             head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
             await client.say(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            value = cloud.host().metrics.registry.get_sample_value
+            value = server.host().metrics.registry.get_sample_value
             await until(lambda: bool(value("wisp:request_success_total", {"finished_reason": "abort"})))
 
     with_server(scenario, monkeypatch, engine)
@@ -198,7 +198,7 @@ def test_a_flood_that_the_application_never_sees_is_not_kept(
 ) -> None:
     caplog.set_level("INFO", "wisp.connections")
 
-    async def scenario(cloud: ServerApp, port: int) -> None:
+    async def scenario(server: ServerApp, port: int) -> None:
         with Raw(port) as deaf:
             await deaf.greet()
             if why == "fragments":
@@ -206,7 +206,7 @@ def test_a_flood_that_the_application_never_sees_is_not_kept(
             with contextlib.suppress(ConnectionError):
                 while True:
                     await deaf.say(flood)
-            await until(lambda: cloud.host().n_connections == 0)
+            await until(lambda: server.host().n_connections == 0)
 
     with_server(scenario, monkeypatch)
     assert why in caplog.text
@@ -216,7 +216,7 @@ def test_while_a_peer_reads_nothing_its_pings_are_not_read_either(monkeypatch: p
     """However slowly they come: what is answered without being taken would pile up for as long as it lives."""
     most = [0]
 
-    async def scenario(cloud: ServerApp, port: int) -> None:
+    async def scenario(server: ServerApp, port: int) -> None:
         async def flood(deaf: Raw) -> None:
             with contextlib.suppress(ConnectionError):
                 while True:
@@ -225,7 +225,7 @@ def test_while_a_peer_reads_nothing_its_pings_are_not_read_either(monkeypatch: p
         with Raw(port) as deaf:
             await deaf.greet()
             flooding = asyncio.ensure_future(flood(deaf))
-            await until(lambda: cloud.host().n_connections == 0)
+            await until(lambda: server.host().n_connections == 0)
             await flooding
 
     watch = connections._Transport.watch
@@ -248,7 +248,7 @@ def test_while_a_peer_reads_nothing_its_pings_are_not_read_either(monkeypatch: p
 
 
 def test_a_frame_may_be_as_long_as_the_context_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(cloud: ServerApp, port: int) -> None:
+    async def scenario(server: ServerApp, port: int) -> None:
         limit = frame_limit(CONTEXT)
         full = encode(opening("session-1", prompt=[1 << 20] * CONTEXT, max_tokens=1))
         assert len(full) < limit
@@ -265,7 +265,7 @@ def test_a_frame_may_be_as_long_as_the_context_wants_it(monkeypatch: pytest.Monk
 def test_text_that_is_no_utf8_is_refused_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def scenario(cloud: ServerApp, port: int) -> None:
+    async def scenario(server: ServerApp, port: int) -> None:
         with Raw(port) as peer:
             await peer.greet()
             await peer.say(frame(b"\xff\xfe", FINAL | TEXT))

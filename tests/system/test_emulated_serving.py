@@ -103,21 +103,21 @@ def test_a_front_hands_engine_and_slo_classes_to_its_replicas(fleet: Fleet, hard
     classes = fleet.folder / "classes.toml"
     classes.write_text(CLASSES)
     flags = ("--replicas", "2", "--slo-classes", str(classes), "--kv-tokens", "5000")
-    front = fleet.serve(*flags, target=hardware, engine="emulated", ready=False)
-    eventually(lambda: front.health() == 200)
-    edge = fleet.edge(front.url, draft="ngram")
+    router = fleet.serve(*flags, target=hardware, engine="emulated", ready=False)
+    eventually(lambda: router.health() == 200)
+    edge = fleet.edge(router.url, draft="ngram")
     job: dict[str, Any] = {"seed": 7, "model": NAME, "max_tokens": 20}
-    thin, drafted = ask(front.url, "abc", **job), ask(edge.url, "abc", **job)
+    thin, drafted = ask(router.url, "abc", **job), ask(edge.url, "abc", **job)
     assert thin.text == drafted.text
     assert thin.usage["completion_tokens"] == 20
     body = {"model": NAME, "prompt": "abc", "max_tokens": 5}
 
     def status(of: str) -> int:
-        url = f"{front.url}/v1/completions"
+        url = f"{router.url}/v1/completions"
         return httpx.post(url, json=body, headers={"x-slo-class": of}, **HTTP).status_code
 
     assert [status("patient"), status("nobody")] == [200, 400]
-    assert front.metrics()['wisp:request_slo_total{outcome="met",slo_class="patient"}'] == 1
+    assert router.metrics()['wisp:request_slo_total{outcome="met",slo_class="patient"}'] == 1
 
 
 def test_an_edge_with_ngrams_says_what_the_verifier_alone_says(fleet: Fleet, hardware: str) -> None:

@@ -194,23 +194,23 @@ def test_a_replica_with_other_weights_is_not_taken_in_and_answers_stay_whole(
     fleet: Fleet, text: str, changed: Process
 ) -> None:
     target = target_in(fleet.folder / "fleet")
-    front = fleet.serve("--replicas", "2", target=str(target), port=free_port(), ready=False)
+    router = fleet.serve("--replicas", "2", target=str(target), port=free_port(), ready=False)
 
     def replicas(state: str) -> dict[str, dict[str, Any]]:
-        found = json.loads(fleet.run("replicas", "list", "--server", front.url, "--json").stdout)["replicas"]
+        found = json.loads(fleet.run("replicas", "list", "--server", router.url, "--json").stdout)["replicas"]
         return {r["name"]: r for r in found if r["state"] == state or not state}
 
-    eventually(lambda: front.health() == 200, PATIENCE_S)
+    eventually(lambda: router.health() == 200, PATIENCE_S)
     eventually(lambda: len(replicas("up")) == 2, PATIENCE_S)
-    edge = fleet.edge(front.url)
+    edge = fleet.edge(router.url)
     other(target)
-    with Stream(edge.url, PROMPT, **LONG) as drafted, Stream(front.url, PROMPT, **LONG) as thin:
-        fleet.run("replicas", "restart", "r1", "--server", front.url)
+    with Stream(edge.url, PROMPT, **LONG) as drafted, Stream(router.url, PROMPT, **LONG) as thin:
+        fleet.run("replicas", "restart", "r1", "--server", router.url)
         assert [drafted.rest().text, thin.rest().text] == [text, text]
     eventually(lambda: "other weights" in replicas("")["r1"]["last_end"], PATIENCE_S)
-    assert "it is not taken in" in front.log()
+    assert "it is not taken in" in router.log()
     assert list(replicas("up")) == ["r2"]
-    fleet.run("replicas", "restart", "r2", "--server", front.url)  # now all have the new ones
+    fleet.run("replicas", "restart", "r2", "--server", router.url)  # now all have the new ones
     eventually(lambda: replicas("up"), PATIENCE_S)
     new = ask(changed.url, PROMPT, **LONG).text
-    assert [ask(edge.url, PROMPT, **LONG).text, ask(front.url, PROMPT, **LONG).text] == [new, new]
+    assert [ask(edge.url, PROMPT, **LONG).text, ask(router.url, PROMPT, **LONG).text] == [new, new]

@@ -1,4 +1,4 @@
-"""Several verifiers behind one front: every text is the target's own, whatever becomes of the replicas.
+"""Several verifiers behind one router: every text is the target's own, whatever becomes of the replicas.
 
 The same scenarios with replicas as child processes and, marked `ray`, as Ray actors.
 """
@@ -71,8 +71,8 @@ def launcher(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-class Front:
-    """A front and what one does to it."""
+class Router:
+    """A router and what one does to it."""
 
     def __init__(
         self,
@@ -176,20 +176,20 @@ def test_a_replica_killed_in_the_middle_costs_no_session_and_no_token(fleet: Fle
     single = fleet.serve()
     truth = alone(single, jobs)
     single.terminate()
-    front = Front(fleet, launcher=launcher)
-    edges = [fleet.edge(front.url, draft=kind) for kind in (DRAFT, "ngram", "none")]
+    router = Router(fleet, launcher=launcher)
+    edges = [fleet.edge(router.url, draft=kind) for kind in (DRAFT, "ngram", "none")]
 
     def meanwhile() -> None:
-        eventually(lambda: sum(front.placed().values()) >= 12)
-        front.kill("r1")
+        eventually(lambda: sum(router.placed().values()) >= 12)
+        router.kill("r1")
 
-    texts = all_of([*(edge.url for edge in edges), front.url], jobs, meanwhile)  # the last are thin clients
+    texts = all_of([*(edge.url for edge in edges), router.url], jobs, meanwhile)  # the last are thin clients
     assert texts == truth
-    front.wait_up(2)
-    assert front.replicas()["r1"]["restarts"] == 1
-    assert front.process.metrics()['wisp:replica_restarts_total{replica="r1"}'] == 1
-    assert sum(front.placed().values()) > len(jobs)  # some were placed twice
-    eventually(front.idle)
+    router.wait_up(2)
+    assert router.replicas()["r1"]["restarts"] == 1
+    assert router.process.metrics()['wisp:replica_restarts_total{replica="r1"}'] == 1
+    assert sum(router.placed().values()) > len(jobs)  # some were placed twice
+    eventually(router.idle)
     assert ask(edges[0].url, "Hi", max_tokens=3).status == 200
 
 
@@ -198,30 +198,30 @@ def test_a_drain_moves_sessions_and_a_scale_up_takes_new_ones(fleet: Fleet, laun
     single = fleet.serve()
     truth = alone(single, jobs)
     single.terminate()
-    front = Front(fleet, launcher=launcher)
-    edges = [fleet.edge(front.url, draft=kind) for kind in (DRAFT, "ngram")]
+    router = Router(fleet, launcher=launcher)
+    edges = [fleet.edge(router.url, draft=kind) for kind in (DRAFT, "ngram")]
 
     def meanwhile() -> None:
-        eventually(lambda: sum(front.placed().values()) >= 12)
-        assert front.admin("/scale", {"replicas": 3}).status_code == 200
-        front.wait_up(3)
-        drained = front.admin("/r1/drain", {})
+        eventually(lambda: sum(router.placed().values()) >= 12)
+        assert router.admin("/scale", {"replicas": 3}).status_code == 200
+        router.wait_up(3)
+        drained = router.admin("/r1/drain", {})
         assert [r["name"] for r in drained.json()["replicas"]] == ["r2", "r3"]
 
-    assert all_of([*(edge.url for edge in edges), front.url], jobs, meanwhile) == truth
-    assert len(re.findall(r"replica r1: \d+ sessions moved", front.process.log())) == 1
-    before = front.placed()
+    assert all_of([*(edge.url for edge in edges), router.url], jobs, meanwhile) == truth
+    assert len(re.findall(r"replica r1: \d+ sessions moved", router.process.log())) == 1
+    before = router.placed()
     assert all_of([edges[0].url], jobs[:6], lambda: None) == truth[:6]
-    assert front.placed()["r1"] == before["r1"]
-    assert front.placed()["r3"] > 0
-    assert front.admin("/scale", {"replicas": 1}).status_code == 200
-    assert len(front.replicas()) == 1
-    last = front.up()[0]
-    refused = front.admin(f"/{last}/drain", {})
+    assert router.placed()["r1"] == before["r1"]
+    assert router.placed()["r3"] > 0
+    assert router.admin("/scale", {"replicas": 1}).status_code == 200
+    assert len(router.replicas()) == 1
+    last = router.up()[0]
+    refused = router.admin(f"/{last}/drain", {})
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "last_replica")
-    front.process.terminate()
-    assert front.process.wait() == 0
-    assert "Traceback" not in front.process.log()
+    router.process.terminate()
+    assert router.process.wait() == 0
+    assert "Traceback" not in router.process.log()
 
 
 CLUSTER = """
@@ -259,19 +259,19 @@ def test_a_machine_of_a_cluster_dies_and_another_takes_its_place(fleet: Fleet) -
             address = cluster.stdout.readline().strip()
             flags = ("--gpus-per-replica", "1")
             env = {"RAY_ADDRESS": address, "WISP_API_KEYS": key}
-            front = Front(fleet, *flags, launcher="ray", key=key, env=env)
-            edge = fleet.edge(front.url, env={"WISP_API_KEY": key})
+            router = Router(fleet, *flags, launcher="ray", key=key, env=env)
+            edge = fleet.edge(router.url, env={"WISP_API_KEY": key})
 
             def meanwhile() -> None:
-                eventually(lambda: sum(front.placed().values()) >= 12)
+                eventually(lambda: sum(router.placed().values()) >= 12)
                 cluster.stdin.write("\n")  # type: ignore[union-attr]
-                eventually(lambda: len(front.up()) == 1)
+                eventually(lambda: len(router.up()) == 1)
 
-            assert all_of([edge.url, front.url], jobs, meanwhile) == truth
+            assert all_of([edge.url, router.url], jobs, meanwhile) == truth
             cluster.stdin.write("\n")
-            front.wait_up(2)
-            front.process.terminate()
-            assert front.process.wait() == 0
+            router.wait_up(2)
+            router.process.terminate()
+            assert router.process.wait() == 0
         finally:
             cluster.stdin.close()
             cluster.wait()
@@ -279,8 +279,8 @@ def test_a_machine_of_a_cluster_dies_and_another_takes_its_place(fleet: Fleet) -
 
 @pytest.mark.ray
 def test_a_ray_of_the_fronts_own_listens_on_loopback_alone(fleet: Fleet) -> None:
-    front = Front(fleet, launcher="ray", replicas=1, **NULL)
-    family = psutil.Process(front.process.popen.pid)
+    router = Router(fleet, launcher="ray", replicas=1, **NULL)
+    family = psutil.Process(router.process.popen.pid)
     listening = {
         (connection.laddr.ip.removeprefix("::ffff:"), process.name())
         for process in (family, *family.children(recursive=True))
@@ -295,47 +295,47 @@ def test_restarting_every_replica_in_turn_disturbs_nobody(fleet: Fleet) -> None:
     jobs = jobs_of(10)
     single = fleet.serve()
     truth = alone(single, jobs)
-    front = Front(fleet)
-    edge = fleet.edge(front.url)
+    router = Router(fleet)
+    edge = fleet.edge(router.url)
 
     def meanwhile() -> None:
         for name in ("r1", "r2"):
-            assert front.admin(f"/{name}/restart", {}).status_code == 200
-            front.wait_up(2)
+            assert router.admin(f"/{name}/restart", {}).status_code == 200
+            router.wait_up(2)
 
-    assert all_of([edge.url, front.url], jobs, meanwhile) == truth
-    assert [r["restarts"] for r in front.replicas().values()] == [0, 0]  # none of them died
-    assert [r["last_end"] for r in front.replicas().values()] == ["exit status 0"] * 2
+    assert all_of([edge.url, router.url], jobs, meanwhile) == truth
+    assert [r["restarts"] for r in router.replicas().values()] == [0, 0]  # none of them died
+    assert [r["last_end"] for r in router.replicas().values()] == ["exit status 0"] * 2
 
 
 def test_without_any_replica_edges_and_thin_clients_wait_for_one(fleet: Fleet) -> None:
     jobs = jobs_of(4)
     single = fleet.serve()
     truth = alone(single, jobs)
-    front = Front(fleet)
-    edge = fleet.edge(front.url)
+    router = Router(fleet)
+    edge = fleet.edge(router.url)
 
     def meanwhile() -> None:
-        eventually(lambda: sum(front.placed().values()) >= 4)
-        front.kill("r1")
-        front.kill("r2")
-        eventually(lambda: front.process.health() == 503)
+        eventually(lambda: sum(router.placed().values()) >= 4)
+        router.kill("r1")
+        router.kill("r2")
+        eventually(lambda: router.process.health() == 503)
 
-    assert all_of([edge.url, front.url], jobs, meanwhile) == truth
-    front.wait_up(2)
+    assert all_of([edge.url, router.url], jobs, meanwhile) == truth
+    router.wait_up(2)
 
 
 def test_sessions_outlive_a_front_that_is_killed(fleet: Fleet) -> None:
     prompt, parameters = "Tell me a story.", {**LONG, "temperature": 0.8, "seed": 3}
     single = fleet.serve()
     truth = alone(single, [(prompt, parameters)])
-    front = Front(fleet)
-    edge = fleet.edge(front.url)
+    router = Router(fleet)
+    edge = fleet.edge(router.url)
     with Stream(edge.url, prompt, **parameters) as s:
         s.until(lambda answer: len(answer.text) > 10)
-        front.process.kill()  # its replicas finish what they have, and end
+        router.process.kill()  # its replicas finish what they have, and end
         assert s.rest().text == truth[0]
-    front.process.start()
+    router.process.start()
     edge.wait_ready()
     assert alone(edge, [(prompt, parameters)]) == truth
 
@@ -343,29 +343,29 @@ def test_sessions_outlive_a_front_that_is_killed(fleet: Fleet) -> None:
 def test_a_front_that_is_asked_to_stop_lets_answers_finish(fleet: Fleet) -> None:
     single = fleet.serve()
     truth = alone(single, [("Tell me a story.", LONG)])
-    front = Front(fleet)
-    edge = fleet.edge(front.url, draft="ngram")
+    router = Router(fleet)
+    edge = fleet.edge(router.url, draft="ngram")
     with (
         Stream(edge.url, "Tell me a story.", **LONG) as e,
-        Stream(front.url, "Tell me a story.", **LONG) as s,
+        Stream(router.url, "Tell me a story.", **LONG) as s,
     ):
         e.until(lambda answer: bool(answer.text))
         s.until(lambda answer: bool(answer.text))
-        front.process.terminate()
-        eventually(lambda: front.process.health() == 503)
-        refused = ask(front.url, "Hi")
+        router.process.terminate()
+        eventually(lambda: router.process.health() == 503)
+        refused = ask(router.url, "Hi")
         assert (refused.status, refused.error["type"]) == (503, "server_error")
         assert [e.rest().text, s.rest().text] == truth * 2
-    assert front.process.wait() == 0
-    assert "Traceback" not in front.process.log()
+    assert router.process.wait() == 0
+    assert "Traceback" not in router.process.log()
 
 
 def test_a_thin_client_that_leaves_takes_its_work_along(fleet: Fleet) -> None:
-    front = Front(fleet)
-    with Stream(front.url, "Tell me a story.", **LONG) as s:
+    router = Router(fleet)
+    with Stream(router.url, "Tell me a story.", **LONG) as s:
         s.until(lambda answer: len(answer.text) > 5)
-        eventually(lambda: not front.idle())
-    eventually(front.idle)
+        eventually(lambda: not router.idle())
+    eventually(router.idle)
 
 
 def test_what_begins_alike_goes_where_it_is_cached_but_only_within_one_key(fleet: Fleet) -> None:
@@ -424,20 +424,20 @@ class RedirectedPeer(Peer):
 
 
 def test_a_chats_turns_are_read_once_though_there_are_three_replicas(fleet: Fleet) -> None:
-    front = Front(fleet, replicas=3)
-    edge = fleet.edge(front.url, draft="none")
+    router = Router(fleet, replicas=3)
+    edge = fleet.edge(router.url, draft="none")
     messages: list[dict[str, str]] = []
     read = 0
     for turn in range(6):
         messages.append({"role": "user", "content": f"Tell me {turn} of Belomi, who lives by the sea."})
-        answer = ask((edge, front)[turn % 2].url, "", messages=messages, max_tokens=24)
+        answer = ask((edge, router)[turn % 2].url, "", messages=messages, max_tokens=24)
         messages.append({"role": "assistant", "content": answer.text})
         read += answer.usage["prompt_tokens"]
-        eventually(front.idle)
-    assert sum(front.placed(reason="prefix").values()) == 5
-    assert len([n for n in front.placed().values() if n]) == 1
+        eventually(router.idle)
+    assert sum(router.placed(reason="prefix").values()) == 5
+    assert len([n for n in router.placed().values() if n]) == 1
     computed = 0.0
-    for replica in front.replicas().values():
+    for replica in router.replicas().values():
         lines = httpx.get(f"http://127.0.0.1{replica['address']}/metrics", **HTTP).text.splitlines()
         computed += sum(
             float(line.split()[1]) for line in lines if line.startswith("wisp:prompt_tokens_total")
@@ -448,8 +448,8 @@ def test_a_chats_turns_are_read_once_though_there_are_three_replicas(fleet: Flee
 def test_limits_of_a_key_hold_for_all_replicas_together(fleet: Fleet) -> None:
     keys = fleet.folder / "keys.toml"
     keys.write_text('[keys.a]\nsecret = "key-a"\nrequests_per_minute = 2\n')
-    front = fleet.serve("--replicas", "2", "--api-keys", str(keys))
-    answers = [ask(front.url, "Hi", key="key-a", max_tokens=2) for _ in range(4)]
+    router = fleet.serve("--replicas", "2", "--api-keys", str(keys))
+    answers = [ask(router.url, "Hi", key="key-a", max_tokens=2) for _ in range(4)]
     assert [a.status for a in answers] == [200] * 2 + [429] * 2  # half a minute would bring another
     assert int(answers[-1].headers["retry-after"]) >= 1
 
@@ -459,18 +459,18 @@ def test_a_key_has_its_sessions_over_all_replicas_and_each_as_soon_as_another_en
     keys.write_text('[keys.a]\nsecret = "key-a"\nsessions = 2\n')
     hardware = "a100-llama-70b-w4"
     flags = ("--replicas", "2", "--api-keys", str(keys), "--context", "32768")
-    front = fleet.serve(*flags, target=hardware, engine="emulated")
-    eventually(lambda: httpx.get(f"{front.url}/health", **HTTP).json()["replicas"]["up"] == 2)
+    router = fleet.serve(*flags, target=hardware, engine="emulated")
+    eventually(lambda: httpx.get(f"{router.url}/health", **HTTP).json()["replicas"]["up"] == 2)
     lasting = {"model": hardware, "max_tokens": 30_000, "ignore_eos": True}  # eleven minutes of its steps
 
     def short() -> int:
-        return ask(front.url, "Hi", key="key-a", model=hardware, max_tokens=2).status
+        return ask(router.url, "Hi", key="key-a", model=hardware, max_tokens=2).status
 
-    one = Stream(front.url, "Tell me a story.", key="key-a", **lasting)
-    two = Stream(front.url, "Tell me another.", key="key-a", **lasting)
+    one = Stream(router.url, "Tell me a story.", key="key-a", **lasting)
+    two = Stream(router.url, "Tell me another.", key="key-a", **lasting)
     for stream in (one, two):
         stream.until(lambda answer: bool(answer.text))
-    third = ask(front.url, "Hi", key="key-a", model=hardware, max_tokens=2)
+    third = ask(router.url, "Hi", key="key-a", model=hardware, max_tokens=2)
     assert (third.status, third.error["code"]) == (429, "rate_limit_exceeded")
     one.leave()
     eventually(lambda: short() == 200)
@@ -484,16 +484,16 @@ def test_tls_from_edges_to_front_and_replicas(fleet: Fleet) -> None:
     cert, key = fleet.folder / "cert.pem", fleet.folder / "key.pem"
     subject = [
         "-subj",
-        "/CN=front",
+        "/CN=router",
         "-addext",
         "subjectAltName=DNS:localhost",
-    ]  # not what the front itself dials
+    ]  # not what the router itself dials
     new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", str(key)]
     subprocess.run([*new, "-out", str(cert), *subject], check=True, capture_output=True)
-    front = fleet.serve("--replicas", "2", "--tls-cert", str(cert), "--tls-key", str(key), ready=False)
-    front.scheme = "https"
-    front.wait_ready()
-    url = f"https://localhost:{front.port}"
+    router = fleet.serve("--replicas", "2", "--tls-cert", str(cert), "--tls-key", str(key), ready=False)
+    router.scheme = "https"
+    router.wait_ready()
+    url = f"https://localhost:{router.port}"
     edge = fleet.edge(url, draft="ngram", env={"SSL_CERT_FILE": str(cert)})
     answers = [ask(at, "Tell me a story about Belomi.", stream=True) for at in (edge.url, url)]
     assert [a.status for a in answers] == [200, 200]
@@ -501,34 +501,34 @@ def test_tls_from_edges_to_front_and_replicas(fleet: Fleet) -> None:
 
 
 def test_a_replica_that_does_not_answer_gets_nothing_new(fleet: Fleet) -> None:
-    front = Front(fleet, **NULL)
-    os.kill(front.pid("r1"), signal.SIGSTOP)
-    eventually(lambda: front.replicas()["r1"]["state"] == "silent")
-    before = front.placed()
-    with RedirectedPeer(front.url) as peer:
+    router = Router(fleet, **NULL)
+    os.kill(router.pid("r1"), signal.SIGSTOP)
+    eventually(lambda: router.replicas()["r1"]["state"] == "silent")
+    before = router.placed()
+    with RedirectedPeer(router.url) as peer:
         for n in range(10):
             peer.say(opening(f"session-{n}"))
             assert isinstance(peer.hear(), Redirect)
-    assert front.placed().get("r1") == before.get("r1")
-    os.kill(front.pid("r1"), signal.SIGCONT)
-    front.wait_up(2)
-    os.kill(front.pid("r1"), signal.SIGSTOP)
-    eventually(lambda: front.replicas()["r1"]["state"] == "silent")
-    assert front.admin("/r1/restart", {}).status_code == 200  # which does not wait for what does not hear
-    front.wait_up(2)
+    assert router.placed().get("r1") == before.get("r1")
+    os.kill(router.pid("r1"), signal.SIGCONT)
+    router.wait_up(2)
+    os.kill(router.pid("r1"), signal.SIGSTOP)
+    eventually(lambda: router.replicas()["r1"]["state"] == "silent")
+    assert router.admin("/r1/restart", {}).status_code == 200  # which does not wait for what does not hear
+    router.wait_up(2)
 
 
 def test_ctrl_c_reaches_the_front_alone_and_answers_finish(fleet: Fleet, launcher: str) -> None:
     """A terminal sends it to every process of the group."""
     single = fleet.serve()
     truth = alone(single, [("Tell me a story.", LONG)])
-    front = Front(fleet, launcher=launcher)
-    edge = fleet.edge(front.url, draft="ngram")
+    router = Router(fleet, launcher=launcher)
+    edge = fleet.edge(router.url, draft="ngram")
     with Stream(edge.url, "Tell me a story.", **LONG) as s:
         s.until(lambda answer: bool(answer.text))
-        os.killpg(front.process.pid, signal.SIGINT)
+        os.killpg(router.process.pid, signal.SIGINT)
         assert [s.rest().text] == truth
-    assert front.process.wait() == 0
+    assert router.process.wait() == 0
 
 
 def test_what_cannot_start_ends_with_advice(fleet: Fleet) -> None:
@@ -551,28 +551,28 @@ def test_what_cannot_start_ends_with_advice(fleet: Fleet) -> None:
 
 
 def test_operators_are_told_what_is_wrong(fleet: Fleet) -> None:
-    plain, front = fleet.serve(**NULL), Front(fleet, **NULL)
-    shown = fleet.run("replicas", "list", "--server", front.url)
+    plain, router = fleet.serve(**NULL), Router(fleet, **NULL)
+    shown = fleet.run("replicas", "list", "--server", router.url)
     assert shown.returncode == 0
     assert "r1" in shown.stdout
     assert "r2" in shown.stdout
     for words, advice in (
         (("list", "--server", plain.url), "--replicas"),
         (("list", "--server", "http://127.0.0.1:1"), "wisp serve"),
-        (("drain", "r7", "--server", front.url), "r1, r2"),
-        (("scale", "99", "--server", front.url), "from 1 to 64"),
+        (("drain", "r7", "--server", router.url), "r1, r2"),
+        (("scale", "99", "--server", router.url), "from 1 to 64"),
     ):
         ended = fleet.run("replicas", *words)
         assert ended.returncode == 2, ended.stderr
         assert advice in ended.stderr
         assert "Traceback" not in ended.stderr
-    ended = fleet.run("replicas", "scale", "3", "--server", front.url, "--json")
+    ended = fleet.run("replicas", "scale", "3", "--server", router.url, "--json")
     assert len(json.loads(ended.stdout)["replicas"]) == 3
 
 
 def test_an_edge_that_does_not_know_redirects_is_told_so(fleet: Fleet) -> None:
-    front = Front(fleet, **NULL)
-    with Peer(front.url, hello=None) as old:
+    router = Router(fleet, **NULL)
+    with Peer(router.url, hello=None) as old:
         old.say(Hello(VERSION))
         refused = old.refused()
     assert (refused.code, refused.fatal) == ("version_mismatch", True)
@@ -580,8 +580,8 @@ def test_an_edge_that_does_not_know_redirects_is_told_so(fleet: Fleet) -> None:
 
 
 def test_the_front_itself_verifies_nothing_and_survives_nonsense(fleet: Fleet) -> None:
-    front = Front(fleet, **NULL)
-    with RedirectedPeer(front.url) as peer:
+    router = Router(fleet, **NULL)
+    with RedirectedPeer(router.url) as peer:
         peer.say(Draft("session-1", 1, 0, [5]))
         assert peer.refused().code == "unknown_session"
         peer.say(Cancel("session-1"))
@@ -595,11 +595,11 @@ def test_the_front_itself_verifies_nothing_and_survives_nonsense(fleet: Fleet) -
                 replica.say(opening("session-2", prompt=prompt))
                 assert isinstance(replica.hear(), Refused)
     for body in ({}, {"replicas": 0}, {"replicas": 65}, {"replicas": "2"}, {"replicas": True}):
-        assert front.admin("/scale", body).status_code == 400
-    assert front.admin("/r9/drain", {}).status_code == 404
-    page = httpx.post(f"{front.url}/v1/replicas/r1/drain", content="{}", **HTTP)
+        assert router.admin("/scale", body).status_code == 400
+    assert router.admin("/r9/drain", {}).status_code == 404
+    page = httpx.post(f"{router.url}/v1/replicas/r1/drain", content="{}", **HTTP)
     assert page.status_code == 415  # a web page could send that
-    assert len(front.up()) == 2
+    assert len(router.up()) == 2
 
 
 # --- load, without a model
@@ -636,21 +636,21 @@ async def _load(url: str, sessions: int, tokens: int, meanwhile: Callable[[], No
 def test_three_replicas_share_three_hundred_sessions_evenly_and_lose_none(
     fleet: Fleet, launcher: str
 ) -> None:
-    front = Front(fleet, replicas=3, launcher=launcher, **NULL)
+    router = Router(fleet, replicas=3, launcher=launcher, **NULL)
     seen: dict[str, float] = {}
 
     def meanwhile() -> None:
-        eventually(lambda: sum(front.placed().values()) >= 300)
-        seen.update(front.placed())
-        front.kill("r2")
-        front.wait_up(3)
-        assert front.admin("/r1/drain", {}).status_code == 200
-        assert front.admin("/scale", {"replicas": 3}).status_code == 200
+        eventually(lambda: sum(router.placed().values()) >= 300)
+        seen.update(router.placed())
+        router.kill("r2")
+        router.wait_up(3)
+        assert router.admin("/r1/drain", {}).status_code == 200
+        assert router.admin("/scale", {"replicas": 3}).status_code == 200
 
-    found = asyncio.run(_load(front.url, 300, TOKENS, meanwhile))
+    found = asyncio.run(_load(router.url, 300, TOKENS, meanwhile))
     assert found == [[null_token(n, position) for position in range(TOKENS)] for n in range(300)]
     assert balanced(seen), seen
-    assert front.placed()["r3"] > seen["r3"]  # it took over from the others
+    assert router.placed()["r3"] > seen["r3"]  # it took over from the others
 
 
 # --- a fleet of emulated devices, whose texts were recorded of the target alone
@@ -707,15 +707,15 @@ def all_right(runs: list[Report]) -> bool:
 
 
 def test_a_fleet_of_devices_outlives_a_replica(fleet: Fleet, recorded: Path) -> None:
-    front = Front(fleet)
+    router = Router(fleet)
 
     def meanwhile() -> None:
-        eventually(lambda: min(front.placed().get(name, 0.0) for name in ("r1", "r2")) >= 5)
-        front.kill("r2")
-        eventually(lambda: front.replicas()["r2"]["restarts"] == 1)
-        front.wait_up(2)
+        eventually(lambda: min(router.placed().get(name, 0.0) for name in ("r1", "r2")) >= 5)
+        router.kill("r2")
+        eventually(lambda: router.replicas()["r2"]["restarts"] == 1)
+        router.wait_up(2)
 
-    assert all_right(asyncio.run(_play(front.url, recorded, meanwhile, 1.0)))
+    assert all_right(asyncio.run(_play(router.url, recorded, meanwhile, 1.0)))
 
 
 @pytest.mark.extended
@@ -723,37 +723,37 @@ def test_a_fleet_of_devices_outlives_a_replica(fleet: Fleet, recorded: Path) -> 
 def test_a_fleet_of_devices_gets_the_targets_texts_whatever_becomes_of_the_replicas(
     fleet: Fleet, launcher: str, replicas: int, recorded: Path
 ) -> None:
-    front = Front(fleet, replicas=replicas, launcher=launcher)
+    router = Router(fleet, replicas=replicas, launcher=launcher)
 
     def meanwhile() -> None:
         at_once: list[dict[str, float]] = []  # sessions, by replica
 
         def seen_enough() -> bool:
-            sessions = {name: float(r["sessions"]) for name, r in front.replicas().items()}
+            sessions = {name: float(r["sessions"]) for name, r in router.replicas().items()}
             if sum(sessions.values()) > DEVICES / 2:  # not between two runs
                 at_once.append(sessions)
-            return len(at_once) >= 200 and sum(front.placed().values()) >= 40 * replicas
+            return len(at_once) >= 200 and sum(router.placed().values()) >= 40 * replicas
 
         eventually(seen_enough)
         mean = {name: sum(seen[name] for seen in at_once) / len(at_once) for name in at_once[0]}
         assert balanced(mean), mean
-        front.kill("r2")
-        eventually(lambda: front.replicas()["r2"]["restarts"] == 1)
-        front.wait_up(replicas)
-        assert front.admin("/scale", {"replicas": replicas + 1}).status_code == 200
-        front.wait_up(replicas + 1)
+        router.kill("r2")
+        eventually(lambda: router.replicas()["r2"]["restarts"] == 1)
+        router.wait_up(replicas)
+        assert router.admin("/scale", {"replicas": replicas + 1}).status_code == 200
+        router.wait_up(replicas + 1)
         new = f"r{replicas + 1}"
-        eventually(lambda: front.placed().get(new, 0.0) >= 10)  # it takes its share
-        assert front.admin("/r1/drain", {}).status_code == 200
-        before = front.placed()
-        eventually(lambda: sum(front.placed().values()) >= sum(before.values()) + 40)
-        assert front.placed()["r1"] == before["r1"]
+        eventually(lambda: router.placed().get(new, 0.0) >= 10)  # it takes its share
+        assert router.admin("/r1/drain", {}).status_code == 200
+        before = router.placed()
+        eventually(lambda: sum(router.placed().values()) >= sum(before.values()) + 40)
+        assert router.placed()["r1"] == before["r1"]
 
-    runs = asyncio.run(_play(front.url, recorded, meanwhile))
+    runs = asyncio.run(_play(router.url, recorded, meanwhile))
     assert all_right(runs)
     assert sum(f.tokens_checked for f in runs) > 50 * sum(f.completed for f in runs)
-    assert len(re.findall(r"replica r1: \d+ sessions moved", front.process.log())) == 1
-    placed = sum(front.placed().values())
-    assert sum(front.placed(reason="prefix").values()) > 0.5 * placed
-    assert front.process.metrics()["wisp:placement_prefix_tokens_total"] > 50 * placed
-    assert "Traceback" not in front.process.log()
+    assert len(re.findall(r"replica r1: \d+ sessions moved", router.process.log())) == 1
+    placed = sum(router.placed().values())
+    assert sum(router.placed(reason="prefix").values()) > 0.5 * placed
+    assert router.process.metrics()["wisp:placement_prefix_tokens_total"] > 50 * placed
+    assert "Traceback" not in router.process.log()

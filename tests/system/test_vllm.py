@@ -27,8 +27,7 @@ TWO = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny target as the hub would have it: a tokenizer.json, and no GGUF file anywhere."""
-    from wisp.engines.vllm.converting import convert
-    from wisp.engines.vllm.models import TOKENIZER
+    from wisp.engines.vllm.converting import TOKENIZER, convert
 
     folder = tmp_path_factory.mktemp("models") / "tiny-target"
     folder.mkdir()
@@ -60,14 +59,14 @@ def test_a_folder_of_the_hub_split_over_two_workers(fleet: Fleet, folder: Path) 
     assert "Belomi" not in server.log()
 
 
-def test_replicas_of_it_behind_a_front(fleet: Fleet, folder: Path) -> None:
-    """The front reads the hub's kind of tokenizer, and engine options reach the replicas."""
+def test_replicas_of_it_behind_a_router(fleet: Fleet, folder: Path) -> None:
+    """The router reads the hub's kind of tokenizer, and engine options reach the replicas."""
     flags = ("--replicas", "2", "--gpu-memory", "0.8")
-    front = fleet.serve(*flags, target=str(folder), ready=False)
-    eventually(lambda: front.health() == 200, START_S)
-    edge = fleet.edge(front.url)
+    router = fleet.serve(*flags, target=str(folder), ready=False)
+    eventually(lambda: router.health() == 200, START_S)
+    edge = fleet.edge(router.url)
     for parameters in WAYS:
         prompt = "Tell me a story about Belomi."
-        drafted, thin = ask(edge.url, prompt, **parameters), ask(front.url, prompt, **parameters)
+        drafted, thin = ask(edge.url, prompt, **parameters), ask(router.url, prompt, **parameters)
         assert drafted.spec["num_accepted_draft_tokens"] > 0
         assert drafted.text == thin.text

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from itertools import pairwise
 
 from tools.tiny.text import SPECIALS
+from wisp.engines.huggingface import byte_level
 
 Pair = tuple[int, int]
 
@@ -48,12 +48,6 @@ class Vocabulary:
                 for word in _WORD.findall(part):
                     ids += self._encode_word(word)
         return ids
-
-    def decode(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`, special tokens written out."""
-        return b"".join(
-            self.pieces[i] if i < len(self.pieces) else SPECIALS[i - len(self.pieces)].encode() for i in ids
-        )
 
     def _encode_word(self, word: str) -> list[int]:
         ids = self._cache.get(word)
@@ -98,15 +92,8 @@ def _merge(ids: list[int], pair: Pair, new: int) -> list[int]:
     return merged
 
 
-def _printable_bytes() -> list[str]:
-    """GPT-2's printable stand-in for each byte value."""
-    keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in keep]
-    return [chr(b) if b in keep else chr(256 + rest.index(b)) for b in range(256)]
-
-
 def gguf_tokens(vocabulary: Vocabulary) -> tuple[list[str], list[str]]:
     """(tokens, merges) as GGUF's "gpt2" tokenizer stores them."""
-    shown = _printable_bytes()
+    shown = {byte: char for char, byte in byte_level().items()}
     pieces = ["".join(shown[b] for b in piece) for piece in vocabulary.pieces]
     return pieces + list(SPECIALS), [f"{pieces[a]} {pieces[b]}" for a, b in vocabulary.merges]

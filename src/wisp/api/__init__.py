@@ -1,1 +1,1 @@
-"""The OpenAI surface: schemas, chat templates, text, SSE, errors and routes, shared by edge and cloud."""
+"""The OpenAI surface: schemas, chat templates, text, SSE, errors and routes, shared by edge, verifier and router."""

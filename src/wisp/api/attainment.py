@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter
 
 from wisp.api.observe import RequestRecord
+from wisp.api.scrape import Registry
 from wisp.core.errors import ConfigError
 from wisp.core.protocol.slo import LONGEST_MS, Slo, met
 
@@ -62,17 +62,12 @@ def read_slo_classes(given: Path | str | Mapping[str, Any]) -> dict[str, Slo]:
 class Attainment:
     """Counters of requests that had an SLO, by class ("": targets of their own), as `core.protocol.slo` counts them."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._requests = Counter(
-            "wisp:request_slo", "Requests that had an SLO.", ["outcome", "slo_class"], registry=registry
-        )
-        self._goodput = Counter(
-            "wisp:request_goodput_tokens", "Output tokens of requests that met their SLO.", ["slo_class"],
-            registry=registry,
-        )  # fmt: skip
+    def __init__(self, registry: Registry) -> None:
+        self._requests = registry.counter("request_slo", "Requests that had an SLO.", "outcome", "slo_class")
+        text = "Output tokens of requests that met their SLO."
+        self._goodput = registry.counter("request_goodput_tokens", text, "slo_class")
 
     def count(self, record: RequestRecord) -> None:
-        """A request has ended."""
         if record.slo is None:
             return
         kept = met(record.served(), record.ended)

@@ -7,9 +7,11 @@ from typing import Protocol
 
 import msgspec
 
+from wisp.api.extras import Extras
 from wisp.core.draft.drafter import Task
 from wisp.core.protocol.step import Committed
 from wisp.engines.base import Tokenizer
+from wisp.engines.constraining import Compiler
 
 __all__ = ["Backend", "Committed", "Generation", "Target"]
 
@@ -17,20 +19,26 @@ __all__ = ["Backend", "Committed", "Generation", "Target"]
 class Generation(Task, frozen=True):
     """A task, in token ids, and whose it is. `max_tokens` is at least 1.
 
-    `key` names the API key of the caller ("" where none is needed); `request_id` is for logs.
+    `key` names the API key of the caller ("" where none is needed); `request_id` is for logs. `extras`: see there.
     """
 
     request_id: str = ""
     key: str = ""
+    extras: Extras = Extras()
 
 
 class Target(msgspec.Struct, frozen=True):
-    """The model behind a backend. `context`: most tokens of prompt + output; `digest`: see `messages.Welcome`."""
+    """The model behind a backend. `context`: most tokens of prompt + output; `digest`: see `messages.Welcome`.
+
+    grammars: compiles those that a request asks for, off the event loop, so that it can be refused at once; None: the
+    verifier does that
+    """
 
     model: str
     tokenizer: Tokenizer
     context: int
     digest: str
+    grammars: Compiler | None = None
 
 
 class Backend(Protocol):
@@ -39,20 +47,16 @@ class Backend(Protocol):
     @property
     def context(self) -> int:
         """Most tokens of prompt and output; 0 while there is no model yet."""
-        ...
 
     async def target(self) -> Target:
         """The model served. Waits a stated time for a verifier, then raises UnavailableError."""
-        ...
 
     def admit(self, key: str) -> None:
         """Asked before any work on a prompt of `key`. Raises RequestError 429 where a generation would be refused at
         once for the key's limits. Counts nothing but the refusal."""
-        ...
 
     def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         """Stream what is committed; the last item has a `finish`. Closing the iterator cancels the work.
 
         Raises RequestError (429, 503, ...) before the first item or between items.
         """
-        ...

@@ -8,6 +8,7 @@ body waits for that thread, so a key that sends many delays another's by one at 
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -25,6 +26,8 @@ LEAST_LIMIT_BYTES = 1 << 20  # tools, and the structure around the text, take ro
 BYTES_PER_TOKEN = 64  # four of text, times six where JSON escapes them, and some for runs of spaces
 UNKNOWN_LIMIT_BYTES = 8 << 20  # while the context is not known
 
+_ANY_HEADER = 47  # zlib's wbits for gzip or zlib, whichever it is
+
 _reader = ThreadPoolExecutor(1, thread_name_prefix="body")
 _turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by key
 
@@ -40,14 +43,42 @@ async def read_body(request: Request, limit: int) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise _too_large(limit)
+    decoder = _decoder(request)
     chunks: list[bytes] = []
     size = 0
     async for chunk in request.stream():
+        if decoder is not None:
+            chunk = _inflated(decoder, chunk, limit + 1 - size)
         size += len(chunk)
         if size > limit:
             raise _too_large(limit)
         chunks.append(chunk)
+    if decoder is not None and not decoder.eof:
+        raise _not_encoded()
     return b"".join(chunks)
+
+
+def _decoder(request: Request) -> zlib._Decompress | None:
+    """For a body that is compressed. Raises RequestError 415 for what nobody can read here."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding in ("identity", ""):
+        return None
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        message = f"The content-encoding {encoding[:40]!r} is not known here; send gzip, deflate or none."
+        raise RequestError(415, message, code="unsupported_media_type")
+    return zlib.decompressobj(_ANY_HEADER)
+
+
+def _inflated(decoder: zlib._Decompress, chunk: bytes, most: int) -> bytes:
+    """What comes out of it, `most` bytes of that: a small body can stand for a very large one."""
+    try:
+        return decoder.decompress(chunk, most)
+    except zlib.error:
+        raise _not_encoded() from None
+
+
+def _not_encoded() -> RequestError:
+    return RequestError(400, "The body is not what its content-encoding says.", code="invalid_encoding")
 
 
 async def parsed(body: bytes, parse: Callable[[dict[str, Any]], T], key: str = "") -> T:

@@ -49,14 +49,16 @@ def error_body(error: RequestError) -> dict[str, object]:
     return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
 
 
-def error_response(error: RequestError, id_: str) -> Response:
-    """The whole response to a request that ends in `error`."""
+def error_response(
+    error: RequestError, id_: str, body: Callable[[RequestError], object] = error_body
+) -> Response:
+    """The whole response to a request that ends in `error`. `body`: its shape."""
     headers = {"x-request-id": id_}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JsonResponse(error_body(error), status_code=error.status, headers=headers)
+    return JsonResponse(body(error), status_code=error.status, headers=headers)
 
 
 def to_request_error(exc: BaseException, id_: str) -> RequestError:

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from wisp.api.errors import request_id, to_request_error
 from wisp.api.observe import Observer, RequestRecord
-from wisp.api.output import Output
+from wisp.api.output import Output, together
 from wisp.api.requests import GenerationRequest
 from wisp.api.sse import ClientGoneError
 from wisp.core.draft.stats import SpecStats
@@ -32,8 +32,13 @@ class RequestContext:
         self.key = ""
         self.ask: GenerationRequest | None = None
         self.prompt_tokens = 0
-        self.output: Output | None = None
+        self.outputs: list[Output] = []
         self._observer = observer
+
+    @property
+    def finish(self) -> str:
+        """Why the first answer ended; "" while one of them goes on."""
+        return self.outputs[0].finish if self.outputs and all(o.finish for o in self.outputs) else ""
 
     @contextmanager
     def accounted(self) -> Iterator[None]:
@@ -44,8 +49,8 @@ class RequestContext:
         try:
             yield
         except (ClientGoneError, ClientDisconnect):
-            if self.output and self.output.finish:  # it had its answer, and only hung up faster than we did
-                self._end(200, self.output.finish)
+            if self.finish:  # it had its answer, and only hung up faster than we did
+                self._end(200, self.finish)
             else:
                 self._end(_CLIENT_CLOSED, "cancelled")
             raise ClientGoneError from None
@@ -57,7 +62,7 @@ class RequestContext:
             self._end(error.status, "error", error.code)
             raise error from exc
         else:
-            self._end(200, self.output.finish if self.output else "")
+            self._end(200, self.finish)
 
     def _end(self, status: int, finish: str, code: str = "") -> None:
         record = self._record(status, finish, code)
@@ -70,7 +75,7 @@ class RequestContext:
             logger.exception("request=%s: the observer failed", self.id)
 
     def _record(self, status: int, finish: str, code: str) -> RequestRecord:
-        output, ask = self.output, self.ask
+        outputs, ask = self.outputs, self.ask
         return RequestRecord(
             endpoint=self.endpoint,
             request_id=self.id,
@@ -80,13 +85,13 @@ class RequestContext:
             code=code,
             stream=ask.stream if ask else False,
             prompt_tokens=self.prompt_tokens,
-            completion_tokens=output.tokens if output else 0,
+            completion_tokens=sum(o.tokens for o in outputs),
             arrived=self.arrived,
-            first=output.first if output else 0.0,
-            last=output.last if output else 0.0,
+            first=min((o.first for o in outputs if o.first), default=0.0),
+            last=max((o.last for o in outputs), default=0.0),
             ended=time.monotonic(),
-            gaps_s=output.gaps_s if output else [],
-            spec=output.spec if output else SpecStats(),
+            gaps_s=[gap for o in outputs for gap in o.gaps_s],
+            spec=together(outputs) if outputs else SpecStats(),
             slo=ask.slo if ask else None,
             slo_class=ask.slo_class if ask else "",
         )

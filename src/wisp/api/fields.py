@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -32,12 +31,12 @@ class Fields:
     """A JSON object. A field that is null counts as absent, as with OpenAI."""
 
     def __init__(self, body: Mapping[str, Any], prefix: str = "") -> None:
-        self._body = body
+        self.body = body
         self._prefix = prefix
 
     def get(self, name: str) -> Any:
         """The raw value, None if absent or null."""
-        return self._body.get(name)
+        return self.body.get(name)
 
     def path(self, name: str) -> str:
         """How errors call a field, e.g. `messages[0].content`."""
@@ -54,27 +53,6 @@ class Fields:
         if value is not None and not isinstance(value, bool):
             self.wrong(name, "true or false")
         return bool(value)
-
-    def integer(self, name: str, low: int, high: int) -> int | None:
-        value = self.get(name)
-        if value is None:
-            return None
-        if isinstance(value, float) and value.is_integer():  # 16.0 is an integer in JSON
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            self.wrong(name, f"an integer from {low} to {high}")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        value = self.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            self.wrong(name, "a number")
-        number = float(value) if abs(value) < 1e300 else math.inf
-        if not math.isfinite(number):
-            self.wrong(name, "a finite number")
-        return number
 
     def list(self, name: str) -> list[Any]:
         value = self.get(name)

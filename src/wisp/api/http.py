@@ -1,4 +1,4 @@
-"""Uvicorn's HTTP, for clients that keep it waiting: a request has to arrive at some pace, or its connection ends.
+"""Uvicorn's HTTP, with a limit on how slowly a request may arrive.
 
 Uvicorn itself waits for ever for the rest of a request, so a client can hold connections, and with them descriptors, at
 the price of a byte each.
@@ -16,9 +16,7 @@ from wisp.api.errors import error_body
 from wisp.core.errors import RequestError
 
 READ_S = 10.0  # for the head of a request, and for a body that hardly comes
-READ_BYTES_PER_S = (
-    4096  # a longer body has a second more for each so many bytes: half of what a GPRS modem sends
-)
+READ_BYTES_PER_S = 4096  # a longer body has a second more for each so many bytes: half a GPRS modem's rate
 KEEP_ALIVE_S = 75.0  # nginx's; clients and proxies give up idle connections after 60 s or less, and before us
 
 

@@ -1,4 +1,4 @@
-"""Chat messages and tools: checked, and brought into the one shape that chat templates read."""
+"""Chat messages: checked, and brought into the one shape that chat templates read."""
 
 from __future__ import annotations
 
@@ -96,21 +96,3 @@ def _object(text: str) -> Any:
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return text
     return value if isinstance(value, dict) else text
-
-
-def parse_tools(body: Fields) -> list[Message]:
-    """`tools` that the template is to show: none of them where `tool_choice` is "none"."""
-    tools = body.list("tools")
-    for i, tool in enumerate(tools):
-        fields = as_object(tool, f"tools[{i}]")
-        if fields.string("type") != "function":
-            refuse(fields.path("type"), 'only tools of type "function" are supported')
-        function = as_object(fields.get("function"), fields.path("function"))
-        if not function.string("name"):
-            refuse(function.path("name"), "expected the name of a function")
-    choice = body.get("tool_choice")
-    if choice not in (None, "auto", "none"):
-        refuse(
-            "tool_choice", 'only "auto" and "none" are supported: output is not constrained to a tool call'
-        )
-    return [] if choice == "none" else tools

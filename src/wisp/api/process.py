@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from wisp.api.connections import HttpConnection, SessionConnection
 from wisp.api.http import KEEP_ALIVE_S
-from wisp.api.web_guard import WebGuard, is_loopback
+from wisp.api.web_guard import WebGuard, cross_origin, is_loopback
 from wisp.core.errors import ConfigError
 from wisp.core.protocol.messages import FRAME_EXTRA
 
@@ -31,6 +31,7 @@ class Listen(msgspec.Struct, frozen=True):
 
     allowed_hosts: names besides loopback's that clients without a key may call this process by
     keep_alive_s: how long an idle HTTP connection is kept for its client's next request
+    origins: web pages that may use this process from a browser, as browsers write them
     """
 
     host: str = "127.0.0.1"
@@ -39,6 +40,7 @@ class Listen(msgspec.Struct, frozen=True):
     key: Path | None = None
     allowed_hosts: tuple[str, ...] = ()
     keep_alive_s: float = KEEP_ALIVE_S
+    origins: tuple[str, ...] = ()
 
     def check(self, *, keyed: bool) -> None:
         """Raises ConfigError where others could reach this process without a key, or a file is missing."""
@@ -64,7 +66,9 @@ class _Server(uvicorn.Server):
 
 def uvicorn_config(app: ASGIApp, listen: Listen, *, keyed: bool) -> uvicorn.Config:
     """How `app` is served: what every port of ours has in common."""
-    guarded = WebGuard(app, keyed=keyed, hosts={listen.host, *listen.allowed_hosts})
+    if listen.origins:
+        app = cross_origin(app, listen.origins)
+    guarded = WebGuard(app, keyed=keyed, hosts={listen.host, *listen.allowed_hosts}, origins=listen.origins)
     return uvicorn.Config(
         guarded,
         host=listen.host,

@@ -6,10 +6,11 @@ are keys, a key that may manage replicas sees all of them, any other its own, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,19 +20,35 @@ from wisp.api.keys import Keyring
 from wisp.core.errors import RequestError
 
 
-def add_gauges(registry: CollectorRegistry, gauges: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
-    """Gauges by name, each with what it says and how it is read when asked."""
-    for name, (text, read) in gauges.items():
-        Gauge(f"wisp:{name}", text, registry=registry).set_function(read)
+class Registry(CollectorRegistry):
+    """A registry that makes its metrics, with our prefix before their names."""
+
+    def counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"wisp:{name}", text, labels, registry=self)
+
+    def histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(f"wisp:{name}", text, labels, buckets=buckets, registry=self)
+
+    def gauge(self, name: str, text: str, read: Callable[[], float] | None = None) -> Gauge:
+        """`read`: called whenever the value is asked for."""
+        gauge = Gauge(f"wisp:{name}", text, registry=self)
+        if read is not None:
+            gauge.set_function(read)
+        return gauge
 
 
 def scraped(request: Request, registry: CollectorRegistry, model: str, keys: Keyring) -> Response:
-    """All that the caller may see, in the text format that Prometheus reads. `model`: "" while none is known."""
+    """All that the caller may see, in the text format that Prometheus reads; as OpenMetrics where that is asked for.
+    `model`: "" while none is known."""
     try:
         shown = _shown(keys, request.headers.get("authorization"))
     except RequestError as error:
         return error_response(error, request_id(request))
-    page = generate_latest(_View(registry, model, shown))
+    view = _View(registry, model, shown)
+    if "application/openmetrics-text" in request.headers.get("accept", ""):
+        page = openmetrics.generate_latest(view)  # type: ignore[no-untyped-call]
+        return Response(page, media_type=openmetrics.CONTENT_TYPE_LATEST)
+    page = generate_latest(view)
     return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

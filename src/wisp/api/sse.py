@@ -1,4 +1,4 @@
-"""Server-sent events, and the end of work for a client that has left.
+"""Server-sent events; a client that disconnects ends the work for it.
 
 A response runs in one task, next to another that waits for the client to disconnect; whichever ends first
 ends the other. Cancelling the response closes the generation it reads from.
@@ -30,6 +30,11 @@ def event(data: object) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
+def named_event(name: str, data: object) -> bytes:
+    """One event with a name."""
+    return b"event: " + name.encode() + b"\n" + event(data)
+
+
 class ClientGoneError(Exception):
     """The client disconnected before it had its answer."""
 
@@ -47,8 +52,8 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             raise ClientGoneError
         return task.result()
     finally:
-        await _cancel(gone)
-        await _cancel(task)
+        await cancel(gone)
+        await cancel(task)
 
 
 async def _disconnect(receive: Receive) -> None:
@@ -56,7 +61,7 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-async def _cancel(task: asyncio.Task[Any]) -> None:
+async def cancel(task: asyncio.Task[Any]) -> None:
     """Cancel and wait, so that what `task` held is released; how it ended is not of interest any more."""
     task.cancel()
     await asyncio.wait({task})
@@ -85,7 +90,7 @@ async def with_keep_alive(events: AsyncIterator[bytes], every_s: float) -> Async
             yield item
     finally:
         if waiting is not None:
-            await _cancel(waiting)
+            await cancel(waiting)
         await close(events)
 
 

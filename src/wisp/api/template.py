@@ -153,8 +153,9 @@ class ChatTemplate:
         eos_token: str = "",
         args: Mapping[str, Any] | None = None,
         stand_ins: StandIns = NO_STAND_INS,
+        open_end: bool = False,
     ) -> str:
-        """The prompt, up to where the assistant's answer begins.
+        """The prompt, up to where the assistant's answer begins; with `open_end`, up to the end of the last message.
 
         `args` are further variables that a template may know, such as `enable_thinking`. `stand_ins`: of
         characters in the messages (`api.guard`). Raises RequestError 400 where the template refuses the messages or
@@ -168,7 +169,7 @@ class ChatTemplate:
             messages=[self._message(m) for m in messages],
             tools=list(tools) or None,
             documents=None,
-            add_generation_prompt=True,
+            add_generation_prompt=not open_end,
             bos_token=bos_token,
             eos_token=eos_token,
         )

@@ -21,7 +21,7 @@ class TextStream:
     tokens:   how many were taken
     offsets:  for each token taken, how many characters of text stand before it
     released: characters handed out by `take` so far
-    stopped:  a stop string was found; no token may be pushed any more
+    stopped:  a stop string was found, `found`; no token may be pushed any more
 
     A stop string that is complete within the first `min_tokens` tokens is text like any other.
     """
@@ -36,14 +36,20 @@ class TextStream:
         self.offsets: list[int] = []
         self.released = 0
         self.stopped = False
+        self.found = ""
 
     @property
     def tokens(self) -> int:
         return len(self.offsets)
 
+    @property
+    def length(self) -> int:
+        """Characters so far."""
+        return self.released + len(self._held)
+
     def push(self, token: int) -> bool:
         """Take one token. True if it completed a stop string."""
-        self.offsets.append(self.released + len(self._held))
+        self.offsets.append(self.length)
         self._add(self._decoder.decode(self._piece(token)))
         return self.stopped
 
@@ -70,8 +76,9 @@ class TextStream:
                 for m in found:
                     m.pass_over()
             elif found:
-                self._held = (self._held + text)[: at - max(m.length for m in found)]
-                self.stopped = True
+                longest = max(found, key=lambda m: m.length)
+                self._held = (self._held + text)[: at - longest.length]
+                self.stopped, self.found = True, longest.stop
                 return
         self._held += text
 
@@ -80,7 +87,7 @@ class _Matcher:
     """Knuth-Morris-Pratt: `matched` is the longest head of `stop` that the text so far ends in."""
 
     def __init__(self, stop: str) -> None:
-        self._stop = stop
+        self.stop = stop
         self.length = len(stop)
         self.matched = 0
         self._shorter = [0] * len(stop)  # of the first i + 1 characters: their longest head that is a tail
@@ -97,7 +104,7 @@ class _Matcher:
 
     def advance(self, char: str) -> bool:
         """Read one character. True if `stop` is complete; do not go on then, or `pass_over` it."""
-        while self.matched and self._stop[self.matched] != char:
+        while self.matched and self.stop[self.matched] != char:
             self.matched = self._shorter[self.matched - 1]
-        self.matched += self._stop[self.matched] == char
+        self.matched += self.stop[self.matched] == char
         return self.matched == self.length

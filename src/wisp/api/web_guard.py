@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -20,6 +21,8 @@ from wisp.api.errors import error_response, request_id
 from wisp.core.errors import ConfigError, RequestError
 
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?")
+
+_ORIGIN = re.compile(r"https?://[^/\s]+")
 
 
 def is_loopback(host: str) -> bool:
@@ -41,6 +44,27 @@ def host_names(text: str) -> tuple[str, ...]:
                 f"--allowed-hosts: {name!r} is no host name; give names such as wisp.example.com"
             )
     return names
+
+
+def web_origins(text: str) -> tuple[str, ...]:
+    """The origins in a list by comma, as `--cors-origins` has it. Raises ConfigError."""
+    origins = tuple(part.strip().lower().rstrip("/") for part in text.split(",") if part.strip())
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            message = f"--cors-origins: {origin!r} is no origin; give some such as https://app.example.com"
+            raise ConfigError(message)
+    return origins
+
+
+def cross_origin(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
+    """Tells browsers that pages from `origins` may use `app`. Cookies are none of it."""
+    return CORSMiddleware(
+        app,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "retry-after"],
+    )
 
 
 class WebGuard:
@@ -98,7 +122,7 @@ class WebGuard:
         except ValueError:
             return False
         own = bool(name) and (parts.netloc == host.lower() or name in self._hosts)
-        return own or origin in self._origins
+        return own or origin.lower() in self._origins or "*" in self._origins
 
 
 async def refuse(scope: Scope, receive: Receive, send: Send, error: RequestError) -> None:

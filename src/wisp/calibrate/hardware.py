@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from wisp.engines.build import CONTEXT, SLOTS
 from wisp.engines.emulated import Hardware
 
 
+@functools.lru_cache(maxsize=256)
 def profiled(profile: Hardware) -> Coefficients:
     """Coefficients fitted to the profile's own times."""
     if isinstance(profile, Measured):
@@ -33,7 +35,6 @@ class Measured(Hardware, frozen=True):
     coefficients: Coefficients = Coefficients()
 
     def step_ms(self, load: Load) -> float:
-        """As the cost model has it."""
         return self.coefficients.ms(load)
 
 

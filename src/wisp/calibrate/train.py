@@ -227,14 +227,13 @@ def train(traces: TraceSet, seed: int = 0) -> tuple[Predictor, dict[str, Any]]:
     chosen = fit(data["train"], kind, seed)
     scores = {name: chosen.logits(part.x) for name, part in data.items()}
     trees = fit_trees(data["train"], seed)
+    threshold = threshold_at_recall(data["train"].y, scores["train"], 0.8)
     about = {
         "kind": kind,
-        "threshold": round(
-            float(sigmoid(np.array([threshold_at_recall(data["train"].y, scores["train"], 0.8)]))[0]), 4
-        ),
+        "threshold": round(float(sigmoid(np.array(threshold))), 4),
         "wisp": __version__,
         "date": datetime.date.today().isoformat(),
-        "models": _models(traces),
+        "models": [header.get("models") for header in traces.headers[:1]],
         "rows": len(data["train"]),
     }
     result = {
@@ -293,10 +292,6 @@ def _microseconds(predictor: Predictor) -> float:
             predictor.logit(x)
         times.append((time.perf_counter() - started) * 1e5)
     return float(np.median(times))
-
-
-def _models(traces: TraceSet) -> list[Any]:
-    return [header.get("models") for header in traces.headers[:1]]
 
 
 def _rounded(value: Any) -> Any:

@@ -49,7 +49,6 @@ def pull_model(name: str, *, offline: bool, as_json: bool) -> None:
 
 
 def size_text(count: int) -> str:
-    """Bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 

@@ -160,5 +160,4 @@ def remark(cost: Cost) -> str:
 
 
 def short(value: float) -> str:
-    """A few digits for people."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"

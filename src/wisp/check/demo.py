@@ -27,10 +27,8 @@ from wisp.core.errors import ConfigError
 from wisp.engines.build import drafting_policies, fetch_target
 from wisp.engines.models import PAIRS, pull
 
-_ANSWER_TIMEOUT = httpx.Timeout(
-    180.0, connect=5.0
-)  # between two tokens; the first waits for the prompt to be read
-
+# Between two tokens; the first waits for the prompt to be read.
+_ANSWER_TIMEOUT = httpx.Timeout(180.0, connect=5.0)
 _LOAD_S = {"llama.cpp": 120.0, "vllm": 300.0}
 
 PROMPTS = {
@@ -228,8 +226,6 @@ def _take(answer: Answer, events: list[dict[str, Any]], at: float, child: Child,
 
 
 def _printer(console: Console) -> Show:
-    """Prints tokens as they come, coloured by origin."""
-
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over tokens
 
     def show(tokens: list[Token], origin: list[bool]) -> None:
@@ -241,7 +237,6 @@ def _printer(console: Console) -> Show:
 
 
 def _verdict(comparison: Comparison) -> Text:
-    """The line under an answer."""
     if comparison.differs_at is None:
         bits = (
             "logprobs included" if comparison.same_logprobs else "though not in the last bits of its logprobs"
@@ -261,7 +256,6 @@ def _conclude(
     health: dict[str, Any],
     wall_s: float,
 ) -> None:
-    """The table, its meaning, and next steps."""
     console.print()
     console.print(_table(compared))
     console.print(

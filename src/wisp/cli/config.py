@@ -1,4 +1,4 @@
-"""What stands before the command: `wisp --config FILE` and `wisp --version`."""
+"""Options in front of the command: `wisp --config FILE` and `wisp --version`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ def configure(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file. Raises ConfigError."""
     try:
         return tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

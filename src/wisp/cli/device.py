@@ -12,6 +12,7 @@ import typer
 
 from wisp.cli.options import (
     AllowedHosts,
+    CorsOrigins,
     Draft,
     DraftAhead,
     Drafting,
@@ -21,9 +22,11 @@ from wisp.cli.options import (
     LogLevel,
     Offline,
     PredictorFile,
+    ServedModelName,
     Server,
     SloClasses,
     Threads,
+    ToolParser,
 )
 from wisp.cli.renamed import LogJson
 
@@ -57,6 +60,9 @@ def edge(
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM key.")] = None,
     allowed_hosts: AllowedHosts = "",
+    cors_origins: CorsOrigins = "",
+    served_model_name: ServedModelName = "",
+    tool_parser: ToolParser = "",
     http_keep_alive_s: HttpKeepAlive = 75.0,
     offline: Offline = False,
     log_level: LogLevel = "info",
@@ -69,10 +75,11 @@ def edge(
     separated by commas.
     """
     from wisp.api.attainment import read_slo_classes
+    from wisp.api.generating import ApiOptions, model_names, parser_name
     from wisp.api.keys import Keyring
     from wisp.api.logs import set_up_logging
     from wisp.api.process import Listen, event_loop_factory, run_app
-    from wisp.api.web_guard import host_names
+    from wisp.api.web_guard import host_names, web_origins
     from wisp.core.draft.policies import Ahead
     from wisp.edge.address import session_url
     from wisp.edge.app import EdgeApp
@@ -84,10 +91,17 @@ def edge(
     set_up_logging(log_level, form="json" if log_json else log_format)
     session_url(server)  # before a model is loaded
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
-    listen = Listen(host, port, tls_cert, tls_key, host_names(allowed_hosts), http_keep_alive_s)
+    listen = Listen(
+        host, port, tls_cert, tls_key, host_names(allowed_hosts), http_keep_alive_s, web_origins(cors_origins)
+    )
     listen.check(keyed=bool(keys))
     policies = drafting_policies(drafting, predictor)
-    classes = read_slo_classes(slo_classes) if slo_classes else {}
+    options = ApiOptions(
+        model_names(served_model_name),
+        parser_name(tool_parser),
+        keep_alive_s,
+        read_slo_classes(slo_classes) if slo_classes else {},
+    )
     api_key = os.environ.get("WISP_API_KEY")
     drafter: DraftEngine | None
     if draft == "auto":
@@ -108,8 +122,7 @@ def edge(
             policies=policies,
             ahead=Ahead(energy) if ahead else None,
             give_up_s=give_up_s,
-            keep_alive_s=keep_alive_s,
-            slo_classes=classes,
+            options=options,
         )
         await run_app(device.asgi, listen, device.drain, keyed=bool(keys))
 

@@ -1,4 +1,4 @@
-"""What decisions start from, measured, and plans made with that: `wisp plan`, `profile`, `trace` and `train`."""
+"""Commands that measure, and that plan from measurements: `wisp plan`, `profile`, `trace` and `train`."""
 
 from __future__ import annotations
 

@@ -12,9 +12,8 @@ from wisp.cli.renamed import today
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never download anything.")]
-MOST_THREADS = 4 * (
-    os.cpu_count() or 1
-)  # beyond this they only wait for each other; llama.cpp ends with SIGSEGV at some point
+# Beyond this they only wait for each other; llama.cpp ends with SIGSEGV at some point.
+MOST_THREADS = 4 * (os.cpu_count() or 1)
 Threads = Annotated[
     int | None, typer.Option(help="Threads of the engine (default: one per core).", min=1, max=MOST_THREADS)
 ]
@@ -25,6 +24,21 @@ AllowedHosts = Annotated[
     typer.Option(
         help="Names, by comma, that a reverse proxy on this machine serves this port under (without keys, only "
         "loopback's own are answered)."
+    ),
+]
+CorsOrigins = Annotated[
+    str,
+    typer.Option(
+        help="Web pages, by comma, that may use this port from a browser: https://app.example.com, or * for all."
+    ),
+]
+ServedModelName = Annotated[
+    str, typer.Option(help="Further names, by comma, that clients may ask for the model by.")
+]
+ToolParser = Annotated[
+    str,
+    typer.Option(
+        help="How the model writes tool calls: hermes, qwen-xml, llama3, ... (default: as its template)."
     ),
 ]
 HttpKeepAlive = Annotated[
@@ -52,7 +66,7 @@ Limit = Annotated[int, typer.Option(help="Generations per cell of the grid.", mi
 Rate = Annotated[
     float | None, typer.Option(help="Tokens per second that users expect (default: the scenario's).", min=0.1)
 ]
-SYSTEMS = "wisp, paper, central, sled, sled-confidence or central-speculative"
+SYSTEMS = "wisp, paper, central, central-wisp, sled, sled-confidence or central-speculative"
 SYSTEM_HELP = f"{SYSTEMS}; with changes: wisp,ahead=no,drafting=fixed:4 (docs/simulator.md lists them)."
 System = Annotated[str, typer.Option("--system", "--policy", help=SYSTEM_HELP, callback=today)]
 Seed = Annotated[

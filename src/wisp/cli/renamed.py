@@ -12,12 +12,8 @@ import typer
 
 from wisp.core.errors import ConfigError
 
-COMMANDS = {
-    "simulate": "run",
-    "fleet": "fleet",
-    "capacity": "capacity",
-    "replay": "replay",
-}  # now of `wisp sim`
+# Now of `wisp sim`.
+COMMANDS = {"simulate": "run", "fleet": "fleet", "capacity": "capacity", "replay": "replay"}
 NAMES = {"ours": "wisp", "laxity": "wisp"}  # systems and batching policies
 
 
@@ -38,10 +34,8 @@ def today(ctx: typer.Context, param: typer.CallbackParam, value: str) -> str:
     def now(found: re.Match[str]) -> str:
         name = found[0]
         if name == "wisp":
-            say(
-                ctx,
-                "`wisp` is now the system of this project, which was `ours` or `laxity`; the paper's is `paper`",
-            )
+            was = "which was `ours` or `laxity`"
+            say(ctx, f"`wisp` is now the system of this project, {was}; the paper's is `paper`")
         elif name in NAMES:
             say(ctx, f"`{name}` is now called `{NAMES[name]}`")
         return NAMES.get(name, name)

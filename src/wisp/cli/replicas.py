@@ -15,28 +15,28 @@ Router = Annotated[str, typer.Option(help="Address of the router; its key is tak
 Name = Annotated[str, typer.Argument(help="As `wisp replicas list` calls it.")]
 
 
+def _carry_out(server: str, json: bool, action: str = "", body: dict[str, object] | None = None) -> None:
+    from wisp.router.admin import ask, show
+
+    show(ask(server, action, body), as_json=json)
+
+
 @app.command(name="list")
 def list_replicas(server: Router = "http://127.0.0.1:8100", json: Json = False) -> None:
     """Show them."""
-    from wisp.router.admin import ask, show
-
-    show(ask(server), as_json=json)
+    _carry_out(server, json)
 
 
 @app.command()
 def drain(name: Name, server: Router = "http://127.0.0.1:8100", json: Json = False) -> None:
     """Move a replica's sessions to the others, and end it."""
-    from wisp.router.admin import ask, show
-
-    show(ask(server, f"/{name}/drain", {}), as_json=json)
+    _carry_out(server, json, f"/{name}/drain", {})
 
 
 @app.command()
 def restart(name: Name, server: Router = "http://127.0.0.1:8100", json: Json = False) -> None:
     """Move a replica's sessions to the others, and start it afresh: with what is installed now."""
-    from wisp.router.admin import ask, show
-
-    show(ask(server, f"/{name}/restart", {}), as_json=json)
+    _carry_out(server, json, f"/{name}/restart", {})
 
 
 @app.command()
@@ -46,6 +46,4 @@ def scale(
     json: Json = False,
 ) -> None:
     """Start more replicas, or drain the youngest."""
-    from wisp.router.admin import ask, show
-
-    show(ask(server, "/scale", {"replicas": count}), as_json=json)
+    _carry_out(server, json, "/scale", {"replicas": count})

@@ -37,19 +37,44 @@ def run(
     seed: Seed = None,
     chrome_trace: Annotated[Path | None, typer.Option(help="Write a trace for chrome://tracing.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page to look at the run in, as one file for a browser.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """A fleet and its verifier in virtual time: the live decisions, modelled time."""
     from wisp.sim.commands import run_simulate
 
     run_simulate(
-        scenario, system, rate=rate, devices=devices, seed=seed, chrome=chrome_trace, plot=plot, as_json=json
+        scenario,
+        system,
+        rate=rate,
+        devices=devices,
+        seed=seed,
+        chrome=chrome_trace,
+        plot=plot,
+        html=html,
+        as_json=json,
     )
 
 
 @app.command()
+def log(
+    file: Annotated[Path, typer.Argument(help="An event log of `wisp serve --event-log`.")],
+    html: Annotated[Path, typer.Option(help="Write the page into this file.")],
+) -> None:
+    """Replay an event log, and write the page of its last run, as one file for a browser."""
+    from wisp.server.log_page import write_log_page
+    from wisp.sim.commands import writable
+
+    writable(html)
+    events = write_log_page(file, html)
+    typer.echo(f"{html}: {events:,} events")
+
+
+@app.command()
 def fleet(
-    scenario: Annotated[str, typer.Argument(help="A scenario that ships, or a TOML file.")],
+    scenario: ScenarioName,
     system: System = "wisp",
     server: Annotated[
         str, typer.Option(help="A verifier that serves the scenario (default: one is started).")
@@ -121,6 +146,59 @@ def capacity(
     from wisp.sim.commands import run_capacity
 
     run_capacity(scenario, policy, rate=rate, tolerance=tolerance, seeds=seeds, jobs=jobs, as_json=json)
+
+
+@app.command()
+def compare(
+    scenarios: Annotated[
+        list[str] | None, typer.Argument(help="Scenarios to compare in, instead of a suite.")
+    ] = None,
+    suite: Annotated[
+        Path | None, typer.Option(help="TOML file that lists scenarios (default: the suite that ships).")
+    ] = None,
+    systems: Annotated[
+        str,
+        typer.Option(
+            help="By comma, each with its changes: wisp,ahead=no,paper are two. Baselines are tuned in each cell; "
+            "central is always there. Default: all but sled-confidence; with --quick central, central-wisp, wisp.",
+        ),
+    ] = "",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few requests under one seed: for a first impression.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the figures into this JSON file after each cell; go on with it if it is there."
+        ),
+    ] = None,
+    scenario_files: Annotated[
+        Path | None, typer.Option(help="Only write the suite's scenarios as files into this folder.")
+    ] = None,
+    jobs: Jobs = 2,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 if wisp is worse than central serving in a cell.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Systems over a suite of scenarios: is wisp ever worse than central serving at its best?
+
+    Every system sees the same requests under the same seeds. A verdict for each cell; cells that fail are listed.
+    """
+    from wisp.sim.compare.command import run_compare
+
+    code = run_compare(
+        scenarios or [],
+        suite=suite,
+        systems=systems,
+        quick=quick,
+        out=out,
+        scenario_files=scenario_files,
+        jobs=jobs,
+        check=check,
+        as_json=json,
+    )
+    raise typer.Exit(code)
 
 
 @app.command()

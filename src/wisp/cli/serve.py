@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wisp.cli.options import AllowedHosts, HttpKeepAlive, LogFormat, LogLevel, Offline, SloClasses, Threads
+from wisp.cli.options import (
+    AllowedHosts,
+    CorsOrigins,
+    HttpKeepAlive,
+    LogFormat,
+    LogLevel,
+    Offline,
+    ServedModelName,
+    SloClasses,
+    Threads,
+    ToolParser,
+)
 from wisp.cli.renamed import Forecast, LogJson, today
 from wisp.core.errors import ConfigError
 
@@ -93,6 +104,9 @@ def serve(
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM key.")] = None,
     allowed_hosts: AllowedHosts = "",
+    cors_origins: CorsOrigins = "",
+    served_model_name: ServedModelName = "",
+    tool_parser: ToolParser = "",
     http_keep_alive_s: HttpKeepAlive = 75.0,
     event_log: Annotated[
         Path | None, typer.Option(help="Record every event, for replay. Holds prompts!")
@@ -112,10 +126,11 @@ def serve(
     Keys may also be in WISP_API_KEYS, separated by commas.
     """
     from wisp.api.attainment import read_slo_classes
+    from wisp.api.generating import model_names, parser_name
     from wisp.api.keys import Keyring
     from wisp.api.logs import set_up_logging
     from wisp.api.process import Listen, event_loop_factory, run_app
-    from wisp.api.web_guard import host_names
+    from wisp.api.web_guard import host_names, web_origins
     from wisp.core.verify.batching import batching_policy
     from wisp.engines.build import check_engine, fetch_target, load_target, served_name
     from wisp.engines.models import RichProgress
@@ -124,7 +139,9 @@ def serve(
     log_format = "json" if log_json else log_format
     set_up_logging(log_level, form=log_format)
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
-    listen = Listen(host, port, tls_cert, tls_key, host_names(allowed_hosts), http_keep_alive_s)
+    listen = Listen(
+        host, port, tls_cert, tls_key, host_names(allowed_hosts), http_keep_alive_s, web_origins(cors_origins)
+    )
     listen.check(keyed=bool(keys))
     batching_policy(batching)
     check_engine(engine, mode=mode, kv_tokens=kv_tokens)
@@ -144,6 +161,7 @@ def serve(
         served_name(target), batching, max_sessions, park_s, drain_s, event_log, start,
         read_slo_classes(slo_classes) if slo_classes else {},
         slo_admission if forecast is None else forecast,
+        model_names(served_model_name), parser_name(tool_parser),
     )  # fmt: skip
     of_engine: dict[str, Any] = {
         "engine": engine,
@@ -170,14 +188,14 @@ def serve(
         return
     if gpus_per_replica:
         raise ConfigError("--gpus-per-replica goes with --launcher ray")
-    cloud = ServerApp(settings, keys, lambda: load_target(target, **of_engine, written=written))
+    server = ServerApp(settings, keys, lambda: load_target(target, **of_engine, written=written))
 
     async def run() -> None:
         await run_app(
-            cloud.asgi, listen, cloud.drain, cloud.ended, keyed=bool(keys), loading=lambda: cloud.loading
+            server.asgi, listen, server.drain, server.ended, keyed=bool(keys), loading=lambda: server.loading
         )
-        if cloud.failed is not None:
-            raise cloud.failed
+        if server.failed is not None:
+            raise server.failed
 
     with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
         runner.run(run())

@@ -1,4 +1,4 @@
-"""A first look at what there is, and at what works here: `wisp pull`, `demo` and `doctor`."""
+"""Commands for a first try: `wisp pull`, `demo` and `doctor`."""
 
 from __future__ import annotations
 

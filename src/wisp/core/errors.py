@@ -5,6 +5,7 @@ WispError
 ├── ModelError           a model that cannot be found, fetched, checked or loaded
 ├── EngineError          the engine failed, or was asked for something it cannot do
 │   └── EngineDeadError  it will not run again in this process
+├── GrammarError         a grammar that cannot be compiled, or asks for more work than is allowed
 ├── InternalError        a bug in WISP, after which this process cannot go on
 ├── ProtocolError        the peer sent a message that the protocol does not allow
 ├── RequestError         a request that cannot be served (carries an OpenAI error object)
@@ -34,6 +35,10 @@ class EngineError(WispError):
 
 class EngineDeadError(EngineError):
     """The engine will not run again, so this process can no longer be a verifier."""
+
+
+class GrammarError(WispError):
+    """A grammar that cannot be compiled, or asks for more work than is allowed. The message names the part."""
 
 
 class InternalError(WispError):

@@ -1,10 +1,11 @@
-"""`wisp edge` as an ASGI app: the OpenAI surface on the device, /health and /metrics."""
+"""`wisp edge` as an ASGI app: the OpenAI surface on the device, a page to try it, /health and /metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -12,17 +13,22 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from wisp.api.errors import JsonResponse, exception_handlers
+from wisp.api.generating import ApiOptions
 from wisp.api.keys import Keyring
+from wisp.api.pages.site import PLAYGROUND, site_routes
+from wisp.api.pages.stream import StatusStream, status_routes
 from wisp.api.routes import openai_routes
 from wisp.api.scrape import scraped
 from wisp.core.draft.policies import Ahead, Policies
-from wisp.core.protocol.slo import Slo
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.customers import Customers
 from wisp.edge.link import VerifierLink
 from wisp.edge.metrics import EdgeMetrics
+from wisp.edge.status import edge_status
 from wisp.edge.tokenizers import TokenizerCache
 from wisp.engines.base import DraftEngine
+
+_DEFAULTS = ApiOptions()
 
 
 class EdgeApp:
@@ -39,8 +45,7 @@ class EdgeApp:
         policies: Policies,
         ahead: Ahead | None = None,
         give_up_s: float = 30.0,
-        keep_alive_s: float = 10.0,
-        slo_classes: Mapping[str, Slo] = {},
+        options: ApiOptions = _DEFAULTS,
     ) -> None:
         """`fingerprint`: of the draft model's vocabulary; "" if none is loaded."""
         self.keys = keys
@@ -48,16 +53,18 @@ class EdgeApp:
         self.backend = EdgeBackend(self.link, TokenizerCache(server, api_key), drafter, policies, ahead)
         self.customers = Customers(self.backend, keys)
         self.metrics = EdgeMetrics(self.backend)
+        self.status = StatusStream(self._snapshot)
         self.asgi = Starlette(
             routes=[
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
+                *site_routes(PLAYGROUND),
+                *status_routes(self.status, self._authorize),
                 *openai_routes(
                     self.customers,
-                    keep_alive_s=keep_alive_s,
+                    options=options,
                     authorize=self._authorize,
                     observer=self.metrics,
-                    slo_classes=slo_classes,
                 ),
             ],
             exception_handlers=exception_handlers(),
@@ -66,6 +73,7 @@ class EdgeApp:
 
     async def drain(self) -> None:
         """Nothing to wait for: open answers end with the process, by design."""
+        self.status.close()
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -75,11 +83,15 @@ class EdgeApp:
             yield
         finally:
             watch.cancel()
+            self.status.close()
             await self.link.close()
             self.backend.close()
 
     def _authorize(self, request: Request) -> str:
         return self.keys.authorize(request.headers.get("authorization"))
+
+    async def _snapshot(self, since: float) -> dict[str, Any]:
+        return edge_status(self.backend, self.link.problem or "connecting")
 
     async def _health(self, request: Request) -> Response:
         welcome = self.link.welcome

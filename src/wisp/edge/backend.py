@@ -28,8 +28,12 @@ from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError, UnavailableError
 from wisp.core.protocol.messages import Cancel, Message, Refused, Verdict, Welcome
+from wisp.core.protocol.sampling import Sampling
 from wisp.edge.link import FromLink, Listener, Lost, Redirects
+from wisp.edge.rounds import RoundLog
 from wisp.engines.base import DraftEngine, Proposal, Tokenizer
+from wisp.engines.constrained_draft import ConstrainedDraft
+from wisp.engines.grammars import Grammars, available
 
 log = logging.getLogger("wisp.edge")
 
@@ -74,11 +78,14 @@ class EdgeBackend:
     ) -> None:
         self.link = link
         self.tokenizers = tokenizers
-        self.drafter = drafter
+        self.drafter = ConstrainedDraft(drafter) if drafter is not None else None
+        self.grammars: Grammars | None = None  # of the target's vocabulary
+        self._fingerprint = ""  # of that vocabulary
         self.policies = policies
         self.ahead = ahead
         self.times = RoundTimes()  # of the last session; the next one starts from them
         self.sessions = 0  # live ones
+        self.why = "" if drafter is not None else "no_drafter"  # of the last session (`edge.rounds`)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draft")
 
     @property
@@ -90,7 +97,12 @@ class EdgeBackend:
         """The verifier's model; waits for a verifier as long as the link allows."""
         welcome = await self.link.connected()
         tokenizer = await self.tokenizers.get(welcome.fingerprint)
-        return Target(welcome.model, tokenizer, welcome.context, welcome.digest)
+        if self._fingerprint != welcome.fingerprint:
+            self._fingerprint = welcome.fingerprint
+            self.grammars = Grammars(tokenizer) if available() else None
+            if self.drafter is not None:
+                self.drafter.matchers = self.grammars
+        return Target(welcome.model, tokenizer, welcome.context, welcome.digest, self.grammars)
 
     def admit(self, key: str) -> None:
         """An edge has no limits of its own; the verifier's answer comes with the first verdict."""
@@ -99,12 +111,16 @@ class EdgeBackend:
         """Stream the committed tokens. Closing the iterator cancels the session at the verifier."""
         return _Session(self, generation).run()
 
+    async def warm(self, session: str, prompt: Sequence[int]) -> None:
+        """Have the draft engine read a prompt."""
+        await self.propose(session, prompt, 0, Sampling())
+
     async def propose(
-        self, session: str, context: Sequence[int], position: int, g: Generation
+        self, session: str, context: Sequence[int], position: int, sampling: Sampling
     ) -> Proposal | None:
         """Ask the draft engine, in its own thread. If it fails, this round goes without a draft."""
         assert self.drafter is not None
-        call = functools.partial(self.drafter.propose, session, context, position, g.sampling)
+        call = functools.partial(self.drafter.propose, session, context, position, sampling)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, call)
         except Exception:  # a broken drafter costs speed, never text
@@ -117,7 +133,6 @@ class EdgeBackend:
             self._thread.submit(self.drafter.forget, session)
 
     def close(self) -> None:
-        """End the draft thread and free the engine."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         if self.drafter is not None:
             self.drafter.close()
@@ -138,13 +153,16 @@ class _Session:
         # Address, event, and time of arrival (ms)
         self.events: asyncio.Queue[tuple[str | None, FromLink, float]] = asyncio.Queue()
         self.times = backend.times.successor()
+        off = "no_drafter" if backend.drafter is None else "" if generation.extras.draft else "switched_off"
+        self.rounds = RoundLog(_now_ms(), self.times, off=off)
+        self.may_draft = not off
         self.warm: asyncio.Task[object] | None = None
 
     async def run(self) -> AsyncIterator[Committed]:
         welcome = await self.home.connected()
         g = self.generation
         backend = self.backend
-        policy = backend.policies.make(g.sampling.temperature) if backend.drafter is not None else None
+        policy = backend.policies.make(g.sampling.temperature) if self.may_draft else None
         ahead = backend.ahead if policy is not None else None
         drafter = Drafter(self.id, g, policy, frozenset(welcome.eos), ahead=ahead, times=self.times)
         self._move(HOME, self.home)
@@ -152,15 +170,16 @@ class _Session:
         try:
             actions = drafter.connected(_now_ms(), welcome.max_draft, welcome.digest)
             if policy is not None and ahead is None:  # the draft model reads the prompt while the target does
-                self.warm = asyncio.create_task(self.backend.propose(self.drafts, g.prompt, 0, g))
+                self.warm = asyncio.create_task(self.backend.warm(self.drafts, g.prompt))
             while True:
                 for action in actions:
                     if isinstance(action, Committed):
                         self.finished = bool(action.finish)
-                        yield action
+                        yield self.rounds.told(action) if g.extras.rounds else action
                     elif isinstance(action, Reopen):
                         self._reopen(action.after_s)
                     else:
+                        self.rounds.sent(_now_ms(), action)
                         self._send(self.itinerary.say(action))
                 if drafter.phase is Phase.DONE:
                     return
@@ -172,16 +191,19 @@ class _Session:
         """Wait for the next thing to happen. Returns what follows from it."""
         if self.events.empty() and drafter.wants_token(started := _now_ms()):
             proposal = await self.backend.propose(
-                self.drafts, drafter.context(), drafter.position, self.generation
+                self.drafts, drafter.context(), drafter.position, self.generation.sampling
             )
-            token, signal = (proposal.token, proposal.signal) if proposal else (None, Signal())
             now = _now_ms()
-            return drafter.proposed(now, token, signal, now - started)
+            self.rounds.proposed(now - started, drafter.position, proposal)
+            if proposal is None:
+                return drafter.proposed(now, None, Signal(), now - started)
+            return drafter.proposed(now, proposal.token, proposal.signal, now - started, proposal.then)
         where, event, arrived = await self._event()
         step = self._take(where, event)
         if isinstance(step, Go):
             step = self._follow(step.address)
         if isinstance(step, Verdict):
+            self.rounds.verdict(arrived, step, drafter)
             try:
                 return drafter.verdict(_now_ms(), step, arrived)
             except ProtocolError as error:
@@ -222,7 +244,6 @@ class _Session:
         return self.itinerary.heard(where, event, now_s)
 
     def _follow(self, address: str) -> Step:
-        """Listen to the verifier that the router named."""
         try:
             link = self.home.redirects.link(address)
         except ProtocolError as error:
@@ -265,6 +286,8 @@ class _Session:
         self.backend.forget(self.drafts)
         self.backend.sessions -= 1
         self.backend.times = self.times
+        if self.rounds.why != "switched_off":
+            self.backend.why = self.rounds.why
 
 
 def _now_ms() -> float:

@@ -37,11 +37,9 @@ class Customers:
 
     @property
     def context(self) -> int:
-        """See `Backend`."""
         return self._backend.context
 
     async def target(self) -> Target:
-        """See `Backend`."""
         return await self._backend.target()
 
     def admit(self, key: str) -> None:
@@ -77,7 +75,6 @@ class Customers:
         return hashlib.blake2b(key.encode(), key=self._secret, digest_size=16).hexdigest()
 
     def limits_changed(self) -> None:
-        """The key file was read again."""
         self._admission.set_limits(self._keys.limits)
 
 

@@ -10,6 +10,7 @@ is tried once. When it ends, its sessions go back to the router.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import ssl
@@ -57,6 +58,17 @@ class Lost:
 LOST = Lost()
 FromLink = Welcome | Verdict | Refused | Redirect | Lost
 Listener = Callable[[FromLink], None]
+
+
+async def wait_for(
+    change: asyncio.Event, patience: Patience, gave_up: Callable[[], UnavailableError]
+) -> None:
+    """Return at the change, or when it is time to look again. Raises what `gave_up` makes once patience ends."""
+    left_s = patience.left_s(time.monotonic())
+    if not left_s:
+        raise gave_up()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(change.wait(), left_s)
 
 
 class VerifierLink:
@@ -116,14 +128,7 @@ class VerifierLink:
         while self.welcome is None:
             if self.fatal is not None:
                 raise self.fatal
-            left_s = self.patience.left_s(time.monotonic())
-            if not left_s:
-                raise self.gave_up()
-            changed = self._changed
-            try:
-                await asyncio.wait_for(changed.wait(), left_s)
-            except TimeoutError:
-                continue
+            await wait_for(self._changed, self.patience, self.gave_up)
         return self.welcome
 
     def gave_up(self) -> UnavailableError:
@@ -312,7 +317,6 @@ class Redirects:
         return link
 
     async def close(self) -> None:
-        """End all of them."""
         links, self._links = self._links, {}
         await asyncio.gather(*(link.close() for link in links.values()))
 

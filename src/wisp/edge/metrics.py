@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-
 from wisp.api.attainment import Attainment
 from wisp.api.observe import RequestRecord
-from wisp.api.scrape import add_gauges
+from wisp.api.scrape import Registry
 from wisp.edge.backend import EdgeBackend
 
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
@@ -16,37 +14,25 @@ class EdgeMetrics:
     """An `api.observe.Observer` with a registry of its own."""
 
     def __init__(self, backend: EdgeBackend) -> None:
-        self.registry = r = CollectorRegistry()
-        gauges = {
-            "num_requests_running": ("Generations under way.", lambda: backend.sessions),
-            "verifier_connected": (
-                "1 while a verifier is connected.",
-                lambda: backend.link.welcome is not None,
-            ),
-            "verifier_connections_lost": ("Connections lost since start.", lambda: backend.link.reconnects),
-        }
-        add_gauges(r, gauges)
-        self.ttft = Histogram(
-            "wisp:time_to_first_token_seconds", "Request to first token.", buckets=SECONDS, registry=r
-        )
-        self.tpot = Histogram(
-            "wisp:request_time_per_output_token_seconds", "Per answer.", buckets=SECONDS, registry=r
-        )
-        self.itl = Histogram(
-            "wisp:inter_token_latency_seconds", "Between chunks.", buckets=SECONDS, registry=r
-        )
-        self.requests = Counter("wisp:request", "Requests by outcome.", ["finished_reason"], registry=r)
+        self.registry = r = Registry()
+        r.gauge("num_requests_running", "Generations under way.", lambda: backend.sessions)
+        text = "1 while a verifier is connected."
+        r.gauge("verifier_connected", text, lambda: backend.link.welcome is not None)
+        text = "Connections lost since the start."
+        r.gauge("verifier_connections_lost", text, lambda: backend.link.reconnects)
+        text = "From the request to the first token."
+        self.ttft = r.histogram("time_to_first_token_seconds", text, SECONDS)
+        self.tpot = r.histogram("request_time_per_output_token_seconds", "Per answer.", SECONDS)
+        self.itl = r.histogram("inter_token_latency_seconds", "Time between chunks.", SECONDS)
+        self.requests = r.counter("request", "Requests by outcome.", "finished_reason")
         self.attainment = Attainment(r)
-        self.tokens = Counter("wisp:generation_tokens", "Tokens committed.", registry=r)
-        self.prompt = Counter("wisp:prompt_tokens", "Prompt tokens.", registry=r)
-        self.drafts = Counter("wisp:spec_decode_num_drafts", "Drafts verified.", registry=r)
-        self.draft_tokens = Counter(
-            "wisp:spec_decode_num_draft_tokens", "Tokens drafted and sent.", registry=r
-        )
-        self.accepted = Counter("wisp:spec_decode_num_accepted_tokens", "Draft tokens accepted.", registry=r)
+        self.tokens = r.counter("generation_tokens", "Tokens committed.")
+        self.prompt = r.counter("prompt_tokens", "Prompt tokens.")
+        self.drafts = r.counter("spec_decode_num_drafts", "Drafts verified.")
+        self.draft_tokens = r.counter("spec_decode_num_draft_tokens", "Tokens drafted and sent.")
+        self.accepted = r.counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.")
 
     def request_finished(self, record: RequestRecord) -> None:
-        """Count one request."""
         served = record.served()
         self.requests.labels(record.finish).inc()
         self.tokens.inc(record.completion_tokens)

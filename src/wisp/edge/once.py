@@ -49,7 +49,6 @@ class Answer(msgspec.Struct):
     stats: SpecStats = msgspec.field(default_factory=SpecStats)
 
     def add(self, item: Committed, at: float) -> None:
-        """Append what was committed at time `at`."""
         if item.tokens:
             self.first = self.first or at
             self.last = at
@@ -110,12 +109,11 @@ def _generation(request: Request, target: Target) -> Generation:
         chat=not request.raw,
         model=target.model,
         sampling=sampling,
-        prompt=request.prompt,
+        prompts=(request.prompt,),
         messages=messages,
         max_tokens=request.max_tokens,
-        clamp=True,
     )
-    return prepare(ask, target)
+    return prepare(ask, target).generations[0]
 
 
 def _report(generation: Generation, target: Target, answer: Answer) -> dict[str, object]:
@@ -142,7 +140,6 @@ class _Printer:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def show(self, item: Committed) -> None:
-        """Print what was committed."""
         for i, token in enumerate(item.tokens):
             text = self.decoder.decode(self.tokenizer.piece(token))
             # Written as it is: a console would expand tabs and drop control characters.
@@ -151,7 +148,6 @@ class _Printer:
         sys.stdout.flush()
 
     def summary(self, report: dict[str, object]) -> None:
-        """One line to standard error."""
         usage, metrics = report["usage"], report["metrics"]
         assert isinstance(usage, dict)
         assert isinstance(metrics, dict)

@@ -11,8 +11,10 @@ from typing import Literal, Protocol
 import msgspec
 
 from wisp.core.draft.signals import Signal
+from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Copy, Slice, SliceResult
+from wisp.engines.constraining import SlotTrackers
 from wisp.engines.special import NO_STAND_INS, StandIns
 
 Check = Callable[[], object]  # raises where the work is not wanted any more
@@ -55,25 +57,30 @@ class TargetEngine(Protocol):
     @property
     def info(self) -> EngineInfo: ...
 
+    @property
+    def constraints(self) -> SlotTrackers:
+        """By these it constrains choices. Whoever knows the tokenizer gives them their `grammars`."""
+        ...
+
     def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
         """One step. Results in the order of the slices; at most one slice per slot in a batch.
 
         Raises EngineError if the step failed as a whole; then every slot is to be taken as empty.
         """
-        ...
 
     def copy(self, copy: Copy) -> None:
         """Carry out a copy between slots. Called before `run`, in the order of the step."""
-        ...
 
     def close(self) -> None: ...
 
 
 class Proposal(msgspec.Struct, frozen=True, array_like=True):
-    """A drafted token and the statistics a drafting policy decides by."""
+    """A drafted token and the statistics a drafting policy decides by. `then`: tokens that follow it for certain, as
+    constraints leave no others."""
 
     token: int
     signal: Signal
+    then: tuple[int, ...] = ()
 
 
 class DraftEngine(Protocol):
@@ -82,21 +89,25 @@ class DraftEngine(Protocol):
     name: str
 
     def propose(
-        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+        self,
+        session: str,
+        context: Sequence[int],
+        position: int,
+        sampling: Sampling,
+        edit: Edit | None = None,
     ) -> Proposal | None:
         """The drafter's token after `context` (prompt, committed and drafted tokens, in order).
 
         Whatever KV the engine has for `session` is rolled back to the longest common prefix with
         `context` and caught up; so rejections, stale drafts and tokens decoded elsewhere need no call
         of their own. `position` is the index of the proposed token among the generated ones, for the
-        shared noise. None means "nothing to propose" (an n-gram drafter without a match).
+        shared noise, `edit` what the session's constraints make of its logits. None means "nothing to
+        propose" (an n-gram drafter without a match).
         Sessions share KV only if their names are alike up to the last "/" (see `messages.Open`, salt).
         """
-        ...
 
     def forget(self, session: str) -> None:
         """The session is over; its KV may be reused."""
-        ...
 
     def close(self) -> None: ...
 
@@ -107,7 +118,6 @@ class Tokenizer(Protocol):
     @property
     def fingerprint(self) -> str:
         """Hash of id -> bytes over real tokens (`core.protocol.messages.vocabulary_fingerprint`)."""
-        ...
 
     @property
     def n_vocab(self) -> int: ...
@@ -127,7 +137,6 @@ class Tokenizer(Protocol):
     @property
     def controls(self) -> frozenset[str]:
         """The texts of control tokens."""
-        ...
 
     def encode(
         self,
@@ -144,16 +153,12 @@ class Tokenizer(Protocol):
         does not begin with it. parse_special: the text of control tokens is read as those tokens, but not where
         one of its characters has a stand-in (`engines.special`). `check` is called every now and then.
         """
-        ...
 
     def fewest(self, text: str) -> int:
         """A number of tokens that `text` has at least, found at next to no cost."""
-        ...
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token; b"" for control tokens, which are never shown."""
-        ...
 
     def blob(self) -> bytes:
         """A self-contained file from which an edge can build the same tokenizer."""
-        ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import Sampling
 from wisp.engines.base import DraftEngine, Proposal
 
@@ -22,20 +23,22 @@ class NgramThenModel:
         self.name = f"ngram+{model.name}"
 
     def propose(
-        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+        self,
+        session: str,
+        context: Sequence[int],
+        position: int,
+        sampling: Sampling,
+        edit: Edit | None = None,
     ) -> Proposal | None:
-        """See DraftEngine.propose."""
-        known = self.ngram.propose(session, context, position, sampling)
+        known = self.ngram.propose(session, context, position, sampling, edit)
         if known is not None and known.signal.confidence >= SURE:
             return known
-        return self.model.propose(session, context, position, sampling)
+        return self.model.propose(session, context, position, sampling, edit)
 
     def forget(self, session: str) -> None:
-        """Both forget."""
         self.ngram.forget(session)
         self.model.forget(session)
 
     def close(self) -> None:
-        """Both close."""
         self.ngram.close()
         self.model.close()

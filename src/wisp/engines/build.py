@@ -16,6 +16,7 @@ from wisp.core.draft.predictor import Predictor
 from wisp.core.errors import ConfigError
 from wisp.engines.base import DraftEngine, TargetEngine, Tokenizer
 from wisp.engines.emulated import EmulatedTarget, Hardware, Written, hardware
+from wisp.engines.grammars import Grammars
 from wisp.engines.models import Progress, resolve
 
 _GGUF = b"GGUF"
@@ -42,9 +43,7 @@ def read_predictor(path: Path | None = None) -> Predictor:
 
 def served_name(name: str) -> str:
     """What clients call the model: the catalogue's name, or the file's without its ending."""
-    name = name.encode(
-        "utf-8", "replace"
-    ).decode()  # the name of a file may be no UTF-8, which cannot be sent
+    name = name.encode("utf-8", "replace").decode()  # a file's name may be no UTF-8, which cannot be sent
     return Path(name.removeprefix("hf:")).name.removesuffix(".gguf").removesuffix(".toml")
 
 
@@ -79,7 +78,7 @@ def load_target(
     kv_tokens: int | None = None,
     written: Written | None = None,
 ) -> tuple[TargetEngine, Tokenizer]:
-    """The target's engine and tokenizer. Raises ConfigError or ModelError.
+    """The target's engine, with the grammars of its vocabulary, and its tokenizer. Raises ConfigError or ModelError.
 
     tensor_parallel, memory: of vLLM (see its Wanted)
     kv_tokens, written: of the emulated engine, whose `name` is that of a hardware profile or a TOML file: its room for
@@ -88,7 +87,7 @@ def load_target(
     check_engine(engine, mode=mode, kv_tokens=kv_tokens)
     if engine == "emulated":
         profile = emulated_hardware(name, slots=slots, context=context, kv_tokens=kv_tokens)
-        return _emulated(served_name(name), profile, written)
+        return _with_grammars(*_emulated(served_name(name), profile, written))
     slots = slots or SLOTS[engine]
     if slots > MOST_SLOTS.get(engine, slots):
         raise ConfigError(f"{engine} holds at most {MOST_SLOTS[engine]} slots, not {slots}")
@@ -97,7 +96,7 @@ def load_target(
         from wisp.engines.null import NullTarget
         from wisp.engines.plain import PlainTokenizer
 
-        return NullTarget(slots=max(slots, SLOTS["null"])), PlainTokenizer()
+        return _with_grammars(NullTarget(slots=max(slots, SLOTS["null"])), PlainTokenizer())
     if engine == "vllm":
         from wisp.engines.vllm.models import ends, tokenizer_of
         from wisp.engines.vllm.starting import Wanted
@@ -113,7 +112,9 @@ def load_target(
             memory=memory,
             offline=offline,
         )
-        return VllmTarget(wanted, name=served_name(name), eos=ends(path, tokenizer)), tokenizer
+        return _with_grammars(
+            VllmTarget(wanted, name=served_name(name), eos=ends(path, tokenizer)), tokenizer
+        )
     from wisp.engines.llama.target import LlamaTarget
     from wisp.engines.llama.tokenizer import LlamaTokenizer
 
@@ -126,7 +127,12 @@ def load_target(
             slot_tokens=context,
             threads=threads,
         )
-        return target, LlamaTokenizer.open(path)
+        return _with_grammars(target, LlamaTokenizer.open(path))
+
+
+def _with_grammars(target: TargetEngine, tokenizer: Tokenizer) -> tuple[TargetEngine, Tokenizer]:
+    target.constraints.grammars = Grammars(tokenizer)
+    return target, tokenizer
 
 
 def check_engine(engine: str, *, mode: str | None = None, kv_tokens: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""An accelerator that is not there: a target engine whose steps take the time that a hardware profile says.
+"""An emulated accelerator: a target engine whose steps take the time that a hardware profile says.
 
 The server cannot tell it from a real engine: slots, KV, threads and time are real; only the arithmetic is missing. A
 step's time comes from first principles, not from the estimator's own formula, so that an estimator has something to
@@ -18,7 +18,6 @@ position). It never depends on drafts.
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import time
@@ -34,6 +33,7 @@ from wisp.core.protocol.sampling import hash32
 from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.core.verify.cost import Load, load_of
 from wisp.engines.base import EngineInfo
+from wisp.engines.constraining import SlotTrackers, agreeing
 from wisp.engines.identity import engine_digest
 from wisp.engines.null import EOS as BYTE_EOS
 from wisp.engines.null import N_VOCAB as BYTES
@@ -196,6 +196,7 @@ class EmulatedTarget:
         self._now = now
         self._sleep = sleep
         self._noise = random.Random(seed)
+        self.constraints = SlotTrackers()
         self._held: list[list[int]] = [[] for _ in range(profile.slots)] if text is None else []
         self._lengths = [0] * profile.slots  # tokens that each slot holds
         self._folded: dict[int, tuple[int, int, int]] = {}  # slot -> (length of prompt, seed, both folded)
@@ -274,7 +275,10 @@ class EmulatedTarget:
             self._lengths[s.slot] = s.start + len(s.tokens) - s.n_draft + result.accepted
 
     def _verify(self, s: Slice) -> SliceResult:
-        return self._hashed(s) if self.text is None else verify(s, self.text, s.sampling.seed)
+        return self._hashed(s) if self.text is None else self._agreeing(s, self.text, s.sampling.seed)
+
+    def _agreeing(self, s: Slice, text: Text, seed: int) -> SliceResult:
+        return agreeing(s, text, seed, self.constraints, self._info.n_vocab)
 
     def _hashed(self, s: Slice) -> SliceResult:
         held = self._held[s.slot]
@@ -286,7 +290,7 @@ class EmulatedTarget:
         result = SliceResult(s.session)
         if s.sample:
             n_prompt = len(held) - s.n_draft - s.position
-            result = verify(s, null_token, self._fold(s, held, n_prompt))
+            result = self._agreeing(s, null_token, self._fold(s, held, n_prompt))
         if s.n_draft:
             del held[len(held) - s.n_draft + result.accepted :]
         return result
@@ -305,19 +309,3 @@ def fold(prompt: Sequence[int], seed: int) -> int:
     for token in prompt:
         seed = hash32(seed, token, 1)
     return seed
-
-
-def verify(s: Slice, text: Text, seed: int) -> SliceResult:
-    """Accept draft tokens while they are what `text` says."""
-    if not s.sample:
-        return SliceResult(s.session)
-    first = len(s.tokens) - s.n_draft
-    tokens: list[int] = []
-    for i in range(s.n_draft + 1):
-        token = text(seed, s.position + i)
-        if token in (barred := s.sampling.barred(s.position + i)):
-            token = next(other for other in itertools.count() if other not in barred)
-        tokens.append(token)
-        if i == s.n_draft or token != s.tokens[first + i]:
-            break
-    return SliceResult(s.session, len(tokens) - 1, tokens)

@@ -12,14 +12,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from wisp.core.errors import ConfigError, ModelError
-from wisp.core.protocol.messages import vocabulary_fingerprint
-from wisp.engines.base import Check, unasked
-from wisp.engines.special import NO_STAND_INS, Special, SpecialTokens, StandIns
+from wisp.engines.base import Check
+from wisp.engines.special import Special, SpecialTokens, StandIns
+from wisp.engines.tokenizing import ModelTokenizer
 
 FORMAT = "wisp-tokenizer-1"
 FILE = "tokenizer.json"
@@ -35,7 +34,7 @@ _WHOLE = frozenset(
 )
 
 
-class HfTokenizer:
+class HfTokenizer(ModelTokenizer):
     """Tokenizer protocol over `tokenizer.json`. Encoding is safe from several threads.
 
     n_vocab: ids below this are valid for the model, which may have more than the tokenizer
@@ -43,6 +42,7 @@ class HfTokenizer:
 
     def __init__(self, blob: bytes) -> None:
         """From what `blob()` returned. Raises ModelError or, without the package `tokenizers`, ConfigError."""
+        super().__init__()
         try:
             from tokenizers import Tokenizer
         except ImportError:
@@ -77,8 +77,7 @@ class HfTokenizer:
         self._bytes_of = _reading(definition)
         self._bos = self._parsing.token_to_id(self.bos_token) if self.bos_token else None
         first = self._parsing.encode("a").ids[:1]
-        self._adds_bos = self._bos is not None and first == [self._bos]
-        self._pieces: dict[int, bytes] = {}
+        self._adds_bos = first == [self._bos]
 
     @classmethod
     def open(cls, folder: Path, n_vocab: int) -> HfTokenizer:
@@ -101,41 +100,20 @@ class HfTokenizer:
         }
         return cls(json.dumps(about).encode())
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """As of `engines.llama.tokenizer`: equal vocabularies give equal fingerprints."""
-        return vocabulary_fingerprint(self._real())
-
     def _real(self) -> Iterator[tuple[int, bytes]]:
         for token in range(self.n_vocab):
             text = self._parsing.id_to_token(token)
             if text is not None:
                 yield token, self._added.get(token) or self._bytes_of(text)
 
-    @property
-    def controls(self) -> frozenset[str]:
-        """The texts of control tokens."""
-        return self._special.controls
-
-    def encode(
-        self,
-        text: str,
-        *,
-        add_bos: bool,
-        parse_special: bool,
-        stand_ins: StandIns = NO_STAND_INS,
-        check: Check = unasked,
-    ) -> list[int]:
-        """See `Tokenizer.encode`. The library finds special tokens by itself, in linear time; only where some are
-        not to be found does it get the pieces between the others."""
-        whole = text.encode("utf-8", "replace").decode()
+    def _encoded(self, text: str, parse_special: bool, stand_ins: StandIns, check: Check) -> list[int]:
+        """The library finds special tokens by itself, in linear time; only where some are not to be found does it get
+        the pieces between the others."""
         if parse_special and stand_ins:
-            ids = self._encode_guarded(whole, stand_ins, check)
-        else:
-            tokenizer = self._parsing if parse_special else self._literal
-            ids = tokenizer.encode(whole.translate(stand_ins), add_special_tokens=False).ids
-        begins = add_bos and self._adds_bos and self._bos is not None and ids[:1] != [self._bos]
-        return [self._bos, *ids] if begins and self._bos is not None else ids
+            return self._encode_guarded(text, stand_ins, check)
+        tokenizer = self._parsing if parse_special else self._literal
+        ids: list[int] = tokenizer.encode(text.translate(stand_ins), add_special_tokens=False).ids
+        return ids
 
     def _encode_guarded(self, text: str, stand_ins: StandIns, check: Check) -> list[int]:
         ids: list[int] = []
@@ -148,23 +126,15 @@ class HfTokenizer:
 
     def fewest(self, text: str) -> int:
         """No token stands for more bytes than the longest has; 0 for a vocabulary that may leave text out."""
-        return len(text.encode("utf-8", "replace")) // (self._longest * self._shrinks) if self._shrinks else 0
+        if not self._shrinks:
+            return 0
+        return len(text.encode("utf-8", "replace")) // (self._vocabulary[1] * self._shrinks)
 
-    @cached_property
-    def _longest(self) -> int:
-        return max(len(text) for _, text in self._real())
-
-    def piece(self, token: int) -> bytes:
-        """The bytes of one token; b"" for control tokens and for ids out of range."""
-        found = self._pieces.get(token)
-        if found is None:
-            text = None if token in self._control or token < 0 else self._parsing.id_to_token(token)
-            found = b"" if text is None else self._added.get(token) or self._bytes_of(text)
-            self._pieces[token] = found
-        return found
+    def _rendered(self, token: int) -> bytes:
+        text = None if token in self._control or token < 0 else self._parsing.id_to_token(token)
+        return b"" if text is None else self._added.get(token) or self._bytes_of(text)
 
     def blob(self) -> bytes:
-        """What a tokenizer can be made of elsewhere."""
         return self._blob
 
     def close(self) -> None:
@@ -236,7 +206,7 @@ def _reading(definition: dict[str, Any]) -> Callable[[str], bytes]:
     """How the vocabulary writes bytes. Raises ModelError."""
     kinds = set(_kinds(definition.get("decoder")))
     if "ByteLevel" in kinds:
-        table = _byte_level()
+        table = byte_level()
         return lambda text: bytes(table[c] for c in text) if all(c in table for c in text) else text.encode()
     if kinds & {"ByteFallback", "Metaspace"}:
         return _sentence_piece
@@ -255,7 +225,7 @@ def _sentence_piece(text: str) -> bytes:
     return bytes([int(byte[1], 16)]) if byte else text.replace(_SPACE, " ").encode()
 
 
-def _byte_level() -> dict[str, int]:
+def byte_level() -> dict[str, int]:
     """GPT-2's characters for bytes: printable ones are themselves, the others follow from 256 on, in order."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in plain]

@@ -1,5 +1,4 @@
-"""An engine's digest: one word for all that decides its text. Where two are equal, one may go on where the other
-stopped.
+"""An engine's digest: a hash of all that decides its text. Engines with equal digests can continue each other's texts.
 
 Weights are sampled, not read: a file's size, its first 16 MiB (a GGUF's metadata and table of tensors, then the first
 of them), and 256 blocks spread evenly over the rest, the very end included. Another training or quantisation changes
@@ -12,6 +11,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from wisp.core.errors import ModelError
@@ -24,9 +25,18 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".json")  # and settings, in 
 
 
 def engine_digest(engine: str, **decides: str | int | list[int]) -> str:
-    """The digest of an engine and of what `decides` its logits. The rule that makes tokens of them is in it."""
-    everything = {"engine": engine, "rule": RULE, **decides}
+    """The digest of an engine and of what `decides` its logits. The rule that makes tokens of them is in it, and the
+    library that says what a grammar allows."""
+    everything = {"engine": engine, "rule": RULE, "grammars": _grammars(), **decides}
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@cache
+def _grammars() -> str:
+    try:
+        return version("llguidance")
+    except PackageNotFoundError:
+        return ""
 
 
 def gguf_digest(path: Path) -> str:

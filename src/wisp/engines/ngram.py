@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ConfigError
+from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import Sampling
 from wisp.engines.base import Proposal
 
@@ -27,9 +28,8 @@ class _History:
     def __init__(self, sizes: range) -> None:
         self.tokens: list[int] = []
         self._sizes = sizes
-        self._ends: dict[Gram, list[int]] = defaultdict(
-            list
-        )  # ascending indices of the token after the n-gram
+        # Ascending indices of the token after each n-gram
+        self._ends: dict[Gram, list[int]] = defaultdict(list)
 
     def sync(self, context: Sequence[int]) -> None:
         """Make `context` the history, at the cost of what changed since the last call."""
@@ -85,9 +85,15 @@ class NgramDraft:
         self._histories: dict[str, _History] = {}
 
     def propose(
-        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+        self,
+        session: str,
+        context: Sequence[int],
+        position: int,
+        sampling: Sampling,
+        edit: Edit | None = None,
     ) -> Proposal | None:
-        """The token after the most recent match (see DraftEngine.propose), or None where there is no match.
+        """The token after the most recent match (see DraftEngine.propose), or None where there is no match, or where
+        that token may not be chosen.
 
         Of the signal only the confidence means something: (a + m/2) / (k + m/2 + 1), where m tokens match, and a
         of the last k followers are the token proposed.
@@ -100,6 +106,8 @@ class NgramDraft:
         if not followers:
             return None
         token = history.tokens[followers[0]]
+        if edit is not None and not edit.allows(token):
+            return None
         agreeing = sum(history.tokens[i] == token for i in followers)
         match = history.match_length(followers[0])
         p = (agreeing + match / 2) / (len(followers) + match / 2 + 1)

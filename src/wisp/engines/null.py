@@ -11,6 +11,7 @@ from wisp.core.protocol.messages import vocabulary_fingerprint
 from wisp.core.protocol.sampling import hash32
 from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.engines.base import Check, EngineInfo, unasked
+from wisp.engines.constraining import SlotTrackers, agreeing
 from wisp.engines.identity import engine_digest
 from wisp.engines.special import NO_STAND_INS, StandIns
 
@@ -40,6 +41,7 @@ class NullTarget:
             1 << 20,
             DIGEST,
         )
+        self.constraints = SlotTrackers()
 
     @property
     def info(self) -> EngineInfo:
@@ -48,7 +50,7 @@ class NullTarget:
 
     def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
         """Choose tokens, in no time."""
-        return [_run(s) if s.sample else SliceResult(s.session) for s in batch]
+        return [self._run(s) if s.sample else SliceResult(s.session) for s in batch]
 
     def copy(self, copy: Copy) -> None:
         """There is nothing to copy."""
@@ -56,15 +58,8 @@ class NullTarget:
     def close(self) -> None:
         """There is nothing to free."""
 
-
-def _run(s: Slice) -> SliceResult:
-    draft = s.tokens[len(s.tokens) - s.n_draft :]
-    tokens: list[int] = []
-    for i in range(s.n_draft + 1):
-        tokens.append(null_token(s.sampling.seed, s.position + i))
-        if i == s.n_draft or tokens[i] != draft[i]:
-            break
-    return SliceResult(s.session, len(tokens) - 1, tokens)
+    def _run(self, s: Slice) -> SliceResult:
+        return agreeing(s, null_token, s.sampling.seed, self.constraints, N_VOCAB)
 
 
 class ByteTokenizer:

@@ -11,7 +11,7 @@ import re
 from wisp.core.errors import ModelError
 from wisp.core.protocol.messages import vocabulary_fingerprint
 from wisp.engines.base import Check, unasked
-from wisp.engines.null import EOS, N_VOCAB, ByteTokenizer
+from wisp.engines.null import ByteTokenizer
 from wisp.engines.special import NO_STAND_INS, StandIns
 
 _MAGIC = b'{"wisp.tokenizer": '
@@ -23,7 +23,6 @@ class PlainTokenizer(ByteTokenizer):
     """Bytes, with a blob."""
 
     def blob(self) -> bytes:
-        """See `read_plain`."""
         return _MAGIC + b'"bytes"}'
 
 
@@ -72,7 +71,6 @@ class NumberTokenizer:
         return b"" if token in self.eos or not 0 <= token < self.n_vocab else b" %d" % token
 
     def blob(self) -> bytes:
-        """See `read_plain`."""
         about = json.dumps({"n_vocab": self.n_vocab, "eos": sorted(self.eos)})
         return _MAGIC + b'"numbers", ' + about[1:].encode()
 
@@ -91,6 +89,3 @@ def read_plain(blob: bytes) -> PlainTokenizer | NumberTokenizer | None:
     if not 256 <= n_vocab <= _MOST:
         raise ModelError(f"this tokenizer says that it has {n_vocab} tokens")
     return NumberTokenizer(n_vocab, eos)
-
-
-__all__ = ["EOS", "N_VOCAB", "NumberTokenizer", "PlainTokenizer", "read_plain"]

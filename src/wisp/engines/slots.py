@@ -1,5 +1,4 @@
-"""What engines refuse: slices and copies that do not fit what their slots hold, and models that compute nothing. In
-words, the same of all engines."""
+"""Checks shared by all engines: slices and copies must fit what their slots hold, and logits must be numbers."""
 
 from __future__ import annotations
 
@@ -29,6 +28,9 @@ def slice_problem(
         return f"{work.start} + {len(work.tokens)} tokens exceed the slot's {slot_tokens}"
     if min(work.tokens) < 0 or max(work.tokens) >= n_vocab:
         return f"a token id is outside the vocabulary of {n_vocab}"
+    constraints = work.sampling.constraints
+    if constraints is not None and constraints.choosing and work.sample and len(work.past) < work.position:
+        return f"constraints need the {work.position} tokens generated so far, not {len(work.past)}"
     wrong = work.sampling.problem()
     return f"{wrong[0]} {wrong[1]}" if wrong else ""
 

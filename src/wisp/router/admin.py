@@ -50,7 +50,6 @@ def ask(server: str, action: str = "", body: dict[str, object] | None = None) ->
 
 
 def show(answer: dict[str, Any], *, as_json: bool) -> None:
-    """Print the replicas."""
     if as_json:
         print(json.dumps(answer))
         return

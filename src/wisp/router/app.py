@@ -4,6 +4,8 @@
     /v1/chat/completions  and the rest of the OpenAI surface: thin clients, for whom this is the edge
     /v1/tokenizers/{fp}   the target's tokenizer
     /v1/replicas          what there is of replicas, and how to drain, restart and scale them: admin keys
+    /v1/status            how the fleet is, and a stream of it, for the page at /: admin keys
+    /  /assets            the page (`api.pages`), which asks for that key
     /health  /metrics     without a key
 
 Tokens of edges never come through here: what a router costs is one decision per session.
@@ -17,6 +19,7 @@ import functools
 import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import httpx
 import msgspec
@@ -28,6 +31,8 @@ from starlette.routing import Route, WebSocketRoute
 from wisp.api.body import read_json
 from wisp.api.errors import JsonResponse, error_response, exception_handlers, request_id
 from wisp.api.keys import Keyring
+from wisp.api.pages.site import FLEET, site_routes
+from wisp.api.pages.stream import StatusStream, admins_only, status_routes
 from wisp.api.routes import openai_routes
 from wisp.api.scrape import scraped
 from wisp.core.errors import RequestError, UnavailableError, WispError
@@ -38,6 +43,7 @@ from wisp.router.host import RouterHost
 from wisp.router.launch import Launcher
 from wisp.router.metrics import RouterMetrics
 from wisp.router.replica import ReplicaSpec
+from wisp.router.status import fleet_status
 from wisp.router.thin import RouterBackend
 from wisp.server.control import Report
 from wisp.server.crowd import Crowd
@@ -69,6 +75,7 @@ class RouterApp:
         )
         self.host = RouterHost(self.fleet, placement, Admission(UNLIMITED, keys.limits), self.metrics)
         self.backend = RouterBackend(self.host, tls)
+        self.status = StatusStream(self._snapshot)
         self.asgi = Starlette(
             routes=[
                 Route("/health", self._health),
@@ -81,11 +88,13 @@ class RouterApp:
                 Route("/v1/replicas/scale", self._admin(self._scale), methods=["POST"]),
                 Route("/v1/replicas/{name}/drain", self._admin(self._drain), methods=["POST"]),
                 Route("/v1/replicas/{name}/restart", self._admin(self._restart), methods=["POST"]),
+                *site_routes(FLEET),
+                *status_routes(self.status, admins_only(keys)),
                 *openai_routes(
                     self.backend,
                     authorize=self._authorize,
                     observer=self.metrics,
-                    slo_classes=spec.settings.slo_classes,
+                    options=spec.settings.api_options(),
                 ),
             ],
             exception_handlers=exception_handlers(),
@@ -96,6 +105,7 @@ class RouterApp:
         """Take no new sessions; let every replica finish what it has, and end."""
         self.host.draining = True
         await self.fleet.stop()
+        self.status.close()
 
     @property
     def failed(self) -> WispError | None:
@@ -110,6 +120,7 @@ class RouterApp:
             yield
         finally:
             watch.cancel()
+            self.status.close()
             await self.backend.close()
             await self.fleet.close()
 
@@ -128,6 +139,9 @@ class RouterApp:
         return self.host
 
     # --- endpoints
+
+    async def _snapshot(self, since: float) -> dict[str, Any]:
+        return await fleet_status(self.fleet, since, draining=self.host.draining)
 
     def _authorize(self, request: Request) -> str:
         return self.keys.authorize(request.headers.get("authorization"))

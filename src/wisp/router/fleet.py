@@ -177,7 +177,6 @@ class Fleet:
         await asyncio.gather(*lives)
 
     async def close(self) -> None:
-        """Kill whatever is left."""
         for replica in self.replicas.values():
             if replica.life is not None:
                 replica.life.cancel()
@@ -206,7 +205,6 @@ class Fleet:
         ]
 
     def up(self) -> list[Replica]:
-        """Those that take sessions."""
         return [r for r in self.replicas.values() if r.state is State.UP]
 
     async def look(self) -> None:
@@ -224,7 +222,6 @@ class Fleet:
         return running.address
 
     def at(self, address: str) -> Replica | None:
-        """The replica at an address that was given out."""
         return next((r for r in self.replicas.values() if r.running and r.running.address == address), None)
 
     async def tokenizer(self, fingerprint: str) -> bytes:
@@ -236,6 +233,14 @@ class Fleet:
         async with self._client.stream("GET", url, headers=_us(replica)) as response:
             response.raise_for_status()
             return b"".join([chunk async for chunk in response.aiter_raw()])
+
+    async def get(self, replica: Replica, path: str) -> bytes:
+        """What a replica that is up answers to its router. Raises httpx.HTTPError."""
+        if replica.running is None:
+            raise httpx.ConnectError("it is not running")
+        url = f"{replica.running.url}{path}"
+        response = await self._client.get(url, headers=_us(replica), timeout=ANSWER_S)
+        return response.raise_for_status().content
 
     # --- a replica's life
 
@@ -336,8 +341,8 @@ class Fleet:
         self._heard(r, report)
 
     def _other(self, welcome: Welcome) -> str:
-        """What of it is another than the fleet's, in words, or "": sessions move between replicas in mid-answer, and
-        the model's file may have been replaced under way. Where no other has sessions, the new one is the fleet's."""
+        """How it differs from the fleet, in words, or "". Sessions move between replicas in mid-answer, and the model's
+        file may have been replaced meanwhile. Where no other replica has sessions, the new one defines the fleet."""
         if not welcome.digest:
             return f"does not say which weights it runs: it needs WISP {DIGESTS_SINCE} or later"
         ours = self.welcome
@@ -419,7 +424,6 @@ class Fleet:
 
 
 def _names(welcome: Welcome) -> tuple[str, str]:
-    """A model as operators tell it from others."""
     return welcome.model, welcome.digest[:12]
 
 

@@ -49,7 +49,6 @@ class _Queue:
         return True
 
     def pop(self) -> tuple[int, Open]:
-        """The one that has waited longest."""
         connection, open_ = self.opens.popleft()
         self._tokens -= len(open_.prompt)
         return connection, open_
@@ -82,7 +81,6 @@ class RouterHost:
 
     @property
     def here(self) -> bool:
-        """Is there a replica that takes sessions?"""
         return self.fleet.welcome is not None and self._placement.any_open
 
     # --- what a session socket wants (`server.sockets.SessionHost`)
@@ -108,14 +106,12 @@ class RouterHost:
     def attach(
         self, key: str, send: Sender, *, movable: bool = False, close: Callable[[], None] | None = None
     ) -> int:
-        """A new connection."""
         self._next += 1
         self._connections[self._next] = _Connection(key, send, close)
         self._metrics.connections.set(self._sockets())
         return self._next
 
     def detach(self, connection: int) -> None:
-        """The connection is gone."""
         c = self._connections.pop(connection, None)
         if c is not None and c.key in self._waiting:
             self._waiting[c.key].drop(connection)

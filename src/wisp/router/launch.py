@@ -29,15 +29,12 @@ class Running(Protocol):
 
     async def ended(self) -> str:
         """Wait for its end. Returns how it ended, in words."""
-        ...
 
     def stop(self) -> None:
         """Let it finish what it has, and end. May be said again."""
-        ...
 
     def kill(self) -> None:
         """End it now."""
-        ...
 
 
 class Launcher(Protocol):
@@ -47,11 +44,8 @@ class Launcher(Protocol):
 
     async def start(self, spec: ReplicaSpec) -> Running:
         """Start one. `spec.listen` is the router's own address. Raises WispError."""
-        ...
 
-    def close(self) -> None:
-        """Kill whatever is left."""
-        ...
+    def close(self) -> None: ...
 
 
 class LocalLauncher:
@@ -94,7 +88,6 @@ class LocalLauncher:
         return child
 
     def close(self) -> None:
-        """Kill whatever is left."""
         for child in self._children:
             child.kill()
 

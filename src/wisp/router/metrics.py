@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from wisp.api.attainment import Attainment
 from wisp.api.observe import RequestRecord
+from wisp.api.scrape import Registry
 from wisp.core.route.placement import Choice
 from wisp.router.fleet import Fleet
 
@@ -18,21 +18,17 @@ class RouterMetrics:
     """Counters in a registry of their own; what there is of replicas is read from the fleet when asked."""
 
     def __init__(self, fleet: Callable[[], Fleet]) -> None:
-        self.registry = r = CollectorRegistry()
-        self.connections = Gauge("wisp:edge_connections", "Open session sockets.", registry=r)
-        self.placements = Counter(
-            "wisp:placements", "Sessions sent to a replica, and why.", ["replica", "reason"], registry=r
-        )
-        self.prefix_tokens = Counter(
-            "wisp:placement_prefix_tokens", "Prompt tokens placed where they are cached.", registry=r
-        )
-        self.redirects = Counter("wisp:redirects", "Edges' sessions among the placements.", registry=r)
-        self.refused = Counter("wisp:request_refused", "Sessions refused.", ["code"], registry=r)
+        self.registry = r = Registry()
+        self.connections = r.gauge("edge_connections", "Open session sockets.")
+        self.placements = r.counter("placements", "Sessions sent to a replica, and why.", "replica", "reason")
+        text = "Prompt tokens placed where they are cached."
+        self.prefix_tokens = r.counter("placement_prefix_tokens", text)
+        self.redirects = r.counter("redirects", "Edges' sessions among the placements.")
+        self.refused = r.counter("request_refused", "Sessions refused.", "code")
         self.attainment = Attainment(r)
         r.register(_Replicas(fleet))
 
     def placed(self, choice: Choice) -> None:
-        """A session was placed."""
         self.placements.labels(choice.replica, choice.reason.value).inc()
         self.prefix_tokens.inc(choice.shared)
 

@@ -30,12 +30,12 @@ STORE = 80 << 20  # bytes; nothing goes through Ray's object store
 class ReplicaActor:
     """What Ray runs."""
 
-    def __init__(self, line: bytes, front_ip: str) -> None:
+    def __init__(self, line: bytes, router_ip: str) -> None:
         import ray
 
         spec = ReplicaSpec.decode(line)
         ip = ray.util.get_node_ip_address()
-        self._here = ip == front_ip
+        self._here = ip == router_ip
         host = spec.listen.host
         if not self._here:
             if is_loopback(host):
@@ -69,7 +69,6 @@ class ReplicaActor:
         return self._why
 
     def stop(self) -> None:
-        """Drain and end."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._over.set)
 
@@ -106,9 +105,8 @@ class RayLauncher:
                 "RAY_ADDRESS names a cluster, whose processes listen beyond this machine: give --api-keys or "
                 "WISP_API_KEYS, or unset it for a Ray on loopback"
             )
-        if (
-            not cluster
-        ):  # Ray's own name for loopback alone; `_node_ip_address` is turned into an outer address
+        if not cluster:
+            # Ray's own name for loopback alone; `_node_ip_address` is turned into an outer address
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")

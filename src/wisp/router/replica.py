@@ -1,4 +1,4 @@
-"""One replica: the app of `wisp serve`, with a router that knows its token. What every launcher runs, somewhere.
+"""One replica: the app of `wisp serve`, with the token of its router. Every launcher runs this.
 
 As a program (`python -m wisp.router.replica`) it reads its ReplicaSpec from standard input, one line of JSON, and
 drains and ends when that input does: so it does not outlive its router, and a router that crashes cuts nobody off.
@@ -45,16 +45,13 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     log_format: str = "text"
 
     def encode(self) -> bytes:
-        """One line of JSON."""
         return msgspec.json.encode(self, enc_hook=str) + b"\n"
 
     @staticmethod
     def decode(line: bytes) -> ReplicaSpec:
-        """The reverse of `encode`."""
         return msgspec.json.decode(line, type=ReplicaSpec, dec_hook=lambda kind, value: kind(value))
 
     def on(self, host: str, port: int) -> ReplicaSpec:
-        """The same at another address."""
         listen = msgspec.structs.replace(self.listen, host=host, port=port)
         return msgspec.structs.replace(self, listen=listen)
 
@@ -68,11 +65,11 @@ async def run_replica(
 ) -> None:
     """Serve until `stopped` returns. Raises what kept the model from loading."""
     keys = Keyring(spec.key_file, spec.secrets, spec.token)
-    cloud = ServerApp(spec.settings, keys, lambda: load_target(spec.target, **spec.engine))
+    server = ServerApp(spec.settings, keys, lambda: load_target(spec.target, **spec.engine))
     run = functools.partial(run_app, keyed=bool(keys), stopped=stopped, signals=signals, bound=bound)
-    await run(cloud.asgi, spec.listen, cloud.drain, cloud.ended, loading=lambda: cloud.loading)
-    if cloud.failed is not None:
-        raise cloud.failed
+    await run(server.asgi, spec.listen, server.drain, server.ended, loading=lambda: server.loading)
+    if server.failed is not None:
+        raise server.failed
 
 
 def listen_above(host: str, port: int, taken: Collection[int] = ()) -> socket.socket:
@@ -93,7 +90,6 @@ def listen_above(host: str, port: int, taken: Collection[int] = ()) -> socket.so
 
 
 def main() -> None:
-    """The program."""
     line = sys.stdin.buffer.readline()
     if not line:  # the router went before it had told us anything
         return

@@ -22,7 +22,7 @@ from wisp.core.errors import ProtocolError, RequestError, UnavailableError
 from wisp.core.protocol.messages import Cancel, Draft, Message, Open, Redirect, Refused, Verdict, Welcome
 from wisp.core.verify.admission import Refusal
 from wisp.edge.backend import EdgeBackend
-from wisp.edge.link import LOST, Listener, Redirects, VerifierLink
+from wisp.edge.link import LOST, Listener, Redirects, VerifierLink, wait_for
 from wisp.engines.base import Tokenizer
 from wisp.engines.build import read_tokenizer
 from wisp.engines.null import ByteTokenizer
@@ -60,14 +60,7 @@ class LocalLink:
         while (welcome := self.welcome) is None:
             if self._host.draining:
                 raise UnavailableError("this server is shutting down", retry_after=2.0)
-            left_s = self.patience.left_s(time.monotonic())
-            if not left_s:
-                raise self.gave_up()
-            changed = self._changed
-            try:
-                await asyncio.wait_for(changed.wait(), left_s)
-            except TimeoutError:
-                continue
+            await wait_for(self._changed, self.patience, self.gave_up)
         return welcome
 
     def gave_up(self) -> UnavailableError:
@@ -79,16 +72,13 @@ class LocalLink:
         self._listeners[session] = listener
 
     def unlisten(self, session: str) -> None:
-        """The session is over, or has gone to a replica."""
         self._listeners.pop(session, None)
 
     def send(self, message: Message) -> None:
-        """Pass it to the router."""
         if isinstance(message, Open | Draft | Cancel) and self.welcome is not None:
             self._host.receive(self._connection, message)
 
     def changed(self) -> None:
-        """A replica came up or went."""
         welcome = self.welcome
         if self._open == (welcome is not None):
             return
@@ -101,7 +91,6 @@ class LocalLink:
             listener(welcome or LOST)
 
     def close(self) -> None:
-        """Count no more."""
         self._beats.cancel()
 
     def _beat(self) -> None:
@@ -141,29 +130,24 @@ class RouterBackend:
         return self._edge("").context
 
     async def target(self) -> Target:
-        """The model that all replicas serve."""
         if self._host.draining:
             raise UnavailableError("this server is shutting down", retry_after=2.0)
         return await self._edge("").target()
 
     def admit(self, key: str) -> None:
-        """See `Backend.admit`."""
         try:
             self._host.admit(key)
         except Refusal as refusal:
             raise busy_error(refusal.code, str(refusal), refusal.retry_after) from None
 
     def generate(self, generation: Generation) -> AsyncIterator[Committed]:
-        """Stream a replica's tokens."""
         return self._edge(generation.key).generate(generation)
 
     def changed(self) -> None:
-        """A replica came up or went."""
         for link in self._links.values():
             link.changed()
 
     async def close(self) -> None:
-        """Close every link."""
         for link in self._links.values():
             link.close()
         await asyncio.gather(*(link.redirects.close() for link in self._links.values()))
@@ -194,7 +178,6 @@ class RouterTokenizers:
             return self._blobs[fingerprint]
 
     async def get(self, fingerprint: str) -> Tokenizer:
-        """The loaded tokenizer."""
         if fingerprint not in self._loaded:
             data = gzip.decompress(await self.blob(fingerprint))
             self._loaded[fingerprint] = await asyncio.to_thread(_load, data)

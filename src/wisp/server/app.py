@@ -3,6 +3,8 @@
     /v1/sessions          WebSocket: edges
     /v1/chat/completions  and the rest of the OpenAI surface: thin clients
     /v1/tokenizers/{fp}   the target's tokenizer, for edges
+    /v1/status            how things are, and a stream of it, for the page at /: admin keys
+    /  /assets            the page (`api.pages`), which asks for that key
     /health  /metrics     without a key; what keys have used is shown to them alone
 
 The model loads in the background once the port is open; /health says 503 until it is ready.
@@ -16,6 +18,7 @@ import gzip
 import logging
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -25,8 +28,11 @@ from starlette.routing import Route, WebSocketRoute
 
 from wisp.api.backend import Committed, Generation, Target
 from wisp.api.errors import JsonResponse, error_response, exception_handlers, request_id
+from wisp.api.generating import ApiOptions
 from wisp.api.keys import Keyring
 from wisp.api.observe import RequestRecord
+from wisp.api.pages.site import FLEET, site_routes
+from wisp.api.pages.stream import StatusStream, admins_only, status_routes
 from wisp.api.routes import openai_routes
 from wisp.api.scrape import scraped
 from wisp.core.errors import InternalError, RequestError, UnavailableError
@@ -38,6 +44,7 @@ from wisp.server.control import control_routes
 from wisp.server.crowd import Crowd
 from wisp.server.host import VerifierHost
 from wisp.server.sockets import SessionEndpoint
+from wisp.server.status import loading_status, verifier_status
 from wisp.server.thin import ThinBackend
 from wisp.server.watchdog import LoopWatch
 
@@ -56,6 +63,12 @@ class Settings(msgspec.Struct, frozen=True):
     cost: Coefficients | None = None
     slo_classes: dict[str, Slo] = {}
     slo_admission: bool = True
+    aliases: tuple[str, ...] = ()
+    tool_parser: str = ""
+
+    def api_options(self) -> ApiOptions:
+        """Of the OpenAI surface."""
+        return ApiOptions(self.aliases, self.tool_parser, slo_classes=self.slo_classes)
 
 
 class ServerApp:
@@ -72,6 +85,7 @@ class ServerApp:
         self.failed: Exception | None = None
         self._ended = asyncio.Event()
         self._blob: bytes = b""
+        self.status = StatusStream(self._snapshot)
         backend = _Late(self)
         self.asgi = Starlette(
             routes=[
@@ -82,8 +96,10 @@ class ServerApp:
                     "/v1/sessions", Crowd(SessionEndpoint(self.host, keys.authorize), keys.authorize)
                 ),
                 *openai_routes(
-                    backend, authorize=self._authorize, observer=self, slo_classes=settings.slo_classes
+                    backend, authorize=self._authorize, observer=self, options=settings.api_options()
                 ),
+                *site_routes(FLEET),
+                *status_routes(self.status, admins_only(keys)),
                 *(control_routes(self.host, keys, settings.drain_s) if keys.router else []),
             ],
             exception_handlers=exception_handlers(),
@@ -123,6 +139,7 @@ class ServerApp:
         """Take no new sessions and let the present ones end."""
         if self._host is not None:
             await self._host.drain(self.settings.drain_s)
+        self.status.close()
 
     async def ended(self) -> None:
         """Returns when this server cannot serve (any more): `failed` says why its engine does not run."""
@@ -140,6 +157,7 @@ class ServerApp:
             yield
         finally:
             watchdog.stop()
+            self.status.close()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -160,6 +178,7 @@ class ServerApp:
                 cost=s.cost,
                 park_s=s.park_s,
                 slo_admission=s.slo_admission,
+                slo_classes=s.slo_classes,
                 event_log=s.event_log,
                 died=self._fail,
             )
@@ -192,6 +211,11 @@ class ServerApp:
 
     def _authorize(self, request: Request) -> str:
         return self.keys.authorize(request.headers.get("authorization"))
+
+    async def _snapshot(self, since: float) -> dict[str, Any]:
+        if self._host is None:
+            return loading_status(self.settings.model, str(self.failed or ""))
+        return verifier_status(self._host, since)
 
     async def _health(self, request: Request) -> Response:
         if self.failed or self._host is None or self._host.draining:

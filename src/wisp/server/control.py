@@ -1,4 +1,4 @@
-"""What a router asks of its replicas: a report every moment, and to send their sessions away.
+"""The paths by which a router controls its replicas: it asks for reports, and has sessions sent away.
 
     GET  /v1/replica        a Report
     POST /v1/replica/move   take no more sessions, send away those that can go, wait for the others
@@ -61,7 +61,6 @@ def control_routes(host: Callable[[], VerifierHost], keys: Keyring, drain_s: flo
 
 
 def report_of(host: VerifierHost) -> Report:
-    """As things are now."""
     verifier = host.verifier
     return Report(
         verifier.kept_places(asyncio.get_running_loop().time()),

@@ -1,5 +1,5 @@
-"""Session sockets are shared fairly between keys, like places (`core.verify.places`): descriptors are few, and a key
-that holds them all would keep out everybody, down to the operator who looks at /health.
+"""Shares session sockets fairly between keys, like places (`core.verify.places`). Descriptors are few, and a key that
+held them all would keep out everybody, even the operator who looks at /health.
 
 When there is no room for another, the key that has most gives one up to a key that has fewer by at least two: the one
 over which nothing has come for longest. Its edge comes back, or waits, as after any other loss.
@@ -54,11 +54,8 @@ class Crowd:
                 raise
             socket.task.uncancel()
             with contextlib.suppress(Exception):
-                close = {
-                    "type": "websocket.close",
-                    "code": 1013,
-                    "reason": "too many connections of this key",
-                }
+                reason = "too many connections of this key"
+                close = {"type": "websocket.close", "code": 1013, "reason": reason}
                 await asyncio.wait_for(send(close), CLOSE_S)
         finally:
             self._inside.discard(socket)
@@ -87,7 +84,6 @@ class _Socket:
         self._receive = receive
 
     async def receive(self) -> Message:
-        """As ASGI has it."""
         message = await self._receive()
         self.heard = time.monotonic()
         return message

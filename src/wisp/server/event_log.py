@@ -32,11 +32,7 @@ log = logging.getLogger("wisp.host")
 FLUSH_S = 1.0
 FLUSH_BYTES = 1 << 16  # or sooner, once so much has come together
 MODE = 0o600  # prompts are for nobody else's eyes
-RENAMED = {
-    "wisp": "paper",
-    "laxity": "wisp",
-    "laxity:keep": "wisp:keep",
-}  # policies of 0.1, by their names today
+RENAMED = {"wisp": "paper", "laxity": "wisp", "laxity:keep": "wisp:keep"}  # policies of 0.1, as called today
 
 
 class LogHeader(msgspec.Struct, frozen=True, array_like=True, tag="header"):
@@ -89,7 +85,6 @@ class EventLog:
         self._write(now, event)
 
     def close(self) -> None:
-        """Flush and close."""
         if not self.lost:
             self._flush()
         if not self.lost:

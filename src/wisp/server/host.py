@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Concatenate, ParamSpec
 
 from wisp import __version__
+from wisp.api.pages.recorder import THIN, Recorder
 from wisp.core.errors import EngineDeadError, InternalError
 from wisp.core.protocol.messages import VERSION as PROTOCOL
 from wisp.core.protocol.messages import (
@@ -31,6 +33,7 @@ from wisp.core.protocol.messages import (
     check_hello,
     frame_limit,
 )
+from wisp.core.protocol.slo import Slo
 from wisp.core.verify.admission import Admission, KeyLimits, Refusal
 from wisp.core.verify.batching import batching_policy
 from wisp.core.verify.cost import Coefficients, CostModel
@@ -50,8 +53,9 @@ from wisp.core.verify.loop import VerifierLoop
 from wisp.core.verify.session import Session, State
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.base import TargetEngine, Tokenizer
+from wisp.server.compiling import Compiling
 from wisp.server.engine_thread import EngineThread
-from wisp.server.event_log import EventLog, LogHeader, read_events
+from wisp.server.event_log import EventLog, LogHeader
 from wisp.server.metrics import Metrics
 from wisp.server.watchdog import LOOK_S, StepWatch, patience_s
 
@@ -93,6 +97,7 @@ class VerifierHost:
         cost: Coefficients | None = None,
         park_s: float = 60.0,
         slo_admission: bool = True,
+        slo_classes: Mapping[str, Slo] = {},
         event_log: Path | None = None,
         died: Callable[[Exception], None] = lambda error: None,
         look_s: float = LOOK_S,
@@ -136,13 +141,27 @@ class VerifierHost:
                 admission.limits,
             )
             self._log = EventLog(event_log, header, self._loop.time(), self.metrics.event_log_lost.inc)
+        self.grammars = engine.constraints.grammars
+        self._compiling = Compiling(
+            self.grammars, lambda key: admission.ask(self._loop.time(), key), self._take, self._refuse
+        )
         self._engine = EngineThread(engine, self._loop, self._step_done)
         self._died = died
         self._senders: dict[int, Sender] = {}
         self._keys: dict[int, str] = {}
         self._sockets: dict[int, bool] = {}  # connections of edges: can their sessions go elsewhere?
         self._next_connection = 0
-        self._driver = VerifierLoop(self.verifier, self, self._log.write if self._log else None)
+        self.batching = batching
+        self.recorder = Recorder(
+            self.verifier,
+            classes=slo_classes,
+            device=lambda connection: connection if connection in self._sockets else THIN,
+            epoch=time.time() - self._loop.time(),
+        )
+        self._blind = False  # the recorder has failed
+        self._driver = VerifierLoop(
+            self.verifier, self, self._log.write if self._log else None, self._look_on
+        )
         self._step: Run | None = None
         self._watch = StepWatch(
             lambda: self._step, lambda step: patience(step, self.verifier.cost), self._give_up
@@ -182,6 +201,7 @@ class VerifierHost:
         except Refusal as refusal:
             admission.turned_away(key)
             self.metrics.admission(refusal.code)
+            self.recorder.refused()
             self.metrics.refused.labels(refusal.code).inc()
             raise
 
@@ -201,7 +221,11 @@ class VerifierHost:
         return self._next_connection
 
     def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
-        """A message came in."""
+        key = self._keys.get(connection)
+        if key is None or not self._compiling.held(connection, key, message):
+            self._take(connection, message)
+
+    def _take(self, connection: int, message: Open | Draft | Cancel) -> None:
         if not (self.draining and isinstance(message, Open)):
             self._receive(connection, message)
             if self.failed is None:
@@ -210,17 +234,22 @@ class VerifierHost:
             text = "this verifier is shutting down"
             refused = Refused(message.session, "shutting_down", text, 1.0, True, message.round)
             self.metrics.admission(refused.code)
+            self.recorder.refused()
             self._send(connection, refused)
+
+    def _refuse(self, connection: int, refused: Refused) -> None:
+        self.metrics.admission(refused.code)
+        self.send(connection, refused)
 
     @vital
     def _receive(self, connection: int, message: Open | Draft | Cancel) -> None:
         key = self._keys[connection]
         if not isinstance(message, Open):
-            self._feed(Received(connection, key, message))
+            self._driver.feed(Received(connection, key, message))
             return
         self.metrics.opened(self._loop.time(), message, key)
         known = self.verifier.knows(message.session)
-        actions = self._feed(Received(connection, key, message))
+        actions = self._driver.feed(Received(connection, key, message))
         sent = (a.message for a in actions if isinstance(a, Send))
         own = (m.code for m in sent if isinstance(m, Refused) and m.session == message.session)
         self.metrics.admission(next(own, "resumed" if known else "admitted"))
@@ -229,28 +258,33 @@ class VerifierHost:
         """The connection is gone; its sessions are parked."""
         self._senders.pop(connection, None)
         self._keys.pop(connection, None)
+        self._compiling.lost(connection)
         if self._sockets.pop(connection, None) is not None:
             self.metrics.connections.dec()
         self._lose(connection)
 
     @vital
     def _lose(self, connection: int) -> None:
-        self._feed(EdgeLost(connection))
+        self._driver.feed(EdgeLost(connection))
 
     @vital
     def limit(self, limits: dict[str, KeyLimits]) -> None:
         """The limits of keys have changed; these are all of them."""
-        self._feed(KeyLimitsChanged(limits))
+        self._driver.feed(KeyLimitsChanged(limits))
 
     @property
     def n_sessions(self) -> int:
-        """Live sessions."""
         return len(self.verifier.sessions)
 
     @property
     def n_connections(self) -> int:
         """Open connections, edges and thin clients together."""
         return len(self._senders)
+
+    @property
+    def n_edges(self) -> int:
+        """Open session sockets."""
+        return len(self._sockets)
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new sessions; wait until those that have an edge have ended, or `timeout_s`."""
@@ -274,7 +308,7 @@ class VerifierHost:
         refused = Refused(s.id, "shutting_down", message, fatal=True)
         self.metrics.sent(self._loop.time(), refused)
         self._send(s.connection, refused)
-        self._feed(Received(s.connection, s.key, Cancel(s.id)))
+        self._driver.feed(Received(s.connection, s.key, Cancel(s.id)))
 
     def fail(self, error: Exception) -> None:
         """This verifier is over: tell its sessions, then who can end the process."""
@@ -299,13 +333,18 @@ class VerifierHost:
 
     # --- events and actions
 
-    def _feed(self, event: InEvent) -> list[Action]:
-        """Hand over an event and carry out what follows."""
-        return self._driver.feed(event)
+    def _look_on(self, now: float, event: InEvent, actions: list[Action]) -> None:
+        """For the page. It must not break what it shows."""
+        if self._blind:
+            return
+        try:
+            self.recorder(now, event, actions)
+        except Exception:
+            self._blind = True
+            log.exception("the recorder failed: the page's figures stand still from now on")
 
     @property
     def now(self) -> float:
-        """Seconds, by the event loop's clock."""
         return self._loop.time()
 
     def soon(self, do: Callable[[], None]) -> None:
@@ -313,7 +352,6 @@ class VerifierHost:
         self._loop.call_soon(self._call, do)
 
     def at(self, time: float, do: Callable[[], None]) -> Callable[[], None]:
-        """A timer."""
         return self._loop.call_at(time, self._call, do).cancel
 
     @vital
@@ -321,18 +359,15 @@ class VerifierHost:
         do()
 
     def run(self, step: Run) -> None:
-        """To the engine's thread."""
         self._step = step
         self.metrics.dispatched(self.now, step)
         self._engine.submit(step)
 
     def send(self, connection: int, message: Verdict | Refused) -> None:
-        """To an edge, or a thin client."""
         self.metrics.sent(self.now, message)
         self._send(connection, message)
 
     def ended(self, ended: Ended) -> None:
-        """Only the metrics care."""
         self.metrics.ended(ended)
 
     @vital
@@ -353,7 +388,7 @@ class VerifierHost:
         self.metrics.step(self._loop.time(), self._step, done)
         self._step = None
         dead = self._engine.dead  # before the next step can say so, too
-        self._feed(done)
+        self._driver.feed(done)
         if dead is not None:
             self.fail(dead)
 
@@ -361,6 +396,3 @@ class VerifierHost:
         sender = self._senders.get(connection)
         if sender is not None:
             sender(message)
-
-
-__all__ = ["EventLog", "Sender", "VerifierHost", "read_events"]

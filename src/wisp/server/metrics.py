@@ -11,12 +11,11 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from wisp.api.attainment import Attainment
-from wisp.api.scrape import add_gauges
+from wisp.api.scrape import Registry
 from wisp.core.protocol.messages import Open, Refused, Verdict
 from wisp.core.protocol.step import Slice
 from wisp.core.verify.cost import Load, load_of
@@ -26,48 +25,18 @@ from wisp.core.verify.session import State
 from wisp.core.verify.verifier import Verifier
 
 # vLLM's bucket edges, seconds.
-_MILLISECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08)
 TTFT = (
-    *_MILLISECONDS,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    7.5,
-    10.0,
-    20.0,
-    40.0,
-    80.0,
-    160.0,
-    640.0,
-    2560.0,
-)
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+    640.0, 2560.0,
+)  # fmt: skip
 ITL = (
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    7.5,
-    10.0,
-    20.0,
-    40.0,
-    80.0,
-)
-_SECONDS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0)
-E2E = (*_SECONDS, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+E2E = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)  # fmt: skip
+# Ours.
 INTERFERENCE = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 SLACK = (-10.0, -2.5, -1.0, -0.5, -0.25, -0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 SLICES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -89,80 +58,65 @@ class Metrics:
     """Counters and histograms in a registry of their own; gauges are read from the verifier when asked."""
 
     def __init__(self, verifier: Verifier) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = r = Registry()
         self._verifier = verifier
         self._seen: dict[str, _Seen] = {}
         self._load = Load()  # of the last step
         self._dispatched = 0.0
-        r = self.registry
-        gauges = {
-            "num_requests_running": ("Sessions that hold a KV slot.", lambda: verifier.kv.owned_slots),
-            "num_requests_waiting": ("Sessions with work but no KV slot.", lambda: verifier.n_waiting),
-            "num_requests_parked": (
-                "Sessions whose edge is gone.",
-                lambda: sum(s.state is State.PARKED for s in verifier.sessions.values()),
-            ),
-            "kv_cache_usage_perc": (
-                "KV tokens of live sessions over all (1 = full).",
-                lambda: verifier.kv.owned_tokens / verifier.kv.kv_tokens,
-            ),
-            "num_requests_slo_lost": (
-                "Sessions whose SLO can no longer be kept.",
-                lambda: sum(s.targets.slo_lost for s in verifier.sessions.values()),
-            ),
-            "cost_model_relative_error": (
-                "Median relative error of recent predictions of a step's time.",
-                lambda: verifier.cost.error,
-            ),
-            "cost_model_margin": (
-                "What predictions are multiplied with to hold nine times out of ten.",
-                lambda: verifier.cost.margin,
-            ),
-            "draft_token_price": (
-                "What one more draft token would cost others, in committed tokens, in a step like the last.",
-                lambda: verifier.price,
-            ),
-            "pressure_utilisation": (
-                "Work left out of steps for want of time, over their time (0: the server keeps up).",
-                lambda: verifier.congestion.utilisation,
-            ),
-        }
-        add_gauges(r, gauges)
-        self.ttft = Histogram(
-            "wisp:time_to_first_token_seconds", "Open to first token.", buckets=TTFT, registry=r
-        )
-        self.itl = Histogram(
-            "wisp:inter_token_latency_seconds", "Time between messages with tokens.", buckets=ITL, registry=r
-        )
-        self.e2e = Histogram(
-            "wisp:e2e_request_latency_seconds", "Open to last token.", buckets=E2E, registry=r
-        )
-        self.queue = Histogram(
-            "wisp:request_queue_time_seconds", "Ready to dispatched, per verdict.", buckets=TTFT, registry=r
-        )
-        self.steps = Histogram(
-            "wisp:engine_step_seconds", "Time of one engine step.", buckets=STEP, registry=r
-        )
-        self.slices = Counter("wisp:engine_slices", "Slices run.", registry=r)
-        self.rows = Counter("wisp:engine_tokens", "Tokens fed to the engine.", registry=r)
-        self.step_errors = Counter("wisp:engine_errors", "Steps and slices that failed.", registry=r)
-        self.success = Counter(
-            "wisp:request_success", "Ended: stop, length, abort or expired.", ["finished_reason"], registry=r
-        )
-        self.refused = Counter("wisp:request_refused", "Refused messages.", ["code"], registry=r)
-        self.drafts = Counter("wisp:spec_decode_num_drafts", "Drafts verified.", registry=r)
-        self.draft_tokens = Counter("wisp:spec_decode_num_draft_tokens", "Draft tokens verified.", registry=r)
-        self.accepted = Counter("wisp:spec_decode_num_accepted_tokens", "Draft tokens accepted.", registry=r)
-        self.per_position = Counter(
-            "wisp:spec_decode_num_accepted_tokens_per_pos",
-            "Accepted at each place.",
-            ["position"],
-            registry=r,
-        )
-        self.connections = Gauge("wisp:edge_connections", "Open session sockets.", registry=r)
-        self.predicted = Counter(
-            "wisp:cost_model_predicted_seconds", "What steps were predicted to take.", registry=r
-        )
+        self._evicted = 0
+        self._gauges(r)
+        self.connections = r.gauge("edge_connections", "Open session sockets.")
+        self._requests(r)
+        self._steps(r)
+        self._speculation(r)
+        self.event_log_lost = r.counter("event_log_lost", "1 once the event log cannot be written any more.")
+        self.attainment = Attainment(r)
+        r.register(_KeyUsage(verifier))
+
+    def _gauges(self, r: Registry) -> None:
+        v = self._verifier
+        sessions = v.sessions.values()
+        r.gauge("num_requests_running", "Sessions that hold a KV slot.", lambda: v.kv.owned_slots)
+        r.gauge("num_requests_waiting", "Sessions that could run but have no KV slot.", lambda: v.n_waiting)
+        text = "Sessions that wait for their edge to come back."
+        r.gauge("num_requests_parked", text, lambda: sum(s.state is State.PARKED for s in sessions))
+        text = "Sessions whose SLO can no longer be kept."
+        r.gauge("num_requests_slo_lost", text, lambda: sum(s.targets.slo_lost for s in sessions))
+        text = "KV tokens of live sessions over all (1 = full)."
+        r.gauge("kv_cache_usage_perc", text, lambda: v.kv.owned_tokens / v.kv.kv_tokens)
+        text = "Median relative error of recent predictions of a step's time."
+        r.gauge("cost_model_relative_error", text, lambda: v.cost.error)
+        text = "Multiplier that makes a prediction a p90 upper bound."
+        r.gauge("cost_model_margin", text, lambda: v.cost.margin)
+        text = "Congestion price: what one more draft token costs other sessions, in committed tokens."
+        r.gauge("draft_token_price", text, lambda: v.price)
+        text = "Time of what was left out of steps, over the time of the steps (0: the server keeps up)."
+        r.gauge("pressure_utilisation", text, lambda: v.congestion.utilisation)
+
+    def _requests(self, r: Registry) -> None:
+        self.ttft = r.histogram("time_to_first_token_seconds", "From Open to the first token.", TTFT)
+        self.itl = r.histogram("inter_token_latency_seconds", "Time between messages with tokens.", ITL)
+        self.e2e = r.histogram("e2e_request_latency_seconds", "From Open to the last token.", E2E)
+        text = "From ready to dispatched, per verdict."
+        self.queue = r.histogram("request_queue_time_seconds", text, TTFT)
+        text = "Ended sessions: stop, length, abort or expired."
+        self.success = r.counter("request_success", text, "finished_reason")
+        self.refused = r.counter("request_refused", "Refused messages.", "code")
+        text = "Opened sessions: admitted, resumed, or the code of the refusal."
+        self.admissions = r.counter("admission", text, "outcome")
+        self.slo_lost = r.counter("request_slo_lost", "Sessions whose SLO was given up.")
+        self.preemptions = r.counter("num_preemptions", "Times that a session's KV was taken for others.")
+
+    def _steps(self, r: Registry) -> None:
+        self.steps = r.histogram("engine_step_seconds", "Time of one engine step.", STEP)
+        self.predicted = r.counter("cost_model_predicted_seconds", "Predicted time of the steps.")
+        self.slices = r.counter("engine_slices", "Slices run.")
+        self.rows = r.counter("engine_tokens", "Tokens fed to the engine.")
+        self.step_errors = r.counter("engine_errors", "Steps and slices that failed.")
+        slices = r.histogram("engine_step_slices", "Slices of a step.", SLICES, "kind")
+        rows = r.histogram("engine_step_rows", "Tokens fed in a step.", ROWS, "kind")
+        self.step_slices = [slices.labels(kind) for kind in KINDS]
+        self.step_rows = [rows.labels(kind) for kind in KINDS]
         self.interference = Tally(
             "wisp:verification_interference_seconds",
             "Per slice: dispatch to commit of its step, less the predicted time of the slice alone.",
@@ -174,35 +128,20 @@ class Metrics:
             SLACK,
             signed=True,
         )
-        slices = Histogram(
-            "wisp:engine_step_slices", "Slices of a step.", ["kind"], buckets=SLICES, registry=r
-        )
-        rows = Histogram("wisp:engine_step_rows", "Tokens fed in a step.", ["kind"], buckets=ROWS, registry=r)
-        self.step_slices = [slices.labels(kind) for kind in KINDS]
-        self.step_rows = [rows.labels(kind) for kind in KINDS]
-        self.admissions = Counter(
-            "wisp:admission", "Opened sessions: admitted, resumed, or the code of the refusal.", ["outcome"],
-            registry=r,
-        )  # fmt: skip
-        self.preemptions = Counter(
-            "wisp:num_preemptions", "Times that a session's KV was taken for others.", registry=r
-        )
-        self._evicted = 0
-        self.event_log_lost = Counter(
-            "wisp:event_log_lost", "1 once the event log could not be written any more.", registry=r
-        )
-        self.slo_lost = Counter("wisp:request_slo_lost", "Sessions whose SLO was given up.", registry=r)
-        self.attainment = Attainment(r)
         for tally in (self.interference, self.slack):
             r.register(tally)
-        r.register(_KeyUsage(verifier))
+
+    def _speculation(self, r: Registry) -> None:
+        self.drafts = r.counter("spec_decode_num_drafts", "Drafts verified.")
+        self.draft_tokens = r.counter("spec_decode_num_draft_tokens", "Draft tokens verified.")
+        self.accepted = r.counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.")
+        text = "Draft tokens accepted, by their position in the draft."
+        self.per_position = r.counter("spec_decode_num_accepted_tokens_per_pos", text, "position")
 
     def opened(self, now: float, open_: Open, key: str) -> None:
-        """A session is opened or resumed."""
         self._seen.setdefault(open_.session, _Seen(now))
 
     def sent(self, now: float, message: Verdict | Refused) -> None:
-        """A verdict or refusal leaves."""
         if isinstance(message, Refused):
             self.refused.labels(message.code).inc()
             if message.fatal:
@@ -229,11 +168,9 @@ class Metrics:
             self.success.labels(ended.why).inc()
 
     def admission(self, outcome: str) -> None:
-        """A session was to be opened."""
         self.admissions.labels(outcome).inc()
 
     def dispatched(self, now: float, run: Run) -> None:
-        """A step begins."""
         self._dispatched = now
         self.preemptions.inc(self._verifier.evicted - self._evicted)
         self._evicted = self._verifier.evicted
@@ -241,11 +178,8 @@ class Metrics:
         sessions = [self._verifier.sessions[s.session] for s in run.slices]
         self.slack.add([s.due - now for s in sessions if s.due < math.inf])
         for session in sessions:
-            if (
-                session.targets.slo_lost
-                and (seen := self._seen.get(session.id)) is not None
-                and not seen.lost
-            ):
+            seen = self._seen.get(session.id)
+            if session.targets.slo_lost and seen is not None and not seen.lost:
                 seen.lost = True
                 self.slo_lost.inc()
         counts, rows = [0, 0, 0], [0, 0, 0]
@@ -315,9 +249,6 @@ class Tally(Collector):
         return [HistogramMetricFamily(self.name, self.about, buckets=buckets, sum_value=total)]
 
 
-_TOTALS = ("prompt_tokens", "output_tokens")
-
-
 class _KeyUsage(Collector):
     """Usage per API key, read from admission when asked."""
 
@@ -325,21 +256,15 @@ class _KeyUsage(Collector):
         self._usage = verifier.admission.usage
 
     def collect(self) -> Iterable[Metric]:
-        tokens = CounterMetricFamily("wisp:key_tokens", "Tokens per API key.", labels=["key", "kind"])
-        requests = CounterMetricFamily(
-            "wisp:key_requests", "Requests per API key.", labels=["key", "outcome"]
-        )
-        prompt, generated = (sum(getattr(u, name) for u in self._usage.values()) for name in _TOTALS)
+        family = CounterMetricFamily
+        tokens = family("wisp:key_tokens", "Tokens per API key.", labels=["key", "kind"])
+        requests = family("wisp:key_requests", "Requests per API key.", labels=["key", "outcome"])
+        prompt = output = 0
         for key, usage in sorted(self._usage.items()):
+            prompt, output = prompt + usage.prompt_tokens, output + usage.output_tokens
             tokens.add_metric([key, "prompt"], usage.prompt_tokens)
             tokens.add_metric([key, "output"], usage.output_tokens)
             requests.add_metric([key, "admitted"], usage.requests)
             requests.add_metric([key, "refused"], usage.refused)
-        return [
-            tokens,
-            requests,
-            CounterMetricFamily(
-                "wisp:prompt_tokens", "Prompt tokens computed (reused ones are not).", prompt
-            ),
-            CounterMetricFamily("wisp:generation_tokens", "Tokens committed.", generated),
-        ]
+        computed = family("wisp:prompt_tokens", "Prompt tokens computed (reused ones are not).", prompt)
+        return [tokens, requests, computed, family("wisp:generation_tokens", "Tokens committed.", output)]

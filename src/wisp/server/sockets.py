@@ -142,7 +142,6 @@ class SessionSocket:
             return True
 
     def post(self, message: Message) -> None:
-        """Queue a message for the peer."""
         frame = encode(message)
         self._backlog += len(frame)
         if self._backlog > MAX_BACKLOG:
@@ -244,6 +243,3 @@ async def deny(receive: Receive, send: Send, scope: Scope, error: RequestError) 
         await send({"type": "websocket.http.response.body", "body": str(error).encode()})
     else:
         await send({"type": "websocket.close", "code": 4401, "reason": str(error)})
-
-
-__all__ = ["SessionEndpoint", "SessionSocket"]

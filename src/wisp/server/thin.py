@@ -10,12 +10,18 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 
+import msgspec
+
 from wisp.api.backend import Committed, Generation, Target
 from wisp.core.draft.drafter import Drafter, Reopen, busy_error
+from wisp.core.draft.policies import Fixed
+from wisp.core.draft.signals import Signal
 from wisp.core.errors import UnavailableError
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.verify.admission import Refusal
 from wisp.server.host import VerifierHost
+
+_CERTAIN = Signal(confidence=1.0, certain=True)
 
 
 class ThinBackend:
@@ -23,32 +29,31 @@ class ThinBackend:
 
     def __init__(self, host: VerifierHost) -> None:
         self.host = host
-        self._target = Target(host.model, host.tokenizer, host.limits.slot_tokens, host.limits.digest)
+        limits = host.limits
+        self._target = Target(host.model, host.tokenizer, limits.slot_tokens, limits.digest, host.grammars)
 
     @property
     def context(self) -> int:
-        """Of the model served here."""
         return self._target.context
 
     async def target(self) -> Target:
-        """The model served here."""
         return self._target
 
     def admit(self, key: str) -> None:
-        """See `Backend.admit`."""
         try:
             self.host.admit(key)
         except Refusal as refusal:
             raise busy_error(refusal.code, str(refusal), refusal.retry_after) from None
 
     async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
-        """Stream the target's tokens."""
         host = self.host
         if host.draining:
             raise UnavailableError("this server is shutting down", retry_after=2.0)
         inbox: asyncio.Queue[Verdict | Refused] = asyncio.Queue()
         connection = host.attach(generation.key, inbox.put_nowait)
-        drafter = Drafter(secrets.token_hex(16), generation, None, host.limits.eos)
+        forced = _forced(generation)
+        policy = Fixed(host.limits.max_draft) if forced else None
+        drafter = Drafter(secrets.token_hex(16), generation, policy, host.limits.eos)
         max_draft, digest = host.limits.max_draft, host.limits.digest
         try:
             actions = drafter.connected(0.0, max_draft, digest)
@@ -65,6 +70,11 @@ class ThinBackend:
                         yield action
                         if action.finish:
                             return
+                if forced and drafter.wants_token(0.0):
+                    at = drafter.position
+                    then = forced[at + 1 : at + max_draft]
+                    actions = drafter.proposed(0.0, forced[at], _CERTAIN, then=then)
+                    continue
                 message = await inbox.get()
                 if host.failed is not None:  # no step will run any more
                     raise UnavailableError("this server has failed, and ends", retry_after=2.0)
@@ -76,3 +86,12 @@ class ThinBackend:
         finally:
             host.receive(connection, Cancel(drafter.session))
             host.detach(connection)
+
+
+def _forced(generation: Generation) -> list[int]:
+    """The text of a session that may say only one, as one that scores a prompt: it is drafted, for nothing."""
+    constraints = generation.sampling.constraints
+    grammar = constraints.grammar if constraints is not None else None
+    if grammar is None or grammar.kind != "tokens" or grammar.after:
+        return []
+    return msgspec.json.decode(grammar.source, type=list[int])

@@ -84,7 +84,6 @@ class LoopWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread."""
         self._over.set()
         self._thread.join()
 

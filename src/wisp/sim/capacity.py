@@ -31,6 +31,8 @@ GRAIN = 0.02  # a crossing is searched to one device or this share
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 MOST = 4096  # devices
+CHUNKS = (256, 128)  # tokens of a step that central serving may choose
+DECODES = 0.75  # of a step's tokens, the most that decodes get (`core.verify.batching.simple`)
 FEWEST = 100  # requests by which a number of devices is judged, if windows need be no more than
 LONGEST = 10.0  # times as long for it
 
@@ -77,13 +79,20 @@ def variants(policy: str, scenario: Scenario) -> list[System]:
         fixed = [system(f"sled,drafting=fixed:{k}") for k in (3, 4, 2, 6, 8)]
         return [*fixed, *(system(f"sled,drafting=confidence:{p}") for p in (0.4, 0.6, 0.2))]
     if policy == "central":
-        # Requests beyond a cap wait within their TTFT target instead of slowing all others down.
+        # Requests beyond a cap wait within their TTFT target instead of slowing all others down; smaller chunks of
+        # prompts slow decodes down less.
         most = bound(scenario, central=True).devices
-        caps = [system(f"central,slots={round(most * share)}") for share in (1.0, 0.93, 0.85) if most > 4]
-        return [*caps, system("central")]
+        caps = [f"central,slots={round(most * share)}" for share in (1.0, 0.93, 0.85) if most > 4]
+        smaller = [f"{of},step_tokens={n}" for n in chunks(most) for of in (*caps[:1], "central")]
+        return [system(spec) for spec in (*caps, "central", *smaller)]
     if policy == "central-speculative":
         return [system(f"central-speculative,drafting=fixed:{k}") for k in (2, 1, 3, 4)]
     return [system(policy)]
+
+
+def chunks(devices: float) -> list[int]:
+    """Tokens of a step that leave room for so many decodes, fewer than a profile's own."""
+    return [n for n in CHUNKS if devices < DECODES * n]
 
 
 @dataclass

@@ -13,9 +13,12 @@ from rich.table import Table
 from wisp.core.errors import ConfigError
 from wisp.progress import progress_bar
 from wisp.sim.capacity import Capacity, capacity
+from wisp.sim.page import RunPage, row_s
 from wisp.sim.plan import plan
 from wisp.sim.plan.estimate import Estimate
-from wisp.sim.report import chrome_trace, draw, number, report, table
+from wisp.sim.report import report
+from wisp.sim.report_table import number, table
+from wisp.sim.run_trace import chrome_trace, draw
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.simulate import Simulation
@@ -68,12 +71,13 @@ def run_simulate(
     seed: int | None,
     chrome: Path | None,
     plot: Path | None,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """One run; by default under the scenario's first seed. Raises ConfigError."""
     scenario = chosen(name, rate, devices)
     seed = scenario.seeds[0] if seed is None else seed
-    for path in (chrome, plot):
+    for path in (chrome, plot, html):
         if path is not None:
             writable(path)
     if plot is not None:
@@ -84,7 +88,9 @@ def run_simulate(
         plt.close()
         if plot.suffix[1:] not in kinds:
             raise ConfigError(f"cannot draw {plot}: give it one of the endings {', '.join(sorted(kinds))}")
-    simulation = Simulation(scenario, system(spec), seed, trace=chrome is not None or plot is not None)
+    trace, width_s = chrome is not None or plot is not None, row_s(scenario) if html is not None else 0.0
+    simulation = Simulation(scenario, system(spec), seed, trace=trace, row_s=width_s)
+    page = RunPage(simulation) if html is not None else None
     with progress_bar() as tell:
 
         def step(running: Simulation) -> bool:
@@ -97,6 +103,8 @@ def run_simulate(
         chrome.write_text(chrome_trace(simulation))
     if plot is not None:
         draw(simulation, plot)
+    if page is not None and html is not None:
+        page.write(html, found)
     if as_json:
         print(json.dumps(found.benchmark()))
     else:
@@ -132,8 +140,8 @@ def run_capacity(
 
 
 def _shown(c: Capacity) -> Table:
-    pace = f", {c.rate:g} tokens/s" if c.rate else ""
-    out = Table(title=f"{c.scenario}{pace}: {c.system}", show_header=False)
+    rate = f", {c.rate:g} tokens/s" if c.rate else ""
+    out = Table(title=f"{c.scenario}{rate}: {c.system}", show_header=False)
     out.add_column()
     out.add_column(justify="right")
     out.add_row(f"devices with {c.tolerance:.0%} violations (95 %)", f"{c.capacity} ({c.low} to {c.high})")
@@ -153,7 +161,6 @@ def _shown(c: Capacity) -> Table:
 
 
 def run_plan(scenario: Scenario, *, tolerance: float, simulate: bool, jobs: int, as_json: bool) -> None:
-    """Advice. Raises ConfigError."""
     with Runs(jobs if simulate else 1) as runs, progress_bar() as tell:
 
         def watch(tried: str, done: int, of: int) -> None:

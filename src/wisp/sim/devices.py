@@ -1,4 +1,4 @@
-"""Devices, links and verifiers to try policies on: measured figures with their source, in plain numbers."""
+"""Devices, links and verifiers for simulations: measured figures, each with its source."""
 
 from __future__ import annotations
 
@@ -39,7 +39,6 @@ class Link:
     loss: float = 0.0
 
     def one_way_ms(self, source: random.Random) -> float:
-        """Time of one message."""
         delay = self.rtt_ms / 2
         if self.jitter_ms:
             delay += source.expovariate(2.0 / self.jitter_ms)

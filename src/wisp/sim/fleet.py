@@ -34,9 +34,10 @@ from wisp.core.verify.batching import batching_policy
 from wisp.edge.address import http_url
 from wisp.progress import progress_bar
 from wisp.sim.commands import one_class, writable
-from wisp.sim.compare import differences
+from wisp.sim.differences import differences
 from wisp.sim.live import Clock, Sockets
-from wisp.sim.report import Engine, Machine, Report, report, table
+from wisp.sim.report import Engine, Machine, Report, report
+from wisp.sim.report_table import table
 from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.serving import cpu_s, verifier
 from wisp.sim.simulate import Fleet, Simulation, quantile, scripts_of

@@ -46,9 +46,8 @@ LONGEST = 16  # tokens in a draft
 THRESHOLDS = (0.97, *(round(0.95 - 0.05 * i, 2) for i in range(18)))
 POSITIONS = 12_000  # replayed for each threshold
 FINER = 0.96  # from one length of a step to the next that is tried
-GUESSED = (
-    0.5  # of drafts accepted whole: those whose successor was ready, and right about the token in between
-)
+# Of drafts accepted whole: the share whose successor was ready, and right about the token in between.
+GUESSED = 0.5
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,6 @@ class Demand:
 
     @property
     def context(self) -> float:
-        """Mean tokens of KV."""
         return self.prompt + self.output / 2
 
 

@@ -80,7 +80,6 @@ class Clock:
         return self._loop.time() - self._zero
 
     def stop(self) -> None:
-        """Let no more time pass."""
         self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
@@ -181,7 +180,6 @@ class Sockets:
     # --- Uplink
 
     def receive(self, connection: int, message: Said) -> None:
-        """A device's message leaves."""
         self.frames_out += 1
         itinerary = self._itineraries.get(connection)
         if isinstance(message, Open):
@@ -318,7 +316,6 @@ class Sockets:
             self.clock.happen(lambda: self._take(index, address, event))
 
     def _ended(self, reason: str) -> None:
-        """The server that was given is gone."""
         if not self._closing and self.clock is not None:
 
             def fail() -> None:
@@ -346,12 +343,7 @@ class Wire(asyncio.Protocol):
         )
         self._pong: asyncio.Future[None] | None = None
         self._transport: asyncio.Transport | None = None  # while there is a connection
-        self._ended = False
-
-    @property
-    def ended(self) -> bool:
-        """Is the connection gone?"""
-        return self._ended
+        self.ended = False  # the connection is gone, or about to be
 
     async def ping(self) -> None:
         """Returns with the answer."""
@@ -362,16 +354,15 @@ class Wire(asyncio.Protocol):
 
     def send(self, frame: bytes) -> None:
         """Send a binary frame; nothing, if the connection is gone, or about to be."""
-        if self._ended or self._socket.state is not OPEN:
+        if self.ended or self._socket.state is not OPEN:
             return
         self._socket.send_binary(frame)
         self._flush()
 
     def close(self) -> None:
-        """Say goodbye."""
-        if self._ended:
+        if self.ended:
             return
-        self._ended = True
+        self.ended = True
         if self._transport is None or not self.ready.done():
             self.abort()
         else:
@@ -379,15 +370,13 @@ class Wire(asyncio.Protocol):
             self._flush()
 
     def abort(self) -> None:
-        """Break it."""
-        self._ended = True
+        self.ended = True
         if self._transport is not None:
             self._transport.abort()
 
     # --- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask for the upgrade."""
         self._transport = cast("asyncio.Transport", transport)
         request = self._socket.connect()
         for name, value in self._headers.items():
@@ -396,7 +385,6 @@ class Wire(asyncio.Protocol):
         self._flush()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came."""
         self._socket.receive_data(data)
         for event in self._socket.events_received():
             if isinstance(event, Frame):
@@ -408,18 +396,16 @@ class Wire(asyncio.Protocol):
         self._flush()
 
     def eof_received(self) -> None:
-        """The peer is done."""
         self._socket.receive_eof()
         self._flush()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The connection is gone."""
         self._transport = None
         reason = str(self._socket.handshake_exc or error or self._socket.close_reason or "no reason given")
         if not self.ready.done():
             self.ready.set_exception(self._socket.handshake_exc or ConnectionError(reason))
-        elif not self._ended:
-            self._ended = True
+        elif not self.ended:
+            self.ended = True
             self._broken(reason)
 
     def _frame(self, frame: Frame) -> None:

@@ -21,7 +21,6 @@ class PaperRow(NamedTuple):
 
 
 RATES = (2.0, 4.0, 6.0, 8.0)
-SYSTEMS = ("paper", "central", "sled")
 PAPER: dict[str, dict[str, PaperRow]] = {
     "a100-qwen3-32b": {
         "paper": PaperRow((164, 142, 103, 86), 631.86),

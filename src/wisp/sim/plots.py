@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from wisp.core.errors import ConfigError
@@ -19,3 +22,16 @@ def pyplot() -> Any:
     except ImportError:
         raise ConfigError("plots need matplotlib: pip install 'wisp-serve[sim]'") from None
     return plt
+
+
+@contextlib.contextmanager
+def picture(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
+    """The axes of a new figure (`options`: of `pyplot.subplots`), which is written to `path` in the end."""
+    plt = pyplot()
+    figure, axes = plt.subplots(rows, columns, **options)
+    try:
+        yield axes
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
+    finally:
+        plt.close(figure)

@@ -162,7 +162,6 @@ class _Generation:
         self._carry_out(actions)
 
     def _draft_ms(self) -> float:
-        """A draft step, as warm as the device is by now."""
         return self.bench.device.draft_ms(self.tally.drafting_ms / 1e3)
 
     def _propose(self) -> None:
@@ -215,7 +214,6 @@ class _Verifier:
         self.arrived = 0.0
 
     def receive(self, at: float, message: Open | Draft) -> None:
-        """A message arrives at time `at`."""
         self.waiting = (at, message)
 
     def due(self, now: float) -> tuple[float, Verdict] | None:

@@ -45,11 +45,9 @@ class Variant:
     server_mode: bool = False
 
     def policies(self, predictor: Predictor) -> Policies:
-        """Fresh, nothing learned yet."""
         return Policies(self.spec, predictor, server_mode=self.server_mode)
 
     def run(self, traces: list[Trace], bench: Bench, predictor: Predictor) -> Tally:
-        """Replay the traces."""
         return replay(traces, bench, self.policies(predictor), Ahead() if self.ahead else None)
 
 

@@ -1,4 +1,4 @@
-"""The report of a run, simulated or live: service by class, devices, the verifier's engine; and tables for people.
+"""The report of a run, simulated or live: service by class, devices, the verifier's engine.
 
 Only requests that arrived in the window count, as they stand when the run ends. Latencies are the user's, of all
 requests that got so far, met or not. TPOT is per token, ITL per message: speculation makes them differ.
@@ -6,23 +6,22 @@ requests that got so far, met or not. TPOT is per token, ITL per message: specul
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 import msgspec
-from rich.table import Table
 
 from wisp.calibrate.hardware import Measured
 from wisp.core.protocol.slo import account, met
 from wisp.core.verify.cost import Load
+from wisp.sim.request import Request
 from wisp.sim.scenario import SloClass
 from wisp.sim.simulate import Fleet, Simulation, quantile
-from wisp.sim.world import Request, VerifierCounts
+from wisp.sim.smooth import Pace, pace
+from wisp.sim.world import VerifierCounts
 
-LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
+LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms", "longest_gap_ms", "longest_stall_ms")
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -161,6 +160,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     violators_tpot_p99_ms: of requests that missed their SLO, unfinished ones as they stood (None: none had a second
                      token)
     refused, refusals: requests refused for good; refusals in all
+    longest_gap_ms:  of each request with a token, the longest time between two messages
+    longest_stall_ms: of each, the greatest lateness of a token against first token + i x TPOT target (see `smooth`)
+    late_tokens:     share of tokens, first ones left out, that came later than that
+    draft_steps_per_token: of all devices and requests over the whole run: the energy of drafting
     drafting_ms:     of all devices over the whole run; wasted_ms: of that, past a first rejection
     drafting_busy:   share of the devices' time; drafting_wasted: share of drafting time
     ahead_wasted:    tokens drafted ahead and thrown away
@@ -201,7 +204,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     tpot_ms: Spread
     itl_ms: Spread
     e2el_ms: Spread
+    longest_gap_ms: Spread
+    longest_stall_ms: Spread
+    late_tokens: float | None
     violators_tpot_p99_ms: float | None
+    draft_steps_per_token: float | None
     drafting_ms: float
     wasted_ms: float
     drafting_busy: float
@@ -253,6 +260,7 @@ def report(
         ends = fleet.marks
         engine = Engine.between(ends[0], ends[1], s.window_s) if len(ends) == 2 else None
     compared = [d.compared() for d in devices]
+    paces = [_pace(r, now) for r in window if r.tokens]
     completed, tokens = sum(r.ended is not None and r.ok for r in window), sum(r.tokens for r in window)
     return Report(
         scenario=s.title,
@@ -282,7 +290,11 @@ def report(
         total_output_tokens=tokens,
         classes=_classes(s.slo, window, start, start + seconds, now),
         **_latencies(window),
+        longest_gap_ms=Spread.of([p.longest_gap_ms for p in paces]),
+        longest_stall_ms=Spread.of([p.longest_stall_ms for p in paces]),
+        late_tokens=_each(sum(p.late for p in paces), sum(p.tokens for p in paces)),
         violators_tpot_p99_ms=_violators_p99(window, now),
+        draft_steps_per_token=_each(counts.draft_steps, sum(r.tokens for r in fleet.requests)),
         drafting_ms=counts.drafting_ms,
         wasted_ms=counts.wasted_ms,
         drafting_busy=counts.drafting_ms / 1e3 / (now * max(1, len(devices))),
@@ -321,6 +333,14 @@ def _latencies(requests: Sequence[Request]) -> dict[str, Spread]:
     }
 
 
+def _pace(request: Request, now: float) -> Pace:
+    return pace(request.heard, request.slo.tpot_ms, None if request.ended is not None else now)
+
+
+def _each(total: float, of: int) -> float | None:
+    return total / of if of else None
+
+
 def _violators_p99(requests: Sequence[Request], now: float) -> float | None:
     missed = [r for r in requests if r.tokens > 1 and not met(r.served(), now)]
     paces = [((r.last if r.ended is not None else now) - r.first) * 1e3 / (r.tokens - 1) for r in missed]
@@ -349,131 +369,3 @@ def _classes(
             )
         )
     return tuple(found)
-
-
-def number(value: float | None, how: str = ".1f") -> str:
-    """For people; a dash for None."""
-    return "-" if value is None else format(value, how)
-
-
-def table(reports: Sequence[Report]) -> Table:
-    """Runs of one scenario side by side, for people. Rows that none of them has are left out."""
-    first = reports[0]
-    rates = ", ".join(f"{rate:g}" for rate in first.rates)
-    title = f"{first.scenario}: {first.devices} devices, {rates} tokens/s, seed {first.seed}, {first.duration:g} s"
-    out = Table(title=title)
-    out.add_column("")
-    for r in reports:
-        batching = "" if r.batching == r.system else f", {r.batching}"
-        out.add_column(f"{r.system}{batching}{' (live)' * (r.where == 'live')}", justify="right")
-    several = len(first.classes) > 1
-    for label, text in (
-        *_SERVICE,
-        *(_class_row(i, c.name) for i, c in enumerate(first.classes) if several),
-        *_COST,
-    ):
-        cells = [text(r) for r in reports]
-        if any(cells):
-            out.add_row(label, *cells)
-    return out
-
-
-Row = tuple[str, Callable[[Report], str]]
-
-
-def _class_row(i: int, name: str) -> Row:
-    return f"  {name}", lambda r: f"{_attained(r.classes[i])}, {r.classes[i].goodput:,.0f} tokens/s"
-
-
-def _attained(of: Report | ClassReport) -> str:
-    return "nothing arrived" if of.attainment is None else f"{of.attainment:.1%} of {of.arrived}"
-
-
-def _within(r: Report) -> str:
-    rate = r.violation_rate
-    return "" if rate is None else " / ".join("yes" if rate <= most else "no" for most in (0.1, 0.01))
-
-
-def _three(name: str) -> Callable[[Report], str]:
-    return lambda r: " / ".join(number(v) for v in msgspec.structs.astuple(getattr(r, name)))
-
-
-def _of(part: str, text: Callable[[Any], str]) -> Callable[[Report], str]:
-    """A row of a part that not every report has."""
-    return lambda r: text(getattr(r, part)) if getattr(r, part) else ""
-
-
-_SERVICE: tuple[Row, ...] = (
-    ("within 10 % / 1 % violations", _within),
-    ("goodput / output, tokens/s", lambda r: f"{r.goodput:,.0f} / {r.output_throughput:,.0f}"),
-    ("requests that met their SLO", _attained),
-)
-_COST: tuple[Row, ...] = (
-    ("refused for good / refusals", lambda r: f"{r.refused} / {r.refusals}"),
-    ("TTFT mean / p50 / p99, ms", _three("ttft_ms")),
-    ("TPOT mean / p50 / p99, ms", _three("tpot_ms")),
-    ("between messages mean / p50 / p99, ms", _three("itl_ms")),
-    ("p99 TPOT of requests that missed, ms", lambda r: number(r.violators_tpot_p99_ms)),
-    ("interference mean / p50 / p99, ms", _three("interference_ms")),
-    ("drafting, share of time / of it wasted", lambda r: f"{r.drafting_busy:.0%} / {r.drafting_wasted:.0%}"),
-    ("engine busy", _of("engine", lambda e: f"{e.utilisation:.0%}")),
-    ("step, ms", _of("engine", lambda e: number(e.step_ms))),
-    ("sequences per step", _of("engine", lambda e: number(e.slices_per_step))),
-    ("tokens per step", _of("engine", lambda e: number(e.rows_per_step))),
-    ("draft tokens accepted", _of("engine", lambda e: number(e.acceptance, ".0%"))),
-    ("steps in all; prompts, share of tokens", _of("verifier", lambda v: f"{v.steps:,}; {v.prefill_share:.0%}")),
-    ("price of a draft token, mean", _of("verifier", lambda v: number(v.price.mean, ".3f"))),
-    ("KV evictions", _of("verifier", lambda v: str(v.kv_evictions))),
-    ("CPU of fleet / server, cores", _of("machine", lambda m: f"{m.fleet_cpu:.2f} / {number(m.server_cpu, '.2f')}")),
-    ("lag of fleet p50 / p99, ms", _of("machine", lambda m: f"{m.loop_lag_ms_p50:.1f} / {m.loop_lag_ms_p99:.1f}")),
-    ("stood still, share of time", _of("machine", lambda m: f"{m.stalled:.1%}")),
-    ("lag of server p50 / p99, ms", _of("machine", lambda m: f"{m.server_lag_ms_p50:.1f} / {m.server_lag_ms_p99:.1f}")),
-)  # fmt: skip
-
-
-def chrome_trace(simulation: Simulation) -> str:
-    """A traced simulation for chrome://tracing: the verifier's steps, each device's drafts and waits."""
-    events: list[dict[str, Any]] = [
-        {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}}
-        for pid, name in ((0, "verifier"), (1, "devices drafting"), (2, "devices waiting"))
-    ]
-    for what, at, ms, who, tokens in simulation.shared.trace or ():
-        step = what == "step"
-        events.append(
-            {
-                "name": what,
-                "ph": "X",
-                "ts": round(at * 1e6),
-                "dur": round(ms * 1e3),
-                "pid": {"step": 0, "draft": 1}.get(what, 2),
-                "tid": 0 if step else who,
-                "args": {"sessions": who, "tokens": tokens} if step else {"tokens": tokens},
-            }
-        )
-    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
-
-
-def draw(simulation: Simulation, path: Path) -> None:
-    """Plot each request of a traced run at its arrival, and the sizes of steps over time."""
-    from wisp.sim.plots import ACCEPTED, OWN, REJECTED, pyplot
-
-    plt = pyplot()
-    figure, (first, pace, steps) = plt.subplots(3, 1, figsize=(10, 7.5), sharex=True)
-    now = simulation.env.now
-    served = [r.served() for r in simulation.requests if r.tokens > 1]
-    colours = [ACCEPTED if met(s, now) else REJECTED for s in served]
-    arrived = [s.arrived for s in served]
-    first.scatter(arrived, [s.ttft_ms for s in served], s=8, c=colours)
-    first.set_ylabel("TTFT (ms)")
-    first.set_title("requests at their arrival; green met their SLO", loc="left", fontsize=9)
-    pace.scatter(arrived, [s.tpot_ms for s in served], s=8, c=colours)
-    for slo in simulation.scenario.slo:
-        pace.axhline(slo.slo.tpot_ms, lw=0.8, color="black")
-    pace.set_ylabel("TPOT (ms)")
-    runs = [e for e in simulation.shared.trace or () if e.what == "step"]
-    steps.plot([e.at for e in runs], [e.tokens for e in runs], lw=0.5, color=OWN)
-    steps.set_ylabel("tokens a step")
-    steps.set_xlabel("seconds")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -11,10 +11,9 @@ import hashlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
 import msgspec
@@ -24,13 +23,14 @@ from wisp.calibrate.traces.format import trace_folder
 from wisp.core.protocol.slo import met
 from wisp.engines.models.store import cache_dir
 from wisp.sim.report import Report, report
+from wisp.sim.request import Request
 from wisp.sim.scenario import Scenario, arrivals_file
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import System
-from wisp.sim.world import Request
 
 A = TypeVar("A")
 B = TypeVar("B")
+# Files that a run depends on.
 SOURCES = (
     "core/**/*.py",
     "engines/emulated.py",
@@ -41,9 +41,20 @@ SOURCES = (
     *(f"calibrate/traces/{name}.py" for name in ("format", "prompts", "scripts")),
     *(
         f"sim/{name}.py"
-        for name in ("devices", "report", "runs", "scenario", "simulate", "systems", "timeline", "world")
+        for name in (
+            "devices",
+            "report",
+            "request",
+            "runs",
+            "scenario",
+            "simulate",
+            "smooth",
+            "systems",
+            "timeline",
+            "world",
+        )
     ),
-)  # files that a run depends on
+)
 CLEARLY = 1.5  # a run is cut once this many times as many have missed as are tolerated
 
 
@@ -104,7 +115,6 @@ def missed_for_sure(request: Request, now: float) -> bool:
 
 @functools.cache
 def source_hash() -> str:
-    """Of every file of SOURCES."""
     root = Path(wisp.__file__).parent
     digest = hashlib.sha256()
     for pattern in SOURCES:
@@ -183,9 +193,7 @@ class Runs:
     def __enter__(self) -> Runs:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=error is None, cancel_futures=True)
 
@@ -193,6 +201,13 @@ class Runs:
         """`do` of each, in order, as they come."""
         return map(do, items) if self._pool is None else self._pool.map(do, items)
 
+    def finished(self, do: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
+        """`do` of each, as soon as it is done."""
+        if self._pool is None:
+            yield from map(do, items)
+            return
+        for future in as_completed([self._pool.submit(do, item) for item in items]):
+            yield future.result()
+
     def reports(self, jobs: Sequence[Job]) -> list[Report]:
-        """Of these runs."""
         return list(self.map(remembered, jobs))

@@ -97,7 +97,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The task of a system. In a file, paths are relative to the file's folder, or else to the current one.
 
     hardware:      profile of the verifier's engine, or a file of `wisp profile --target` (*.json)
-    kv_tokens, slots, overlap: if other than the profile's
+    kv_tokens, slots, step_tokens, overlap: if other than the profile's. step_tokens: most tokens of a step, prompts'
+                   chunks included (vLLM's max_num_batched_tokens)
     prompt_tokens, output_tokens: fewest and most, evenly between; the server learns an answer's end from its
                    end-of-sequence token, as it would live
     max_output:    `max_tokens` of the requests
@@ -106,6 +107,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     devices_n:     devices at work, for commands that do not search for it
     population:    pairs [second, devices]: how many are at work from then on; instead of devices_n
     arrivals_per_s: open loop: requests come by themselves at this rate, each from a device of its own
+    arrivals_cv:   coefficient of variation of the times between them (gamma); 1: Poisson, more: bursts
     arrivals:      file of recorded arrivals instead, see `Arrival`
     traces, domain, acceptance: the texts of target and drafter; acceptance is a share instead of the recorded one
     as_recorded:   each request is a recorded one, prompt and answer whole, so that the recorded target says the same
@@ -123,6 +125,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     devices: tuple[Kit, ...] = (Kit("100"),)
     kv_tokens: int = 0
     slots: int = 0
+    step_tokens: int = 0
     overlap: float = 0.0
     prompt_tokens: tuple[int, int] = (60, 200)
     output_tokens: tuple[int, int] = (100, 300)
@@ -131,6 +134,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     devices_n: int = 50
     population: tuple[tuple[float, int], ...] = ()
     arrivals_per_s: float = 0.0
+    arrivals_cv: float = 1.0
     arrivals: str = ""
     traces: str = str(DEFAULT)
     domain: str = ""
@@ -155,7 +159,12 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
         _check_positive(self, "window_s", "profile_error")
         _check_from_0(self, "warmup_s", "drain_s", "think_s", "arrivals_per_s", "overlap")
-        _check_from_0(self, "kv_tokens", "slots", "max_output", "retries")
+        _check_from_0(self, "kv_tokens", "slots", "step_tokens", "max_output", "retries")
+        _check(0.1 <= self.arrivals_cv <= 10, "arrivals_cv must be between 0.1 and 10; 1 is Poisson")
+        _check(
+            self.arrivals_cv == 1.0 or self.arrivals_per_s > 0,
+            "arrivals_cv is of arrivals_per_s: give that, too",
+        )
         _check_share(self, "acceptance", "vanish")
         _check(0.01 <= self.profile_error <= 100, "profile_error must be a factor between 0.01 and 100")
         most = max([self.devices_n, *(n for _, n in self.population)])
@@ -211,12 +220,15 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def profile(self) -> Hardware:
         """The hardware profile, as changed. Raises ConfigError."""
         if self.hardware.endswith(".json"):
+            if self.overlap or self.step_tokens:
+                raise ConfigError("a measured engine is as it is: leave out overlap and step_tokens")
             return measured(Path(self.hardware), self.slots, self.kv_tokens)
         found = hardware(self.hardware)
         return msgspec.structs.replace(
             found,
             kv_tokens=self.kv_tokens or found.kv_tokens,
             slots=self.slots or found.slots,
+            step_tokens=self.step_tokens or found.step_tokens,
             overlap=self.overlap or found.overlap,
         )
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import json
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-import httpx
 import msgspec
 
 from wisp.calibrate.hardware import Measured
-from wisp.children import Child, Children, free_ports
+from wisp.children import Child, serving
+from wisp.core.errors import ConfigError
+from wisp.engines.emulated import Hardware
 from wisp.sim.scenario import Scenario
 from wisp.sim.simulate import first_guess
 from wisp.sim.systems import System
@@ -19,15 +21,9 @@ from wisp.sim.systems import System
 MOST_SESSIONS = 100_000  # the fleet's own number is the limit
 
 
-@contextlib.contextmanager
-def verifier(scenario: Scenario, of: System) -> Iterator[Child]:
+def verifier(scenario: Scenario, of: System) -> AbstractContextManager[Child]:
     """A server with the scenario's engine, until the context is left. Raises ChildError if it does not start."""
-    with Children() as children:
-        (port,) = free_ports(1)
-        child = children.start("verifier", serve_arguments(scenario, of, port, children.folder), port)
-        with httpx.Client(trust_env=False) as client:
-            child.wait_healthy(client)
-        yield child
+    return serving("verifier", functools.partial(serve_arguments, scenario, of))
 
 
 def serve_arguments(scenario: Scenario, of: System, port: int, folder: Path) -> list[str]:
@@ -41,6 +37,8 @@ def serve_arguments(scenario: Scenario, of: System, port: int, folder: Path) -> 
         "port": str(port),
     }
     if isinstance(profile, Measured):
+        if of.step_tokens:
+            raise ConfigError(f"system {of.name}: step_tokens is for the simulator and emulated engines")
         slots = of.slots or profile.slots
         flags |= {"engine": profile.engine, "target": profile.model, "mode": profile.mode, "threads": "1"}
         flags |= {"slots": str(slots), "context": str(profile.slot_tokens), "cost": scenario.hardware}
@@ -52,6 +50,8 @@ def serve_arguments(scenario: Scenario, of: System, port: int, folder: Path) -> 
             "output-tokens": "-".join(map(str, scenario.output_tokens)),
             "kv-tokens": str(profile.kv_tokens),
         }
+        if scenario.overlap or scenario.step_tokens or of.step_tokens:
+            flags["target"] = _written(profile, of, folder)
         if of.slots or scenario.slots:
             flags["slots"] = str(of.slots or scenario.slots)
         if scenario.acceptance:
@@ -65,6 +65,16 @@ def serve_arguments(scenario: Scenario, of: System, port: int, folder: Path) -> 
         *(part for name, value in flags.items() for part in (f"--{name}", value)),
         "--slo-admission" if of.admission else "--no-slo-admission",
     ]
+
+
+def _written(profile: Hardware, of: System, folder: Path) -> str:
+    """The profile as changed, as a file."""
+    changed = msgspec.structs.replace(profile, step_tokens=of.step_tokens or profile.step_tokens)
+    path = folder / "hardware.toml"
+    # A field's JSON is TOML, too: strings, numbers and lists of them.
+    fields = msgspec.to_builtins(changed).items()
+    path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in fields))
+    return str(path)
 
 
 def cpu_s(pid: int) -> float | None:

@@ -21,10 +21,11 @@ from wisp.core.verify.admission import Admission
 from wisp.core.verify.cost import Coefficients
 from wisp.engines.emulated import EmulatedTarget, Hardware
 from wisp.sim.devices import Device, Link
-from wisp.sim.scenario import Scenario, SloClass, pick, recorded_arrivals
+from wisp.sim.request import Request
+from wisp.sim.scenario import Kit, Scenario, SloClass, pick, recorded_arrivals
 from wisp.sim.systems import System
 from wisp.sim.timeline import Timeline
-from wisp.sim.world import Event, Request, Shared, SimDevice, SimVerifier, Uplink, VerifierCounts
+from wisp.sim.world import Event, Shared, SimDevice, SimVerifier, Uplink, VerifierCounts
 
 CHECK_S = 5.0  # simulated, between two looks at whether the outcome is clear
 JUST_BEFORE_S = 1e-6  # the end of the window, which belongs to the drain
@@ -67,6 +68,7 @@ class Fleet:
         self.requests: list[Request] = []
         self.devices: list[SimDevice] = []
         self.idle: list[SimDevice] = []
+        self.kits: list[Kit] = []  # of each device
         self.wanted = 0  # devices at work
 
     def begin(self) -> None:
@@ -84,7 +86,6 @@ class Fleet:
         return [r for r in self.requests if start <= r.arrived < end]
 
     def busy(self) -> bool:
-        """Is a request of the window unfinished?"""
         return any(r.ended is None for r in self.window())
 
     def _population(self, n: int) -> None:
@@ -95,21 +96,28 @@ class Fleet:
         while self.idle and len(self.devices) - len(self.idle) < n:
             self._ask(self.idle.pop())
 
-    def _make(self) -> SimDevice:
-        """Add a device."""
-        s, system = self.scenario, self.system
-        index = len(self.devices)
-        kit = pick(random.Random(index * 7919 + 17), s.devices, [k.share for k in s.devices])
+    def _make(self, kit: Kit | None = None) -> SimDevice:
+        """Add a device; of which kind, says its index or the caller."""
+        system, index = self.system, len(self.devices)
+        kit = kit or self._kit(random.Random(index * 7919 + 17))
         profile, link = kit.build()
-        if system.beside:
+        away_s = 0.0
+        if system.beside:  # drafts need no link, but the user is as far away as ever
+            away_s = (link.rtt_ms + link.jitter_ms) / 1e3
             profile, link = Device("beside", BESIDE), Link(0.0)
         predictor = self.shared.scripts.library.foreteller
         policies = (
             Policies(system.drafting, predictor, server_mode=system.server_mode) if system.drafting else None
         )
         made = self.device_class(self.shared, index, profile, link, policies, self.source.getrandbits(32))
+        made.away_s = away_s
         self.devices.append(made)
+        self.kits.append(kit)
         return made
+
+    def _kit(self, source: random.Random) -> Kit:
+        kits = self.scenario.devices
+        return pick(source, kits, [k.share for k in kits])
 
     def _join(self) -> None:
         s, device = self.scenario, self._make()
@@ -148,18 +156,22 @@ class Fleet:
             return
         at = 0.0
         while True:
-            at += source.expovariate(s.arrivals_per_s)
+            at += gap_s(source, s.arrivals_per_s, s.arrivals_cv)
             yield at, source.randint(*s.prompt_tokens), pick(source, s.slo, [c.share for c in s.slo])
 
     def _next_arrival(self, arrivals: Iterator[tuple[float, int, SloClass]]) -> None:
-        """Wait for the next arrival; each comes from a device that is free, or from a new one."""
+        """Wait for the next arrival; each comes from a device that is free, or from a new one. Its kind is that of the
+        arrival, so that it is the same under every system."""
         found = next(arrivals, None)
         if found is None:
             return
         at, n_prompt, slo = found
 
         def arrive() -> None:
-            device = self.idle.pop() if self.idle else self._make()
+            kit = self._kit(random.Random(f"{self.seed}/{at}/kit"))
+            free = (i for i in reversed(range(len(self.idle))) if self.kits[self.idle[i].index] == kit)
+            i = next(free, None)
+            device = self._make(kit) if i is None else self.idle.pop(i)
             self._request(device, slo, n_prompt, random.Random(f"{self.seed}/{at}"))
             self._next_arrival(arrivals)
 
@@ -179,10 +191,16 @@ class Fleet:
 class Simulation(Fleet):
     """A scenario under a system, under a seed, in virtual time."""
 
-    def __init__(self, scenario: Scenario, system: System, seed: int, *, trace: bool = False) -> None:
+    def __init__(
+        self, scenario: Scenario, system: System, seed: int, *, trace: bool = False, row_s: float = 0.0
+    ) -> None:
+        """row_s: see `SimVerifier`."""
         scripts, profile = scripts_of(scenario), scenario.profile
-        if system.slots:
-            profile = msgspec.structs.replace(profile, slots=system.slots)
+        profile = msgspec.structs.replace(
+            profile,
+            slots=system.slots or profile.slots,
+            step_tokens=system.step_tokens or profile.step_tokens,
+        )
         eos = scripts.library.eos
         engine = EmulatedTarget(scenario.hardware, profile, scripts.token, n_vocab=1 << 31, eos=eos)
         env = Timeline()
@@ -197,6 +215,7 @@ class Simulation(Fleet):
             drafter_ms=DRAFTER_MS if system.beside else 0.0,
             slo_admission=system.admission,
             trace=events,
+            row_s=row_s,
         )
         self.marks: list[VerifierCounts] = []  # at both ends of the window
         super().__init__(scenario, system, seed, env, self.verifier, scripts, trace=events)
@@ -248,6 +267,13 @@ def scripts_of(scenario: Scenario) -> Scripts:
     lib = library(Path(scenario.traces), scenario.domain, greedy=scenario.as_recorded)
     kind = Recorded if scenario.as_recorded else Scripts
     return kind(lib, scenario.output_tokens, scenario.acceptance or None)
+
+
+def gap_s(source: random.Random, per_s: float, cv: float) -> float:
+    """Seconds between two arrivals: a gamma distribution with that mean rate and coefficient of variation."""
+    if cv == 1.0:
+        return source.expovariate(per_s)
+    return source.gammavariate(1 / cv**2, cv**2 / per_s)
 
 
 def first_guess(profile: Hardware, error: float) -> Coefficients:

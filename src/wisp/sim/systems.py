@@ -9,7 +9,8 @@ from wisp.core.errors import ConfigError
 
 class System(msgspec.Struct, frozen=True):
     """drafting: a drafting policy, or "" for devices that never draft; beside: the drafter runs beside the target;
-    slots: sessions whose KV the server holds at once (0: as many as the hardware profile says); others wait."""
+    slots: sessions whose KV the server holds at once (0: as many as the hardware profile says); others wait;
+    step_tokens: most tokens of a step, chunks of prompts included (0: the profile's)."""
 
     name: str
     drafting: str = ""
@@ -19,17 +20,20 @@ class System(msgspec.Struct, frozen=True):
     admission: bool = False
     beside: bool = False
     slots: int = 0
+    step_tokens: int = 0
     about: str = ""
 
 
 PAPER_MODELS = {"central-paper": "central", "sled-paper": "sled"}  # caps on throughput: see `paper`
 YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 OLD_NAMES = {"ours": "wisp"}  # for one release
-CHANGEABLE = ("drafting", "batching", "ahead", "server_mode", "admission", "beside", "slots")
+NUMBERS = {"slots": "sessions", "step_tokens": "tokens"}
+CHANGEABLE = ("drafting", "batching", "ahead", "server_mode", "admission", "beside", "slots", "step_tokens")
 SYSTEMS = {
     s.name: s
     for s in (
         System("central", about="continuous batching with chunked prefill; no drafts"),
+        System("central-wisp", "", "wisp", admission=True, about="wisp batching and admission; no drafts"),
         System("sled", "fixed:4", "fcfs", about="SLED: fixed drafts, first come first served"),
         System("sled-confidence", "confidence:0.4", "fcfs", about="SLED's other reading: drafts by confidence"),
         System("paper", "predictor", "paper", about="the paper's: predictor, cost model, its scheduler"),
@@ -55,9 +59,9 @@ def system(spec: str) -> System:
         if key not in CHANGEABLE:
             raise ConfigError(f"a system has no {key!r}; change {', '.join(CHANGEABLE)}")
         typed: str | bool | int = value
-        if key == "slots":
+        if key in ("slots", "step_tokens"):
             if not value.isdecimal():
-                raise ConfigError(f"slots={value}: give a number of sessions")
+                raise ConfigError(f"{change}: give a number of {NUMBERS[key]}")
             typed = int(value)
         elif key not in ("drafting", "batching"):
             if value not in YES_NO:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from wisp.api.pages.recorder import Recorder
 from wisp.calibrate.traces.scripts import Script, Scripts
 from wisp.core.draft.drafter import DONE, Action, Drafter, Task
 from wisp.core.draft.policies import Ahead, Policies
@@ -21,7 +22,6 @@ from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.protocol.slo import Served, Slo
 from wisp.core.protocol.step import Committed
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
@@ -31,39 +31,13 @@ from wisp.core.verify.loop import VerifierLoop
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.emulated import EmulatedTarget
 from wisp.sim.devices import Device, Link
+from wisp.sim.request import Request
 from wisp.sim.timeline import Timeline
 
 HOST_S = 2e-3  # the server's own work between steps of some 50 sequences: measured, on 2 slow cores
 MAX_DRAFT = 32
 READ_AHEAD = 20.0  # prompt tokens that a drafter reads in the time of one draft step
 WRONG_TEXT_PAUSE_S = 1.0  # before the next request of a device whose verifier contradicted itself
-
-
-@dataclass(slots=True)
-class Request:
-    """One request of a user and its fate, however often it was sent. Times in seconds, at the user.
-
-    refusals: how often it was refused; refused: for good
-    """
-
-    seed: int
-    prompt: list[int]
-    slo: Slo
-    device: int
-    arrived: float
-    max_tokens: int
-    first: float = 0.0
-    last: float = 0.0
-    tokens: int = 0
-    ended: float | None = None
-    ok: bool = True
-    refused: bool = False
-    refusals: int = 0
-    gaps_ms: list[float] = field(default_factory=list)  # between messages that brought tokens
-
-    def served(self) -> Served:
-        """As `core.protocol.slo` counts it."""
-        return Served(self.arrived, self.first, self.last, self.tokens, self.slo, self.ended, self.ok)
 
 
 class Event(NamedTuple):
@@ -101,8 +75,10 @@ class VerifierCounts:
 
 @dataclass(slots=True)
 class DraftCounts:
-    """All devices together. wasted_ms: drafting past a first rejection; ahead_wasted: tokens drafted and never sent."""
+    """All devices together. draft_steps: passes of a draft model; wasted_ms: drafting past a first rejection;
+    ahead_wasted: tokens drafted and never sent."""
 
+    draft_steps: int = 0
     drafting_ms: float = 0.0
     wasted_ms: float = 0.0
     ahead_wasted: int = 0
@@ -133,8 +109,10 @@ class SimVerifier:
         drafter_ms: float = 0.0,
         slo_admission: bool = False,
         trace: list[Event] | None = None,
+        row_s: float = 0.0,
     ) -> None:
-        """drafter_ms: draft step of a drafter on the same accelerator (0: devices draft)."""
+        """drafter_ms: draft step of a drafter on the same accelerator (0: devices draft).
+        row_s: width of a row of `recorder`, for the run's page (0: none)."""
         info = engine.info
         limits = Limits(
             info.n_vocab, info.eos, info.slots, info.slot_tokens, info.kv_tokens, info.step_tokens, MAX_DRAFT,
@@ -148,24 +126,21 @@ class SimVerifier:
         self.verifier = Verifier(limits, batching_policy(batching), admission, CostModel(cost))
         self.senders: dict[int, Callable[[Verdict | Refused], None]] = {}
         self.soon, self.at = env.soon, env.at
-        self._loop = VerifierLoop(self.verifier, self)
+        self.recorder = Recorder(self.verifier, width_s=row_s, kept=1000, live=False) if row_s else None
+        self._loop = VerifierLoop(self.verifier, self, watch=self.recorder)
         self._noise = random.Random(seed)
 
     @property
     def now(self) -> float:
-        """Simulated seconds."""
         return self.env.now
 
     def receive(self, connection: int, message: Open | Draft | Cancel) -> None:
-        """A message arrives."""
         self._loop.feed(Received(connection, "", message))
 
     def lost(self, connection: int) -> None:
-        """A connection is known to be gone."""
         self._loop.feed(EdgeLost(connection))
 
     def send(self, connection: int, message: Verdict | Refused) -> None:
-        """A message leaves."""
         if isinstance(message, Verdict):
             self.counts.prices.append(message.price)
         sender = self.senders.get(connection)
@@ -299,8 +274,8 @@ class SimDevice:
     """
 
     __slots__ = (
-        "_inbox", "_step", "asked", "drafted_ms", "env", "generation", "gone", "index", "link", "policies", "profile",
-        "rounds", "seen", "shared",
+        "_inbox", "_step", "asked", "away_s", "drafted_ms", "env", "generation", "gone", "index", "link", "policies",
+        "profile", "rounds", "seen", "shared",
     )  # fmt: skip
 
     def __init__(
@@ -316,6 +291,7 @@ class SimDevice:
         self.rounds = RoundTimes()  # learnt, from one answer to the next
         self.drafted_ms = 0.0  # by which a device grows warm
         self.asked = 0  # requests so far
+        self.away_s = 0.0  # from the user, there and back: of a drafter beside the target
         self.gone = False
         self.generation: Generation | None = None
         self.seen = Seen()
@@ -324,7 +300,6 @@ class SimDevice:
         shared.uplink.senders[index] = self._sent
 
     def start(self, request: Request) -> None:
-        """Begin a generation."""
         shared = self.shared
         policy = self.policies.make(0.0) if self.policies else None
         task = Task(request.prompt, Sampling(seed=request.seed), request.max_tokens, slo=request.slo)
@@ -400,17 +375,15 @@ class SimDevice:
     def _read(self, generation: Generation, verdict: Verdict) -> None:
         """The user sees tokens as they arrive."""
         request, tokens, now = generation.request, verdict.base + len(verdict.tokens), self.env.now
+        seen = now + self.away_s
         drafted = generation.sent_tokens if verdict.round == generation.sent_round else 0
         if tokens > request.tokens:
-            if request.tokens == 0:
-                request.first = now
-            else:
-                request.gaps_ms.append((now - request.last) * 1e3)
+            if request.tokens:
                 cached = len(request.prompt) + verdict.base
                 self.seen.passes.append(Pass(now, verdict.engine_ms, drafted + 1, cached))
-            request.last, request.tokens = now, tokens
+            request.hear(seen, tokens)
         if verdict.finish:
-            request.ended = now
+            request.ended = seen
         if self.shared.trace is not None:
             since = generation.waiting_since
             self.shared.trace.append(Event("wait", since, (now - since) * 1e3, self.index, drafted))
@@ -447,7 +420,7 @@ class SimDevice:
         if actions:
             self._carry_out(generation, actions)
         if drafter.phase is DONE:
-            self._finish(generation, 0.0)
+            self._finish(generation, self.away_s)
 
     def _refused(self, generation: Generation, retry_after: float | None) -> None:
         request = generation.request
@@ -505,6 +478,7 @@ class SimDevice:
         assert self._step is not None
         drafted_for, (token, signal), ms = self._step
         self._step = None
+        self.shared.counts.draft_steps += 1
         self.shared.counts.drafting_ms += ms
         generation = self.generation
         if generation is None:

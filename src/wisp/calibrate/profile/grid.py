@@ -35,18 +35,15 @@ class Cell(NamedTuple):
 
     @property
     def slices(self) -> int:
-        """Their number."""
         return self.sequences + (self.chunk > 0)
 
     @property
     def load(self) -> Load:
-        """The load, as the cost model sees it."""
         n, new, cached, chunk = self
         load = Load(n * new, n * new * (cached + new), n * cached, n)
         return load.plus(chunk, cached) if chunk else load
 
     def fits(self, size: EngineSize) -> bool:
-        """Can the engine run it?"""
         return (
             self.slices <= size.slots
             and self.load.new <= size.step_tokens

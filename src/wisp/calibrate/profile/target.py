@@ -72,7 +72,6 @@ class CostProfile(msgspec.Struct, frozen=True):
 
     @property
     def coefficients(self) -> Coefficients:
-        """The start of a cost model."""
         return self.fit.coefficients
 
 
@@ -216,7 +215,6 @@ def split(steps: Sequence[Timed]) -> tuple[list[Timed], list[Timed]]:
 
 
 def machine(threads: int | None) -> dict[str, Any]:
-    """The machine of the measurement."""
     cpu = ""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -67,15 +67,10 @@ def _progress() -> Iterator[Report]:
 
 def _show(about: dict[str, Any]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for name, right in {
-        "domain": 0,
-        "split": 0,
-        "sampling": 0,
-        "prompts": 1,
-        "positions": 1,
-        "accepted": 1,
-    }.items():
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    for name in ("domain", "split", "sampling"):
+        table.add_column(name, no_wrap=True)
+    for name in ("prompts", "positions", "accepted"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in about["rows"]:
         cells = [row["domain"], row["split"], row["sampling"], str(row["prompts"]), str(row["positions"])]
         table.add_row(*cells, f"{row['acceptance']:.1%}")

@@ -138,7 +138,6 @@ class DraftRecorder:
             self._take(asked)
 
     def _take(self, asked: list[tuple[Line, int]]) -> None:
-        """Evaluates a batch of rows of lines."""
         logits = self._context.decode()
         for (line, position), row in zip(asked, logits, strict=True):
             token, values = self._choose(row, line.sampling, position)

@@ -145,7 +145,6 @@ class TraceSet:
     def select(
         self, *, split: str | None = None, domain: str | None = None, label: str | None = None
     ) -> TraceSet:
-        """The traces of a split, a domain, a sampling."""
         chosen = [
             t
             for t in self.traces
@@ -246,21 +245,16 @@ def load_file(path: Path) -> tuple[dict[str, Any], list[Trace]]:
         raise ConfigError(f"{path} is not a usable trace file: {bad}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        NotImplementedError,
-    ) as error:
+    except _DAMAGED as error:
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{path} is not a usable trace file, or is damaged ({reason})") from None
 
 
 class _Bad(Exception):
     """A fault in the content of a file."""
+
+
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError, NotImplementedError)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:

@@ -350,7 +350,6 @@ def summary(traces: TraceSet, out: Path) -> dict[str, Any]:
 
 
 def _summary_row(some: TraceSet) -> dict[str, Any]:
-    """Of the traces of one domain and sampling."""
     first = some.traces[0]
     return {
         "domain": first.domain,

@@ -43,7 +43,6 @@ class Foreteller(Predictor):
     """The predictor for `Foretold` signals."""
 
     def odds(self, signal: Signal, depth: int, recent: float, temperature: float) -> float:
-        """Log odds by base value and slopes."""
         foretold: Foretold = signal  # type: ignore[assignment]  # a script's signals are
         by_depth = _LOG1P[depth] if depth < 256 else _LOG1P[255]
         return foretold.z + foretold.by_depth * by_depth + foretold.by_recent * (recent - RECENT)

@@ -1,4 +1,5 @@
-"""The cases: prompts x samplings x drafters x batching policies, with ends of every kind in the middle of text."""
+"""The cases: prompts x samplings x drafters x batching policies, and constraints x drafters, with ends of every kind in
+the middle of text."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from wisp.api.template import chat_template
+from wisp.check.lossless.constraints import MAKERS, constrain
 from wisp.check.lossless.drafts import DRAFTERS
 from wisp.check.lossless.judge import Case, Judge, Reference
 from wisp.check.lossless.world import Chaos
@@ -17,6 +19,7 @@ from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
 from wisp.engines.base import Tokenizer
 
+EVERY, CONSTRAINED = 7, 3  # so many of every so many cases have constraints
 BATCHING = ("wisp", "continuous", "fcfs")
 # No SLO; a slow one, whose sessions are soon far ahead and may be preempted; one that is too fast for the edges.
 SLOS = (None, Slo(ttft_ms=2000.0, tpot_ms=1000.0), Slo(ttft_ms=300.0, tpot_ms=40.0))
@@ -67,7 +70,7 @@ class Scale(msgspec.Struct, frozen=True):
 
 
 TINY = Scale(
-    cases=320,
+    cases=560,
     chats=8,
     plain=4,
     kinds=(GREEDY, NUCLEUS, PLAIN_SAMPLING),
@@ -143,7 +146,8 @@ def stand_in_for_eos(reference: Reference, some: Sequence[list[int]]) -> frozens
 
 
 class CaseMaker:
-    """Deals out cases. Every drafter meets every batching policy and every kind of sampling, in turn."""
+    """Deals out cases. Every drafter meets every batching policy and every kind of sampling, and every constraint, in
+    turn."""
 
     def __init__(self, tokenizer: Tokenizer, judge: Judge, scale: Scale, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -156,27 +160,41 @@ class CaseMaker:
         )
         self.next_turn = tokenizer.encode(next_turn, add_bos=False, parse_special=True)
         cells = list(itertools.product(DRAFTERS, BATCHING, scale.kinds))
+        constrained = list(itertools.product(DRAFTERS, MAKERS))
         self.rng.shuffle(cells)
-        self.cells = itertools.cycle(cells)
+        self.rng.shuffle(constrained)
+        self.cells, self.constrained = itertools.cycle(cells), itertools.cycle(constrained)
         self.order = itertools.cycle(self.rng.sample(self.prompts, len(self.prompts)))
         self.made: list[Case] = []
 
     def make(self) -> Case:
         """The next case; computes its reference if it is a new one."""
-        (drafter, drafting), batching, (temperature, top_p) = next(self.cells)
         rng, scale = self.rng, self.scale
+        constraint = ""
+        if len(self.made) % EVERY < CONSTRAINED:
+            (drafter, drafting), constraint = next(self.constrained)
+            batching, (temperature, top_p) = rng.choice(BATCHING), rng.choice(scale.kinds)
+        else:
+            (drafter, drafting), batching, (temperature, top_p) = next(self.cells)
         before = self._former(batching) if rng.random() < scale.turns else None
         prompt = self._continued(before) if before is not None else next(self.order)
         seed = rng.randrange(scale.seeds) if temperature else 0
         sampling = Sampling(temperature, top_p=top_p, seed=seed)
         ignore_eos = before is None and scale.strict and rng.random() < 0.05
         script = self.judge.reference.tokens(prompt, sampling, ignore_eos=ignore_eos)
+        if constraint:
+            sampling = constrain(constraint, sampling, script, rng)
+            self.judge.reference.prepare(sampling)
+            if sampling.min_tokens and not ignore_eos:
+                sampling = sampling.ending(self.judge.reference.eos)
+            script = self.judge.reference.tokens(prompt, sampling, ignore_eos=ignore_eos)
         case = Case(
             number=len(self.made),
             prompt=prompt,
             sampling=sampling,
             max_tokens=self._max_tokens(len(script)),
             script=script,
+            constraint=constraint,
             drafter=drafter,
             drafting=drafting,
             batching=batching,
@@ -199,7 +217,6 @@ class CaseMaker:
         return self.rng.randint(self.scale.shortest, self.scale.longest)
 
     def _former(self, batching: str) -> Case | None:
-        """A recent case to continue."""
         room = self.scale.slot_tokens - self.scale.length - len(self.next_turn) - 1
         recent = [
             c

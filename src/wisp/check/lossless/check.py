@@ -27,6 +27,7 @@ from wisp.core.errors import ModelError
 from wisp.core.protocol.sampling import Sampling
 from wisp.engines.base import EngineInfo, TargetEngine, Tokenizer
 from wisp.engines.build import load_target, served_name
+from wisp.engines.constrained_draft import ConstrainedDraft
 from wisp.engines.llama.context import physical_cores
 from wisp.engines.llama.draft import LlamaDraft
 from wisp.engines.models import PAIRS, Progress, resolve
@@ -57,6 +58,8 @@ PROMISED = (
     "first_drafts",
     "cancelled",
     "silences",
+    "certain_tokens",
+    "reasoning_ended_inside_draft",
 )
 ENOUGH_CASES = 200  # with fewer, chance may leave something out
 LIKELY = 0.02  # first tokens at least this likely have their second token tested
@@ -85,6 +88,7 @@ class Report(msgspec.Struct):
     flip_gap: float = 0.0
     counts: dict[str, int] = {}
     by_drafter: dict[str, int] = {}
+    by_constraint: dict[str, int] = {}
     chi_square: ChiSquare | None = None
     missing: list[str] = []
     trouble: list[str] = []
@@ -141,10 +145,18 @@ class Bench:
             threads=threads,
             name=served_name(draft),
         )
-        self.drafts = Drafts({"model": model, "ngram": NgramDraft()}, self.info.n_vocab)
+        self.drafts = Drafts(
+            {"model": ConstrainedDraft(model), "ngram": ConstrainedDraft(NgramDraft())}, self.info.n_vocab
+        )
+        self.drafts.constrain(self.engine.constraints.grammars)
         exact = self.info.mode == "exact" or self.info.engine != "llama.cpp"
         self.reference = Reference(
-            Path(path), self.info.eos, exact=exact, length=scale.length, threads=threads
+            Path(path),
+            self.info.eos,
+            exact=exact,
+            length=scale.length,
+            threads=threads,
+            grammars=self.engine.constraints.grammars,
         )
         if scale.strict:
             ids = prompts(self.tokenizer, scale.chats, scale.plain)
@@ -152,7 +164,6 @@ class Bench:
         self.judge = Judge(self.reference, self.tokenizer.piece, self.info.flip_gap)
 
     def close(self) -> None:
-        """Free the models."""
         self.drafts.close()
         self.engine.close()
 
@@ -169,7 +180,6 @@ def _models(pair: str) -> tuple[str, str]:
 
 
 def check(bench: Bench, *, mode: str, cases: int, seed: int, tell: Tell = lambda *_: None) -> Report:
-    """Run it all."""
     started = time.perf_counter()
     report = Report(bench.pair, bench.info.mode, seed, flip_gap=bench.info.flip_gap)
     if bench.info.mode != mode:
@@ -238,6 +248,7 @@ class _Tally:
         report.acceptance = round(counts["accepted"] / max(1, counts["drafted"]), 4)
         by = Counter(f"{c.drafter} {c.drafting}".strip() for c in cases)
         report.by_drafter = dict(sorted(by.items()))
+        report.by_constraint = dict(sorted(Counter(c.constraint for c in cases if c.constraint).items()))
 
 
 def chi_square(bench: Bench, samples: int, seed: int, tell: Tell = lambda *_: None) -> ChiSquare:

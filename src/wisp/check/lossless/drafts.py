@@ -6,8 +6,10 @@ import random
 from collections.abc import Callable, Sequence
 
 from wisp.core.draft.signals import Signal
+from wisp.core.protocol.edits import Edit, Matchers
 from wisp.core.protocol.sampling import Sampling
 from wisp.engines.base import DraftEngine, Proposal
+from wisp.engines.constrained_draft import ConstrainedDraft
 
 DRAFTERS: tuple[tuple[str, str], ...] = (
     ("model", "fixed:1"),
@@ -35,7 +37,12 @@ class Chosen:
         self._choose, self._signal = choose, Signal(confidence=confidence)
 
     def propose(
-        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+        self,
+        session: str,
+        context: Sequence[int],
+        position: int,
+        sampling: Sampling,
+        edit: Edit | None = None,
     ) -> Proposal | None:
         token = self._choose(position)
         return None if token is None else Proposal(token, self._signal)
@@ -50,8 +57,13 @@ class Chosen:
 class Drafts:
     """The draft engine of each case: shared ones (a model, n-grams), or one made for it."""
 
-    def __init__(self, shared: dict[str, DraftEngine], n_vocab: int) -> None:
+    def __init__(self, shared: dict[str, ConstrainedDraft], n_vocab: int) -> None:
         self.shared, self.n_vocab = shared, n_vocab
+
+    def constrain(self, matchers: Matchers) -> None:
+        """Have the shared engines draft by grammars. Those made for a case never do: their drafts leave them."""
+        for engine in self.shared.values():
+            engine.matchers = matchers
 
     def engine(self, kind: str, script: Sequence[int], rng: random.Random) -> DraftEngine | None:
         """None for "serve"."""
@@ -77,6 +89,5 @@ class Drafts:
         return Chosen(*choices[kind]) if kind in choices else None
 
     def close(self) -> None:
-        """Free the shared engines."""
         for engine in self.shared.values():
             engine.close()

@@ -31,7 +31,7 @@ from wisp.core.protocol.messages import (
     encode,
 )
 from wisp.core.protocol.step import Committed
-from wisp.engines.base import DraftEngine
+from wisp.engines.base import DraftEngine, Proposal
 from wisp.engines.build import drafting_policies
 from wisp.sim.timeline import Timeline
 
@@ -51,7 +51,6 @@ class ChaosLink:
         self._free = [0.0, 0.0]  # when the last frame sent arrives: up, down
 
     def connect(self, connection: int) -> None:
-        """Up again: sessions open again."""
         self.connection = connection
         self._open_at_server.add(connection)
         self._free = [0.0, 0.0]
@@ -59,7 +58,6 @@ class ChaosLink:
             session.connect()
 
     def send(self, message: Message) -> None:
-        """Towards the verifier."""
         connection, server, frame = self.connection, self.server, encode(message)
         if connection:
             self._in_order(0, lambda: self._arrive(connection, server, frame))
@@ -137,6 +135,7 @@ class ChaosSession:
         self.drafter = Drafter(session, task, policy, eos, ahead=ahead if engine is not None else None)
         self.stream = TextStream(piece, case.stop)
         self.tokens: list[int] = []
+        self._reasoning = _reasoning(case)
         self.over = False
         self.cancelled = False
         self._wire = -1
@@ -148,7 +147,6 @@ class ChaosSession:
     # --- the drafter's events
 
     def connect(self) -> None:
-        """The link is up."""
         if not self.over and self.drafter.phase is not Phase.DONE:
             self._carry_out(self.drafter.connected(self._now_ms, MAX_DRAFT))
 
@@ -157,17 +155,14 @@ class ChaosSession:
         return self.clock.now * 1e3
 
     def lost(self) -> None:
-        """The link is down."""
         self.drafter.lost()
 
     def cancel(self) -> None:
-        """The user goes away."""
         self.link.send(Cancel(self.id))
         self.counts["cancelled"] += 1
         self._end("", whole=False)
 
     def hear(self, message: Verdict | Refused) -> None:
-        """A message from the verifier."""
         try:
             if isinstance(message, Verdict):
                 self._count(message)
@@ -203,6 +198,8 @@ class ChaosSession:
         if item.logprobs and [e.token for e in item.logprobs] != item.tokens:
             self._end("", problem="log probabilities do not belong to the tokens")
             return
+        first, last = len(self.tokens), len(self.tokens) + item.from_draft
+        self.counts["reasoning_ended_inside_draft"] += first < self._reasoning < last
         for i, token in enumerate(item.tokens):
             self.tokens.append(token)
             if self.stream.push(token):
@@ -236,17 +233,20 @@ class ChaosSession:
         self._thinking = False
         if self.over or not self.drafter.wants_token(self._now_ms):
             return
-        token, signal = self._proposal(self.drafter.context(), self.drafter.position)
-        actions = self.drafter.proposed(self._now_ms, token, signal, 10.0)
+        p = self._proposal(self.drafter.context(), self.drafter.position)
+        if p is None:
+            actions = self.drafter.proposed(self._now_ms, None, Signal(), 10.0)
+        else:
+            self.counts["certain_tokens"] += p.signal.certain + len(p.then)
+            actions = self.drafter.proposed(self._now_ms, p.token, p.signal, 10.0, p.then)
         drafting = self.drafter.phase is Phase.DRAFTING
         if drafting and not actions and self.rng.random() < self.chaos.meddle:
             self._extra(self.drafter.chain.tokens, round_=-1)  # sent before it is complete
         self._carry_out(actions)
 
-    def _proposal(self, context: list[int], position: int) -> tuple[int | None, Signal]:
+    def _proposal(self, context: list[int], position: int) -> Proposal | None:
         assert self.engine is not None
-        p = self.engine.propose(self.id, context, position, self.case.sampling)
-        return (p.token, p.signal) if p is not None else (None, Signal())
+        return self.engine.propose(self.id, context, position, self.case.sampling)
 
     # --- sending
 
@@ -273,10 +273,10 @@ class ChaosSession:
     def _first_draft(self) -> list[int]:
         draft: list[int] = []
         while len(draft) < min(self.rng.randint(1, 6), self.case.max_tokens):
-            token, _ = self._proposal(self.case.prompt + draft, len(draft))
-            if token is None:
+            proposal = self._proposal(self.case.prompt + draft, len(draft))
+            if proposal is None:
                 break
-            draft.append(token)
+            draft.append(proposal.token)
         self.counts["first_drafts"] += bool(draft)
         return draft
 
@@ -361,3 +361,13 @@ class ChaosSession:
             self.counts["eos_inside_draft"] += accepted == n < len(sent.tokens)
         elif verdict.finish == "length":
             self.counts["length_inside_draft"] += 1 <= accepted >= n - 1 and len(sent.tokens) >= n
+
+
+def _reasoning(case: Case) -> int:
+    """Tokens of the text before its grammar begins; -1 without one."""
+    grammar = case.sampling.constraints.grammar if case.sampling.constraints is not None else None
+    if grammar is None or not grammar.after:
+        return -1
+    after, script = list(grammar.after), case.script
+    size = len(after)
+    return next((i for i in range(size, len(script) + 1) if script[i - size : i] == after), -1)

@@ -145,7 +145,6 @@ class Fleet:
             link.receive(connection, frame)
 
     def _trouble(self) -> None:
-        """After each step something may go wrong."""
         chaos, rng = self.chaos, self.rng
         if rng.random() < chaos.restart:
             server = rng.choice(self.servers)

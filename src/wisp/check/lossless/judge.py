@@ -19,7 +19,10 @@ import numpy.typing as npt
 from wisp.api.text import TextStream
 from wisp.core.protocol.sampling import FloatArray, Sampling, gumbels
 from wisp.core.protocol.slo import Slo
-from wisp.engines.llama.reference import reference_steps, reference_tokens
+from wisp.engines.constraining import Compiler
+from wisp.engines.llama.reference import edit_afresh, reference_steps, reference_tokens
+
+_OUT = -1e9  # instead of minus infinity, with which there is no reckoning
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -28,6 +31,7 @@ class Case(msgspec.Struct, frozen=True):
     drafter:   e.g. "model", "wrong", or "serve" (the verifier decodes by itself)
     drafting:  the drafting policy
     script:    the reference's tokens from position 0 on, beyond `max_tokens` where it goes on
+    constraint: its name, "" without
     after:     start once the case of that number has ended (its next turn), -1: at any time
     """
 
@@ -36,6 +40,7 @@ class Case(msgspec.Struct, frozen=True):
     sampling: Sampling
     max_tokens: int
     script: list[int]
+    constraint: str = ""
     drafter: str = "model"
     drafting: str = "fixed:4"
     batching: str = "continuous"
@@ -71,27 +76,55 @@ class Finding(msgspec.Struct, frozen=True):
 class Reference:
     """The target alone. Answers are cached by (prompt, sampling, ignore_eos)."""
 
-    def __init__(self, path: Path, eos: frozenset[int], *, exact: bool, length: int, threads: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        eos: frozenset[int],
+        *,
+        exact: bool,
+        length: int,
+        threads: int,
+        grammars: Compiler | None = None,
+    ) -> None:
         """`length`: tokens to decode for each prompt, unless a sequence ends before."""
+        self.grammars = grammars
         self.path, self.eos, self.exact, self.length, self.threads = path, eos, exact, length, threads
         self._known: dict[tuple[tuple[int, ...], Sampling, bool], list[int]] = {}
+
+    def prepare(self, sampling: Sampling) -> None:
+        """Compile its grammar, which is followed afresh at each position."""
+        if self.grammars is not None and sampling.constraints is not None and sampling.constraints.grammar:
+            self.grammars.compile(sampling.constraints.grammar)
 
     def tokens(self, prompt: Sequence[int], sampling: Sampling, *, ignore_eos: bool = False) -> list[int]:
         """Up to `length` tokens, the last an end of sequence if there is one (unless ignored)."""
         key = (tuple(prompt), sampling, ignore_eos)
         if key not in self._known:
-            eos = frozenset[int]() if ignore_eos else self.eos
+            eos = (frozenset[int]() if ignore_eos else self.eos) | frozenset(sampling.stops)
             self._known[key] = reference_tokens(
-                self.path, prompt, sampling, self.length, eos, exact=self.exact, threads=self.threads
+                self.path,
+                prompt,
+                sampling,
+                self.length,
+                eos,
+                exact=self.exact,
+                threads=self.threads,
+                matchers=self.grammars,
             )
         return self._known[key]
 
     def logits(self, prompt: Sequence[int], sampling: Sampling, position: int) -> FloatArray:
-        """Of one generated position. Decodes everything before it once more: for reports, not for loops."""
-        steps = reference_steps(self.path, prompt, sampling, exact=self.exact, threads=self.threads)
-        step = next(islice(steps, position, None))
+        """Of one generated position, after constraints. Decodes everything before it once more: for reports, not for
+        loops."""
+        options = {"exact": self.exact, "threads": self.threads, "matchers": self.grammars}
+        steps = reference_steps(self.path, prompt, sampling, **options)  # type: ignore[arg-type]
+        said = list(islice(steps, position + 1))
         steps.close()  # type: ignore[attr-defined]
-        return step.logits
+        before = [*prompt, *(step.token for step in said[:-1])]
+        edit = edit_afresh(sampling, self.grammars, before, position)
+        if edit is None:
+            return said[-1].logits
+        return np.maximum(edit.apply(said[-1].logits), _OUT)
 
 
 class Judge:
@@ -103,7 +136,9 @@ class Judge:
     def expected(self, case: Case) -> Outcome:
         """The reference's tokens, cut by end of sequence, `max_tokens` and stop strings, as a server would."""
         tokens = case.script[: case.max_tokens]
-        ended = bool(tokens) and tokens[-1] in self.reference.eos and not case.ignore_eos
+        ended = bool(tokens) and (
+            (tokens[-1] in self.reference.eos and not case.ignore_eos) or tokens[-1] in case.sampling.stops
+        )
         stream = TextStream(self.piece, case.stop)
         for token in tokens:
             if stream.push(token):

@@ -76,7 +76,6 @@ class ChaosServer:
 
     @property
     def verifier(self) -> Verifier:
-        """The present one."""
         return self._loop.verifier
 
     def restart(self) -> None:
@@ -85,7 +84,6 @@ class ChaosServer:
         self.counts["restarts"] += 1
 
     def receive(self, connection: int, key: str, frame: bytes) -> None:
-        """A frame came over `connection`."""
         message = decode_edge_message(frame)
         assert isinstance(message, Open | Draft | Cancel)
         if isinstance(message, Open):
@@ -98,7 +96,6 @@ class ChaosServer:
                 self.counts["duplicates_answered" if again else "stale_verdicts"] += 1
 
     def lost(self, connection: int) -> None:
-        """`connection` is known to be gone."""
         self._loop.feed(EdgeLost(connection))
 
     def _fresh(self) -> _CountingLoop:
@@ -115,7 +112,7 @@ class ChaosServer:
             park_s=PARK_S,
         )
         verifier = Verifier(limits, batching_policy(self.batching), Admission(1 << 20))
-        return _CountingLoop(verifier, _Life(self), self.counts)
+        return _CountingLoop(verifier, self, self.counts)
 
     def _count_ahead(self, open_: Open) -> None:
         """Does the edge know more than this verifier, having been served by the other one meanwhile?"""
@@ -124,8 +121,26 @@ class ChaosServer:
                 self.counts["edges_ahead"] += 1
                 self.counts["edges_ahead_in_step"] += s.state in IN_ENGINE
 
-    def run(self, step: Run, done: Callable[[StepDone], None]) -> None:
-        """Run a step; `done` hears of its end."""
+    # --- the surroundings of the present verifier
+
+    @property
+    def now(self) -> float:
+        return self.clock.now
+
+    def soon(self, do: Callable[[], None]) -> None:
+        """Sometimes a little later, so that frames overtake it."""
+        self.clock.after(self.rng.choice((0.0, 0.0, 0.002)), self._unless_replaced(do))
+
+    def at(self, time: float, do: Callable[[], None]) -> Callable[[], None]:
+        return self.clock.at(time, self._unless_replaced(do))
+
+    def send(self, connection: int, message: Verdict | Refused) -> None:
+        self.sent(connection, encode(message))
+
+    def ended(self, ended: Ended) -> None:
+        """Counted by the devices themselves."""
+
+    def run(self, step: Run) -> None:
         result = self._compute(step)
         self.counts["steps"] += 1
         self.counts["slices"] += len(step.slices)
@@ -133,7 +148,16 @@ class ChaosServer:
         self.counts["mixed_steps"] += len(step.slices) > 1
         slow = self.rng.random() < self.chaos.slow
         duration = self.rng.uniform(0.5, 2.0) if slow else self.rng.uniform(0.004, 0.03)
-        self.clock.after(duration, lambda: done(result))
+        self.clock.after(duration, self._unless_replaced(lambda: self._step_done(result)))
+
+    def _step_done(self, done: StepDone) -> None:
+        self._loop.feed(done)
+        self.stepped()
+
+    def _unless_replaced(self, do: Callable[[], None]) -> Callable[[], None]:
+        """`do`, which is void once another verifier has taken the present one's place."""
+        loop = self._loop
+        return lambda: do() if loop is self._loop else None
 
     def _compute(self, step: Run) -> StepDone:
         try:
@@ -151,56 +175,12 @@ class ChaosServer:
             return StepDone([], 1.0, error="a failure made for testing")
         return StepDone(results, 1.0)
 
-    def ended(self, loop: VerifierLoop, done: StepDone) -> None:
-        """The step of a verifier has ended. Nothing happens if the verifier was replaced meanwhile."""
-        if loop is self._loop:
-            loop.feed(done)
-            self.stepped()
-
-    def is_present(self, loop: VerifierLoop) -> bool:
-        """Has this verifier not been replaced?"""
-        return loop is self._loop
-
-
-class _Life:
-    """The surroundings of one verifier. Its callbacks are void once another verifier has taken its place."""
-
-    def __init__(self, server: ChaosServer) -> None:
-        self._server = server
-        self.loop: VerifierLoop
-
-    @property
-    def now(self) -> float:
-        return self._server.clock.now
-
-    def soon(self, do: Callable[[], None]) -> None:
-        """Sometimes a little later, so that frames overtake it."""
-        delay = self._server.rng.choice((0.0, 0.0, 0.002))
-        self._server.clock.after(delay, lambda: self._if_present(do))
-
-    def at(self, time: float, do: Callable[[], None]) -> Callable[[], None]:
-        return self._server.clock.at(time, lambda: self._if_present(do))
-
-    def ended(self, ended: Ended) -> None:
-        """Counted by the devices themselves."""
-
-    def run(self, step: Run) -> None:
-        self._server.run(step, lambda done: self._server.ended(self.loop, done))
-
-    def send(self, connection: int, message: Verdict | Refused) -> None:
-        self._server.sent(connection, encode(message))
-
-    def _if_present(self, do: Callable[[], None]) -> None:
-        if self._server.is_present(self.loop):
-            do()
-
 
 class _CountingLoop(VerifierLoop):
     """Counts the situations that a check must provoke."""
 
-    def __init__(self, verifier: Verifier, life: _Life, counts: Counter[str]) -> None:
-        super().__init__(verifier, life)
-        life.loop = self
+    def __init__(self, verifier: Verifier, server: ChaosServer, counts: Counter[str]) -> None:
+        super().__init__(verifier, server)
         self._counts = counts
 
     def _handle(self, event: InEvent) -> list[Action]:

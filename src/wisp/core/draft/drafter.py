@@ -16,18 +16,20 @@ from them, and the text goes on where it was, but never with another model than 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, auto
 
 import msgspec
 
-from wisp.core.draft.policies import Ahead, DraftingPolicy, Odds, View
+from wisp.core.draft.chain import Chain, Flight, Rounds
+from wisp.core.draft.policies import CERTAIN, Ahead, DraftingPolicy, View
 from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError
-from wisp.core.protocol.messages import MODEL_CHANGED, Draft, Open, Refused, Verdict
+from wisp.core.protocol.messages import MODEL_CHANGED, Device, Draft, Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
-from wisp.core.protocol.step import Committed
+from wisp.core.protocol.step import INVALID_GRAMMAR, Committed
 
 REOPEN = frozenset({"unknown_session", "unknown_base", "out_of_turn", "engine_error", "stale_epoch"})
 BUSY = {"overloaded": 429, "rate_limit_exceeded": 429, "shutting_down": 503}  # and the HTTP status for each
@@ -67,19 +69,6 @@ class Reopen(msgspec.Struct, frozen=True):
 Action = Open | Draft | Committed | Reopen
 
 
-class Flight(msgspec.Struct):
-    """A draft on its way: `drafted` tokens sent at `sent_ms`, with the verdict expected at `due_ms`.
-
-    alone: no other draft was in flight when it was sent, so that its time is that of a round
-    """
-
-    round: int
-    drafted: int
-    sent_ms: float
-    due_ms: float
-    alone: bool = True
-
-
 class Task(msgspec.Struct, frozen=True):
     """A text to generate. Prompt and `max_tokens` together fit the context. `salt`: see `messages.Open`.
 
@@ -111,80 +100,6 @@ class Opening:
         self.digest = digest
         self.epoch = self.round = -1
         self.max_draft = self.reopened = 0
-
-
-class Chain:
-    """Guesses at what follows the committed tokens, in order. The first `sent` of them are in flight.
-
-    odds:   the policy's judgement of each
-    p:      their probabilities alone, as policies read them
-    dry:    there is nothing more to propose until the next verdict
-    ended:  the last one is an end of sequence, which nothing follows
-    wasted: tokens that were guessed and never sent, in all
-    """
-
-    __slots__ = ("dry", "ended", "odds", "p", "sent", "tokens", "wasted")
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.odds: list[Odds] = []
-        self.p: list[float] = []
-        self.sent = 0
-        self.dry = self.ended = False
-        self.wasted = 0
-
-    def agreed(self, new: list[int]) -> int:
-        """How many of the committed tokens `new` were guessed, up to the first that was not."""
-        tokens, n = self.tokens, 0
-        most = min(len(new), len(tokens))
-        while n < most and new[n] == tokens[n]:
-            n += 1
-        return n
-
-    def settle(self, new: list[int], answered: int) -> bool:
-        """Keep what lies beyond the committed tokens `new`, if they were guessed; nothing otherwise. Were they?
-
-        answered: tokens of the chain that were verified, or will be
-        """
-        tokens = self.tokens
-        n = len(tokens)
-        gone = min(len(new), n)
-        right = tokens[:gone] == new[:gone]
-        if not right:
-            gone = n
-            self.wasted += max(0, n - answered)
-        del tokens[:gone], self.odds[:gone], self.p[:gone]
-        self.sent = max(0, self.sent - gone)
-        self.ended = self.ended and n > gone
-        return right
-
-
-class Rounds:
-    """What was asked of the verifier, and has not been answered.
-
-    number:   of the last Open or Draft
-    serve:    what it asked for
-    flights:  at most two drafts: the second was sent ahead
-    began_ms: when this round's clock started, at the last verdict
-    unasked:  tokens that came since then without having been asked for
-    """
-
-    __slots__ = ("began_ms", "flights", "number", "serve", "unasked")
-
-    def __init__(self, *, serve: bool) -> None:
-        self.number = -1
-        self.serve = serve
-        self.flights: list[Flight] = []
-        self.began_ms = 0.0
-        self.unasked = 0
-
-    def landed(self, number: int) -> Flight | None:
-        """The flight that a verdict answers; those before it were replaced by it."""
-        for i, flight in enumerate(self.flights):
-            if flight.round == number:
-                del self.flights[: i + 1]
-                return flight
-        return None
 
 
 class Drafter:
@@ -287,19 +202,26 @@ class Drafter:
             slo=task.slo,
             salt=task.salt,
             digest=digest,
+            device=self._device(),
         )
         return [open_]
 
     def lost(self) -> None:
-        """The connection is gone."""
         if self.phase is not DONE:
             self.phase = DETACHED
             self.rounds.flights = []
 
     def proposed(
-        self, now_ms: float, token: int | None, signal: Signal, took_ms: float = 0.0
+        self,
+        now_ms: float,
+        token: int | None,
+        signal: Signal,
+        took_ms: float = 0.0,
+        then: Sequence[int] = (),
     ) -> list[Action]:
-        """The draft engine, in `took_ms`, proposes `token` after `context` (None: it has nothing to propose)."""
+        """The draft engine, in `took_ms`, proposes `token` after `context` (None: it has nothing to propose), and
+        `then` what follows for certain.
+        """
         phase = self.phase
         if phase is not DRAFTING and phase is not IN_FLIGHT:
             return []  # a broken connection came first
@@ -309,16 +231,20 @@ class Drafter:
             chain.dry = True
         else:
             if self._warm:
-                self.times.drafted(took_ms)
-            else:
+                if not signal.certain:
+                    self.times.drafted(took_ms)
+            elif not signal.certain:
                 self._warm = True  # the first step reads the prompt
-            p = chain.p
-            odds = policy.judge(signal, p)
-            chain.odds.append(odds)
-            p.append(odds.p)
-            chain.tokens.append(token)
-            chain.ended = token in self.eos and not self.task.ignore_eos
+            chain.add(token, policy.judge(signal, chain.p), ends=self._ends(token))
+            for certain in then:
+                if chain.ended or self.position >= self.task.max_tokens - 1:
+                    break
+                chain.add(certain, CERTAIN, ends=self._ends(certain))
         return self._send_ahead(now_ms) if phase is IN_FLIGHT else self._go_on(now_ms, self._view(now_ms))
+
+    def _ends(self, token: int) -> bool:
+        """Does nothing follow it?"""
+        return (token in self.eos and not self.task.ignore_eos) or token in self.task.sampling.stops
 
     def verdict(self, now_ms: float, verdict: Verdict, arrived_ms: float | None = None) -> list[Action]:
         """Take the newly committed tokens, and go on. The verdict may have arrived earlier, during a draft step.
@@ -339,7 +265,9 @@ class Drafter:
             drafted = max(0, flight.drafted - before)
             accepted = max(0, verdict.accepted - before)
         logprobs = verdict.logprobs[-len(new) :] if new and verdict.logprobs else []
-        fresh = Committed(new, logprobs, drafted, accepted, min(len(new), accepted), verdict.finish)
+        fresh = Committed(
+            new, logprobs, drafted, accepted, min(len(new), accepted), verdict.finish, cached=verdict.cached
+        )
         if flight is not None:
             arrived = now_ms if arrived_ms is None else arrived_ms
             self._learn(now_ms, arrived, flight, drafted, verdict, new)
@@ -391,6 +319,8 @@ class Drafter:
             raise busy_error(refused.code, refused.message, refused.retry_after)
         if refused.code == "context_length_exceeded":
             raise RequestError(400, refused.message, code=refused.code, param="messages")
+        if refused.code == INVALID_GRAMMAR:
+            raise RequestError(400, refused.message, code=refused.code, param="grammar")
         raise RequestError(
             502, f"the verifier refused: {refused.message}", code=refused.code, type="server_error"
         )
@@ -412,7 +342,6 @@ class Drafter:
         return [self._send(now_ms, 0)] if better_served else self._go_on(now_ms, view)
 
     def _go_on(self, now_ms: float, view: View) -> list[Action]:
-        """Draft another token, or send what there is."""
         policy, chain = self.policy, self.chain
         assert policy is not None
         full = chain.dry or chain.ended or len(chain.tokens) - chain.sent >= self._most()
@@ -459,11 +388,15 @@ class Drafter:
         return Flight(self.rounds.number, drafted, now_ms, due_ms, not self.rounds.flights)
 
     def _view(self, now_ms: float) -> View:
-        """What the policy sees."""
         chain, rounds = self.chain, self.rounds
         flights, sent = rounds.flights, chain.sent
         due_ms = flights[-1].due_ms if flights else 0.0
         return View(now_ms, chain.p, sent, sent, due_ms, self.times, rounds.number == 0)
+
+    def _device(self) -> Device | None:
+        times = self.times
+        known = times.draft.n or times.line.n
+        return Device(round(times.draft.value, 2), round(times.line.value, 2)) if known else None
 
     def _most(self) -> int:
         """The longest draft now: the last token of all is always the target's own."""

@@ -1,4 +1,4 @@
-"""The itinerary of a session on a device: where it is, and what is said and heard there; no I/O, no clock, no chance.
+"""The itinerary of a session on a device: which server serves it, and where it goes next; no I/O, no clock, no chance.
 
     home --Open--> a verifier                       it answers: the session is served at home
     home --Open--> a router --Redirect--> address   the Open is repeated there, and the drafts that were said since

@@ -27,12 +27,16 @@ MOST = 64  # tokens in one draft, at most, for a user to ask for
 class Odds(msgspec.Struct, frozen=True, gc=False):
     """A policy's judgement of one token: probability of acceptance, and the log odds it was made from.
 
-    counted: the token is an n-gram's (`Signal.counted`).
+    counted, certain: of the token's `Signal`.
     """
 
     p: float
     z: float
     counted: bool = False
+    certain: bool = False
+
+
+CERTAIN = Odds(1.0, 0.0, certain=True)  # nothing else is allowed
 
 
 class View(msgspec.Struct, frozen=True, gc=False):
@@ -67,23 +71,18 @@ class DraftingPolicy(Protocol):
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
         """The odds that the token just proposed is accepted, given that those before it (with `p`) are."""
-        ...
 
     def more(self, view: View) -> bool:
         """Draft another token before sending?"""
-        ...
 
     def take(self, view: View) -> int:
         """How many of the unsent tokens to send, at most."""
-        ...
 
     def serve(self, view: View) -> bool:
         """Is it better to let the verifier decode by itself?"""
-        ...
 
     def observe(self, odds: Sequence[Odds], accepted: int) -> None:
         """Of the tokens with these odds the first `accepted` agreed; the next, if any, did not."""
-        ...
 
 
 class Plain:
@@ -130,12 +129,18 @@ class Confidence(Plain):
 
 
 class Predicted(Confidence):
-    """The paper's policy: stop at the first token that a trained predictor expects to be rejected."""
+    """The paper's policy: stop at the first token that a trained predictor expects to be rejected, and send.
+
+    That token is sent, too: it is drafted already, and the predictor is often wrong about it.
+    """
 
     def __init__(self, judgement: Judgement, least: float | None = None, longest: int = LONGEST) -> None:
         """`least`: accept at this probability (default: where the predictor keeps 80 % of accepted tokens)."""
         super().__init__(least if least is not None else judgement.threshold, longest)
         self.judgement = judgement
+
+    def take(self, view: View) -> int:
+        return min(super().take(view) + 1, len(view.unsent))
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
         return self.judgement.judge(signal, p)
@@ -170,6 +175,8 @@ class Judgement:
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
         """The predictor's odds, recalibrated. An n-gram's are its own."""
+        if signal.certain:
+            return CERTAIN
         if signal.counted:
             confidence = min(max(signal.confidence, 0.01), 0.99)
             z = math.log(confidence / (1.0 - confidence))
@@ -184,6 +191,8 @@ class Judgement:
         self.recent.add_each(accepted, n)
         for i in range(n):
             each = odds[i]
+            if each.certain:  # nothing to be learnt from it
+                continue
             concerned = counts if each.counted else calibration
             if concerned is not None:
                 concerned.learn(each.z, i < accepted)

@@ -95,7 +95,6 @@ class Predictor:
         return out
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
         return {
             "version": VERSION,
             "features": list(FEATURES),

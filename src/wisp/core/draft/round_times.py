@@ -23,7 +23,6 @@ class Mean:
         self.n = 0
 
     def add(self, x: float) -> None:
-        """Take in a measurement."""
         self.n = n = self.n + 1
         w = 1.0 / (n + self.prior)
         if w < self.weight:
@@ -48,7 +47,6 @@ class Mean:
         self.n, self.value, self.deviation = seen, value, deviation
 
     def copy(self) -> Mean:
-        """Another of the same history."""
         other = Mean(self.value, self.weight, self.prior)
         other.deviation, other.n = self.deviation, self.n
         return other
@@ -65,7 +63,6 @@ class Line:
         self.slope = 0.0  # b, shrunk towards 0 while the x seen so far hardly differ
 
     def add(self, x: float, y: float) -> None:
-        """Take in a point."""
         f = self.forgetting
         self.n = n = f * self.n + 1
         self.x = sx = f * self.x + x
@@ -75,7 +72,6 @@ class Line:
         self.slope = max(0.0, (xy - sx * sy / n) / (xx - sx * sx / n + 1.0))
 
     def copy(self) -> Line:
-        """Another of the same history."""
         other = Line(self.forgetting)
         other.n, other.x, other.y, other.xx, other.xy = self.n, self.x, self.y, self.xx, self.xy
         other.slope = self.slope
@@ -83,7 +79,6 @@ class Line:
 
     @property
     def intercept(self) -> float:
-        """a: y at x = 0."""
         return max(0.0, (self.y - self.slope * self.x) / self.n) if self.n >= 1 else 0.0
 
 
@@ -97,9 +92,8 @@ class RoundTimes:
 
     def __init__(self, draft_ms: float = 0.0) -> None:
         self.draft = Mean(draft_ms, 0.1)  # one draft step
-        self.wait = Mean(
-            0.0, 0.15
-        )  # from sending a draft to its verdict, without the part that grows with the draft
+        # From sending a draft to its verdict, without the part that grows with the draft
+        self.wait = Mean(0.0, 0.15)
         self.verify = Line()  # engine time against draft tokens
         self.queue = Mean(0.0, 0.15)
         self.line = Mean(0.0, 0.15)  # the way there and back

@@ -22,6 +22,7 @@ class Signal(msgspec.Struct, frozen=True, array_like=True):
     spread:     standard deviation of the logits
     lead:       by how much the proposal beat the next best, logits; see `lead`
     counted:    an n-gram's: only `confidence` means anything, and it comes from counts
+    certain:    nothing else is allowed here; no model was asked
     """
 
     confidence: float = 0.0
@@ -30,6 +31,7 @@ class Signal(msgspec.Struct, frozen=True, array_like=True):
     spread: float = 0.0
     lead: float = 0.0
     counted: bool = False
+    certain: bool = False
 
 
 def signal(

@@ -27,6 +27,16 @@ class SpecStats(msgspec.Struct):
         self.acceptance_histogram.extend([0] * short)
         self.acceptance_histogram[accepted] += 1
 
+    def add(self, other: SpecStats) -> None:
+        """Count another session's rounds, too."""
+        self.num_spec_steps += other.num_spec_steps
+        self.num_draft_tokens += other.num_draft_tokens
+        self.num_accepted_draft_tokens += other.num_accepted_draft_tokens
+        ours, theirs = self.acceptance_histogram, other.acceptance_histogram
+        ours.extend([0] * (len(theirs) - len(ours)))
+        for i, rounds in enumerate(theirs):
+            ours[i] += rounds
+
     @property
     def mean_acceptance_length(self) -> float:
         """Committed tokens per round with a draft; 0.0 before the first."""

@@ -60,6 +60,16 @@ class Hello(Message, frozen=True, tag="hello"):
     redirects: bool = False
 
 
+class Device(msgspec.Struct, frozen=True, array_like=True):
+    """What an edge has measured before this session, for operators; 0: unknown. Nothing is decided by it.
+
+    draft_ms: one draft step. line_ms: the way to the verifier and back
+    """
+
+    draft_ms: float = 0.0
+    line_ms: float = 0.0
+
+
 class Open(Message, frozen=True, tag="open"):
     """Start a session, or resume it on a new connection or another verifier (then `epoch` is larger).
 
@@ -71,6 +81,7 @@ class Open(Message, frozen=True, tag="open"):
     avoid:        the address of a Redirect that the edge could not follow
     salt:         one for each customer of the edge; prefixes are shared only within one API key and salt
     digest:       that of the Welcome with which the session began; no other model may continue it
+    device:       what the edge knows of itself; None: nothing yet
     """
 
     session: SessionId
@@ -88,6 +99,7 @@ class Open(Message, frozen=True, tag="open"):
     avoid: Address = ""
     salt: Salt = ""
     digest: str = ""
+    device: Device | None = None
 
 
 class Draft(Message, frozen=True, tag="draft"):
@@ -136,6 +148,7 @@ class Verdict(Message, frozen=True, tag="verdict"):
     logprobs: one entry per token if asked for
     queue_ms, engine_ms: time in the queue and in the engine
     price:    congestion price: what one more draft token costs others, in committed tokens (0 at low load)
+    cached:   tokens of the prompt that were not read for this session, as their KV was there
     """
 
     session: str
@@ -148,6 +161,7 @@ class Verdict(Message, frozen=True, tag="verdict"):
     queue_ms: float = 0.0
     engine_ms: float = 0.0
     price: float = 0.0
+    cached: int = 0
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -191,7 +205,6 @@ _server_decoder: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decode
 
 
 def encode(message: Message) -> bytes:
-    """One frame."""
     return _encoder.encode(message)
 
 

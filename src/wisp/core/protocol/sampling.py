@@ -11,9 +11,9 @@ on a draft: a verifier computes this token at every position of a draft and acce
 Output therefore equals plain decoding token for token, no probabilities cross the network, and a drafter that
 adds the *same* noise to its own logits agrees with the target nearly as often as any coupling can.
 
-Order of operations, everywhere: remove ids that may not be chosen yet (end of sequence before `min_tokens`); logits /
-T; top-k; top-p (the smallest set that reaches p, after renormalisation); min-p (relative to the largest); noise. Ties
-go to the lower id. float64.
+Order of operations, everywhere: constraints on the raw logits (`constraints`; ids that end the text, before
+`min_tokens`); logits / T; top-k; top-p (the smallest set that reaches p, after renormalisation); min-p (relative to the
+largest); noise. Ties go to the lower id. float64.
 
 The hash is SplitMix64's output function (Steele et al. 2014; constants by Stafford, "Mix13"). Its top 32 bits k
 become the uniform (k + 1/2) / 2^32, so |g| is bounded and an id whose logit/T is more than 26.0 below the
@@ -23,10 +23,17 @@ maximum can never win: that bound, and a tighter one once a good candidate is kn
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
+from wisp.core.protocol.constraints import Constraints
+
+if TYPE_CHECKING:
+    from wisp.core.protocol.edits import Edit
 
 RULE = 1  # increase it if the same logits, parameters and seed may give another token than before
 
@@ -44,7 +51,8 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How the target's token is chosen. A `temperature` below `COLDEST` is greedy and ignores top_k to seed.
 
     top_k 0, top_p 1 and min_p 0 mean "off". `seed` is any integer, used modulo 2^64. None of the first `min_tokens`
-    tokens is one of `ends`, the ids that end a generation. Each side fills in `ends` for its target.
+    tokens is one of `ends`, the ids that end a generation, or of the constraints' `stop_token_ids`. Each side fills in
+    `ends` for its target. `constraints` None costs nothing.
     """
 
     temperature: float = 0.0
@@ -54,6 +62,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     seed: int = 0
     min_tokens: int = 0
     ends: tuple[int, ...] = ()
+    constraints: Constraints | None = None
 
     @property
     def greedy(self) -> bool:
@@ -65,9 +74,14 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
         known = tuple(sorted(ends)) if self.min_tokens else ()
         return self if known == self.ends else msgspec.structs.replace(self, ends=known)
 
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Ids that end the generation besides the model's own."""
+        return self.constraints.stop_token_ids if self.constraints is not None else ()
+
     def barred(self, position: int) -> tuple[int, ...]:
-        """Ids that may not be chosen at generated `position`."""
-        return self.ends if position < self.min_tokens else ()
+        """Ids that end the generation and may not be chosen yet at generated `position`."""
+        return self.ends + self.stops if position < self.min_tokens else ()
 
     def problem(self) -> tuple[str, str] | None:
         """(parameter, what is wrong with it), or None if all is in range."""
@@ -81,7 +95,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
             return "min_p", "must be between 0 and 1"
         if self.min_tokens < 0:
             return "min_tokens", "must not be negative"
-        return None
+        return self.constraints.problem() if self.constraints is not None else None
 
 
 def _mix(x: int) -> int:
@@ -122,9 +136,14 @@ def gumbels(seed: int, position: int, ids: npt.NDArray[np.integer]) -> npt.NDArr
     return noise
 
 
-def target_token(logits: FloatArray, sampling: Sampling, position: int) -> int:
-    """The token that the model with these `logits` (shape [vocabulary]) says at generated `position`."""
-    if barred := sampling.barred(position):
+def target_token(logits: FloatArray, sampling: Sampling, position: int, edit: Edit | None = None) -> int:
+    """The token that the model with these `logits` (shape [vocabulary]) says at generated `position`.
+
+    edit: of the constraints, where there are any (`edits.Tracker`)
+    """
+    if edit is not None:
+        logits = edit.apply(logits)
+    elif barred := sampling.barred(position):
         logits = logits.copy()
         logits[[token for token in barred if token < logits.size]] = -np.inf  # a drafter may have fewer ids
     if sampling.greedy:
@@ -198,15 +217,21 @@ def _nucleus(scores: npt.NDArray[np.float64], ids: npt.NDArray[np.intp], p: floa
 
 
 def verify(
-    rows: Iterable[FloatArray], draft: Sequence[int], sampling: Sampling, position: int
+    rows: Iterable[FloatArray],
+    draft: Sequence[int],
+    sampling: Sampling,
+    position: int,
+    edits: Iterable[Edit] | None = None,
 ) -> tuple[int, list[int]]:
     """(accepted, tokens): the target's tokens along a draft, up to and including the first that disagrees.
 
-    `rows` yields logits for len(draft) + 1 places in order. It is read no further than needed.
+    `rows` yields logits for len(draft) + 1 places in order, `edits` those of the constraints. Both are read no further
+    than needed.
     """
     tokens: list[int] = []
+    edit = iter(edits) if edits is not None else repeat(None)
     for i, row in enumerate(rows):
-        token = target_token(row, sampling, position + i)
+        token = target_token(row, sampling, position + i, next(edit))
         tokens.append(token)
         if i >= len(draft) or token != draft[i]:
             return i, tokens

@@ -17,6 +17,7 @@ from wisp.core.protocol.sampling import Sampling
 
 ENGINE_ERROR = "engine_error"
 NOT_FINITE = "logits_not_finite"
+INVALID_GRAMMAR = "invalid_grammar"
 NO_TOKEN = "the model computed a NaN or an infinity, from which no token can be chosen"  # and NOT_FINITE
 
 
@@ -47,6 +48,8 @@ class Slice(msgspec.Struct, frozen=True, array_like=True):
     position:  index of the first chosen token among the session's generated tokens
     sampling:  parameters of the choice
     logprobs:  None, or how many alternatives to report with each chosen token (0 is allowed)
+    past:      where `sampling` has constraints: the session's tokens before the first one to be chosen, from the first
+               generated one on, or from the prompt's first on if its tokens count (`repetition_penalty`)
     """
 
     session: int
@@ -58,6 +61,7 @@ class Slice(msgspec.Struct, frozen=True, array_like=True):
     position: int = 0
     sampling: Sampling = Sampling()
     logprobs: int | None = None
+    past: list[int] = []
 
 
 class SliceResult(msgspec.Struct, frozen=True, array_like=True):
@@ -67,7 +71,7 @@ class SliceResult(msgspec.Struct, frozen=True, array_like=True):
     tokens:   the accepted draft tokens and one token more (correction or bonus); [] if `sample` was False
     logprobs: one entry per token of `tokens`, or [] if none were asked for
     error:    non-empty if this slice failed; its slot is then empty
-    code:     of the error: ENGINE_ERROR may be retried, NOT_FINITE would fail again
+    code:     of the error: ENGINE_ERROR may be retried, NOT_FINITE and INVALID_GRAMMAR would fail again
 
     The slot then holds start + len(slice.tokens) - n_draft + accepted tokens: all fed tokens that were not rejected.
     The last of `tokens` is not among them; the next slice feeds it.
@@ -92,12 +96,41 @@ class Copy(msgspec.Struct, frozen=True, array_like=True):
     tokens: int
 
 
+class Round(msgspec.Struct, frozen=True):
+    """What a round took on its edge, in milliseconds.
+
+    at_ms:     when its verdict was heard, since the session began
+    draft_ms:  draft steps of the tokens that were sent. ahead: they ran while an earlier draft was in flight
+    flight_ms: on the way there and back
+    queue_ms, verify_ms: in the verifier's queue and engine
+    steps:     draft steps since the round before, unused ones included
+    price:     of a draft token, as of this verdict
+    forced:    places, among the tokens that it committed, of draft tokens that a grammar left no choice for
+    why:       why nothing was drafted ("": something was, or it was not its turn), a key of `edge.rounds.WHY`
+    """
+
+    at_ms: float
+    draft_ms: float
+    flight_ms: float
+    queue_ms: float
+    verify_ms: float
+    drafted: int
+    accepted: int
+    steps: int = 0
+    ahead: bool = False
+    price: float = 0.0
+    why: str = ""
+    forced: list[int] = []
+
+
 class Committed(msgspec.Struct, frozen=True):
     """New tokens of a session's output, in order.
 
     drafted, accepted: tokens of the answered draft, and how many agreed (0, 0 without a draft)
     from_draft:        the first so many of `tokens` came from the draft
     finish:            "" (goes on), "stop" (an end-of-sequence token, the last of `tokens`) or "length"
+    round:             the round that committed them, where somebody asked to see rounds
+    cached:            tokens of the prompt whose KV was there already
     """
 
     tokens: list[int]
@@ -106,3 +139,5 @@ class Committed(msgspec.Struct, frozen=True):
     accepted: int = 0
     from_draft: int = 0
     finish: str = ""
+    round: Round | None = None
+    cached: int = 0

@@ -122,7 +122,6 @@ class Placement:
 
     @property
     def any_open(self) -> bool:
-        """Does any replica take sessions?"""
         return any(r.open for r in self._replicas.values())
 
     def sessions(self, replica: str) -> int:

@@ -46,11 +46,9 @@ class _Bucket:
         self.at = now
 
     def level_at(self, now: float) -> float:
-        """The level at `now`."""
         return min(self.size, self.level + (now - self.at) * self.rate)
 
     def wait(self, amount: float, level: float) -> float:
-        """Seconds from `level` to `amount`."""
         return max(0.0, (amount - level) / self.rate)
 
 
@@ -114,7 +112,6 @@ class Admission:
         return rich if most > mine + 1 else None
 
     def closed(self, key: str) -> None:
-        """A session of `key` has ended."""
         self.usage[key].sessions -= 1
         self._open -= 1
 

@@ -53,7 +53,6 @@ class Load(msgspec.Struct, frozen=True, gc=False):
 
 
 def load_of(slices: Iterable[Slice]) -> Load:
-    """The load of a step."""
     new = attention = cached = n_slices = 0
     for s in slices:
         n = len(s.tokens)

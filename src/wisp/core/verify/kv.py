@@ -173,7 +173,6 @@ class KvPool:
             held.tokens += tokens
 
     def touch(self, now: float, slot: int) -> None:
-        """The slot takes part in a step."""
         self.slots[slot].used = now
 
     def release(self, slot: int, *, keep: bool) -> None:
@@ -191,17 +190,14 @@ class KvPool:
             heappush(self._empty, (free.used, slot))
 
     def drop(self, slot: int) -> None:
-        """Empty the slot."""
         self.release(slot, keep=False)
 
     @property
     def owned_tokens(self) -> int:
-        """KV tokens of live sessions."""
         return sum(len(s.tokens) for s in self.slots if s.owner is not None)
 
     @property
     def owned_slots(self) -> int:
-        """Slots of live sessions."""
         return len(self.slots) - len(self._left) - len(self._empty)
 
     def _set(self, slot: Slot, tokens: Tokens[int], key: Sharers) -> None:

@@ -25,21 +25,17 @@ class Surroundings(Protocol):
 
     def soon(self, do: Callable[[], None]) -> None:
         """Call `do` once the events at hand have been fed."""
-        ...
 
     def at(self, time: float, do: Callable[[], None]) -> Callable[[], None]:
         """Call `do` at `time`. Returns a function that cancels this."""
-        ...
 
     def run(self, step: Run) -> None:
         """Start a step. Its StepDone is fed later."""
-        ...
 
     def send(self, connection: int, message: Verdict | Refused) -> None: ...
 
     def ended(self, ended: Ended) -> None:
         """A session has ended without a message to its edge."""
-        ...
 
 
 class VerifierLoop:
@@ -50,11 +46,13 @@ class VerifierLoop:
         verifier: Verifier,
         surroundings: Surroundings,
         record: Callable[[float, InEvent], None] | None = None,
+        watch: Callable[[float, InEvent, list[Action]], None] | None = None,
     ) -> None:
-        """`record` is called with every event before it is handled (an event log)."""
+        """`record` is called with every event before it is handled (an event log), `watch` after, with its actions."""
         self.verifier = verifier
         self._world = surroundings
         self._record = record
+        self._watch = watch
         self._tick_due = False
         self._cancel_wake: Callable[[], None] | None = None
 
@@ -81,7 +79,6 @@ class VerifierLoop:
         return actions
 
     def stop(self) -> None:
-        """Cancel the timer."""
         if self._cancel_wake is not None:
             self._cancel_wake()
             self._cancel_wake = None
@@ -90,7 +87,10 @@ class VerifierLoop:
         now = self._world.now
         if self._record is not None:
             self._record(now, event)
-        return self.verifier.handle(now, event)
+        actions = self.verifier.handle(now, event)
+        if self._watch is not None:
+            self._watch(now, event, actions)
+        return actions
 
     def _tick(self) -> None:
         self._tick_due = False

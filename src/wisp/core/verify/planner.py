@@ -174,6 +174,8 @@ class Planner:
             if assigned.copy_from >= 0:
                 self._copies.append(Copy(assigned.copy_from, assigned.slot, assigned.start))
             session.slot, session.cached = assigned.slot, assigned.start
+            if session.progress.reused is None:
+                session.progress.reused = min(assigned.start, session.progress.n_prompt)
             session.candidate = None
 
     def _evictable(self, now: float) -> Callable[[int], bool]:
@@ -253,8 +255,12 @@ class Planner:
         self.kv.touch(now, slot)
         # By position, as in `candidate_of`.
         tokens, n_draft, position = chain[start:end].tolist() + draft, len(draft), s.progress.committed
+        sampling, constraints = s.params.sampling, s.params.sampling.constraints
+        past: list[int] = []
+        if constraints is not None and last and constraints.choosing:
+            past = (chain if constraints.repetition_penalty != 1.0 else chain[s.progress.n_prompt :]).tolist()
         return Slice(
-            s.handle, slot, start, tokens, n_draft, last, position, s.params.sampling, s.progress.logprobs
+            s.handle, slot, start, tokens, n_draft, last, position, sampling, s.progress.logprobs, past
         )
 
 

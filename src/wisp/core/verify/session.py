@@ -125,7 +125,6 @@ class Parameters(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, key: str, open_: Open) -> Parameters:
-        """The parameters in an Open."""
         return cls(open_.sampling, open_.max_tokens, open_.ignore_eos, (key, open_.salt))
 
 
@@ -179,19 +178,22 @@ class Targets:
 
 
 class Progress:
-    """Prompt and committed tokens. `entries` are the log probabilities of the last tokens, as far as asked for."""
+    """Prompt and committed tokens. `entries` are the log probabilities of the last tokens, as far as asked for.
 
-    __slots__ = ("chain", "entries", "logprobs", "n_prompt")
+    reused: tokens of the prompt whose KV was there when the session first got a slot; None before
+    """
+
+    __slots__ = ("chain", "entries", "logprobs", "n_prompt", "reused")
 
     def __init__(self, open_: Open) -> None:
         self.n_prompt = len(open_.prompt)
         self.chain = _chain(open_)  # prompt + committed
         self.logprobs = open_.logprobs  # None, or how many alternatives to report
         self.entries: list[TokenLogprob] = []
+        self.reused: int | None = None
 
     @property
     def committed(self) -> int:
-        """Generated tokens so far."""
         return len(self.chain) - self.n_prompt
 
     def append(self, tokens: list[int], logprobs: list[TokenLogprob]) -> None:
@@ -203,7 +205,6 @@ class Progress:
             self.entries += logprobs[: len(tokens)]
 
     def tokens_from(self, base: int) -> list[int]:
-        """Generated tokens from `base` on."""
         return self.chain[self.n_prompt + base :].tolist()
 
     def entries_from(self, base: int) -> list[TokenLogprob]:
@@ -289,7 +290,6 @@ class Speed:
         return (1.0 - missed) / (1.0 - a)
 
     def verified(self, now: float, n_draft: int, accepted: int) -> None:
-        """A step verified `n_draft` draft tokens."""
         self.answered_at = now
         acceptance = self.acceptance
         for i in range(min(accepted + 1, n_draft)):
@@ -297,7 +297,6 @@ class Speed:
         self.acceptance = acceptance
 
     def committed(self, tokens: int) -> None:
-        """A round committed `tokens`."""
         self.round_tokens += ROUND_TOKENS_RATE * (tokens - self.round_tokens)
 
 
@@ -339,7 +338,6 @@ class Session:
 
     @property
     def n_committed(self) -> int:
-        """Generated tokens so far."""
         return self.progress.committed
 
     @property
@@ -378,7 +376,6 @@ class Session:
         self.candidate = None
 
     def verified(self, now: float, n_draft: int, accepted: int) -> None:
-        """A step has committed tokens of this session."""
         if now < self.targets.first_at:
             self.targets.first_at = now
         self.speed.verified(now, n_draft, accepted)
@@ -412,8 +409,9 @@ class Session:
         entries = progress.entries_from(base) if progress.logprobs is not None else []
         tokens = progress.tokens_from(base)
         round_state.verdict = verdict = Verdict(
-            self.id, round_, base, accepted, tokens, finish, entries, queue_ms, engine_ms, round_state.price
-        )
+            self.id, round_, base, accepted, tokens, finish, entries, queue_ms, engine_ms, round_state.price,
+            progress.reused or 0,
+        )  # fmt: skip
         return verdict
 
     def adopt(self, open_: Open) -> None:

@@ -80,7 +80,6 @@ class Verifier:
 
     @property
     def running(self) -> bool:
-        """Is a step in the engine?"""
         return self._step is not None
 
     @property
@@ -89,7 +88,6 @@ class Verifier:
         return sum(s.slot is None for s in self.index.ready.values())
 
     def knows(self, session_id: str) -> bool:
-        """Is there a live session of this id?"""
         return session_id in self._by_id
 
     def kept_places(self, now: float) -> int:
@@ -141,7 +139,8 @@ class Verifier:
         self, now: float, connection: int, key: str, open_: Open, actions: list[Action]
     ) -> Verdict | None:
         self._check_open(open_)
-        open_ = msgspec.structs.replace(open_, sampling=open_.sampling.ending(self.limits.eos))
+        ends = frozenset[int]() if open_.ignore_eos else self.limits.eos
+        open_ = msgspec.structs.replace(open_, sampling=open_.sampling.ending(ends))
         session = self._by_id.get(open_.session)
         if session is None:
             session = Session(self._next_handle + 1, key, connection, open_, now)
@@ -281,7 +280,8 @@ class Verifier:
             raise ProtocolError("context_length_exceeded", f"max_tokens must be between 1 and {most} here")
         if len(o.committed) >= o.max_tokens or (o.logprobs is not None and not 0 <= o.logprobs <= 20):
             raise ProtocolError("malformed", "committed must be shorter than max_tokens, logprobs at most 20")
-        if not o.ignore_eos and not limits.eos.isdisjoint(o.committed):
+        ended = not o.ignore_eos and not limits.eos.isdisjoint(o.committed)
+        if ended or not set(o.sampling.stops).isdisjoint(o.committed):
             raise ProtocolError("malformed", "committed contains an end of sequence: that session is over")
         if o.slo is not None and not (
             0.0 <= o.slo.ttft_ms <= LONGEST_MS and 0.0 <= o.slo.tpot_ms <= LONGEST_MS
@@ -291,6 +291,12 @@ class Verifier:
             )
         if problem := o.sampling.problem():
             raise ProtocolError("malformed", f"{problem[0]} {problem[1]}")
+        if (
+            o.sampling.constraints is not None
+            and max(o.sampling.constraints.ids(), default=0) >= limits.n_vocab
+        ):
+            message = f"a constraint names ids outside this model's vocabulary of {limits.n_vocab}"
+            raise ProtocolError("out_of_vocabulary", message)
         self._check_tokens("prompt", o.prompt, limits.slot_tokens)
         self._check_tokens("committed", o.committed, limits.slot_tokens)
         self._check_tokens("draft", o.draft, limits.max_draft)
@@ -430,10 +436,13 @@ class Verifier:
             self._next(now, s, actions)
 
     def _cut(self, s: Session, tokens: list[int]) -> tuple[list[int], str]:
-        """The tokens up to an end of sequence or the length limit, and the finish reason ("" if it goes on)."""
+        """The tokens up to an end of the text or the length limit, and the finish reason ("" if it goes on)."""
         tokens = tokens[: s.remaining]
-        if not (s.params.ignore_eos or self.limits.eos.isdisjoint(tokens)):
-            end = next(i for i, token in enumerate(tokens) if token in self.limits.eos)
+        ends = frozenset[int]() if s.params.ignore_eos else self.limits.eos
+        if stops := s.params.sampling.stops:
+            ends = ends.union(stops)
+        if not ends.isdisjoint(tokens):
+            end = next(i for i, token in enumerate(tokens) if token in ends)
             return tokens[: end + 1], "stop"
         return tokens, "length" if len(tokens) == s.remaining else ""
 
@@ -452,7 +461,6 @@ class Verifier:
             self.index.put(s)
 
     def _next(self, now: float, s: Session, actions: list[Action]) -> None:
-        """Take up the draft that arrived during the step."""
         draft, s.round.inbox = s.round.inbox, None
         if draft is not None and s.state in (READY, WAITING):
             answer = self._take(now, s, draft.round, draft.base, draft.tokens)

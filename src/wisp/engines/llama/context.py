@@ -157,7 +157,6 @@ class Context:
         return np.frombuffer(buffer, np.float32).reshape(outputs, self.n_vocab)
 
     def discard(self) -> None:
-        """Empties the batch under construction."""
         self._filled = 0
 
     def drop(self, slot: int, start: int = 0) -> None:

@@ -11,10 +11,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from wisp.core.draft.signals import signal
 from wisp.core.errors import EngineError, ModelError
+from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import Sampling, target_token
 from wisp.core.verify.kv import common_prefix
 from wisp.engines.base import Proposal
@@ -26,6 +28,7 @@ log = logging.getLogger("wisp.draft")
 
 _ROWS = 128
 _SAMPLE = 8  # tokens read at the start, to see that the model computes anything
+_NEVER = 60.0  # logits below the best: as good as impossible
 _WORTH_COPYING = 16  # tokens; a copy moves a whole slot, which takes about as long as evaluating a few rows
 
 
@@ -82,7 +85,12 @@ class LlamaDraft:
         self._context.drop(0)
 
     def propose(
-        self, session: str, context: Sequence[int], position: int, sampling: Sampling
+        self,
+        session: str,
+        context: Sequence[int],
+        position: int,
+        sampling: Sampling,
+        edit: Edit | None = None,
     ) -> Proposal | None:
         """The drafter's token after `context` (see DraftEngine.propose); None also where `context` is empty, longer
         than a slot, or has ids the drafter does not know. Raises EngineError; the session then starts afresh."""
@@ -100,8 +108,10 @@ class LlamaDraft:
             self._give_up(session)
             return None
         self._held[slot] = tokens
-        token = target_token(logits, sampling, position)
-        return Proposal(token, signal(logits, token, sampling, position))
+        if edit is None:
+            token = target_token(logits, sampling, position)
+            return Proposal(token, signal(logits, token, sampling, position))
+        return _constrained(logits, sampling, position, edit)
 
     @property
     def rows_evaluated(self) -> int:
@@ -169,3 +179,14 @@ class LlamaDraft:
             raise
         row: Logits = logits[0]
         return row
+
+
+def _constrained(logits: Logits, sampling: Sampling, position: int, edit: Edit) -> Proposal | None:
+    """The proposal and its statistics over the ids that may be chosen; None if this model does not have those."""
+    token = target_token(logits, sampling, position, edit)
+    if not edit.allows(token):
+        return None
+    scores = edit.apply(logits)
+    floor = float(scores.max()) - _NEVER  # statistics want numbers
+    told = signal(np.maximum(scores, floor).astype(np.float32), token, sampling, position)
+    return Proposal(token, msgspec.structs.replace(told, spread=float(logits.std())))

@@ -65,7 +65,6 @@ class _Reader:
 
 
 def _open(reader: _Reader) -> tuple[int, int, int]:
-    """(version, tensors, pairs)."""
     magic, version, tensors, pairs = _HEADER.unpack(reader.read(_HEADER.size))
     if magic != b"GGUF" or version not in (2, 3):
         raise ModelError("not a GGUF file of version 2 or 3")

@@ -9,7 +9,6 @@ chosen from is compared with the reference's, bit for bit.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from wisp.engines.llama.reference import reference_steps
 from wisp.engines.llama.target import LlamaTarget, Mode
 
 
-@dataclass(frozen=True)
+@dataclass
 class Proof:
     """What was compared, and what was found.
 
@@ -33,21 +32,26 @@ class Proof:
     largest:    largest difference of two logits
     wrong:      tokens that are not the reference's
     longest:    most tokens cached when a row was evaluated
-    row_ms:     milliseconds a fed row took, in `run`, padding and rejected rows included in the time
-    errors:     slices that failed
+    errors:     of slices that failed
     """
 
-    positions: int
-    differing: int
-    largest: float
-    wrong: int
-    longest: int
-    row_ms: float
-    errors: tuple[str, ...] = ()
+    positions: int = 0
+    differing: int = 0
+    largest: float = 0.0
+    wrong: int = 0
+    longest: int = 0
+    errors: list[str] = field(default_factory=list)
 
     @property
     def exact(self) -> bool:
         return self.positions > 0 and not (self.differing or self.wrong or self.errors)
+
+    def compare(self, row: Logits, expected: Logits, cached: int) -> None:
+        self.positions += 1
+        self.longest = max(self.longest, cached)
+        if not np.array_equal(row, expected):
+            self.differing += 1
+            self.largest = max(self.largest, float(np.abs(row - expected).max()))
 
 
 @dataclass
@@ -86,7 +90,7 @@ def prove_exact(
     """
     rng = random.Random(seed)
     plans = _plan(model_path, rng, sessions, prompt_tokens, new_tokens)
-    tally = _Tally()
+    proof = Proof()
     for count in threads:
         engine = LlamaTarget(
             model_path,
@@ -98,10 +102,10 @@ def prove_exact(
         try:
             for plan in plans:
                 plan.done, plan.held, plan.slot = 0, 0, -1
-            _Schedule(engine, list(plans), rng, tally).run()
+            _Schedule(engine, list(plans), rng, proof).run()
         finally:
             engine.close()
-    return tally.proof()
+    return proof
 
 
 def check_build(model_path: str | Path) -> str:
@@ -140,33 +144,13 @@ def _plan(
     return plans
 
 
-class _Tally:
-    def __init__(self) -> None:
-        self.positions = self.differing = self.wrong = self.longest = self.rows = 0
-        self.largest = self.seconds = 0.0
-        self.errors: list[str] = []
-
-    def compare(self, row: Logits, expected: Logits, cached: int) -> None:
-        self.positions += 1
-        self.longest = max(self.longest, cached)
-        if not np.array_equal(row, expected):
-            self.differing += 1
-            self.largest = max(self.largest, float(np.abs(row - expected).max()))
-
-    def proof(self) -> Proof:
-        row_ms = 1e3 * self.seconds / max(1, self.rows)
-        return Proof(
-            self.positions, self.differing, self.largest, self.wrong, self.longest, row_ms, tuple(self.errors)
-        )
-
-
 class _Schedule:
     """Drives one engine through all sessions, choosing at random what each step does."""
 
     def __init__(
-        self, engine: LlamaTarget, sessions: list[_Session], rng: random.Random, tally: _Tally
+        self, engine: LlamaTarget, sessions: list[_Session], rng: random.Random, proof: Proof
     ) -> None:
-        self._engine, self._rng, self._tally = engine, rng, tally
+        self._engine, self._rng, self._proof = engine, rng, proof
         self._waiting = sessions
         self._free = list(range(engine.info.slots))
         self._active: list[_Session] = []
@@ -177,10 +161,7 @@ class _Schedule:
                 self._place(self._waiting.pop(0))
             chosen = [s for s in self._active if self._rng.random() < 0.7] or self._active[:1]
             work = [self._slice(session) for session in chosen]
-            started = time.perf_counter()
             results, logits = self._engine.observe(work)
-            self._tally.seconds += time.perf_counter() - started
-            self._tally.rows += sum(len(s.tokens) for s in work)
             for session, item, result in zip(chosen, work, results, strict=True):
                 rows = {place: row for (slot, place), row in logits.items() if slot == item.slot}
                 self._commit(session, item, result, rows)
@@ -218,16 +199,7 @@ class _Schedule:
         draft = session.answer[position : position + rng.choice((0, 0, 1, 2, 3, 5, 6, 7, 8, 12))]
         if draft and rng.random() < 0.5:
             draft[rng.randrange(len(draft))] = rng.randrange(self._engine.info.n_vocab)
-        return Slice(
-            0,
-            session.slot,
-            start,
-            feed + draft,
-            len(draft),
-            True,
-            position,
-            session.sampling,
-        )
+        return Slice(0, session.slot, start, feed + draft, len(draft), True, position, session.sampling)
 
     def _copy_prefix(self, session: _Session) -> int:
         """Copies a prefix from an active session that begins alike; returns its tokens, or 0."""
@@ -242,15 +214,15 @@ class _Schedule:
 
     def _commit(self, session: _Session, item: Slice, result: SliceResult, rows: dict[int, Logits]) -> None:
         if result.error:
-            self._tally.errors.append(result.error)
+            self._proof.errors.append(result.error)
             session.held = 0
             return
         session.held = item.start + len(item.tokens) - item.n_draft + result.accepted
         expected = session.answer[item.position :][: len(result.tokens)]
-        self._tally.wrong += sum(a != b for a, b in zip(result.tokens, expected, strict=False))
+        self._proof.wrong += sum(a != b for a, b in zip(result.tokens, expected, strict=False))
         for place, row in rows.items():
             position = place - (len(session.prompt) - 1)
             if position < len(session.logits):
-                self._tally.compare(row, session.logits[position], place)
+                self._proof.compare(row, session.logits[position], place)
         if item.sample:
             session.done = min(len(session.answer), max(session.done, item.position + len(result.tokens)))

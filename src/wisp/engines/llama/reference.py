@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from wisp.core.errors import EngineError
-from wisp.core.protocol.sampling import Sampling, gumbels, target_token
+from wisp.core.protocol.edits import Edit, Matchers, Tracker
+from wisp.core.protocol.sampling import FloatArray, Sampling, gumbels, target_token
 from wisp.engines.llama.capi import api
 from wisp.engines.llama.context import Logits
 from wisp.engines.llama.model import Model
@@ -34,10 +35,16 @@ class Step(NamedTuple):
 
 
 def reference_steps(
-    model_path: str | Path, prompt: Sequence[int], sampling: Sampling, *, exact: bool = True, threads: int = 1
+    model_path: str | Path,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    *,
+    exact: bool = True,
+    threads: int = 1,
+    matchers: Matchers | None = None,
 ) -> Iterator[Step]:
     """Endless: the model's tokens after `prompt` (at least one id). `exact=False`: plain one-row calls with
-    llama.cpp's default settings, as the fast mode has them without drafts."""
+    llama.cpp's default settings, as the fast mode has them without drafts. `matchers`: for a grammar."""
     lib, ffi = api().lib, api().ffi
     model = Model(model_path, repack=not exact, gpu=not exact)
     context, batch = ffi.NULL, lib.llama_batch_init(2, 0, 1)
@@ -64,9 +71,12 @@ def reference_steps(
 
         for place, token in enumerate(prompt):
             logits = evaluate(token, place)
+        said: list[int] = []
         for position in range(model.n_ctx_train - len(prompt)):
-            token = target_token(logits, sampling, position)
-            yield Step(token, logits, _gap(logits, token, sampling, position))
+            edit = edit_afresh(sampling, matchers, [*prompt, *said], position)
+            token = target_token(logits, sampling, position, edit)
+            said.append(token)
+            yield Step(token, logits, _gap(logits, token, sampling, position, edit))
             logits = evaluate(token, len(prompt) + position)
     finally:
         lib.llama_batch_free(batch)
@@ -85,11 +95,12 @@ def reference_tokens(
     exact: bool = True,
     threads: int = 1,
     gaps: list[float] | None = None,
+    matchers: Matchers | None = None,
 ) -> list[int]:
     """At most `max_tokens` tokens after `prompt`, the last of them in `eos` if one came up. `gaps`, if given,
     receives each token's `Step.gap`."""
     tokens: list[int] = []
-    steps = reference_steps(model_path, prompt, sampling, exact=exact, threads=threads)
+    steps = reference_steps(model_path, prompt, sampling, exact=exact, threads=threads, matchers=matchers)
     while len(tokens) < max_tokens and not (tokens and tokens[-1] in eos):
         step = next(steps, None)
         if step is None:
@@ -101,12 +112,24 @@ def reference_tokens(
     return tokens
 
 
-def _gap(logits: Logits, token: int, sampling: Sampling, position: int) -> float:
+def edit_afresh(
+    sampling: Sampling, matchers: Matchers | None, tokens: Sequence[int], position: int
+) -> Edit | None:
+    """The constraints' edit after `tokens` (prompt and output), by a tracker that has seen nothing else."""
+    if sampling.constraints is None or not sampling.constraints.choosing:
+        return None
+    return next(Tracker(sampling, matchers).edits(tokens, position, ()))
+
+
+def _gap(logits: Logits, token: int, sampling: Sampling, position: int, edit: Edit | None = None) -> float:
     """The winner's lead in logits: without it, whom would the same rule and noise choose?"""
-    others = logits.copy()
+    scores: FloatArray = logits if edit is None else edit.apply(logits)
+    others = scores.copy()
     others[token] = -np.inf
+    if not np.isfinite(others).any():
+        return np.inf
     if sampling.greedy:
-        return float(logits[token]) - float(others.max())
+        return float(scores[token]) - float(others.max())
     pair = np.array([token, target_token(others, sampling, position)])
-    scores = logits[pair] + sampling.temperature * gumbels(sampling.seed, position, pair)
-    return abs(float(scores[0] - scores[1]))
+    both = scores[pair] + sampling.temperature * gumbels(sampling.seed, position, pair)
+    return abs(float(both[0] - both[1]))

@@ -1,4 +1,4 @@
-"""What an engine asks of itself at start-up, on the model it has loaded, through the same `run` that serves.
+"""The engine's self-test at start-up: on the model that it has loaded, through the same `run` that serves.
 
 A few dozen positions cannot prove a mode exact (`proof.prove_exact` does more), but what breaks exactness is a
 kernel chosen by the *shape* of a batch, not by its values: one call of each shape is nearly as telling as many.

@@ -20,9 +20,18 @@ from typing import Literal
 
 import numpy as np
 
-from wisp.core.errors import EngineError, ModelError
-from wisp.core.protocol.step import NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult
+from wisp.core.errors import EngineError, GrammarError, ModelError
+from wisp.core.protocol.step import (
+    ENGINE_ERROR,
+    INVALID_GRAMMAR,
+    NO_TOKEN,
+    NOT_FINITE,
+    Copy,
+    Slice,
+    SliceResult,
+)
 from wisp.engines.base import EngineInfo
+from wisp.engines.constraining import SlotTrackers
 from wisp.engines.identity import engine_digest, gguf_digest
 from wisp.engines.llama import selfcheck
 from wisp.engines.llama.capi import PIN, kernels
@@ -89,6 +98,7 @@ class LlamaTarget:
         self._notes: list[str] = []
         self._fewest_outputs = 2
         self._flip_gap = 0.0 if mode == "exact" else UNMEASURED_FLIP_GAP
+        self.constraints = SlotTrackers()
         self._tap: Tap | None = None  # sees (slot, place, logits) of each sampled row
         self._check, self._tainted = check, False
         self._open(mode)
@@ -236,10 +246,15 @@ class LlamaTarget:
     # -- a step
 
     def _admit(self, work: Slice) -> Run:
-        run = Run(work, self._tap)
-        error = self._problem(work)
+        error, code, edits = self._problem(work), ENGINE_ERROR, None
+        if not error:
+            try:
+                edits = self.constraints.edits(work)
+            except GrammarError as why:
+                error, code = str(why), INVALID_GRAMMAR
+        run = Run(work, self._tap, edits)
         if error:
-            run.fail(error)
+            run.fail(error, code)
         else:
             run.feed = np.array(work.tokens, np.int32)
         return run

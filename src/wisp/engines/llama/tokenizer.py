@@ -7,21 +7,20 @@ tables. Ids are exchanged, never text, and both sides compare `fingerprint` firs
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
-import struct
 import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 from wisp.core.errors import EngineError
-from wisp.engines.base import Check, unasked
+from wisp.engines.base import Check
 from wisp.engines.llama import gguf
 from wisp.engines.llama.capi import api
 from wisp.engines.llama.model import Model
-from wisp.engines.special import NO_STAND_INS, Special, SpecialTokens, StandIns
+from wisp.engines.special import Special, SpecialTokens, StandIns
+from wisp.engines.tokenizing import ModelTokenizer
 
 # llama_token_attr
 _UNKNOWN, _UNUSED, _CONTROL, _USER_DEFINED, _LSTRIP, _RSTRIP = (1 << bit for bit in (0, 1, 3, 4, 7, 8))
@@ -30,22 +29,23 @@ _SPACE = " \t\n\v\f\r"  # C's isspace
 _PADDING = re.compile(rb"\[PAD\d+\]")
 
 
-class LlamaTokenizer:
+class LlamaTokenizer(ModelTokenizer):
     """Tokenizer protocol over an open model; `open` and `from_blob` make one that owns a vocabulary-only model.
 
     Encoding is safe from several threads. Raises EngineError once its model is closed.
     """
 
     def __init__(self, model: Model) -> None:
+        super().__init__()
         self._api = api()
         self._model = model
-        self._pieces: dict[int, bytes] = {}
         self.n_vocab = model.n_vocab
         self.eos = model.eos
         self.chat_template = model.chat_template
-        self._bos = int(self._api.lib.llama_vocab_bos(model.vocab))
-        self._adds_bos = self._bos >= 0 and bool(self._api.lib.llama_vocab_get_add_bos(model.vocab))
-        self.bos_token = self._text(self._bos)
+        bos = int(self._api.lib.llama_vocab_bos(model.vocab))
+        self._bos = bos if bos >= 0 else None
+        self._adds_bos = bool(self._api.lib.llama_vocab_get_add_bos(model.vocab))
+        self.bos_token = self._text(bos)
         self.eos_token = self._text(int(self._api.lib.llama_vocab_eos(model.vocab)))
         self._special = SpecialTokens(self._specials(), _SPACE)
 
@@ -63,45 +63,16 @@ class LlamaTokenizer:
         tokenizer.__dict__["_blob"] = blob
         return tokenizer
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over (id: u32, length: u32, bytes), little-endian, of all ids but padding entries.
-
-        Control tokens count with their text. Takes tenths of a second for a large vocabulary, once.
-        """
-        return self._vocabulary[0]
-
-    @cached_property
-    def _vocabulary(self) -> tuple[str, int]:
-        """(fingerprint, bytes of the longest token)."""
+    def _real(self) -> Iterator[tuple[int, bytes]]:
         lib, vocab = self._api.lib, self._model.vocab
-        digest = hashlib.sha256()
-        longest = 1
         for token in range(self.n_vocab):
             if lib.llama_vocab_get_attr(vocab, token) & _UNUSED:
                 continue
             text = self._render(token, special=True)
             if not _PADDING.fullmatch(text):
-                digest.update(struct.pack("<II", token, len(text)) + text)
-                longest = max(longest, len(text))
-        return digest.hexdigest(), longest
+                yield token, text
 
-    @property
-    def controls(self) -> frozenset[str]:
-        """The texts of control tokens."""
-        return self._special.controls
-
-    def encode(
-        self,
-        text: str,
-        *,
-        add_bos: bool,
-        parse_special: bool,
-        stand_ins: StandIns = NO_STAND_INS,
-        check: Check = unasked,
-    ) -> list[int]:
-        """See `Tokenizer.encode`. `check` is called between special tokens."""
-        text = text.encode("utf-8", "replace").decode()
+    def _encoded(self, text: str, parse_special: bool, stand_ins: StandIns, check: Check) -> list[int]:
         ids: list[int] = []
         for part in self._special.split(text, control=parse_special, stand_ins=stand_ins):
             check()
@@ -109,8 +80,7 @@ class LlamaTokenizer:
                 ids.append(part)
             else:
                 ids += self._tokenize(part.encode())
-        begins = add_bos and self._adds_bos and ids[:1] != [self._bos]
-        return [self._bos, *ids] if begins else ids
+        return ids
 
     def fewest(self, text: str) -> int:
         """No token stands for more bytes than the longest has, but some kinds of vocabulary drop white space and
@@ -121,16 +91,8 @@ class LlamaTokenizer:
         size = len(text.encode("utf-8", "replace"))
         return size // (self._vocabulary[1] * (4 if normalises else 1))
 
-    def piece(self, token: int) -> bytes:
-        """The bytes of one token; b"" for control tokens and for ids out of range."""
-        found = self._pieces.get(token)
-        if found is None:
-            found = self._pieces[token] = self._render(token, special=False)
-        return found
-
-    def decode(self, tokens: list[int]) -> bytes:
-        """The bytes of a run of tokens. Cutting them anywhere but at whole characters is the caller's matter."""
-        return b"".join(map(self.piece, tokens))
+    def _rendered(self, token: int) -> bytes:
+        return self._render(token, special=False)
 
     def blob(self) -> bytes:
         """A self-contained file (a few MB, a third of it gzipped) for `from_blob`."""

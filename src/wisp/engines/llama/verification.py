@@ -6,13 +6,16 @@ go on; the first that does not is the correction, and the one after a draft acce
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from wisp.core.errors import GrammarError
+from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import log_probability, target_token
 from wisp.core.protocol.step import (
     ENGINE_ERROR,
+    INVALID_GRAMMAR,
     NO_TOKEN,
     NOT_FINITE,
     Slice,
@@ -28,8 +31,10 @@ Tap = Callable[[int, int, Logits], None]  # (slot, place, logits) of a sampled r
 class Run:
     """State of one slice. `done` once nothing more is to be evaluated, `error` if it failed."""
 
-    def __init__(self, work: Slice, tap: Tap | None) -> None:
+    def __init__(self, work: Slice, tap: Tap | None, edits: Iterator[Edit] | None = None) -> None:
+        """`edits`: of the constraints, for each row that is chosen from; None without any."""
         self.work = work
+        self._edits = edits
         self.fed = 0  # rows evaluated
         self.accepted = 0
         self.tokens: list[int] = []
@@ -72,7 +77,12 @@ class Run:
         if not np.isfinite(row).all():
             self.fail(NO_TOKEN, NOT_FINITE)
             return
-        token = target_token(row, work.sampling, work.position + step)
+        try:
+            edit = next(self._edits) if self._edits is not None else None
+        except GrammarError as error:
+            self.fail(str(error), INVALID_GRAMMAR)
+            return
+        token = target_token(row, work.sampling, work.position + step, edit)
         self.tokens.append(token)
         if work.logprobs is not None:
             chosen, top = log_probability(row, token, work.logprobs)

@@ -76,11 +76,9 @@ def _download(wanted: HubFile, folder: Path | None) -> Path:
 
     try:
         return Path(hf_hub_download(wanted.repo, wanted.file, local_dir=folder))
-    except OSError as error:
-        if error.errno in store.DISK_FULL:
+    except Exception as error:  # the client's errors differ between its versions
+        if isinstance(error, OSError) and error.errno in store.DISK_FULL:
             raise
-        raise SourceError(_reason(error)) from error
-    except Exception as error:
         raise SourceError(_reason(error)) from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -16,7 +15,6 @@ class Progress(Protocol):
 
     def __call__(self, description: str, done: int, total: int, /) -> None:
         """`done` of `total` bytes of the phase `description`; `total` 0 is a remark, to be shown once."""
-        ...
 
 
 class RichProgress:
@@ -41,9 +39,7 @@ class RichProgress:
     def __enter__(self) -> RichProgress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bars is not None:
             self._bars.stop()
 

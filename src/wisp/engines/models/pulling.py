@@ -173,7 +173,6 @@ def _drop_damaged(final: Path, report: Progress) -> None:
 
 
 def _install(fresh: Path, final: Path, card: ModelCard) -> None:
-    """Give a whole and checked file its final name."""
     os.replace(fresh, final)
     store.stamp(final, card.sha256)
     packages.Partial.of(card).discard()

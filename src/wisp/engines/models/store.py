@@ -46,7 +46,6 @@ def cache_dir() -> Path:
 
 
 def final_path(card: ModelCard) -> Path:
-    """Where the finished file lies, or will lie."""
     return cache_dir() / "models" / card.file
 
 

@@ -10,20 +10,45 @@ from collections.abc import Sequence
 
 import torch
 
+from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import _GOLDEN, _MASK, Sampling, _key
+from wisp.engines.vllm.editing import edited
+
+Asked = tuple[Sampling, int]  # how, and at which position
 
 ROWS = 16  # at a time: 8 bytes * vocabulary * a dozen temporaries each
+_FREE: Asked = (Sampling(), 0)
 
 
-def target_tokens(logits: torch.Tensor, asked: Sequence[tuple[Sampling, int]]) -> list[int]:
-    """The target's token at each row of `logits` [rows, vocabulary]; `asked`: (how, position) of each row."""
-    logits = _without_barred(logits, asked)
+def target_tokens(
+    logits: torch.Tensor, asked: Sequence[Asked], edits: Sequence[Edit | None] | None = None
+) -> list[int]:
+    """The target's token at each row of `logits` [rows, vocabulary]; `edits`: of the rows' constraints."""
+    edits = edits or [None] * len(asked)
+    unedited = [how if edit is None else _FREE for how, edit in zip(asked, edits, strict=True)]
+    logits = _without_barred(logits, unedited)
     tokens = torch.argmax(logits, dim=1)  # of equal ones the first
-    drawn = [i for i, (sampling, _) in enumerate(asked) if not sampling.greedy]
+    drawn = [i for i, (s, _) in enumerate(asked) if not s.greedy and edits[i] is None]
     for first in range(0, len(drawn), ROWS):
         some = torch.tensor(drawn[first : first + ROWS], device=logits.device)
         tokens[some] = _draw(logits[some], [asked[i] for i in drawn[first : first + ROWS]])
+    if any(edit is not None for edit in edits):
+        _choose_edited(logits, asked, edits, tokens)
     return [int(token) for token in tokens.tolist()]
+
+
+def _choose_edited(
+    logits: torch.Tensor, asked: Sequence[Asked], edits: Sequence[Edit | None], tokens: torch.Tensor
+) -> None:
+    """Into `tokens`, those of the rows with edits."""
+    for greedy in (True, False):
+        rows = [(i, e) for i, e in enumerate(edits) if e is not None and asked[i][0].greedy == greedy]
+        for first in range(0, len(rows), ROWS):
+            some = rows[first : first + ROWS]
+            at = torch.tensor([i for i, _ in some], device=logits.device)
+            scores = edited(logits[at], [edit for _, edit in some])
+            how = [asked[i] for i, _ in some]
+            tokens[at] = torch.argmax(scores, dim=1) if greedy else _draw(scores, how)
 
 
 def _without_barred(logits: torch.Tensor, asked: Sequence[tuple[Sampling, int]]) -> torch.Tensor:

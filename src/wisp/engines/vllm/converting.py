@@ -18,8 +18,8 @@ import numpy as np
 
 from wisp.core.errors import ConfigError, ModelError
 from wisp.engines.llama.gguf import header_only
-from wisp.engines.vllm.models import TOKENIZER
 
+TOKENIZER = "tokenizer.gguf"  # where it is in a folder, it is the tokenizer
 _FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _NAMES = {
     "token_embd": "model.embed_tokens",

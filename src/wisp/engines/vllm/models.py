@@ -16,8 +16,8 @@ from wisp.core.errors import ModelError
 from wisp.engines.base import Tokenizer
 from wisp.engines.huggingface import HfTokenizer, end_ids
 from wisp.engines.models import Progress, cache_dir, resolve
+from wisp.engines.vllm.converting import TOKENIZER, converted
 
-TOKENIZER = "tokenizer.gguf"  # where it is in a folder, it is the tokenizer
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -32,8 +32,6 @@ def fetched(name: str, *, offline: bool = False, progress: Progress | None = Non
     if _HUB.fullmatch(name) and not name.endswith(".gguf") and not path.exists():
         return _from_hub(name, offline)
     source = resolve(name, offline=offline, progress=progress)
-    from wisp.engines.vllm.converting import converted
-
     stat = source.stat()
     mark = hashlib.sha256(f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:8]
     return converted(source, cache_dir() / "vllm" / f"{source.stem}-{mark}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import TokenLogprob
 
@@ -16,6 +18,8 @@ class Part(NamedTuple):
     position: index, among the generated tokens, of the first to be chosen
     logprobs: None, or how many alternatives to report per token
     observed: send the logits of the sampled rows back, too
+    edits:    what constraints make of the sampled rows' logits, () without any; none for rows behind a draft token that
+              a grammar does not allow
     """
 
     start: int
@@ -26,10 +30,15 @@ class Part(NamedTuple):
     sampling: Sampling
     logprobs: int | None = None
     observed: bool = False
+    edits: Sequence[Edit] = ()
 
     def __repr__(self) -> str:
         """Without the tokens: vLLM logs a step that failed, and logs hold no prompts."""
         return f"Part(start={self.start}, tokens={len(self.tokens)}, draft={len(self.draft)}, sample={self.sample})"
+
+    def edit(self, i: int) -> Edit | None:
+        """Of the sampled row `i`."""
+        return self.edits[i] if i < len(self.edits) else None
 
     @property
     def rows(self) -> int:

@@ -40,9 +40,8 @@ class StepScheduler(Scheduler):
         self._known: set[str] = set()  # to the workers
         self._parts: dict[str, Part] = {}
         self._blocks: dict[str, Any] = {}  # newly allocated for the parts at hand
-        self._room: dict[
-            str, tuple[int, int]
-        ] = {}  # places that a sequence has blocks for; of them hashed blocks
+        # Places that a sequence has blocks for, and how many of its blocks are hashed
+        self._room: dict[str, tuple[int, int]] = {}
 
     # -- the target's side
 
@@ -80,7 +79,6 @@ class StepScheduler(Scheduler):
             request.update_block_hashes()
 
     def length(self, sequence: str) -> int:
-        """Tokens known of the sequence."""
         return int(self._sequences[sequence].num_tokens)
 
     def add(self, sequence: str, part: Part) -> bool:

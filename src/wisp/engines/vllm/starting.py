@@ -129,7 +129,6 @@ class Started:
         return int(max(whole, config.model_config.max_model_len))
 
     def step(self) -> None:
-        """Run the parts that the scheduler was given."""
         self.core.step()
 
     def close(self) -> None:
@@ -137,7 +136,6 @@ class Started:
         self.core.shutdown()
 
     def _died(self) -> None:
-        """A worker process is gone."""
         self.dead = True
 
     def _check(self) -> None:
@@ -202,9 +200,8 @@ def settings_for(wanted: Wanted) -> dict[str, Any]:
 def _environment(offline: bool) -> None:
     """Settings that vLLM reads from the environment once, on import. What the operator has set stays."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-        "0"  # one process: workers of their own only for several devices
-    )
+    # One process: workers of their own only for several devices
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -22,9 +22,19 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from wisp.core.errors import EngineDeadError, EngineError
-from wisp.core.protocol.step import ENGINE_ERROR, NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult
+from wisp.core.errors import EngineDeadError, EngineError, GrammarError
+from wisp.core.protocol.edits import Edit
+from wisp.core.protocol.step import (
+    ENGINE_ERROR,
+    INVALID_GRAMMAR,
+    NO_TOKEN,
+    NOT_FINITE,
+    Copy,
+    Slice,
+    SliceResult,
+)
 from wisp.engines.base import EngineInfo
+from wisp.engines.constraining import SlotTrackers
 from wisp.engines.identity import engine_digest, folder_digest
 from wisp.engines.slots import check_copy, slice_problem
 from wisp.engines.vllm import selftest
@@ -59,6 +69,7 @@ class _Task:
     work: Slice
     slot: _Slot
     chain: list[int]
+    edits: Sequence[Edit] = ()
     chosen: Chosen | None = None
     done: bool = False
     error: str = ""
@@ -95,6 +106,7 @@ class VllmTarget:
         self._opened = 0
         self._observing = False
         self._model = wanted.model
+        self.constraints = SlotTrackers()
         self._slots = [_Slot() for _ in range(wanted.slots)]
         try:
             self._started = self._call(lambda: Started(wanted))
@@ -250,6 +262,7 @@ class VllmTarget:
                 work.sampling,
                 work.logprobs,
                 self._observing,
+                task.edits,
             )
         count = min(budget, end - rows - start)
         if count <= 0:
@@ -317,7 +330,12 @@ class VllmTarget:
             slot.salt = str(work.session)
         self._cut(slot, work.start)
         slot.tokens += work.tokens
-        return _Task(work, slot, slot.tokens)
+        task = _Task(work, slot, slot.tokens)
+        try:
+            task.edits = list(self.constraints.edits(work) or ())
+        except GrammarError as error:
+            self._fail(task, str(error), INVALID_GRAMMAR)
+        return task
 
     def _problem(self, work: Slice) -> str:
         """What is wrong with a slice, in words, or ""."""

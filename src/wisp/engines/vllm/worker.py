@@ -118,12 +118,15 @@ def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> list[C
         rows = logits.float().numpy()
         finite: list[bool] = np.isfinite(rows).all(axis=1).tolist()
         said: list[int] | None = None
-        plain = (p.sampling.greedy and not p.sampling.barred(p.position) for p in parts if p.rows)
+        plain = (
+            p.sampling.greedy and not p.sampling.barred(p.position) and not p.edits for p in parts if p.rows
+        )
         if all(plain):
             said = rows.argmax(axis=1).tolist()  # of equal ones the first
     else:
         asked = [(part.sampling, part.position + i) for part in parts for i in range(part.rows)]
-        said = target_tokens(logits[: len(asked)], asked)
+        edits = [part.edit(i) for part in parts for i in range(part.rows)]
+        said = target_tokens(logits[: len(asked)], asked, edits)
         finite = torch.isfinite(logits[: len(asked)]).all(dim=1).tolist()
         rows = np.empty((0, 0), np.float32)
     chosen: list[Chosen] = []
@@ -137,9 +140,10 @@ def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> list[C
             if not finite[row]:
                 sound = False
                 break
-            token = (
-                said[row] if said is not None else target_token(rows[row], part.sampling, part.position + i)
-            )
+            if said is not None:
+                token = said[row]
+            else:
+                token = target_token(rows[row], part.sampling, part.position + i, part.edit(i))
             tokens.append(token)
             if i >= len(part.draft) or token != part.draft[i]:
                 break

@@ -46,7 +46,6 @@ def decide(n: int, wisp: Estimate, central: Estimate) -> Verdict:
 
 
 def reasons(scenario: Scenario, verdict: Verdict, wisp: Estimate, central: Estimate) -> list[str]:
-    """Sentences."""
     n, slo = scenario.devices_n, scenario.slo[0]
     if wisp.limit == "context":
         return [
@@ -91,7 +90,7 @@ def reasons(scenario: Scenario, verdict: Verdict, wisp: Estimate, central: Estim
         words.append(f"{_servers(n, wisp)} with WISP, {without}")
     elif verdict is Verdict.NEITHER:
         sure = wisp.bound < 1 or not guessed
-        words.append(f"no number of such servers {'can' if sure else 'is expected to'} keep this pace")
+        words.append(f"no number of such servers {'can' if sure else 'is expected to'} keep this TPOT target")
     return words
 
 
@@ -146,7 +145,6 @@ def _servers(n: int, e: Estimate) -> str:
 
 
 def assumed(scenario: Scenario) -> tuple[str, ...]:
-    """The settings of both ways."""
     slo, most = scenario.slo[0], cap(scenario)
     drafts = (
         f"{scenario.acceptance:.0%} of drafted tokens" if scenario.acceptance else "drafts as recorded ones"

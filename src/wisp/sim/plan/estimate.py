@@ -18,7 +18,7 @@ from wisp.sim.scenario import Scenario
 
 TOLERANCES = (0.01, 0.1)
 # Shares that capacity searches reached with these tolerances: `capacity_at_1_percent` and `capacity`, in
-# docs/results/capacity.json, the first rows of `wisp experiments table`. With drafts: of a good schedule (`bound`, not
+# docs/results/capacity.json, the first rows of the experiment `table`. With drafts: of a good schedule (`bound`, not
 # `ideal`), at any rate. Centrally: of the bound, by tokens/s.
 WISP = (0.89, 0.98)
 CENTRAL = {8.0: (0.922, 1.01), 12.0: (0.89, 1.041), 16.0: (0.752, 0.774), 20.0: (0.762, 0.813)}
@@ -121,7 +121,6 @@ def kept_up(scenario: Scenario) -> Scenario:
 
 
 def longest(scenario: Scenario) -> int:
-    """Tokens of the longest session."""
     return scenario.prompt_tokens[1] + scenario.output_tokens[1]
 
 

@@ -1,63 +1,81 @@
-"""The batching policy of the paper, as far as it is published.
+"""The paper's batch scheduler, in the strongest reading of its description that we found.
 
-Urgent candidates, which would be late unless they start now, come first, by due time. The others follow by density:
-expected tokens per predicted time. A candidate is added if it fits, and if the step then still ends before the earliest
-due time in it. Otherwise it waits for another step.
+What the description says, and how it is read here:
+
+- "Slack comes from the required token rate, expected accepted tokens, draft time and communication time." A round that
+  is expected to commit E tokens may take E / rate from the last verdict on, drafting and the way there included. Where
+  the session has a lead over its rate since the first token, it may use it up. A prompt is due when its first token is.
+- "Requests that miss their deadline unless started now go first, earliest deadline first." Not started now, a request
+  waits for a step first, which may be one of all that is ready. Then it takes the time of a step by itself.
+- "The others by density, E / predicted time." The time is that of a step with nothing else.
+- "After each addition: does it fit in memory, and is the predicted finish no later than the earliest deadline in it?"
+  This is asked of the others only, and missed deadlines count: as long as somebody is late, the others wait.
+
+Where the description is silent (prompts, lateness, cut drafts) nothing is added. `docs/results/paper.md` has the
+readings that were tried.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import attrgetter
+from operator import itemgetter
 
 from wisp.core.verify.batching.base import Candidate, Grant, Kind, Plan, StepLimits
 from wisp.core.verify.cost import Load
 
-_due = attrgetter("due")
+
+def deadline(w: Candidate) -> float:
+    """When the round of `w` must be over: at its rate since the last verdict, or since the first token, if later."""
+    if w.first or w.due == math.inf:
+        return w.due
+    return w.due + max(0.0, w.lag_s + (w.expected_tokens - 1.0) * w.tpot_s)
 
 
 class Paper:
-    """Urgent candidates by due time, the rest by density, with a check before each addition."""
+    """Urgent requests by deadline, then the rest by density, as long as the step ends by every deadline in it."""
 
     name = "paper"
     wants_drafting = False
     preempts = False
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
-        ms, scale = limits.cost.now.ms_of, limits.cost.margin / 1e3
-        urgent: list[Candidate] = []
-        rest: list[tuple[float, int, Candidate]] = []
-        for w in candidates:
-            new, cached = w.new, w.cached
-            alone = ms(new, new * (cached + new), cached, 1)
-            # Late if it started after a step of its own length
-            if now + 2.0 * alone * scale > w.due:
-                urgent.append(w)
-            else:
-                rest.append((-w.expected_tokens / alone, w.session, w))
-        urgent.sort(key=_due)
-        rest.sort()
+        cost, scale = limits.cost, limits.cost.margin / 1e3
+        urgent, rest = _in_order(now, candidates, limits)
         grants: list[Grant] = []
-        load = Load()
-        earliest, left = math.inf, limits.tokens
-        for w in (*urgent, *(w for *_, w in rest)):
+        load, left, free_kv, earliest = Load(), limits.tokens, limits.free_kv, math.inf
+        for i, (_, _, due, w) in enumerate((*urgent, *rest)):
             if len(grants) >= limits.slices or left <= 0:
                 break
-            n = len(grants) + 1
-            if now + ms(load.new + 1, load.attention, load.cached, n) * scale > earliest:
-                break  # no time for one more token
-            tokens = w.new
-            if tokens > left and grants and w.kind is not Kind.PREFILL:
+            tokens = min(w.new, left) if w.kind is Kind.PREFILL else w.new
+            if grants and tokens > min(left, free_kv):
                 continue
-            if w.kind is Kind.PREFILL:
-                tokens = min(tokens, left)
             more = load.plus(tokens, w.cached)
-            end = now + limits.cost.ms(more) * scale
-            if grants and (end > earliest or end > w.due > now):
+            earliest_with = min(earliest, due)
+            if grants and i >= len(urgent) and now + cost.ms(more) * scale > earliest_with:
                 continue
             grants.append(Grant(w.session, tokens))
-            load, left = more, left - tokens
-            if w.due >= end:  # a candidate that is late anyway does not limit the step
-                earliest = min(earliest, w.due)
+            load, left, free_kv, earliest = more, left - tokens, free_kv - tokens, earliest_with
         return Plan(grants)
+
+
+_Ordered = list[tuple[float, int, float, Candidate]]  # order, session, deadline, candidate
+
+
+def _in_order(now: float, candidates: Sequence[Candidate], limits: StepLimits) -> tuple[_Ordered, _Ordered]:
+    """Urgent requests by deadline, and the rest by density."""
+    ms, scale = limits.cost.now.ms_of, limits.cost.margin / 1e3
+    new, cached = sum([w.new for w in candidates]), sum([w.cached for w in candidates])
+    later = now + ms(new, 0, cached, len(candidates)) * scale  # the end of a step of all that is ready
+    urgent: _Ordered = []
+    rest: _Ordered = []
+    for w in candidates:
+        due = deadline(w)
+        alone = ms(w.new, w.new * (w.cached + w.new), w.cached, 1)
+        if due < later + alone * scale:
+            urgent.append((due, w.session, due, w))
+        else:
+            rest.append((-w.expected_tokens / alone, w.session, due, w))
+    urgent.sort(key=itemgetter(0, 1))
+    rest.sort(key=itemgetter(0, 1))
+    return urgent, rest

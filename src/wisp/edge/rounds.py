@@ -1,0 +1,119 @@
+"""What each round of a session took, and why one went without a draft: for users who ask, and for the edge's page.
+
+The drafter decides; this only looks on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from msgspec.structs import replace
+
+from wisp.core.draft.drafter import Drafter
+from wisp.core.draft.round_times import RoundTimes
+from wisp.core.protocol.messages import Draft, Open, Verdict
+from wisp.core.protocol.step import Committed, Round
+from wisp.engines.base import Proposal
+
+WHY = {
+    "": "It drafts, as long as that pays.",
+    "no_drafter": "This edge was started without a drafter (--draft none).",
+    "switched_off": "The request asked for an answer without drafts.",
+    "slow_device": "The verifier alone is faster than this device and its link with drafts.",
+    "price": "The verifier is busy: a draft token now costs others more than it is worth.",
+    "nothing_to_propose": "The drafter had nothing to propose.",
+    "unlikely": "No draft token was likely enough to be accepted to be worth its time.",
+}
+
+
+class RoundLog:
+    """The rounds of one session. Times are milliseconds."""
+
+    def __init__(self, now_ms: float, times: RoundTimes, *, off: str) -> None:
+        """off: why this session never drafts, "" if it may."""
+        self._off = off
+        self._rounds = 0
+        self._whys: Counter[str] = Counter()  # of rounds without a draft
+        self._times = times
+        self._began = self._heard = now_ms
+        self._steps = 0  # since the last round
+        self._dry = False
+        self._forced: set[int] = set()  # places, in the answer, of tokens that a grammar left no choice for
+        self._committed = 0
+        self._drafting_ms = 0.0  # since the last draft was sent
+        self._sent: dict[int, tuple[float, float, bool]] = {}  # by round: when, drafting before it, ahead
+        self._round: Round | None = None
+
+    def proposed(self, took_ms: float, position: int, proposal: Proposal | None) -> None:
+        """The drafter was asked for the token at `position`."""
+        self._dry = proposal is None
+        self._forced = {at for at in self._forced if at < position}
+        certain = proposal is not None and proposal.signal.certain
+        self._steps += not certain  # otherwise the model was not asked
+        if proposal is not None:
+            self._forced.update(range(position + (not certain), position + 1 + len(proposal.then)))
+        self._drafting_ms += took_ms
+
+    def sent(self, now_ms: float, message: Open | Draft) -> None:
+        """An Open or a draft leaves."""
+        if isinstance(message, Open):  # whatever was in flight is lost
+            self._sent.clear()
+        self._sent[message.round] = (now_ms, self._drafting_ms, bool(self._sent))
+        self._drafting_ms = 0.0
+
+    def verdict(self, arrived_ms: float, verdict: Verdict, drafter: Drafter) -> None:
+        """A verdict is here; the drafter has not been told yet."""
+        known = self._sent.pop(verdict.round, None)
+        sent, draft_ms, ahead = known or (self._heard, 0.0, False)
+        self._sent = {number: flight for number, flight in self._sent.items() if number > verdict.round}
+        flights = [f for f in drafter.rounds.flights if f.round == verdict.round]
+        drafted = flights[0].drafted if flights else 0  # tokens of earlier drafts included
+        why = self._off or self._reason(known is not None, drafted, verdict, drafter)
+        self._rounds += 1
+        self._whys[why] += bool(why)
+        waited = max(0.0, arrived_ms - sent)
+        self._round = Round(
+            at_ms=_ms(arrived_ms - self._began),
+            draft_ms=_ms(draft_ms),
+            flight_ms=_ms(max(0.0, waited - verdict.queue_ms - verdict.engine_ms) if known else 0.0),
+            queue_ms=_ms(verdict.queue_ms),
+            verify_ms=_ms(verdict.engine_ms),
+            drafted=drafted,
+            accepted=verdict.accepted,
+            steps=self._steps,
+            ahead=ahead,
+            price=round(verdict.price, 4),
+            why=why,
+        )
+        self._heard = arrived_ms
+        self._steps = 0
+
+    @property
+    def why(self) -> str:
+        """Why most of its rounds had no draft; "" if most had one."""
+        why, n = max(self._whys.items(), key=lambda item: item[1], default=(self._off, 0))
+        return why if 2 * n > self._rounds or not self._rounds else ""
+
+    def told(self, committed: Committed) -> Committed:
+        """The same, with the round that it came of. Of a draft sent ahead, it counts what was not settled before."""
+        found, self._round = self._round, None
+        base, self._committed = self._committed, self._committed + len(committed.tokens)
+        if found is None:
+            return committed
+        drafted, accepted = committed.drafted, committed.accepted
+        forced = [i for i in range(committed.from_draft) if base + i in self._forced]
+        return replace(committed, round=replace(found, drafted=drafted, accepted=accepted, forced=forced))
+
+    def _reason(self, asked: bool, drafted: int, verdict: Verdict, drafter: Drafter) -> str:
+        if drafter.rounds.serve:
+            return "slow_device"
+        last = drafter.task.max_tokens - len(drafter.committed) <= 1  # the target's own in any case
+        if drafted or not asked or last or not verdict.round:
+            return ""
+        if self._dry:
+            return "nothing_to_propose"
+        return "price" if verdict.price > self._times.verify.slope * self._times.speed(1) else "unlikely"
+
+
+def _ms(value: float) -> float:
+    return round(value, 2)

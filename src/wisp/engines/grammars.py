@@ -1,0 +1,352 @@
+"""Grammars by llguidance: compiled once, remembered for each key, and followed token by token.
+
+A *matcher* says which ids may come next after any tokens (`core.protocol.edits.Matcher`). It keeps its place in the
+grammar: tokens that are there no longer are rolled back, new ones are taken in, and the masks along a draft come from
+one call. It is used from one thread at a time, `Grammars` from any.
+
+llguidance is imported when the first grammar comes. A device that does not have it drafts without masks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from functools import cache, cached_property
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from wisp.core.errors import GrammarError
+from wisp.core.protocol.constraints import Grammar
+from wisp.core.protocol.edits import Bits, Matcher
+from wisp.engines.base import Tokenizer
+from wisp.engines.forced_tokens import ForcedTokens
+
+# What a grammar may cost: the largest that fits its 64 KiB takes 2 to 4 s of a core to compile and 40 MB, a mask 15 ms.
+LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 30_000, "max_lexer_states": 20_000}
+KEPT = 64  # compiled grammars of a key
+KEYS = 64  # keys whose grammars are kept
+MOST_MULTIPLE = 10_000  # of multipleOf, in units of its last digit: a million takes a minute to compile
+# White space in JSON is what Python writes. With more freedom models may write blanks for ever, and fewer tokens are
+# certain; a schema can ask for other forms in "x-guidance".
+SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+MISSING = (
+    "grammars need llguidance 1.7.6 or later, which is not installed here: pip install 'llguidance>=1.7.6'"
+)
+_BY_NUMBER = re.compile(r"<\[([^\]\n]*)\]>")
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]+)')
+
+
+def available() -> bool:
+    """Is llguidance here?"""
+    return _library() is not None
+
+
+@cache
+def _library() -> Any:
+    try:
+        library = import_module("llguidance")
+    except ImportError:
+        return None
+    return (
+        library if hasattr(library, "LLMatcher") else None
+    )  # where it has no wheel, pip finds a placeholder
+
+
+class _Compiled:
+    """A grammar at its beginning. `problem`: why it is of no use any more.
+
+    Matchers share what llguidance finds out about a grammar. One that exceeds a limit leaves wrong entries there, so
+    all of them end with it: no text is better than another text.
+    """
+
+    def __init__(self, matcher: Any) -> None:
+        self.matcher = matcher
+        self.problem = ""
+
+    def check(self) -> None:
+        """Raises GrammarError."""
+        if self.problem:
+            raise GrammarError(f"the grammar takes too much work: {self.problem}")
+
+
+class Grammars:
+    """Grammars over one vocabulary (`core.protocol.edits.Matchers`)."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._making = threading.Lock()
+        self._by_key: OrderedDict[str, OrderedDict[Grammar, _Compiled]] = OrderedDict()
+
+    def compile(self, grammar: Grammar, key: str = "") -> None:
+        """See that `matcher` will find it compiled, for its next sessions. `key`: whose it is, so that nobody can tell
+        by the time what others ask for. Takes up to seconds, and lets other threads run meanwhile.
+
+        Raises GrammarError, which names the keyword or the place that cannot be compiled.
+        """
+        if grammar.kind == "tokens":
+            self._forced(grammar)
+            return
+        with self._lock:
+            kept = self._by_key.get(key)
+            if kept is not None and grammar in kept:
+                kept.move_to_end(grammar)
+                kept[grammar].check()
+                return
+        compiled = self._compiled(grammar)
+        with self._lock:
+            kept = self._by_key.setdefault(key, OrderedDict())
+            self._by_key.move_to_end(key)
+            kept[grammar] = compiled
+            while len(kept) > KEPT:
+                kept.popitem(last=False)
+            while len(self._by_key) > KEYS:
+                self._by_key.popitem(last=False)
+
+    def ready(self, grammar: Grammar, key: str) -> bool:
+        """Has it been compiled for this key?"""
+        with self._lock:
+            return grammar.kind == "tokens" or grammar in self._by_key.get(key, ())
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """A matcher at the beginning of the grammar. Raises GrammarError."""
+        if grammar.kind == "tokens":
+            return self._forced(grammar)
+        with self._lock:
+            all_ = [kept[grammar] for kept in self._by_key.values() if grammar in kept]
+        known = next((c for c in all_ if not c.problem), all_[0] if all_ else None)
+        compiled = known if known is not None else self._compiled(grammar)
+        vocabulary, ends = self._vocabulary
+        return GrammarMatcher(compiled, vocabulary.vocab_size, ends)
+
+    def _check_named(self, source: str) -> None:
+        """Raises GrammarError for tokens of text by number: llguidance loses its place among them on its way back from
+        a draft. Control tokens may be named so."""
+        for inner in _BY_NUMBER.findall(source):
+            n = int(inner) if inner.isdecimal() and len(inner) < 10 else -1
+            if not 0 <= n < self._tokenizer.n_vocab or self._tokenizer.piece(n):
+                raise GrammarError(f"<[{inner[:40]}]>: only a control token can be named by its number")
+
+    def _forced(self, grammar: Grammar) -> ForcedTokens:
+        """Not by llguidance: see `_check_named`."""
+        return ForcedTokens(grammar.source, self._tokenizer.n_vocab, self._tokenizer.eos)
+
+    def _compiled(self, grammar: Grammar) -> _Compiled:
+        if grammar.kind == "lark":
+            self._check_named(grammar.source)
+        library = _library()
+        if library is None:
+            raise GrammarError(MISSING)
+        with self._making:
+            vocabulary, _ = self._vocabulary
+        try:
+            source = _source(library, grammar)
+            limits = library.LLParserLimits(**LIMITS, verbose_errors=False)
+            matcher = library.LLMatcher(vocabulary, source, log_level=0, limits=limits)
+        except (ValueError, RecursionError) as error:
+            raise GrammarError(_short(str(error))) from None
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust, and no Exception
+                raise
+            raise GrammarError("llguidance cannot compile this grammar") from None
+        if matcher.is_error():
+            raise GrammarError(_short(matcher.get_error()))
+        return _Compiled(matcher)
+
+    @cached_property
+    def _vocabulary(self) -> tuple[Any, frozenset[int]]:
+        """llguidance's form of the tokenizer, made once in 0.8 s for 152,000 ids; and the ids that end a text."""
+        tokenizer = self._tokenizer
+        names = {}
+        for text in tokenizer.controls:
+            ids = tokenizer.encode(text, add_bos=False, parse_special=True)
+            if len(ids) == 1:
+                names[ids[0]] = text.encode()
+        # 0xFF, which no text has, marks tokens that are no text.
+        tokens = [
+            tokenizer.piece(i) or b"\xff" + names.get(i, b"<|%d|>" % i) for i in range(tokenizer.n_vocab)
+        ]
+        ends = frozenset(tokenizer.eos)
+        if not ends:
+            tokens.append(b"\xff<|end|>")
+            ends = frozenset({len(tokens) - 1})
+        wrapper = _Wrapper(tokenizer, tokens, min(ends))
+        return _library().LLTokenizer(wrapper, eos_token=sorted(ends)), ends
+
+
+class _Wrapper:
+    """What llguidance wants of a tokenizer."""
+
+    bos_token_id = None
+    is_tokenizer_wrapper = True
+
+    def __init__(self, tokenizer: Tokenizer, tokens: list[bytes], end: int) -> None:
+        self._tokenizer = tokenizer
+        self.tokens, self.eos_token_id = tokens, end
+        self.special_token_ids = [i for i, token in enumerate(tokens) if token[:1] == b"\xff"]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        return self._tokenizer.encode(text, add_bos=False, parse_special=False)
+
+
+class GrammarMatcher:
+    """A place in a grammar (`core.protocol.edits.Matcher`)."""
+
+    def __init__(self, compiled: _Compiled, size: int, ends: frozenset[int]) -> None:
+        """Raises GrammarError for a grammar that has exceeded a limit before."""
+        compiled.check()
+        self._compiled = compiled
+        self._matcher = compiled.matcher.deep_copy()
+        self._ends = ends
+        self._words = (size + 31) // 32
+        self._taken: list[int] = []  # by the grammar
+        self._only_ends = np.zeros(self._words, np.uint32)
+        for end in ends:
+            self._only_ends[end // 32] |= np.uint32(1 << (end % 32))
+
+    def masks(self, before: Sequence[int], draft: Sequence[int]) -> list[Bits]:
+        """See `core.protocol.edits.Matcher`. Behind an end, and behind tokens that the grammar does not have, only
+        ends can be chosen."""
+        self._compiled.check()
+        text = self._text(before)
+        if len(text) < len(before) or not self._go_to(text):
+            return self._ending(draft)
+        inner = self._text(draft)
+        masks = self._along(inner)
+        for i, token in enumerate(inner):
+            if not _has(masks[i], token):
+                return masks[: i + 1]
+        last = masks[-1]
+        if len(inner) < len(draft) and _has(last, draft[len(inner)]):
+            return masks + self._ending(draft[len(inner) + 1 :])
+        return masks
+
+    def _text(self, tokens: Sequence[int]) -> list[int]:
+        """Those before the first end."""
+        stop = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
+        return list(tokens[:stop])
+
+    def _ending(self, draft: Sequence[int]) -> list[Bits]:
+        """Masks once the text is over."""
+        n = next((i for i, token in enumerate(draft) if token not in self._ends), len(draft))
+        return [self._only_ends] * (n + 1)
+
+    def _go_to(self, text: list[int]) -> bool:
+        """Take the grammar to the place after `text`. False if that leaves it."""
+        taken = self._taken
+        keep = min(len(taken), len(text))
+        if taken[:keep] != text[:keep]:
+            keep = next(i for i in range(keep) if taken[i] != text[i])
+        if keep < len(taken):
+            self._matcher.rollback(len(taken) - keep)
+        new = text[keep:]
+        n = self._matcher.try_consume_tokens(new) if new else 0
+        self._taken = text[: keep + n]
+        self._check()
+        return n == len(new)
+
+    def _along(self, draft: list[int]) -> list[Bits]:
+        rows = np.zeros((len(draft) + 1, self._words), np.uint32)
+        if draft:
+            asked = [(self._matcher, 0, draft)]
+            _executor().unsafe_compute_mask_ptr_with_draft_token(
+                asked, rows.ctypes.data, 4 * self._words, len(rows)
+            )
+        else:
+            self._matcher.unsafe_compute_mask_ptr(rows.ctypes.data, 4 * self._words)
+        self._check()
+        return [row if row.any() else self._only_ends for row in rows]
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            self._compiled.problem = _short(self._matcher.get_error())
+            self._compiled.check()
+
+
+@cache
+def _executor() -> Any:
+    return _library().LLExecutor(num_threads=1)
+
+
+def _has(mask: Bits, token: int) -> bool:
+    return token // 32 < len(mask) and bool(int(mask[token // 32]) >> (token % 32) & 1)
+
+
+def _source(library: Any, grammar: Grammar) -> str:
+    """In llguidance's own form. Raises GrammarError or ValueError."""
+    kind, source = grammar.kind, grammar.source
+    if kind == "json_object":
+        return _json(library, {"type": "object"})
+    if kind == "json_schema":
+        schema = _read(source, "the schema")
+        for key, value in _numbers(schema):
+            if key == "multipleOf":
+                _check_multiple(value)
+        return _json(library, schema)
+    if kind == "choice":
+        choices = _read(source, "the choices")
+        if not (isinstance(choices, list) and choices and all(isinstance(c, str) and c for c in choices)):
+            raise GrammarError("choices must be a list of strings that are not empty")
+        return str(library.grammar_from("choice", source))
+    if kind == "regex":
+        return str(library.LLMatcher.grammar_from_regex(source))
+    if "%json" in source:
+        if "\\u" in source:
+            raise GrammarError("%json cannot have characters written as \\u here")
+        for value in _MULTIPLE.findall(source):
+            _check_multiple(Decimal(value))
+    try:
+        return str(library.grammar_from("grammar", source))  # takes GBNF, too
+    except ValueError:
+        raise
+    except Exception as error:  # the converter's own
+        raise GrammarError(f"neither a Lark grammar nor GBNF: {_short(str(error))}") from None
+
+
+def _json(library: Any, schema: Any) -> str:
+    if not isinstance(schema, dict | bool):
+        raise GrammarError("a JSON schema is an object or a boolean")
+    if schema is False:
+        raise GrammarError("unsatisfiable: the schema is false")
+    text = json.dumps({} if schema is True else schema)
+    of = library.LLMatcher.grammar_from_json_schema
+    return str(of(text, defaults=SEPARATORS, overrides={"lenient": False}))
+
+
+def _read(source: str, what: str) -> Any:
+    try:
+        return json.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"{what} cannot be read as JSON: {error}") from None
+
+
+def _numbers(value: Any) -> Iterator[tuple[str, Decimal]]:
+    """The numbers in a JSON value, and the keys they are under."""
+    todo = [value]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            yield from ((k, Decimal(repr(v))) for k, v in value.items() if type(v) in (int, float))
+            todo += value.values()
+        elif isinstance(value, list):
+            todo += value
+
+
+def _check_multiple(value: Decimal) -> None:
+    digits = value.normalize().as_tuple()
+    exponent = digits.exponent if isinstance(digits.exponent, int) else 0
+    if not value.is_finite() or abs(value.scaleb(max(0, -exponent))) > MOST_MULTIPLE:
+        raise GrammarError(
+            f"multipleOf {value} has too many digits; at most {MOST_MULTIPLE} is taken, or 0.01 to 100.00"
+        )
+
+
+def _short(message: str) -> str:
+    return " ".join(message.split())[:400]

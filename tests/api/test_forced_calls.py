@@ -1,0 +1,155 @@
+"""Whatever a grammar for calls allows is a call that the family's parser reads, with arguments that fit the schema."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import random
+
+import numpy as np
+import pytest
+
+from api_fakes import ByteTokenizer
+from wisp.api.reader import Family, Reader, Reading
+from wisp.api.tools import forced
+from wisp.api.tools.events import Call, Event, Text, Tool
+from wisp.api.tools.families import PARSERS
+from wisp.core.protocol.constraints import Grammar
+from wisp.engines.grammars import Grammars
+from wisp.engines.special import Special, SpecialTokens
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "n": {"type": "integer", "minimum": 0, "maximum": 9},
+        "s": {"type": "string", "maxLength": 5, "pattern": "^[a-z<]*$"},
+        "u": {"type": "string", "enum": ["c", 'f"']},
+        "o": {"$ref": "#/$defs/O"},
+    },
+    "required": ["n"],
+    "additionalProperties": False,
+    "$defs": {
+        "O": {"type": "object", "properties": {"a": {"type": "boolean"}}, "additionalProperties": False}
+    },
+}
+TOOLS = {
+    "f": Tool("f", SCHEMA),
+    "g_2": Tool("g_2", {"type": "object", "properties": {}, "additionalProperties": False}),
+}
+TEMPLATES = {"mistral": ["[TOOL_CALLS]", "[TOOL_CALLS][ARGS]"], "deepseek": ["", "```json"]}
+FAMILIES = [
+    (name, template, as_tokens)
+    for name in PARSERS
+    for template in TEMPLATES.get(name, [""])
+    for as_tokens in (False, True)
+]
+MOST = 3000  # tokens of an answer
+
+
+class Marked(ByteTokenizer):
+    """Bytes, and a family's markers as control tokens."""
+
+    def __init__(self, markers: tuple[str, ...], template: str) -> None:
+        super().__init__()
+        self.special = SpecialTokens(Special(257 + i, text, control=True) for i, text in enumerate(markers))
+        self.controls = self.special.controls
+        self.n_vocab = 257 + len(markers)
+        self.eos = frozenset({256})
+        self.chat_template = template
+        self.fingerprint = f"{markers}{template}"
+
+    def encode(self, text, *, add_bos, parse_special, stand_ins=None, check=None):  # type: ignore[no-untyped-def]
+        parts = self.special.split(text, control=parse_special)
+        return [i for part in parts for i in ([part] if isinstance(part, int) else part.encode())]
+
+
+# What free text ends with, which no random text would find
+ENDINGS = {"qwen-xml": b"\n</parameter>\n", "glm": b"</arg_value>\n"}
+
+
+def answer(tokenizer: Marked, source: str, seed: int, ending: bytes) -> list[int]:
+    """Tokens that the grammar allows, at random; ends of sequence where they can be had, and of text now and then."""
+    matcher = Grammars(tokenizer).matcher(Grammar("lark", f"%llguidance {{}}\nstart: calls\n{source}\n"))
+    choose = random.Random(seed)
+    tokens: list[int] = []
+    wanted: list[int] = []
+    while len(tokens) < MOST:
+        (mask,) = matcher.masks(tokens, [])
+        allowed = [int(i) for i in np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))]
+        if 256 in allowed and (len(allowed) == 1 or choose.random() < 0.5):
+            return tokens
+        if not wanted and choose.random() < 0.1:
+            wanted = list(ending)
+        if wanted and wanted[0] in allowed:
+            tokens.append(wanted.pop(0))
+            continue
+        wanted = []
+        printable = [i for i in allowed if 32 <= i < 127 or i > 256] or allowed
+        tokens.append(choose.choice(printable))
+    pytest.fail(f"no end after {bytes(i for i in tokens if i < 256)!r}")
+
+
+@pytest.mark.parametrize(("name", "template", "as_tokens"), FAMILIES)
+def test_a_forced_answer_is_calls_and_nothing_else(name: str, template: str, as_tokens: bool) -> None:
+    tokenizer = Marked(PARSERS[name].markers if as_tokens else (), template)
+    family = Family(name, tokenizer)
+
+    def mark(marker: str) -> str:
+        token = family.ids.get(marker)
+        return forced.text(marker) if token is None else f"<[{token}]>"
+
+    source = forced.grammar(name, template, list(TOOLS.values()), parallel=True, mark=mark)
+    if source is None:
+        assert name in ("llama4", "dsml", "kimi-k3", "gemma4") or (name == "glm" and as_tokens)
+        return
+    called = set()
+    for seed in range(8):
+        reader = Reader(Reading(family.parser, family.names, TOOLS))
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in answer(tokenizer, source, seed, ENDINGS.get(name, b"")):
+            reader.feed(decoder.decode(reader.piece(tokenizer, token)))
+        reader.end(cut=False)
+        events: list[Event] = reader.take()
+        assert events
+        assert not [e for e in events if isinstance(e, Text)]
+        for call in events:
+            if isinstance(call, Call):
+                called.add(call.name)
+                check(call)
+    assert called == set(TOOLS)
+
+
+@pytest.mark.parametrize(("name", "template", "as_tokens"), FAMILIES)
+def test_along_a_draft_its_masks_are_those_one_by_one(name: str, template: str, as_tokens: bool) -> None:
+    tokenizer = Marked(PARSERS[name].markers if as_tokens else (), template)
+    family = Family(name, tokenizer)
+
+    def mark(marker: str) -> str:
+        token = family.ids.get(marker)
+        return forced.text(marker) if token is None else f"<[{token}]>"
+
+    source = forced.grammar(name, template, list(TOOLS.values()), parallel=True, mark=mark)
+    if source is None:
+        return
+    tokens = answer(tokenizer, source, 3, ENDINGS.get(name, b""))
+    grammars, grammar = Grammars(tokenizer), Grammar("lark", f"%llguidance {{}}\nstart: calls\n{source}\n")
+    matcher, choose = grammars.matcher(grammar), random.Random(1)
+    expected = [matcher.masks(tokens[:i], [])[0].copy() for i in range(len(tokens) + 1)]
+    matcher = grammars.matcher(grammar)
+    for _ in range(60):
+        at = choose.randrange(len(tokens))
+        n = choose.randrange(min(17, len(tokens) - at + 1))
+        masks = matcher.masks(tokens[:at], tokens[at : at + n])
+        assert np.array_equal(masks, expected[at : at + n + 1])
+
+
+def check(call: Call) -> None:
+    arguments = json.loads(call.arguments)
+    if call.name == "g_2":
+        assert arguments == {}
+        return
+    assert arguments.keys() <= SCHEMA["properties"].keys()  # type: ignore[attr-defined]
+    assert type(arguments["n"]) is int
+    assert isinstance(arguments.get("s", ""), str)
+    assert arguments.get("u", "c") in ("c", 'f"')
+    assert isinstance(arguments.get("o", {}), dict)

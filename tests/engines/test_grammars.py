@@ -1,0 +1,219 @@
+"""Grammars on the tiny vocabulary: what they allow, what cannot be compiled, and places found again."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wisp.core.errors import GrammarError
+from wisp.core.protocol.constraints import Grammar
+from wisp.core.protocol.edits import Bits
+from wisp.engines.base import Tokenizer
+from wisp.engines.grammars import LIMITS, Grammars
+from wisp.engines.llama.tokenizer import LlamaTokenizer
+from wisp.engines.plain import PlainTokenizer
+
+PERSON = Grammar(
+    "json_schema",
+    json.dumps(
+        {
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+            "required": ["name", "age"],
+            "additionalProperties": False,
+        }
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Grammars:
+    """Over bytes."""
+    return Grammars(PlainTokenizer())
+
+
+def ids(mask: Bits) -> list[int]:
+    return [int(i) for i in np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))]
+
+
+def says(mask: Bits) -> bytes:
+    """The allowed bytes; an end as "$"."""
+    return bytes(min(i, 256) if i < 256 else ord("$") for i in ids(mask))
+
+
+def test_masks_along_a_draft_stop_behind_what_is_not_allowed(grammars: Grammars) -> None:
+    matcher = grammars.matcher(Grammar("choice", '["yes", "no", "yes!"]'))
+    assert [says(m) for m in matcher.masks(b"", b"yes")] == [b"ny", b"e", b"s", b"!$"]
+    assert [says(m) for m in matcher.masks(b"", b"yos")] == [b"ny", b"e"]
+    assert [says(m) for m in matcher.masks(b"n", b"")] == [b"o"]
+    assert [says(m) for m in matcher.masks(b"no", b"")] == [b"$"]
+
+
+def test_behind_an_end_and_outside_of_the_grammar_there_are_only_ends(grammars: Grammars) -> None:
+    matcher = grammars.matcher(Grammar("choice", '["yes", "no"]'))
+    assert [says(m) for m in matcher.masks(b"no", [256, 256])] == [b"$", b"$", b"$"]
+    assert [says(m) for m in matcher.masks([*b"no", 256], [256, 7])] == [b"$", b"$"]
+    assert [says(m) for m in matcher.masks(b"nix", b"")] == [b"$"]
+    assert [says(m) for m in matcher.masks(b"", b"")] == [b"ny"]  # and back
+
+
+def test_every_kind(grammars: Grammars) -> None:
+    begins = {
+        Grammar("json_object"): b"{",
+        PERSON: b"{",
+        Grammar("regex", "[ab]c"): b"ab",
+        Grammar("choice", '["x", "z"]'): b"xz",
+        Grammar("lark", 'start: "q" A\nA: /[0-9]/'): b"q",
+        Grammar("lark", 'root ::= "g" [0-9]'): b"g",  # GBNF
+    }
+    for grammar, begin in begins.items():
+        assert says(grammars.matcher(grammar).masks([], [])[0]) == begin
+
+
+def test_json_has_the_white_space_that_python_writes_and_no_more(grammars: Grammars) -> None:
+    matcher = grammars.matcher(PERSON)
+    text = json.dumps({"name": "M", "age": 3}).encode()
+    masks = matcher.masks(b"", text)
+    assert len(masks) == len(text) + 1
+    forced = bytes(t for t, m in zip(text, masks, strict=False) if len(ids(m)) == 1)
+    assert forced == b'{"name": ", "age": '  # with the first quote of the value, and without its second
+    assert b" " not in says(matcher.masks(b'{"name": ', b"")[0])
+
+
+def test_a_schema_can_ask_for_white_space_of_its_own(grammars: Grammars) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"const": 1}},
+        "x-guidance": {"whitespace_flexible": True},
+    }
+    matcher = grammars.matcher(Grammar("json_schema", json.dumps(schema)))
+    assert {*b" \n\t"} <= set(says(matcher.masks(b"{", b"")[0]))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "named"),
+    [
+        (Grammar("json_schema", '{"type": "object", "properties": {"a": {"not": {}}}}'), r'"not"'),
+        (Grammar("json_schema", '{"if": {}, "then": {}}'), r'"if", "then"'),
+        (Grammar("json_schema", '{"type": "array", "uniqueItems": true}'), "uniqueItems"),
+        (Grammar("json_schema", '{"type": "string", "format": "idn-email"}'), "idn-email"),
+        (Grammar("json_schema", '{"type": "text"}'), "text"),
+        (Grammar("json_schema", '{"$ref": "http://example.org/x"}'), "example.org"),
+        (Grammar("json_schema", '{"type": "integer", "multipleOf": 999999}'), "multipleOf"),
+        (Grammar("json_schema", '{"type": "number", "multipleOf": 0.123456}'), "multipleOf"),
+        (Grammar("json_schema", '{"type": '), "JSON"),
+        (Grammar("json_schema", "[1]"), "object or a boolean"),
+        (Grammar("json_schema", "false"), "nsatisfiable"),
+        (Grammar("json_schema", '{"items": ' * 5000 + "{}" + "}" * 5000), "recursion"),
+        (Grammar("json_schema", '{"x-guidance": {"lenient": true}, "not": {}}'), r'"not"'),
+        (Grammar("regex", "(a"), "unclosed"),
+        (Grammar("regex", "(?=a)b"), "look-around"),
+        (Grammar("choice", "[]"), "choices"),
+        (Grammar("choice", '["a", ""]'), "choices"),
+        (Grammar("lark", "start: nobody"), "nobody"),
+        (Grammar("lark", "what is this"), "Lark|GBNF"),
+        (Grammar("lark", 'start: %json {"\\u006dultipleOf": 999999}'), "%json"),
+    ],
+)
+def test_what_cannot_be_compiled_is_named(grammars: Grammars, grammar: Grammar, named: str) -> None:
+    with pytest.raises(GrammarError, match=named):
+        grammars.compile(grammar)
+    with pytest.raises(GrammarError, match=named):
+        grammars.matcher(grammar)
+
+
+def test_compiled_grammars_are_remembered_for_each_key(grammars: Grammars) -> None:
+    grammar = Grammar("regex", "abc")
+    grammars.compile(grammar, "mine")
+    assert grammars.ready(grammar, "mine")
+    assert not grammars.ready(grammar, "yours")
+
+
+def test_control_tokens_are_no_text_but_can_be_named(tokenizer: LlamaTokenizer) -> None:
+    grammars = Grammars(tokenizer)
+    [control] = tokenizer.encode("<|im_start|>", add_bos=False, parse_special=True)
+    anything = ids(grammars.matcher(Grammar("regex", r"(.|\n)*")).masks([], [])[0])
+    assert control not in anything
+    assert tokenizer.eos <= set(anything)
+    for named in ("<|im_start|>", f"<[{control}]>"):
+        assert ids(grammars.matcher(Grammar("lark", f'start: {named} "a"')).masks([], [])[0]) == [control]
+
+
+def test_a_mask_is_as_long_as_the_vocabulary(tokenizer: LlamaTokenizer) -> None:
+    [mask] = Grammars(tokenizer).matcher(PERSON).masks([], [])
+    assert mask.size == (tokenizer.n_vocab + 31) // 32
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 1 << 30),
+    st.sampled_from([PERSON, Grammar("json_object"), Grammar("regex", "(ab|c){2,9}")]),
+)
+def test_any_way_to_a_place_gives_the_same_masks(shared: Grammars, seed: int, grammar: Grammar) -> None:
+    """Walk at random, look back and ahead, and compare with a matcher that goes there straight."""
+    source = random.Random(seed)
+    wanderer, text = shared.matcher(grammar), list[int]()
+    for _ in range(12):
+        [mask] = wanderer.masks(text, [])
+        expected = shared.matcher(grammar).masks(text, [])[0]
+        assert np.array_equal(mask, expected)
+        draft = _walk(shared, grammar, text, source)
+        along = wanderer.masks(text, draft)
+        for i, each in enumerate(along):
+            assert np.array_equal(each, shared.matcher(grammar).masks([*text, *draft[:i]], [])[0])
+        keep = source.randrange(len(text) + 1) if source.random() < 0.3 else len(text)
+        text = text[:keep] + draft[: source.randint(0, len(along) - 1)] * (keep == len(text))
+
+
+def _walk(grammars: Grammars, grammar: Grammar, text: Sequence[int], source: random.Random) -> list[int]:
+    """A few tokens that the grammar allows, and perhaps one that it does not."""
+    draft: list[int] = []
+    for _ in range(source.randint(0, 4)):
+        [mask] = grammars.matcher(grammar).masks([*text, *draft], [])
+        draft.append(source.choice(ids(mask)))
+    return [*draft, source.randrange(257)] if source.random() < 0.3 else draft
+
+
+@pytest.fixture(scope="module")
+def shared(grammars: Grammars) -> Grammars:
+    for grammar in (PERSON, Grammar("json_object"), Grammar("regex", "(ab|c){2,9}")):
+        grammars.compile(grammar)
+    return grammars
+
+
+def test_a_device_without_the_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wisp.engines.grammars._library", lambda: None)
+    vocabulary: Tokenizer = PlainTokenizer()
+    with pytest.raises(GrammarError, match="pip install"):
+        Grammars(vocabulary).compile(PERSON)
+    with pytest.raises(GrammarError, match="pip install"):
+        Grammars(vocabulary).matcher(PERSON)
+
+
+def test_a_grammar_that_exceeds_a_limit_is_over_for_all_of_its_sessions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What matchers share is wrong from then on."""
+    wide = Grammar("regex", "(" + "|".join(f"a{i}.*b{i}" for i in range(200)) + ")")
+    monkeypatch.setitem(LIMITS, "step_lexer_fuel", 20)
+    grammars = Grammars(PlainTokenizer())
+    grammars.compile(wide, "mine")
+    first, second = grammars.matcher(wide), grammars.matcher(wide)
+    assert says(second.masks(b"", b"")[0]) == b"a"
+    for _ in range(2):
+        with pytest.raises(GrammarError, match="too much work"):
+            first.masks(b"a1zzzz", b"zzz")
+        with pytest.raises(GrammarError, match="too much work"):
+            second.masks(b"", b"")
+    with pytest.raises(GrammarError, match="too much work"):
+        grammars.compile(wide, "mine")
+    with pytest.raises(GrammarError, match="too much work"):
+        grammars.matcher(wide)
+    grammars.compile(wide, "yours")
+    assert says(grammars.matcher(wide).masks(b"", b"")[0]) == b"a"
