@@ -84,6 +84,7 @@ def check(wheel: Path, python: str, folder: Path) -> str:
         assert alone
         for address in (server, edge):
             assert b"wisp:" in get(f"{address}/metrics")
+            assert b"<html" in get(f"{address}/").lower()  # the page
     return f"{version.stdout.strip()}; edge and verifier wrote the same {len(alone)} characters"
 
 

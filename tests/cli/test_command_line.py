@@ -80,6 +80,14 @@ def test_no_help_mentions_an_old_name() -> None:
 # --- names of earlier releases
 
 
+def test_log_json_is_a_format_now() -> None:
+    for words in (["serve", "--target", "tiny-target"], ["edge"]):
+        result = wisp(*words, "--log-json", "--log-level", "loud")
+        assert "`--log-json` is now called `--log-format json`" in result.stderr
+        assert "unknown log level 'loud'" in str(result.exception)
+        assert "--log-json" not in wisp(words[0], "--help").stdout
+
+
 @pytest.mark.parametrize("old", ["simulate", "capacity", "fleet", "replay"])
 def test_an_old_command_has_the_options_of_the_new_one(old: str) -> None:
     known: Any = get_command(app)
