@@ -27,7 +27,6 @@ from wisp.core.verify.cost import Coefficients, Load
 
 SCALE_S = 0.7  # seconds of lateness that make a token e times as urgent
 FLOOR = 0.2  # weight of a token of a session far ahead; one that is due now weighs FLOOR + 1
-FIRST = 1.5  # weight of a first token, in weights of others as late: it cannot be made up for later
 HOPELESS = 0.25  # a lateness of this share of an answer's remaining time cannot be made up for
 
 MOST = 2.0  # SCALE_S of lateness, from which the weight no longer grows
@@ -94,7 +93,7 @@ class Wisp:
             late = (now - c.due if c.due < inf else now - c.since - PATIENCE_S) * per_s
             weight = FLOOR + exp(late if late < MOST else MOST)
             if c.kind is PREFILL:
-                prompts.append((weight * FIRST if c.first else weight, c))
+                prompts.append((weight, c))
             else:
                 new, before, n = c.new, c.cached, c.n_draft
                 row_ms = token + attention * (before + new)
