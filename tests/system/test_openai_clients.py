@@ -149,8 +149,8 @@ def test_errors_are_the_sdks_own_exceptions(sdk: openai.OpenAI) -> None:
         chat(sdk, "word " * 600)
     assert too_long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        chat(sdk, "Hi", n=2)
-    assert unsupported.value.param == "n"
+        chat(sdk, "Hi", extra_body={"best_of": 2})
+    assert unsupported.value.param == "best_of"
     with pytest.raises(openai.BadRequestError) as streamed:
         chat(sdk, "word " * 600, stream=True)
     assert streamed.value.code == "context_length_exceeded"
