@@ -101,3 +101,11 @@ def test_open_metrics_are_had_where_they_are_asked_for(registry: CollectorRegist
     assert text.endswith("# EOF\n")
     families = {family.name for family in openmetrics_families(text)}  # type: ignore[no-untyped-call]
     assert {"wisp:num_requests_running", "wisp:request_success"} <= families
+
+
+def test_openmetrics_keeps_the_names() -> None:
+    registry = CollectorRegistry()
+    Counter("wisp:things", "Things.", registry=registry).inc()
+    scope = {"type": "http", "headers": [(b"accept", b"application/openmetrics-text")]}
+    page = bytes(scraped(Request(scope), registry, "m", Keyring(None, None)).body).decode()
+    assert 'wisp:things_total{model_name="m"} 1.0' in page
