@@ -217,3 +217,32 @@ def test_a_grammar_that_exceeds_a_limit_is_over_for_all_of_its_sessions(
         grammars.matcher(wide)
     grammars.compile(wide, "yours")
     assert says(grammars.matcher(wide).masks(b"", b"")[0]) == b"a"
+
+
+def test_ids_outside_of_the_vocabulary_leave_a_grammar_as_it_is(grammars: Grammars) -> None:
+    """An edge may say anything that the engine has room for; llguidance takes it for an error of the grammar."""
+    grammar = Grammar("choice", '["yes", "no"]')
+    grammars.compile(grammar)
+    first, second = grammars.matcher(grammar), grammars.matcher(grammar)
+    for strange in (257, 300, 100_000):
+        assert [says(m) for m in first.masks(b"", [strange])] == [b"ny"]
+        assert [says(m) for m in first.masks(b"", [*b"y", strange])] == [b"ny", b"e"]
+        assert [says(m) for m in first.masks([strange], b"")] == [b"$"]
+    assert [says(m) for m in second.masks(b"", b"")] == [b"ny"]
+
+
+def test_a_model_without_an_end_has_no_grammars() -> None:
+    """Their texts could not end, and what comes behind them would be anything."""
+
+    class Endless(PlainTokenizer):
+        eos = frozenset()
+
+    with pytest.raises(GrammarError, match="no end of sequence"):
+        Grammars(Endless()).compile(PERSON)
+    forced = Grammars(Endless()).matcher(Grammar("tokens", "[1, 2]"))
+    assert [len(ids(m)) for m in forced.masks([1], [2, 7, 9])] == [1, 288, 288, 288]
+
+
+def test_a_backslash_before_a_u_is_no_number_of_a_character(grammars: Grammars) -> None:
+    schema = json.dumps({"type": "object", "description": r"such as C:\users"})
+    grammars.compile(Grammar("lark", f"start: %json {schema}"))

@@ -38,7 +38,11 @@ SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexibl
 MISSING = (
     "grammars need llguidance 1.7.6 or later, which is not installed here: pip install 'llguidance>=1.7.6'"
 )
+NO_END = "this model has no end of sequence, so that no text of a grammar could come to an end"
 _BY_NUMBER = re.compile(r"<\[([^\]\n]*)\]>")
+_ESCAPED = re.compile(
+    r"(?<!\\)(?:\\\\)*\\u"
+)  # a character by its number; a backslash of a text is written twice
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]+)')
 
 
@@ -172,10 +176,9 @@ class Grammars:
         tokens = [
             tokenizer.piece(i) or b"\xff" + names.get(i, b"<|%d|>" % i) for i in range(tokenizer.n_vocab)
         ]
-        ends = frozenset(tokenizer.eos)
+        ends = frozenset(end for end in tokenizer.eos if end < tokenizer.n_vocab)
         if not ends:
-            tokens.append(b"\xff<|end|>")
-            ends = frozenset({len(tokens) - 1})
+            raise GrammarError(NO_END)
         wrapper = _Wrapper(tokenizer, tokens, min(ends))
         return _library().LLTokenizer(wrapper, eos_token=sorted(ends)), ends
 
@@ -205,6 +208,7 @@ class GrammarMatcher:
         self._compiled = compiled
         self._matcher = compiled.matcher.deep_copy()
         self._ends = ends
+        self._size = size
         self._words = (size + 31) // 32
         self._taken: list[int] = []  # by the grammar
         self._only_ends = np.zeros(self._words, np.uint32)
@@ -229,8 +233,9 @@ class GrammarMatcher:
         return masks
 
     def _text(self, tokens: Sequence[int]) -> list[int]:
-        """Those before the first end."""
-        stop = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
+        """Those before the first end, and before what llguidance takes for an error: ids that it does not know."""
+        size, ends = self._size, self._ends
+        stop = next((i for i, token in enumerate(tokens) if token in ends or token >= size), len(tokens))
         return list(tokens[:stop])
 
     def _ending(self, draft: Sequence[int]) -> list[Bits]:
@@ -298,7 +303,7 @@ def _source(library: Any, grammar: Grammar) -> str:
     if kind == "regex":
         return str(library.LLMatcher.grammar_from_regex(source))
     if "%json" in source:
-        if "\\u" in source:
+        if _ESCAPED.search(source):
             raise GrammarError("%json cannot have characters written as \\u here")
         for value in _MULTIPLE.findall(source):
             _check_multiple(Decimal(value))
