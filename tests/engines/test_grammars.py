@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Grammar
-from wisp.core.protocol.edits import Bits
+from wisp.core.protocol.edits import Bits, Matcher
 from wisp.engines.base import Tokenizer
 from wisp.engines.grammars import LIMITS, Grammars
 from wisp.engines.llama.tokenizer import LlamaTokenizer
@@ -196,27 +196,72 @@ def test_a_device_without_the_library_says_so(monkeypatch: pytest.MonkeyPatch) -
         Grammars(vocabulary).matcher(PERSON)
 
 
-def test_a_grammar_that_exceeds_a_limit_is_over_for_all_of_its_sessions(
+WIDE = Grammar("regex", "(" + "|".join(f"a{i}.*b{i}" for i in range(200)) + ")")
+
+
+def test_a_text_that_exceeds_a_limit_ends_and_no_other_of_its_grammar_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What matchers share is wrong from then on."""
-    wide = Grammar("regex", "(" + "|".join(f"a{i}.*b{i}" for i in range(200)) + ")")
     monkeypatch.setitem(LIMITS, "step_lexer_fuel", 20)
     grammars = Grammars(PlainTokenizer())
-    grammars.compile(wide, "mine")
-    first, second = grammars.matcher(wide), grammars.matcher(wide)
-    assert says(second.masks(b"", b"")[0]) == b"a"
+    grammars.compile(WIDE, "mine")
+    first, second = grammars.matcher(WIDE), grammars.matcher(WIDE)
+    for _ in range(2):
+        assert says(second.masks(b"", b"")[0]) == b"a"
+        with pytest.raises(GrammarError, match="too much work"):
+            first.masks(b"a1zzzz", b"zzz")
+        assert says(first.masks(b"", b"")[0]) == b"a"
+    grammars.compile(WIDE, "mine")
+    assert says(grammars.matcher(WIDE).masks(b"", b"")[0]) == b"a"
+
+
+def test_a_grammar_that_takes_long_to_compile_is_over_with_the_first_such_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What matchers share is wrong from then on, and to make it anew would hold up all sessions."""
+    monkeypatch.setitem(LIMITS, "step_lexer_fuel", 20)
+    monkeypatch.setattr("wisp.engines.grammars.QUICK_S", -1.0)
+    grammars = Grammars(PlainTokenizer())
+    grammars.compile(WIDE, "mine")
+    first, second = grammars.matcher(WIDE), grammars.matcher(WIDE)
     for _ in range(2):
         with pytest.raises(GrammarError, match="too much work"):
             first.masks(b"a1zzzz", b"zzz")
         with pytest.raises(GrammarError, match="too much work"):
             second.masks(b"", b"")
     with pytest.raises(GrammarError, match="too much work"):
-        grammars.compile(wide, "mine")
+        grammars.compile(WIDE, "mine")
     with pytest.raises(GrammarError, match="too much work"):
-        grammars.matcher(wide)
-    grammars.compile(wide, "yours")
-    assert says(grammars.matcher(wide).masks(b"", b"")[0]) == b"a"
+        grammars.matcher(WIDE)
+    grammars.compile(WIDE, "yours")
+    assert says(grammars.matcher(WIDE).masks(b"", b"")[0]) == b"a"
+
+
+def strings(*most: int) -> Grammar:
+    """An object of strings of at most so many characters."""
+    names = [f"s{i}" for i in range(len(most))]
+    properties = {n: {"type": "string", "maxLength": m} for n, m in zip(names, most, strict=True)}
+    return Grammar("json_schema", json.dumps({"type": "object", "properties": properties, "required": names}))
+
+
+def follow(matcher: Matcher, text: bytes) -> None:
+    """As a session does that drafts eight bytes a round."""
+    for i in range(0, len(text), 8):
+        assert len(matcher.masks(text[:i], text[i : i + 8])) == len(text[i : i + 8]) + 1
+
+
+def test_what_sessions_have_said_does_not_end_others_of_the_same_grammar() -> None:
+    """Their texts add up to more states than the limit has."""
+    lengths = [300, 400, 500, 600, 700]
+    grammars, grammar = Grammars(PlainTokenizer()), strings(*lengths)
+    grammars.compile(grammar)
+    for long in range(len(lengths)):
+        said = {f"s{i}": "x" * n * (i == long) for i, n in enumerate(lengths)}
+        follow(grammars.matcher(grammar), json.dumps(said).encode())
+
+
+def test_a_long_string_comes_to_its_end() -> None:
+    follow(Grammars(PlainTokenizer()).matcher(strings(4000)), json.dumps({"s0": "x" * 4000}).encode())
 
 
 def test_ids_outside_of_the_vocabulary_leave_a_grammar_as_it_is(grammars: Grammars) -> None:
