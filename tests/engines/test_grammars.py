@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,7 +119,9 @@ def test_a_schema_can_ask_for_white_space_of_its_own(grammars: Grammars) -> None
         (Grammar("choice", '["a", ""]'), "choices"),
         (Grammar("lark", "start: nobody"), "nobody"),
         (Grammar("lark", "what is this"), "Lark|GBNF"),
-        (Grammar("lark", 'start: %json {"\\u006dultipleOf": 999999}'), "%json"),
+        (Grammar("lark", 'start: %json {"\\u006dultipleOf": 999999}'), "multipleOf"),
+        (Grammar("lark", 'start: %json {"multipleOf": 1, "multipleOf": 2}'), "twice"),
+        (Grammar("lark", "start: %json x"), "%json"),
     ],
 )
 def test_what_cannot_be_compiled_is_named(grammars: Grammars, grammar: Grammar, named: str) -> None:
@@ -126,6 +129,40 @@ def test_what_cannot_be_compiled_is_named(grammars: Grammars, grammar: Grammar, 
         grammars.compile(grammar)
     with pytest.raises(GrammarError, match=named):
         grammars.matcher(grammar)
+
+
+LONG = [f"[ab]*a[ab]{{{n}}}" for n in range(1, 30)]
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        {"type": "integer", "allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]},
+        {"type": "integer", "multipleOf": 9973, "anyOf": [{"multipleOf": 9967}, {"multipleOf": 7}]},
+        {"properties": {"ab": {"multipleOf": 9973}}, "patternProperties": {"^a": {"multipleOf": 9967}}},
+        {"$ref": "#/$defs/x", "multipleOf": 9973, "$defs": {"x": {"type": "number", "multipleOf": 0.07}}},
+        {"allOf": [{"type": "string", "pattern": f"^{one}$"} for one in LONG]},
+        "start: T\nT: " + " & ".join(f"/{one}/" for one in LONG),
+        'start: %json\n {"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}], "type": "integer"} "x"',
+    ],
+)
+def test_what_would_be_compiled_for_minutes_is_refused(
+    grammars: Grammars, grammar: str | dict[str, Any]
+) -> None:
+    """No thread can be stopped in there, and a few of them are all that there are."""
+    lark = isinstance(grammar, str)
+    with pytest.raises(GrammarError, match="at most"):
+        grammars.compile(Grammar("lark", grammar) if lark else Grammar("json_schema", json.dumps(grammar)))
+
+
+def test_many_patterns_and_multiples_that_do_not_meet_are_taken(grammars: Grammars) -> None:
+    each = {"type": "object", "properties": {}}
+    each["properties"] = {f"p{i}": {"type": "string", "pattern": f"^{i}$"} for i in range(20)} | {
+        f"n{m}": {"type": "integer", "multipleOf": m} for m in (9973, 9967)
+    }
+    grammars.compile(Grammar("json_schema", json.dumps(each)))
+    cents = [{"type": "number", "multipleOf": 0.01}, {"multipleOf": 5}]
+    grammars.compile(Grammar("json_schema", json.dumps({"allOf": cents})))
 
 
 def test_compiled_grammars_are_remembered_for_each_key(grammars: Grammars) -> None:

@@ -14,8 +14,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from importlib import import_module
 from typing import Any
@@ -27,13 +26,13 @@ from wisp.core.protocol.constraints import Grammar
 from wisp.core.protocol.edits import Bits, Matcher
 from wisp.engines.base import Tokenizer
 from wisp.engines.forced_tokens import ForcedTokens
+from wisp.engines.grammar_limits import check_lark, check_schema
 
 # What a grammar may cost: the largest that fits its 64 KiB takes 2 to 4 s of a core to compile and 40 MB, a mask 15 ms.
 LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 30_000, "max_lexer_states": 20_000}
 QUICK_S = 0.25  # of a core: who compiles faster may compile anew in the engine's thread
 KEPT = 64  # compiled grammars of a key
 KEYS = 64  # keys whose grammars are kept
-MOST_MULTIPLE = 10_000  # of multipleOf, in units of its last digit: a million takes a minute to compile
 # White space in JSON is what Python writes. With more freedom models may write blanks for ever, and fewer tokens are
 # certain; a schema can ask for other forms in "x-guidance".
 SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -42,10 +41,6 @@ MISSING = (
 )
 NO_END = "this model has no end of sequence, so that no text of a grammar could come to an end"
 _BY_NUMBER = re.compile(r"<\[([^\]\n]*)\]>")
-_ESCAPED = re.compile(
-    r"(?<!\\)(?:\\\\)*\\u"
-)  # a character by its number; a backslash of a text is written twice
-_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]+)')
 
 
 def available() -> bool:
@@ -339,9 +334,7 @@ def _source(library: Any, grammar: Grammar) -> str:
         return _json(library, {"type": "object"})
     if kind == "json_schema":
         schema = _read(source, "the schema")
-        for key, value in _numbers(schema):
-            if key == "multipleOf":
-                _check_multiple(value)
+        check_schema(schema)
         return _json(library, schema)
     if kind == "choice":
         choices = _read(source, "the choices")
@@ -350,11 +343,7 @@ def _source(library: Any, grammar: Grammar) -> str:
         return str(library.grammar_from("choice", source))
     if kind == "regex":
         return str(library.LLMatcher.grammar_from_regex(source))
-    if "%json" in source:
-        if _ESCAPED.search(source):
-            raise GrammarError("%json cannot have characters written as \\u here")
-        for value in _MULTIPLE.findall(source):
-            _check_multiple(Decimal(value))
+    check_lark(source)
     try:
         return str(library.grammar_from("grammar", source))  # takes GBNF, too
     except ValueError:
@@ -378,27 +367,6 @@ def _read(source: str, what: str) -> Any:
         return json.loads(source)
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"{what} cannot be read as JSON: {error}") from None
-
-
-def _numbers(value: Any) -> Iterator[tuple[str, Decimal]]:
-    """The numbers in a JSON value, and the keys they are under."""
-    todo = [value]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, dict):
-            yield from ((k, Decimal(repr(v))) for k, v in value.items() if type(v) in (int, float))
-            todo += value.values()
-        elif isinstance(value, list):
-            todo += value
-
-
-def _check_multiple(value: Decimal) -> None:
-    digits = value.normalize().as_tuple()
-    exponent = digits.exponent if isinstance(digits.exponent, int) else 0
-    if not value.is_finite() or abs(value.scaleb(max(0, -exponent))) > MOST_MULTIPLE:
-        raise GrammarError(
-            f"multipleOf {value} has too many digits; at most {MOST_MULTIPLE} is taken, or 0.01 to 100.00"
-        )
 
 
 def _too_much(why: str) -> str:
