@@ -150,9 +150,9 @@ def test_what_would_be_compiled_for_minutes_is_refused(
     grammars: Grammars, grammar: str | dict[str, Any]
 ) -> None:
     """No thread can be stopped in there, and a few of them are all that there are."""
-    lark = isinstance(grammar, str)
+    lark = Grammar("lark", grammar) if isinstance(grammar, str) else None
     with pytest.raises(GrammarError, match="at most"):
-        grammars.compile(Grammar("lark", grammar) if lark else Grammar("json_schema", json.dumps(grammar)))
+        grammars.compile(lark or Grammar("json_schema", json.dumps(grammar)))
 
 
 def test_many_patterns_and_multiples_that_do_not_meet_are_taken(grammars: Grammars) -> None:
