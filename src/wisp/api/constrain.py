@@ -135,8 +135,9 @@ def constrained(sampling: Sampling, ask: GenerationRequest, tokenizer: Tokenizer
                 refuse(param, f"expected token ids from 0 to {tokenizer.n_vocab - 1}")
         if problem := sampling.problem():
             refuse(*problem)
-    if ask.min_tokens and not ask.ignore_eos:
-        sampling = msgspec.structs.replace(sampling, min_tokens=ask.min_tokens).ending(tokenizer.eos)
+    if ask.min_tokens and (sampling.stops or not ask.ignore_eos):  # otherwise nothing ends it
+        ends = frozenset[int]() if ask.ignore_eos else tokenizer.eos
+        sampling = msgspec.structs.replace(sampling, min_tokens=ask.min_tokens).ending(ends)
     return sampling
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from importlib import import_module
 from typing import Any
@@ -26,20 +26,21 @@ from wisp.core.protocol.constraints import Grammar
 from wisp.core.protocol.edits import Bits, Matcher
 from wisp.engines.base import Tokenizer
 from wisp.engines.forced_tokens import ForcedTokens
+from wisp.engines.grammar_limits import check_lark, check_schema
 
 # What a grammar may cost: the largest that fits its 64 KiB takes 2 to 4 s of a core to compile and 40 MB, a mask 15 ms.
 LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 30_000, "max_lexer_states": 20_000}
+QUICK_S = 0.25  # of a core: who compiles faster may compile anew in the engine's thread
 KEPT = 64  # compiled grammars of a key
 KEYS = 64  # keys whose grammars are kept
-MOST_MULTIPLE = 10_000  # of multipleOf, in units of its last digit: a million takes a minute to compile
 # White space in JSON is what Python writes. With more freedom models may write blanks for ever, and fewer tokens are
 # certain; a schema can ask for other forms in "x-guidance".
 SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 MISSING = (
     "grammars need llguidance 1.7.6 or later, which is not installed here: pip install 'llguidance>=1.7.6'"
 )
+NO_END = "this model has no end of sequence, so that no text of a grammar could come to an end"
 _BY_NUMBER = re.compile(r"<\[([^\]\n]*)\]>")
-_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]+)')
 
 
 def available() -> bool:
@@ -59,20 +60,41 @@ def _library() -> Any:
 
 
 class _Compiled:
-    """A grammar at its beginning. `problem`: why it is of no use any more.
+    """A grammar at its beginning: `matcher`, the `number`th of its kind. `over`: why it is of no use any more.
 
-    Matchers share what llguidance finds out about a grammar. One that exceeds a limit leaves wrong entries there, so
-    all of them end with it: no text is better than another text.
+    Matchers share what llguidance finds out about a grammar: that grows with all of their texts, up to a limit, and one
+    that exceeds a limit leaves wrong entries there. So then the grammar is compiled anew, and all matchers go on with
+    that. Where this would hold up the engine for long, all end instead: no text is better than another text.
     """
 
-    def __init__(self, matcher: Any) -> None:
-        self.matcher = matcher
-        self.problem = ""
+    def __init__(self, make: Callable[[], Any]) -> None:
+        """Raises GrammarError."""
+        self._make = make
+        self._lock = threading.Lock()
+        started = time.thread_time()
+        self.matcher = make()
+        self._quick = time.thread_time() - started <= QUICK_S
+        self.number = 0
+        self.over = ""
+
+    def renew(self, number: int, why: str) -> None:
+        """The `number`th cannot be used any more. Raises GrammarError if none follows it."""
+        with self._lock:
+            if number == self.number and self._quick:
+                self.matcher = self._make()
+                self.number += 1
+            elif number == self.number:
+                self.over = why
+        self.check()
 
     def check(self) -> None:
         """Raises GrammarError."""
-        if self.problem:
-            raise GrammarError(f"the grammar takes too much work: {self.problem}")
+        if self.over:
+            raise GrammarError(_too_much(self.over))
+
+
+class _TooMuchError(Exception):
+    """A limit is exceeded, and with it what matchers share is spoilt."""
 
 
 class Grammars:
@@ -120,7 +142,7 @@ class Grammars:
             return self._forced(grammar)
         with self._lock:
             all_ = [kept[grammar] for kept in self._by_key.values() if grammar in kept]
-        known = next((c for c in all_ if not c.problem), all_[0] if all_ else None)
+        known = next((c for c in all_ if not c.over), all_[0] if all_ else None)
         compiled = known if known is not None else self._compiled(grammar)
         vocabulary, ends = self._vocabulary
         return GrammarMatcher(compiled, vocabulary.vocab_size, ends)
@@ -145,6 +167,10 @@ class Grammars:
             raise GrammarError(MISSING)
         with self._making:
             vocabulary, _ = self._vocabulary
+        return _Compiled(lambda: self._made(library, vocabulary, grammar))
+
+    def _made(self, library: Any, vocabulary: Any, grammar: Grammar) -> Any:
+        """An LLMatcher. Raises GrammarError."""
         try:
             source = _source(library, grammar)
             limits = library.LLParserLimits(**LIMITS, verbose_errors=False)
@@ -157,7 +183,7 @@ class Grammars:
             raise GrammarError("llguidance cannot compile this grammar") from None
         if matcher.is_error():
             raise GrammarError(_short(matcher.get_error()))
-        return _Compiled(matcher)
+        return matcher
 
     @cached_property
     def _vocabulary(self) -> tuple[Any, frozenset[int]]:
@@ -172,10 +198,9 @@ class Grammars:
         tokens = [
             tokenizer.piece(i) or b"\xff" + names.get(i, b"<|%d|>" % i) for i in range(tokenizer.n_vocab)
         ]
-        ends = frozenset(tokenizer.eos)
+        ends = frozenset(end for end in tokenizer.eos if end < tokenizer.n_vocab)
         if not ends:
-            tokens.append(b"\xff<|end|>")
-            ends = frozenset({len(tokens) - 1})
+            raise GrammarError(NO_END)
         wrapper = _Wrapper(tokenizer, tokens, min(ends))
         return _library().LLTokenizer(wrapper, eos_token=sorted(ends)), ends
 
@@ -200,20 +225,43 @@ class GrammarMatcher:
     """A place in a grammar (`core.protocol.edits.Matcher`)."""
 
     def __init__(self, compiled: _Compiled, size: int, ends: frozenset[int]) -> None:
-        """Raises GrammarError for a grammar that has exceeded a limit before."""
-        compiled.check()
+        """Raises GrammarError for a grammar that is over."""
         self._compiled = compiled
-        self._matcher = compiled.matcher.deep_copy()
+        self._begin()
         self._ends = ends
+        self._size = size
         self._words = (size + 31) // 32
-        self._taken: list[int] = []  # by the grammar
         self._only_ends = np.zeros(self._words, np.uint32)
         for end in ends:
             self._only_ends[end // 32] |= np.uint32(1 << (end % 32))
 
     def masks(self, before: Sequence[int], draft: Sequence[int]) -> list[Bits]:
         """See `core.protocol.edits.Matcher`. Behind an end, and behind tokens that the grammar does not have, only
-        ends can be chosen."""
+        ends can be chosen.
+
+        Raises GrammarError where a grammar that nobody else has used exceeds a limit, too.
+        """
+        if self._number != self._compiled.number:
+            self._begin()
+        try:
+            return self._masks(before, draft)
+        except _TooMuchError as error:
+            self._compiled.renew(self._number, str(error))
+        self._begin()
+        try:
+            return self._masks(before, draft)
+        except _TooMuchError as error:
+            self._compiled.renew(self._number, str(error))
+            raise GrammarError(_too_much(str(error))) from None
+
+    def _begin(self) -> None:
+        """At the beginning of the text."""
+        self._compiled.check()
+        self._number = self._compiled.number
+        self._matcher = self._compiled.matcher.deep_copy()
+        self._taken: list[int] = []  # by the grammar
+
+    def _masks(self, before: Sequence[int], draft: Sequence[int]) -> list[Bits]:
         self._compiled.check()
         text = self._text(before)
         if len(text) < len(before) or not self._go_to(text):
@@ -229,8 +277,9 @@ class GrammarMatcher:
         return masks
 
     def _text(self, tokens: Sequence[int]) -> list[int]:
-        """Those before the first end."""
-        stop = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
+        """Those before the first end, and before what llguidance takes for an error: ids that it does not know."""
+        size, ends = self._size, self._ends
+        stop = next((i for i, token in enumerate(tokens) if token in ends or token >= size), len(tokens))
         return list(tokens[:stop])
 
     def _ending(self, draft: Sequence[int]) -> list[Bits]:
@@ -266,8 +315,7 @@ class GrammarMatcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            self._compiled.problem = _short(self._matcher.get_error())
-            self._compiled.check()
+            raise _TooMuchError(_short(self._matcher.get_error()))
 
 
 @cache
@@ -286,9 +334,7 @@ def _source(library: Any, grammar: Grammar) -> str:
         return _json(library, {"type": "object"})
     if kind == "json_schema":
         schema = _read(source, "the schema")
-        for key, value in _numbers(schema):
-            if key == "multipleOf":
-                _check_multiple(value)
+        check_schema(schema)
         return _json(library, schema)
     if kind == "choice":
         choices = _read(source, "the choices")
@@ -297,11 +343,7 @@ def _source(library: Any, grammar: Grammar) -> str:
         return str(library.grammar_from("choice", source))
     if kind == "regex":
         return str(library.LLMatcher.grammar_from_regex(source))
-    if "%json" in source:
-        if "\\u" in source:
-            raise GrammarError("%json cannot have characters written as \\u here")
-        for value in _MULTIPLE.findall(source):
-            _check_multiple(Decimal(value))
+    check_lark(source)
     try:
         return str(library.grammar_from("grammar", source))  # takes GBNF, too
     except ValueError:
@@ -327,25 +369,8 @@ def _read(source: str, what: str) -> Any:
         raise GrammarError(f"{what} cannot be read as JSON: {error}") from None
 
 
-def _numbers(value: Any) -> Iterator[tuple[str, Decimal]]:
-    """The numbers in a JSON value, and the keys they are under."""
-    todo = [value]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, dict):
-            yield from ((k, Decimal(repr(v))) for k, v in value.items() if type(v) in (int, float))
-            todo += value.values()
-        elif isinstance(value, list):
-            todo += value
-
-
-def _check_multiple(value: Decimal) -> None:
-    digits = value.normalize().as_tuple()
-    exponent = digits.exponent if isinstance(digits.exponent, int) else 0
-    if not value.is_finite() or abs(value.scaleb(max(0, -exponent))) > MOST_MULTIPLE:
-        raise GrammarError(
-            f"multipleOf {value} has too many digits; at most {MOST_MULTIPLE} is taken, or 0.01 to 100.00"
-        )
+def _too_much(why: str) -> str:
+    return f"the grammar takes too much work: {why}"
 
 
 def _short(message: str) -> str:

@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from wisp.api.fields import refuse
 from wisp.api.tools.events import Tool
 
 Mark = Callable[[str], str]  # a marker as Lark has it
-_DSML = "｜DSML｜"
+_PARAM = "tools"
 
 
 def grammar(family: str, template: str, tools: list[Tool], *, parallel: bool, mark: Mark) -> str | None:
@@ -175,18 +176,23 @@ def _glm(tools: list[Tool], template: str, mark: Mark) -> _Parts | None:
 def _parameters(prefix: str, tool: Tool, head: str, tail: str) -> Iterator[tuple[str, list[str]]]:
     """For each parameter of the tool how its rule is used, and the rules: a text to its end tag, or JSON."""
     properties = tool.parameters.get("properties")
-    required = tool.parameters.get("required") or []
+    required = _list(tool, "required", tool.parameters.get("required") or [])
     for j, name in enumerate(properties if isinstance(properties, dict) else ()):
         schema, rule = tool.schema_of(name), f"{prefix}_{j}"
         rules = [f"{rule}: {text(head.format(name))} {rule}_v"]
         if schema.get("type") == "string" and "enum" in schema:
-            options = " | ".join(text(str(v) + tail) for v in schema["enum"])
+            values = _list(tool, "enum", schema["enum"]) or refuse(_PARAM, f"{tool.name}: an enum is empty")
+            options = " | ".join(text(str(v) + tail) for v in values)
             rules.append(f"{rule}_v: {options}")
         elif schema.get("type") == "string" or not schema:
             rules.append(f"{rule}_v[lazy]: /(.|\\n)*{_escaped(tail)}/")
         else:
             rules += [f"{rule}_v: {rule}_j {text(tail)}", f"{rule}_j: {schema_rule(schema, tool.parameters)}"]
         yield (rule if name in required else f"{rule}?"), rules
+
+
+def _list(tool: Tool, keyword: str, value: Any) -> list[Any]:
+    return value if isinstance(value, list) else refuse(_PARAM, f"{tool.name}: expected a list for {keyword}")
 
 
 _WRITERS: dict[str, Callable[[list[Tool], str, Mark], _Parts | None]] = {
