@@ -16,7 +16,7 @@ from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Grammar
 from wisp.core.protocol.edits import Bits, Matcher
 from wisp.engines.base import Tokenizer
-from wisp.engines.grammars import LIMITS, Grammars
+from wisp.engines.grammars import KEPT, LIMITS, Grammars
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 from wisp.engines.plain import PlainTokenizer
 
@@ -113,6 +113,7 @@ def test_a_schema_can_ask_for_white_space_of_its_own(grammars: Grammars) -> None
         (Grammar("json_schema", "false"), "nsatisfiable"),
         (Grammar("json_schema", '{"items": ' * 5000 + "{}" + "}" * 5000), "recursion"),
         (Grammar("json_schema", '{"x-guidance": {"lenient": true}, "not": {}}'), r'"not"'),
+        (Grammar("json_schema", '{"x-guidance": 5}'), "integer `5`"),
         (Grammar("regex", "(a"), "unclosed"),
         (Grammar("regex", "(?=a)b"), "look-around"),
         (Grammar("choice", "[]"), "choices"),
@@ -170,6 +171,44 @@ def test_compiled_grammars_are_remembered_for_each_key(grammars: Grammars) -> No
     grammars.compile(grammar, "mine")
     assert grammars.ready(grammar, "mine")
     assert not grammars.ready(grammar, "yours")
+
+
+def regex(i: int) -> Grammar:
+    return Grammar("regex", f"a{{{i}}}")
+
+
+def test_a_grammar_whose_session_lives_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its session may wait for longer than it takes others to compile many."""
+    monkeypatch.setattr("wisp.engines.grammars.KEPT", 2)
+    monkeypatch.setattr("wisp.engines.grammars.KEYS", 2)
+    grammars = Grammars(PlainTokenizer())
+    waiting, another = regex(1), regex(1)
+    grammars.compile(waiting, "a")
+    for i in range(2, 6):
+        grammars.compile(regex(i), "a")
+    assert [i for i in range(1, 6) if grammars.ready(regex(i), "a")] == [1, 5]
+    assert grammars.ready(another, "a")
+    del waiting
+    for key in "bcd":
+        grammars.compile(regex(9), key)
+    assert [key for key in "abcd" if grammars.ready(regex(9), key) or grammars.ready(regex(1), key)] == [
+        "a",
+        "d",
+    ]
+    del another
+    grammars.compile(regex(9), "e")
+    assert not grammars.ready(regex(1), "a")
+
+
+def test_many_wait_at_once_and_nothing_is_compiled_where_they_are_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grammars, waiting = Grammars(PlainTokenizer()), [regex(i) for i in range(1, KEPT + 9)]
+    for grammar in waiting:
+        grammars.compile(grammar, "a")
+    monkeypatch.setattr("wisp.engines.grammars._source", lambda *_: pytest.fail("compiled again"))
+    for grammar in waiting:
+        assert grammars.matcher(grammar).masks(b"", b"")
 
 
 def test_control_tokens_are_no_text_but_can_be_named(tokenizer: LlamaTokenizer) -> None:

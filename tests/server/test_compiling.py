@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Awaitable, Callable
+
+import pytest
 
 from waiting import run
 from wisp.api.prepare import AT_ONCE
@@ -139,6 +142,35 @@ def test_a_second_session_with_the_same_grammar_does_not_wait() -> None:
         peer.open("the-second", LAMP)
         assert host.verifier.knows("the-second")
         assert len(grammars.compiled) == 1
+
+    with_host(scenario)
+
+
+def test_grammars_of_waiting_sessions_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are kept, and more than there are slots."""
+    monkeypatch.setattr("wisp.engines.grammars.KEPT", 1)
+    made: list[str] = []
+    compiled = Grammars._compiled
+
+    def counted(self: Grammars, grammar: Grammar) -> object:
+        made.append(grammar.source)
+        return compiled(self, grammar)
+
+    monkeypatch.setattr(Grammars, "_compiled", counted)
+
+    async def scenario(host: VerifierHost, grammars: Slow) -> None:
+        peer, lamps = Peer(host), [Grammar("choice", json.dumps([f"lamp {i}"])) for i in range(12)]
+        names = [f"session-{i}" for i in range(12)]
+        for name, lamp in zip(names, lamps, strict=True):
+            peer.open(name, lamp)
+        held = [lamp.source for lamp in lamps]
+        del lamp, lamps  # sessions alone have them now
+        grammars.go.set()
+        while names:
+            session = (await peer.verdict()).session
+            names.remove(session)
+            host.receive(peer.connection, Cancel(session))  # the next one has its slot
+        assert sorted(made) == sorted(held)
 
     with_host(scenario)
 

@@ -17,7 +17,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -31,8 +32,9 @@ from wisp.engines.grammar_limits import check_lark, check_schema
 # What a grammar may cost: the largest that fits its 64 KiB takes 2 to 4 s of a core to compile and 40 MB, a mask 15 ms.
 LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 30_000, "max_lexer_states": 20_000}
 QUICK_S = 0.25  # of a core: who compiles faster may compile anew in the engine's thread
+# So many are kept, or more where more are those of living sessions:
 KEPT = 64  # compiled grammars of a key
-KEYS = 64  # keys whose grammars are kept
+KEYS = 64  # keys with their grammars
 # White space in JSON is what Python writes. With more freedom models may write blanks for ever, and fewer tokens are
 # certain; a schema can ask for other forms in "x-guidance".
 SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -40,6 +42,9 @@ MISSING = (
     "grammars need llguidance 1.7.6 or later, which is not installed here: pip install 'llguidance>=1.7.6'"
 )
 NO_END = "this model has no end of sequence, so that no text of a grammar could come to an end"
+_Name = tuple[str, str]  # kind and source
+K = TypeVar("K")
+V = TypeVar("V")
 _BY_NUMBER = re.compile(r"<\[([^\]\n]*)\]>")
 
 
@@ -60,7 +65,8 @@ def _library() -> Any:
 
 
 class _Compiled:
-    """A grammar at its beginning: `matcher`, the `number`th of its kind. `over`: why it is of no use any more.
+    """A grammar at its beginning: `matcher`, the `number`th of its kind. `over`: why it is of no use any more. `asked`:
+    for whom it was compiled, those of them that are still alive; by identity, as equal ones may come and go.
 
     Matchers share what llguidance finds out about a grammar: that grows with all of their texts, up to a limit, and one
     that exceeds a limit leaves wrong entries there. So then the grammar is compiled anew, and all matchers go on with
@@ -76,6 +82,7 @@ class _Compiled:
         self._quick = time.thread_time() - started <= QUICK_S
         self.number = 0
         self.over = ""
+        self.asked: WeakValueDictionary[int, Grammar] = WeakValueDictionary()
 
     def renew(self, number: int, why: str) -> None:
         """The `number`th cannot be used any more. Raises GrammarError if none follows it."""
@@ -104,48 +111,54 @@ class Grammars:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._making = threading.Lock()
-        self._by_key: OrderedDict[str, OrderedDict[Grammar, _Compiled]] = OrderedDict()
+        self._by_key: OrderedDict[str, OrderedDict[_Name, _Compiled]] = OrderedDict()
 
     def compile(self, grammar: Grammar, key: str = "") -> None:
-        """See that `matcher` will find it compiled, for its next sessions. `key`: whose it is, so that nobody can tell
-        by the time what others ask for. Takes up to seconds, and lets other threads run meanwhile.
+        """See that `matcher` will find it compiled, at least as long as this very object lives: its session may have to
+        wait for its turn, or lose it. `key`: whose it is, so that nobody can tell by the time what others ask for.
+        Takes up to seconds, and lets other threads run meanwhile.
 
         Raises GrammarError, which names the keyword or the place that cannot be compiled.
         """
         if grammar.kind == "tokens":
             self._forced(grammar)
             return
-        with self._lock:
-            kept = self._by_key.get(key)
-            if kept is not None and grammar in kept:
-                kept.move_to_end(grammar)
-                kept[grammar].check()
-                return
+        if (known := self._kept(grammar, key)) is not None:
+            known.check()
+            return
         compiled = self._compiled(grammar)
         with self._lock:
             kept = self._by_key.setdefault(key, OrderedDict())
             self._by_key.move_to_end(key)
-            kept[grammar] = compiled
-            while len(kept) > KEPT:
-                kept.popitem(last=False)
-            while len(self._by_key) > KEYS:
-                self._by_key.popitem(last=False)
+            compiled = kept.setdefault(_name(grammar), compiled)  # another thread may have been faster
+            compiled.asked[id(grammar)] = grammar
+            _forget(kept, KEPT, lambda c: not c.asked)
+            _forget(self._by_key, KEYS, lambda k: not any(c.asked for c in k.values()))
 
     def ready(self, grammar: Grammar, key: str) -> bool:
-        """Has it been compiled for this key?"""
-        with self._lock:
-            return grammar.kind == "tokens" or grammar in self._by_key.get(key, ())
+        """Has it been compiled for this key? If so it stays, as after `compile`."""
+        return grammar.kind == "tokens" or self._kept(grammar, key) is not None
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """A matcher at the beginning of the grammar. Raises GrammarError."""
         if grammar.kind == "tokens":
             return self._forced(grammar)
+        name = _name(grammar)
         with self._lock:
-            all_ = [kept[grammar] for kept in self._by_key.values() if grammar in kept]
+            all_ = [kept[name] for kept in self._by_key.values() if name in kept]
         known = next((c for c in all_ if not c.over), all_[0] if all_ else None)
         compiled = known if known is not None else self._compiled(grammar)
         vocabulary, ends = self._vocabulary
         return GrammarMatcher(compiled, vocabulary.vocab_size, ends)
+
+    def _kept(self, grammar: Grammar, key: str) -> _Compiled | None:
+        with self._lock:
+            kept = self._by_key.get(key, OrderedDict())
+            compiled = kept.get(_name(grammar))
+            if compiled is not None:
+                compiled.asked[id(grammar)] = grammar
+                kept.move_to_end(_name(grammar))
+            return compiled
 
     def _check_named(self, source: str) -> None:
         """Raises GrammarError for tokens of text by number: llguidance loses its place among them on its way back from
@@ -318,6 +331,20 @@ class GrammarMatcher:
             raise _TooMuchError(_short(self._matcher.get_error()))
 
 
+def _name(grammar: Grammar) -> _Name:
+    """What is compiled of it; where it begins is another matter."""
+    return grammar.kind, grammar.source
+
+
+def _forget(kept: OrderedDict[K, V], most: int, unused: Callable[[V], bool]) -> None:
+    """Drop the oldest of more than `most`, if they are unused, but never the newest."""
+    for name in list(kept)[:-1]:
+        if len(kept) <= most:
+            return
+        if unused(kept[name]):
+            del kept[name]
+
+
 @cache
 def _executor() -> Any:
     return _library().LLExecutor(num_threads=1)
@@ -357,9 +384,15 @@ def _json(library: Any, schema: Any) -> str:
         raise GrammarError("a JSON schema is an object or a boolean")
     if schema is False:
         raise GrammarError("unsatisfiable: the schema is false")
-    text = json.dumps({} if schema is True else schema)
-    of = library.LLMatcher.grammar_from_json_schema
-    return str(of(text, defaults=SEPARATORS, overrides={"lenient": False}))
+    text = json.dumps(strictly({} if schema is True else schema))
+    return str(library.LLMatcher.grammar_from_json_schema(text))
+
+
+def strictly(schema: dict[str, Any]) -> dict[str, Any]:
+    """A JSON schema as `%json` takes it: with `SEPARATORS`, unless it asks for others, and no keyword passed over."""
+    own = schema.get("x-guidance", {})
+    options = {**SEPARATORS, **own, "lenient": False} if isinstance(own, dict) else own
+    return {**schema, "x-guidance": options}
 
 
 def _read(source: str, what: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from wisp.api.fields import refuse
 from wisp.api.tools.events import Tool
+from wisp.engines.grammars import strictly
 
 Mark = Callable[[str], str]  # a marker as Lark has it
 _PARAM = "tools"
@@ -54,13 +55,14 @@ def _escaped(value: str) -> str:
 _Parts = tuple[
     str, list[str], str | None, str
 ]  # before all calls, rules for each, between two (None: only one), after
-_FIXED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def schema_rule(schema: dict[str, Any], whole: dict[str, Any] | None = None) -> str:
-    """`%json` for a schema, written as models have been trained to. `whole`: where its definitions are."""
-    shared = {name: whole[name] for name in ("$defs", "definitions") if whole and name in whole}
-    return "%json " + json.dumps({**shared, **schema, "x-guidance": _FIXED}, ensure_ascii=False)
+    """`%json` for a schema, written as Python writes JSON. `whole`: where its definitions are."""
+    shared: dict[str, Any] = {
+        name: whole[name] for name in ("$defs", "definitions") if whole and name in whole
+    }
+    return "%json " + json.dumps(strictly({**shared, **schema}), ensure_ascii=False)
 
 
 def _arguments(tool: Tool) -> str:
