@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from unittest.mock import patch
 
 import msgspec
 
-from benchmarks.experiments import readings  # noqa: F401  policies by name, also in another process
 from benchmarks.experiments.page import ratio
+from benchmarks.experiments.readings import READINGS
 from benchmarks.pages import Data, table
 from wisp.core.draft.policies import Confidence, Predicted
+from wisp.core.verify.batching import POLICIES
 from wisp.core.verify.cost import Load, load_of
 from wisp.core.verify.events import Run
 from wisp.sim import runs as simulated
@@ -174,7 +176,8 @@ class _Here(Runs):
         if self.setup.keeps:
             Predicted.take = Confidence.take  # type: ignore[method-assign]
         try:
-            return _padded(job) if self.setup.padded else simulated.run(job)
+            with patch.dict(POLICIES, READINGS):
+                return _padded(job) if self.setup.padded else simulated.run(job)
         finally:
             Predicted.take = take  # type: ignore[method-assign]
 

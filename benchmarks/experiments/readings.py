@@ -1,7 +1,4 @@
-"""Other readings of the paper's scheduler, and limits of servers, as batching policies of their own: for `paper` alone.
-
-Importing this module makes them known by name, also in a process that a search is handed to.
-"""
+"""Other readings of the paper's scheduler, and limits of servers, as batching policies of their own: for `paper` alone."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from wisp.core.verify.batching import POLICIES, BatchingPolicy, Candidate, Grant, Kind, Plan, StepLimits
+from wisp.core.verify.batching import BatchingPolicy, Candidate, Grant, Kind, Plan, StepLimits
 from wisp.core.verify.batching.paper import Paper, deadline
 from wisp.core.verify.batching.simple import Fcfs
 from wisp.core.verify.cost import Load
@@ -102,14 +99,12 @@ class Few:
         return self.policy.plan(now, candidates, msgspec.structs.replace(limits, slices=slices))
 
 
-POLICIES.update(
-    {
-        "paper/each-token": lambda: Read(each_token),
-        "paper/each-round": lambda: Read(each_round),
-        "paper/late-apart": lambda: Read(late=False),
-        "paper/check-all": lambda: Read(each_token, check="all", late=False),
-        "paper/prompts-at-once": lambda: Read(at_once=True),
-        "paper/16": lambda: Few(Paper()),
-        "fcfs/16": lambda: Few(Fcfs()),
-    }
-)
+READINGS: dict[str, Callable[[], BatchingPolicy]] = {
+    "paper/each-token": lambda: Read(each_token),
+    "paper/each-round": lambda: Read(each_round),
+    "paper/late-apart": lambda: Read(late=False),
+    "paper/check-all": lambda: Read(each_token, check="all", late=False),
+    "paper/prompts-at-once": lambda: Read(at_once=True),
+    "paper/16": lambda: Few(Paper()),
+    "fcfs/16": lambda: Few(Fcfs()),
+}

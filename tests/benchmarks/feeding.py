@@ -142,4 +142,5 @@ def _verdict(real: Verdict, again: FullStory, replayed: _Generation, answered: s
         queue_ms=real.queue_ms,
         engine_ms=real.engine_ms,
         price=real.price,
+        cached=real.cached,
     )

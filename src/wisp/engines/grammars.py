@@ -180,7 +180,8 @@ class Grammars:
             raise GrammarError(MISSING)
         with self._making:
             vocabulary, _ = self._vocabulary
-        return _Compiled(lambda: self._made(library, vocabulary, grammar))
+        own = Grammar(grammar.kind, grammar.source)  # a copy: `asked` watches the life of the session's
+        return _Compiled(lambda: self._made(library, vocabulary, own))
 
     def _made(self, library: Any, vocabulary: Any, grammar: Grammar) -> Any:
         """An LLMatcher. Raises GrammarError."""
