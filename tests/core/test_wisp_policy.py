@@ -117,6 +117,29 @@ def test_a_session_whose_slo_is_lost_is_told_once_and_goes_on() -> None:
     assert policy.plan(NOW, [lost], LIMITS).lost == []
 
 
+def test_an_slo_that_the_reserve_of_its_due_times_still_keeps_is_not_given_up() -> None:
+    """Ten seconds after the start, due times are 0.4 s ahead of the target, however little is left to generate."""
+    ending = msgspec.structs.replace(going(1, -0.3), opened=NOW - 10.3, remaining=2)
+    policy = batching_policy("wisp")
+    assert policy.plan(NOW, [ending], LIMITS).lost == []
+    later = msgspec.structs.replace(ending, due=NOW - 0.6)
+    assert policy.plan(NOW, [later], LIMITS).lost == [1]
+    first = msgspec.structs.replace(prompt(2, 100, -0.1), opened=NOW - 2.9)
+    assert policy.plan(NOW, [first], LIMITS).lost == []
+    later = msgspec.structs.replace(first, due=NOW - 0.2)
+    assert policy.plan(NOW, [later], LIMITS).lost == [2]
+
+
+def test_a_prompt_leaves_no_session_out() -> None:
+    """Prompts do not raise the rate that sessions are measured by."""
+    sessions = [going(i, ahead) for i, ahead in enumerate((0.1, 0.6, 3.0, 9.0))]
+    alone = granted(*sessions)
+    for within_s in (3.0, 0.5, -0.5):
+        found = granted(*sessions, prompt(100, 600, within_s))
+        assert found.pop(100) > 0
+        assert found.keys() == alone.keys() == {0, 1, 2, 3}
+
+
 def test_work_without_slo_waits_for_late_sessions_but_not_for_long() -> None:
     late = [going(i, -0.4) for i in range(80)]
     plain = msgspec.structs.replace(going(200, 0.0), due=float("inf"), tpot_s=0.0)
