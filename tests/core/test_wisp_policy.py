@@ -71,7 +71,7 @@ def test_drafts_are_cut_as_the_step_fills_and_no_session_is_dropped_for_them() -
 
 def test_a_draft_ends_where_its_next_token_is_worth_less_than_its_row() -> None:
     """A late session's token is worth more, so its draft is longer."""
-    found = granted(going(0, -0.5, n_draft=12), *(going(1 + i, 2.0, n_draft=12) for i in range(30)))
+    found = granted(going(0, -0.5, n_draft=12), *(going(1 + i, 0.6, n_draft=12) for i in range(30)))
     assert found[0] > max(tokens for session, tokens in found.items() if session)
 
 
@@ -150,7 +150,7 @@ def test_work_without_slo_waits_for_late_sessions_but_not_for_long() -> None:
 
 def test_no_session_waits_for_prompts_without_kv() -> None:
     sessions = [going(i, 0.1) for i in range(20)]
-    crowd = [prompt(100 + i, 150, 1.5) for i in range(40)]
+    crowd = [prompt(100 + i, 150, 0.6) for i in range(40)]
     limits = msgspec.structs.replace(LIMITS, free_kv=300.0)  # the sessions' drafts, a prompt, and a half
     found = granted(*sessions, *crowd, limits=limits)
     assert len(found.keys() & {s.session for s in sessions}) == 20

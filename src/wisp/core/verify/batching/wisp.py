@@ -26,7 +26,7 @@ from wisp.core.verify.batching.simple import Continuous
 from wisp.core.verify.cost import Coefficients, Load
 
 SCALE_S = 0.4  # seconds of lateness that make a token e times as urgent
-FLOOR = 0.2  # weight of a token of a session far ahead; one that is due now weighs FLOOR + 1
+FLOOR = 0.1  # weight of a token of a session far ahead; one that is due now weighs FLOOR + 1
 FIRST = 1.5  # weight of a first token, in weights of others as late: it cannot be made up for later
 HOPELESS = 0.25  # a lateness of this share of an answer's remaining time cannot be made up for
 
