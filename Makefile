@@ -37,8 +37,8 @@ coverage: setup  ## lines and branches of `core` that its tests reach; fewer tha
 test-busy: setup  ## `make test` three times in a row, on a machine that has four busy loops to run besides
 	$(BIN)/python tests/busy.py --loops 4 --times 3 $(MAKE) test
 
-test-ui: setup $(VENV)/.ui  ## the pages in the system's Chromium, which it does not fetch; makes the pictures of docs/images
-	$(PYTEST) -m ui tests/ui
+test-ui: setup $(VENV)/.ui  ## the pages in the system's Chromium, and skips where there is none; makes the pictures of docs/images
+	$(PYTEST) -m ui -rs tests/ui
 
 $(VENV)/.ui: requirements/ui.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/ui.txt
@@ -84,7 +84,7 @@ CLIENTS := .venv-clients
 
 $(CLIENTS)/.ready: requirements/clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/clients.txt
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/clients.txt
 	@touch $@
 
 JS := tests/clients/js
@@ -94,7 +94,7 @@ $(JS)/node_modules: $(JS)/package-lock.json
 
 test-clients: setup $(CLIENTS)/.ready $(JS)/node_modules  ## openai, anthropic, langchain, instructor, pydantic-ai, lm-eval, ...; fixtures of tool calls
 	PYTHONPATH=src WISP_PYTHON=$(CURDIR)/$(BIN)/python $(CLIENTS)/bin/python -m pytest \
-		-c tests/clients/pytest.ini --rootdir tests/clients --confcutdir tests/clients tests/clients
+		-c tests/clients/pytest.ini --rootdir tests/clients --confcutdir tests/clients -rs tests/clients
 
 CODE := src benchmarks tools tests
 

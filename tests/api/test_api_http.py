@@ -658,6 +658,9 @@ def test_an_answer_has_its_least_number_of_tokens(client: TestClient, backend: S
     assert (sampling.min_tokens, sampling.ends) == (3, (EOS, IM_END))
     client.post(TEXT, json=text(min_tokens=3, ignore_eos=True))
     assert backend.asked[1].sampling.min_tokens == 0  # nothing ends it anyway
+    client.post(TEXT, json=text(min_tokens=3, ignore_eos=True, stop_token_ids=[65]))
+    sampling = backend.asked[2].sampling
+    assert (sampling.min_tokens, sampling.ends, sampling.barred(2)) == (3, (), (65,))
 
 
 def test_tool_choice_none_hides_tools(client: TestClient, backend: ScriptedBackend) -> None:

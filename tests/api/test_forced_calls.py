@@ -5,15 +5,20 @@ from __future__ import annotations
 import codecs
 import json
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 
 from api_fakes import ByteTokenizer
+from wisp.api.backend import Target
+from wisp.api.prepare import prepare
 from wisp.api.reader import Family, Reader, Reading
+from wisp.api.requests import parse_chat
 from wisp.api.tools import forced
 from wisp.api.tools.events import Call, Event, Text, Tool
 from wisp.api.tools.families import PARSERS
+from wisp.core.errors import RequestError
 from wisp.core.protocol.constraints import Grammar
 from wisp.engines.grammars import Grammars
 from wisp.engines.special import Special, SpecialTokens
@@ -153,3 +158,23 @@ def check(call: Call) -> None:
     assert isinstance(arguments.get("s", ""), str)
     assert arguments.get("u", "c") in ("c", 'f"')
     assert isinstance(arguments.get("o", {}), dict)
+
+
+@pytest.mark.parametrize("name", ["qwen-xml", "glm"])  # which write parameters one by one
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": {"a": {"type": "string", "enum": 5}}},
+        {"properties": {"a": {"type": "string", "enum": None}}},
+        {"properties": {"a": {"type": "string", "enum": []}}},
+        {"properties": {"a": 5}, "required": 5},
+    ],
+)
+def test_a_schema_that_is_none_is_the_clients_fault(name: str, parameters: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": [tool], "tool_choice": "required"}
+    tokenizer = Marked((), "")
+    target = Target("m", tokenizer, 4000, "", Grammars(tokenizer))
+    with pytest.raises(RequestError) as refused:
+        prepare(parse_chat(body, {}), target, parser=name)
+    assert (refused.value.status, refused.value.param in ("tools", "tool_choice")) == (400, True)

@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 
 from api_fakes import EOS, IM_END, MODEL, ScriptedBackend, committed, make_app, say
 from test_api_http import CHAT, TEXT, chat, error, events, text
+from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.engines.grammars import Grammars
 from wisp.engines.plain import PlainTokenizer
@@ -145,6 +146,38 @@ def test_a_strict_tool_constrains_calls_and_leaves_text_free(
 def test_an_answer_may_be_a_call_or_as_its_format_says(client: TestClient, backend: ScriptedBackend) -> None:
     client.post(CHAT, json=chat(tools=[TOOL], response_format={"type": "json_object"}))
     assert "start: answer | calls" in grammar(backend).source
+
+
+@pytest.mark.parametrize("schema", [None, True, {"type": "object"}, {"x-guidance": {"lenient": True}}])
+def test_beside_tools_json_has_no_more_white_space_than_alone(
+    client: TestClient, backend: ScriptedBackend, schema: Any
+) -> None:
+    """Or a model may write blanks for ever."""
+    given = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    client.post(CHAT, json=chat(tools=[TOOL], response_format=given if schema else {"type": "json_object"}))
+    answer = b'{"x": [1, true], "y": "-"}'
+    masks = Grammars(PlainTokenizer()).matcher(grammar(backend)).masks(b"", answer)
+    assert len(masks) == len(answer) + 1
+    in_string = False
+    for at, mask in enumerate(masks[:-1]):
+        blanks = bytes(b for b in b" \t\r\n" if int(mask[b // 32]) >> (b % 32) & 1)
+        assert blanks == (b" " if in_string or answer[at] == ord(" ") else b""), answer[:at]
+        in_string ^= answer[at] == ord('"')
+
+
+def test_beside_tools_a_schema_may_ask_for_white_space_but_not_for_less_than_it_says(
+    client: TestClient, backend: ScriptedBackend
+) -> None:
+    def ask(schema: Any) -> Any:
+        given = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return client.post(CHAT, json=chat(tools=[TOOL], response_format=given))
+
+    ask({"type": "object", "x-guidance": {"whitespace_flexible": True}})
+    assert len(Grammars(PlainTokenizer()).matcher(grammar(backend)).masks(b"", b"{ \n\n}")) == 6
+    assert error(ask(False), 400)["param"] == "response_format"
+    ask({"not": {}, "x-guidance": {"lenient": True}})
+    with pytest.raises(GrammarError, match='"not"'):
+        Grammars(PlainTokenizer()).compile(grammar(backend))
 
 
 @pytest.mark.parametrize(

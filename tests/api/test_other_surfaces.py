@@ -310,6 +310,13 @@ def test_tokens_refuse_by_name(client: TestClient, path: str, body: dict[str, An
     assert error(client.post(path, json=body), 400)["param"] in ("prompt", "tokens")
 
 
+@pytest.mark.parametrize("tools", [5, "f", [5], ["f"], [None]])
+def test_allowed_tools_that_are_no_tools_are_refused(client: TestClient, tools: Any) -> None:
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": tools}
+    body = {"model": MODEL, "input": "Hi", "tools": [FLAT], "tool_choice": choice}
+    assert error(client.post(RESPONSES, json=body), 400)["param"].startswith("tool_choice")
+
+
 # --- bodies and pages
 
 
@@ -320,6 +327,7 @@ def test_a_compressed_body_is_read(client: TestClient, encoding: str, encode: An
     assert client.post(CHAT, content=data, headers=headers).status_code == 200
     assert error(client.post(CHAT, content=data[:-6], headers=headers), 400)["code"] == "invalid_encoding"
     assert error(client.post(CHAT, content=b"{}", headers=headers), 400)["code"] == "invalid_encoding"
+    assert error(client.post(CHAT, content=data + data, headers=headers), 400)["code"] == "invalid_encoding"
     bomb = encode(b" " * (64 << 20))
     assert len(bomb) < 1 << 20
     assert error(client.post(CHAT, content=bomb, headers=headers), 413)["code"] == "request_too_large"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from wisp.api.pages.recorder import THIN, Recorder
+from wisp.api.pages.recorder import MOST_TARGETS, THIN, Recorder
 from wisp.api.pages.series import COLUMNS, Second, Series, summed
 from wisp.core.protocol.messages import Cancel, Device, Draft, Open
 from wisp.core.protocol.sampling import Sampling
@@ -127,6 +127,18 @@ def test_a_refused_session_is_counted_and_forgotten() -> None:
     world.recorder.refused()  # as for a key's limits, before the verifier hears of it
     series = world.recorder.snapshot(2.0)["series"]
     assert (series["admitted"][0], series["refused"][0]) == (2.0, 2.0)
+
+
+def test_slos_that_requests_make_up_take_no_more_than_their_share() -> None:
+    world = World()
+    for i in range(MOST_TARGETS + 5):
+        for slo in (Slo(10.0 + i, 5.0), CODING):
+            world.open(float(i), 1, f"session-{i}", slo=slo)
+            world.say(float(i), Received(1, "ann", Cancel(f"session-{i}")))
+    classes = {c["name"]: c for c in world.recorder.snapshot(99.0)["classes"]}
+    assert len(world.recorder.snapshot(99.0)["classes"]) == MOST_TARGETS + 1
+    assert classes["coding"]["ended"] == MOST_TARGETS + 5
+    assert classes["others"]["ended"] == 6
 
 
 def test_a_cancelled_session_is_over() -> None:

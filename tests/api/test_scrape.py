@@ -99,5 +99,15 @@ def test_open_metrics_are_had_where_they_are_asked_for(registry: CollectorRegist
     assert response.headers["content-type"].startswith("application/openmetrics-text")
     text = bytes(response.body).decode()
     assert text.endswith("# EOF\n")
-    families = {family.name for family in openmetrics_families(text)}  # type: ignore[no-untyped-call]
-    assert {"wisp:num_requests_running", "wisp:request_success"} <= families
+    families = list(openmetrics_families(text))  # type: ignore[no-untyped-call]
+    assert {"wisp:num_requests_running", "wisp:request_success"} <= {family.name for family in families}
+    plain = samples(scrape(registry, Keyring(None, None)))
+    assert {sample.name for family in families for sample in family.samples} == {name for name, _ in plain}
+
+
+def test_openmetrics_keeps_the_names() -> None:
+    registry = CollectorRegistry()
+    Counter("wisp:things", "Things.", registry=registry).inc()
+    scope = {"type": "http", "headers": [(b"accept", b"application/openmetrics-text")]}
+    page = bytes(scraped(Request(scope), registry, "m", Keyring(None, None)).body).decode()
+    assert 'wisp:things_total{model_name="m"} 1.0' in page

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import signal
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from wisp.check import doctor
-from wisp.check.doctor import engine, machine, models, run_doctor
+from wisp.check.doctor import engine, installed, machine, models, run_doctor
 from wisp.check.doctor.check import Check
 from wisp.engines.models import catalogue, is_cached
 
@@ -92,6 +94,35 @@ def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(machine, "_PORTS", {"wisp serve": taken.getsockname()[1]})
         assert machine.ports().status == "warn"
     assert machine.ports().status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "does"),
+    [
+        ("llguidance", installed.grammars, "drafts without grammars"),
+        ("uvloop", installed.event_loop, "asyncio's own loop"),
+    ],
+)
+def test_what_a_device_can_do_without_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, name: str, check: Callable[[], Check], does: str
+) -> None:
+    """Neither has wheels for every platform."""
+    there = importlib.metadata.version
+
+    def version(distribution: str) -> str:
+        if distribution == name:
+            raise importlib.metadata.PackageNotFoundError(distribution)
+        return there(distribution)
+
+    assert check().status == "ok"
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert installed.packages().status == "ok"
+    assert (check().status, does in check().finding) == ("warn", True)
+
+
+def test_a_grammar_library_that_is_a_placeholder_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "available", lambda: False)
+    assert (installed.packages().status, installed.grammars().status) == ("ok", "warn")
 
 
 def test_a_full_disk_matters_only_while_models_are_missing(

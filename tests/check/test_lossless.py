@@ -65,7 +65,7 @@ class Wrapped:
 
 
 def test_forty_cases_are_the_references_own(bench: Bench) -> None:
-    report = check(bench, mode="exact", cases=40, seed=6)
+    report = check(bench, mode="exact", cases=40, seed=11)
     assert report.passed, report
     assert (report.cases, report.identical, report.ties, report.mismatches) == (40, 40, 0, 0)
     assert report.tokens > 1000

@@ -14,7 +14,10 @@ from conftest import MODEL
 FOLDER = Path(__file__).parent / "js"
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+@pytest.mark.skipif(
+    any(shutil.which(name) is None for name in ("node", "npm")),
+    reason="no Node.js with npm here: apt-get install nodejs npm (Debian's packages)",
+)
 def test_objects_and_tools(url: str) -> None:
     assert (FOLDER / "node_modules").is_dir(), "npm ci --prefix tests/clients/js"
     command = ["node", "ai.mjs", url, MODEL]

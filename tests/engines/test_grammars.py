@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 
 from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Grammar
-from wisp.core.protocol.edits import Bits
+from wisp.core.protocol.edits import Bits, Matcher
 from wisp.engines.base import Tokenizer
-from wisp.engines.grammars import LIMITS, Grammars
+from wisp.engines.grammars import KEPT, LIMITS, Grammars
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 from wisp.engines.plain import PlainTokenizer
 
@@ -112,13 +113,16 @@ def test_a_schema_can_ask_for_white_space_of_its_own(grammars: Grammars) -> None
         (Grammar("json_schema", "false"), "nsatisfiable"),
         (Grammar("json_schema", '{"items": ' * 5000 + "{}" + "}" * 5000), "recursion"),
         (Grammar("json_schema", '{"x-guidance": {"lenient": true}, "not": {}}'), r'"not"'),
+        (Grammar("json_schema", '{"x-guidance": 5}'), "integer `5`"),
         (Grammar("regex", "(a"), "unclosed"),
         (Grammar("regex", "(?=a)b"), "look-around"),
         (Grammar("choice", "[]"), "choices"),
         (Grammar("choice", '["a", ""]'), "choices"),
         (Grammar("lark", "start: nobody"), "nobody"),
         (Grammar("lark", "what is this"), "Lark|GBNF"),
-        (Grammar("lark", 'start: %json {"\\u006dultipleOf": 999999}'), "%json"),
+        (Grammar("lark", 'start: %json {"\\u006dultipleOf": 999999}'), "multipleOf"),
+        (Grammar("lark", 'start: %json {"multipleOf": 1, "multipleOf": 2}'), "twice"),
+        (Grammar("lark", "start: %json x"), "%json"),
     ],
 )
 def test_what_cannot_be_compiled_is_named(grammars: Grammars, grammar: Grammar, named: str) -> None:
@@ -128,11 +132,83 @@ def test_what_cannot_be_compiled_is_named(grammars: Grammars, grammar: Grammar, 
         grammars.matcher(grammar)
 
 
+LONG = [f"[ab]*a[ab]{{{n}}}" for n in range(1, 30)]
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        {"type": "integer", "allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]},
+        {"type": "integer", "multipleOf": 9973, "anyOf": [{"multipleOf": 9967}, {"multipleOf": 7}]},
+        {"properties": {"ab": {"multipleOf": 9973}}, "patternProperties": {"^a": {"multipleOf": 9967}}},
+        {"$ref": "#/$defs/x", "multipleOf": 9973, "$defs": {"x": {"type": "number", "multipleOf": 0.07}}},
+        {"allOf": [{"type": "string", "pattern": f"^{one}$"} for one in LONG]},
+        "start: T\nT: " + " & ".join(f"/{one}/" for one in LONG),
+        'start: %json\n {"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}], "type": "integer"} "x"',
+    ],
+)
+def test_what_would_be_compiled_for_minutes_is_refused(
+    grammars: Grammars, grammar: str | dict[str, Any]
+) -> None:
+    """No thread can be stopped in there, and a few of them are all that there are."""
+    lark = Grammar("lark", grammar) if isinstance(grammar, str) else None
+    with pytest.raises(GrammarError, match="at most"):
+        grammars.compile(lark or Grammar("json_schema", json.dumps(grammar)))
+
+
+def test_many_patterns_and_multiples_that_do_not_meet_are_taken(grammars: Grammars) -> None:
+    each = {"type": "object", "properties": {}}
+    each["properties"] = {f"p{i}": {"type": "string", "pattern": f"^{i}$"} for i in range(20)} | {
+        f"n{m}": {"type": "integer", "multipleOf": m} for m in (9973, 9967)
+    }
+    grammars.compile(Grammar("json_schema", json.dumps(each)))
+    cents = [{"type": "number", "multipleOf": 0.01}, {"multipleOf": 5}]
+    grammars.compile(Grammar("json_schema", json.dumps({"allOf": cents})))
+
+
 def test_compiled_grammars_are_remembered_for_each_key(grammars: Grammars) -> None:
     grammar = Grammar("regex", "abc")
     grammars.compile(grammar, "mine")
     assert grammars.ready(grammar, "mine")
     assert not grammars.ready(grammar, "yours")
+
+
+def regex(i: int) -> Grammar:
+    return Grammar("regex", f"a{{{i}}}")
+
+
+def test_a_grammar_whose_session_lives_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its session may wait for longer than it takes others to compile many."""
+    monkeypatch.setattr("wisp.engines.grammars.KEPT", 2)
+    monkeypatch.setattr("wisp.engines.grammars.KEYS", 2)
+    grammars = Grammars(PlainTokenizer())
+    waiting, another = regex(1), regex(1)
+    grammars.compile(waiting, "a")
+    for i in range(2, 6):
+        grammars.compile(regex(i), "a")
+    assert [i for i in range(1, 6) if grammars.ready(regex(i), "a")] == [1, 5]
+    assert grammars.ready(another, "a")
+    del waiting
+    for key in "bcd":
+        grammars.compile(regex(9), key)
+    assert [key for key in "abcd" if grammars.ready(regex(9), key) or grammars.ready(regex(1), key)] == [
+        "a",
+        "d",
+    ]
+    del another
+    grammars.compile(regex(9), "e")
+    assert not grammars.ready(regex(1), "a")
+
+
+def test_many_wait_at_once_and_nothing_is_compiled_where_they_are_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grammars, waiting = Grammars(PlainTokenizer()), [regex(i) for i in range(1, KEPT + 9)]
+    for grammar in waiting:
+        grammars.compile(grammar, "a")
+    monkeypatch.setattr("wisp.engines.grammars._source", lambda *_: pytest.fail("compiled again"))
+    for grammar in waiting:
+        assert grammars.matcher(grammar).masks(b"", b"")
 
 
 def test_control_tokens_are_no_text_but_can_be_named(tokenizer: LlamaTokenizer) -> None:
@@ -196,24 +272,98 @@ def test_a_device_without_the_library_says_so(monkeypatch: pytest.MonkeyPatch) -
         Grammars(vocabulary).matcher(PERSON)
 
 
-def test_a_grammar_that_exceeds_a_limit_is_over_for_all_of_its_sessions(
+WIDE = Grammar("regex", "(" + "|".join(f"a{i}.*b{i}" for i in range(200)) + ")")
+
+
+def test_a_text_that_exceeds_a_limit_ends_and_no_other_of_its_grammar_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What matchers share is wrong from then on."""
-    wide = Grammar("regex", "(" + "|".join(f"a{i}.*b{i}" for i in range(200)) + ")")
     monkeypatch.setitem(LIMITS, "step_lexer_fuel", 20)
     grammars = Grammars(PlainTokenizer())
-    grammars.compile(wide, "mine")
-    first, second = grammars.matcher(wide), grammars.matcher(wide)
-    assert says(second.masks(b"", b"")[0]) == b"a"
+    grammars.compile(WIDE, "mine")
+    first, second = grammars.matcher(WIDE), grammars.matcher(WIDE)
+    for _ in range(2):
+        assert says(second.masks(b"", b"")[0]) == b"a"
+        with pytest.raises(GrammarError, match="too much work"):
+            first.masks(b"a1zzzz", b"zzz")
+        assert says(first.masks(b"", b"")[0]) == b"a"
+    grammars.compile(WIDE, "mine")
+    assert says(grammars.matcher(WIDE).masks(b"", b"")[0]) == b"a"
+
+
+def test_a_grammar_that_takes_long_to_compile_is_over_with_the_first_such_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What matchers share is wrong from then on, and to make it anew would hold up all sessions."""
+    monkeypatch.setitem(LIMITS, "step_lexer_fuel", 20)
+    monkeypatch.setattr("wisp.engines.grammars.QUICK_S", -1.0)
+    grammars = Grammars(PlainTokenizer())
+    grammars.compile(WIDE, "mine")
+    first, second = grammars.matcher(WIDE), grammars.matcher(WIDE)
     for _ in range(2):
         with pytest.raises(GrammarError, match="too much work"):
             first.masks(b"a1zzzz", b"zzz")
         with pytest.raises(GrammarError, match="too much work"):
             second.masks(b"", b"")
     with pytest.raises(GrammarError, match="too much work"):
-        grammars.compile(wide, "mine")
+        grammars.compile(WIDE, "mine")
     with pytest.raises(GrammarError, match="too much work"):
-        grammars.matcher(wide)
-    grammars.compile(wide, "yours")
-    assert says(grammars.matcher(wide).masks(b"", b"")[0]) == b"a"
+        grammars.matcher(WIDE)
+    grammars.compile(WIDE, "yours")
+    assert says(grammars.matcher(WIDE).masks(b"", b"")[0]) == b"a"
+
+
+def strings(*most: int) -> Grammar:
+    """An object of strings of at most so many characters."""
+    names = [f"s{i}" for i in range(len(most))]
+    properties = {n: {"type": "string", "maxLength": m} for n, m in zip(names, most, strict=True)}
+    return Grammar("json_schema", json.dumps({"type": "object", "properties": properties, "required": names}))
+
+
+def follow(matcher: Matcher, text: bytes) -> None:
+    """As a session does that drafts eight bytes a round."""
+    for i in range(0, len(text), 8):
+        assert len(matcher.masks(text[:i], text[i : i + 8])) == len(text[i : i + 8]) + 1
+
+
+def test_what_sessions_have_said_does_not_end_others_of_the_same_grammar() -> None:
+    """Their texts add up to more states than the limit has."""
+    lengths = [300, 400, 500, 600, 700]
+    grammars, grammar = Grammars(PlainTokenizer()), strings(*lengths)
+    grammars.compile(grammar)
+    for long in range(len(lengths)):
+        said = {f"s{i}": "x" * n * (i == long) for i, n in enumerate(lengths)}
+        follow(grammars.matcher(grammar), json.dumps(said).encode())
+
+
+def test_a_long_string_comes_to_its_end() -> None:
+    follow(Grammars(PlainTokenizer()).matcher(strings(4000)), json.dumps({"s0": "x" * 4000}).encode())
+
+
+def test_ids_outside_of_the_vocabulary_leave_a_grammar_as_it_is(grammars: Grammars) -> None:
+    """An edge may say anything that the engine has room for; llguidance takes it for an error of the grammar."""
+    grammar = Grammar("choice", '["yes", "no"]')
+    grammars.compile(grammar)
+    first, second = grammars.matcher(grammar), grammars.matcher(grammar)
+    for strange in (257, 300, 100_000):
+        assert [says(m) for m in first.masks(b"", [strange])] == [b"ny"]
+        assert [says(m) for m in first.masks(b"", [*b"y", strange])] == [b"ny", b"e"]
+        assert [says(m) for m in first.masks([strange], b"")] == [b"$"]
+    assert [says(m) for m in second.masks(b"", b"")] == [b"ny"]
+
+
+def test_a_model_without_an_end_has_no_grammars() -> None:
+    """Their texts could not end, and what comes behind them would be anything."""
+
+    class Endless(PlainTokenizer):
+        eos = frozenset()
+
+    with pytest.raises(GrammarError, match="no end of sequence"):
+        Grammars(Endless()).compile(PERSON)
+    forced = Grammars(Endless()).matcher(Grammar("tokens", "[1, 2]"))
+    assert [len(ids(m)) for m in forced.masks([1], [2, 7, 9])] == [1, 288, 288, 288]
+
+
+def test_a_backslash_before_a_u_is_no_number_of_a_character(grammars: Grammars) -> None:
+    schema = json.dumps({"type": "object", "description": r"such as C:\users"})
+    grammars.compile(Grammar("lark", f"start: %json {schema}"))

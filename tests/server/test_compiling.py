@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Awaitable, Callable
 
+import pytest
+
 from waiting import run
+from wisp.api.prepare import AT_ONCE
 from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.edits import Matcher
@@ -16,6 +20,7 @@ from wisp.core.verify.admission import Admission, KeyLimits
 from wisp.engines.grammars import Grammars
 from wisp.engines.null import NullTarget
 from wisp.engines.plain import PlainTokenizer
+from wisp.server.compiling import MOST_MESSAGES
 from wisp.server.host import VerifierHost
 
 LAMP = Grammar("choice", '["the lamp"]')
@@ -141,6 +146,35 @@ def test_a_second_session_with_the_same_grammar_does_not_wait() -> None:
     with_host(scenario)
 
 
+def test_grammars_of_waiting_sessions_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are kept, and more than there are slots."""
+    monkeypatch.setattr("wisp.engines.grammars.KEPT", 1)
+    made: list[str] = []
+    compiled = Grammars._compiled
+
+    def counted(self: Grammars, grammar: Grammar) -> object:
+        made.append(grammar.source)
+        return compiled(self, grammar)
+
+    monkeypatch.setattr(Grammars, "_compiled", counted)
+
+    async def scenario(host: VerifierHost, grammars: Slow) -> None:
+        peer, lamps = Peer(host), [Grammar("choice", json.dumps([f"lamp {i}"])) for i in range(12)]
+        names = [f"session-{i}" for i in range(12)]
+        for name, lamp in zip(names, lamps, strict=True):
+            peer.open(name, lamp)
+        held = [lamp.source for lamp in lamps]
+        del lamp, lamps  # sessions alone have them now
+        grammars.go.set()
+        while names:
+            session = (await peer.verdict()).session
+            names.remove(session)
+            host.receive(peer.connection, Cancel(session))  # the next one has its slot
+        assert sorted(made) == sorted(held)
+
+    with_host(scenario)
+
+
 def test_cancelled_and_lost_sessions_are_not_opened() -> None:
     async def scenario(host: VerifierHost, grammars: Slow) -> None:
         peer, gone = Peer(host), Peer(host)
@@ -171,3 +205,58 @@ def test_nothing_is_compiled_for_a_key_that_may_open_nothing() -> None:
         assert grammars.compiled == []
 
     with_host(scenario, Admission(100, {"limited": KeyLimits(sessions=1)}))
+
+
+def test_another_open_under_the_same_name_waits_for_its_own_grammar() -> None:
+    """Otherwise the engine would compile it, while all others wait."""
+
+    async def scenario(host: VerifierHost, grammars: Slow) -> None:
+        peer, other = Peer(host), Grammar("choice", '["the door"]')
+        peer.open("the-session", LAMP)
+        host.receive(peer.connection, Cancel("the-session"))
+        peer.open("the-session", other)
+        grammars.go.set()
+        while bytes((await peer.verdict()).tokens[:1]) != b"t":
+            pass
+        assert other.source in grammars.compiled
+
+    with_host(scenario)
+
+
+def test_as_many_sessions_wait_as_may_be_open() -> None:
+    async def scenario(host: VerifierHost, grammars: Slow) -> None:
+        peer = Peer(host)
+        for i in range(3):
+            peer.open(f"session-{i}", Grammar("choice", f'["{i}"]'))
+        refused = await peer.refused()
+        assert (refused.session, refused.code, refused.fatal) == ("session-2", "overloaded", True)
+        assert refused.retry_after > 0
+
+    with_host(scenario, Admission(2))
+
+
+def test_too_many_messages_behind_an_open_are_refused() -> None:
+    async def scenario(host: VerifierHost, grammars: Slow) -> None:
+        peer = Peer(host)
+        peer.open("with-grammar", LAMP)
+        for i in range(MOST_MESSAGES):
+            host.receive(peer.connection, Draft("with-grammar", i + 1, 0, [1]))
+        refused = await peer.refused()
+        assert (refused.code, refused.round, refused.fatal) == ("overloaded", MOST_MESSAGES, False)
+
+    with_host(scenario)
+
+
+def test_nothing_is_compiled_for_who_has_gone() -> None:
+    async def scenario(host: VerifierHost, grammars: Slow) -> None:
+        peer, gone = Peer(host), Peer(host)
+        for i in range(8):
+            gone.open(f"session-{i}", Grammar("choice", f'["{i}"]'))
+        await asyncio.sleep(0)
+        host.detach(gone.connection)
+        grammars.go.set()
+        peer.open("the-last-one", LAMP)
+        await peer.verdict()
+        assert len(grammars.compiled) <= AT_ONCE + 1
+
+    with_host(scenario)

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 
 from harness import DRAFT, HTTP, Fleet, Process
@@ -36,12 +37,17 @@ MESSAGES = [{"role": "user", "content": "Tell me a story about Belomi."}]
 CHATS: dict[str, dict[str, Any]] = {
     "required": {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
     "schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+    "schema or a call": {
+        "tools": [TOOL],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
+    },
     "choice": {"structured_outputs": {"choice": ["a lamp", "a tree"]}},
     "regex": {"regex": "[a-z]{3,9} [0-9]{2}"},
     "penalties": {
         "frequency_penalty": 1.5,
         "presence_penalty": 0.5,
         "repetition_penalty": 1.1,
+        "logit_bias": {"17": -100, "40": 3, "41": 3},
         "max_tokens": 40,
     },
     "banned": {"bad_words": ["Belomi"], "max_tokens": 40},
@@ -86,26 +92,45 @@ def test_an_answer_is_the_same_everywhere(
         assert call["function"]["name"] == "get_weather"
         assert json.loads(call["function"]["arguments"]).keys() == {"city", "unit"}
         assert expected[0]["finish_reason"] == "tool_calls"
-    if name == "schema":
+    if name == "schema" or (name == "schema or a call" and "tool_calls" not in message):
         found = json.loads(message["content"])
-        assert 1 <= found["n"] <= 12
-        assert found["kind"] in ("lamp", "tree")
+        jsonschema.validate(found, SCHEMA)
+        assert message["content"] == json.dumps(found)
     if name == "choice":
         assert message["content"] in ("a lamp", "a tree")
     if name == "banned":
         assert "Belomi" not in message["content"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_streamed_call_is_that_of_the_whole(processes: dict[str, Process], kind: str) -> None:
-    (whole,) = chat(processes[kind], CHATS["required"], 0.8)
-    body = {"messages": MESSAGES, "seed": 5, "temperature": 0.8, "stream": True, **CHATS["required"]}
-    lines = post(processes[kind], "/v1/chat/completions", body).text.split("\n\n")
+def streamed(process: Process, fields: dict[str, Any], temperature: float) -> list[dict[str, Any]]:
+    """The choices of a stream, put together."""
+    body = {"messages": MESSAGES, "seed": 5, "temperature": temperature, "stream": True, **fields}
+    lines = post(process, "/v1/chat/completions", body).text.split("\n\n")
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
-    parts = [c["choices"][0]["delta"].get("tool_calls", [{}])[0].get("function", {}) for c in chunks]
-    (call,) = whole["message"]["tool_calls"]
-    assert "".join(p.get("name", "") for p in parts) == call["function"]["name"]
-    assert "".join(p.get("arguments", "") for p in parts) == call["function"]["arguments"]
+    choices: dict[int, dict[str, Any]] = {}
+    for part in (choice for chunk in chunks for choice in chunk["choices"]):
+        whole = choices.setdefault(part["index"], {"content": "", "calls": {}, "finish_reason": None})
+        whole["finish_reason"] = part["finish_reason"] or whole["finish_reason"]
+        whole["content"] += part["delta"].get("content") or ""
+        for call in part["delta"].get("tool_calls", ()):
+            said = whole["calls"].setdefault(call["index"], {"name": "", "arguments": ""})
+            for name, piece in call["function"].items():
+                said[name] += piece
+    return [choices[i] for i in sorted(choices)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CHATS)
+def test_what_is_streamed_is_the_whole(processes: dict[str, Process], name: str, kind: str) -> None:
+    whole = [
+        {
+            "content": choice["message"]["content"] or "",
+            "calls": {i: c["function"] for i, c in enumerate(choice["message"].get("tool_calls", ()))},
+            "finish_reason": choice["finish_reason"],
+        }
+        for choice in chat(processes[kind], CHATS[name], 1.0)
+    ]
+    assert streamed(processes[kind], CHATS[name], 1.0) == whole
 
 
 def test_scores_are_the_same_everywhere_and_those_of_generation(processes: dict[str, Process]) -> None:

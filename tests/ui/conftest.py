@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from harness import Fleet
 from waiting import PATIENCE_S
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
+IMAGES = Path(os.environ.get("WISP_TEST_IMAGES") or Path(__file__).parents[2] / "docs" / "images")
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +76,7 @@ def picture() -> Callable[[Any, str], None]:
     def take(page: Any, name: str) -> None:
         from PIL import Image
 
-        IMAGES.mkdir(exist_ok=True)
+        IMAGES.mkdir(parents=True, exist_ok=True)
         path = IMAGES / f"{name}.png"
         page.screenshot(path=path)
         with Image.open(path) as whole:

@@ -53,7 +53,7 @@ async def read_body(request: Request, limit: int) -> bytes:
         if size > limit:
             raise _too_large(limit)
         chunks.append(chunk)
-    if decoder is not None and not decoder.eof:
+    if decoder is not None and (not decoder.eof or decoder.unused_data):
         raise _not_encoded()
     return b"".join(chunks)
 

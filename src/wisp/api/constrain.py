@@ -107,8 +107,11 @@ def _either(asked: Asked, calls: str | None) -> Grammar:
     grammar = asked.grammar
     if calls is None or grammar.kind not in ("json_object", "json_schema"):
         refuse(asked.param, "cannot be used together with tools here", "unsupported_parameter")
-    schema = grammar.source or '{"type": "object"}'
-    return _lark(asked.param, f"start: answer | calls\nanswer: %json {schema}\n{calls}")
+    schema = msgspec.json.decode(grammar.source or '{"type": "object"}')
+    if schema is False:
+        refuse(asked.param, "unsatisfiable: the schema is false")
+    answer = forced.schema_rule({} if schema is True else schema)
+    return _lark(asked.param, f"start: answer | calls\nanswer: {answer}\n{calls}")
 
 
 def _lark(param: str, source: str) -> Grammar:
@@ -135,8 +138,9 @@ def constrained(sampling: Sampling, ask: GenerationRequest, tokenizer: Tokenizer
                 refuse(param, f"expected token ids from 0 to {tokenizer.n_vocab - 1}")
         if problem := sampling.problem():
             refuse(*problem)
-    if ask.min_tokens and not ask.ignore_eos:
-        sampling = msgspec.structs.replace(sampling, min_tokens=ask.min_tokens).ending(tokenizer.eos)
+    ends = frozenset[int]() if ask.ignore_eos else tokenizer.eos
+    if ask.min_tokens and (ends or sampling.stops):
+        sampling = msgspec.structs.replace(sampling, min_tokens=ask.min_tokens).ending(ends)
     return sampling
 
 

@@ -95,7 +95,9 @@ def _choice(fields: Fields, any_tools: bool) -> Any:
     if isinstance(choice, dict) and choice.get("type") == "function":
         return {"type": "function", "function": {"name": choice.get("name")}}
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        tools = [{"type": "function", "function": {"name": t.get("name")}} for t in choice.get("tools") or []]
+        listed = Fields(choice, "tool_choice").list("tools")
+        named = [as_object(t, f"tool_choice.tools[{i}]") for i, t in enumerate(listed)]
+        tools = [{"type": "function", "function": {"name": t.get("name")}} for t in named]
         return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": tools}}
     return choice
 

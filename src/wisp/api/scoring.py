@@ -21,6 +21,7 @@ from wisp.api.requests import GenerationRequest
 from wisp.api.responses import Json
 from wisp.api.shape import Echo
 from wisp.api.spelling import finite, spelled
+from wisp.api.sse import cancel
 from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import TokenLogprob
@@ -39,9 +40,14 @@ async def echoes(backend: Backend, ask: GenerationRequest, prepared: Prepared, t
     scored: Sequence[list[TokenLogprob]] = [[] for _ in prompts]
     if tops:
         first = prepared.generations[0]
-        scored = await asyncio.gather(
-            *(_scores(backend, first, p, max(tops), target.tokenizer) for p in prompts)
-        )
+        tasks = [
+            asyncio.create_task(_scores(backend, first, p, max(tops), target.tokenizer)) for p in prompts
+        ]
+        try:
+            scored = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # where one fails, nobody wants the others
+                await cancel(task)
     found = []
     for prompt, scores in zip(prompts, scored, strict=True):
         text, entries = _told(prompt, scores, target.tokenizer)

@@ -13,7 +13,7 @@ from wisp.core.protocol.edits import Bits
 
 class ForcedTokens:
     """A place in the sequence (`core.protocol.edits.Matcher`): how many tokens there are before says which is next.
-    Behind the last one, and behind any other than these, only ends can be chosen."""
+    Behind the last one, and behind any other than these, only ends can be chosen, or anything if there are none."""
 
     def __init__(self, source: str, n_vocab: int, ends: frozenset[int]) -> None:
         """source: a JSON list of ids. Raises GrammarError."""
@@ -27,7 +27,8 @@ class ForcedTokens:
             raise GrammarError(f"tokens must be ids from 0 to {n_vocab - 1}")
         self._tokens = tokens
         self._words = (n_vocab + 31) // 32
-        self._ends = self._mask(*(end for end in ends if end < n_vocab))
+        known = [end for end in ends if end < n_vocab]
+        self._ends = self._mask(*known) if known else np.full(self._words, 0xFFFFFFFF, np.uint32)
 
     def masks(self, before: Sequence[int], draft: Sequence[int]) -> list[Bits]:
         """See `core.protocol.edits.Matcher`."""
@@ -35,7 +36,7 @@ class ForcedTokens:
         right = list(before) == tokens[:at]
         masks = [self._mask(tokens[at]) if right and at < len(tokens) else self._ends]
         for token in draft:
-            if not int(masks[-1][token // 32]) >> (token % 32) & 1:
+            if token >= 32 * self._words or not int(masks[-1][token // 32]) >> (token % 32) & 1:
                 break
             at += 1
             masks.append(self._mask(tokens[at]) if right and at < len(tokens) else self._ends)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -26,20 +27,25 @@ from wisp.core.protocol.constraints import Grammar
 from wisp.core.protocol.edits import Bits, Matcher
 from wisp.engines.base import Tokenizer
 from wisp.engines.forced_tokens import ForcedTokens
+from wisp.engines.grammar_limits import check_lark, check_schema
 
 # What a grammar may cost: the largest that fits its 64 KiB takes 2 to 4 s of a core to compile and 40 MB, a mask 15 ms.
 LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 30_000, "max_lexer_states": 20_000}
+QUICK_S = 0.25  # of a core: who compiles faster may compile anew in the engine's thread
+# So many are kept, or more where more are those of living sessions:
 KEPT = 64  # compiled grammars of a key
-KEYS = 64  # keys whose grammars are kept
-MOST_MULTIPLE = 10_000  # of multipleOf, in units of its last digit: a million takes a minute to compile
+KEYS = 64  # keys with their grammars
 # White space in JSON is what Python writes. With more freedom models may write blanks for ever, and fewer tokens are
 # certain; a schema can ask for other forms in "x-guidance".
 SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 MISSING = (
     "grammars need llguidance 1.7.6 or later, which is not installed here: pip install 'llguidance>=1.7.6'"
 )
+NO_END = "this model has no end of sequence, so that no text of a grammar could come to an end"
+_Name = tuple[str, str]  # kind and source
+K = TypeVar("K")
+V = TypeVar("V")
 _BY_NUMBER = re.compile(r"<\[([^\]\n]*)\]>")
-_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]+)')
 
 
 def available() -> bool:
@@ -59,20 +65,43 @@ def _library() -> Any:
 
 
 class _Compiled:
-    """A grammar at its beginning. `problem`: why it is of no use any more.
+    """A grammar at its beginning: `matcher`, the `number`th of its kind. `over`: why it is of no use any more. `asked`:
+    for whom it was compiled, those of them that are still alive; by identity, as equal ones may come and go.
 
-    Matchers share what llguidance finds out about a grammar. One that exceeds a limit leaves wrong entries there, so
-    all of them end with it: no text is better than another text.
+    Matchers share what llguidance finds out about a grammar: that grows with all of their texts, up to a limit, and one
+    that exceeds a limit leaves wrong entries there. So then the grammar is compiled anew, and all matchers go on with
+    that. Where this would hold up the engine for long, all end instead: no text is better than another text.
     """
 
-    def __init__(self, matcher: Any) -> None:
-        self.matcher = matcher
-        self.problem = ""
+    def __init__(self, make: Callable[[], Any]) -> None:
+        """Raises GrammarError."""
+        self._make = make
+        self._lock = threading.Lock()
+        started = time.thread_time()
+        self.matcher = make()
+        self._quick = time.thread_time() - started <= QUICK_S
+        self.number = 0
+        self.over = ""
+        self.asked: WeakValueDictionary[int, Grammar] = WeakValueDictionary()
+
+    def renew(self, number: int, why: str) -> None:
+        """The `number`th cannot be used any more. Raises GrammarError if none follows it."""
+        with self._lock:
+            if number == self.number and self._quick:
+                self.matcher = self._make()
+                self.number += 1
+            elif number == self.number:
+                self.over = why
+        self.check()
 
     def check(self) -> None:
         """Raises GrammarError."""
-        if self.problem:
-            raise GrammarError(f"the grammar takes too much work: {self.problem}")
+        if self.over:
+            raise GrammarError(_too_much(self.over))
+
+
+class _TooMuchError(Exception):
+    """A limit is exceeded, and with it what matchers share is spoilt."""
 
 
 class Grammars:
@@ -82,48 +111,54 @@ class Grammars:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._making = threading.Lock()
-        self._by_key: OrderedDict[str, OrderedDict[Grammar, _Compiled]] = OrderedDict()
+        self._by_key: OrderedDict[str, OrderedDict[_Name, _Compiled]] = OrderedDict()
 
     def compile(self, grammar: Grammar, key: str = "") -> None:
-        """See that `matcher` will find it compiled, for its next sessions. `key`: whose it is, so that nobody can tell
-        by the time what others ask for. Takes up to seconds, and lets other threads run meanwhile.
+        """See that `matcher` will find it compiled, at least as long as this very object lives: its session may have to
+        wait for its turn, or lose it. `key`: whose it is, so that nobody can tell by the time what others ask for.
+        Takes up to seconds, and lets other threads run meanwhile.
 
         Raises GrammarError, which names the keyword or the place that cannot be compiled.
         """
         if grammar.kind == "tokens":
             self._forced(grammar)
             return
-        with self._lock:
-            kept = self._by_key.get(key)
-            if kept is not None and grammar in kept:
-                kept.move_to_end(grammar)
-                kept[grammar].check()
-                return
+        if (known := self._kept(grammar, key)) is not None:
+            known.check()
+            return
         compiled = self._compiled(grammar)
         with self._lock:
             kept = self._by_key.setdefault(key, OrderedDict())
             self._by_key.move_to_end(key)
-            kept[grammar] = compiled
-            while len(kept) > KEPT:
-                kept.popitem(last=False)
-            while len(self._by_key) > KEYS:
-                self._by_key.popitem(last=False)
+            compiled = kept.setdefault(_name(grammar), compiled)  # another thread may have been faster
+            compiled.asked[id(grammar)] = grammar
+            _forget(kept, KEPT, lambda c: not c.asked)
+            _forget(self._by_key, KEYS, lambda k: not any(c.asked for c in k.values()))
 
     def ready(self, grammar: Grammar, key: str) -> bool:
-        """Has it been compiled for this key?"""
-        with self._lock:
-            return grammar.kind == "tokens" or grammar in self._by_key.get(key, ())
+        """Has it been compiled for this key? If so it stays, as after `compile`."""
+        return grammar.kind == "tokens" or self._kept(grammar, key) is not None
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """A matcher at the beginning of the grammar. Raises GrammarError."""
         if grammar.kind == "tokens":
             return self._forced(grammar)
+        name = _name(grammar)
         with self._lock:
-            all_ = [kept[grammar] for kept in self._by_key.values() if grammar in kept]
-        known = next((c for c in all_ if not c.problem), all_[0] if all_ else None)
+            all_ = [kept[name] for kept in self._by_key.values() if name in kept]
+        known = next((c for c in all_ if not c.over), all_[0] if all_ else None)
         compiled = known if known is not None else self._compiled(grammar)
         vocabulary, ends = self._vocabulary
         return GrammarMatcher(compiled, vocabulary.vocab_size, ends)
+
+    def _kept(self, grammar: Grammar, key: str) -> _Compiled | None:
+        with self._lock:
+            kept = self._by_key.get(key, OrderedDict())
+            compiled = kept.get(_name(grammar))
+            if compiled is not None:
+                compiled.asked[id(grammar)] = grammar
+                kept.move_to_end(_name(grammar))
+            return compiled
 
     def _check_named(self, source: str) -> None:
         """Raises GrammarError for tokens of text by number: llguidance loses its place among them on its way back from
@@ -145,6 +180,10 @@ class Grammars:
             raise GrammarError(MISSING)
         with self._making:
             vocabulary, _ = self._vocabulary
+        return _Compiled(lambda: self._made(library, vocabulary, grammar))
+
+    def _made(self, library: Any, vocabulary: Any, grammar: Grammar) -> Any:
+        """An LLMatcher. Raises GrammarError."""
         try:
             source = _source(library, grammar)
             limits = library.LLParserLimits(**LIMITS, verbose_errors=False)
@@ -157,7 +196,7 @@ class Grammars:
             raise GrammarError("llguidance cannot compile this grammar") from None
         if matcher.is_error():
             raise GrammarError(_short(matcher.get_error()))
-        return _Compiled(matcher)
+        return matcher
 
     @cached_property
     def _vocabulary(self) -> tuple[Any, frozenset[int]]:
@@ -172,10 +211,9 @@ class Grammars:
         tokens = [
             tokenizer.piece(i) or b"\xff" + names.get(i, b"<|%d|>" % i) for i in range(tokenizer.n_vocab)
         ]
-        ends = frozenset(tokenizer.eos)
+        ends = frozenset(end for end in tokenizer.eos if end < tokenizer.n_vocab)
         if not ends:
-            tokens.append(b"\xff<|end|>")
-            ends = frozenset({len(tokens) - 1})
+            raise GrammarError(NO_END)
         wrapper = _Wrapper(tokenizer, tokens, min(ends))
         return _library().LLTokenizer(wrapper, eos_token=sorted(ends)), ends
 
@@ -200,20 +238,43 @@ class GrammarMatcher:
     """A place in a grammar (`core.protocol.edits.Matcher`)."""
 
     def __init__(self, compiled: _Compiled, size: int, ends: frozenset[int]) -> None:
-        """Raises GrammarError for a grammar that has exceeded a limit before."""
-        compiled.check()
+        """Raises GrammarError for a grammar that is over."""
         self._compiled = compiled
-        self._matcher = compiled.matcher.deep_copy()
+        self._begin()
         self._ends = ends
+        self._size = size
         self._words = (size + 31) // 32
-        self._taken: list[int] = []  # by the grammar
         self._only_ends = np.zeros(self._words, np.uint32)
         for end in ends:
             self._only_ends[end // 32] |= np.uint32(1 << (end % 32))
 
     def masks(self, before: Sequence[int], draft: Sequence[int]) -> list[Bits]:
         """See `core.protocol.edits.Matcher`. Behind an end, and behind tokens that the grammar does not have, only
-        ends can be chosen."""
+        ends can be chosen.
+
+        Raises GrammarError where a grammar that nobody else has used exceeds a limit, too.
+        """
+        if self._number != self._compiled.number:
+            self._begin()
+        try:
+            return self._masks(before, draft)
+        except _TooMuchError as error:
+            self._compiled.renew(self._number, str(error))
+        self._begin()
+        try:
+            return self._masks(before, draft)
+        except _TooMuchError as error:
+            self._compiled.renew(self._number, str(error))
+            raise GrammarError(_too_much(str(error))) from None
+
+    def _begin(self) -> None:
+        """At the beginning of the text."""
+        self._compiled.check()
+        self._number = self._compiled.number
+        self._matcher = self._compiled.matcher.deep_copy()
+        self._taken: list[int] = []  # by the grammar
+
+    def _masks(self, before: Sequence[int], draft: Sequence[int]) -> list[Bits]:
         self._compiled.check()
         text = self._text(before)
         if len(text) < len(before) or not self._go_to(text):
@@ -229,8 +290,9 @@ class GrammarMatcher:
         return masks
 
     def _text(self, tokens: Sequence[int]) -> list[int]:
-        """Those before the first end."""
-        stop = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
+        """Those before the first end, and before what llguidance takes for an error: ids that it does not know."""
+        size, ends = self._size, self._ends
+        stop = next((i for i, token in enumerate(tokens) if token in ends or token >= size), len(tokens))
         return list(tokens[:stop])
 
     def _ending(self, draft: Sequence[int]) -> list[Bits]:
@@ -266,8 +328,21 @@ class GrammarMatcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            self._compiled.problem = _short(self._matcher.get_error())
-            self._compiled.check()
+            raise _TooMuchError(_short(self._matcher.get_error()))
+
+
+def _name(grammar: Grammar) -> _Name:
+    """What is compiled of it; where it begins is another matter."""
+    return grammar.kind, grammar.source
+
+
+def _forget(kept: OrderedDict[K, V], most: int, unused: Callable[[V], bool]) -> None:
+    """Drop the oldest of more than `most`, if they are unused, but never the newest."""
+    for name in list(kept)[:-1]:
+        if len(kept) <= most:
+            return
+        if unused(kept[name]):
+            del kept[name]
 
 
 @cache
@@ -286,9 +361,7 @@ def _source(library: Any, grammar: Grammar) -> str:
         return _json(library, {"type": "object"})
     if kind == "json_schema":
         schema = _read(source, "the schema")
-        for key, value in _numbers(schema):
-            if key == "multipleOf":
-                _check_multiple(value)
+        check_schema(schema)
         return _json(library, schema)
     if kind == "choice":
         choices = _read(source, "the choices")
@@ -297,11 +370,7 @@ def _source(library: Any, grammar: Grammar) -> str:
         return str(library.grammar_from("choice", source))
     if kind == "regex":
         return str(library.LLMatcher.grammar_from_regex(source))
-    if "%json" in source:
-        if "\\u" in source:
-            raise GrammarError("%json cannot have characters written as \\u here")
-        for value in _MULTIPLE.findall(source):
-            _check_multiple(Decimal(value))
+    check_lark(source)
     try:
         return str(library.grammar_from("grammar", source))  # takes GBNF, too
     except ValueError:
@@ -315,9 +384,15 @@ def _json(library: Any, schema: Any) -> str:
         raise GrammarError("a JSON schema is an object or a boolean")
     if schema is False:
         raise GrammarError("unsatisfiable: the schema is false")
-    text = json.dumps({} if schema is True else schema)
-    of = library.LLMatcher.grammar_from_json_schema
-    return str(of(text, defaults=SEPARATORS, overrides={"lenient": False}))
+    text = json.dumps(strictly({} if schema is True else schema))
+    return str(library.LLMatcher.grammar_from_json_schema(text))
+
+
+def strictly(schema: dict[str, Any]) -> dict[str, Any]:
+    """A JSON schema as `%json` takes it: with `SEPARATORS`, unless it asks for others, and no keyword passed over."""
+    own = schema.get("x-guidance", {})
+    options = {**SEPARATORS, **own, "lenient": False} if isinstance(own, dict) else own
+    return {**schema, "x-guidance": options}
 
 
 def _read(source: str, what: str) -> Any:
@@ -327,25 +402,8 @@ def _read(source: str, what: str) -> Any:
         raise GrammarError(f"{what} cannot be read as JSON: {error}") from None
 
 
-def _numbers(value: Any) -> Iterator[tuple[str, Decimal]]:
-    """The numbers in a JSON value, and the keys they are under."""
-    todo = [value]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, dict):
-            yield from ((k, Decimal(repr(v))) for k, v in value.items() if type(v) in (int, float))
-            todo += value.values()
-        elif isinstance(value, list):
-            todo += value
-
-
-def _check_multiple(value: Decimal) -> None:
-    digits = value.normalize().as_tuple()
-    exponent = digits.exponent if isinstance(digits.exponent, int) else 0
-    if not value.is_finite() or abs(value.scaleb(max(0, -exponent))) > MOST_MULTIPLE:
-        raise GrammarError(
-            f"multipleOf {value} has too many digits; at most {MOST_MULTIPLE} is taken, or 0.01 to 100.00"
-        )
+def _too_much(why: str) -> str:
+    return f"the grammar takes too much work: {why}"
 
 
 def _short(message: str) -> str:

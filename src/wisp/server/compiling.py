@@ -1,12 +1,13 @@
 """Opens whose grammar has yet to be compiled: that is done in a thread, and they wait for it without holding up others.
 
-What else comes for such a session meanwhile waits behind its Open.
+What else comes for such a session meanwhile waits behind its Open. Nothing is compiled for a session that is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 
 from wisp.api.prepare import PromptWork
@@ -19,9 +20,17 @@ from wisp.engines.constraining import Compiler
 
 log = logging.getLogger("wisp.host")
 
-MOST_WAITING = 64  # messages of a connection that wait; more are refused
+MOST_MESSAGES = 64  # of a session that waits; more are refused
 
-Session = tuple[int, str]  # connection and session id
+Task = asyncio.Task[None]
+
+
+class Waiting:
+    """An Open, and what came for its session since."""
+
+    def __init__(self, open_: Open) -> None:
+        self.messages: list[Open | Draft] = [open_]
+        self.task: Task | None = None
 
 
 class Compiling:
@@ -37,38 +46,69 @@ class Compiling:
         admit: Callable[[str], object],
         take: Callable[[int, Open | Draft | Cancel], None],
         refuse: Callable[[int, Refused], None],
+        *,
+        most: int,
     ) -> None:
+        """most: sessions of a connection that may wait, as many as may be open at the verifier; more are refused."""
         self._grammars = grammars
         self._admit = admit
         self._take = take
         self._refuse = refuse
+        self._most = most
         self._work = PromptWork()
-        self._waiting: dict[Session, list[Open | Draft | Cancel]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting: defaultdict[int, dict[str, Waiting]] = defaultdict(dict)  # by connection and session
+        self._tasks: set[Task] = set()
 
     def held(self, connection: int, key: str, message: Open | Draft | Cancel) -> bool:
         """Does this message wait? It is handed over later, or refused, if so."""
-        session = (connection, message.session)
-        queue = self._waiting.get(session)
-        if queue is not None:
-            if len(queue) < MOST_WAITING:
-                queue.append(message)
+        waiting = self._waiting.get(connection, {}).get(message.session)
+        if isinstance(message, Cancel):
+            if waiting is not None:
+                self._forget(connection, message.session)
+            return False
+        if waiting is not None:
+            if len(waiting.messages) < MOST_MESSAGES:
+                waiting.messages.append(message)
+            else:
+                self._busy(connection, message, "too much was sent for a session that has yet to begin")
             return True
         grammar = _grammar(message)
         if grammar is None or self._grammars.ready(grammar, key):
             return False
-        self._waiting[session] = [message]
-        task = asyncio.get_running_loop().create_task(self._compile(session, key, grammar))
+        assert isinstance(message, Open)
+        if len(self._waiting.get(connection, {})) >= self._most:
+            self._busy(connection, message, "too many sessions wait for their grammars; try again")
+            return True
+        waiting = self._waiting[connection][message.session] = Waiting(message)
+        waiting.task = task = asyncio.get_running_loop().create_task(
+            self._compile(connection, message.session, key, grammar)
+        )
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return True
 
     def lost(self, connection: int) -> None:
         """The connection is gone, and with it what waits."""
-        for session in [s for s in self._waiting if s[0] == connection]:
-            del self._waiting[session]
+        for session in list(self._waiting.get(connection, ())):
+            self._forget(connection, session)
 
-    async def _compile(self, session: Session, key: str, grammar: Grammar) -> None:
+    def _forget(self, connection: int, session: str) -> None:
+        task = self._pop(connection, session).task
+        if task is not None:
+            task.cancel()
+
+    def _pop(self, connection: int, session: str) -> Waiting:
+        sessions = self._waiting[connection]
+        found = sessions.pop(session)
+        if not sessions:
+            del self._waiting[connection]
+        return found
+
+    def _busy(self, connection: int, message: Open | Draft, why: str) -> None:
+        fatal = isinstance(message, Open)
+        self._refuse(connection, Refused(message.session, "overloaded", why, 1.0, fatal, message.round))
+
+    async def _compile(self, connection: int, session: str, key: str, grammar: Grammar) -> None:
         problem = ""
         try:
             await self._work.run(
@@ -81,16 +121,19 @@ class Compiling:
         except Exception:  # sessions must hear of it
             log.exception("a grammar was not compiled")
             problem = "this grammar cannot be compiled; the server's log has more"
-        connection, name = session
-        waiting = self._waiting.pop(session, [])
-        for message in waiting:
-            if not problem:
+        first, *rest = self._pop(connection, session).messages
+        if problem:
+            for message in (first, *rest):
+                refused = Refused(session, INVALID_GRAMMAR, problem, 0.0, True, message.round)
+                self._refuse(connection, refused)
+            return
+        self._take(connection, first)
+        for message in rest:
+            if not self.held(connection, key, message):  # another Open may have another grammar
                 self._take(connection, message)
-            elif not isinstance(message, Cancel):
-                self._refuse(connection, Refused(name, INVALID_GRAMMAR, problem, 0.0, True, message.round))
 
 
-def _grammar(message: Open | Draft | Cancel) -> Grammar | None:
+def _grammar(message: Open | Draft) -> Grammar | None:
     """That of an Open which is in order, as far as this can be seen here: what is not, the verifier refuses."""
     constraints = message.sampling.constraints if isinstance(message, Open) else None
     return constraints.grammar if constraints is not None and constraints.problem() is None else None

@@ -143,7 +143,11 @@ class VerifierHost:
             self._log = EventLog(event_log, header, self._loop.time(), self.metrics.event_log_lost.inc)
         self.grammars = engine.constraints.grammars
         self._compiling = Compiling(
-            self.grammars, lambda key: admission.ask(self._loop.time(), key), self._take, self._refuse
+            self.grammars,
+            lambda key: admission.ask(self._loop.time(), key),
+            self._take,
+            self._refuse,
+            most=admission.max_sessions,
         )
         self._engine = EngineThread(engine, self._loop, self._step_done)
         self._died = died

@@ -21,6 +21,8 @@ from wisp.core.verify.session import ORPHANED, PARKED, READY, RUNNING, Session
 from wisp.core.verify.verifier import Verifier
 
 MOST = 200  # devices and sessions in a snapshot
+MOST_TARGETS = 64  # SLOs that are counted one by one: requests may name any
+OTHERS = Slo()  # stands for the rest of them
 THIN = -1  # the device of all clients without an edge
 
 
@@ -179,7 +181,8 @@ class Recorder:
         kept = met(life.served(now, ok=ok), now)
         device.ended += 1
         device.met += kept
-        total = self._totals.setdefault(life.slo, [0, 0])
+        full = len(self._totals) >= MOST_TARGETS and life.slo not in (*self._totals, *self._names)
+        total = self._totals.setdefault(OTHERS if full else life.slo, [0, 0])
         total[0] += 1
         total[1] += kept
         if kept:
@@ -249,7 +252,7 @@ class Recorder:
 
     def _class(self, slo: Slo, ended: int, kept: int) -> dict[str, Any]:
         return {
-            "name": self._names.get(slo, ""),
+            "name": "others" if slo == OTHERS else self._names.get(slo, ""),
             "ttft_ms": slo.ttft_ms,
             "tpot_ms": slo.tpot_ms,
             "ended": ended,

@@ -10,10 +10,12 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from wisp.api.fields import refuse
 from wisp.api.tools.events import Tool
+from wisp.engines.grammars import strictly
 
 Mark = Callable[[str], str]  # a marker as Lark has it
-_DSML = "｜DSML｜"
+_PARAM = "tools"
 
 
 def grammar(family: str, template: str, tools: list[Tool], *, parallel: bool, mark: Mark) -> str | None:
@@ -53,13 +55,14 @@ def _escaped(value: str) -> str:
 _Parts = tuple[
     str, list[str], str | None, str
 ]  # before all calls, rules for each, between two (None: only one), after
-_FIXED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def schema_rule(schema: dict[str, Any], whole: dict[str, Any] | None = None) -> str:
-    """`%json` for a schema, written as models have been trained to. `whole`: where its definitions are."""
-    shared = {name: whole[name] for name in ("$defs", "definitions") if whole and name in whole}
-    return "%json " + json.dumps({**shared, **schema, "x-guidance": _FIXED}, ensure_ascii=False)
+    """`%json` for a schema, written as Python writes JSON. `whole`: where its definitions are."""
+    shared: dict[str, Any] = {
+        name: whole[name] for name in ("$defs", "definitions") if whole and name in whole
+    }
+    return "%json " + json.dumps(strictly({**shared, **schema}), ensure_ascii=False)
 
 
 def _arguments(tool: Tool) -> str:
@@ -175,18 +178,23 @@ def _glm(tools: list[Tool], template: str, mark: Mark) -> _Parts | None:
 def _parameters(prefix: str, tool: Tool, head: str, tail: str) -> Iterator[tuple[str, list[str]]]:
     """For each parameter of the tool how its rule is used, and the rules: a text to its end tag, or JSON."""
     properties = tool.parameters.get("properties")
-    required = tool.parameters.get("required") or []
+    required = _list(tool, "required", tool.parameters.get("required") or [])
     for j, name in enumerate(properties if isinstance(properties, dict) else ()):
         schema, rule = tool.schema_of(name), f"{prefix}_{j}"
         rules = [f"{rule}: {text(head.format(name))} {rule}_v"]
         if schema.get("type") == "string" and "enum" in schema:
-            options = " | ".join(text(str(v) + tail) for v in schema["enum"])
+            values = _list(tool, "enum", schema["enum"]) or refuse(_PARAM, f"{tool.name}: an enum is empty")
+            options = " | ".join(text(str(v) + tail) for v in values)
             rules.append(f"{rule}_v: {options}")
         elif schema.get("type") == "string" or not schema:
             rules.append(f"{rule}_v[lazy]: /(.|\\n)*{_escaped(tail)}/")
         else:
             rules += [f"{rule}_v: {rule}_j {text(tail)}", f"{rule}_j: {schema_rule(schema, tool.parameters)}"]
         yield (rule if name in required else f"{rule}?"), rules
+
+
+def _list(tool: Tool, keyword: str, value: Any) -> list[Any]:
+    return value if isinstance(value, list) else refuse(_PARAM, f"{tool.name}: expected a list for {keyword}")
 
 
 _WRITERS: dict[str, Callable[[list[Tool], str, Mark], _Parts | None]] = {

@@ -116,7 +116,7 @@ def _foretell(
     by_depth = (logits(_OTHER_DEPTH, RECENT) - base) / (np.log1p(_OTHER_DEPTH) - np.log1p(DEPTH))
     by_recent = (logits(DEPTH, _OTHER_RECENT) - base) / (_OTHER_RECENT - RECENT)
     return [
-        Foretold(s.confidence, s.entropy, s.margin, s.spread, s.lead, False, z, d, r)
+        Foretold(s.confidence, s.entropy, s.margin, s.spread, s.lead, z=z, by_depth=d, by_recent=r)
         for s, z, d, r in zip(signals, base.tolist(), by_depth.tolist(), by_recent.tolist(), strict=True)
     ]
 

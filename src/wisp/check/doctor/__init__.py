@@ -26,6 +26,7 @@ SYSTEM: dict[str, Callable[[], Check]] = {
     "packages": installed.packages,
     "extras": installed.extras,
     "event loop": installed.event_loop,
+    "grammars": installed.grammars,
     "emulated": installed.emulated,
     "cores": machine.cores,
     "idle threads": machine.wait_policy,

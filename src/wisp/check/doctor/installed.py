@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from wisp import __version__
 from wisp.check.doctor.check import DISTRIBUTION, REINSTALL, Check
+from wisp.engines.grammars import available
 
 
 def python_version() -> Check:
@@ -20,9 +21,13 @@ def python_version() -> Check:
     return Check("Python", "fail", finding, f"WISP needs Python {wanted}.")
 
 
+# Not there on every platform; each has a check of its own.
+_DISPENSABLE = {"llguidance", "uvloop"}
+
+
 def packages() -> Check:
-    """Every dependency, against the range that this release was made for."""
-    found = dict(_requirements(""))
+    """Every dependency that nothing works without, against the range that this release was made for."""
+    found = {name: problem for name, problem in _requirements("") if name not in _DISPENSABLE}
     wrong = [text for text in found.values() if text]
     if wrong:
         return Check("packages", "fail", f"wisp {__version__}; {'; '.join(wrong)}", REINSTALL)
@@ -64,13 +69,28 @@ def _requirements(extra: str) -> Iterator[tuple[str, str]]:
         yield requirement.name, "" if fits else wrong
 
 
-def event_loop() -> Check:
+def _missing(name: str) -> str:
+    """What is wrong with a dispensable package, or ""."""
     try:
-        version = importlib.metadata.version("uvloop")
+        importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        finding = "uvloop is not installed; asyncio's own loop takes about twice the time per message"
+        return f"{name} is not installed"
+    return dict(_requirements("")).get(name, "")
+
+
+def event_loop() -> Check:
+    if problem := _missing("uvloop"):
+        finding = f"{problem}; asyncio's own loop takes about twice the time per message"
         return Check("event loop", "warn", finding, "pip install uvloop (there is none for Windows)")
-    return Check("event loop", "ok", f"uvloop {version}")
+    return Check("event loop", "ok", f"uvloop {importlib.metadata.version('uvloop')}")
+
+
+def grammars() -> Check:
+    """A device drafts without them, too."""
+    if problem := _missing("llguidance") or ("" if available() else "llguidance does not load"):
+        finding = f"{problem}; an edge drafts without grammars, which is slower, and a verifier refuses them"
+        return Check("grammars", "warn", finding, "pip install 'llguidance>=1.7.6' (there is none for musl)")
+    return Check("grammars", "ok", f"llguidance {importlib.metadata.version('llguidance')}")
 
 
 def emulated() -> Check:

@@ -30,7 +30,7 @@ MOST_SOURCE = 1 << 16  # bytes
 Kind = Literal["json_object", "json_schema", "regex", "choice", "lark", "tokens"]
 
 
-class Grammar(msgspec.Struct, frozen=True, array_like=True):
+class Grammar(msgspec.Struct, frozen=True, array_like=True, weakref=True):
     """What the text must be, from its beginning or from the end of the reasoning on.
 
     kind, source: "json_object" (source "": any JSON object), "json_schema" (source: the schema, JSON), "regex" (the
