@@ -419,60 +419,6 @@ def test_tokens_still_served_clear_a_draft_that_disagrees() -> None:
     assert made.phase is Phase.DRAFTING
 
 
-class Priced(Fixed):
-    """Fixed, and heeds the verifier's price."""
-
-    priced = True
-
-
-def decoded_meanwhile(policy: DraftingPolicy) -> tuple[Drafter, list[Action]]:
-    """The verifier decodes 11, which agrees, while 11 to 13 are drafted."""
-    made = opened(policy)
-    assert propose(made, 11, 12, 13) == []
-    return made, made.verdict(150.0, Verdict("s", 0, 1, 0, [11]))
-
-
-def test_a_draft_whose_head_the_verifier_decoded_meanwhile_is_sent_at_once() -> None:
-    made, actions = decoded_meanwhile(Priced(9))
-    sent = only_draft(actions)
-    assert (sent.base, sent.tokens) == (2, [12, 13])
-    made.verdict(250.0, Verdict("s", sent.round, 2, 2, [12, 13, 14]))
-    assert made.committed == [10, 11, 12, 13, 14]
-
-
-def test_of_a_draft_that_was_decoded_or_refuted_whole_nothing_is_sent() -> None:
-    made = opened(Priced(9))
-    propose(made, 11)
-    assert made.verdict(150.0, Verdict("s", 0, 1, 0, [11])) == [Committed([11])]
-    propose(made, 12, 13)
-    assert made.verdict(200.0, Verdict("s", 0, 2, 0, [30])) == [Committed([30])]
-    assert made.phase is Phase.DRAFTING
-
-
-def test_a_fixed_length_stays_as_it_is_told_to_be() -> None:
-    made, actions = decoded_meanwhile(Fixed(4))
-    assert actions == [Committed([11])]
-    assert only_draft(propose(made, 14, 15)).tokens == [12, 13, 14, 15]
-
-
-def test_a_draft_for_a_verifier_that_decodes_meanwhile_is_in_time_for_its_next_step() -> None:
-    """Steps of 50 ms, 20 ms to the verifier and back, 5 ms a draft step: 30 ms to draft in."""
-
-    def drafted_by(now_ms: float, *, decodes: bool) -> bool:
-        made, actions = decoded_meanwhile(Priced(9)) if decodes else (opened(Priced(3)), [])
-        sent = only_draft(actions if decodes else propose(made, 11, 12, 13))
-        arrived = 220.0 if decodes else 180.0  # 70 ms after it was sent
-        base = 2 if decodes else 1
-        tokens = [12, 13, 14] if decodes else [11, 12, 13, 14]
-        made.verdict(arrived, Verdict("s", sent.round, base, len(tokens) - 1, tokens, engine_ms=50.0))
-        made.policy = Priced(9)
-        return bool(made.proposed(arrived + now_ms, 15, Signal(0.9), 5.0))
-
-    assert not drafted_by(20.0, decodes=True)
-    assert drafted_by(28.0, decodes=True)
-    assert not drafted_by(28.0, decodes=False)
-
-
 def test_without_a_policy_the_verifier_decodes_from_the_start() -> None:
     made = drafter(None, ahead=Always())
     (first,) = made.connected(0.0, 16)

@@ -81,10 +81,9 @@ class Rounds:
     flights:  at most two drafts: the second was sent ahead
     began_ms: when this round's clock started, at the last verdict
     unasked:  tokens that came since then without having been asked for
-    hurried:  some came in the round before this one, too: the verifier decodes while this device drafts
     """
 
-    __slots__ = ("began_ms", "flights", "hurried", "number", "serve", "unasked")
+    __slots__ = ("began_ms", "flights", "number", "serve", "unasked")
 
     def __init__(self, *, serve: bool) -> None:
         self.number = -1
@@ -92,7 +91,6 @@ class Rounds:
         self.flights: list[Flight] = []
         self.began_ms = 0.0
         self.unasked = 0
-        self.hurried = False
 
     def landed(self, number: int) -> Flight | None:
         """The flight that a verdict answers; those before it were replaced by it."""

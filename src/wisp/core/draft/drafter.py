@@ -295,11 +295,6 @@ class Drafter:
             return deliver + self._start_round(now_ms)
         if phase is SERVED and self.policy is not None:
             return deliver + self._start_round(now_ms)
-        if phase is DRAFTING and new and chain.tokens and self.policy is not None and self.policy.priced:
-            # The verifier decoded meanwhile, the head of this draft: before the rest goes the same way, it is sent.
-            n = self.policy.take(self._view(now_ms))
-            if n > 0:
-                deliver.append(self._send(now_ms, n))
         return deliver
 
     def refused(self, refused: Refused) -> list[Action]:
@@ -350,21 +345,9 @@ class Drafter:
         policy, chain = self.policy, self.chain
         assert policy is not None
         full = chain.dry or chain.ended or len(chain.tokens) - chain.sent >= self._most()
-        if not full and not self._last_call(now_ms) and policy.more(view):
+        if not full and policy.more(view):
             return []
         return [self._send(now_ms, policy.take(view))]
-
-    def _last_call(self, now_ms: float) -> bool:
-        """Would a draft with one more token miss the step after the running one? A verifier that decodes while this
-        drafts is in a step at all times.
-        """
-        rounds, times, policy = self.rounds, self.times, self.policy
-        if not rounds.hurried or not self.chain.tokens or policy is None or not policy.priced:
-            return False
-        step_ends_ms = rounds.began_ms + times.engine_ms(
-            0
-        )  # the last one ended `line` earlier, as seen from here
-        return now_ms + times.draft.value > step_ends_ms - times.line.value
 
     def _send(self, now_ms: float, most: int) -> Draft:
         chain, rounds = self.chain, self.rounds
@@ -431,7 +414,6 @@ class Drafter:
             if new:
                 times.verdict(drafted, waited, verdict.queue_ms, verdict.engine_ms)
             times.round(drafted, len(new) + rounds.unasked, now_ms - rounds.began_ms)
-        rounds.hurried = rounds.unasked > 0
         rounds.unasked = 0
         agreed = chain.agreed(new)
         seen = min(len(new), len(chain.tokens), agreed + 1)
