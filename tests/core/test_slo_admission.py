@@ -211,6 +211,13 @@ def test_promised_capacity_is_stable_at_six_missed_slos_in_a_hundred() -> None:
     assert admission.filled == pytest.approx(FILLED, abs=0.05)
 
 
+def test_an_slo_that_was_given_up_too_soon_is_no_missed_one() -> None:
+    made = session(1)  # its first token left at 0; the target is 16 tokens a second
+    made.relax(5.0)
+    assert made.targets.in_time(12.4, 200)
+    assert not made.targets.in_time(12.5, 200)
+
+
 def test_no_session_is_admitted_while_most_lag() -> None:
     behind = [session(i) for i in range(6)]
     for s in behind:

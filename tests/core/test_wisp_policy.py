@@ -71,7 +71,7 @@ def test_drafts_are_cut_as_the_step_fills_and_no_session_is_dropped_for_them() -
 
 def test_a_draft_ends_where_its_next_token_is_worth_less_than_its_row() -> None:
     """A late session's token is worth more, so its draft is longer."""
-    found = granted(going(0, -0.5, n_draft=12), *(going(1 + i, 2.0, n_draft=12) for i in range(30)))
+    found = granted(going(0, -0.5, n_draft=12), *(going(1 + i, 0.6, n_draft=12) for i in range(30)))
     assert found[0] > max(tokens for session, tokens in found.items() if session)
 
 
@@ -117,6 +117,29 @@ def test_a_session_whose_slo_is_lost_is_told_once_and_goes_on() -> None:
     assert policy.plan(NOW, [lost], LIMITS).lost == []
 
 
+def test_an_slo_that_the_reserve_of_its_due_times_still_keeps_is_not_given_up() -> None:
+    """Ten seconds after the start, due times are 0.4 s ahead of the target, however little is left to generate."""
+    ending = msgspec.structs.replace(going(1, -0.3), opened=NOW - 10.3, remaining=2)
+    policy = batching_policy("wisp")
+    assert policy.plan(NOW, [ending], LIMITS).lost == []
+    later = msgspec.structs.replace(ending, due=NOW - 0.6)
+    assert policy.plan(NOW, [later], LIMITS).lost == [1]
+    first = msgspec.structs.replace(prompt(2, 100, -0.1), opened=NOW - 2.9)
+    assert policy.plan(NOW, [first], LIMITS).lost == []
+    later = msgspec.structs.replace(first, due=NOW - 0.2)
+    assert policy.plan(NOW, [later], LIMITS).lost == [2]
+
+
+def test_a_prompt_leaves_no_session_out() -> None:
+    """Prompts do not raise the rate that sessions are measured by."""
+    sessions = [going(i, ahead) for i, ahead in enumerate((0.1, 0.6, 3.0, 9.0))]
+    alone = granted(*sessions)
+    for within_s in (3.0, 0.5, -0.5):
+        found = granted(*sessions, prompt(100, 600, within_s))
+        assert found.pop(100) > 0
+        assert found.keys() == alone.keys() == {0, 1, 2, 3}
+
+
 def test_work_without_slo_waits_for_late_sessions_but_not_for_long() -> None:
     late = [going(i, -0.4) for i in range(80)]
     plain = msgspec.structs.replace(going(200, 0.0), due=float("inf"), tpot_s=0.0)
@@ -127,7 +150,7 @@ def test_work_without_slo_waits_for_late_sessions_but_not_for_long() -> None:
 
 def test_no_session_waits_for_prompts_without_kv() -> None:
     sessions = [going(i, 0.1) for i in range(20)]
-    crowd = [prompt(100 + i, 150, 1.5) for i in range(40)]
+    crowd = [prompt(100 + i, 150, 0.6) for i in range(40)]
     limits = msgspec.structs.replace(LIMITS, free_kv=300.0)  # the sessions' drafts, a prompt, and a half
     found = granted(*sessions, *crowd, limits=limits)
     assert len(found.keys() & {s.session for s in sessions}) == 20

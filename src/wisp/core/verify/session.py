@@ -161,7 +161,7 @@ class Targets:
         slo = self.slo
         if slo is None:
             return True
-        if self.slo_lost or (slo.ttft_ms and self.first_at - self.opened > slo.ttft_ms / 1e3):
+        if slo.ttft_ms and self.first_at - self.opened > slo.ttft_ms / 1e3:
             return False
         return not slo.tpot_ms or now - self.first_at <= max(1, committed - 1) * slo.tpot_ms / 1e3
 

@@ -2,11 +2,11 @@
 
 A token of a session weighs the more, the later its user has it: FLOOR + e^(lateness / SCALE_S). The lateness is that
 of the next token against its due time, so sessions far ahead of their users weigh FLOOR, and none weighs nothing. A
-step is worth the sum of weight x expected tokens over its time (a prompt's rows count as a token each). Let `rate` be
-the most that a step can reach. A candidate then takes part where its worth is at least `rate` x the milliseconds that
-it adds, and a draft is cut where its next token is not worth its row. Where the fixed cost of a step dominates, as in
-an idle server, the rate is small, and all that can run does. Where time is short, drafts shrink, and sessions ahead of
-their users are left out first.
+step is worth the sum of weight x expected tokens over its time. Let `rate` be the most that a step without prompts can
+reach. A candidate then takes part where its worth is at least `rate` x the milliseconds that it adds, and a draft is
+cut where its next token is not worth its row. Where the fixed cost of a step dominates, as in an idle server, the rate
+is small, and all that can run does. Where time is short, drafts shrink, and sessions ahead of their users are left out
+first. Prompts do not enter the rate: all of them are read sooner or later, so they compete with no token.
 
 The best rate solves worth(rate) = rate x time(rate), by Dinkelbach's iteration (1967) from the last step's rate. To
 maximise weighted service is the max-weight rule (Tassiulas and Ephremides 1992), with lateness for the queues: it
@@ -25,10 +25,14 @@ from wisp.core.verify.batching.base import Candidate, Grant, Kind, Plan, StepLim
 from wisp.core.verify.batching.simple import Continuous
 from wisp.core.verify.cost import Coefficients, Load
 
-SCALE_S = 0.7  # seconds of lateness that make a token e times as urgent
-FLOOR = 0.2  # weight of a token of a session far ahead; one that is due now weighs FLOOR + 1
+SCALE_S = 0.4  # seconds of lateness that make a token e times as urgent
+FLOOR = 0.1  # weight of a token of a session far ahead; one that is due now weighs FLOOR + 1
+FIRST = 1.5  # weight of a first token, in weights of others as late: it cannot be made up for later
 HOPELESS = 0.25  # a lateness of this share of an answer's remaining time cannot be made up for
 
+SPARE = (
+    0.04  # share of the time since the start that due times keep in reserve: they aim below the TPOT target
+)
 MOST = 2.0  # SCALE_S of lateness, from which the weight no longer grows
 PATIENCE_S = 1.0  # a session without SLO counts as due so long after it became ready
 CLOSE = 0.1  # relative change of the rate at which the iteration ends
@@ -93,7 +97,7 @@ class Wisp:
             late = (now - c.due if c.due < inf else now - c.since - PATIENCE_S) * per_s
             weight = FLOOR + exp(late if late < MOST else MOST)
             if c.kind is PREFILL:
-                prompts.append((weight, c))
+                prompts.append((weight * FIRST if c.first else weight, c))
             else:
                 new, before, n = c.new, c.cached, c.n_draft
                 row_ms = token + attention * (before + new)
@@ -128,19 +132,16 @@ class Wisp:
 
     def _chosen(self, offers: list[_Offer], read: list[_Choice], limits: StepLimits) -> list[_Choice]:
         """What takes part at the best rate, which is found on the way."""
-        row_ms = limits.cost.token_ms(Load(self._rows))
-        prompts_ms = sum([tokens for _, _, tokens, _ in read]) * row_ms
-        prompts_worth = sum([density * tokens for density, _, tokens, _ in read]) * (row_ms + NOTHING_MS)
         step_ms, rate = max(limits.cost.now.step, LEAST_MS), self._rate
         for _ in range(ROUNDS):
             choices, worth, ms, tokens = _at(rate, offers)
-            found = (worth + prompts_worth) / (step_ms + ms + prompts_ms)
+            found = worth / (step_ms + ms)
             settled = abs(found - rate) <= CLOSE * found and (choices or read)
             rate = found
             if settled:
                 break
         self._rate = rate
-        self.price = min(1.0, tokens / (step_ms + ms) * row_ms)
+        self.price = min(1.0, tokens / (step_ms + ms) * limits.cost.token_ms(Load(self._rows)))
         return choices + read
 
 
@@ -167,7 +168,10 @@ def _at(rate: float, offers: list[_Offer]) -> tuple[list[_Choice], float, float,
 
 def _is_lost(now: float, c: Candidate) -> bool:
     """Is an overdue session unable to keep its SLO?"""
-    return not c.slo_lost and (c.first or now - c.due > HOPELESS * c.remaining * c.tpot_s)
+    reserve_s = SPARE * (c.due - c.opened)
+    return not c.slo_lost and now - c.due > reserve_s + (
+        0.0 if c.first else HOPELESS * c.remaining * c.tpot_s
+    )
 
 
 def _packed(choices: list[_Choice], limits: StepLimits) -> list[Grant]:
