@@ -10,7 +10,7 @@ from unittest.mock import patch
 import msgspec
 
 from benchmarks.experiments.page import ratio
-from benchmarks.experiments.readings import READINGS
+from benchmarks.experiments.readings import NAMED
 from benchmarks.pages import Data, table
 from wisp.core.draft.policies import Confidence, Predicted
 from wisp.core.verify.batching import POLICIES
@@ -176,7 +176,7 @@ class _Here(Runs):
         if self.setup.keeps:
             Predicted.take = Confidence.take  # type: ignore[method-assign]
         try:
-            with patch.dict(POLICIES, READINGS):
+            with patch.dict(POLICIES, NAMED):
                 return _padded(job) if self.setup.padded else simulated.run(job)
         finally:
             Predicted.take = take  # type: ignore[method-assign]

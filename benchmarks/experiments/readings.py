@@ -1,4 +1,4 @@
-"""Other readings of the paper's scheduler, and limits of servers, as batching policies of their own: for `paper` alone."""
+"""Other readings of the paper's scheduler, and limits of servers, as batching policies: for the page `paper` alone."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Few:
         return self.policy.plan(now, candidates, msgspec.structs.replace(limits, slices=slices))
 
 
-READINGS: dict[str, Callable[[], BatchingPolicy]] = {
+NAMED: dict[str, Callable[[], BatchingPolicy]] = {
     "paper/each-token": lambda: Read(each_token),
     "paper/each-round": lambda: Read(each_round),
     "paper/late-apart": lambda: Read(late=False),
