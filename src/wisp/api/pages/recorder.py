@@ -163,7 +163,7 @@ class Recorder:
         life.tokens += new
         life.device.tokens += new
         self._now.tokens += new
-        if met(life.served(None), now):
+        if life.slo is None or met(life.served(None), now):
             self._now.good += new
         if message.finish:
             self._over(now, message.session)
