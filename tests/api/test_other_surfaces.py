@@ -85,6 +85,8 @@ def test_a_stream_of_events_ends_in_the_whole(client: TestClient, backend: Scrip
     reasoning, message, call = final["output"]
     assert reasoning["content"][0]["text"] == "ab"
     assert message["content"][0]["text"] == "Sure."
+    thought = len(">ab</think>")  # a marker of several tokens begins with its last
+    assert final["usage"]["output_tokens_details"] == {"reasoning_tokens": thought}
     assert (call["name"], call["arguments"], call["status"]) == ("f", '{"x": 1}', "completed")
     whole = client.post(RESPONSES, json=body | {"stream": False}).json()
     assert [i["type"] for i in whole["output"]] == ["reasoning", "message", "function_call"]
