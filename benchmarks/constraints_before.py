@@ -93,7 +93,7 @@ def plain(ref: str, pairs: int = PAIRS, turns: int = TURNS) -> dict[str, Plain]:
             for name, costs in _pair(before, ROOT / "src", turns).items():
                 ratios = [now / old - 1.0 for old, now in costs]
                 medians = (statistics.median(side) for side in zip(*costs, strict=True))
-                found[name].append((*medians, statistics.median(ratios)))  # type: ignore[arg-type]
+                found[name].append((*medians, statistics.median(ratios)))
     return {name: _sum(rows) for name, rows in found.items()}
 
 
