@@ -114,9 +114,8 @@ bench-overhead: setup  ## what a verification costs beside the engine
 bench-policy: setup  ## what a decision of each batching policy costs
 	$(BENCH) policy
 
-# AGAINST: the `src` folder of another version, whose requests without constraints are timed in turn with this one's.
-bench-constraints: setup  ## what constraints cost, and what drafting gains from grammars; fetches the real pair
-	$(BENCH) constraints $(if $(AGAINST),--against $(AGAINST)) --out docs/results/constraints.json
+bench-constraints: setup  ## what constraints cost, beside the last version without them, and what drafting gains; fetches the real pair
+	$(BENCH) constraints --out docs/results/constraints.json
 
 bench-ahead: setup  ## drafting ahead over a delayed line, beside a replay; minutes, on a machine that is quiet
 	$(BENCH) ahead --out docs/results

@@ -14,7 +14,7 @@ from wisp.api.pages.series import Second, Series
 from wisp.core.protocol.messages import Open, Refused, Verdict
 from wisp.core.protocol.slo import Served, Slo, met
 from wisp.core.protocol.step import Slice
-from wisp.core.verify.cost import Load, load_of
+from wisp.core.verify.cost import load_of
 from wisp.core.verify.events import Action, EdgeLost, Ended, InEvent, Received, Run, Send, StepDone
 from wisp.core.verify.planner import SHORT
 from wisp.core.verify.session import ORPHANED, PARKED, READY, RUNNING, Session
@@ -163,7 +163,7 @@ class Recorder:
         life.tokens += new
         life.device.tokens += new
         self._now.tokens += new
-        if met(life.served(None), now):
+        if life.slo is None or met(life.served(None), now):
             self._now.good += new
         if message.finish:
             self._over(now, message.session)
@@ -192,17 +192,16 @@ class Recorder:
 
     def _dispatch(self, now: float, run: Run) -> None:
         cost, sessions, rows = self._verifier.cost, self._verifier.sessions, self._now.rows
-        ms = cost.now.ms
-        self._dispatched, self._estimate_ms = now, ms(load_of(run.slices))
+        alone_ms = cost.now.ms_of
+        self._dispatched, self._estimate_ms = now, cost.ms(load_of(run.slices))
         self._step, self._alone_ms = [], []
         slack = self._now.slack_ms
         for s in run.slices:
             session, n, start = sessions[s.session], len(s.tokens), s.start
             self._step.append((s, self._lives.get(session.id)))
-            self._alone_ms.append(ms(Load(n, n * (start + n), start, 1)))
+            self._alone_ms.append(alone_ms(n, n * (start + n), start, 1))
             rows[_kind(s)] += n
-            due = session.due
-            if due < math.inf:
+            if session.targets.slo is not None and (due := session.due) < math.inf:
                 slack.append((due - now) * 1e3)
 
     def _done(self, now: float, done: StepDone) -> None:
