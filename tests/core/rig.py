@@ -34,7 +34,6 @@ from wisp.core.verify.verifier import Verifier
 from wisp.engines.in_order import OneAtATime
 
 SAMPLING = Sampling(seed=3)
-HOST_MS = 1e3  # of a step, where steps are planned while others run: so early that it is at once
 
 
 class Rig:
@@ -71,6 +70,7 @@ class Rig:
         self.verifier = Verifier(self.limits, batching_policy(batching), Admission(max_sessions, limits))
         self.now = 0.0
         self.sent: dict[int, deque[ServerMessage]] = {}
+        self.host_ms = 1e3 if depth > 1 else 0.0  # so much that the next step is planned at once
         self.flying: deque[Run] = deque()  # steps that were dispatched, oldest first
         self.wake_at: float | None = None
         self.lost = 0  # messages on connections that broke
@@ -109,8 +109,10 @@ class Rig:
         return self.flying[0] if self.flying else None
 
     def dispatch(self) -> bool:
-        """Let the verifier start a step, if another one fits. False if there is nothing to run."""
-        if len(self.flying) < self.limits.depth:
+        """Let the verifier start steps, as many as fit. False if there is nothing to run."""
+        before = -1
+        while before < len(self.flying) < self.limits.depth:
+            before = len(self.flying)
             self.feed(Tick())
         return bool(self.flying)
 
@@ -123,8 +125,7 @@ class Rig:
             self.feed(StepDone([], 1.0, str(error), run.step))
             return
         self.now += 0.01
-        host_ms = HOST_MS if self.limits.depth > 1 else 0.0
-        self.feed(StepDone(results, 10.0, "", run.step, host_ms))
+        self.feed(StepDone(results, 10.0, "", run.step, self.host_ms))
 
     def steps(self, n: int) -> None:
         """Run `n` steps, one after another."""

@@ -1,8 +1,8 @@
 """Edges and a verifier under everything that can go wrong, found by hypothesis.
 
-Whatever the order of drafts, deliveries, cut connections, restarts, time jumps and cancels, and however few places
-there are, and however many steps are in flight: what an edge has committed is always a prefix of what the target alone would say, and every session that is
-left alone, and was let in, ends with all of it.
+Whatever the order of drafts, deliveries, cut connections, failed steps, restarts, time jumps and cancels, however few
+places there are and however many steps are in flight: what an edge has committed is always a prefix of what the target
+alone would say, and every session that is left alone, and was let in, ends with all of it.
 """
 
 from __future__ import annotations
