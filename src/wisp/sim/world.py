@@ -36,7 +36,7 @@ from wisp.sim.timeline import Timeline
 
 HOST_S = 2e-3  # the server's own work between steps of some 50 sequences: measured, on 2 slow cores
 # The same where the engine's share is known apart (`Hardware.host_ms`): for a step, and for each sequence in it.
-SERVER_S, SERVER_SEQUENCE_S = 0.3e-3, 0.025e-3
+SERVER_S, SERVER_SEQUENCE_S = 0.3e-3, 0.02e-3
 MAX_DRAFT = 32
 READ_AHEAD = 20.0  # prompt tokens that a drafter reads in the time of one draft step
 WRONG_TEXT_PAUSE_S = 1.0  # before the next request of a device whose verifier contradicted itself

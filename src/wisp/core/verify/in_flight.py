@@ -40,10 +40,11 @@ class Step:
 
 
 class InFlight:
-    """The steps in flight, oldest first, of at most `depth`."""
+    """The steps in flight, oldest first, of at most `depth`. `wants_drafting`: see `BatchingPolicy`."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, *, wants_drafting: bool) -> None:
         self.depth = depth
+        self.wants_drafting = wants_drafting
         self.epoch = 0  # failed steps so far
         self.steps: deque[Step] = deque()
         self.number = 0  # of the next step
@@ -72,10 +73,10 @@ class InFlight:
         if not self.steps or done.step not in (-1, self.steps[0].number):
             return None
         step = self.steps.popleft()
-        begun = max(step.planned, self._ended)
+        host_s = done.host_ms / 1e3
+        begun = max(step.planned + host_s, self._ended)
         self._ended, self.waiting = now, False
-        if done.host_ms:
-            host_s = done.host_ms / 1e3
+        if host_s:
             self._host_s += HOST_RATE * (host_s - self._host_s) if self._host_s else host_s
         return step, begun
 
@@ -102,13 +103,39 @@ class InFlight:
         sessions that could go on only with the results of the running step wait for a whole step more.
         """
         following = sum(1 for _ in self.following(sessions))
-        staying = sum(1 for s in self._newest(sessions) if not follows(s) and _could_go_on(s))
+        staying = sum(1 for s in self._newest(sessions) if not self._follows(s) and self._could_go_on(s))
         newest_s = cost.ms(self.steps[-1].load) / 1e3
-        return self._host_s * (ready + following) >= newest_s * staying
+        return self._host_s * (ready + following) >= (newest_s - self._host_s) * staying
 
     def following(self, sessions: Mapping[int, Session]) -> Iterator[Session]:
         """Sessions in flight that can take part in the next step, too."""
-        return (s for s in self._newest(sessions) if follows(s))
+        return (s for s in self._newest(sessions) if self._follows(s))
+
+    def _follows(self, s: Session) -> bool:
+        """Is it known, before its slice in flight is back, what the session may run next?"""
+        last = s.flight.last
+        if (
+            last is None
+            or s.state is not RUNNING
+            or s.flight.void
+            or last.n_draft
+            or s.round.inbox is not None
+        ):
+            return False
+        if not last.sample:
+            return True  # the next chunk of its prompt
+        constraints = s.params.sampling.constraints
+        free = constraints is None or not constraints.choosing
+        return free and (s.round.serve or self.wants_drafting) and s.remaining > s.flight.tokens
+
+    def _could_go_on(self, s: Session) -> bool:
+        """Could the session run as soon as its slice is back?"""
+        last, current = s.flight.last, s.round
+        if last is None or s.state is not RUNNING:
+            return False
+        ends = last.sample and not last.n_draft and s.remaining <= s.flight.tokens
+        goes_on = current.serve or self.wants_drafting or current.inbox is not None or not last.sample
+        return goes_on and not ends
 
     def _newest(self, sessions: Mapping[int, Session]) -> Iterator[Session]:
         """All sessions in flight, once each."""
@@ -121,24 +148,3 @@ class InFlight:
     def _lead_s(self, left_s: float, cost: CostModel) -> float:
         """So long before the predicted end, for the host's work and for errors of the prediction."""
         return EARLY * self._host_s + min(cost.error, 0.25) * left_s if self._host_s else 0.0
-
-
-def follows(s: Session) -> bool:
-    """Is it known, before its slice in flight is back, what the session runs next?"""
-    last = s.flight.last
-    if last is None or s.state is not RUNNING or s.flight.void or last.n_draft or s.round.inbox is not None:
-        return False
-    if not last.sample:
-        return True  # the next chunk of its prompt
-    constraints = s.params.sampling.constraints
-    free = constraints is None or not constraints.choosing
-    return free and s.round.serve and s.remaining > s.flight.tokens
-
-
-def _could_go_on(s: Session) -> bool:
-    """Will the session be ready as soon as its slice is back?"""
-    last, current = s.flight.last, s.round
-    if last is None or s.state is not RUNNING:
-        return False
-    ends = last.sample and not last.n_draft and s.remaining <= s.flight.tokens
-    return not ends and (current.serve or current.inbox is not None or not last.sample)

@@ -299,7 +299,8 @@ def candidate_of(s: Session) -> Candidate:
     missing, first = length - cached, targets.first_at == math.inf
     kind = PREFILL if missing > SHORT else VERIFY if n_draft else DECODE
     since = pending.since if pending else s.since
-    remaining, drafting = s.params.max_tokens - committed, s.state is WAITING
+    remaining = s.params.max_tokens - committed
+    drafting = s.state is WAITING or (flight.tokens > 0 and not s.round.serve)
     lag_s = 0.0 if first else speed.answered_at + targets.tpot_s - due
     # By position: with names, a struct of this many fields takes seven times as long to make.
     s.candidate = candidate = Candidate(

@@ -70,7 +70,7 @@ class Verifier:
         self.slo_admission = SloAdmission()
         self.index = SessionIndex()
         self.sessions = self.index.sessions
-        self.in_flight = InFlight(limits.depth)
+        self.in_flight = InFlight(limits.depth, wants_drafting=policy.wants_drafting)
         self.planner = Planner(limits, policy, admission, self.cost, self.index, self.in_flight)
         self.kv = self.planner.kv
         self._by_id: dict[str, Session] = {}
