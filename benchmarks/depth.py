@@ -6,7 +6,8 @@ whose devices draft, each with one step in flight and with two.
 Live, in turn: `wisp serve` with the emulated engine and the same fleet, on a device that is SLOWER times as slow as an
 H200, host included, since this machine runs the clients as well. The simulator runs the same beside it.
 
-The speed is the median time per output token; a gain is that of depth 1 over that of depth 2.
+The pace is the median time per output token; a gain is that of depth 1 over that of depth 2. Beside it: the tokens per
+second that the verifier committed (simulated ones include the few that are dropped behind the end of a text).
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ LIVE = (10.0, 30.0, 60.0)
 
 
 class Gain(msgspec.Struct, frozen=True):
-    """TPOT in milliseconds at each depth."""
+    """At each depth: TPOT in milliseconds, and tokens per second."""
 
     system: str
     sessions: int
-    depth_1_ms: float
-    depth_2_ms: float
+    tpot_ms: tuple[float, float]
+    tokens_per_s: tuple[float, float]
 
     @property
     def gain(self) -> float:
-        return self.depth_1_ms / self.depth_2_ms
+        return self.tpot_ms[0] / self.tpot_ms[1]
 
 
 class Result(msgspec.Struct):
@@ -81,22 +82,19 @@ def slower(scenario: Scenario, factor: float, folder: Path) -> Scenario:
     return msgspec.structs.replace(scenario, hardware=str(path))
 
 
-def simulated(scenario: Scenario, name: str) -> float:
-    """Median TPOT of a simulated run, ms."""
+def simulated(scenario: Scenario, name: str) -> Report:
+    """A simulated run."""
     simulation = Simulation(scenario, system(name), 1)
     simulation.run()
-    return _tpot_ms(report(simulation))
+    return report(simulation)
 
 
-def _tpot_ms(found: Report) -> float:
-    ms: float = found.benchmark()["median_tpot_ms"]
-    return ms
-
-
-def both(name: str, sessions: int, measure: Callable[[str], float]) -> Gain:
+def both(name: str, sessions: int, measure: Callable[[str], Report]) -> Gain:
     """`measure` at depth 1, then at depth 2."""
-    ms = [round(measure(f"{SYSTEMS[name]},depth={depth}"), 4) for depth in (1, 2)]
-    return Gain(name, sessions, *ms)
+    one, two = (measure(f"{SYSTEMS[name]},depth={depth}") for depth in (1, 2))
+    tpot = [round(found.benchmark()["median_tpot_ms"], 3) for found in (one, two)]
+    rates = [round(found.engine.tokens_per_s) if found.engine else 0 for found in (one, two)]
+    return Gain(name, sessions, (tpot[0], tpot[1]), (rates[0], rates[1]))
 
 
 def run_bench_depth(*, live: bool, out: Path | None, as_json: bool) -> None:
@@ -128,17 +126,17 @@ def run_bench_depth(*, live: bool, out: Path | None, as_json: bool) -> None:
         _show(result)
 
 
-def _live(scenario: Scenario, name: str, problems: list[str]) -> float:
+def _live(scenario: Scenario, name: str, problems: list[str]) -> Report:
     found = run_once(scenario, system(name), 1)
     if found.mismatches:
         raise ChildError(f"{found.mismatches} tokens of a live run were wrong: a bug of wisp")
     problems += found.machine.problems if found.machine else ()
-    return _tpot_ms(found)
+    return found
 
 
 def _show(result: Result) -> None:
     table = Table(title=f"a second step in flight, {SCENARIO}")
-    for title in ("", "sessions", "TPOT ms at 1", "at 2", "gain"):
+    for title in ("", "sessions", "TPOT ms at 1", "at 2", "gain", "tokens/s at 1", "at 2"):
         table.add_column(title, justify="left" if not title else "right")
     rows = [(f"{g.system}, simulated", g) for g in result.simulated] + [
         ("served, live", g) for g in result.pairs
@@ -146,7 +144,12 @@ def _show(result: Result) -> None:
     if result.beside is not None:
         rows.append(("served, simulated like live", result.beside))
     for what, g in rows:
-        table.add_row(what, str(g.sessions), f"{g.depth_1_ms:.2f}", f"{g.depth_2_ms:.2f}", f"{g.gain:.3f}")
+        figures = [
+            *(f"{ms:.2f}" for ms in g.tpot_ms),
+            f"{g.gain:.3f}",
+            *(f"{rate:,.0f}" for rate in g.tokens_per_s),
+        ]
+        table.add_row(what, str(g.sessions), *figures)
     console = Console()
     console.print(table)
     if result.pairs and result.beside is not None:

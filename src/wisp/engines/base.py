@@ -58,7 +58,7 @@ class StepQueue(Protocol):
     depth: int
 
     def submit(self, run: Run) -> None:
-        """Take over the next step. Never waits for the steps before it."""
+        """Take over the next step. Never waits for the steps before it, and leaves it to `collect` to raise."""
 
     def collect(self) -> StepDone:
         """Wait for the oldest step and return what became of it. Called once for each step, after its `submit`.

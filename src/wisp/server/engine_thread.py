@@ -41,7 +41,8 @@ class EngineThread:
         self._done = done
         self._queue = engine.queue(depth)
         self.dead: EngineDeadError | None = None
-        self._in_flight: queue.SimpleQueue[tuple[Run, float] | None] = queue.SimpleQueue()  # with host_ms
+        # With host_ms, and why the engine did not take it.
+        self._in_flight: queue.SimpleQueue[tuple[Run, float, Exception | None] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._collect, name="engine", daemon=True)]
         self._planned: queue.SimpleQueue[tuple[Run, float] | None] | None = None  # with the time of planning
         if depth > 1:
@@ -56,7 +57,7 @@ class EngineThread:
             self._planned.put((step, planned))
         else:
             self._queue.submit(step)
-            self._in_flight.put((step, 0.0))
+            self._in_flight.put((step, 0.0, None))
 
     def stop(self, *, hung: bool = False) -> None:
         """Finish the steps in progress, end the threads and close the engine. One that is `hung` is left alone: it ends
@@ -72,8 +73,12 @@ class EngineThread:
         assert self._planned is not None
         while (item := self._planned.get()) is not None:
             step, planned = item
-            self._queue.submit(step)
-            self._in_flight.put((step, (self._loop.time() - planned) * 1e3))
+            failure: Exception | None = None
+            try:
+                self._queue.submit(step)
+            except Exception as error:  # a fault of the engine's queue; this thread has to go on
+                failure = error
+            self._in_flight.put((step, (self._loop.time() - planned) * 1e3, failure))
         self._in_flight.put(None)
 
     def _collect(self) -> None:
@@ -84,9 +89,11 @@ class EngineThread:
             except RuntimeError:  # the loop has closed: nobody waits for this
                 return
 
-    def _collected(self, step: Run, host_ms: float) -> StepDone:
+    def _collected(self, step: Run, host_ms: float, failure: Exception | None) -> StepDone:
         started = time.perf_counter()
         try:
+            if failure is not None:
+                raise failure
             return msgspec.structs.replace(self._queue.collect(), host_ms=host_ms)
         except Exception as error:  # whatever it is, sessions must hear of it and the server go on
             log.exception("a step of %d slices failed", len(step.slices))
