@@ -11,9 +11,10 @@ miss:
 A profile may have a host time, too: what the host does for a step before the device can begin with it. Where steps
 wait in a queue (`queue`), the host works on the next one while the device runs.
 
-With p = 1 nothing overlaps (a straight line), with p -> infinity everything does (the textbook roofline). The profiles
+With p = 1 nothing overlaps (a straight line), with p -> infinity everything does (the textbook roofline). Most profiles
 that ship have p = 1.3: with 3 % noise, a straight line fitted to such steps misses by 4 to 5 % (R2 0.99), which is what
-the paper's line missed by on an A100; at p = 1.5 it would miss by 7 %, at p = 2 by 9 %.
+the paper's line missed by on an A100; at p = 1.5 it would miss by 7 %, at p = 2 by 9 %. Published step times of models
+on one A100 say 2 to 3 (docs/results/overlap.md).
 
 The text: a *script* by (seed, position), such as a recorded trace, or, without one, a hash of (prompt, seed,
 position). It never depends on drafts.
