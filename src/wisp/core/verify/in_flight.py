@@ -15,6 +15,7 @@ After a failure nothing in flight is of use. The epoch tells the engine which st
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 
@@ -61,9 +62,12 @@ class InFlight:
         """Tokens that they feed."""
         return sum(step.load.new for step in self.steps)
 
-    def add(self, now: float, run: Run, load: Load) -> None:
+    def add(self, now: float, run: Run, load: Load, cost: CostModel) -> float | None:
+        """A step was planned. Returns when to plan the next one; None if no more fit."""
         self.steps.append(Step(run.step, {s.session: s for s in run.slices}, load, now))
         self.number += 1
+        self.waiting = not self.full
+        return self._due(cost) if self.waiting else None
 
     def back(self, now: float, done: StepDone) -> tuple[Step, float] | None:
         """The oldest step is back: which it was, and when the engine could begin with it.
@@ -89,14 +93,24 @@ class InFlight:
 
     # --- when to plan the next step
 
-    def due(self, cost: CostModel) -> float:
-        """When to plan the next step, with some in flight: shortly before the engine has nothing to do."""
+    def plan_at(self, now: float, sessions: Mapping[int, Session], ready: int, cost: CostModel) -> float:
+        """When to plan the next step: now, later, or (inf) when one is back. `ready`: sessions that could run in it."""
+        if not self.steps:
+            return now
+        at = self._due(cost)
+        if at <= now and not self._pays(sessions, ready, cost):
+            at = math.inf
+        self.waiting = at > now
+        return at
+
+    def _due(self, cost: CostModel) -> float:
+        """Shortly before the engine has nothing to do."""
         first = self.steps[0]
         begun = max(first.planned + self._host_s, self._ended)
         ms = sum(cost.ms(step.load) for step in self.steps)
         return begun + ms / 1e3 - self._lead_s(ms / 1e3, cost)
 
-    def pays(self, sessions: Mapping[int, Session], ready: int, cost: CostModel) -> bool:
+    def _pays(self, sessions: Mapping[int, Session], ready: int, cost: CostModel) -> bool:
         """Is it better to plan now than when the running step is back?
 
         Planned now, the step saves a host time for the sessions in it: `ready` ones, and those that follow. But

@@ -344,34 +344,23 @@ class Verifier:
         actions = self._expire(now)
         index = self.index
         wakes = [next(iter(index.parked.values())).since + self.limits.park_s] if index.parked else []
-        flight = self.in_flight
+        in_flight = self.in_flight
         n_ready = len(index.ready) + (len(index.drafting) if self.policy.wants_drafting else 0)
-        if not flight.full and (n_ready or flight.steps):
-            planned_at = self._when(now, n_ready)
-            if planned_at > now:
-                wakes += [planned_at] if planned_at < math.inf else []
+        if not in_flight.full and (n_ready or in_flight.steps):
+            plan_at = in_flight.plan_at(now, self.sessions, n_ready, self.cost)
+            if plan_at > now:
+                wakes += [plan_at] if plan_at < math.inf else []
             else:
                 step, wake_at = self.planner.step(now)
                 if step is not None:
-                    flight.add(now, step, self.planner.load)
-                    flight.waiting = not flight.full
-                    actions += [step, WakeAt(flight.due(self.cost))] if flight.waiting else [step]
+                    actions.append(step)
+                    if (wake_at := in_flight.add(now, step, self.planner.load, self.cost)) is not None:
+                        actions.append(WakeAt(wake_at))
                     return actions
                 wakes.append(wake_at if wake_at is not None else now + self.limits.idle_s)
         if wakes:
             actions.append(WakeAt(min(wakes)))
         return actions
-
-    def _when(self, now: float, n_ready: int) -> float:
-        """When to plan the next step: now, later, or (inf) when a step is back."""
-        flight = self.in_flight
-        if not flight.steps:
-            return now
-        at = flight.due(self.cost)
-        if at <= now and not flight.pays(self.sessions, n_ready, self.cost):
-            at = math.inf
-        flight.waiting = at > now
-        return at
 
     def _step_done(self, now: float, event: StepDone) -> list[Action]:
         actions: list[Action] = []
