@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-clients test-replicas test-prometheus test-wheel \
 	check format lock check-lossless docs clean \
-	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
+	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead bench-depth
 
 setup: $(VENV)/.ready
 
@@ -119,6 +119,9 @@ bench-constraints: setup  ## what constraints cost, beside the last version with
 
 bench-ahead: setup  ## drafting ahead over a delayed line, beside a replay; minutes, on a machine that is quiet
 	$(BENCH) ahead --out docs/results
+
+bench-depth: setup  ## a second step in flight: simulated, then live servers in turn; ten minutes, on a machine that is quiet
+	$(BENCH) depth --out docs/results/depth.json
 
 bench: setup  ## every experiment: pages, data and plots, in two processes; `reality` needs the machine to itself
 	$(BENCH) experiments --out docs/results --jobs 2

@@ -51,6 +51,26 @@ def policy(
 
 
 @app.command()
+def depth(
+    live: Annotated[bool, typer.Option(help="Run servers, too: some eight minutes.")] = True,
+    json: Json = False,
+    out: Figures = None,
+) -> None:
+    """What a second step in flight is worth: simulated, and on live servers in turn."""
+    from benchmarks.depth import run_bench_depth
+
+    run_bench_depth(live=live, out=out, as_json=json)
+
+
+@app.command()
+def overlap(out: Figures = None) -> None:
+    """The overlap of memory and arithmetic in a step, fitted to public measurements: tables in Markdown."""
+    from benchmarks.overlap import run_bench_overlap
+
+    run_bench_overlap(out)
+
+
+@app.command()
 def constraints(
     pair: Annotated[str, typer.Option(help="Whose vocabulary, and who answers.")] = "qwen2.5-coder",
     before: Annotated[

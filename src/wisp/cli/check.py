@@ -20,6 +20,10 @@ def check_lossless(
         int | None, typer.Option(help="How many cases (default: 320 tiny, 12 otherwise).", min=1)
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random schedules.")] = 0,
+    depth: Annotated[
+        int | None,
+        typer.Option(help="Steps in flight (default: 1 and 2 in turn).", min=1, max=2, show_default=False),
+    ] = None,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
@@ -27,5 +31,7 @@ def check_lossless(
     from wisp.check.lossless import run_check
 
     raise typer.Exit(
-        run_check(pair, engine=engine, mode=mode, cases=cases, seed=seed, offline=offline, as_json=json)
+        run_check(
+            pair, engine=engine, mode=mode, cases=cases, seed=seed, depth=depth, offline=offline, as_json=json
+        )
     )
