@@ -36,9 +36,7 @@ from wisp.progress import progress_bar
 SHOWN = 10  # violations printed
 
 
-def run_check(
-    *, first: int, seeds: int, minutes: float, jobs: int, out: Path | None, as_json: bool
-) -> int:
+def run_check(*, first: int, seeds: int, minutes: float, jobs: int, out: Path | None, as_json: bool) -> int:
     """Check, print, and return the exit status: 0 if nothing was found. The first plan that fails is made shorter and
     written to `out` (default: a file named after its seed)."""
     with progress_bar() as tell:
@@ -92,5 +90,7 @@ def _show(report: Report, written: Path | None) -> None:
     for seed, what in list(report.violations.items())[:SHOWN]:
         console.print(f"seed {seed}: {what}", style="red", markup=False)
     if written is not None:
-        print(f"Made shorter in {written}; wisp check-faults --replay {written} runs it again.", file=sys.stderr)
+        print(
+            f"Made shorter in {written}; wisp check-faults --replay {written} runs it again.", file=sys.stderr
+        )
     print("passed" if report.passed else "FAILED", file=sys.stderr)

@@ -60,7 +60,9 @@ def edit_afresh(context: Sequence[int], sampling: Sampling, position: int) -> Ed
 class Text:
     """The target alone: the text of a prompt, one token at a time, written as far as it is asked for."""
 
-    def __init__(self, salt: int, prompt: Sequence[int], sampling: Sampling, most: int, *, ignore_eos: bool) -> None:
+    def __init__(
+        self, salt: int, prompt: Sequence[int], sampling: Sampling, most: int, *, ignore_eos: bool
+    ) -> None:
         self.prompt, self.most = list(prompt), most
         self._sampling = sampling.ending(() if ignore_eos else (EOS,))
         self._ends = {*(() if ignore_eos else (EOS,)), *sampling.stops}
@@ -238,7 +240,9 @@ class HashDraft:
         """Nothing is held."""
 
 
-def continued(salt: int, chain: Sequence[int], n_prompt: int, known: int, sampling: Sampling) -> Iterator[int]:
+def continued(
+    salt: int, chain: Sequence[int], n_prompt: int, known: int, sampling: Sampling
+) -> Iterator[int]:
     """The target's own tokens at the places of `chain` from `known` on, given all before each."""
     state = begun(salt)
     for token in chain[:known]:

@@ -27,7 +27,9 @@ def heal(world: World) -> None:
     """From now on nothing is broken any more."""
     net = world.net
     net.slow, net.proxied = 1.0, 0.0
-    for a, b in [tuple(pair) if len(pair) == 2 else (next(iter(pair)),) * 2 for pair in sorted(net.silent, key=sorted)]:
+    for a, b in [
+        tuple(pair) if len(pair) == 2 else (next(iter(pair)),) * 2 for pair in sorted(net.silent, key=sorted)
+    ]:
         net.join(a, b)
     for process in world.processes:
         if process.life.frozen:

@@ -1,11 +1,11 @@
 """Processes in virtual time: an asyncio event loop whose clock moves only when nothing is left to do.
 
-All processes of a simulated system share one loop, but each has a life of its own (`Life`): a clock that began somewhere,
-callbacks that are held while it is frozen, and an end after which none of its callbacks runs. A context variable says
-whose callback is running, so that the code of the product needs to know nothing of this.
+All processes of a simulated system share one loop, but each has a life of its own (`Life`): a clock that began at any
+time, callbacks that are held while it is frozen, and an end after which none of its callbacks runs. A context variable
+says whose callback is running, so the code of the product needs to know nothing of this.
 
-Callbacks run in the order of their times, and of their scheduling where times are equal. Nothing else decides the order,
-so the same seed gives the same run.
+Callbacks run in the order of their times, and of their scheduling where times are equal. Nothing else decides the
+order, so the same seed gives the same run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, cast
 
 TURNS = 50_000  # callbacks at one moment: more are a loop that never ends
 
@@ -57,7 +57,12 @@ class Handle:
     __slots__ = ("args", "callback", "context", "done", "life", "time")
 
     def __init__(
-        self, time_: float, callback: Callable[..., object], args: tuple[Any, ...], context: Context, life: Life
+        self,
+        time_: float,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        context: Context,
+        life: Life,
     ) -> None:
         self.time = time_  # by the life's own clock
         self.callback = callback
@@ -76,11 +81,12 @@ class Handle:
         return self.time
 
 
-class VirtualLoop(asyncio.AbstractEventLoop):
+class VirtualLoop:
     """As much of an event loop as the product uses. `now`: seconds since the start of the simulation."""
 
     def __init__(self, trouble: Callable[[str], None]) -> None:
         """`trouble` is told of exceptions that nobody has caught."""
+        self._loop = cast(asyncio.AbstractEventLoop, self)
         self.now = 0.0
         self.turns = 0  # callbacks that have run
         self._trouble = trouble
@@ -134,7 +140,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def run(self, until: Callable[[], bool]) -> bool:
         """Go on until that is true, which is asked whenever the clock is about to move. False if nothing is left to
         do."""
-        events._set_running_loop(self)
+        events._set_running_loop(self._loop)
         try:
             while True:
                 while self._ready:
@@ -175,7 +181,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self._over = True
         self._ready.clear()
         self._timers.clear()
-        events._set_running_loop(self)  # which a `finally` may ask for
+        events._set_running_loop(self._loop)  # which a `finally` may ask for
         try:
             for life in self.lives:
                 life.held.clear()
@@ -183,7 +189,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
                     if not task.done():
                         task._log_destroy_pending = False  # type: ignore[attr-defined]
                         with contextlib.suppress(Exception, asyncio.CancelledError):
-                            life.context.copy().run(task.get_coro().close)  # type: ignore[union-attr]
+                            life.context.copy().run(task.get_coro().close)
                 life.tasks.clear()
             gc.collect()
         finally:
@@ -195,9 +201,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         life = _life.get(None)
         return self.now + life.offset if life is not None else self.now
 
-    def call_soon(
-        self, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> Any:
+    def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> Any:
         context = context or copy_context()
         life = context.get(_life, _NOBODY)
         handle = Handle(self.now + life.offset, callback, args, context, life)
@@ -223,21 +227,21 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return self.call_later(when - self.time(), callback, *args, context=context)
 
     def create_future(self) -> asyncio.Future[Any]:
-        return asyncio.Future(loop=self)
+        return asyncio.Future(loop=self._loop)
 
-    def create_task(  # type: ignore[override]
+    def create_task(
         self, coro: Coroutine[Any, Any, Any], *, name: str | None = None, context: Context | None = None
     ) -> asyncio.Task[Any]:
         context = context or copy_context()
         life = context.get(_life, _NOBODY)
-        task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, name=name, context=context)
+        task: asyncio.Task[Any] = asyncio.Task(coro, loop=self._loop, name=name, context=context)
         tasks = life.tasks
         tasks.append(task)
         if len(tasks) > 64 and len(tasks) % 64 == 0:
             life.tasks = [t for t in tasks if not t.done()]
         return task
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         """The call is made at once, by this thread, and its result comes when it would be there."""
         future = self.create_future()
         try:

@@ -31,8 +31,12 @@ PING_S, PONG_S = 10.0, 20.0  # between pings of either end, and the longest wait
 NORMAL = Close(1000, "")
 LOST = Close(1006, "")  # no close frame came
 
-App = Callable[[dict[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
-Http = Callable[[str, str, str], Awaitable[tuple[int, bytes]]]  # (method, path, authorization) -> (status, body)
+App = Callable[
+    [dict[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]
+]
+Http = Callable[
+    [str, str, str], Awaitable[tuple[int, bytes]]
+]  # (method, path, authorization) -> (status, body)
 
 
 class Listener:
@@ -84,10 +88,10 @@ class Way:
         self.net, self.rng, self.to = net, rng, to
         self.free = 0.0  # when the last frame arrives
         self.stalls = 0
-        self.held: list[Callable[[], None]] = []
+        self.held: list[Callable[[], object]] = []
         self.cut = False
 
-    def carry(self, what: Callable[[], None]) -> None:
+    def carry(self, what: Callable[[], object]) -> None:
         """Have the other end do `what`, in its turn."""
         if self.cut:
             return
@@ -95,7 +99,7 @@ class Way:
         self.free = max(self.free, now + self.net.delay(self.rng))
         self.net.loop.run_in(self.to.life, self._arrive, what, after_s=self.free - now)
 
-    def _arrive(self, what: Callable[[], None]) -> None:
+    def _arrive(self, what: Callable[[], object]) -> None:
         if self.cut:
             return
         if self.stalls:
@@ -158,10 +162,12 @@ class Line:
         now = self.net.loop.now
         if end.unanswered is not None and now >= end.unanswered + PONG_S:
             end.close(LOST)
+            self.drain(end)
             return
         if end.unanswered is None:
             end.unanswered = now
-        out.carry(lambda: back.carry(lambda: self._pong(end)))
+        other = self.server if end is self.client else self.client
+        out.carry(lambda: back.carry(lambda: self._pong(end)) if other.closed is None else None)
         self.net.loop.run_in(end.life, self._ping, end, out, back, after_s=PING_S)
 
     def _pong(self, end: End) -> None:
@@ -268,7 +274,7 @@ class Network:
             line.down.stall()
         answer: asyncio.Future[tuple[int, dict[str, str], bytes] | None] = self.loop.create_future()
         request = list(headers.items())
-        line.up.carry(lambda: _serve(self.loop, line, listener, request, answer) and None)
+        line.up.carry(lambda: _serve(self.loop, line, listener, request, answer))
         try:
             refused = await answer
         except BaseException:
@@ -415,7 +421,9 @@ class VirtualConnect:
 
     net: Network
 
-    def __init__(self, url: str, *, additional_headers: dict[str, str], open_timeout: float, **rest: object) -> None:
+    def __init__(
+        self, url: str, *, additional_headers: dict[str, str], open_timeout: float, **rest: object
+    ) -> None:
         self._address = urlsplit(url).netloc
         self._headers = additional_headers
         self._timeout = open_timeout
@@ -449,7 +457,9 @@ class VirtualClient:
     async def post(self, url: str, headers: dict[str, str], timeout: float | None = None) -> VirtualResponse:
         return await self._ask("POST", url, headers, timeout)
 
-    async def _ask(self, method: str, url: str, headers: dict[str, str], timeout: float | None) -> VirtualResponse:
+    async def _ask(
+        self, method: str, url: str, headers: dict[str, str], timeout: float | None
+    ) -> VirtualResponse:
         status, body = await self.net.request(method, url, headers["Authorization"], timeout or self._timeout)
         return VirtualResponse(status, body)
 

@@ -1,45 +1,39 @@
 """The processes of a simulated system: verifiers, routers with their replicas, edges. Each is the product's own code.
 
-What `wisp serve` and `wisp edge` build around it (HTTP, files, threads) is left out or, where decisions wait for it, played
-by `network` and `loop`. A process is started, and ends by itself, by a signal, or by being killed; whoever looks after
-it (a service manager, the router) starts it again.
+What `wisp serve` and `wisp edge` build around it (HTTP, files, threads) is left out or, where decisions wait for it,
+played by `network` and `loop`. A process is started, and ends by itself, by a signal, or by being killed; whoever looks
+after it (a service manager, the router) starts it again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from wisp.api.backend import Committed, Generation
-from wisp.api.keys import Keyring, _digest, on_behalf
+from wisp.api.keys import Keyring, _digest
 from wisp.api.process import Listen
 from wisp.check.faults.engine import HashDraft, HashTarget, tokenizer
 from wisp.check.faults.loop import Life
-from wisp.check.faults.network import Http, Listener
-from wisp.check.faults.plan import Shape
+from wisp.check.faults.network import Listener
 from wisp.core.draft.policies import Ahead
-from wisp.core.errors import RequestError, UnavailableError, WispError
-from wisp.core.protocol.messages import Welcome
-from wisp.core.protocol.slo import Slo
-from wisp.core.protocol.step import Round
+from wisp.core.errors import RequestError, UnavailableError
 from wisp.core.route.placement import Placement
 from wisp.core.verify.admission import Admission, KeyLimits
 from wisp.core.verify.events import Run, StepDone
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
 from wisp.engines.base import TargetEngine
-from wisp.engines.build import drafting_policies
 from wisp.router.fleet import Fleet, Replica
 from wisp.router.host import RouterHost
 from wisp.router.metrics import RouterMetrics
 from wisp.router.replica import ReplicaSpec
 from wisp.router.thin import LocalLink, RouterBackend
 from wisp.server.app import Settings
-from wisp.server.control import MOVE_PATH, REPORT_PATH, report_of
+from wisp.server.control import MOVE_PATH, REPORT_PATH, Report, report_of
 from wisp.server.crowd import Crowd
 from wisp.server.engine_thread import EngineThread
 from wisp.server.host import VerifierHost
@@ -144,7 +138,7 @@ class VerifierProcess(Process):
         self.endpoint = SessionEndpoint(self.ready, self.keys.authorize)
         self.crowd = Crowd(self.endpoint, self.keys.authorize, world.shape.sockets)
         self._stopping = False
-        world.net.listeners[address] = Listener(self.life, self.crowd, self.http)  # type: ignore[arg-type]
+        world.net.listeners[address] = Listener(self.life, self.crowd, self.http)
         world.loop.run_in(self.life, self._load, after_s=world.rng.uniform(0.05, 0.6))
 
     def ready(self) -> VerifierHost:
@@ -227,7 +221,7 @@ class RouterProcess(Process):
         self.endpoint = SessionEndpoint(self._ready, self.keys.authorize)
         self.crowd = Crowd(self.endpoint, self.keys.authorize, world.shape.sockets)
         self.call(self._start)
-        world.net.listeners[address] = Listener(self.life, self.crowd, self._http)  # type: ignore[arg-type]
+        world.net.listeners[address] = Listener(self.life, self.crowd, self._http)
 
     def _start(self) -> None:
         placement = Placement()
@@ -239,7 +233,7 @@ class RouterProcess(Process):
             None,
             drain_s=self.world.shape.drain_s,
             changed=self._changed,
-            heard=lambda replica, report: self.host.heard(replica, report),
+            heard=self._heard,
         )
         self.placement = placement
         self.host = RouterHost(self.fleet, placement, Admission(1 << 40, self.keys.limits), self.metrics)
@@ -259,6 +253,9 @@ class RouterProcess(Process):
         self.host.changed()
         self.backend.changed()
 
+    def _heard(self, replica: Replica, report: Report) -> None:
+        self.host.heard(replica, report)
+
     def _ready(self) -> RouterHost:
         self.host.welcome()
         return self.host
@@ -277,10 +274,8 @@ class RouterProcess(Process):
         """Have an operator do something to the fleet. What is refused is refused."""
 
         async def work() -> None:
-            try:
+            with contextlib.suppress(RequestError):
                 await what(self.fleet)
-            except RequestError:
-                pass
 
         self.call(lambda: self.world.loop.create_task(work()))
 

@@ -7,17 +7,18 @@ another key's session may.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from websockets.exceptions import WebSocketException
 
 from wisp.check.faults.engine import EOS, N_VOCAB, Text, tokenizer
 from wisp.check.faults.network import VirtualConnect, VirtualSocket
 from wisp.check.faults.users import some_prompt, some_tokens
-from wisp.core.errors import ProtocolError
 from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.messages import (
     VERSION,
@@ -38,6 +39,15 @@ from wisp.core.protocol.slo import Slo
 if TYPE_CHECKING:
     from wisp.check.faults.world import World
 
+# Refusals that have nothing to do with what the peer said, and the one that an edge without a digest must be given.
+FAIR = {
+    "overloaded",
+    "rate_limit_exceeded",
+    "shutting_down",
+    "engine_error",
+    "logits_not_finite",
+    "model_changed",
+}
 HEARD_S = 1.0  # how long a peer listens when it has said all
 _pack = msgspec.msgpack.Encoder().encode
 
@@ -84,20 +94,14 @@ class Peer:
         return first if isinstance(first, Welcome) else None
 
 
-async def visit(world: World, address: str, key: str, what: Callable[[VirtualSocket], Awaitable[None]]) -> None:
+async def visit(
+    world: World, address: str, key: str, what: Callable[[VirtualSocket], Awaitable[None]]
+) -> None:
     """Connect, do `what`, and go. The network may break at any moment."""
     headers = {"Authorization": f"Bearer {key}"}
-    try:
+    with contextlib.suppress(OSError, TimeoutError, WebSocketException):
         async with VirtualConnect(address, additional_headers=headers, open_timeout=3.0) as socket:
             await what(socket)
-    except (OSError, TimeoutError, _websocket_errors()):
-        pass
-
-
-def _websocket_errors() -> type[Exception]:
-    from websockets.exceptions import WebSocketException
-
-    return WebSocketException
 
 
 # --- the release before
@@ -133,7 +137,7 @@ async def old_peer(world: World, address: str, key: str, rng: random.Random, *, 
             async with asyncio.timeout(3.0):
                 message = decode_server_message(await socket.recv(decode=False))
             if isinstance(message, Refused):
-                if had and message.code not in ("model_changed", "overloaded", "rate_limit_exceeded", "shutting_down", "engine_error", "logits_not_finite"):
+                if had and message.code not in FAIR:
                     raise world.violated(f"an edge without a digest was refused as {message.code}")
                 return
             if isinstance(message, Verdict):
@@ -359,5 +363,15 @@ async def _silent(peer: Peer, socket: VirtualSocket, welcome: Welcome) -> None:
     await asyncio.sleep(peer.rng.uniform(0.5, 4.0))
 
 
-ATTACKS = (_absurd_open, _absurd_open, _absurd_drafts, _absurd_drafts, _epochs, _steal, _flood, _garbage, _liar, _silent)
-_ = ProtocolError
+ATTACKS = (
+    _absurd_open,
+    _absurd_open,
+    _absurd_drafts,
+    _absurd_drafts,
+    _epochs,
+    _steal,
+    _flood,
+    _garbage,
+    _liar,
+    _silent,
+)

@@ -1,7 +1,7 @@
 """What happens in a run: the shape of the system, and a list of events, made from one seed or read from a file.
 
-An event names what happens and carries a few numbers, which are read when it happens: "the process number `pick` of those
-that are there then". So any part of the list is a run, too, and a list that fails can be made shorter.
+An event names what happens and carries a few numbers, which are read when it happens: "the process number `pick` of
+those that are there then". So any part of the list is a run, too, and a list that fails can be made shorter.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def plan_of(seed: int, faults: int = 100) -> Plan:
 
 def _swarm(rng: random.Random) -> dict[str, float]:
     """Some kinds of faults are left out of each run: what needs calm beside it is found, too."""
-    kept = {what: weight * rng.choice((0.3, 1.0, 3.0)) for what, weight in FAULTS.items() if rng.random() < 0.7}
+    kept = {
+        what: weight * rng.choice((0.3, 1.0, 3.0)) for what, weight in FAULTS.items() if rng.random() < 0.7
+    }
     return kept or dict.fromkeys(FAULTS, 1.0)
 
 

@@ -1,7 +1,7 @@
 """Making a plan that fails shorter: events are left out as long as it fails in the same way (delta debugging).
 
-Zeller and Hildebrandt, "Simplifying and isolating failure-inducing input" (2002). What is left is written as JSON, which
-`wisp check-faults --replay FILE` runs again; in `tests/check/faults` it is a test from then on.
+Zeller and Hildebrandt, "Simplifying and isolating failure-inducing input" (2002). What is left is written as JSON,
+which `wisp check-faults --replay FILE` runs again; in `tests/check/faults` it is a test from then on.
 """
 
 from __future__ import annotations

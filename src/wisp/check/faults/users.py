@@ -95,7 +95,11 @@ class Ask:
         try:
             digest = await connected()
             watch.text = Text(
-                self.world.salts[digest], self.prompt, self.sampling, self.max_tokens, ignore_eos=self.ignore_eos
+                self.world.salts[digest],
+                self.prompt,
+                self.sampling,
+                self.max_tokens,
+                ignore_eos=self.ignore_eos,
             )
             await self._read(key, digest, backend(), watch)
             self.outcome = watch.finish or "enough"

@@ -1,8 +1,8 @@
 """A system in virtual time: its processes, its network, its users, and what befalls them. A plan decides everything.
 
-    storm   the plan's events happen, and users ask
-    calm    all that was broken heals, and each request must end
-    after   everybody goes, and nothing may be left
+storm   the plan's events happen, and users ask
+calm    all that was broken heals, and each request must end
+after   everybody goes, and nothing may be left
 """
 
 from __future__ import annotations
@@ -211,7 +211,8 @@ class World:
 
             async def connected() -> str:
                 assert edge.link is not None
-                return (await edge.link.connected()).digest
+                digest: str = (await edge.link.connected()).digest
+                return digest
 
             ask.start("", connected, lambda: edge.backend)
         elif servers and self.limits:
@@ -329,18 +330,23 @@ class World:
             for ask in self.asks:
                 if not ask.over:
                     given = ask.watch.given if ask.watch is not None else 0
-                    self.violated(f"{ask.name} has not ended {CALM_S:g} s after the last fault; it has {given} tokens")
+                    self.violated(
+                        f"{ask.name} has not ended {CALM_S:g} s after the last fault; it has {given} tokens"
+                    )
 
     def _leave(self) -> None:
         self.leaving = True
         left: list[str] = []
         for edge in self.alive(EdgeProcess):
-            assert edge.backend is not None and edge.link is not None
+            if edge.backend is None or edge.link is None:  # it has just been born
+                continue
             if edge.backend.sessions or edge.link._listeners:
-                left.append(f"{edge.name}: {edge.backend.sessions} sessions, {len(edge.link._listeners)} listeners")
+                left.append(
+                    f"{edge.name}: {edge.backend.sessions} sessions, {len(edge.link._listeners)} listeners"
+                )
             edge.kill()
-        self._run_until(self.loop.now + self.shape.park_s + SETTLE_S)
-        self._run_until(self.loop.now + GONE_S, self._empty)
+        self._run_until(self.loop.now + GONE_S + self.shape.park_s, self._empty)
+        self._run_until(self.loop.now + SETTLE_S)
         for watch in self.watches():
             left += watch.left_behind()
         for router in self.alive(RouterProcess):
