@@ -82,6 +82,7 @@ def _show(report: Report, written: Path | None) -> None:
         "CPU seconds": f"{report.cpu_s:.0f} ({rate:.0f} faults a second)",
     }
     rows |= {f"fault: {name}": count for name, count in report.by_kind.items()}
+    rows |= {f"seen: {name}": count for name, count in report.by_situation.items()}
     rows |= {f"request: {name}": count for name, count in report.by_outcome.items()}
     for name, value in rows.items():
         table.add_row(name, str(value))

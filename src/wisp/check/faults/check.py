@@ -28,6 +28,7 @@ class Report(msgspec.Struct):
     virtual_s: float = 0.0
     cpu_s: float = 0.0
     by_kind: dict[str, int] = {}
+    by_situation: dict[str, int] = {}
     by_outcome: dict[str, int] = {}
     violations: dict[int, str] = {}
 
@@ -52,7 +53,7 @@ def run_seeds(seeds: Sequence[int]) -> Batch:
 def check(first: int, seeds: int, *, minutes: float, jobs: int, tell: Tell = lambda *_: None) -> Report:
     """Run `seeds` seeds from `first` on, or as many as `minutes` allow (0: all)."""
     report = Report(first)
-    kinds, outcomes = Counter[str](), Counter[str]()
+    kinds, situations, outcomes = Counter[str](), Counter[str](), Counter[str]()
     until = time.monotonic() + minutes * 60.0 if minutes else float("inf")
     with Runs(jobs) as runs:
         for share in _shares(first, seeds, jobs):
@@ -61,11 +62,13 @@ def check(first: int, seeds: int, *, minutes: float, jobs: int, tell: Tell = lam
                 for outcome in batch.outcomes:
                     _add(report, outcome)
                     kinds.update(outcome.faults)
+                    situations.update(outcome.seen)
                     outcomes.update(outcome.asks)
             tell("Seeds", report.seeds, seeds)
             if time.monotonic() >= until:
                 break
     report.by_kind, report.by_outcome = dict(sorted(kinds.items())), dict(sorted(outcomes.items()))
+    report.by_situation = dict(sorted(situations.items()))
     report.virtual_s = round(report.virtual_s, 1)
     return report
 

@@ -184,6 +184,7 @@ class Network:
         self.lines: dict[str, Line] = {}
         self.silent: set[frozenset[str]] = set()  # pairs of hosts between which nothing passes
         self.slow = 1.0
+        self.balanced: dict[str, list[str]] = {}  # addresses that each stand for several
         self.proxied = 0.0  # until then, something else answers new connections
         self._made = 0
         self._rng = self.chance("requests")
@@ -250,6 +251,9 @@ class Network:
     async def _reach(self, me: Life, address: str) -> Listener:
         """The process at that address. Raises what a socket would; hangs where nothing comes back."""
         await asyncio.sleep(2 * self.delay(self._rng))
+        if address in self.balanced:
+            behind = self.balanced[address]
+            address = self._rng.choice([a for a in behind if a in self.listeners] or behind)
         listener = self.listeners.get(address)
         host = listener.life.name if listener is not None else address
         if self.parted(me.name, host):

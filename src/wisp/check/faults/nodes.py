@@ -27,7 +27,7 @@ from wisp.core.verify.events import Run, StepDone
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
 from wisp.engines.base import TargetEngine
-from wisp.router.fleet import Fleet, Replica
+from wisp.router.fleet import SERVING, Fleet, Replica
 from wisp.router.host import RouterHost
 from wisp.router.metrics import RouterMetrics
 from wisp.router.replica import ReplicaSpec
@@ -192,11 +192,11 @@ class VerifierProcess(Process):
     async def http(self, method: str, path: str, authorization: str) -> tuple[int, bytes]:
         """What a router asks (`server.control`)."""
         if self.keys.speaks_for(authorization) is None:
-            return 404, b""
+            return 404, b"{}"
         try:
             host = self.ready()
         except RequestError as error:
-            return error.status, b""
+            return error.status, msgspec.json.encode({"error": {"message": str(error)}})
         if path == REPORT_PATH:
             return 200, msgspec.json.encode(report_of(host))
         assert path == MOVE_PATH
@@ -311,7 +311,7 @@ class RouterProcess(Process):
 
     def left_behind(self) -> list[str]:
         """What is there that should not be, once everybody has gone."""
-        host = self.host
+        host, serving = self.host, [r for r in self.fleet.replicas.values() if r.state in SERVING]
         counts = {
             "connections": host._sockets(),
             "Opens that wait": sum(len(queue.opens) for queue in host._waiting.values()),
@@ -319,6 +319,7 @@ class RouterProcess(Process):
             "sockets in the crowd": len(self.crowd._inside),
             "sessions counted": sum(u.sessions for u in host.admission.usage.values()),
             "sessions of thin clients": sum(e.sessions for e in self.backend._edges.values()),
+            "replicas that are gone": len(self.placement._replicas.keys() - {r.name for r in serving}),
         }
         return [f"{self.name}: {n} {what}" for what, n in counts.items() if n]
 
@@ -329,7 +330,7 @@ class RouterProcess(Process):
             child.stop()
 
     async def _http(self, method: str, path: str, authorization: str) -> tuple[int, bytes]:
-        return 404, b""
+        return 404, b"{}"
 
 
 class _Launcher:

@@ -18,7 +18,7 @@ from wisp.check.faults.engine import Text, begun, edit_afresh, read, says
 from wisp.core.errors import EngineDeadError, RequestError
 from wisp.core.protocol.messages import Open, Refused, Verdict
 from wisp.core.protocol.step import Committed
-from wisp.core.verify.events import Action, InEvent, Received, Run, Send, StepDone
+from wisp.core.verify.events import Action, EdgeLost, InEvent, Received, Run, Send, StepDone
 from wisp.core.verify.kv import Sharers
 from wisp.core.verify.session import IN_ENGINE, PARKED, READY, WAITING, Session
 from wisp.core.verify.verifier import Verifier
@@ -95,7 +95,10 @@ class VerifierWatch:
         before = {h: (s, s.n_committed) for h, s in self._step.items()} if isinstance(event, StepDone) else {}
         if isinstance(event, StepDone):
             self._step = {}
+        self._note(event)
+        evicted = v.evicted
         actions = self._handle(now, event)
+        self.world.seen["KV taken for others"] += v.evicted - evicted
         for s, n in before.values():
             self.committed[s.key] += s.n_committed - n
         opened = (
@@ -110,6 +113,28 @@ class VerifierWatch:
                 self._check_run(action)
         self._check_books()
         return actions
+
+    def _note(self, event: InEvent) -> None:
+        """Count the situations that a run is to bring about."""
+        seen, v = self.world.seen, self.verifier
+        if isinstance(event, Received) and isinstance(event.message, Open):
+            if event.key not in self.process.keys.limits:
+                self.fail(f"an Open of the key {event.key}, which was revoked")
+            s = v._by_id.get(event.message.session)
+            if s is not None and s.key == event.key:
+                seen["session resumed"] += 1
+                seen["session resumed in a step"] += s.state in IN_ENGINE
+                ahead = len(event.message.committed) > s.n_committed
+                seen["edge knows more"] += ahead
+                seen["edge knows more in a step"] += ahead and s.state in IN_ENGINE
+            elif event.message.committed:
+                seen["session from elsewhere"] += 1
+        elif isinstance(event, StepDone):
+            seen["step failed"] += bool(event.error)
+            seen["slice failed"] += any(r.error for r in event.results)
+        elif isinstance(event, EdgeLost):
+            held = v._by_connection.get(event.connection, ())
+            seen["connection lost in a step"] += any(h in self._step for h in held)
 
     def fail(self, what: str) -> None:
         raise self.world.violated(f"{self.process.name}: {what}")
@@ -152,6 +177,7 @@ class VerifierWatch:
 
     def _check_sent(self, connection: int, message: Verdict | Refused, ids: dict[str, Session]) -> None:
         if isinstance(message, Refused):
+            self.world.seen[f"refused: {message.code}"] += 1
             return
         s = ids.get(message.session)
         key = self.host._keys.get(connection)
@@ -172,11 +198,17 @@ class VerifierWatch:
         v, content = self.verifier, self._content
         if self._step:
             self.fail("two steps at once")
+        seen = self.world.seen
+        seen["prefix copied"] += len(run.copies)
+        seen["step of many"] += len(run.slices) > 1
+        seen["prompt in pieces"] += any(not s.sample for s in run.slices)
+        seen["draft verified"] += any(s.n_draft for s in run.slices)
         for c in run.copies:
             content[c.target] = content[c.source]
         slots = set()
         for work in run.slices:
             s = v.sessions[work.session]
+            seen["prefix reused"] += bool(s.progress.reused) and not s.round.heard
             if work.start and content.get(work.slot) != s.params.sharers:
                 self.fail(f"KV of {content.get(work.slot)} is used for {s.params.sharers}")
             content[work.slot] = s.params.sharers
@@ -225,6 +257,15 @@ class VerifierWatch:
                 self.fail(f"session {s.id} waits for an edge that is gone")
             if s.connection >= 0 and handle not in v._by_connection.get(s.connection, ()):
                 self.fail(f"session {s.id} would not hear of the loss of its connection")
+        if any(s.state is not PARKED for s in index.parked.values()):
+            self.fail("a session that is not parked will expire")
+        if any(s.state is not READY for s in index.ready.values()):
+            self.fail("a session that is not ready may be picked")
+        demand = v.slo_admission._demand
+        if demand is not None and len(demand._shares) > len(v.sessions):
+            self.fail(
+                f"{len(demand._shares)} sessions are expected to need steps, and there are {len(v.sessions)}"
+            )
         if with_slot != len(owners):
             self.fail(f"{len(owners)} slots are owned by {with_slot} sessions")
         usage = v.admission.usage

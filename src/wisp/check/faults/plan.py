@@ -50,6 +50,7 @@ FAULTS = {
 class Shape(msgspec.Struct, frozen=True):
     """The system. Tokens and seconds. `replicas` 0: verifiers alone, each the home of some edges.
 
+    balanced: edges have one address for all verifiers, and each connection leads to any of them
     edges: (key, drafting policy; "" for none) of each
     sockets: most session sockets of a server
     """
@@ -69,6 +70,7 @@ class Shape(msgspec.Struct, frozen=True):
     sockets: int
     slo_admission: bool
     limits: dict[str, KeyLimits]
+    balanced: bool = False
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True):
@@ -99,9 +101,10 @@ def shape_of(rng: random.Random) -> Shape:
     limits = {key: KeyLimits() for key in keys}
     if rng.random() < 0.3:
         limits[keys[0]] = KeyLimits(sessions=rng.randint(2, 6), requests_per_minute=rng.choice((0, 120)))
+    verifiers = 0 if fleet else rng.randint(1, 3)
     return Shape(
         replicas=rng.randint(2, 4) if fleet else 0,
-        verifiers=0 if fleet else rng.randint(1, 2),
+        verifiers=verifiers,
         edges=edges,
         batching=rng.choice(("wisp", "wisp", "wisp", "continuous", "fcfs", "paper", "wisp:keep")),
         slots=slots,
@@ -115,6 +118,7 @@ def shape_of(rng: random.Random) -> Shape:
         sockets=rng.choice((4, 64, 64)),
         slo_admission=rng.random() < 0.5,
         limits=limits,
+        balanced=verifiers > 1 and rng.random() < 0.7,
     )
 
 

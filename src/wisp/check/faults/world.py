@@ -36,7 +36,7 @@ from wisp.server.app import Settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HOME = "home:80"
+HOME, ANY = "home:80", "any:80"
 CALM_S = 90.0  # in which every request must end once nothing fails any more
 GONE_S = 45.0  # after which the last connection is known to be lost
 SETTLE_S = 3.0  # for what comes last: reports of replicas, sessions sent away
@@ -56,10 +56,12 @@ class Found(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What came of a run. faults: that took effect, by kind. trace: a hash of all that happened, in order."""
+    """What came of a run. faults: that took effect, by kind. seen: situations at verifiers. asks: requests by outcome.
+    events: of verifiers. trace: a hash of all that happened, in order."""
 
     seed: int
     faults: dict[str, int]
+    seen: dict[str, int]
     asks: dict[str, int]
     tokens: int
     events: int
@@ -77,9 +79,13 @@ class World:
         self.loop = VirtualLoop(self._trouble)
         self.net = Network(self.loop, plan.seed)
         self.rng = self.net.chance("world")
+        self.homes = [HOME, *(f"home{i}:80" for i in range(1, self.shape.verifiers))]
+        if self.shape.balanced:
+            self.net.balanced[ANY], self.homes = self.homes, [ANY]
         self.oracles = Oracles(self)
         self.found: Found | None = None
         self.happened: Counter[str] = Counter()
+        self.seen: Counter[str] = Counter()  # situations at verifiers
         self.events = 0  # of verifiers
         self.outcomes: Counter[str] = Counter()
         self.tokens = 0
@@ -193,7 +199,7 @@ class World:
         if self.leaving:
             return
         key, kind = self.shape.edges[number]
-        home = HOME if self.shape.replicas or number % self.shape.verifiers == 0 else "home1:80"
+        home = self.homes[number % len(self.homes)]
         over = self._again(lambda: self.start_edge(number))
         self.processes.append(EdgeProcess(self, f"edge{number}", home, key, kind, over))
 
@@ -283,6 +289,7 @@ class World:
         return Outcome(
             self.plan.seed,
             dict(sorted(self.happened.items())),
+            dict(sorted((+self.seen).items())),
             dict(sorted(self.outcomes.items())),
             self.tokens,
             self.events,
@@ -325,7 +332,14 @@ class World:
 
         self.calm = True
         heal(self)
-        done = self._run_until(self.loop.now + CALM_S, lambda: all(a.over for a in self.asks))
+        waiting = list(self.asks)
+
+        def over() -> bool:
+            while waiting and waiting[-1].over:
+                waiting.pop()
+            return not waiting
+
+        done = self._run_until(self.loop.now + CALM_S, over)
         if not done and self.found is None:
             for ask in self.asks:
                 if not ask.over:
@@ -335,8 +349,15 @@ class World:
                     )
 
     def _leave(self) -> None:
-        self.leaving = True
         left: list[str] = []
+        if not self._run_until(self.loop.now + GONE_S + self.shape.park_s, self._nobody_served):
+            names = [
+                (w.process.name, s.id, s.state.name)
+                for w in self.watches()
+                for s in w.verifier.sessions.values()
+            ]
+            left.append(f"sessions that nobody asks for: {names}")
+        self.leaving = True
         for edge in self.alive(EdgeProcess):
             if edge.backend is None or edge.link is None:  # it has just been born
                 continue
@@ -353,6 +374,9 @@ class World:
             left += router.left_behind()
         if left and self.found is None:
             self.violated("left behind: " + "; ".join(left))
+
+    def _nobody_served(self) -> bool:
+        return not any(w.verifier.sessions for w in self.watches())
 
     def _empty(self) -> bool:
         """Do servers know of nobody any more?"""
