@@ -114,8 +114,8 @@ class Way:
         self.stalls -= 1
         if not self.stalls:
             held, self.held = self.held, []
-            for what in held:
-                self.carry(what)
+            for what in held:  # before all that is on its way yet
+                self.net.loop.run_in(self.to.life, self._arrive, what)
 
 
 class Line:
