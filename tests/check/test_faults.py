@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import planted
 from wisp.check.faults.check import check
 from wisp.check.faults.engine import HashTarget, Text
-from wisp.check.faults.loop import VirtualLoop
+from wisp.check.faults.loop import Restless, VirtualLoop
 from wisp.check.faults.plan import FAULTS, Event, Plan, plan_of, with_events
 from wisp.check.faults.shrink import Case, alike, read_case, shrink, write_case
 from wisp.check.faults.world import Found, run_plan
@@ -218,7 +218,7 @@ def test_a_process_that_does_not_come_to_rest_is_found() -> None:
         loop.run_in(life, again)
 
     again()
-    with pytest.raises(RuntimeError, match="busy does not come to rest"):
+    with pytest.raises(Restless, match="busy does not come to rest"):
         loop.run(lambda: False)
 
 

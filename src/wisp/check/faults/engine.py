@@ -7,9 +7,7 @@ So any slip in the bookkeeping of slots, prefixes, rollbacks or copies changes t
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-
-import msgspec
+from collections.abc import Sequence
 
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import EngineDeadError, EngineError
@@ -238,21 +236,3 @@ class HashDraft:
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def continued(
-    salt: int, chain: Sequence[int], n_prompt: int, known: int, sampling: Sampling
-) -> Iterator[int]:
-    """The target's own tokens at the places of `chain` from `known` on, given all before each."""
-    state = begun(salt)
-    for token in chain[:known]:
-        state = read(state, token)
-    for at in range(known, len(chain)):
-        position = at - n_prompt
-        yield says(state, sampling, position, edit_afresh(chain[:at], sampling, position))
-        state = read(state, chain[at])
-
-
-def replaced(sampling: Sampling, **fields: object) -> Sampling:
-    """`sampling` with other fields."""
-    return msgspec.structs.replace(sampling, **fields)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from wisp.check.faults.network import Line
+from wisp.check.faults.network import LOST, Line
 from wisp.check.faults.nodes import EdgeProcess, Process, RouterProcess, VerifierProcess
 from wisp.check.faults.peers import hostile_peer, old_peer
 from wisp.check.faults.plan import Event
@@ -26,10 +26,8 @@ def befall(world: World, event: Event) -> bool:
 def heal(world: World) -> None:
     """From now on nothing is broken any more."""
     net = world.net
-    net.slow, net.proxied = 1.0, 0.0
-    for a, b in [
-        tuple(pair) if len(pair) == 2 else (next(iter(pair)),) * 2 for pair in sorted(net.silent, key=sorted)
-    ]:
+    net.slow, net.proxied, net.outdated = 1.0, 0.0, 0.0
+    for a, b in sorted(map(sorted, net.silent)):
         net.join(a, b)
     for process in world.processes:
         if process.life.frozen:
@@ -71,7 +69,7 @@ def _drain_line(world: World, event: Event) -> bool:
     end = line.client if event.more % 3 else line.server
     if end.closed is not None:
         return False
-    world.loop.run_in(end.life, end.close, _LOST)
+    world.loop.run_in(end.life, end.close, LOST)
     line.drain(end)
     return True
 
@@ -111,6 +109,11 @@ def _slow(world: World, event: Event) -> bool:
 
 def _proxy(world: World, event: Event) -> bool:
     world.net.proxied = world.loop.now + event.x * 3.0
+    return True
+
+
+def _old_server(world: World, event: Event) -> bool:
+    world.net.outdated = world.loop.now + event.x * 2.0
     return True
 
 
@@ -299,8 +302,6 @@ def _hostile(world: World, event: Event) -> bool:
     return True
 
 
-from wisp.check.faults.network import LOST as _LOST  # noqa: E402
-
 _KINDS: dict[str, Callable[[World, Event], bool]] = {
     "cut": _cut,
     "drain_line": _drain_line,
@@ -308,6 +309,7 @@ _KINDS: dict[str, Callable[[World, Event], bool]] = {
     "part": _part,
     "slow": _slow,
     "proxy": _proxy,
+    "old_server": _old_server,
     "kill": _kill,
     "vanish": _vanish,
     "freeze": _freeze,

@@ -31,6 +31,10 @@ TURNS = 50_000  # callbacks at one moment: more are a loop that never ends
 _life: ContextVar[Life] = ContextVar("life")
 
 
+class Restless(Exception):
+    """Callbacks follow each other, and the clock never moves."""
+
+
 class Life:
     """A process from its start to its end. `offset`: what its clock adds to the time of the simulation, seconds."""
 
@@ -49,6 +53,11 @@ class Life:
 
 _NOBODY = Life("nobody")  # whoever outlives the simulation
 _NOBODY.alive = False
+
+
+def present_life() -> Life:
+    """Whose code is running."""
+    return _life.get()
 
 
 class Handle:
@@ -166,7 +175,7 @@ class VirtualLoop:
             return
         self.turns += 1
         if self.turns - self._moment > TURNS:
-            raise RuntimeError(f"{life.name} does not come to rest: {handle.callback!r}")
+            raise Restless(f"{life.name} does not come to rest: {handle.callback!r}")
         try:
             handle.context.run(handle.callback, *handle.args)
         except Exception as error:

@@ -25,7 +25,7 @@ from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.frames import Close
 from websockets.http11 import Response
 
-from wisp.check.faults.loop import Life, VirtualLoop, _life
+from wisp.check.faults.loop import Life, VirtualLoop, present_life
 
 PING_S, PONG_S = 10.0, 20.0  # between pings of either end, and the longest wait for the answer
 NORMAL = Close(1000, "")
@@ -186,6 +186,8 @@ class Network:
         self.slow = 1.0
         self.balanced: dict[str, list[str]] = {}  # addresses that each stand for several
         self.proxied = 0.0  # until then, something else answers new connections
+        self.outdated = 0.0  # until then, it is a server of the release before
+        self.old_server: App | None = None
         self._made = 0
         self._rng = self.chance("requests")
 
@@ -266,7 +268,7 @@ class Network:
         """A session socket, or the HTTP answer that refuses it."""
         self._made += 1
         name = f"c{self._made}"
-        me = _life.get()
+        me = present_life()
         listener = await self._reach(me, address)
         if self.loop.now < self.proxied:
             return 502, {}, b"a proxy"
@@ -294,7 +296,7 @@ class Network:
     async def request(self, method: str, url: str, authorization: str, timeout_s: float) -> tuple[int, bytes]:
         """An HTTP request and its answer. Raises httpx.HTTPError."""
         parts = urlsplit(url)
-        me = _life.get()
+        me = present_life()
         try:
             async with asyncio.timeout(timeout_s):
                 listener = await self._reach(me, parts.netloc)
@@ -380,7 +382,8 @@ def _serve(
 
     async def work() -> None:
         try:
-            await listener.app(scope, receive, send)
+            old = line.net.old_server if loop.now < line.net.outdated else None
+            await (old or listener.app)(scope, receive, send)
         finally:
             if end.life.alive:
                 line.close(end, NORMAL)

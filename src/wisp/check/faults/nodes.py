@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +186,6 @@ class VerifierProcess(Process):
         if self.host is not None:
             await self.host.drain(self.settings.drain_s)
             await asyncio.sleep(0.01)  # what is queued leaves
-            self.world.oracles.verifier_down(self)
             self.host.stop()
         self._end(STOPPED)
 
@@ -217,7 +217,6 @@ class RouterProcess(Process):
         self.keys.set(world.limits)
         self.children: list[VerifierProcess] = []
         self._replicas = replicas
-        self._ports = 0
         self.endpoint = SessionEndpoint(self._ready, self.keys.authorize)
         self.crowd = Crowd(self.endpoint, self.keys.authorize, world.shape.sockets)
         self.call(self._start)
@@ -280,8 +279,9 @@ class RouterProcess(Process):
         self.call(lambda: self.world.loop.create_task(work()))
 
     def launch(self, spec: ReplicaSpec) -> VerifierProcess:
-        self._ports += 1
-        host = f"{self.name}-{self._ports}"
+        """At the first free address, which may be that of one that has died."""
+        hosts = (f"{self.name}-{n}" for n in itertools.count(1))
+        host = next(h for h in hosts if f"{h}:80" not in self.world.net.listeners)
         child = VerifierProcess(
             self.world,
             host,

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from wisp.check.faults.engine import Text, begun, edit_afresh, read, says
 from wisp.core.errors import EngineDeadError, RequestError
 from wisp.core.protocol.messages import Open, Refused, Verdict
@@ -46,8 +44,9 @@ EXCUSES: dict[str, set[str]] = {
     "logits_not_finite": {"nan"},
     "engine_error": {"step", "slice", "dead"},
     "verifiers_lost": _LOSSES,
-    "verifier_unavailable": _LOSSES | {"proxy", "swap", "slow"},
+    "verifier_unavailable": _LOSSES | {"proxy", "old_server", "swap", "slow"},
     "verifier_unauthorized": {"revoke"},
+    "version_mismatch": {"old_server"},
     "overloaded": set(),  # the system is small
     "rate_limit_exceeded": set(),
     "shutting_down": {"stop", "operate", "hang", "dead", "swap"},
@@ -119,7 +118,9 @@ class VerifierWatch:
         seen, v = self.world.seen, self.verifier
         if isinstance(event, Received) and isinstance(event.message, Open):
             keys = self.process.keys
-            own = event.connection in self.host._sockets and not keys.router  # a router vouches for its thin clients
+            own = (
+                event.connection in self.host._sockets and not keys.router
+            )  # a router vouches for its thin clients
             if own and event.key not in keys.limits:
                 self.fail(f"an Open of the key {event.key}, which was revoked")
             s = v._by_id.get(event.message.session)
@@ -358,15 +359,7 @@ class Oracles:
     def verifier_up(self, process: VerifierProcess) -> None:
         self.watches.append(VerifierWatch(self._world, process))
 
-    def verifier_down(self, process: VerifierProcess) -> None:
-        """One that was drained ends."""
-
     def verifier_failed(self, process: VerifierProcess, error: Exception) -> None:
         """Its end must have been meant."""
         if not isinstance(error, EngineDeadError):
             raise self._world.violated(f"{process.name} failed: {error!r}")
-
-
-def encoded(value: object) -> bytes:
-    """For traces."""
-    return msgspec.json.encode(value)

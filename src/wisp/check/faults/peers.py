@@ -125,10 +125,12 @@ async def old_peer(world: World, address: str, key: str, rng: random.Random, *, 
         async with asyncio.timeout(5.0):
             first = decode_server_message(await socket.recv(decode=False))
         if router:
+            if isinstance(first, Welcome) and not first.digest:
+                return  # one of its own release
             if not isinstance(first, Refused) or first.code != "version_mismatch":
                 raise world.violated(f"a router took in an edge that follows no redirects: {first}")
             return
-        if not isinstance(first, Welcome):
+        if not isinstance(first, Welcome) or not first.digest:
             return
         salt.append(world.salts[first.digest])
         await socket.send(opening(len(salt)))
@@ -155,6 +157,33 @@ async def old_peer(world: World, address: str, key: str, rng: random.Random, *, 
         await visit(world, address, key, session)
 
 
+async def old_server(
+    scope: dict[str, Any],
+    receive: Callable[[], Awaitable[dict[str, Any]]],
+    send: Callable[[dict[str, Any]], Awaitable[None]],
+) -> None:
+    """A verifier of 0.1.0, as an ASGI application: it does not say which weights it runs, so no edge may use it."""
+    await receive()
+    await send({"type": "websocket.accept"})
+    if (await receive())["type"] != "websocket.receive":
+        return
+    welcome = [
+        "welcome",
+        VERSION,
+        "hash",
+        tokenizer().fingerprint,
+        N_VOCAB,
+        [EOS],
+        128,
+        64,
+        "hash",
+        "exact",
+        60.0,
+    ]
+    await send({"type": "websocket.send", "bytes": _pack(welcome)})
+    await receive()
+
+
 # --- nonsense
 
 
@@ -168,7 +197,7 @@ async def hostile_peer(world: World, address: str, key: str, rng: random.Random)
             await _bad_hello(peer, socket)
             return
         welcome = await peer.hello(socket)
-        if welcome is None:
+        if welcome is None or not welcome.digest:
             return
         for attack in attacks:
             await attack(peer, socket, welcome)
@@ -192,7 +221,7 @@ async def _bad_hello(peer: Peer, socket: VirtualSocket) -> None:
     await socket.send(rng.choice(frames))
     async with asyncio.timeout(12.0):
         first = decode_server_message(await socket.recv(decode=False))
-    if not isinstance(first, Refused):
+    if not isinstance(first, Refused) and not (isinstance(first, Welcome) and not first.digest):
         raise peer.world.violated(f"nonsense was welcomed: {first}")
 
 

@@ -24,6 +24,7 @@ FAULTS = {
     "part": 3,  # nothing passes between two hosts for a while
     "slow": 1,  # everything takes longer on the network for a while
     "proxy": 1,  # something else answers new connections for a while
+    "old_server": 1,  # a server of the previous release answers new connections for a while
     "kill": 4,  # a process is gone
     "vanish": 2,  # so is its machine
     "freeze": 4,  # a process does nothing for a while

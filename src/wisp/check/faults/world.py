@@ -22,10 +22,12 @@ import wisp.edge.link
 import wisp.server.host
 from wisp.api.backend import Backend
 from wisp.check.faults.engine import digest_of
-from wisp.check.faults.loop import Life, NoThread, VirtualLoop, virtual
+from wisp.check.faults.faults import befall, heal
+from wisp.check.faults.loop import Life, NoThread, Restless, VirtualLoop, present_life, virtual
 from wisp.check.faults.network import Network, VirtualClient, VirtualConnect
 from wisp.check.faults.nodes import EdgeProcess, Process, RouterProcess, TimedEngine, VerifierProcess
 from wisp.check.faults.oracles import Oracles, VerifierWatch, Violation
+from wisp.check.faults.peers import old_server
 from wisp.check.faults.plan import STORM_S, Event, Plan
 from wisp.check.faults.users import Ask, some_tokens
 from wisp.core.draft.policies import Policies
@@ -162,7 +164,7 @@ class World:
         if how:
             return how
         future: asyncio.Future[str] = self.loop.create_future()
-        waiting.append((_mine(), future))
+        waiting.append((present_life(), future))
         return await future
 
     def _told(self, process: Process, how: str) -> None:
@@ -278,6 +280,7 @@ class World:
             (httpx, "AsyncClient", VirtualClient),
         ]
         VirtualConnect.net = VirtualClient.net = self.net
+        self.net.old_server = old_server
         TimedEngine.world = self
         with virtual(self.loop, self.plan.seed, swaps):
             self._begin()
@@ -313,8 +316,6 @@ class World:
         self._run_until(STORM_S)
 
     def _befall(self, event: Event) -> None:
-        from wisp.check.faults.faults import befall
-
         if event.what == "ask":
             self.ask(event.pick, event.more)
         elif befall(self, event):
@@ -324,12 +325,13 @@ class World:
     def _run_until(self, time: float, done: Callable[[], bool] = lambda: False) -> bool:
         """True if it was done in time."""
         self.loop.run_in(self.life, lambda: None, after_s=max(0.0, time - self.loop.now))
-        self.loop.run(lambda: self.found is not None or self.loop.now >= time or done())
+        try:
+            self.loop.run(lambda: self.found is not None or self.loop.now >= time or done())
+        except Restless as error:
+            self.violated(str(error))
         return done()
 
     def _calm(self) -> None:
-        from wisp.check.faults.faults import heal
-
         self.calm = True
         heal(self)
         waiting = list(self.asks)
@@ -383,12 +385,6 @@ class World:
         return not any(w.verifier.sessions or w.host._senders for w in self.watches()) and not any(
             r.host._sockets() for r in self.alive(RouterProcess)
         )
-
-
-def _mine() -> Life:
-    from wisp.check.faults.loop import _life
-
-    return _life.get()
 
 
 def _settle(future: asyncio.Future[str], how: str) -> None:
