@@ -100,14 +100,12 @@ class VerifierWatch:
         self.world.seen["KV taken for others"] += v.evicted - evicted
         for s, n in before.values():
             self.committed[s.key] += s.n_committed - n
-        opened = (
-            event.message.session if isinstance(event, Received) and isinstance(event.message, Open) else ""
-        )
-        ids = {s.id: s for s in v.sessions.values()} | {s.id: s for s, _ in before.values()}
-        self._check_texts(opened)
+        opening = isinstance(event, Received) and isinstance(event.message, Open)
+        self._check_texts(event.message.session if opening else "")
+        ended = [s for s, _ in before.values()]
         for action in actions:
             if isinstance(action, Send):
-                self._check_sent(action.connection, action.message, ids)
+                self._check_sent(action.connection, action.message, ended)
             elif isinstance(action, Run):
                 self._check_run(action)
         self._check_books()
@@ -118,9 +116,8 @@ class VerifierWatch:
         seen, v = self.world.seen, self.verifier
         if isinstance(event, Received) and isinstance(event.message, Open):
             keys = self.process.keys
-            own = (
-                event.connection in self.host._sockets and not keys.router
-            )  # a router vouches for its thin clients
+            # A router vouches for its thin clients
+            own = event.connection in self.host._sockets and not keys.router
             if own and event.key not in keys.limits:
                 self.fail(f"an Open of the key {event.key}, which was revoked")
             s = v._by_id.get(event.message.session)
@@ -178,11 +175,12 @@ class VerifierWatch:
 
     # --- whose
 
-    def _check_sent(self, connection: int, message: Verdict | Refused, ids: dict[str, Session]) -> None:
+    def _check_sent(self, connection: int, message: Verdict | Refused, ended: list[Session]) -> None:
         if isinstance(message, Refused):
             self.world.seen[f"refused: {message.code}"] += 1
             return
-        s = ids.get(message.session)
+        s = self.verifier._by_id.get(message.session)
+        s = s or next((s for s in ended if s.id == message.session), None)
         key = self.host._keys.get(connection)
         if s is None:
             self.fail(f"a verdict on session {message.session}, which is not there")

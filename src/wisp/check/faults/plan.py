@@ -115,7 +115,7 @@ def shape_of(rng: random.Random) -> Shape:
         max_sessions=rng.choice((4, 8, 64)),
         park_s=rng.choice((1.0, 3.0)),
         drain_s=rng.choice((0.5, 2.0)),
-        give_up_s=8.0,
+        give_up_s=rng.choice((8.0, 20.0)),
         sockets=rng.choice((4, 64, 64)),
         slo_admission=rng.random() < 0.5,
         limits=limits,
