@@ -133,9 +133,7 @@ def test_every_planted_defect_is_found(name: str) -> None:
 
 def test_defects_are_planted_in_every_part() -> None:
     parts = Counter(defect.part for defect in planted.DEFECTS.values())
-    assert set(parts) == {"verifier", "session", "KV", "drafter", "router"}
-    assert min(parts.values()) >= 2
-    assert sum(parts.values()) >= 12
+    assert all(parts[part] >= 2 for part in ("verifier", "session", "KV", "drafter", "edge", "router"))
 
 
 # --- a shorter plan
