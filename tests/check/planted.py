@@ -1,6 +1,7 @@
 """Defects of one line, planted in the product's source as it is imported, for checks to find.
 
     python tests/check/planted.py NAME SEEDS      run `check-faults` on it: seeds to detection, as JSON
+    python tests/check/planted.py NAME SEEDS FILE and write the plan, made shorter, that shows it
     WISP_PLANTED=NAME python -m pytest ...        with `tests/check` on PYTHONPATH: run other tests on it
 
 The second goes through `sitecustomize.py` beside this file.
@@ -14,6 +15,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -247,19 +249,25 @@ def plant(name: str) -> None:
     sys.meta_path.insert(0, _Planting(DEFECTS[name]))
 
 
-def main(name: str, seeds: int) -> None:
+def main(name: str, seeds: int, out: str = "") -> None:
     """Print how many seeds `check-faults` needs, and what it says."""
     plant(name)
     from wisp.check.faults.plan import plan_of
+    from wisp.check.faults.shrink import shrink, write_case
     from wisp.check.faults.world import run_plan
 
     for seed in range(seeds):
         outcome = run_plan(plan_of(seed))
         if outcome.found is not None:
-            print(json.dumps({"name": name, "seeds": seed + 1, "what": outcome.found.what.split("\n")[0]}))
+            found = {"name": name, "seeds": seed + 1, "what": outcome.found.what.split("\n")[0]}
+            if out:
+                short = shrink(plan_of(seed), outcome.found)
+                write_case(Path(out), short, outcome.found)
+                found["events"] = len(short.events)
+            print(json.dumps(found))
             return
     print(json.dumps({"name": name, "seeds": None, "what": f"not found in {seeds}"}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
