@@ -101,12 +101,6 @@ DEFECTS: dict[str, Defect] = {
         "return self.number",
     ),
     # KV
-    "slot_keeps_its_former_owners_key": Defect(
-        "KV",
-        KV,
-        "        slot.tokens, slot.key = tokens, key",
-        "        slot.tokens, slot.key = tokens, key if tokens else slot.key",
-    ),
     "salts_share": Defect(
         "KV",
         KV,

@@ -84,6 +84,7 @@ class VerifierWatch:
         self._watched: dict[int, _Watched] = {}
         self._content: dict[int, Sharers] = {}  # whose tokens a slot holds
         self._step: dict[int, Session] = {}
+        self._openings: dict[int, int] = {}  # round of the last Open, by session
         self.committed: Counter[str] = Counter()  # tokens, by key
         self.verifier.handle = self.handle  # type: ignore[method-assign]
 
@@ -100,14 +101,18 @@ class VerifierWatch:
         self.world.seen["KV taken for others"] += v.evicted - evicted
         for s, n in before.values():
             self.committed[s.key] += s.n_committed - n
-        opening = isinstance(event, Received) and isinstance(event.message, Open)
-        self._check_texts(event.message.session if opening else "")
+        opening = event.message if isinstance(event, Received) and isinstance(event.message, Open) else None
+        self._check_texts(opening.session if opening is not None else "")
         ended = [s for s, _ in before.values()]
         for action in actions:
             if isinstance(action, Send):
                 self._check_sent(action.connection, action.message, ended)
             elif isinstance(action, Run):
                 self._check_run(action)
+        if opening is not None and v.knows(opening.session):
+            s = v._by_id[opening.session]
+            if s.epoch == opening.epoch:  # it was taken
+                self._openings[s.handle] = opening.round
         self._check_books()
         return actions
 
@@ -146,6 +151,7 @@ class VerifierWatch:
         if len(watched) > len(sessions) + 8:
             for handle in [h for h in watched if h not in sessions]:
                 self._look(watched.pop(handle), "")
+            self._openings = {h: round_ for h, round_ in self._openings.items() if h in sessions}
         for handle, s in sessions.items():
             w = watched.get(handle)
             if w is None:
@@ -178,9 +184,13 @@ class VerifierWatch:
     def _check_sent(self, connection: int, message: Verdict | Refused, ended: list[Session]) -> None:
         if isinstance(message, Refused):
             self.world.seen[f"refused: {message.code}"] += 1
+            for over in ended:
+                opened = self._openings.get(over.handle, message.round)
+                if over.id == message.session and message.fatal and message.round < opened:
+                    self.fail(f"session {over.id} ends with a refusal of a round before its Open")
             return
-        s = self.verifier._by_id.get(message.session)
-        s = s or next((s for s in ended if s.id == message.session), None)
+        found = (s for s in ended if s.id == message.session)
+        s = self.verifier._by_id.get(message.session) or next(found, None)
         key = self.host._keys.get(connection)
         if s is None:
             self.fail(f"a verdict on session {message.session}, which is not there")

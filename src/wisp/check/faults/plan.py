@@ -37,7 +37,7 @@ FAULTS = {
     "hang": 1,  # a step never ends
     "dead": 1,  # the engine is dead
     "drafter": 4,  # a drafter fails for a few calls
-    "edge": 2,  # an edge's process is killed, and started again
+    "edge": 5,  # an edge's process is killed, and started again
     "revoke": 1,  # a key is revoked for a while
     "limit": 2,  # the limits of a key change
     "operate": 4,  # replicas are drained, restarted, scaled
