@@ -14,9 +14,10 @@ from wisp.core.errors import EngineDeadError, EngineError
 from wisp.core.protocol.edits import Edit, Tracker
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult, TokenLogprob
-from wisp.engines.base import EngineInfo, Proposal
+from wisp.engines.base import EngineInfo, Proposal, StepQueue
 from wisp.engines.constraining import SlotTrackers, constrained
 from wisp.engines.identity import engine_digest
+from wisp.engines.in_order import OneAtATime
 from wisp.engines.plain import NumberTokenizer
 
 N_VOCAB = 256
@@ -131,6 +132,9 @@ class HashTarget:
             raise EngineError(f"slot {copy.source} does not hold {copy.tokens} tokens")
         self.held[copy.target] = self.held[copy.source][: copy.tokens]
         self._states[copy.target] = self._states[copy.source][: copy.tokens + 1]
+
+    def queue(self, depth: int) -> StepQueue:
+        return OneAtATime(self, depth)
 
     def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
         if len({s.slot for s in batch}) != len(batch):

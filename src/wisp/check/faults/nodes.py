@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 KILLED, STOPPED, FAILED = "killed", "exit status 0", "exit status 1"
 STEP_S = (0.004, 0.03)  # a step's time, from and to
+HOST_S = 0.004  # the host's part of a step, where another may be in flight
 PATIENCE_S = 8.0  # with a step that does not end
 
 
@@ -62,30 +63,45 @@ class Keys(Keyring):
 
 
 class TimedEngine(EngineThread):
-    """In place of the engine's thread: a step's arithmetic is done at once, and its end comes when it would."""
+    """In place of the engine's threads: a step's arithmetic is done at once, and its end comes when it would."""
 
     world: World
 
     def __init__(
-        self, engine: TargetEngine, loop: asyncio.AbstractEventLoop, done: Callable[[StepDone], None]
+        self,
+        engine: TargetEngine,
+        loop: asyncio.AbstractEventLoop,
+        done: Callable[[StepDone], None],
+        *,
+        depth: int = 1,
     ) -> None:
         self.engine, self._loop, self._done = engine, loop, done
+        self._queue = engine.queue(depth)
+        self._host_s = HOST_S if depth > 1 else 0.0
+        self._free_at = 0.0  # when the device is done with all that it has
+        self._hangs = False
         self.dead = None
         assert isinstance(engine, HashTarget)
         self._target = engine
         self._rng = self.world.net.chance(f"steps {self.world.next_engine()}")
 
-    def submit(self, step: Run) -> None:
+    def submit(self, step: Run, planned: float) -> None:
+        if self._hangs:
+            return
         failing = self._target.failing[0] if self._target.failing else ""
         took = self._rng.uniform(*STEP_S)
         if failing in ("late", "hang"):
             self._target.failing.pop(0)
             if failing == "hang":
-                return  # it never comes back
+                self._hangs = True  # neither this step nor a later one comes back
+                return
             took = self._rng.uniform(1.0, 6.0)
-        done = self._run(step)
+        self._queue.submit(step)
+        done = self._collected(step, self._host_s * 1e3, None)
         done = msgspec.structs.replace(done, engine_ms=took * 1e3)
-        self._loop.call_later(took, self._done, done)
+        now = self._loop.time()
+        self._free_at = max(now + self._host_s, self._free_at) + took
+        self._loop.call_later(self._free_at - now, self._done, done)
 
     def stop(self, *, hung: bool = False) -> None:
         self.engine.close()
@@ -161,6 +177,7 @@ class VerifierProcess(Process):
             park_s=s.park_s,
             slo_admission=s.slo_admission,
             died=self._died,
+            depth=shape.depth,
             look_s=0.5,
             patience=lambda step, cost: PATIENCE_S,
         )

@@ -9,7 +9,7 @@ memory      once everybody has gone, nothing is left
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 from wisp.check.faults.engine import Text, begun, edit_afresh, read, says
@@ -83,7 +83,8 @@ class VerifierWatch:
         self._handle = self.verifier.handle
         self._watched: dict[int, _Watched] = {}
         self._content: dict[int, Sharers] = {}  # whose tokens a slot holds
-        self._step: dict[int, Session] = {}
+        self._steps: deque[dict[int, Session]] = deque()  # in flight, oldest first
+        self._fed: deque[int] = deque()  # the tokens of each
         self._openings: dict[int, int] = {}  # round of the last Open, by session
         self.committed: Counter[str] = Counter()  # tokens, by key
         self.verifier.handle = self.handle  # type: ignore[method-assign]
@@ -92,9 +93,8 @@ class VerifierWatch:
         """In place of the verifier's own."""
         v = self.verifier
         self.world.events += 1
-        before = {h: (s, s.n_committed) for h, s in self._step.items()} if isinstance(event, StepDone) else {}
-        if isinstance(event, StepDone):
-            self._step = {}
+        back = self._back(event) if isinstance(event, StepDone) else {}
+        before = {h: (s, s.n_committed) for h, s in back.items()}
         self._note(event)
         evicted = v.evicted
         actions = self._handle(now, event)
@@ -115,6 +115,22 @@ class VerifierWatch:
                 self._openings[s.handle] = opening.round
         self._check_books()
         return actions
+
+    def _back(self, done: StepDone) -> dict[int, Session]:
+        """The sessions of the step that is back. What is in flight after a step that failed is lost with it."""
+        if not self._steps or done.step not in (-1, self.verifier.in_flight.steps[0].number):
+            return {}  # lost before
+        back = self._steps.popleft()
+        self._fed.popleft()
+        if done.error:
+            self.world.seen["steps lost with another"] += len(self._steps)
+            self._steps.clear()
+            self._fed.clear()
+        return back
+
+    @property
+    def _in_flight(self) -> set[int]:
+        return set().union(*self._steps)
 
     def _note(self, event: InEvent) -> None:
         """Count the situations that a run is to bring about."""
@@ -139,7 +155,7 @@ class VerifierWatch:
             seen["slice failed"] += any(r.error for r in event.results)
         elif isinstance(event, EdgeLost):
             held = v._by_connection.get(event.connection, ())
-            seen["connection lost in a step"] += any(h in self._step for h in held)
+            seen["connection lost in a step"] += any(h in step for step in self._steps for h in held)
 
     def fail(self, what: str) -> None:
         raise self.world.violated(f"{self.process.name}: {what}")
@@ -207,12 +223,14 @@ class VerifierWatch:
 
     def _check_run(self, run: Run) -> None:
         v, content = self.verifier, self._content
-        if self._step:
-            self.fail("two steps at once")
+        if len(self._steps) >= v.limits.depth:
+            self.fail(f"{len(self._steps) + 1} steps at once")
+        step: dict[int, Session] = {}
         seen = self.world.seen
         seen["prefix copied"] += len(run.copies)
         seen["step of many"] += len(run.slices) > 1
         seen["prompt in pieces"] += any(not s.sample for s in run.slices)
+        seen["token not known yet"] += any(s.after >= 0 for s in run.slices)
         seen["draft verified"] += any(s.n_draft for s in run.slices)
         for c in run.copies:
             content[c.target] = content[c.source]
@@ -224,17 +242,19 @@ class VerifierWatch:
                 self.fail(f"KV of {content.get(work.slot)} is used for {s.params.sharers}")
             content[work.slot] = s.params.sharers
             slots.add(work.slot)
-            self._step[work.session] = s
-        if len(slots) != len(run.slices) or len(self._step) != len(run.slices):
+            step[work.session] = s
+        if len(slots) != len(run.slices) or len(step) != len(run.slices):
             self.fail("a step has two slices of one slot or session")
-        fed = sum(len(s.tokens) for s in run.slices)
+        self._steps.append(step)
+        self._fed.append(sum(len(s.tokens) for s in run.slices))
+        fed = sum(self._fed)
         if v.kv.held + fed > v.kv.kv_tokens:
-            self.fail(f"a step of {fed} tokens for {v.kv.kv_tokens - v.kv.held} of free KV")
+            self.fail(f"{fed} tokens in flight for {v.kv.kv_tokens - v.kv.held} of free KV")
 
     # --- books
 
     def _check_books(self) -> None:
-        v = self.verifier
+        v, in_flight = self.verifier, self._in_flight
         kv, index = v.kv, v.index
         if sum([len(slot.tokens) for slot in kv.slots]) != kv.held or not 0 <= kv.held <= kv.kv_tokens:
             self.fail(f"slots hold other than {kv.held} of {kv.kv_tokens} tokens")
@@ -258,8 +278,8 @@ class VerifierWatch:
             elif s.cached:
                 self.fail(f"session {s.id} has {s.cached} tokens cached, and no slot")
             state = s.state
-            if (state in IN_ENGINE) != (handle in self._step):
-                self.fail(f"session {s.id} is {state.name}, and the step says otherwise")
+            if (state in IN_ENGINE) != (handle in in_flight):
+                self.fail(f"session {s.id} is {state.name}, and the steps in flight say otherwise")
             if state is READY and handle not in index.ready:
                 self.fail(f"session {s.id} is ready, and nobody knows")
             if state is PARKED and (handle not in index.parked or s.connection >= 0):
@@ -291,7 +311,7 @@ class VerifierWatch:
             self.fail(f"{len(v._by_id)} sessions are open, and {v.admission._open} are counted")
         gone = sum(not s.has_place for s in v.sessions.values())
         if len(index.ready) + len(index.drafting) + len(index.parked) > len(v.sessions) or gone > len(
-            self._step
+            in_flight
         ):
             self.fail("an ended session is still there")
 

@@ -72,6 +72,7 @@ class Shape(msgspec.Struct, frozen=True):
     slo_admission: bool
     limits: dict[str, KeyLimits]
     balanced: bool = False
+    depth: int = 1
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True):
