@@ -73,6 +73,15 @@ class Edit(NamedTuple):
                 keep = left
         return keep
 
+    def packed(self, size: int) -> Bits | None:
+        """`keeps` as bits, zeros beyond `size`; None if nothing is restricted."""
+        if self.mask is None and self.allowed is None and self.banned is None and self.early is None:
+            return None
+        bits = np.zeros((size + 31) // 32, np.uint32)
+        some = np.packbits(self.keeps(size), bitorder="little")
+        bits.view(np.uint8)[: some.size] = some
+        return bits
+
     def _restrictions(self, size: int) -> Iterator[npt.NDArray[np.bool_]]:
         if self.mask is not None:
             bits = np.unpackbits(

@@ -150,11 +150,10 @@ def gumbels(seed: int, position: int, ids: npt.NDArray[np.integer]) -> npt.NDArr
     return noise
 
 
-def keys(seeds: Iterable[int], positions: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
-    """What is hashed with each id, one key for each pair of seed (any integer) and position."""
-    first = np.array([seed + _GOLDEN & _MASK for seed in seeds], np.uint64)
+def keys(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
+    """What is hashed with each id, one key for each pair of seed (modulo 2^64) and position."""
     places = (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
-    return _mix_array(_mix_array(first) + places)
+    return _mix_array(_mix_array(seeds + np.uint64(_GOLDEN)) + places)
 
 
 def scale(temperature: float) -> float:
