@@ -45,6 +45,22 @@ def any_logits(rng: np.random.Generator, rows: int, size: int) -> np.ndarray:
     return x.astype(np.float32)
 
 
+def random_parts(
+    rng: np.random.Generator, rows: int, size: int, longest: int, logprobs: bool = False
+) -> list[Part]:
+    """Parts of `rows` rows in all; their drafts are whatever."""
+    parts: list[Part] = []
+    left = rows
+    while left:
+        n = min(left, int(rng.integers(1, longest + 1)))
+        draft = rng.integers(0, size, n - 1).tolist()
+        told = [None, 0, 3, 20][int(rng.integers(4))] if logprobs else None
+        position = int(rng.integers(0, 10_000))
+        parts.append(Part(0, [1, *draft], draft, True, position, any_sampling(rng), told))
+        left -= n
+    return parts
+
+
 def check(answers: Callable[..., Any], logits: np.ndarray, parts: Sequence[Part], dtype: Any = None) -> Any:
     """Whatever `answers` says of the sampled rows is what the rule says; returns it."""
     import torch

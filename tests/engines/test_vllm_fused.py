@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from choosing_rig import any_edits, any_logits, any_sampling, check
+from choosing_rig import any_edits, any_logits, any_sampling, check, random_parts
 from wisp.core.protocol.sampling import Sampling
 from wisp.engines.vllm.parts import Part
 
@@ -61,22 +61,6 @@ def answers(rows: int, block: int, stretches: int) -> Any:
     from wisp.engines.vllm import fused
 
     return partial(fused.answers, tile=fused.Tile(rows, block, stretches))
-
-
-def random_parts(
-    rng: np.random.Generator, rows: int, size: int, longest: int, logprobs: bool = False
-) -> list[Part]:
-    """Parts of `rows` rows in all; their drafts are whatever."""
-    parts: list[Part] = []
-    left = rows
-    while left:
-        n = min(left, int(rng.integers(1, longest + 1)))
-        draft = rng.integers(0, size, n - 1).tolist()
-        told = [None, 0, 3, 20][int(rng.integers(4))] if logprobs else None
-        position = int(rng.integers(0, 10_000))
-        parts.append(Part(0, [1, *draft], draft, True, position, any_sampling(rng), told))
-        left -= n
-    return parts
 
 
 @pytest.mark.parametrize(

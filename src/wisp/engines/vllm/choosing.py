@@ -43,6 +43,7 @@ log = logging.getLogger("wisp.vllm")
 ROWS = 32  # at a time: 4 to 8 bytes * vocabulary * a dozen temporaries each
 # Whatever the noise, an id so far below the largest cannot win: the likeliest one's own is at least -log(log(2^33)).
 _HOPELESS = int((_GUMBEL_MAX + 3.2) * np.log2(np.e) * OCTAVE)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> list[Chosen]:
@@ -156,8 +157,8 @@ def _some(
 ) -> torch.Tensor:
     """Of these rows, [rows, columns] int64: token, is the row finite, its log probability (the bits of a float64), then
     the alternatives' ids, then their log probabilities."""
-    raw = logits[first:end].float()
-    x = raw
+    given = logits[first:end].float()
+    raw = x = torch.nan_to_num(given, nan=-torch.inf, posinf=_LARGEST, neginf=-torch.inf)
     if changed := [row for row in range(first, end) if row in edits]:
         at = torch.tensor([row - first for row in changed], device=raw.device)
         x = raw.index_copy(0, at, edited(raw[at], [edits[row] for row in changed]))
@@ -165,7 +166,7 @@ def _some(
     if not rows.greedy[first:end].all():
         drawn = _drawn(x, there[:, first:end], rows, slice(first, end))
         tokens = torch.where(there[6, first:end] != 0, tokens, drawn)
-    columns = [tokens.unsqueeze(1), torch.isfinite(raw).all(dim=1, keepdim=True).long()]
+    columns = [tokens.unsqueeze(1), torch.isfinite(given).all(dim=1, keepdim=True).long()]
     asked = rows.logprobs[first:end]
     width = max(1, int(rows.logprobs.max()))
     if (asked >= 0).any():
