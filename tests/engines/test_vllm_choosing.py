@@ -95,7 +95,10 @@ def test_a_device_accepts_and_reports_what_the_cpu_does() -> None:
         assert a.tokens[:-1] == part.draft[: max(0, len(a.tokens) - 1)]
         assert bool(a.tokens) == part.sample
     assert {len(c.tokens) for c in one} >= {0, 1, 2, 3}
-    assert [c.tokens for c in choose(rows[:0], [Part(0, [1], [], False, 0, Sampling())] * 2, here=False)] == [[], []]
+    assert [c.tokens for c in choose(rows[:0], [Part(0, [1], [], False, 0, Sampling())] * 2, here=False)] == [
+        [],
+        [],
+    ]
 
 
 @pytest.mark.parametrize("spread", [0.0, 3.0])
@@ -110,9 +113,14 @@ def test_constraints_on_many_rows_are_the_rule_row_by_row(spread: float) -> None
     edits = [edit for _ in range(12) for edit in any_edits(source, size)]
     rows = (spread * source.standard_normal((len(edits), size))).astype(np.float32)
     scores = edited(torch.from_numpy(rows), edits)
-    assert np.array_equal(scores.numpy(), np.stack([e.apply(row) for row, e in zip(rows, edits, strict=True)]))
+    assert np.array_equal(
+        scores.numpy(), np.stack([e.apply(row) for row, e in zip(rows, edits, strict=True)])
+    )
     how = [SAMPLINGS[i % len(SAMPLINGS)] for i in range(len(edits))]
-    parts = [Part(0, [1], [], True, i // 3, s, 2, False, [e]) for i, (s, e) in enumerate(zip(how, edits, strict=True))]
+    parts = [
+        Part(0, [1], [], True, i // 3, s, 2, False, [e])
+        for i, (s, e) in enumerate(zip(how, edits, strict=True))
+    ]
     check(answers, rows, parts)
     # without bits of a mask's words beyond its ids, and with all that lets through what is not restricted
     assert [e.packed(size) is None for e in edits[:11]] == [i in (0, 7, 8, 9) for i in range(11)]
@@ -122,7 +130,7 @@ def test_what_may_not_end_yet_does_not() -> None:
     from wisp.engines.vllm.choosing import answers
 
     rng = np.random.default_rng(6)
-    logits = any_logits(rng, 12, 40)
+    logits = (3.0 * rng.standard_normal((12, 40))).astype(np.float32)
     logits[:, [3, 39]] += 50.0
     how = [Sampling(t, seed=1, min_tokens=4, ends=(3, 39)) for t in (0.0, 1.0)]
     said = check(answers, logits, [Part(0, [1] * 6, [0] * 5, True, 0, s) for s in how])
