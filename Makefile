@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-clients test-replicas test-prometheus test-wheel \
 	check format lock check-lossless docs clean \
-	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
+	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-step bench-ahead
 
 setup: $(VENV)/.ready
 
@@ -78,6 +78,9 @@ test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, then wh
 
 bench-vllm: $(VLLM)/.ready  ## what our scheduling costs beside vLLM's own
 	$(WITH_VLLM) -m benchmarks vllm --out docs/results/vllm-overhead.json
+
+bench-step: $(VLLM)/.ready  ## what the host does for a verification step, beside vLLM's own
+	$(WITH_VLLM) -m benchmarks step --out docs/results/vllm-step.json
 
 # Other people's clients, in an environment of its own: unmodified, against a scripted verifier and an edge before it.
 CLIENTS := .venv-clients

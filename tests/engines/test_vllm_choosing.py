@@ -82,8 +82,8 @@ def test_a_device_accepts_and_reports_what_the_cpu_does() -> None:
         )
         right = [target_token(rows[first + i].numpy(), sampling, position + i) for i in range(n)]
         draft = [t if rng.random() < 0.8 else (t + 1) % 40 for t in right]
-        parts.append(Part(3, [7, *draft], draft, True, position, sampling, [None, 0, 3][n % 3], n == 4))
-        parts.append(Part(0, [1, 2], [], False, 0, sampling))  # prefill: no rows
+        parts.append(Part(draft, True, position, sampling, [None, 0, 3][n % 3], n == 4))
+        parts.append(Part([], False, 0, sampling))  # prefill: no rows
         first += n + 1
     one, other = (choose(rows, parts, here=here) for here in (True, False))
     for part, a, b in zip(parts, one, other, strict=True):

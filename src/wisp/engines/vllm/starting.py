@@ -29,6 +29,7 @@ INSTALL = "pip install 'wisp-serve[vllm]' in an environment of its own (docs/vll
 
 ACCELERATOR_STEP, CPU_STEP = 2048, 256  # tokens a step, at most
 CPU_KV_BYTES = 1 << 30
+USUAL_ROWS = 5  # of a slice with a draft: four tokens and the one before them
 
 
 def installed() -> str:
@@ -63,6 +64,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     threads:         of the CPU, where the model runs on it (default: as many as torch takes)
     memory:          share of an accelerator's memory to take
     kv_bytes:        memory for KV (default: what is left of `memory`; 1 GiB on a CPU)
+    step_tokens:     most tokens of a step (default: 256 on a CPU; otherwise 2048, or more for many slots)
     dtype:           "auto" (the model's own; float32 on a CPU) or one of vLLM's
     offline:         download nothing
     """
@@ -74,6 +76,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     memory: float = 0.9
     kv_bytes: int | None = None
+    step_tokens: int | None = None
     dtype: str = "auto"
     offline: bool = False
 
@@ -171,7 +174,7 @@ def settings_for(wanted: Wanted) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "max_num_seqs": wanted.slots,
         "max_model_len": wanted.slot_tokens,
-        "max_num_batched_tokens": max(CPU_STEP if cpu else ACCELERATOR_STEP, wanted.slots),
+        "max_num_batched_tokens": _step_tokens(wanted, cpu=cpu),
         "tensor_parallel_size": wanted.tensor_parallel,
         "distributed_executor_backend": "uni" if wanted.tensor_parallel == 1 else "mp",
         "gpu_memory_utilization": wanted.memory,
@@ -195,6 +198,13 @@ def settings_for(wanted: Wanted) -> dict[str, Any]:
     elif wanted.kv_bytes:
         settings["kv_cache_memory_bytes"] = wanted.kv_bytes
     return settings
+
+
+def _step_tokens(wanted: Wanted, *, cpu: bool) -> int:
+    """Of a step, at most: on an accelerator enough for a usual draft in each slot."""
+    if wanted.step_tokens is not None:
+        return max(wanted.step_tokens, wanted.slots)
+    return max(CPU_STEP, wanted.slots) if cpu else max(ACCELERATOR_STEP, wanted.slots * USUAL_ROWS)
 
 
 def _environment(offline: bool) -> None:
