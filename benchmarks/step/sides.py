@@ -182,8 +182,8 @@ class Ours:
         from wisp.engines.vllm import worker
 
         choose = worker.choose
-        worker.target_tokens = self.watch.timed(LEFT_OUT, worker.target_tokens)
-        worker.log_probability = self.watch.timed(LEFT_OUT, worker.log_probability)
+        for name in ("target_tokens", "all_finite", "log_probability"):
+            setattr(worker, name, self.watch.timed(LEFT_OUT, getattr(worker, name)))
         worker.choose = lambda logits, parts, here: choose(logits, parts, here=False)
 
     def begin(self, sequences: int) -> None:
