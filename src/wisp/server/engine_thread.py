@@ -1,4 +1,7 @@
-"""The engine's own thread: steps go in, results come back to the event loop, which never blocks."""
+"""The engine's own thread: steps go in, results come back to the event loop, which never blocks.
+
+An engine that has a thread of its own anyway (vLLM) runs its steps there, so that none changes threads twice.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from collections.abc import Callable
 
 from wisp.core.errors import EngineDeadError
 from wisp.core.verify.events import Run, StepDone
-from wisp.engines.base import TargetEngine
+from wisp.engines.base import OwnThread, TargetEngine
 
 log = logging.getLogger("wisp.engine")
 
@@ -30,8 +33,7 @@ class EngineThread:
         self._done = done
         self.dead: EngineDeadError | None = None
         self._steps: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
-        self._thread.start()
+        self._wait = _started(engine, self._main)
 
     def submit(self, step: Run) -> None:
         """Start a step. The caller waits for its `done` before the next."""
@@ -43,7 +45,7 @@ class EngineThread:
         self._steps.put(None)
         if hung:
             return
-        self._thread.join()
+        self._wait()
         self.engine.close()
 
     def _main(self) -> None:
@@ -66,3 +68,12 @@ class EngineThread:
                 self.dead = error
             return StepDone([], (time.perf_counter() - started) * 1e3, error=str(error) or repr(error))
         return StepDone(results, (time.perf_counter() - started) * 1e3)
+
+
+def _started(engine: TargetEngine, main: Callable[[], None]) -> Callable[[], None]:
+    """Runs `main` in the engine's thread, or in a new one. Returns a function that waits for its end."""
+    if isinstance(engine, OwnThread):
+        return engine.occupy(main)
+    thread = threading.Thread(target=main, name="engine", daemon=True)
+    thread.start()
+    return thread.join

@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from wisp.core.errors import EngineError, ModelError
 from wisp.engines.llama.capi import api
-from wisp.engines.llama.devices import FlashAttention
 from wisp.engines.llama.model import Model
 
 Tokens = npt.NDArray[np.int32]
@@ -79,7 +78,7 @@ class Context:
         rows: int,
         threads: int,
         unified: bool = False,
-        flash: FlashAttention = "on",
+        flash: str = "on",
         offload: bool = False,
         kv_type: int = _F16,
     ) -> None:

@@ -6,7 +6,6 @@ The library's own list is asked (`ggml_backend_dev_*`), so what a build lacks is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import msgspec
 
@@ -18,7 +17,7 @@ KV_TYPES = {
     "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2, "iq4_nl": 20,
 }  # fmt: skip
 WHOLE_TYPES = ("f32", "f16", "bf16")  # the others are quantised
-FlashAttention = Literal["auto", "on", "off"]
+FLASH_ATTENTION = ("auto", "on", "off")
 MORE_WHEELS = (
     f"install xllamacpp=={PIN} from the project's own index of CUDA, ROCm or Vulkan wheels, which its README names "
     "(on a Mac, the usual wheel has Metal)"
@@ -58,7 +57,7 @@ class LlamaOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     gpu_layers: int | None = None
     kv_type: str = ""
-    flash_attention: FlashAttention = "auto"
+    flash_attention: str = "auto"
     tensor_split: tuple[float, ...] = ()
     batch_rows: int | None = None
 
@@ -74,7 +73,7 @@ class LlamaOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"unknown KV type {self.kv_type!r} for llama.cpp; choose one of: {', '.join(KV_TYPES)}"
             )
-        if self.flash_attention not in ("auto", "on", "off"):
+        if self.flash_attention not in FLASH_ATTENTION:
             raise ConfigError(
                 f"--flash-attention is auto, on or off, not {self.flash_attention!r} (llama.cpp)"
             )
@@ -119,6 +118,9 @@ class LlamaOptions(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.gpu_layers == 0:
             raise ConfigError("--tensor-split does not go with --gpu-layers 0, which puts no layer anywhere")
+
+
+USUAL = LlamaOptions()
 
 
 def accelerators() -> list[Accelerator]:

@@ -21,7 +21,7 @@ from wisp.core.protocol.sampling import Sampling, target_token
 from wisp.core.verify.kv import common_prefix
 from wisp.engines.base import Proposal
 from wisp.engines.llama.context import Context, Logits, Tokens, physical_cores
-from wisp.engines.llama.devices import LlamaOptions
+from wisp.engines.llama.devices import USUAL, LlamaOptions
 from wisp.engines.llama.model import Model
 from wisp.engines.slots import NONSENSE
 
@@ -56,7 +56,7 @@ class LlamaDraft:
         slot_tokens: int = 4096,
         threads: int | None = None,
         name: str | None = None,
-        options: LlamaOptions = LlamaOptions(),
+        options: LlamaOptions = USUAL,
     ) -> None:
         if slots < 1:
             raise EngineError("a drafter needs at least one slot")

@@ -36,7 +36,7 @@ from wisp.engines.identity import engine_digest, gguf_digest
 from wisp.engines.llama import selfcheck
 from wisp.engines.llama.capi import PIN, kernels
 from wisp.engines.llama.context import Context, DecodeError, Logits, physical_cores
-from wisp.engines.llama.devices import LlamaOptions, accelerators
+from wisp.engines.llama.devices import USUAL, LlamaOptions, accelerators
 from wisp.engines.llama.model import Model
 from wisp.engines.llama.verification import Run, Tap
 from wisp.engines.slots import check_copy, slice_problem
@@ -45,7 +45,9 @@ Mode = Literal["exact", "fast"]
 
 EXACT_ROWS = 7  # K-quant, Q5_0 and Q8_0 matrices switch kernels at 8 rows
 FAST_ROWS = 128  # more rows a call are no faster on a CPU, and each takes n_vocab * 4 bytes of output buffer
-DEVICE_ROWS = 512  # with an accelerator: llama.cpp's own choice, since its reads of the weights are shared by all
+DEVICE_ROWS = (
+    512  # with an accelerator: llama.cpp's own choice, since its reads of the weights are shared by all
+)
 STEP_TOKENS = {"exact": 32, "fast": 96}
 UNMEASURED_FLIP_GAP = 1.0  # without the check at start-up; 0.4 to 1.0 was measured on quantised models
 SLOT_TOKENS = 2048  # where nothing else is asked for
@@ -75,8 +77,8 @@ class LlamaTarget:
 
     A slice that cannot be run (out of room, out of vocabulary, logits that are not finite, ...) fails alone.
 
-    Raises ModelError if the model cannot be loaded, or has weights that are not finite, and ConfigError for options that
-    this build or mode cannot have.
+    Raises ModelError if the model cannot be loaded, or has weights that are not finite, and ConfigError for options
+    that this build or mode cannot have.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class LlamaTarget:
         slot_tokens: int | None = None,
         threads: int | None = None,
         check: bool = True,
-        options: LlamaOptions = LlamaOptions(),
+        options: LlamaOptions = USUAL,
     ) -> None:
         options.check(exact=mode == "exact")
         wanted = SLOT_TOKENS if slot_tokens is None else slot_tokens

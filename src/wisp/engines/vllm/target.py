@@ -129,7 +129,7 @@ class VllmTarget:
         self._slot_tokens = wanted.slot_tokens
         self._clock = 0
         self._observing = False
-        self._model = wanted.model
+        self._model, self._quantization = wanted.model, wanted.quantization
         self.constraints = SlotTrackers()
         self._slots = [_Slot(index) for index in range(wanted.slots)]
         try:
@@ -152,6 +152,10 @@ class VllmTarget:
     def inside(self, function: Callable[[], T]) -> T:
         """Call `function` in the engine's own thread, where its methods take no switch: for measurements."""
         return self._call(function)
+
+    def occupy(self, main: Callable[[], None]) -> Callable[[], None]:
+        """Run `main` in the engine's own thread (see OwnThread)."""
+        return self._thread.submit(main).result
 
     @property
     def started(self) -> Started:
@@ -282,9 +286,7 @@ class VllmTarget:
             self._fail(task, "the KV cache is too small for this context")
         return 0
 
-    def _fit(
-        self, task: _Task, tasks: list[_Task], start: int, end: int, firm: int, *, alone: bool
-    ) -> bool:
+    def _fit(self, task: _Task, tasks: list[_Task], start: int, end: int, firm: int, *, alone: bool) -> bool:
         """Are there blocks for the task's tokens up to `end`? Others give up theirs for it where they must."""
         slot = task.slot
         assert slot.sequence is not None
@@ -441,4 +443,5 @@ class VllmTarget:
             kv=started.kv_dtype,
             context=self._slot_tokens,
             eos=sorted(eos),
+            **({"quantization": self._quantization} if self._quantization else {}),
         )

@@ -12,6 +12,7 @@ vLLM's own sampler, rejection sampler and proposers are never called.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,14 +34,19 @@ class Extension:
     """Mixed into vLLM's worker class (`worker_extension_cls`)."""
 
     model_runner: Any
+    wisp_hooks: _Hooks
 
     def wisp_install(self) -> str:
         """Put the hooks in; the kind of device this worker computes on, or "" if its runner is not the one known."""
         runner = self.model_runner
         if not isinstance(runner, GPUModelRunner):
             return ""
-        _Hooks(runner)
+        self.wisp_hooks = _Hooks(runner)
         return str(runner.device.type)
+
+    def wisp_graphs(self) -> dict[str, int]:
+        """Steps so far, by the mode of their CUDA graph."""
+        return dict(self.wisp_hooks.graphs)
 
 
 class _Request:
@@ -50,13 +56,15 @@ class _Request:
 
 
 class _Hooks:
-    """Takes the place of three methods of one runner."""
+    """Takes the place of methods of one runner."""
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner
         self.batch: Batch | None = None
         self.order: npt.NDArray[np.int64] | None = None  # of the batch, where the attention wants another
         self._prepare: Callable[..., Any] = runner._prepare_inputs
+        self._determine: Callable[..., Any] = runner._determine_batch_execution_and_padding
+        self.graphs: Counter[str] = Counter()
         most = runner.input_batch.max_num_reqs
         self._names = [str(slot) for slot in range(most)]
         self._tables = [_Table(table) for table in runner.input_batch.block_table.block_tables]
@@ -64,6 +72,7 @@ class _Hooks:
         runner.input_batch.num_prompt_tokens[:] = 1  # whatever begins is a prompt, and nothing else
         runner._update_states = self.update_states
         runner._prepare_inputs = self.prepare_inputs
+        runner._determine_batch_execution_and_padding = self.determine_graph
         runner.sample_tokens = self.sample_tokens
 
     def update_states(self, scheduler_output: Any) -> None:
@@ -101,6 +110,12 @@ class _Hooks:
             return prepared
         rows = sampled_rows(counts, self.batch.wanted)
         return torch.from_numpy(rows).to(self.runner.device, non_blocking=True), None, 1
+
+    def determine_graph(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's, counted. (Dummy runs, which make the graphs, come before the hooks.)"""
+        determined = self._determine(*args, **kwargs)
+        self.graphs[determined[0].name.lower()] += 1
+        return determined
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -182,7 +197,9 @@ def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> list[C
     said, finite = _by_rule(logits, parts) if here else _on_device(logits, parts, counts)
     # Where a row's token is not the draft's: the last row of each part for sure, which has no draft token.
     drafts = np.full(total, -1)
-    drafts[np.delete(np.arange(total), ends[np.asarray(counts) > 0] - 1)] = [t for p in parts for t in p.draft]
+    drafts[np.delete(np.arange(total), ends[np.asarray(counts) > 0] - 1)] = [
+        t for p in parts for t in p.draft
+    ]
     parted = np.flatnonzero((said != drafts) | ~finite)
     firsts = ends - counts
     lasts = parted[np.minimum(np.searchsorted(parted, firsts), len(parted) - 1)]
@@ -204,12 +221,16 @@ def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> list[C
     return chosen
 
 
-Picked = tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]  # of each row: its token, and are all its logits finite?
+Picked = tuple[
+    npt.NDArray[np.int64], npt.NDArray[np.bool_]
+]  # of each row: its token, and are all its logits finite?
 
 
 def _on_device(logits: torch.Tensor, parts: Sequence[Part], counts: Sequence[int]) -> Picked:
     asked = [
-        (part.sampling, part.position + i) for part, rows in zip(parts, counts, strict=True) for i in range(rows)
+        (part.sampling, part.position + i)
+        for part, rows in zip(parts, counts, strict=True)
+        for i in range(rows)
     ]
     edits = None
     if any(part.edits for part in parts):
@@ -228,9 +249,7 @@ def _by_rule(logits: torch.Tensor, parts: Sequence[Part]) -> Picked:
     """No further along each part than to the first row that disagrees with its draft."""
     rows: FloatArray = logits.float().numpy()
     finite = np.isfinite(rows).all(axis=1)
-    plain = (
-        p.sampling.greedy and not p.sampling.barred(p.position) and not p.edits for p in parts if p.rows
-    )
+    plain = (p.sampling.greedy and not p.sampling.barred(p.position) and not p.edits for p in parts if p.rows)
     if all(plain):
         return rows.argmax(axis=1), finite  # of equal ones the first
     said = np.full(len(rows), -2)
@@ -250,7 +269,9 @@ def _by_rule(logits: torch.Tensor, parts: Sequence[Part]) -> Picked:
 def _tell(logits: torch.Tensor, asking: list[tuple[int, Part, int]], chosen: list[Chosen]) -> None:
     """Into `chosen`, the logits or log probabilities asked for by parts: (index, part, its first row)."""
     counts = [part.rows if part.observed else len(chosen[i].tokens) for i, part, _ in asking]
-    wanted = np.concatenate([np.arange(first, first + n) for n, (*_, first) in zip(counts, asking, strict=True)])
+    wanted = np.concatenate(
+        [np.arange(first, first + n) for n, (*_, first) in zip(counts, asking, strict=True)]
+    )
     rows: FloatArray = logits[torch.from_numpy(wanted).to(logits.device)].float().cpu().numpy()
     end = 0
     for n, (i, part, _) in zip(counts, asking, strict=True):
