@@ -130,7 +130,7 @@ class Stock:
         before = sum(r.num_output_tokens for r in self._requests)
         self.watch.reset()
         self.one_step()
-        return sum(r.num_output_tokens for r in self._requests) - before
+        return int(sum(r.num_output_tokens for r in self._requests) - before)
 
     def end(self) -> None:
         """No more of these requests."""

@@ -222,8 +222,8 @@ def serve(
         if server.failed is not None:
             raise server.failed
 
-    with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
-        runner.run(run())
+    with asyncio.Runner(loop_factory=event_loop_factory()) as loop:
+        loop.run(run())
 
 
 def _emulation(
