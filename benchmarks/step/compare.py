@@ -34,8 +34,8 @@ class Side(msgspec.Struct):
 
 class Row(msgspec.Struct):
     """Of steps of so many sequences. `ratio`: ours over vLLM's, of the medians; low and high: quartiles of the ratios
-    of steps that followed each other. `core_ratio`: over vLLM's engine core alone, without `OutputProcessor`, which makes
-    of its tokens and log probabilities what a client gets, as `Verifier` does in verdicts."""
+    of steps that followed each other. `core_ratio`: over vLLM's engine core alone, without `OutputProcessor`, which
+    makes of its tokens and log probabilities what a client gets, as `Verifier` does in verdicts."""
 
     sequences: int
     vllm: Side

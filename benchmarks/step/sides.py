@@ -13,7 +13,7 @@ from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
 from wisp.core.verify.events import Limits, Received, Run, Send, StepDone, Tick
 from wisp.core.verify.verifier import Verifier
-from wisp.engines.vllm.starting import Wanted, settings_for
+from wisp.engines.vllm.starting import Wanted
 
 DRAFT = 4  # tokens
 PROMPT, CONTEXT = 24, 256  # tokens
@@ -112,9 +112,7 @@ class Stock:
                 name, prompt(i, self._turn), None, how, None, 0.0, None, None, None, external_req_id=name
             )
             self._processor.add_request(asked, None)
-            self._requests.append(
-                Request.from_engine_core_request(asked, self._core.request_block_hasher)
-            )
+            self._requests.append(Request.from_engine_core_request(asked, self._core.request_block_hasher))
             self._core.add_request(self._requests[-1])
         while any(r.num_output_tokens < 2 for r in self._requests):
             self.one_step()
