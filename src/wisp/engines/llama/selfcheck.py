@@ -97,8 +97,8 @@ def _require(result: SliceResult) -> None:
 def measure_flip_gap(context: Context) -> float:
     """How close two logits must be to change places between batch shapes: a measured figure, not a bound.
 
-    The same tokens are evaluated in one wide call (or as few as there can be), and in narrow calls ending in single rows. At each of the last
-    positions take the `_TOP` ids of largest logit; the result is the largest change, over positions, of the
+    The same tokens are evaluated in as few calls as there can be, and in narrow calls ending in single rows. At each of
+    the last positions take the `_TOP` ids of largest logit; the result is the largest change, over positions, of the
     distance between any two of them, times 1.5 for positions not looked at. Never below `_FLOOR`. Raises ModelError
     for a model that computes what is not finite.
     """
