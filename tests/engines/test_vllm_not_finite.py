@@ -57,8 +57,8 @@ def test_one_of_a_batch_fails_and_the_others_say_what_they_would_alone(
 def test_rows_behind_a_rejected_draft_token_may_be_anything(here: bool) -> None:
     import torch
 
+    from wisp.engines.vllm.choosing import choose
     from wisp.engines.vllm.parts import Part
-    from wisp.engines.vllm.worker import choose
 
     logits = torch.zeros(6, 10)
     logits[:, 4] = 1.0

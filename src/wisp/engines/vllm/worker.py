@@ -13,7 +13,7 @@ vLLM's own sampler, rejection sampler and proposers are never called.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,8 @@ import torch
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from wisp.core.protocol.sampling import FloatArray, log_probability, target_token
-from wisp.core.protocol.step import TokenLogprob, TopLogprob
-from wisp.engines.vllm.choosing import target_tokens
-from wisp.engines.vllm.parts import Batch, Chosen, Part
+from wisp.engines.vllm.choosing import choose
+from wisp.engines.vllm.parts import Batch, Chosen
 
 EMPTY = EMPTY_MODEL_RUNNER_OUTPUT
 
@@ -178,110 +176,3 @@ def sampled_rows(counts: Any, wanted: Any) -> npt.NDArray[np.int64]:
     if total == 0:
         return ends[-1:] - 1
     return np.arange(total) + np.repeat(ends - np.cumsum(per), per)
-
-
-_NOTHING = Chosen([], [])
-
-
-def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> list[Chosen]:
-    """The target's tokens along each part; `logits` [rows of all parts in order, vocabulary].
-
-    here: by the rule itself, on the CPU; otherwise by its counterpart for devices, all rows at once
-    """
-    counts = [part.rows for part in parts]
-    ends = np.cumsum(counts)
-    total = int(ends[-1])
-    if total == 0:
-        return [_NOTHING] * len(parts)
-    logits = logits[:total]  # of a step that is to choose nothing there is one
-    said, finite = _by_rule(logits, parts) if here else _on_device(logits, parts, counts)
-    # Where a row's token is not the draft's: the last row of each part for sure, which has no draft token.
-    drafts = np.full(total, -1)
-    drafts[np.delete(np.arange(total), ends[np.asarray(counts) > 0] - 1)] = [
-        t for p in parts for t in p.draft
-    ]
-    parted = np.flatnonzero((said != drafts) | ~finite)
-    firsts = ends - counts
-    lasts = parted[np.minimum(np.searchsorted(parted, firsts), len(parted) - 1)]
-    tokens: list[int] = said.tolist()
-    sound = finite[lasts]
-    chosen: list[Chosen] = []
-    asking: list[tuple[int, Part, int]] = []
-    for part, rows, first, end, whole in zip(
-        parts, counts, firsts.tolist(), (lasts + sound).tolist(), sound.tolist(), strict=True
-    ):
-        if not rows:
-            chosen.append(_NOTHING)
-            continue
-        if part.observed or part.logprobs is not None:
-            asking.append((len(chosen), part, first))
-        chosen.append(Chosen(tokens[first:end], [], None, whole))
-    if asking:
-        _tell(logits, asking, chosen)
-    return chosen
-
-
-Picked = tuple[
-    npt.NDArray[np.int64], npt.NDArray[np.bool_]
-]  # of each row: its token, and are all its logits finite?
-
-
-def _on_device(logits: torch.Tensor, parts: Sequence[Part], counts: Sequence[int]) -> Picked:
-    asked = [
-        (part.sampling, part.position + i)
-        for part, rows in zip(parts, counts, strict=True)
-        for i in range(rows)
-    ]
-    edits = None
-    if any(part.edits for part in parts):
-        edits = [part.edit(i) for part in parts for i in range(part.rows)]
-    said = target_tokens(logits, asked, edits)
-    return np.array(said), all_finite(logits)
-
-
-def all_finite(logits: torch.Tensor) -> npt.NDArray[np.bool_]:
-    """Of each row."""
-    finite: npt.NDArray[np.bool_] = torch.isfinite(logits).all(dim=1).cpu().numpy()
-    return finite
-
-
-def _by_rule(logits: torch.Tensor, parts: Sequence[Part]) -> Picked:
-    """No further along each part than to the first row that disagrees with its draft."""
-    rows: FloatArray = logits.float().numpy()
-    finite = np.isfinite(rows).all(axis=1)
-    plain = (p.sampling.greedy and not p.sampling.barred(p.position) and not p.edits for p in parts if p.rows)
-    if all(plain):
-        return rows.argmax(axis=1), finite  # of equal ones the first
-    said = np.full(len(rows), -2)
-    first = 0
-    for part in parts:
-        for i in range(part.rows):
-            if not finite[first + i]:
-                break
-            token = target_token(rows[first + i], part.sampling, part.position + i, part.edit(i))
-            said[first + i] = token
-            if i >= len(part.draft) or token != part.draft[i]:
-                break
-        first += part.rows
-    return said, finite
-
-
-def _tell(logits: torch.Tensor, asking: list[tuple[int, Part, int]], chosen: list[Chosen]) -> None:
-    """Into `chosen`, the logits or log probabilities asked for by parts: (index, part, its first row)."""
-    counts = [part.rows if part.observed else len(chosen[i].tokens) for i, part, _ in asking]
-    wanted = np.concatenate(
-        [np.arange(first, first + n) for n, (*_, first) in zip(counts, asking, strict=True)]
-    )
-    rows: FloatArray = logits[torch.from_numpy(wanted).to(logits.device)].float().cpu().numpy()
-    end = 0
-    for n, (i, part, _) in zip(counts, asking, strict=True):
-        some, end = rows[end : end + n], end + n
-        tokens, _, _, sound = chosen[i]
-        entries = [] if part.logprobs is None else list(_entries(some, tokens, part.logprobs))
-        chosen[i] = Chosen(tokens, entries, some if part.observed else None, sound)
-
-
-def _entries(rows: Any, tokens: Sequence[int], top: int) -> Iterator[TokenLogprob]:
-    for row, token in zip(rows, tokens, strict=False):
-        own, best = log_probability(row, token, top)
-        yield TokenLogprob(token, own, [TopLogprob(*pair) for pair in best])
