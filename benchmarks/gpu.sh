@@ -37,7 +37,7 @@ fi
 part 150 "steps of qwen3-8b" "$PYTHON" -m benchmarks.gpu steps --shapes qwen3-8b --limit 70 --out "$OUT" $TINY
 part 150 "steps of qwen3-32b" "$PYTHON" -m benchmarks.gpu steps --shapes qwen3-32b --limit 70 --out "$OUT" $TINY
 if has triton; then
-    part 90 "choice" "$PYTHON" -m benchmarks.gpu choice --out "$OUT" $TINY
+    part 90 "choice" env ${TINY:+TRITON_INTERPRET=1} "$PYTHON" -m benchmarks.gpu choice --out "$OUT" $TINY
 else
     skip "choice" "Triton is not installed"
 fi
