@@ -131,14 +131,15 @@ def roofline(shape: Shape, cells: list[Cell]) -> tuple[Hardware, float]:
         if best is None or error < best[0]:
             best = (error, found)
     assert best is not None
-    return best[1], best[0]
+    rounded = {name: round(getattr(best[1], name), 6) for name in _FITTED}
+    return msgspec.structs.replace(best[1], **rounded), best[0]
 
 
 def _hardware(shape: Shape, peaks: tuple[float, float], overlap: float) -> Hardware:
     about = f"Measured on {device_name()}: random weights, CUDA graphs, without a host; benchmarks/gpu.sh."
     return Hardware(
         about=about,
-        parameters=round(shape.parameters, 3),
+        parameters=round(shape.parameters, 6),
         layers=shape.layers,
         heads=shape.heads,
         kv_heads=shape.kv_heads,
@@ -174,7 +175,7 @@ def _shares(hardware: Hardware, cells: list[Cell]) -> Hardware:
 
 
 def _with(hardware: Hardware, at: Any) -> Hardware:
-    values = {name: round(float(v), 6) for name, v in zip(_FITTED, np.exp(np.clip(at, -14, 14)), strict=True)}
+    values = dict(zip(_FITTED, np.exp(np.clip(at, -14, 14)).tolist(), strict=True))
     return msgspec.structs.replace(hardware, **values)
 
 

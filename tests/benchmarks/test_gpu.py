@@ -35,7 +35,8 @@ def test_the_roofline_finds_the_overlap_that_made_the_times(overlap: float) -> N
                 cells.append(msgspec.structs.replace(cell, ms=truth.step_ms(cell.load)))
     found, rms = steps.roofline(shape, cells)
     assert rms < 0.01
-    assert abs(found.overlap - overlap) <= 0.1
+    assert found.overlap == overlap
+    assert found.bandwidth_share == pytest.approx(0.8, rel=0.01)
 
 
 def test_steps_are_measured_and_their_profile_can_be_emulated(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_attention_that_wants_another_order_gets_it_and_results_keep_theirs(
                 Slice(9, 5, 0, long),
                 Slice(1, 0, 7, answer[2:5], 2, position=3, sampling=SAMPLING),
                 Slice(1, 1, 7, answer[2:3], 0, position=3, sampling=SAMPLING),
-                Slice(9, 6, 0, long, sample=False),
+                Slice(8, 6, 0, long, sample=False),
                 Slice(1, 2, 7, answer[2:4], 1, position=3, sampling=SAMPLING),
             ]
         )
