@@ -30,9 +30,17 @@ class Found(msgspec.Struct):
     flips: int
 
 
-@torch.inference_mode()
 def run(name: str, out: Path, *, tiny: bool) -> None:
     """Figures of the first layers of a shape (more of them only repeat the first)."""
+    with torch.inference_mode():
+        found = _found(name, tiny=tiny)
+    write(out, "bits", found)
+    for kernels in ("default", "fixed"):
+        some = [f for f in found if f.kernels == kernels]
+        print(f"{kernels}: {sum(f.equal for f in some)} of {len(some)} steps keep every bit", flush=True)
+
+
+def _found(name: str, *, tiny: bool) -> list[Found]:
     cuda = torch.cuda.is_available()
     shape = SHAPES["tiny" if tiny else name]._replace(layers=2)
     crowd, cached = (4, 12) if tiny else (CROWD, CACHED)
@@ -56,7 +64,4 @@ def run(name: str, out: Path, *, tiny: bool) -> None:
                 gap = float((logits.float() - alone[:n].float()).abs().max())
                 found.append(Found(kernels, sequences, n, torch.equal(logits, alone[:n]), gap, flips))
         del model
-    write(out, "bits", found)
-    for kernels in ("default", "fixed"):
-        some = [f for f in found if f.kernels == kernels]
-        print(f"{kernels}: {sum(f.equal for f in some)} of {len(some)} steps keep every bit", flush=True)
+    return found

@@ -31,7 +31,7 @@ def write(out: Path, name: str, figures: Any) -> None:
 def device_name() -> str:
     """Of the first GPU, or the processor's."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
+        return str(torch.cuda.get_device_name(0))
     return f"CPU ({platform.machine()})"
 
 

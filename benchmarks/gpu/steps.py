@@ -6,6 +6,7 @@ the cells; its errors are those on the rest.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -87,10 +88,11 @@ def _cells(shape: Shape, *, tiny: bool, limit_s: float) -> Iterator[Cell]:
             return
         n, r, c = grid[at]
         x = torch.zeros((n, r, shape.hidden), device=model.device, dtype=dtype)
-        yield Cell(n, r, c, round(_median_ms(lambda x=x, c=c: model.step(x, c), cuda=cuda), 4))  # type: ignore[misc]
+        with torch.inference_mode():
+            ms = _median_ms(functools.partial(model.step, x, c), cuda=cuda)
+        yield Cell(n, r, c, round(ms, 4))
 
 
-@torch.inference_mode()
 def _median_ms(step: Callable[[], Any], *, cuda: bool) -> float:
     if not cuda:
         step()
@@ -110,7 +112,7 @@ def _median_ms(step: Callable[[], Any], *, cuda: bool) -> float:
         graph.replay()
         last.record()
         torch.cuda.synchronize()
-        times.append(first.elapsed_time(last))
+        times.append(float(first.elapsed_time(last)))
     del graph
     return statistics.median(times)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -181,7 +182,8 @@ class Ours:
 
         choosing.answers = self.watch.timed(LEFT_OUT, choosing.answers)
         choosing._way.cache_clear()
-        worker.choose = lambda logits, parts, *, here: choosing.choose(logits, parts, here=False)  # type: ignore[misc]
+        here = functools.partial(choosing.choose, here=False)
+        setattr(worker, "choose", lambda logits, parts, **_: here(logits, parts))  # noqa: B010
 
     def begin(self, sequences: int) -> None:
         """New sessions, twice as many, each past its prompt and without a draft."""

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -147,7 +148,7 @@ def test_logits_are_read_at_most_twice_by_four_kernels(kind: str, monkeypatch: p
     check(
         fused.answers,
         rows,
-        [p._replace(sampling=Sampling(0.8, seed=3), logprobs=0) for p in parts],
+        [msgspec.structs.replace(p, sampling=Sampling(0.8, seed=3), logprobs=0) for p in parts],
         torch.bfloat16,
     )
     assert counted.kernels == ["scan_kernel", "accept_kernel"]
