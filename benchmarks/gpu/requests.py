@@ -49,7 +49,6 @@ async def _load(host: str, port: int, sessions: int, tokens: int) -> Load:
     bodies = [
         json.dumps(
             {
-                "model": "default",
                 "prompt": f"Request {i}: count from one to a thousand.",
                 "max_tokens": tokens,
                 "temperature": 0.7,

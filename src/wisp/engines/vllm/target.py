@@ -138,6 +138,7 @@ class VllmTarget:
             self._thread.shutdown()
             raise
         try:
+            self._n_vocab = self._started.n_vocab
             self._info = self._describe(name, frozenset(eos))
             self._info = msgspec.structs.replace(self._info, flip_gap=selftest.check(self))
         except BaseException:
@@ -260,7 +261,11 @@ class VllmTarget:
         whole = end - start <= budget
         if not whole:
             end = firm = start + min(budget, firm - work.sample - start)
-        if end > start and self._fit(task, tasks, start, end, firm, alone=not columns.tasks):
+        sequence = slot.sequence
+        assert sequence is not None
+        if end > start and (
+            sequence.fits(end, firm) or self._grown(task, tasks, start, end, firm, alone=not columns.tasks)
+        ):
             columns.tasks.append(task)
             columns.starts.append(start)
             columns.counts.append(end - start)
@@ -286,12 +291,12 @@ class VllmTarget:
             self._fail(task, "the KV cache is too small for this context")
         return 0
 
-    def _fit(self, task: _Task, tasks: list[_Task], start: int, end: int, firm: int, *, alone: bool) -> bool:
+    def _grown(
+        self, task: _Task, tasks: list[_Task], start: int, end: int, firm: int, *, alone: bool
+    ) -> bool:
         """Are there blocks for the task's tokens up to `end`? Others give up theirs for it where they must."""
         slot = task.slot
         assert slot.sequence is not None
-        if slot.sequence.fits(end, firm):
-            return True
         while not self._started.scheduler.grow(slot.sequence, start, end - start, slot.tokens, firm):
             if not self._make_room(task, tasks, anyone=alone):
                 return False
@@ -353,20 +358,23 @@ class VllmTarget:
         tasks: list[_Task] = []
         if len({work.slot for work in batch}) != len(batch):
             raise EngineError("two slices of one batch use the same slot")
+        slots, clock = self._slots, self._clock
         for work in batch:
             error = self._problem(work)
             if error:
-                here = 0 <= work.slot < len(self._slots)
-                task = _Task(work, self._slots[work.slot] if here else _Slot(-1))
+                here = 0 <= work.slot < len(slots)
+                task = _Task(work, slots[work.slot] if here else _Slot(-1))
                 self._fail(task, error)
                 tasks.append(task)
                 continue
-            slot = self._slots[work.slot]
-            slot.used, slot.sampling = self._clock, work.sampling
-            if work.start == 0:
+            slot = slots[work.slot]
+            slot.used, slot.sampling = clock, work.sampling
+            start = work.start
+            if start == 0:
                 self._drop_blocks(slot)
                 slot.salt = str(work.session)
-            self._cut(slot, work.start)
+            if start < len(slot.tokens):
+                self._cut(slot, start)
             slot.tokens += work.tokens
             task = _Task(work, slot)
             if work.sampling.constraints is not None:
@@ -382,22 +390,23 @@ class VllmTarget:
 
     def _problem(self, work: Slice) -> str:
         """What is wrong with a slice, in words, or ""."""
-        if work.n_draft >= self._started.step_tokens:
-            return f"{work.n_draft} draft tokens do not fit a step of {self._started.step_tokens}"
-        if 0 <= work.slot < len(self._slots):
-            slot, tokens = self._slots[work.slot], work.tokens
+        n = work.slot
+        if 0 <= n < len(self._slots):
+            slot, tokens, sampling = self._slots[n], work.tokens, work.sampling
             if (
-                work.sampling is slot.sampling
-                and work.sampling.constraints is None
+                sampling is slot.sampling  # which was in order then
+                and sampling.constraints is None
                 and work.sample
-                and 0 <= work.n_draft < len(tokens)
                 and 0 < work.start <= len(slot.tokens)
+                and 0 <= work.n_draft < len(tokens) <= self._started.step_tokens
                 and work.start + len(tokens) <= self._slot_tokens
                 and min(tokens) >= 0
-                and max(tokens) < self._info.n_vocab
+                and max(tokens) < self._n_vocab
             ):
-                return ""  # what `slice_problem` would say of most, sooner
-        sizes = {"slots": len(self._slots), "slot_tokens": self._slot_tokens, "n_vocab": self._info.n_vocab}
+                return ""  # what is said below of most, sooner
+        if work.n_draft >= self._started.step_tokens:
+            return f"{work.n_draft} draft tokens do not fit a step of {self._started.step_tokens}"
+        sizes = {"slots": len(self._slots), "slot_tokens": self._slot_tokens, "n_vocab": self._n_vocab}
         return slice_problem(work, self.held, **sizes)
 
     def _fail(self, task: _Task, error: str, code: str = ENGINE_ERROR) -> None:
