@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from wisp.api import template
+from wisp.api import sandbox
 from wisp.api.template import ChatTemplate, chat_template
 from wisp.core.errors import RequestError
 
@@ -70,7 +70,7 @@ def test_what_the_sandbox_refuses_is_a_bad_request(source: str) -> None:
 
 
 def test_rendering_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.05)
     with pytest.raises(RequestError, match="longer than"):
         ChatTemplate("{% for i in range(99999) %}{% for j in range(9) %}{% endfor %}{% endfor %}").render(
             USER
@@ -78,7 +78,7 @@ def test_rendering_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_prompt_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "MAX_CHARS", 1000)
+    monkeypatch.setattr(sandbox, "MAX_CHARS", 1000)
     with pytest.raises(RequestError, match="longer than 1000 characters"):
         ChatTemplate("{% for i in range(2000) %}x{% endfor %}").render(USER)
 
