@@ -109,7 +109,7 @@ def log_examples() -> list[Any]:
         Received(1, "alice", EDGE_MESSAGES[1]),  # type: ignore[arg-type]
         Received(1, "alice", EDGE_MESSAGES[4]),  # type: ignore[arg-type]
         Tick(),
-        StepDone([SliceResult(0, [65])], 1.0),
+        StepDone([SliceResult(1, 0, [65])], 1.0),
         EdgeLost(1),
         KeyLimitsChanged({"alice": KeyLimits(1)}),
     ]

@@ -128,7 +128,7 @@ def _joined(sep: str, items: Sequence[Any] = (), *_: Any) -> int:
 
 
 def _tabbed(text: str, width: Any = 8) -> int:
-    return len(text) + text.count("\t") * width
+    return len(text) + text.count("\t") * width if isinstance(width, int) else len(text)
 
 
 def _translated(text: str, table: Any = None) -> int:
