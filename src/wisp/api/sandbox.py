@@ -7,7 +7,8 @@ stop, so whatever could take long or grow asks first:
     operators, methods and filters that grow  how large would it be?
     lists and the like, and what is printed   how large is all that is in it, counted as often as it is in it?
 
-So no value stands for more than `MAX_CHARS` characters, and one rendering makes no more than `MAX_MADE` of them.
+So no value stands for more than `MAX_CHARS` characters and `MAX_ENTRIES` entries, and one rendering makes no more than
+`MAX_MADE` characters.
 
 The environment has what Hugging Face's has, as templates are written against it: trimmed blocks, loop controls,
 `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML, and `generation` blocks.
@@ -36,6 +37,7 @@ import jinja2.utils
 from wisp.engines.special import NO_STAND_INS, StandIns
 
 MAX_CHARS = 16 << 20  # of one value; an entry of a list counts as one
+MAX_ENTRIES = 1 << 20  # of lists and the like in one value
 MAX_MADE = 32 * MAX_CHARS  # in one rendering
 MAX_SECONDS = 2.0
 MAX_DIGITS = 1000  # of a number
@@ -75,25 +77,27 @@ def _size(value: Any) -> int:
     """Characters of a value, and of all values in it; what is in it twice counts twice. Raises TemplateError."""
     if isinstance(value, str):
         return len(value)
-    size, todo = 1, [value]
+    size, entries, todo = 1, 0, [value]
     while todo:
         item = todo.pop()
         if isinstance(item, str):
             size += len(item)
         elif isinstance(item, Mapping):
-            size += 2 * len(item)
+            entries += 2 * len(item)
             todo += item.keys()
             todo += item.values()
         elif isinstance(item, list | tuple | set | frozenset):
-            size += len(item)
-            todo += item
+            entries += len(item)
+            if entries <= MAX_ENTRIES:
+                todo += item
         elif isinstance(item, jinja2.utils.Namespace):
+            entries += 1
             todo.append(object.__getattribute__(item, "_Namespace__attrs"))
-        if size > MAX_CHARS:
+        if size + entries > MAX_CHARS or entries > MAX_ENTRIES:
             raise jinja2.TemplateError("the template makes more text than it may")
-        if not size % 4096:
+        if not entries % 1024:
             budget.check()
-    return size
+    return size + entries
 
 
 def _made(value: Any) -> Any:
@@ -109,7 +113,7 @@ def _listed(value: Any) -> Any:
     """What comes one by one, as a list of bounded length."""
     if isinstance(value, str | list | tuple | Mapping):
         return value
-    return _made(list(itertools.islice(value, MAX_CHARS)))
+    return _made(list(itertools.islice(value, MAX_ENTRIES + 1)))
 
 
 # --- how large would it be?
