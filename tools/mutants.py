@@ -3,7 +3,7 @@
     python -m tools.mutants --bin FOLDER [--count 500] [--seed 1] [--minutes 60] [--out docs/results/mutants.json]
 
 cosmic-ray makes all of them and runs the tests; here some are picked by seed, and what came of them is written down.
-A run that was cut short goes on where it stopped. Everything happens in a copy of the tree, since cosmic-ray changes files.
+A run that was cut short goes on where it stopped. All of it happens in a copy of the tree, as cosmic-ray changes files.
 """
 
 from __future__ import annotations
@@ -179,9 +179,9 @@ def page(summary: Record) -> str:
     lines = [
         "# Mutants",
         "",
-        f"{summary['killed']} of {summary['done']} mutants of `core/verify` killed ({summary['share']:.1%}), by tests of `core`",
-        f"alone: `{summary['command']}`, {summary['date']}. Made by cosmic-ray; {summary['mutants']} were picked by",
-        f"seed, {summary['left']} of them not tried.",
+        f"{summary['killed']} of {summary['done']} mutants of `core/verify` killed ({summary['share']:.1%}),",
+        "by tests of `core` alone. Made by cosmic-ray and picked by seed:",
+        f"`{summary['command']}`, {summary['date']}; {summary['left']} of {summary['mutants']} were not tried.",
         "",
         "| file | mutants | killed | share |",
         "|---|---|---|---|",

@@ -54,7 +54,7 @@ PIECE = 500  # frames before a line's Mutator is another one, and often a new co
 MAX_TOKENS = 24
 KNOCK_S = 0.2
 FLAT_KB = 24 << 10  # that a server may grow by after its first tenth
-WAIT_S = 60.0  # for an answer on a busy machine
+WAIT_S = 900.0  # for anything that comes within seconds on a quiet machine
 PATHS = {
     "chat": "/v1/chat/completions",
     "completion": "/v1/completions",
