@@ -226,7 +226,7 @@ def test_large_grammars_are_forgotten_sooner_and_no_key_holds_too_much(
     living = [large(i) for i in (6, 7, 8)]
     for grammar in living:
         grammars.compile(grammar, "b")
-    with pytest.raises(GrammarError, match="3 different grammars.* try again when some have ended"):
+    with pytest.raises(GrammarError, match=r"3 different grammars.* try again when some have ended"):
         grammars.compile(large(9), "b")
     grammars.compile(living[0], "b")  # which is held already
     grammars.compile(large(9), "c")

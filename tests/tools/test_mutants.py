@@ -60,7 +60,7 @@ def test_survivors_are_listed_and_the_rest_is_counted() -> None:
     text = page(summary)
     assert "2 of 3 mutants" in text
     assert "66.7%" in text
-    assert "1 of them not tried" in text
+    assert "1 of 4 were not tried" in text
     assert "x = 2 \u2223 3" in text  # a bar would end the cell
 
 
