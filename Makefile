@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-clients test-replicas test-prometheus test-wheel \
-	check format lock check-lossless docs clean \
+	check format lock check-lossless docs clean fuzz mutants audit \
 	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead bench-depth
 
 setup: $(VENV)/.ready
@@ -96,6 +96,29 @@ test-clients: setup $(CLIENTS)/.ready $(JS)/node_modules  ## openai, anthropic, 
 	PYTHONPATH=src WISP_PYTHON=$(CURDIR)/$(BIN)/python $(CLIENTS)/bin/python -m pytest \
 		-c tests/clients/pytest.ini --rootdir tests/clients --confcutdir tests/clients -rs tests/clients
 
+# TARGETS: some of them; COUNT: inputs of each; SEED. Results are added to build/fuzz/results.json.
+FUZZ_PATH := src:.:tests:tests/api:tests/core:tests/engines:tests/system
+TARGETS ?=
+COUNT ?= 0
+SEED ?= 1
+fuzz: setup  ## mutated inputs, by the million, against all readers, and against a live verifier; hours, and it can be run in parts
+	PYTHONPATH=$(FUZZ_PATH) $(BIN)/python -X faulthandler -m fuzz $(TARGETS) --count $(COUNT) --seed $(SEED) --out build/fuzz/results.json
+
+# Tools that look at dependencies, and one that makes mutants, in environments of their own.
+AUDIT := .venv-audit
+MUTANTS := .venv-mutants
+
+$(AUDIT)/.ready $(MUTANTS)/.ready: .venv-%/.ready: requirements/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/$*.txt
+	@touch $@
+
+audit: $(AUDIT)/.ready  ## known vulnerabilities of the pinned dependencies, and the list of them (SBOM); says so where it cannot ask
+	$(AUDIT)/bin/python -m tools.audit --bin $(AUDIT)/bin --requirements requirements/base.txt requirements/dev.txt --sbom build/wisp.cdx.json
+
+mutants: setup $(MUTANTS)/.ready  ## 500 mutants of core/verify, by seed; an hour and more of a core. MINUTES: stop then, and go on another time
+	$(BIN)/python -m tools.mutants --bin $(MUTANTS)/bin --minutes $(or $(MINUTES),0)
+
 CODE := src benchmarks tools tests
 
 check: setup  ## format, lint, types
@@ -160,8 +183,7 @@ lock: setup
 	$(LOCK) --extra dev --extra sim -o requirements/dev.txt
 	$(LOCK) --extra ui --constraint requirements/dev.txt -o requirements/ui.txt
 	$(LOCK) --extra ray --constraint requirements/dev.txt -o requirements/ray.txt
-	$(PIN) requirements/docs.in -o requirements/docs.txt
-	$(PIN) requirements/clients.in -o requirements/clients.txt
+	for name in docs clients audit mutants; do $(PIN) requirements/$$name.in -o requirements/$$name.txt || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(DOCS) $(CLIENTS) $(JS)/node_modules site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build
+	rm -rf $(VENV) $(VLLM) $(DOCS) $(CLIENTS) $(AUDIT) $(MUTANTS) $(JS)/node_modules site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build

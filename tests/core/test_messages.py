@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -26,6 +27,7 @@ from wisp.core.protocol.messages import (
     Verdict,
     Welcome,
     check_hello,
+    check_verdict,
     check_welcome,
     decode_edge_message,
     decode_server_message,
@@ -197,3 +199,57 @@ def test_the_longest_open_of_a_context_fits_its_frame() -> None:
     context, token = 1000, 2**31 - 1
     longest = Open("x" * 64, 1, [token] * (context // 2), Sampling(), 1, committed=[token] * (context // 2))
     assert len(encode(longest)) <= frame_limit(context) < len(encode(longest)) + FRAME_EXTRA
+
+
+@pytest.mark.parametrize("decode", [decode_edge_message, decode_server_message])
+@pytest.mark.parametrize("word", ["x" * 5000, "open\nopen", "\x1b[2J", "\u2028"])
+def test_an_error_repeats_a_peers_words_in_part_and_as_one_printable_line(
+    decode: Callable[[bytes], object], word: str
+) -> None:
+    with pytest.raises(ProtocolError) as malformed:
+        decode(msgspec.msgpack.encode([word, 1]))
+    assert len(str(malformed.value)) < 500
+    assert str(malformed.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"n_vocab": 0},
+        {"n_vocab": 1 << 40},
+        {"eos": [10]},
+        {"eos": [-1]},
+        {"context": 0},
+        {"context": 1 << 62},
+        {"max_draft": -1},
+        {"max_frame": 0},
+        {"park_s": float("nan")},
+        {"park_s": -1.0},
+        {"model": "two\nlines"},
+    ],
+)
+def test_a_welcome_has_limits_that_can_be(wrong: dict[str, object]) -> None:
+    with pytest.raises(ProtocolError, match="limits that no verifier has") as refused:
+        check_welcome(msgspec.structs.replace(WELCOME, **wrong))
+    assert refused.value.code == "malformed"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"base": -1},
+        {"accepted": -1},
+        {"accepted": 3},
+        {"tokens": [3, 10]},
+        {"tokens": [-1, 4]},
+        {"queue_ms": float("nan")},
+        {"engine_ms": float("inf")},
+        {"price": -1.0},
+        {"cached": -1},
+    ],
+)
+def test_a_verdict_has_ids_counts_and_times_that_can_be(wrong: dict[str, object]) -> None:
+    check_verdict(VERDICT, 10)
+    with pytest.raises(ProtocolError, match="that cannot be") as refused:
+        check_verdict(msgspec.structs.replace(VERDICT, **wrong), 10)
+    assert refused.value.code == "malformed"
