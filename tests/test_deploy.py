@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,56 @@ def test_the_compose_file_runs_the_image_of_this_repository() -> None:
     named = {volume.split(":")[0] for s in compose["services"].values() for volume in s["volumes"]}
     assert {n for n in named if not n.startswith(".")} == set(compose["volumes"])
     assert all((DEPLOY / n).is_dir() for n in named if n.startswith("."))
+
+
+# --- with other people's tools: `make test-deploy`
+
+
+@pytest.mark.deploy
+@pytest.mark.parametrize("version", ["1.28", "1.37"])
+def test_kubernetes_knows_every_field_of_the_manifests(version: str) -> None:
+    from kubernetes_validate import ValidationError, validate
+
+    found = [
+        d for p in sorted((DEPLOY / "kubernetes").glob("*.yaml")) for d in documents(f"kubernetes/{p.name}")
+    ]
+    assert {d["kind"] for d in found} == {"Deployment", "PersistentVolumeClaim", "Service"}
+    for document in found:
+        assert validate(document, version, strict=True) == version
+        with pytest.raises(ValidationError):
+            validate(document | {"spek": {}}, version, strict=True)
+
+
+def compose(**env: str) -> subprocess.CompletedProcess[str]:
+    """What Compose makes of its file. Needs no daemon."""
+    found = shutil.which("docker-compose")
+    if found is None:
+        pytest.skip("there is no docker-compose")
+    clean = {k: v for k, v in os.environ.items() if k not in ("WISP_API_KEYS", "GRAFANA_PASSWORD")}
+    command = [found, "--file", str(DEPLOY / "compose.yaml"), "config"]
+    return subprocess.run(command, env=clean | env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.deploy
+def test_compose_takes_its_file() -> None:
+    done = compose(WISP_API_KEYS="one", GRAFANA_PASSWORD="two")
+    assert done.returncode == 0, done.stderr
+    services = yaml.safe_load(done.stdout)["services"]
+    assert set(services) == {"verifier", "prometheus", "grafana"}
+    assert services["verifier"]["environment"]["WISP_API_KEYS"] == "one"
+    assert accepted(services["verifier"]["command"])["host"] == "0.0.0.0"
+    assert all(port.startswith("127.0.0.1:") for s in services.values() for port in s["ports"])
+
+
+@pytest.mark.deploy
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [({"GRAFANA_PASSWORD": "two"}, "WISP_API_KEYS"), ({"WISP_API_KEYS": "one"}, "GRAFANA_PASSWORD")],
+)
+def test_compose_asks_for_secrets(given: dict[str, str], missing: str) -> None:
+    done = compose(**given)
+    assert done.returncode != 0
+    assert f"set {missing}" in done.stderr
 
 
 @pytest.mark.parametrize("unit", ["serve", "router", "edge"])

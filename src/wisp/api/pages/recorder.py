@@ -16,7 +16,7 @@ from wisp.core.protocol.slo import Served, Slo, met
 from wisp.core.protocol.step import Slice
 from wisp.core.verify.cost import Load, load_of
 from wisp.core.verify.events import Action, EdgeLost, Ended, InEvent, Received, Run, Send, StepDone
-from wisp.core.verify.planner import SHORT
+from wisp.core.verify.planner import kind_of
 from wisp.core.verify.session import ORPHANED, PARKED, READY, RUNNING, Session
 from wisp.core.verify.verifier import Verifier
 
@@ -200,7 +200,7 @@ class Recorder:
             session, n, start = sessions[s.session], len(s.tokens), s.start
             self._step.append((s, self._lives.get(session.id)))
             self._alone_ms.append(ms(Load(n, n * (start + n), start, 1)))
-            rows[_kind(s)] += n
+            rows[kind_of(s)] += n
             due = session.due
             if due < math.inf:
                 slack.append((due - now) * 1e3)
@@ -309,10 +309,3 @@ def waits_for(s: Session) -> str:
     if s.state is READY:
         return "slot" if s.slot is None else "step"
     return "edge"
-
-
-def _kind(s: Slice) -> int:
-    """Place in `Second.rows`. A prompt's end with a draft behind it is part of a prompt."""
-    if not s.sample or len(s.tokens) - s.n_draft > SHORT:
-        return 2
-    return 0 if s.n_draft else 1
