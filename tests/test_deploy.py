@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from typer.main import get_command
 
 from wisp.cli import app
@@ -37,6 +39,28 @@ def accepted(words: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize("path", sorted(p.relative_to(DEPLOY).as_posix() for p in DEPLOY.rglob("*.y*ml")))
 def test_every_file_is_yaml(path: str) -> None:
     assert all(documents(path))
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cuda"])
+def test_images_are_made_of_files_that_there_are(name: str) -> None:
+    root, left_out = DEPLOY.parent, (DEPLOY.parent / ".dockerignore").read_text().split()
+    copied = [
+        line.split()[1:-1] for line in (DEPLOY / name).read_text().splitlines() if line.startswith("COPY ")
+    ]
+    sources = [source for words in copied if not words[0].startswith("--from") for source in words]
+    assert "." in sources
+    for source in sources:
+        assert (root / source).exists()
+        assert Path(source).parts[:1] not in [(part,) for part in left_out]
+    # what the package is built from
+    assert not {"pyproject.toml", "README.md", "LICENSE", "src", "data"} & set(left_out)
+
+
+def test_the_cuda_image_has_the_vllm_that_wisp_fits() -> None:
+    (version,) = re.findall(r"^FROM vllm/vllm-openai:v(\S+)$", (DEPLOY / "Dockerfile.cuda").read_text(), re.M)
+    extras = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (wanted,) = [Requirement(line) for line in extras["vllm"] if line.startswith("vllm")]
+    assert version in wanted.specifier
 
 
 @pytest.mark.parametrize("path", VERIFIERS)
