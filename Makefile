@@ -50,7 +50,7 @@ test-replicas: setup $(VENV)/.ray  ## several verifiers as Ray actors, killed, d
 test-prometheus: setup  ## a Prometheus scrapes, takes the rules, and has data for every dashboard; skips where there is none
 	$(PYTEST) -m prometheus -rs tests/system/test_prometheus.py
 
-test-deploy: setup $(VENV)/.deploy  ## manifests against the schemas of Kubernetes, the compose file by docker-compose if there is one
+test-deploy: setup $(VENV)/.deploy  ## Kubernetes' schemas, docker-compose and systemd-analyze read what is theirs; the last two if they are there
 	$(PYTEST) -m deploy -rs tests/test_deploy.py
 
 $(VENV)/.deploy: requirements/deploy.txt

@@ -139,6 +139,25 @@ def test_compose_asks_for_secrets(given: dict[str, str], missing: str) -> None:
     assert f"set {missing}" in done.stderr
 
 
+@pytest.mark.deploy
+@pytest.mark.parametrize("unit", ["serve", "router", "edge"])
+def test_systemd_knows_every_line_of_the_units(unit: str, tmp_path: Path) -> None:
+    found = shutil.which("systemd-analyze")
+    if found is None:
+        pytest.skip("there is no systemd-analyze")
+
+    def said(text: str) -> list[str]:
+        (path := tmp_path / f"wisp-{unit}.service").write_text(
+            text.replace("/opt/wisp/bin/wisp", "/bin/true")
+        )
+        done = subprocess.run([found, "verify", str(path)], capture_output=True, text=True, check=False)
+        return [line for line in done.stderr.splitlines() if path.name in line]
+
+    text = (DEPLOY / "systemd" / f"wisp-{unit}.service").read_text()
+    assert said(text) == []
+    assert said(text.replace("NoNewPrivileges", "NoNewPrivilegs"))
+
+
 @pytest.mark.parametrize("unit", ["serve", "router", "edge"])
 def test_units_run_commands_that_there_are(unit: str) -> None:
     lines = dict(
