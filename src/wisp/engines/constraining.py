@@ -73,14 +73,15 @@ def agreeing(
         return SliceResult(s.session)
     first = len(s.tokens) - s.n_draft
     tokens: list[int] = []
+    sampling = s.sampling
     try:
-        edits = constraints.edits(s)
+        edits = constraints.edits(s) if sampling.constraints is not None else None
         for i in range(s.n_draft + 1):
             position = s.position + i
             token = text(seed, position)
             if edits is not None:
                 token = constrained(token, next(edits), seed, position, n_vocab)
-            elif token in (barred := s.sampling.barred(position)):
+            elif position < sampling.min_tokens and token in (barred := sampling.barred(position)):
                 token = next(other for other in itertools.count() if other not in barred)
             tokens.append(token)
             if i == s.n_draft or token != s.tokens[first + i]:

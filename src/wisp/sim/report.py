@@ -316,10 +316,10 @@ def _interference_ms(fleet: Fleet) -> list[float]:
     if s.as_recorded and not (isinstance(profile, Measured) or isinstance(fleet, Simulation)):
         return []
     return [
-        p.engine_ms - profile.step_ms(Load().plus(p.new, p.cached))
+        engine_ms - profile.step_ms(Load().plus(new, cached))
         for d in fleet.devices
-        for p in d.seen.passes
-        if s.warmup_s <= p.at < s.warmup_s + s.window_s
+        for at, engine_ms, new, cached in d.seen.passes
+        if s.warmup_s <= at < s.warmup_s + s.window_s
     ]
 
 

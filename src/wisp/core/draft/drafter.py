@@ -268,7 +268,7 @@ class Drafter:
             accepted = max(0, verdict.accepted - before)
         logprobs = verdict.logprobs[-len(new) :] if new and verdict.logprobs else []
         fresh = Committed(
-            new, logprobs, drafted, accepted, min(len(new), accepted), verdict.finish, cached=verdict.cached
+            new, logprobs, drafted, accepted, min(len(new), accepted), verdict.finish, None, verdict.cached
         )
         if flight is not None:
             arrived = now_ms if arrived_ms is None else arrived_ms
