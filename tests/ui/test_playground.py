@@ -86,6 +86,17 @@ def test_a_prompt_is_answered_in_colours_with_its_figures_and_the_target_alone_s
     picture(page, "playground")
 
 
+def test_an_answer_that_a_busy_browser_got_at_once_has_the_speed_of_the_edge(
+    edge: Process, visit: Callable[..., Any]
+) -> None:
+    page = visit(f"{edge.url}/")
+    answer = "{ ...wisp.generation.fresh(true), tokens: Array(11), first: 5000.0, last: 5000.1, rounds }"
+    speed = page.evaluate(
+        f"(rounds) => wisp.generation.figures({answer}).speed", [{"at_ms": 200}, {"at_ms": 1200}]
+    )
+    assert speed == 10
+
+
 def test_a_request_as_code_is_the_request(edge: Process, visit: Callable[..., Any]) -> None:
     page = visit(f"{edge.url}/")
     send(page, "It's a test.", Seed="7", Temperature="0.5")
