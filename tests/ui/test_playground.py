@@ -82,6 +82,7 @@ def test_a_prompt_is_answered_in_colours_with_its_figures_and_the_target_alone_s
     assert number(with_drafts["draft steps/token"]) > 0
     assert (without["accepted"], without["draft steps/token"]) == ("–", "0.00")
     assert "rounds: drafting" in page.get_by_test_id("timeline").first.get_attribute("aria-label")
+    page.wait_for_function("() => /draft speed\\s+\\d/.test(document.body.innerText)")  # told once a second
     page.evaluate("scrollTo(0, 0)")
     picture(page, "playground")
 
