@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-clients test-replicas test-prometheus test-wheel test-deploy \
 	check format lock check-lossless docs clean \
-	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead
+	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead bench-depth
 
 setup: $(VENV)/.ready
 
@@ -121,12 +121,14 @@ bench-overhead: setup  ## what a verification costs beside the engine
 bench-policy: setup  ## what a decision of each batching policy costs
 	$(BENCH) policy
 
-# AGAINST: the `src` folder of another version, whose requests without constraints are timed in turn with this one's.
-bench-constraints: setup  ## what constraints cost, and what drafting gains from grammars; fetches the real pair
-	$(BENCH) constraints $(if $(AGAINST),--against $(AGAINST)) --out docs/results/constraints.json
+bench-constraints: setup  ## what constraints cost, beside the last version without them, and what drafting gains; fetches the real pair
+	$(BENCH) constraints --out docs/results/constraints.json
 
 bench-ahead: setup  ## drafting ahead over a delayed line, beside a replay; minutes, on a machine that is quiet
 	$(BENCH) ahead --out docs/results
+
+bench-depth: setup  ## a second step in flight: simulated, then live servers in turn; ten minutes, on a machine that is quiet
+	$(BENCH) depth --out docs/results/depth.json
 
 bench: setup  ## every experiment: pages, data and plots, in two processes; `reality` needs the machine to itself
 	$(BENCH) experiments --out docs/results --jobs 2

@@ -102,7 +102,11 @@ def test_a_chat_completion(client: TestClient, backend: ScriptedBackend) -> None
         "completion_tokens": 6,
         "total_tokens": len(ids) + 6,
         "prompt_tokens_details": {"cached_tokens": 5},
-        "completion_tokens_details": {"accepted_prediction_tokens": 4, "rejected_prediction_tokens": 2},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": 4,
+            "rejected_prediction_tokens": 2,
+            "reasoning_tokens": 0,
+        },
     }
     assert body["metrics"] == {
         "seed": 7,

@@ -155,7 +155,7 @@ def test_noise_and_stragglers_are_those_of_the_profile() -> None:
 def test_every_profile_that_ships_loads_and_makes_sense(name: str) -> None:
     profile = hardware(name)
     decode = profile.step_ms(Load(1, 100, 100, 1))
-    assert 8.0 < decode < 80.0
+    assert 4.0 < decode < 80.0
     times = [profile.step_ms(Load(16 * n, 16 * n * 200, 16 * 200, 16)) for n in (1, 4, 16, 64)]
     assert times == sorted(times)
     assert times[1] < 2.5 * times[0]  # a few tokens more hide behind the weights

@@ -51,12 +51,11 @@ class ResponseFormat(Shape):
         parts = self._parts(index, delta)
         if not parts and not delta.entries and not delta.told:
             return []
-        logprobs = [self._log_probabilities(delta.entries)] + [self._log_probabilities([])] * len(parts)
-        contents = parts or [self._nothing()]
-        chunks = [
-            self._chunk([self._choice(index, content, log, None)])
-            for content, log in zip(contents, logprobs, strict=False)
-        ]
+        entries = delta.entries
+        chunks = []
+        for content in parts or [self._nothing()]:  # log probabilities come with the first
+            chunks.append(self._chunk([self._choice(index, content, self._log_probabilities(entries), None)]))
+            entries = []
         if delta.told:
             chunks[0]["wisp"] = delta.told
         return chunks

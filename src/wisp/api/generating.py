@@ -7,7 +7,6 @@ generation, and a shutdown cancels everything.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -33,7 +32,7 @@ from wisp.api.responses import Json
 from wisp.api.scoring import echoes
 from wisp.api.shape import Shape, Subject
 from wisp.api.slo import NO_CLASSES, SloClasses
-from wisp.api.sse import KEEP_ALIVE, ClientGoneError, EventSender, unless_gone, with_keep_alive
+from wisp.api.sse import ClientGoneError, EventSender, unless_gone
 from wisp.api.tools.families import PARSERS
 from wisp.core.errors import ConfigError, RequestError
 
@@ -148,8 +147,8 @@ class Generating:
         found = answers(service.backend, prepared.generations, outputs)
         if ask.stream:
             events = _events(found, shape, prepared, outputs)
-            async with aclosing(with_keep_alive(events, service.options.keep_alive_s)) as chunks:
-                async for chunk in chunks:
+            async with stream.kept_alive(service.options.keep_alive_s), aclosing(events):
+                async for chunk in events:
                     await stream.send(chunk)
             return Response()
         choices: list[list[Delta]] = [[] for _ in outputs]
@@ -161,14 +160,10 @@ class Generating:
 
     async def _target(self, ask: GenerationRequest, stream: EventSender) -> Target:
         """The model, once there is one. A stream is kept alive meanwhile."""
-        waiting = asyncio.ensure_future(self._service.backend.target())
-        try:
-            keep_alive_s = self._service.options.keep_alive_s
-            while ask.stream and not (await asyncio.wait({waiting}, timeout=keep_alive_s))[0]:
-                await stream.send(KEEP_ALIVE)
-            return await waiting
-        finally:
-            waiting.cancel()
+        if not ask.stream:
+            return await self._service.backend.target()
+        async with stream.kept_alive(self._service.options.keep_alive_s):
+            return await self._service.backend.target()
 
 
 def _output(ask: GenerationRequest, prepared: Prepared, target: Target) -> Output:

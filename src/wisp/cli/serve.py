@@ -46,6 +46,12 @@ def serve(
         ),
     ] = None,
     batching: Annotated[str, typer.Option(help="wisp, continuous, fcfs or paper.", callback=today)] = "wisp",
+    depth: Annotated[
+        int,
+        typer.Option(
+            help="Steps given to the engine at a time; 2: it need not wait for the host.", min=1, max=2
+        ),
+    ] = 1,
     cost: Annotated[
         Path | None, typer.Option(help="Cost profile to start from, written by `wisp profile --target`.")
     ] = None,
@@ -163,7 +169,7 @@ def serve(
         served_name(target), batching, max_sessions, park_s, drain_s, event_log, start,
         read_slo_classes(slo_classes) if slo_classes else {},
         slo_admission if forecast is None else forecast,
-        model_names(served_model_name), parser_name(tool_parser),
+        model_names(served_model_name), parser_name(tool_parser), depth,
     )  # fmt: skip
     of_engine: dict[str, Any] = {
         "engine": engine,

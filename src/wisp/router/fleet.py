@@ -396,7 +396,7 @@ class Fleet:
             return
         self._become(r, State.DRAINING)
         began = time.monotonic()
-        with contextlib.suppress(httpx.HTTPError):
+        with contextlib.suppress(httpx.HTTPError, ValueError):  # no answer, or one that is not JSON
             url = f"{running.url}{MOVE_PATH}"
             timeout = self._drain_s + SILENT_S
             response = await self._client.post(url, headers=_us(r), timeout=timeout)

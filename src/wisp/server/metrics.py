@@ -7,6 +7,7 @@ measured where the user sits, at the edge.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -59,8 +60,8 @@ class Metrics:
         self.registry = r = Registry()
         self._verifier = verifier
         self._seen: dict[str, _Seen] = {}
-        self._load = Load()  # of the last step
-        self._dispatched = 0.0
+        self._in_flight: deque[tuple[Load, float]] = deque()  # steps: load, and when dispatched
+        self._ended = 0.0  # when the last one ended
         self._evicted = 0
         self._gauges(r)
         self.connections = r.gauge("edge_connections", "Open session sockets.")
@@ -167,10 +168,9 @@ class Metrics:
         self.admissions.labels(outcome).inc()
 
     def dispatched(self, now: float, run: Run) -> None:
-        self._dispatched = now
+        self._in_flight.append((load_of(run.slices), now))
         self.preemptions.inc(self._verifier.evicted - self._evicted)
         self._evicted = self._verifier.evicted
-        self._load = load_of(run.slices)
         sessions = [self._verifier.sessions[s.session] for s in run.slices]
         self.slack.add([s.due - now for s in sessions if s.due < math.inf])
         for session in sessions:
@@ -190,8 +190,10 @@ class Metrics:
     def step(self, now: float, run: Run, done: StepDone) -> None:
         """A step ended; the verifier has not been told yet, so its cost model is still that of the dispatch."""
         cost = self._verifier.cost
-        self.predicted.inc(cost.ms(self._load) / 1e3)
-        took = now - self._dispatched
+        load, dispatched = self._in_flight.popleft()
+        self.predicted.inc(cost.ms(load) / 1e3)
+        took = now - max(dispatched, self._ended)
+        self._ended = now
         alone = (cost.ms(Load().plus(len(s.tokens), s.start)) / 1e3 for s in run.slices)
         self.interference.add([max(0.0, took - a) for a in alone])  # below 0 is noise
         self.steps.observe(done.engine_ms / 1e3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from wisp.api import tracing
 from wisp.core.protocol.messages import Open, Refused, Verdict
 from wisp.core.verify.events import Action, Ended, InEvent, Received, Run, Send, StepDone
@@ -16,7 +18,8 @@ class SessionSpans:
         self._verifier = verifier
         self._sessions: dict[str, tracing.Span] = {}
         self._tokens: dict[str, int] = {}  # committed, by session
-        self._step: list[tuple[int, tracing.Span]] = []  # with the slice's place in the step
+        # By step in flight: the spans in it, each with the place of its slice
+        self._in_flight: deque[list[tuple[int, tracing.Span]]] = deque()
 
     def __call__(self, now: float, event: InEvent, actions: list[Action]) -> None:
         """An event was handled, with these actions."""
@@ -62,7 +65,8 @@ class SessionSpans:
             )
 
     def _dispatch(self, now: float, run: Run) -> None:
-        self._step = []
+        step: list[tuple[int, tracing.Span]] = []
+        self._in_flight.append(step)
         for place, s in enumerate(run.slices):
             span = self._sessions.get(self._verifier.sessions[s.session].id)
             if span is not None:
@@ -72,10 +76,10 @@ class SessionSpans:
                     "wisp.drafted": s.n_draft,
                     "wisp.slices": len(run.slices),
                 }
-                self._step.append((place, span.child("step", now, attributes)))
+                step.append((place, span.child("step", now, attributes)))
 
     def _done(self, now: float, done: StepDone) -> None:
-        for place, span in self._step:
+        for place, span in self._in_flight.popleft():
             if done.error:
                 span.end(now, error="engine_error")
             else:
@@ -85,4 +89,3 @@ class SessionSpans:
                     "wisp.engine_ms": done.engine_ms,
                 }
                 span.end(now, attributes, error=result.code if result.error else "")
-        self._step = []
