@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-clients test-replicas test-prometheus test-wheel \
+.PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-clients test-replicas test-prometheus test-wheel test-deploy \
 	check format lock check-lossless docs clean fuzz mutants audit \
 	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead bench-depth
 
@@ -28,7 +28,7 @@ test: setup  ## offline, on the tiny pair
 	$(PYTEST) $(SPREAD)
 
 test-all: test  ## then the long and the statistical ones
-	$(PYTEST) $(SPREAD) -m "extended and not ray and not ui and not prometheus"
+	$(PYTEST) $(SPREAD) -m "extended and not ray and not ui and not prometheus and not deploy"
 
 coverage: setup  ## lines and branches of `core` that its tests reach; fewer than pyproject.toml says are an error
 	$(BIN)/coverage run -m pytest tests/core
@@ -49,6 +49,13 @@ test-replicas: setup $(VENV)/.ray  ## several verifiers as Ray actors, killed, d
 
 test-prometheus: setup  ## a Prometheus scrapes, takes the rules, and has data for every dashboard; skips where there is none
 	$(PYTEST) -m prometheus -rs tests/system/test_prometheus.py
+
+test-deploy: setup $(VENV)/.deploy  ## Kubernetes' schemas, docker-compose and systemd-analyze read what is theirs; the last two if they are there
+	$(PYTEST) -m deploy -rs tests/test_deploy.py
+
+$(VENV)/.deploy: requirements/deploy.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/deploy.txt
+	@touch $@
 
 WHEELS := build/wheel
 test-wheel: setup  ## the wheel in empty environments of Python 3.11, 3.12 and 3.13, from another folder
@@ -179,8 +186,8 @@ PIN := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generat
 LOCK := $(PIN) pyproject.toml
 lock: setup
 	$(BIN)/pip install --quiet uv
-	$(LOCK) -o requirements/base.txt
-	$(LOCK) --extra dev --extra sim -o requirements/dev.txt
+	$(LOCK) --extra otel -o requirements/image.txt
+	$(LOCK) --extra dev --extra sim --extra otel -o requirements/dev.txt
 	$(LOCK) --extra ui --constraint requirements/dev.txt -o requirements/ui.txt
 	$(LOCK) --extra ray --constraint requirements/dev.txt -o requirements/ray.txt
 	for name in docs clients audit mutants; do $(PIN) requirements/$$name.in -o requirements/$$name.txt || exit 1; done

@@ -146,7 +146,8 @@ class Generating:
         del body  # the answer may take long
         target = await self._target(ask, stream)
         name = service.name(ask.model, target)
-        work = functools.partial(prepare, ask, target, exchange.id, key, parser=service.options.tool_parser)
+        parser, trace = service.options.tool_parser, exchange.span.trace
+        work = functools.partial(prepare, ask, target, exchange.id, key, parser=parser, trace=trace)
         admit = functools.partial(service.backend.admit, key)
         prepared = await service.prompts.run(key, admit, work)
         held.release()

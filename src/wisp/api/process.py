@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 import uvicorn
@@ -171,4 +171,18 @@ def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
         import uvloop
     except ImportError:
         return asyncio.new_event_loop
-    return uvloop.new_event_loop
+
+    def new_event_loop() -> asyncio.AbstractEventLoop:
+        loop = uvloop.new_event_loop()
+        loop.set_exception_handler(_not_unheard_names)
+        return loop
+
+    return new_event_loop
+
+
+def _not_unheard_names(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Where a name is looked up for longer than a connection may take, uvloop logs the failure that nobody waits for
+    any more, as an error. Why there is no connection has been said by then.
+    """
+    if not isinstance(context.get("exception"), socket.gaierror):
+        loop.default_exception_handler(context)

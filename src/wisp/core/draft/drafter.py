@@ -76,7 +76,7 @@ Action = Open | Draft | Committed | Reopen
 
 
 class Task(msgspec.Struct, frozen=True):
-    """A text to generate. Prompt and `max_tokens` together fit the context. `salt`: see `messages.Open`.
+    """A text to generate. Prompt and `max_tokens` together fit the context. `salt`, `trace`: see `messages.Open`.
 
     digest: of the model for which the prompt was encoded; "" for that of the first verifier.
     """
@@ -89,6 +89,7 @@ class Task(msgspec.Struct, frozen=True):
     slo: Slo | None = None
     salt: str = ""
     digest: str = ""
+    trace: str = ""
 
 
 class Opening:
@@ -209,6 +210,7 @@ class Drafter:
             salt=task.salt,
             digest=digest,
             device=self._device(),
+            trace=task.trace,
         )
         return [open_]
 

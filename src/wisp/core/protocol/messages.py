@@ -42,6 +42,7 @@ SAID = 300  # characters of a peer's words that an error repeats
 SessionId = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{8,64}\Z")]
 Salt = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{0,64}\Z")]
 Address = Annotated[str, msgspec.Meta(max_length=264)]  # HOST:PORT
+Trace = Annotated[str, msgspec.Meta(max_length=55)]  # a `traceparent`
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
@@ -85,6 +86,7 @@ class Open(Message, frozen=True, tag="open"):
     salt:         one for each customer of the edge; prefixes are shared only within one API key and salt
     digest:       that of the Welcome with which the session began; no other model may continue it
     device:       what the edge knows of itself; None: nothing yet
+    trace:        the `traceparent` of the request (W3C Trace Context); "": none. Nothing is decided by it
     """
 
     session: SessionId
@@ -103,6 +105,7 @@ class Open(Message, frozen=True, tag="open"):
     salt: Salt = ""
     digest: str = ""
     device: Device | None = None
+    trace: Trace = ""
 
 
 class Draft(Message, frozen=True, tag="draft"):

@@ -26,6 +26,14 @@ from wisp.core.verify.session import DRAFT, PARKED, PICKED, READY, WAITING, Sess
 PREFILL, VERIFY, DECODE = Kind
 PATIENCE_S = 1.0  # a session without SLO queues for a slot as if it were due this long after it became ready
 SHORT = 8  # tokens; a session with at most this many to compute counts as decoding and is not cut into chunks
+KINDS = ("verify", "decode", "prefill")  # of slices, for those who look on
+
+
+def kind_of(s: Slice) -> int:
+    """Place in KINDS. A prompt's end with a draft behind it is part of a prompt."""
+    if not s.sample or len(s.tokens) - s.n_draft > SHORT:
+        return 2
+    return 0 if s.n_draft else 1
 
 
 class SessionIndex:
