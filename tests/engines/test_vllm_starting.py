@@ -34,12 +34,12 @@ def test_a_known_version_will_do(monkeypatch: pytest.MonkeyPatch, name: str) -> 
     assert starting.require() == "0.32.1+cu130"
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "1.0"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "1.0"])
 def test_another_version_is_refused_with_what_to_install(
     monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     pretend(monkeypatch, {"vllm": version})
-    with pytest.raises(ConfigError, match=rf"0\.32\.\*; {version} is installed.*wisp-serve\[vllm\]"):
+    with pytest.raises(ConfigError, match=rf"{version} is installed.*wisp-serve\[vllm\]"):
         load_target(str(TINY), engine="vllm")
 
 
