@@ -19,8 +19,9 @@ from wisp.check.lossless.judge import Case, Judge, Outcome, Reference, flip_dist
 from wisp.core.protocol.sampling import Sampling, target_token
 from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.core.verify.session import Session
-from wisp.engines.base import EngineInfo, TargetEngine
+from wisp.engines.base import EngineInfo, StepQueue, TargetEngine
 from wisp.engines.constraining import SlotTrackers
+from wisp.engines.in_order import OneAtATime
 from wisp.engines.llama.target import LlamaTarget
 
 SCALE = msgspec.structs.replace(TINY, chats=4, plain=2, seeds=1, samples=0)
@@ -53,6 +54,9 @@ class Wrapped:
 
     def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
         return self.engine.run(batch)
+
+    def queue(self, depth: int) -> StepQueue:
+        return OneAtATime(self, depth)
 
     def copy(self, copy: Copy) -> None:
         self.engine.copy(copy)

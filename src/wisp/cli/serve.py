@@ -51,6 +51,12 @@ def serve(
         ),
     ] = None,
     batching: Annotated[str, typer.Option(help="wisp, continuous, fcfs or paper.", callback=today)] = "wisp",
+    depth: Annotated[
+        int,
+        typer.Option(
+            help="Steps given to the engine at a time; 2: it need not wait for the host.", min=1, max=2
+        ),
+    ] = 1,
     cost: Annotated[
         Path | None, typer.Option(help="Cost profile to start from, written by `wisp profile --target`.")
     ] = None,
@@ -149,6 +155,7 @@ def serve(
     from wisp.api.keys import Keyring
     from wisp.api.logs import set_up_logging
     from wisp.api.process import Listen, event_loop_factory, run_app
+    from wisp.api.tracing import set_up_tracing
     from wisp.api.web_guard import host_names, web_origins
     from wisp.core.verify.batching import batching_policy
     from wisp.engines.build import check_engine, fetch_target, load_target, served_name
@@ -158,6 +165,7 @@ def serve(
 
     log_format = "json" if log_json else log_format
     set_up_logging(log_level, form=log_format)
+    set_up_tracing("wisp-router" if replicas > 1 or launcher is not None else "wisp-serve")
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
     listen = Listen(
         host, port, tls_cert, tls_key, host_names(allowed_hosts), http_keep_alive_s, web_origins(cors_origins)
@@ -185,7 +193,7 @@ def serve(
         served_name(target), batching, max_sessions, park_s, drain_s, event_log, start,
         read_slo_classes(slo_classes) if slo_classes else {},
         slo_admission if forecast is None else forecast,
-        model_names(served_model_name), parser_name(tool_parser),
+        model_names(served_model_name), parser_name(tool_parser), depth,
     )  # fmt: skip
     of_engine: dict[str, Any] = {
         "engine": engine,

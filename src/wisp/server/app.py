@@ -69,6 +69,7 @@ class Settings(msgspec.Struct, frozen=True):
     slo_admission: bool = True
     aliases: tuple[str, ...] = ()
     tool_parser: str = ""
+    depth: int = 1
 
     def api_options(self) -> ApiOptions:
         """Of the OpenAI surface."""
@@ -179,6 +180,7 @@ class ServerApp:
                 Admission(s.max_sessions, self.keys.limits),
                 model=s.model,
                 batching=s.batching,
+                depth=s.depth,
                 cost=s.cost,
                 park_s=s.park_s,
                 slo_admission=s.slo_admission,

@@ -50,6 +50,8 @@ class Slice(msgspec.Struct, frozen=True, array_like=True):
     logprobs:  None, or how many alternatives to report with each chosen token (0 is allowed)
     past:      where `sampling` has constraints: the session's tokens before the first one to be chosen, from the first
                generated one on, or from the prompt's first on if its tokens count (`repetition_penalty`)
+    after:     the step that chooses `tokens[0]`, its last token for this slot: a step before this one, which was not
+               over when this one was planned. -1: `tokens` are all known
     """
 
     session: int
@@ -62,6 +64,7 @@ class Slice(msgspec.Struct, frozen=True, array_like=True):
     sampling: Sampling = Sampling()
     logprobs: int | None = None
     past: list[int] = []
+    after: int = -1
 
 
 class SliceResult(msgspec.Struct, frozen=True, array_like=True):

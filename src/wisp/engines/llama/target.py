@@ -30,9 +30,10 @@ from wisp.core.protocol.step import (
     Slice,
     SliceResult,
 )
-from wisp.engines.base import EngineInfo
+from wisp.engines.base import EngineInfo, StepQueue
 from wisp.engines.constraining import SlotTrackers
 from wisp.engines.identity import engine_digest, gguf_digest
+from wisp.engines.in_order import OneAtATime
 from wisp.engines.llama import selfcheck
 from wisp.engines.llama.capi import PIN, kernels
 from wisp.engines.llama.context import Context, DecodeError, Logits, physical_cores
@@ -165,6 +166,10 @@ class LlamaTarget:
         for run in runs:
             self._cut(run.work.slot, 0 if run.error else run.kept)
         return [run.result() for run in runs]
+
+    def queue(self, depth: int) -> StepQueue:
+        """Steps run one at a time."""
+        return OneAtATime(self, depth)
 
     def copy(self, copy: Copy) -> None:
         """Copy a prefix between slots (see TargetEngine.copy). Raises EngineError if the source does not hold it."""

@@ -170,7 +170,8 @@ def _some(
     asked = rows.logprobs[first:end]
     width = max(1, int(rows.logprobs.max()))
     if (asked >= 0).any():
-        log_z = raw.logsumexp(dim=1, keepdim=True).double()
+        peak = raw.amax(dim=1, keepdim=True)
+        log_z = peak.double() + (raw - peak).exp().sum(dim=1, keepdim=True).log().double()
         columns.append((raw.gather(1, columns[0]).double() - log_z).view(torch.int64))
         ids, values = _largest(raw, width)
         columns += [ids, (values.double() - log_z).view(torch.int64)]

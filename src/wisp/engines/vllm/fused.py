@@ -50,7 +50,7 @@ def answers(logits: torch.Tensor, rows: Rows, tile: Tile = TILE) -> Said:
     size = logits.shape[1]
     asked = rows.logprobs >= 0
     views = _views(rows, asked)
-    tasks = _tasks(rows)
+    tasks, task_of = _tasks(rows)
     n, many, width = rows.key.size, views.row.size, max(1, int(rows.logprobs.max(initial=0)))
     group = min(GROUP, tile.block)
     blocks = triton.cdiv(size, tile.block)
@@ -58,8 +58,7 @@ def answers(logits: torch.Tensor, rows: Rows, tile: Tile = TILE) -> Said:
     stretch = triton.cdiv(blocks, tile.stretches)
     there = _uploaded([*views, *tasks, rows.first, rows.length, rows.draft], logits.device)
     row, edit, key, temperature, scale, what, plain_view, settled = there[:8]
-    view, k, p, reach, wanted = there[8:13]
-    first, length, draft = there[13:]
+    todo, (first, length, draft) = there[8:14], there[14:]
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
@@ -68,7 +67,7 @@ def answers(logits: torch.Tensor, rows: Rows, tile: Tile = TILE) -> Said:
     floats, whole = new(3, per), new(3, per, dtype=torch.int32)
     peaks, tempered, plain = floats[0], floats[1], floats[2]
     peak_ids, drawn, bad = whole[0], whole[1], whole[2]
-    tops, counts = new(many, groups), new(2 * many, dtype=torch.int32)
+    tops, counts = new(many, groups), new(many, dtype=torch.int32)
     alternatives = tasks.view.size * width
     parts = rows.first.size
     sizes = [
@@ -88,14 +87,14 @@ def answers(logits: torch.Tensor, rows: Rows, tile: Tile = TILE) -> Said:
     chosen = new(max(1, n), dtype=torch.int32)
     if tasks.view.size:
         values, ids = new(tasks.view.size, MOST), new(tasks.view.size, MOST, dtype=torch.int32)
-        todo = triton.cdiv(tasks.view.size, tile.rows)
-        gather_kernel[(todo, tile.stretches)](
-            *source, tasks.view.size, view, k, p, reach, wanted, row, edit, key, scale,
+        programs = triton.cdiv(tasks.view.size, tile.rows)
+        gather_kernel[(programs, tile.stretches)](
+            *source, tasks.view.size, *todo, row, edit, key, scale,
             peaks, peak_ids, tempered, tops, groups, counts, values, ids, stretch,
             G=group, N=triton.next_power_of_2(groups), MOST=MOST, **shape,
         )  # fmt: skip
-        select_kernel[(todo,)](
-            *source, tasks.view.size, view, k, p, reach, wanted, row, edit, key, temperature, scale,
+        select_kernel[(programs,)](
+            *source, tasks.view.size, *todo, row, edit, key, temperature, scale,
             peaks, peak_ids, tempered, plain, counts, values, ids, chosen, other_ids, others, width, blocks,
             MOST=MOST, **shape,
         )  # fmt: skip
@@ -104,7 +103,7 @@ def answers(logits: torch.Tensor, rows: Rows, tile: Tile = TILE) -> Said:
         peaks, peak_ids, plain, drawn, bad, chosen, tokens, own, said, sound,
         P=triton.next_power_of_2(int(rows.length.max(initial=1))), S=tile.stretches,
     )  # fmt: skip
-    return _said(_back(out).split(sizes), rows, n, parts, width)
+    return _said(_back(out).split(sizes), rows, task_of, n, parts, width)
 
 
 class _Views(NamedTuple):
@@ -122,9 +121,10 @@ class _Views(NamedTuple):
 
 
 class _Tasks(NamedTuple):
-    """Of gather and select: a choice (wanted 0) of a view, or so many alternatives."""
+    """Of gather and select: of a view a token is chosen, or so many alternatives are told, or both."""
 
     view: npt.NDArray[np.int32]
+    chooses: npt.NDArray[np.int32]
     k: npt.NDArray[np.int32]
     p: npt.NDArray[np.float64]
     reach: npt.NDArray[np.int32]
@@ -167,15 +167,28 @@ def _views(rows: Rows, asked: npt.NDArray[np.bool_]) -> _Views:
     )
 
 
-def _tasks(rows: Rows) -> _Tasks:
-    chosen, told = np.flatnonzero(rows.restricted), np.flatnonzero(rows.logprobs > 0)
-    view = np.concatenate([chosen, _plain_views(rows)[told]]).astype(np.int32)
+def _tasks(rows: Rows) -> tuple[_Tasks, npt.NDArray[np.int64]]:
+    """And which of them tells a row's alternatives."""
+    view, plain_view = np.arange(rows.key.size), _plain_views(rows)
+    chosen, told = rows.restricted, rows.logprobs > 0
+    both = chosen & told & (plain_view == view)
+    some, more = np.flatnonzero(chosen), np.flatnonzero(told & ~both)
+    task_of = np.zeros(rows.key.size, np.int64)
+    task_of[some] = np.arange(some.size)
+    task_of[more] = some.size + np.arange(more.size)
 
-    def both(column: npt.NDArray[Any], value: float) -> npt.NDArray[Any]:
-        return np.concatenate([column[chosen], np.full(told.size, value, column.dtype)])
+    def joined(column: npt.NDArray[Any], value: float) -> npt.NDArray[Any]:
+        return np.concatenate([column[some], np.full(more.size, value, column.dtype)])
 
-    wanted = np.concatenate([np.zeros(chosen.size, np.int32), rows.logprobs[told]])
-    return _Tasks(view, both(rows.top_k, 0), both(rows.top_p, 1.0), both(rows.reach, 0), wanted)
+    tasks = _Tasks(
+        np.concatenate([some, plain_view[more]]).astype(np.int32),
+        np.concatenate([np.ones(some.size), np.zeros(more.size)]).astype(np.int32),
+        joined(rows.top_k, 0),
+        joined(rows.top_p, 1.0),
+        joined(rows.reach, 0),
+        np.concatenate([np.where(both, rows.logprobs, 0)[some], rows.logprobs[more]]).astype(np.int32),
+    )
+    return tasks, task_of
 
 
 def _uploaded(arrays: list[npt.NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
@@ -218,13 +231,14 @@ def _back(out: torch.Tensor) -> torch.Tensor:
     return near
 
 
-def _said(out: Sequence[torch.Tensor], rows: Rows, n: int, parts: int, width: int) -> Said:
+def _said(
+    out: Sequence[torch.Tensor], rows: Rows, task_of: npt.NDArray[np.int64], n: int, parts: int, width: int
+) -> Said:
     tokens, own, said, sound, ids, others = (some.numpy() for some in out)
     told = np.flatnonzero(rows.logprobs > 0)
-    begin = int(np.count_nonzero(rows.restricted))
     by_row = {}
-    for task, (row, wanted) in enumerate(
-        zip(told.tolist(), rows.logprobs[told].tolist(), strict=True), begin
+    for row, task, wanted in zip(
+        told.tolist(), task_of[told].tolist(), rows.logprobs[told].tolist(), strict=True
     ):
         some = slice(task * width, task * width + wanted)
         by_row[row] = (ids[some].tolist(), others.view(np.float32)[some].tolist())

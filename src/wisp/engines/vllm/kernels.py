@@ -277,8 +277,7 @@ def scan_kernel(logits, stride, edited, size, views, row_of, edit_of, key_of, te
     tl.store(plain + at, sum_1, mask=live)
     tl.store(drawn + at, best, mask=live)
     tl.store(bad + at, lost, mask=live)
-    tl.store(counts + 2 * v, tl.zeros([R], tl.int32), mask=live)
-    tl.store(counts + 2 * v + 1, tl.zeros([R], tl.int32), mask=live)
+    tl.store(counts + v, tl.zeros([R], tl.int32), mask=live)
 
 
 @triton.jit
@@ -296,17 +295,19 @@ def _kth(values, k):
 
 
 @triton.jit(do_not_specialize=["tasks"])
-def gather_kernel(logits, stride, edited, size, tasks, view_of, k_of, p_of, reach_of, wanted_of,
+def gather_kernel(logits, stride, edited, size, tasks, view_of, chooses_of, k_of, p_of, reach_of, wanted_of,
             row_of, edit_of, key_of, scale_of, peaks, peak_ids, tempered, tops, groups,
             counts, values, ids_out, stretch,
             R: tl.constexpr, B: tl.constexpr, G: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
             MOST: tl.constexpr):  # fmt: skip
     """The candidates of R tasks in one stretch: `values` and `ids_out` [tasks, MOST], in any order. More than MOST are
-    counted and not kept. wanted_of: how many alternatives a task is about, 0: the choice of a token."""
+    counted and not kept. A task is a view's: chooses_of: is a token to be chosen? wanted_of: how many alternatives are
+    to be told, from 0 on."""
     t = tl.program_id(0) * R + tl.arange(0, R)
     split = tl.program_id(1)
     live = t < tasks
     v = tl.load(view_of + t, mask=live, other=0)
+    chooses = tl.load(chooses_of + t, mask=live, other=0) > 0
     wanted = tl.load(wanted_of + t, mask=live, other=0)
     k = tl.load(k_of + t, mask=live, other=0)
     p = tl.load(p_of + t, mask=live, other=1.0)
@@ -331,37 +332,34 @@ def gather_kernel(logits, stride, edited, size, tasks, view_of, k_of, p_of, reac
     light = (tl.log2(size / (rest * total * (1.0 - _SUM))) + 1e-3) * _OCTAVE
     most = tl.where(p < 1.0, tl.where(k > 0, _FAR, tl.minimum(noisy, light)), noisy)
     reach = tl.where((p < 1.0) & (k > 0), _END, reach)
-    most = tl.where(wanted > 0, _INF, most)
-    reach = tl.where(wanted > 0, _END, reach)
-    k = tl.where(wanted > 0, wanted, k)
-    bounded = (k > 0) & (k <= groups)
     floor = tl.full([R], -_INF, tl.float32)
-    if tl.max(bounded.to(tl.int32), axis=0) > 0:
+    floor_told = tl.full([R], -_INF, tl.float32)
+    bounded = chooses & (k > 0) & (k <= groups)
+    bounded_told = (wanted > 0) & (wanted <= groups)
+    if tl.max((bounded | bounded_told).to(tl.int32), axis=0) > 0:
         part = tl.arange(0, N)[None, :]
         all_tops = tl.load(tops + v.to(tl.int64)[:, None] * groups + part,
                            mask=live[:, None] & (part < groups), other=-_INF)  # fmt: skip
         floor = tl.where(bounded, _kth(all_tops, k), floor)
+        floor_told = tl.where(bounded_told, _kth(all_tops, wanted), floor_told)
+    # Both what can be chosen and what is told are the largest: so are all that are either.
+    floor = tl.where(chooses, floor, _INF)
+    floor_told = tl.where(wanted > 0, floor_told, _INF)
 
     for block in range(split * stretch, tl.minimum((split + 1) * stretch, tl.cdiv(size, B))):
         part = block * (B // G) + tl.arange(0, B // G)
         head = tl.max(tl.load(tops + v.to(tl.int64)[:, None] * groups + part[None, :],
                               mask=live[:, None] & (part < groups)[None, :], other=-_INF), axis=1)  # fmt: skip
-        hope = live & (head >= floor) & (_below(peak, head, scale) <= most)
+        hope = live & (((head >= floor) & (_below(peak, head, scale) <= most)) | (head >= floor_told))
         if tl.max(hope.to(tl.int32), axis=0) > 0:
             ids = (block * B + tl.arange(0, B))[None, :]
             there = hope[:, None] & (ids < size)
             x = _clean(_load(logits, stride, edited, size, row, edit, ids, there))
             below = _below(peak[:, None], x, scale[:, None])
-            kept = (
-                there
-                & (x >= floor[:, None])
-                & (below <= most[:, None])
-                & (_distance(below) <= reach[:, None])
-            )
+            kept = (x >= floor[:, None]) & (below <= most[:, None]) & (_distance(below) <= reach[:, None])
+            kept = there & (kept | (x >= floor_told[:, None]))
             number = kept.to(tl.int32)
-            base = tl.atomic_add(
-                counts + 2 * v + (wanted > 0).to(tl.int32), tl.sum(number, axis=1), mask=hope
-            )
+            base = tl.atomic_add(counts + v, tl.sum(number, axis=1), mask=hope)
             place = base[:, None] + tl.cumsum(number, axis=1) - 1
             at = t.to(tl.int64)[:, None] * MOST + place
             tl.store(values + at, x, mask=kept & (place < MOST))
@@ -386,7 +384,7 @@ def _candidates(block, logits, stride, edited, size, row, edit, values, ids_in, 
 
 
 @triton.jit(do_not_specialize=["tasks", "width"])
-def select_kernel(logits, stride, edited, size, tasks, view_of, k_of, p_of, reach_of, wanted_of,
+def select_kernel(logits, stride, edited, size, tasks, view_of, chooses_of, k_of, p_of, reach_of, wanted_of,
             row_of, edit_of, key_of, temperature_of, scale_of, peaks, peak_ids, tempered, plain,
             counts, values, ids_in, chosen, other_ids, other_values, width, blocks_of_row,
             R: tl.constexpr, B: tl.constexpr, S: tl.constexpr, MOST: tl.constexpr):  # fmt: skip
@@ -395,6 +393,7 @@ def select_kernel(logits, stride, edited, size, tasks, view_of, k_of, p_of, reac
     t = tl.program_id(0) * R + tl.arange(0, R)
     live = t < tasks
     v = tl.load(view_of + t, mask=live, other=0)
+    chooses = tl.load(chooses_of + t, mask=live, other=0) > 0
     wanted = tl.load(wanted_of + t, mask=live, other=0)
     k = tl.load(k_of + t, mask=live, other=0)
     p = tl.load(p_of + t, mask=live, other=1.0)
@@ -407,13 +406,13 @@ def select_kernel(logits, stride, edited, size, tasks, view_of, k_of, p_of, reac
     parts = v.to(tl.int64)[:, None] * S + tl.arange(0, S)[None, :]
     heads = tl.load(peaks + parts, mask=live[:, None], other=-_INF)
     peak = tl.max(heads, axis=1)
-    count = tl.load(counts + 2 * v + (wanted > 0).to(tl.int32), mask=live, other=0)
+    count = tl.load(counts + v, mask=live, other=0)
     few = count <= MOST
     length = tl.where(few, count, size)
     blocks = tl.cdiv(tl.max(tl.where(live, length, 0), axis=0), B)
     crowded = tl.max((live & ~few).to(tl.int32), axis=0)
 
-    choosing = live & (wanted == 0)
+    choosing = live & chooses
     nucleus = choosing & (p < 1.0)
     total = _merged(heads, tl.load(tempered + parts, mask=live[:, None], other=0.0), peak, scale / _OCTAVE)
     least = total.to(tl.float64) * _PEAK * (1.0 - _SUM)

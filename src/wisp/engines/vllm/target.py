@@ -34,9 +34,10 @@ from wisp.core.protocol.step import (
     Slice,
     SliceResult,
 )
-from wisp.engines.base import EngineInfo
+from wisp.engines.base import EngineInfo, StepQueue
 from wisp.engines.constraining import SlotTrackers
 from wisp.engines.identity import engine_digest, folder_digest
+from wisp.engines.in_order import OneAtATime
 from wisp.engines.slots import check_copy, slice_problem
 from wisp.engines.vllm import selftest
 from wisp.engines.vllm.models import fetched
@@ -174,6 +175,10 @@ class VllmTarget:
             return [(t.result(), t.chosen.logits if t.chosen else None) for t in self._run(batch)]
         finally:
             self._observing = False
+
+    def queue(self, depth: int) -> StepQueue:
+        """Steps run one at a time."""
+        return OneAtATime(self, depth)
 
     def copy(self, copy: Copy) -> None:
         """`target` holds what `source` holds, up to `copy.tokens`; its blocks are looked up when it is next fed."""
