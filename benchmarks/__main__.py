@@ -73,9 +73,9 @@ def overlap(out: Figures = None) -> None:
 @app.command()
 def constraints(
     pair: Annotated[str, typer.Option(help="Whose vocabulary, and who answers.")] = "qwen2.5-coder",
-    against: Annotated[
-        Path | None, typer.Option(help="The `src` of another version, for requests without constraints.")
-    ] = None,
+    before: Annotated[
+        str, typer.Option(help="Version in git to compare requests without constraints with.")
+    ] = "80af4c8",  # the last one without constraints
     out: Figures = None,
     offline: Offline = False,
     json: Json = False,
@@ -83,7 +83,7 @@ def constraints(
     """What constraints cost: masks along a draft, requests without any; and what drafting gains from grammars."""
     from benchmarks.constraints import run_bench
 
-    run_bench(pair, against, out=out, as_json=json, offline=offline)
+    run_bench(pair, before, out=out, as_json=json, offline=offline)
 
 
 @app.command()

@@ -68,7 +68,15 @@ class Wrapped:
 # --- nothing to find
 
 
-def test_forty_cases_are_the_references_own(bench: Bench) -> None:
+def test_a_dozen_cases_are_the_references_own(bench: Bench) -> None:
+    report = check(bench, mode="exact", cases=12, seed=11)
+    assert report.passed, report
+    assert (report.cases, report.identical, report.ties, report.mismatches) == (12, 12, 0, 0)
+    assert report.tokens > 300
+
+
+@pytest.mark.extended
+def test_forty_cases_are_the_references_own_and_all_that_is_promised_happens(bench: Bench) -> None:
     report = check(bench, mode="exact", cases=40, seed=11)
     assert report.passed, report
     assert (report.cases, report.identical, report.ties, report.mismatches) == (40, 40, 0, 0)

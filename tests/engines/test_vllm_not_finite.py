@@ -58,7 +58,7 @@ def test_rows_behind_a_rejected_draft_token_may_be_anything(here: bool) -> None:
     import torch
 
     from wisp.engines.vllm.parts import Part
-    from wisp.engines.vllm.worker import choose
+    from wisp.engines.vllm.choosing import choose
 
     logits = torch.zeros(6, 10)
     logits[:, 4] = 1.0

@@ -79,6 +79,7 @@ def edge(
     from wisp.api.keys import Keyring
     from wisp.api.logs import set_up_logging
     from wisp.api.process import Listen, event_loop_factory, run_app
+    from wisp.api.tracing import set_up_tracing
     from wisp.api.web_guard import host_names, web_origins
     from wisp.core.draft.policies import Ahead
     from wisp.edge.address import session_url
@@ -89,6 +90,7 @@ def edge(
     from wisp.engines.models import RichProgress
 
     set_up_logging(log_level, form="json" if log_json else log_format)
+    set_up_tracing("wisp-edge")
     session_url(server)  # before a model is loaded
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
     listen = Listen(

@@ -136,6 +136,7 @@ def serve(
     from wisp.api.keys import Keyring
     from wisp.api.logs import set_up_logging
     from wisp.api.process import Listen, event_loop_factory, run_app
+    from wisp.api.tracing import set_up_tracing
     from wisp.api.web_guard import host_names, web_origins
     from wisp.core.verify.batching import batching_policy
     from wisp.engines.build import check_engine, fetch_target, load_target, served_name
@@ -144,6 +145,7 @@ def serve(
 
     log_format = "json" if log_json else log_format
     set_up_logging(log_level, form=log_format)
+    set_up_tracing("wisp-router" if replicas > 1 or launcher is not None else "wisp-serve")
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
     listen = Listen(
         host, port, tls_cert, tls_key, host_names(allowed_hosts), http_keep_alive_s, web_origins(cors_origins)

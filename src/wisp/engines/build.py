@@ -13,7 +13,7 @@ import msgspec
 
 from wisp.core.draft.policies import Policies
 from wisp.core.draft.predictor import Predictor
-from wisp.core.errors import ConfigError
+from wisp.core.errors import ConfigError, ModelError
 from wisp.engines.base import DraftEngine, TargetEngine, Tokenizer
 from wisp.engines.emulated import EmulatedTarget, Hardware, Written, hardware
 from wisp.engines.grammars import Grammars
@@ -37,7 +37,7 @@ def read_predictor(path: Path | None = None) -> Predictor:
     path = path or PREDICTOR
     try:
         return Predictor.from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the predictor {path}: {error}") from None
 
 
@@ -170,7 +170,20 @@ def _emulated(name: str, profile: Hardware, written: Written | None) -> tuple[Ta
 
 
 def read_tokenizer(blob: bytes) -> Tokenizer:
-    """The tokenizer that a verifier hands over as `blob`. Raises ModelError or ConfigError."""
+    """The tokenizer that a verifier hands over as `blob`, all of it read. Raises ModelError or ConfigError."""
+    try:
+        tokenizer = _read_tokenizer(blob)
+        _ = tokenizer.fingerprint
+    except (ModelError, ConfigError):
+        raise
+    except BaseException as error:  # whatever else is in it: libraries raise bare Exceptions, and Rust panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"this tokenizer is damaged: {error!s:.200}") from None
+    return tokenizer
+
+
+def _read_tokenizer(blob: bytes) -> Tokenizer:
     from wisp.engines.plain import read_plain
 
     if blob.startswith(_GGUF):

@@ -281,13 +281,9 @@ DraftStep = tuple[Generation, tuple[int | None, Signal], float]
 NOTHING: tuple[int | None, Signal] = (None, Signal())
 
 
-class Pass(NamedTuple):
-    """One answered draft, or one token decoded by the verifier: `new` tokens behind `cached`, in one step."""
-
-    at: float  # seconds, when the verdict was heard
-    engine_ms: float
-    new: int
-    cached: int
+# One answered draft, or one token decoded by the verifier: the second at which its verdict was heard, the step's
+# milliseconds, its tokens, and the cached ones before them. A plain tuple, too.
+Pass = tuple[float, float, int, int]
 
 
 @dataclass(slots=True)
@@ -412,7 +408,7 @@ class SimDevice:
         if tokens > request.tokens:
             if request.tokens:
                 cached = len(request.prompt) + verdict.base
-                self.seen.passes.append(Pass(now, verdict.engine_ms, drafted + 1, cached))
+                self.seen.passes.append((now, verdict.engine_ms, drafted + 1, cached))
             request.hear(seen, tokens)
         if verdict.finish:
             request.ended = seen

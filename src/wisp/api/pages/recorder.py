@@ -15,9 +15,9 @@ from wisp.api.pages.series import Second, Series
 from wisp.core.protocol.messages import Open, Refused, Verdict
 from wisp.core.protocol.slo import Served, Slo, met
 from wisp.core.protocol.step import Slice
-from wisp.core.verify.cost import Load, load_of
+from wisp.core.verify.cost import load_of
 from wisp.core.verify.events import Action, EdgeLost, Ended, InEvent, Received, Run, Send, StepDone
-from wisp.core.verify.planner import SHORT
+from wisp.core.verify.planner import kind_of
 from wisp.core.verify.session import ORPHANED, PARKED, READY, RUNNING, Session
 from wisp.core.verify.verifier import Verifier
 
@@ -172,7 +172,7 @@ class Recorder:
         life.tokens += new
         life.device.tokens += new
         self._now.tokens += new
-        if met(life.served(None), now):
+        if life.slo is None or met(life.served(None), now):
             self._now.good += new
         if message.finish:
             self._over(now, message.session)
@@ -201,17 +201,16 @@ class Recorder:
 
     def _dispatch(self, now: float, run: Run) -> None:
         cost, sessions, rows = self._verifier.cost, self._verifier.sessions, self._now.rows
-        ms = cost.now.ms
-        step = _Step(now, ms(load_of(run.slices)), [], [])
+        alone_ms = cost.now.ms_of
+        step = _Step(now, cost.ms(load_of(run.slices)), [], [])
         self._in_flight.append(step)
         slack = self._now.slack_ms
         for s in run.slices:
             session, n, start = sessions[s.session], len(s.tokens), s.start
             step.slices.append((s, self._lives.get(session.id)))
-            step.alone_ms.append(ms(Load(n, n * (start + n), start, 1)))
-            rows[_kind(s)] += n
-            due = session.due
-            if due < math.inf:
+            step.alone_ms.append(alone_ms(n, n * (start + n), start, 1))
+            rows[kind_of(s)] += n
+            if session.targets.slo is not None and (due := session.due) < math.inf:
                 slack.append((due - now) * 1e3)
 
     def _done(self, now: float, done: StepDone) -> None:
@@ -320,10 +319,3 @@ def waits_for(s: Session) -> str:
     if s.state is READY:
         return "slot" if s.slot is None else "step"
     return "edge"
-
-
-def _kind(s: Slice) -> int:
-    """Place in `Second.rows`. A prompt's end with a draft behind it is part of a prompt."""
-    if not s.sample or len(s.tokens) - s.n_draft > SHORT:
-        return 2
-    return 0 if s.n_draft else 1

@@ -26,6 +26,14 @@ from wisp.core.verify.session import DRAFT, PARKED, PICKED, READY, WAITING, Sess
 PREFILL, VERIFY, DECODE = Kind
 PATIENCE_S = 1.0  # a session without SLO queues for a slot as if it were due this long after it became ready
 SHORT = 8  # tokens; a session with at most this many to compute counts as decoding and is not cut into chunks
+KINDS = ("verify", "decode", "prefill")  # of slices, for those who look on
+
+
+def kind_of(s: Slice) -> int:
+    """Place in KINDS. A prompt's end with a draft behind it is part of a prompt."""
+    if not s.sample or len(s.tokens) - s.n_draft > SHORT:
+        return 2
+    return 0 if s.n_draft else 1
 
 
 class SessionIndex:
@@ -305,7 +313,7 @@ def candidate_of(s: Session) -> Candidate:
     # By position: with names, a struct of this many fields takes seven times as long to make.
     s.candidate = candidate = Candidate(
         s.handle, kind, missing + n_draft, cached, n_draft, since, targets.opened, s.key, due, targets.tpot_s,
-        speed.expected(n_draft), speed.round_tokens, remaining, drafting, first, lag_s, targets.slo_lost,
-        speed.acceptance,
+        speed.expected(n_draft) if n_draft else 1.0, speed.round_tokens, remaining, drafting, first, lag_s,
+        targets.slo_lost, speed.acceptance,
     )  # fmt: skip
     return candidate

@@ -331,6 +331,8 @@ class Speed:
 
     def verified(self, now: float, n_draft: int, accepted: int) -> None:
         self.answered_at = now
+        if not n_draft:
+            return
         acceptance = self.acceptance
         for i in range(min(accepted + 1, n_draft)):
             acceptance += ACCEPTANCE_RATE * ((ACCEPTANCE_MOST if i < accepted else 0.0) - acceptance)

@@ -56,6 +56,8 @@ from wisp.core.verify.session import (
 )
 from wisp.core.verify.slo_admission import SloAdmission, keepable
 
+NO_ENDS = frozenset[int]()  # making one takes a microsecond, and each commit would
+
 
 class Verifier:
     """Sessions, KV slots and a batching policy. Everything enters through `handle`."""
@@ -139,7 +141,7 @@ class Verifier:
         self, now: float, connection: int, key: str, open_: Open, actions: list[Action]
     ) -> Verdict | None:
         self._check_open(open_)
-        ends = frozenset[int]() if open_.ignore_eos else self.limits.eos
+        ends = NO_ENDS if open_.ignore_eos else self.limits.eos
         open_ = msgspec.structs.replace(open_, sampling=open_.sampling.ending(ends))
         session = self._by_id.get(open_.session)
         if session is None:
@@ -449,14 +451,16 @@ class Verifier:
 
     def _cut(self, s: Session, tokens: list[int]) -> tuple[list[int], str]:
         """The tokens up to an end of the text or the length limit, and the finish reason ("" if it goes on)."""
-        tokens = tokens[: s.remaining]
-        ends = frozenset[int]() if s.params.ignore_eos else self.limits.eos
-        if stops := s.params.sampling.stops:
-            ends = ends.union(stops)
+        remaining = s.remaining
+        tokens = tokens[:remaining]
+        params = s.params
+        ends = NO_ENDS if params.ignore_eos else self.limits.eos
+        if params.sampling.constraints is not None:
+            ends = ends.union(params.sampling.stops)
         if not ends.isdisjoint(tokens):
             end = next(i for i, token in enumerate(tokens) if token in ends)
             return tokens[: end + 1], "stop"
-        return tokens, "length" if len(tokens) == s.remaining else ""
+        return tokens, "length" if len(tokens) == remaining else ""
 
     def _settle(self, now: float, s: Session, *, cached: int, more: bool) -> None:
         """A slice is back: record what its slot holds. After the last one in flight `s` goes on, waits or ends."""

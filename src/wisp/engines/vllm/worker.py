@@ -20,9 +20,7 @@ import torch
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from wisp.core.protocol.sampling import FloatArray, log_probability, target_token
-from wisp.core.protocol.step import TokenLogprob, TopLogprob
-from wisp.engines.vllm.choosing import target_tokens
+from wisp.engines.vllm.choosing import choose
 from wisp.engines.vllm.parts import Chosen, Part
 
 EMPTY = EMPTY_MODEL_RUNNER_OUTPUT
@@ -107,56 +105,3 @@ def sampled_rows(counts: Any, wanted: Sequence[int]) -> npt.NDArray[np.int64]:
     if total == 0:
         return ends[-1:] - 1
     return np.arange(total) + np.repeat(ends - np.cumsum(per), per)
-
-
-def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> list[Chosen]:
-    """The target's tokens along each part; `logits` [rows of all parts in order, vocabulary].
-
-    here: by the rule itself, on the CPU; otherwise by its counterpart for devices, all rows at once
-    """
-    if here:
-        rows = logits.float().numpy()
-        finite: list[bool] = np.isfinite(rows).all(axis=1).tolist()
-        said: list[int] | None = None
-        plain = (
-            p.sampling.greedy and not p.sampling.barred(p.position) and not p.edits for p in parts if p.rows
-        )
-        if all(plain):
-            said = rows.argmax(axis=1).tolist()  # of equal ones the first
-    else:
-        asked = [(part.sampling, part.position + i) for part in parts for i in range(part.rows)]
-        edits = [part.edit(i) for part in parts for i in range(part.rows)]
-        said = target_tokens(logits[: len(asked)], asked, edits)
-        finite = torch.isfinite(logits[: len(asked)]).all(dim=1).tolist()
-        rows = np.empty((0, 0), np.float32)
-    chosen: list[Chosen] = []
-    first = 0
-    for part in parts:
-        span = range(first, first + part.rows)
-        first += part.rows
-        tokens: list[int] = []
-        sound = True
-        for i, row in enumerate(span):
-            if not finite[row]:
-                sound = False
-                break
-            if said is not None:
-                token = said[row]
-            else:
-                token = target_token(rows[row], part.sampling, part.position + i, part.edit(i))
-            tokens.append(token)
-            if i >= len(part.draft) or token != part.draft[i]:
-                break
-        reported: FloatArray | None = None
-        if part.observed or part.logprobs is not None:
-            some = span if part.observed else span[: len(tokens)]
-            reported = logits[some.start : some.stop].float().cpu().numpy().copy()
-        entries = [] if part.logprobs is None else list(_entries(reported, tokens, part.logprobs))
-        chosen.append(Chosen(tokens, entries, reported if part.observed else None, sound))
-    return chosen
-
-
-def _entries(rows: Any, tokens: Sequence[int], top: int) -> Iterator[TokenLogprob]:
-    for row, token in zip(rows, tokens, strict=False):
-        own, best = log_probability(row, token, top)
-        yield TokenLogprob(token, own, [TopLogprob(*pair) for pair in best])
