@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,14 +21,26 @@ from wisp.core.draft.policies import Ahead, Policies
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import RequestError, UnavailableError
 from wisp.core.protocol.edits import Edit
-from wisp.core.protocol.messages import Cancel, Draft, Message, Open, Welcome, decode_edge_message, encode
+from wisp.core.protocol.messages import (
+    Cancel,
+    Draft,
+    Message,
+    Open,
+    Verdict,
+    Welcome,
+    decode_edge_message,
+    encode,
+)
 from wisp.core.protocol.sampling import Sampling
+from wisp.core.protocol.step import Slice, SliceResult
 from wisp.core.verify.admission import Admission
+from wisp.core.verify.events import Received, Run, Send, StepDone, Tick
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import Listener, Redirects
 from wisp.engines.base import Proposal, Tokenizer
 from wisp.engines.null import ByteTokenizer, NullTarget, null_token
 from wisp.server.host import VerifierHost
+from wisp.server.spans import SessionSpans
 from wisp.server.thin import ThinBackend
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -235,6 +248,21 @@ def test_a_refused_request_says_why(spans: Any) -> None:
     (request,) = named(spans, "completions")
     assert request.attributes["http.response.status_code"] == 400
     assert not request.status.is_ok
+
+
+def test_steps_in_flight_end_in_their_order(spans: Any) -> None:
+    known: Any = SimpleNamespace(sessions={1: SimpleNamespace(id="session1")})
+    look = SessionSpans(known)
+    look(0.0, Received(1, "", Open("session1", 0, [1], Sampling(), 9)), [])
+    look(1.0, Tick(), [Run([], [Slice(1, 0, 0, [5])])])
+    look(2.0, Tick(), [Run([], [Slice(1, 0, 1, [6])])])
+    look(3.0, StepDone([SliceResult(1)], 1.0), [])
+    look(5.0, StepDone([], 1.0, "gone"), [Send(1, Verdict("session1", 0, 0, 0, [7], "stop"))])
+    first, second = named(spans, "step")
+    assert [s.end_time - s.start_time for s in (first, second)] == [2_000_000_000, 3_000_000_000]
+    assert (first.status.is_ok, second.status.is_ok) == (True, False)
+    (session,) = named(spans, "session")
+    assert session.attributes["wisp.finish"] == "stop"
 
 
 @pytest.mark.parametrize(
