@@ -209,6 +209,8 @@ class World:
 
     def ask(self, pick: int, number: int, former: list[int] | None = None) -> None:
         """A user asks: of an edge, or as a thin client of a server."""
+        if self.calm:
+            return
         self._asked += 1
         name = f"ask {self._asked}"
         edges = self.alive(EdgeProcess)
