@@ -82,12 +82,6 @@ DEFECTS: dict[str, Defect] = {
         "            self.round.discard = self.state in IN_ENGINE",
         "            self.round.discard = self.state is State.ORPHANED",
     ),
-    "stale_draft_is_verified": Defect(
-        "session",
-        SESSION,
-        "if known and (head < len(known) or head == len(tokens)):",
-        "if known and head == len(tokens):",
-    ),
     "orphan_is_not_taken_back": Defect(
         "session",
         SESSION,
@@ -129,18 +123,6 @@ DEFECTS: dict[str, Defect] = {
         "0 <= refused.round < opening.round:",
         "0 <= refused.round <= opening.round:",
     ),
-    "flights_outlive_the_connection": Defect(
-        "drafter",
-        DRAFTER,
-        "            self.phase = DETACHED\n            self.rounds.flights = []",
-        "            self.phase = DETACHED",
-    ),
-    "wrong_guesses_stay_in_flight": Defect(
-        "drafter",
-        DRAFTER,
-        "                rounds.flights = []  # no draft that builds on a wrong guess is of any use",
-        "                pass",
-    ),
     "drafts_said_on_the_way_are_lost": Defect(
         "drafter", ITINERARY, "            self._since.append(message)", "            self._since = []"
     ),
@@ -159,12 +141,6 @@ DEFECTS: dict[str, Defect] = {
     ),
     # router
     "gone_replica_is_remembered": Defect("router", FLEET, "            self._placement.gone(r.name)\n", ""),
-    "placements_are_counted_for_ever": Defect(
-        "router",
-        PLACEMENT,
-        "            while known.since and known.since[0] < now - SETTLE_S:",
-        "            while known.since and known.since[0] < now - 1e9:",
-    ),
     "waiting_opens_outlive_their_connection": Defect(
         "router",
         ROUTER,
@@ -188,18 +164,6 @@ DEFECTS: dict[str, Defect] = {
         ROUTER,
         "            if c.close is not None:\n                c.close()",
         "            pass",
-    ),
-    "late_look_revives": Defect(
-        "router",
-        FLEET,
-        "        if r.running is not running:\n            return  # it ended meanwhile\n",
-        "",
-    ),
-    "another_model_is_taken_in": Defect(
-        "router",
-        FLEET,
-        "            if problem := self._other(report.welcome):",
-        "            if not report.welcome.digest and (problem := self._other(report.welcome)):",
     ),
     "silent_replica_stays_shut": Defect(
         "router",
