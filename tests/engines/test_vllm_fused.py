@@ -122,6 +122,17 @@ def test_more_candidates_than_are_kept_apart(monkeypatch: pytest.MonkeyPatch) ->
     check(answers(32, 128, 1), any_logits(rng, 64, 300), random_parts(rng, 64, 300, 16, logprobs=True))
 
 
+def test_float64_decides_what_float32_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a margin that leaves many instead of one or two."""
+    from triton.language import constexpr
+
+    from wisp.engines.vllm import kernels
+
+    monkeypatch.setattr(kernels, "_MARGIN", constexpr(3.0))
+    rng = np.random.default_rng(10)
+    check(answers(64, 128, 1), any_logits(rng, 64, 300), random_parts(rng, 64, 300, 16))
+
+
 def test_logits_in_half_precision_are_widened_first() -> None:
     import torch
 

@@ -73,7 +73,8 @@ def _near_noise(bits):
     low = bits < 0x80000000
     v = (tl.where(low, bits, bits ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
     series = v * (1.0 + v * (1.0 / 2 + v * (1.0 / 3 + v * (1.0 / 4 + v * (1.0 / 5 + v * (1.0 / 6))))))
-    minus_log = tl.where(low, -tl.log(v), tl.where(v < 0.03125, series, -tl.log(1.0 - v)))
+    minus_log = -tl.log(tl.where(low, v, 1.0 - v))
+    minus_log = tl.where(low | (v >= 0.03125), minus_log, series)
     return -tl.log(minus_log)
 
 
@@ -133,14 +134,19 @@ def _best(logits, ids, free, peak, scale, temperature, key, best, value):
     alone = (rivals == 1) & (own < floor)
     found = tl.where(alone, tl.min(tl.where(close, ids, _NONE), axis=1), best)
     doubtful = (rivals > 0) & (rivals + (own >= floor).to(tl.int32) > 1)
-    if tl.max(doubtful.to(tl.int32), axis=0) > 0:
-        exact = tl.where(close, logits.to(tl.float64) / temperature[:, None] + _noise(bits), -_INF)
-        most = tl.max(exact, axis=1)
-        first = tl.min(tl.where(close & (exact == most[:, None]), ids, _NONE), axis=1)
-        mine = value.to(tl.float64) / temperature + _noise(_hash(key, best))
-        mine = tl.where(value == -_INF, -_INF, mine)
-        beaten = (most > mine) | ((most == mine) & (first < best))
-        found = tl.where(doubtful & beaten, first, found)
+    left = tl.max(tl.where(doubtful, rivals, 0), axis=0)
+    if left > 0:
+        most = tl.where(value == -_INF, -_INF, value.to(tl.float64) / temperature + _noise(_hash(key, best)))
+        rival = close & doubtful[:, None]
+        for _ in range(left):  # one at a time: there are two as a rule, and float64 is slow
+            one = tl.min(tl.where(rival, ids, _NONE), axis=1)
+            is_one = rival & (ids == one[:, None])
+            exact = tl.max(tl.where(is_one, logits, -_INF), axis=1).to(tl.float64) / temperature
+            exact = tl.where(one < _NONE, exact + _noise(_hash(key, one)), -_INF)
+            beaten = (exact > most) | ((exact == most) & (one < found))
+            most = tl.where(beaten, exact, most)
+            found = tl.where(beaten, one, found)
+            rival = rival & (ids != one[:, None])
     there = tl.max(tl.where(free & (ids == found[:, None]), logits, -_INF), axis=1)
     return found, tl.where(found == best, value, there)
 
