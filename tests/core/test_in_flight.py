@@ -17,6 +17,7 @@ from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
 from wisp.core.verify.events import Run, StepDone, Tick, WakeAt
+from wisp.core.verify.kv import packed
 from wisp.core.verify.session import State
 
 PROMPT = [1, 2, 3]
@@ -48,6 +49,14 @@ def ends_at(position: int) -> Sampling:
     assert not constraints.choosing
     assert len(toy_text(PROMPT, sampling, 30)) == position + 1
     return sampling
+
+
+def check_books(rig: Rig) -> None:
+    """Slots hold what their sessions have cached, and no more in all than there is."""
+    kv = rig.verifier.kv
+    assert 0 <= kv.held == sum(len(slot.tokens) for slot in kv.slots) <= kv.kv_tokens
+    for s in rig.verifier.sessions.values():
+        assert (kv.slots[s.slot].tokens if s.slot is not None else packed(())) == s.progress.chain[: s.cached]
 
 
 def test_a_decode_is_planned_before_the_token_that_it_feeds_is_known() -> None:
@@ -214,6 +223,19 @@ def test_a_slice_that_fails_takes_its_followers_with_it_and_nobody_else() -> Non
     assert rig.verifier.kv.owned_slots == 0
 
 
+def test_after_a_slice_that_failed_nothing_counts_as_cached_while_its_follower_is_in_flight() -> None:
+    rig = warm()
+    rig.receive(serving())
+    rig.steps(2)
+    rig.dispatch()
+    assert len(rig.flying) == 2
+    rig.engine.poison = TEXT[0]
+    rig.finish()
+    check_books(rig)
+    rig.finish()
+    assert rig.verifier.kv.owned_slots == 0
+
+
 def test_kv_of_steps_in_flight_is_spoken_for() -> None:
     rig = warm(slots=2, slot_tokens=32, kv_tokens=40, step_tokens=64)
     for i in (1, 2):
@@ -340,6 +362,7 @@ def test_texts_are_the_targets_at_any_depth(
             rig.dispatch()
         in_flight = sum(len(s.tokens) for run in rig.flying for s in run.slices)
         assert rig.verifier.kv.held + in_flight <= rig.verifier.kv.kv_tokens
+        check_books(rig)
         rig.now += source.choice((0.0, 0.1))
         act()
     for _ in range(60):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from wisp.core.errors import EngineError
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.protocol.step import Copy, Slice
+from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.core.verify.events import Run
 from wisp.engines.base import StepQueue
 from wisp.engines.emulated import EmulatedTarget, VirtualClock, hardware
@@ -91,6 +91,24 @@ def test_what_builds_on_a_failed_slice_fails_alone(make: Make, clock: VirtualClo
     assert goes_on.tokens
     queue.submit(Run([], [first(0), first(2)], 3))  # both slots are begun anew
     assert not any(r.error for r in queue.collect().results)
+
+
+@pytest.mark.parametrize("make", [one_at_a_time, device])
+def test_a_step_of_which_nothing_is_left_does_not_reach_the_engine(make: Make, clock: VirtualClock) -> None:
+    engine = target(clock)
+    choose, batches = engine.choose, []
+
+    def count(batch: Sequence[Slice]) -> list[SliceResult]:
+        batches.append(len(batch))
+        return choose(batch)
+
+    engine.choose = count  # type: ignore[method-assign]
+    queue = make(engine, clock)
+    queue.submit(Run([], [first(start=9)], 1))  # nothing to start from
+    queue.submit(Run([], [follower(1, 1)], 2))
+    assert queue.collect().results[0].error
+    assert queue.collect().results[0].error == GONE
+    assert batches == [1]
 
 
 def test_the_device_runs_one_step_while_the_host_prepares_the_next(clock: VirtualClock) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import msgspec
 
-from wisp.core.errors import EngineError
+from wisp.core.errors import StepLostError
 from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.core.verify.events import Run, StepDone
 
@@ -40,10 +40,10 @@ class InOrder:
         self._broken: set[int] = set()  # slots whose last slice failed
 
     def run(self, run: Run) -> list[SliceResult]:
-        """Results in the order of the slices. Raises EngineError if the step failed, or one before it since it was
-        planned."""
+        """Results in the order of the slices. Raises EngineError if the step failed; StepLostError if one before it has
+        failed since it was planned."""
         if run.epoch < self._epoch:
-            raise EngineError(LOST)
+            raise StepLostError(LOST)
         try:
             return self._run(run)
         except Exception:
@@ -61,7 +61,8 @@ class InOrder:
                 self._engine.copy(copy)
                 broken.discard(copy.target)
         known = [self._filled(s) for s in run.slices]
-        found = iter(self._engine.run([s for s in known if s is not None]))
+        batch = [s for s in known if s is not None]
+        found = iter(self._engine.run(batch) if batch else ())
         results = []
         for s, able in zip(run.slices, known, strict=True):
             result = next(found) if able is not None else SliceResult(s.session, error=GONE)

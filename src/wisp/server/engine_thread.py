@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from wisp.core.errors import EngineDeadError
+from wisp.core.errors import EngineDeadError, StepLostError
 from wisp.core.verify.events import Run, StepDone
 from wisp.engines.base import OwnThread, TargetEngine
 
@@ -97,7 +97,10 @@ class EngineThread:
                 raise failure
             return msgspec.structs.replace(self._queue.collect(), host_ms=host_ms)
         except Exception as error:  # whatever it is, sessions must hear of it and the server go on
-            log.exception("a step of %d slices failed", len(step.slices))
+            if isinstance(error, StepLostError):
+                log.warning("a step of %d slices is lost: %s", len(step.slices), error)
+            else:
+                log.exception("a step of %d slices failed", len(step.slices))
             if isinstance(error, EngineDeadError):
                 self.dead = error
             took_ms = (time.perf_counter() - started) * 1e3

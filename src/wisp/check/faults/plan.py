@@ -127,7 +127,7 @@ def shape_of(rng: random.Random) -> Shape:
 def plan_of(seed: int, faults: int = 100) -> Plan:
     """A run by chance."""
     rng = random.Random(f"plan {seed}")
-    shape = shape_of(rng)
+    shape = msgspec.structs.replace(shape_of(rng), depth=random.Random(f"depth {seed}").randint(1, 2))
     swarm = _swarm(rng)
     events = [
         Event(

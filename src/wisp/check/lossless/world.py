@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from wisp.core.errors import EngineError
+from wisp.core.errors import EngineError, StepLostError
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict, decode_edge_message, encode
 from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.core.verify.admission import Admission
@@ -21,7 +21,7 @@ from wisp.core.verify.loop import VerifierLoop
 from wisp.core.verify.session import IN_ENGINE
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.base import TargetEngine
-from wisp.engines.in_order import LOST, OneAtATime
+from wisp.engines.in_order import OneAtATime
 from wisp.sim.timeline import Timeline
 
 PARK_S = 4.0
@@ -181,7 +181,7 @@ class ChaosServer:
         try:
             done = self._queue.collect()
         except EngineError as error:
-            if str(error) not in (FAILURE, LOST):
+            if str(error) != FAILURE and not isinstance(error, StepLostError):
                 self.errors.append(str(error))
             return StepDone([], 1.0, error=str(error), step=step.step)
         self.errors += [r.error for r in done.results if r.error]

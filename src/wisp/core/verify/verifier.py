@@ -394,6 +394,7 @@ class Verifier:
         void = s.flight.back(slice_)
         if result.error:
             self.kv.record(now, s.slot, [])
+            s.cached = 0
             self._fail(s, result.code, result.error, actions)
             return
         if void:
