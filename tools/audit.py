@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write_sbom(tools: Path, requirements: Path, to: Path) -> int:
     """Returns the number of packages. Raises CalledProcessError."""
     to.parent.mkdir(parents=True, exist_ok=True)
-    command = [
+    command: list[str | Path] = [
         tools / "cyclonedx-py",
         "requirements",
         "--pyproject",
@@ -63,7 +63,7 @@ def write_sbom(tools: Path, requirements: Path, to: Path) -> int:
 
 def vulnerabilities(tools: Path, requirements: Path) -> list[str] | None:
     """One line for each; None, and a word on it, if nobody could be asked."""
-    command = [
+    command: list[str | Path] = [
         tools / "pip-audit", "--requirement", requirements, "--require-hashes", "--disable-pip", "--format", "json",
         "--progress-spinner", "off",
     ]  # fmt: skip
