@@ -80,9 +80,20 @@ def vulnerabilities(tools: Path, requirements: Path) -> list[str] | None:
             f"{requirements}: NOT CHECKED, as the database of advisories could not be asked: {' '.join(said)}"
         )
         return None
+    packages: list[Any] = report["dependencies"]
+    skipped = [package["name"] for package in packages if "skip_reason" in package]
+    if len(skipped) == len(packages):
+        print(
+            f"{requirements}: NOT CHECKED, as the database of advisories knows none of its {len(packages)} packages"
+        )
+        return None
+    if skipped:
+        print(
+            f"{requirements}: NOT CHECKED, as the database of advisories does not know them: {', '.join(skipped)}"
+        )
     return [
         f"{package['name']} {package['version']}: {found['id']}, {_mended(found['fix_versions'])}"
-        for package in report["dependencies"]
+        for package in packages
         for found in package.get("vulns", ())
     ]
 
