@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write_sbom(tools: Path, requirements: Path, to: Path) -> int:
     """Returns the number of packages. Raises CalledProcessError."""
     to.parent.mkdir(parents=True, exist_ok=True)
-    command = [
+    command: list[str | Path] = [
         tools / "cyclonedx-py",
         "requirements",
         "--pyproject",
@@ -63,7 +63,7 @@ def write_sbom(tools: Path, requirements: Path, to: Path) -> int:
 
 def vulnerabilities(tools: Path, requirements: Path) -> list[str] | None:
     """One line for each; None, and a word on it, if nobody could be asked."""
-    command = [
+    command: list[str | Path] = [
         tools / "pip-audit", "--requirement", requirements, "--require-hashes", "--disable-pip", "--format", "json",
         "--progress-spinner", "off",
     ]  # fmt: skip
@@ -80,9 +80,20 @@ def vulnerabilities(tools: Path, requirements: Path) -> list[str] | None:
             f"{requirements}: NOT CHECKED, as the database of advisories could not be asked: {' '.join(said)}"
         )
         return None
+    packages: list[Any] = report["dependencies"]
+    skipped = [package["name"] for package in packages if "skip_reason" in package]
+    if len(skipped) == len(packages):
+        print(
+            f"{requirements}: NOT CHECKED, as the database of advisories knows none of its {len(packages)} packages"
+        )
+        return None
+    if skipped:
+        print(
+            f"{requirements}: NOT CHECKED, as the database of advisories does not know them: {', '.join(skipped)}"
+        )
     return [
         f"{package['name']} {package['version']}: {found['id']}, {_mended(found['fix_versions'])}"
-        for package in report["dependencies"]
+        for package in packages
         for found in package.get("vulns", ())
     ]
 

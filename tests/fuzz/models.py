@@ -91,7 +91,9 @@ def write_gguf(value: Any) -> bytes:
         body = b"".join(
             text(name) + struct.pack("<I", kind) + written(kind, said) for name, kind, said in pairs
         )
-        head = magic.encode() + struct.pack("<IQQ", version, tensors, len(pairs) if count is None else count)
+        head: bytes = magic.encode() + struct.pack(
+            "<IQQ", version, tensors, len(pairs) if count is None else count
+        )
     except (struct.error, AttributeError) as error:
         raise ValueError from error
     blob = head + body

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -128,11 +129,11 @@ def addresses(_: Path) -> Reader:
         said = data.decode("utf-8", "replace")
         try:
             url = session_url(said)
-            must(url.isprintable() and "@" not in url, f"{url!r} is no address")
+            must(url.isprintable() and "@" not in urlsplit(url).netloc, f"{url!r} is no address")
         except ConfigError:
             pass
         url = redirected_url("wss://host:8100/v1/sessions", said)
-        must(url.isprintable() and "@" not in url, f"{url!r} is no address")
+        must(url.isprintable() and "@" not in urlsplit(url).netloc, f"{url!r} is no address")
         must(url.startswith("wss:"), "a redirect leads from TLS to plain text")
 
     return read

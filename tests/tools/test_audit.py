@@ -57,3 +57,18 @@ def test_where_nobody_can_be_asked_that_is_said_and_is_no_failure(
         "NOT CHECKED, as the database of advisories could not be asked: cannot reach anyone"
         in capsys.readouterr().out
     )
+
+
+def test_a_package_that_the_database_does_not_know_was_not_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unknown = {"name": "new", "skip_reason": "Dependency not found"}
+    fine = {"name": "right", "version": "1.0", "vulns": []}
+    assert audited(tmp_path, json.dumps({"dependencies": [unknown]}), 0) == 0
+    said = capsys.readouterr().out
+    assert "NOT CHECKED, as the database of advisories knows none of its 1 packages" in said
+    assert "known vulnerabilities" not in said
+    assert audited(tmp_path, json.dumps({"dependencies": [unknown, fine]}), 0) == 0
+    said = capsys.readouterr().out
+    assert "NOT CHECKED, as the database of advisories does not know them: new" in said
+    assert "0 known vulnerabilities" in said
