@@ -34,7 +34,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The interpreter replaces Triton's functions at every call of a function; once for each kernel is enough."""
     from triton.runtime import interpreter
 
-    patch, done = interpreter._patch_lang, set()
+    done: set[Any] = set()
+    patch = interpreter._patch_lang
 
     def once(function: Any) -> Any:
         if function in done:
