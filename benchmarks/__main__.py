@@ -51,11 +51,31 @@ def policy(
 
 
 @app.command()
+def depth(
+    live: Annotated[bool, typer.Option(help="Run servers, too: some eight minutes.")] = True,
+    json: Json = False,
+    out: Figures = None,
+) -> None:
+    """What a second step in flight is worth: simulated, and on live servers in turn."""
+    from benchmarks.depth import run_bench_depth
+
+    run_bench_depth(live=live, out=out, as_json=json)
+
+
+@app.command()
+def overlap(out: Figures = None) -> None:
+    """The overlap of memory and arithmetic in a step, fitted to public measurements: tables in Markdown."""
+    from benchmarks.overlap import run_bench_overlap
+
+    run_bench_overlap(out)
+
+
+@app.command()
 def constraints(
     pair: Annotated[str, typer.Option(help="Whose vocabulary, and who answers.")] = "qwen2.5-coder",
-    against: Annotated[
-        Path | None, typer.Option(help="The `src` of another version, for requests without constraints.")
-    ] = None,
+    before: Annotated[
+        str, typer.Option(help="Version in git to compare requests without constraints with.")
+    ] = "80af4c8",  # the last one without constraints
     out: Figures = None,
     offline: Offline = False,
     json: Json = False,
@@ -63,7 +83,7 @@ def constraints(
     """What constraints cost: masks along a draft, requests without any; and what drafting gains from grammars."""
     from benchmarks.constraints import run_bench
 
-    run_bench(pair, against, out=out, as_json=json, offline=offline)
+    run_bench(pair, before, out=out, as_json=json, offline=offline)
 
 
 @app.command()
@@ -77,6 +97,21 @@ def vllm(
     from benchmarks.vllm import run_bench
 
     run_bench(target, out, as_json=json, offline=offline)
+
+
+@app.command()
+def step(
+    target: Annotated[str, typer.Option(help="As for `wisp serve --engine vllm`.")] = "tiny-target",
+    sequences: Annotated[str, typer.Option(help="Of a step, by comma.")] = "64,256,512",
+    out: Figures = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """What the host does for a verification step, beside what vLLM's own does, and where each millisecond goes."""
+    from benchmarks.step.compare import run_bench_step
+
+    wanted = tuple(int(n) for n in sequences.split(","))
+    run_bench_step(target, wanted, out, as_json=json, offline=offline)
 
 
 @app.command()

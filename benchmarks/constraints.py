@@ -2,23 +2,22 @@
 
 *masks*     those along a draft of 5 tokens, at each place of answers that the schemas below allow, with the vocabulary
             of the pair's target. A matcher goes from place to place as in a session.
-*plain*     steps of requests without constraints, by this version and by another one (`--against`, its source), in
-            turn, each in processes of its own.
+*plain*     requests without constraints, by this version and by the last one before there were any, in turn
+            (`benchmarks.constraints_before`).
 *drafts*    the pair answers under each schema, greedily, drafting four tokens a round: with the grammar on the edge,
             and without. Which tokens cost the drafter nothing, and how many drafts are accepted?
 
-Times are CPU time of this thread, so that a busy machine makes them longer, but not by what it does meanwhile.
+Times are CPU time, so that a busy machine makes them longer, but not by what it does meanwhile.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import platform
 import statistics
-import subprocess
-import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.constraints_before import Plain, plain
 from wisp.api.template import chat_template
 from wisp.core.errors import ConfigError
 from wisp.core.protocol.constraints import Constraints, Grammar
@@ -42,7 +42,6 @@ AIM_MASKS_MS, AIM_PLAIN, AIM_FORCED = 1.0, 0.02, 0.25
 DRAFT = 5  # tokens of a draft whose masks are timed
 ROUND = 4  # tokens drafted in a round, certain ones besides
 LONGEST = 160  # tokens of an answer
-TURNS = 5  # of each version
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -121,14 +120,6 @@ class Timing(msgspec.Struct):
     n: int
 
 
-class Plain(msgspec.Struct):
-    """Median CPU milliseconds without constraints: of the other version, of this one, and how much more that is."""
-
-    before: float
-    now: float
-    more: float
-
-
 class Drafted(msgspec.Struct):
     """Of answers: tokens, those of them that cost the drafter nothing, its steps per token, accepted draft tokens."""
 
@@ -139,34 +130,44 @@ class Drafted(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """All of it. `masks_ms`: along a draft of 5."""
+    """All of it. `masks_ms`: along a draft of 5. `plain`: by what is done; see `benchmarks.constraints_before`."""
 
+    command: str
+    date: str
+    machine: str
     pair: str
     n_vocab: int
     compile_ms: float
     masks_ms: Timing
     with_grammar: Drafted
     without: Drafted
-    plain: dict[str, Plain] = {}
+    before: str
+    plain: dict[str, Plain]
 
 
-def run_bench(pair: str, against: Path | None, *, out: Path | None, as_json: bool, offline: bool) -> None:
-    """Measure, print, and write the figures to `out`."""
+def run_bench(pair: str, before: str, *, out: Path | None, as_json: bool, offline: bool) -> None:
+    """Measure, print, and write the figures to `out`. before: a version in git."""
     if pair not in PAIRS:
         raise ConfigError(f"there is no pair {pair!r}; take one of {', '.join(PAIRS)}")
+    costs = plain(before)  # first, as it may find out that it cannot be done
     target, draft = PAIRS[pair]
     engine, tokenizer = load_target(target, slots=1, context=1024, offline=offline)
     drafter = LlamaDraft(resolve(draft, offline=offline), slots=1, slot_tokens=1024)
     try:
         compile_ms, masks = masks_of(tokenizer)
         report = Report(
+            f"python -m benchmarks constraints --pair {pair} --before {before}",
+            datetime.date.today().isoformat(),
+            f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, "
+            f"load {os.getloadavg()[0]:.0f} at the end",
             pair,
             tokenizer.n_vocab,
             compile_ms,
             masks,
             _drafted(engine, drafter, tokenizer, with_grammar=True),
             _drafted(engine, drafter, tokenizer, with_grammar=False),
-            plain(against) if against is not None else {},
+            before,
+            costs,
         )
     finally:
         drafter.close()
@@ -274,29 +275,6 @@ def _prompt(tokenizer: Tokenizer, ask: str) -> list[int]:
     return tokenizer.encode(text, add_bos=False, parse_special=True)
 
 
-# --- without constraints
-
-
-def plain(against: Path) -> dict[str, Plain]:
-    """A step, and the rule, without constraints: by the source in `against` and by this one, in turn."""
-    sources = {"before": against, "now": Path(__file__).parent.parent / "src"}
-    seen: dict[tuple[str, str], list[float]] = defaultdict(list)
-    script = Path(__file__).with_name("constraints_plain.py")
-    for _ in range(TURNS):
-        for name, source in sources.items():
-            environment = os.environ | {"PYTHONPATH": str(source.resolve()), "OMP_WAIT_POLICY": "passive"}
-            ended = subprocess.run(
-                [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True
-            )
-            for what, ms in json.loads(ended.stdout).items():
-                seen[name, what].append(ms)
-    out = {}
-    for what in ("step", "rule"):
-        before, now = (statistics.median(seen[name, what]) for name in sources)
-        out[what] = Plain(before, now, now / before - 1.0)
-    return out
-
-
 def _show(report: Report) -> None:
     table = Table(title=f"Constraints: {report.pair}, {report.n_vocab} ids", show_header=False)
     masks = report.masks_ms
@@ -310,10 +288,9 @@ def _show(report: Report) -> None:
             f"{d.forced:.0%} of {d.tokens} tokens without the drafter, {d.steps_per_token:.2f} of its steps a token, "
             f"{d.acceptance:.0%} accepted",
         )
-    table.add_row("aim", f"{AIM_FORCED:.0%} without the drafter")
+    table.add_row("aim", f"{AIM_FORCED:.0%} without the drafter, and no fewer accepted")
     for what, p in report.plain.items():
-        table.add_row(
-            f"{what} without constraints", f"{p.before:.3f} ms before, {p.now:.3f} now: {p.more:+.1%}"
-        )
+        change = f"{p.more:+.1%} ({p.low:+.1%} to {p.high:+.1%})"
+        table.add_row(f"without constraints: {what}", f"{p.before:.3f} ms before, {p.now:.3f} now: {change}")
     table.add_row("aim", f"at most {AIM_PLAIN:+.0%}")
     Console().print(table)

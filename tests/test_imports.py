@@ -37,7 +37,7 @@ FOLDERS = {
     "router": DECIDES | {"engines", "api", "server", "edge"},
     "calibrate": DECIDES | {"engines", "api", "progress"},
     "sim": DECIDES | {"engines", "api", "edge", "calibrate", "children", "progress"},
-    "check": DECIDES | {"engines", "api", "sim", "children", "progress"},
+    "check": DECIDES | {"engines", "api", "server", "edge", "router", "sim", "children", "progress"},
     "children": {"core.errors"},
     "progress": set[str](),
 }

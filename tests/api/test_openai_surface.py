@@ -229,8 +229,10 @@ def test_a_parser_can_be_chosen(backend: ScriptedBackend) -> None:
 def test_reasoning_comes_apart_from_content(client: TestClient, backend: ScriptedBackend) -> None:
     backend.script = say("hm", "m\n</th", "ink>\n\nYes.")
     body = chat(chat_template_kwargs={"enable_thinking": True})
-    message = client.post(CHAT, json=body).json()["choices"][0]["message"]
+    answer = client.post(CHAT, json=body).json()
+    message = answer["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("hmm", "Yes.")
+    assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == len("hmm\n</think>")
     parts = deltas(client.post(CHAT, json=body | {"stream": True}).text)
     assert "".join(p.get("reasoning_content", "") for p in parts) == "hmm"
     assert "".join(p.get("content", "") for p in parts) == "Yes."

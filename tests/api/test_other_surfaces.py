@@ -12,7 +12,7 @@ import pytest
 from openai.types.responses import Response as OpenAIResponse
 from starlette.testclient import TestClient
 
-from api_fakes import BOS, IM_END, KEY, MODEL, ScriptedBackend, committed, make_app, say, serving
+from api_fakes import BOS, EOS, IM_END, KEY, MODEL, ScriptedBackend, committed, make_app, say, serving
 from test_api_http import CHAT, chat, error
 from test_openai_surface import CALL, HERMES, TOOL
 from wisp.api.process import Listen, uvicorn_config
@@ -85,6 +85,8 @@ def test_a_stream_of_events_ends_in_the_whole(client: TestClient, backend: Scrip
     reasoning, message, call = final["output"]
     assert reasoning["content"][0]["text"] == "ab"
     assert message["content"][0]["text"] == "Sure."
+    thought = len(">ab</think>")  # a marker of several tokens begins with its last
+    assert final["usage"]["output_tokens_details"] == {"reasoning_tokens": thought}
     assert (call["name"], call["arguments"], call["status"]) == ("f", '{"x": 1}', "completed")
     whole = client.post(RESPONSES, json=body | {"stream": False}).json()
     assert [i["type"] for i in whole["output"]] == ["reasoning", "message", "function_call"]
@@ -284,6 +286,13 @@ def test_text_to_tokens_and_back(client: TestClient, backend: ScriptedBackend) -
     body = client.post("/tokenize", json={"model": MODEL, "prompt": "Hi", "return_token_strs": True}).json()
     assert body == {"tokens": [BOS, 72, 105], "count": 3, "max_model_len": 4000, "token_strs": ["", "H", "i"]}
     assert client.post("/tokenize", json={"content": "Hi"}).json()["tokens"] == [72, 105]
+    llamacpp = {"content": "é<eos>", "add_special": True, "with_pieces": True}
+    assert client.post("/tokenize", json=llamacpp).json()["tokens"] == [
+        {"id": BOS, "piece": "<bos>"},
+        {"id": 0xC3, "piece": [0xC3]},
+        {"id": 0xA9, "piece": [0xA9]},
+        {"id": EOS, "piece": "<eos>"},
+    ]
     body = client.post("/tokenize", json={"messages": [{"role": "user", "content": "Hi"}]}).json()
     client.post(CHAT, json=chat())
     assert body["tokens"] == backend.asked[-1].prompt

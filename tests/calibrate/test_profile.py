@@ -20,9 +20,10 @@ from wisp.calibrate.profile.target import CostProfile, judge, read_cost, split
 from wisp.core.errors import ConfigError
 from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.core.verify.cost import Coefficients, load_of
-from wisp.engines.base import EngineInfo
+from wisp.engines.base import EngineInfo, StepQueue
 from wisp.engines.constraining import SlotTrackers
 from wisp.engines.emulated import HARDWARE, VirtualClock, hardware
+from wisp.engines.in_order import OneAtATime
 
 SAID = 7  # by the toy, whatever it is asked
 TRUTH = Coefficients(step=8.0, token=0.7, cached=3e-4, attention=2e-4)
@@ -60,6 +61,9 @@ class Machine:
             SliceResult(s.session, s.n_draft, [SAID] * (s.n_draft + 1)) if s.sample else SliceResult(0)
             for s in batch
         ]
+
+    def queue(self, depth: int) -> StepQueue:
+        return OneAtATime(self, depth)
 
     def copy(self, copy: Copy) -> None:
         assert self.held[copy.source] >= copy.tokens

@@ -19,8 +19,9 @@ from wisp.check.lossless.judge import Case, Judge, Outcome, Reference, flip_dist
 from wisp.core.protocol.sampling import Sampling, target_token
 from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.core.verify.session import Session
-from wisp.engines.base import EngineInfo, TargetEngine
+from wisp.engines.base import EngineInfo, StepQueue, TargetEngine
 from wisp.engines.constraining import SlotTrackers
+from wisp.engines.in_order import OneAtATime
 from wisp.engines.llama.target import LlamaTarget
 
 SCALE = msgspec.structs.replace(TINY, chats=4, plain=2, seeds=1, samples=0)
@@ -54,6 +55,9 @@ class Wrapped:
     def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
         return self.engine.run(batch)
 
+    def queue(self, depth: int) -> StepQueue:
+        return OneAtATime(self, depth)
+
     def copy(self, copy: Copy) -> None:
         self.engine.copy(copy)
 
@@ -64,7 +68,15 @@ class Wrapped:
 # --- nothing to find
 
 
-def test_forty_cases_are_the_references_own(bench: Bench) -> None:
+def test_a_dozen_cases_are_the_references_own(bench: Bench) -> None:
+    report = check(bench, mode="exact", cases=12, seed=11)
+    assert report.passed, report
+    assert (report.cases, report.identical, report.ties, report.mismatches) == (12, 12, 0, 0)
+    assert report.tokens > 300
+
+
+@pytest.mark.extended
+def test_forty_cases_are_the_references_own_and_all_that_is_promised_happens(bench: Bench) -> None:
     report = check(bench, mode="exact", cases=40, seed=11)
     assert report.passed, report
     assert (report.cases, report.identical, report.ties, report.mismatches) == (40, 40, 0, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from toy import EOS, N_VOCAB, ToyEngine
+from wisp.core.errors import EngineError
 from wisp.core.protocol.messages import (
     Message,
     Refused,
@@ -30,6 +31,7 @@ from wisp.core.verify.events import (
     WakeAt,
 )
 from wisp.core.verify.verifier import Verifier
+from wisp.engines.in_order import OneAtATime
 
 SAMPLING = Sampling(seed=3)
 
@@ -49,8 +51,10 @@ class Rig:
         max_sessions: int = 100,
         slo_admission: bool = False,
         digest: str = "",
+        depth: int = 1,
     ) -> None:
         self.engine = ToyEngine(slots)
+        self.queue = OneAtATime(self.engine, depth)
         self.limits = Limits(
             N_VOCAB,
             frozenset({EOS}),
@@ -61,11 +65,13 @@ class Rig:
             max_draft=8,
             slo_admission=slo_admission,
             digest=digest,
+            depth=depth,
         )
         self.verifier = Verifier(self.limits, batching_policy(batching), Admission(max_sessions, limits))
         self.now = 0.0
         self.sent: dict[int, deque[ServerMessage]] = {}
-        self.run: Run | None = None
+        self.host_ms = 1e3 if depth > 1 else 0.0  # so much that the next step is planned at once
+        self.flying: deque[Run] = deque()  # steps that were dispatched, oldest first
         self.wake_at: float | None = None
         self.lost = 0  # messages on connections that broke
         self.log: list[tuple[float, InEvent]] = []
@@ -79,8 +85,9 @@ class Rig:
                 message = decode_server_message(encode(action.message))
                 self.sent.setdefault(action.connection, deque()).append(message)
             elif isinstance(action, Run):
-                assert self.run is None, "two steps at once"
-                self.run = action
+                self.flying.append(action)
+                assert len(self.flying) <= self.limits.depth, "more steps than fit"
+                self.queue.submit(action)
                 self.runs.append(action)
             elif isinstance(action, WakeAt):
                 self.wake_at = action.at
@@ -96,21 +103,29 @@ class Rig:
         self.feed(EdgeLost(connection))
         self.lost += len(self.sent.pop(connection, ()))
 
+    @property
+    def run(self) -> Run | None:
+        """The oldest step that was dispatched."""
+        return self.flying[0] if self.flying else None
+
     def dispatch(self) -> bool:
-        """Let the verifier start a step. False if there is nothing to run."""
-        if self.run is None:
+        """Let the verifier start steps, as many as fit. False if there is nothing to run."""
+        before = -1
+        while before < len(self.flying) < self.limits.depth:
+            before = len(self.flying)
             self.feed(Tick())
-        return self.run is not None
+        return bool(self.flying)
 
     def finish(self) -> None:
-        """Run the step that was dispatched."""
-        assert self.run is not None
-        run, self.run = self.run, None
-        for copy in run.copies:
-            self.engine.copy(copy)
-        results = self.engine.run(run.slices)
+        """Run the oldest step that was dispatched."""
+        run = self.flying.popleft()
+        try:
+            results = self.queue.collect().results
+        except EngineError as error:
+            self.feed(StepDone([], 1.0, str(error), run.step))
+            return
         self.now += 0.01
-        self.feed(StepDone(results, 10.0))
+        self.feed(StepDone(results, 10.0, "", run.step, self.host_ms))
 
     def steps(self, n: int) -> None:
         """Run `n` steps, one after another."""
@@ -120,9 +135,8 @@ class Rig:
 
     def fail(self, error: str) -> None:
         """The step that was dispatched fails as a whole."""
-        self.run = None
-        self.engine.held = [[] for _ in self.engine.held]
-        self.feed(StepDone([], 1.0, error))
+        self.engine.failure = error
+        self.finish()
 
     def settle(self, steps: int = 200) -> None:
         """Run until there is nothing left to run."""

@@ -1,8 +1,8 @@
 """Edges and a verifier under everything that can go wrong, found by hypothesis.
 
-Whatever the order of drafts, deliveries, cut connections, restarts, time jumps and cancels, and however few places
-there are: what an edge has committed is always a prefix of what the target alone would say, and every session that is
-left alone, and was let in, ends with all of it.
+Whatever the order of drafts, deliveries, cut connections, failed steps, restarts, time jumps and cancels, however few
+places there are and however many steps are in flight: what an edge has committed is always a prefix of what the target
+alone would say, and every session that is left alone, and was let in, ends with all of it.
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ class Fleet(RuleBasedStateMachine):
         slots=st.integers(1, 3),
         tight=st.booleans(),
         places=st.sampled_from([2, 100]),
+        depth=st.integers(1, 3),
     )
-    def start(self, batching: str, slots: int, tight: bool, places: int) -> None:
+    def start(self, batching: str, slots: int, tight: bool, places: int, depth: int) -> None:
         self.make = partial(
             Rig,
             slots=slots,
@@ -123,6 +124,7 @@ class Fleet(RuleBasedStateMachine):
             step_tokens=8,
             batching=batching,
             max_sessions=places,
+            depth=depth,
         )
         self.rig = self.make()
         self.edges: list[Edge] = []
@@ -181,6 +183,12 @@ class Fleet(RuleBasedStateMachine):
     @rule()
     def finish(self) -> None:
         self.rig.finish()
+
+    @precondition(lambda self: self.rig.run is not None)
+    @rule()
+    def fail(self) -> None:
+        """A step fails as a whole, and those that were dispatched after it with it."""
+        self.rig.fail("out of memory")
 
     @rule(i=st.integers(0, 4), noticed=st.booleans())
     def cut(self, i: int, noticed: bool) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from wisp.core.errors import EngineError
 from wisp.core.protocol.edits import Edit, Tracker
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import NO_TOKEN, NOT_FINITE, Copy, Slice, SliceResult, TokenLogprob
@@ -59,6 +60,7 @@ class ToyEngine:
         self.rows = 0  # tokens fed in all
         self.constraints = SlotTrackers()
         self.poison = -1  # a token whose weights are NaN
+        self.failure = ""  # of the next step as a whole
 
     def copy(self, copy: Copy) -> None:
         assert len(self.held[copy.source]) >= copy.tokens
@@ -66,6 +68,10 @@ class ToyEngine:
 
     def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
         assert len({s.slot for s in batch}) == len(batch)
+        if self.failure:
+            error, self.failure = self.failure, ""
+            self.held = [[] for _ in self.held]
+            raise EngineError(error)
         return [self._run(s) for s in batch]
 
     def _run(self, s: Slice) -> SliceResult:

@@ -32,7 +32,7 @@ def any_sampling(rng: np.random.Generator) -> Sampling:
 
 
 def any_logits(rng: np.random.Generator, rows: int, size: int) -> np.ndarray:
-    """[rows, size], each row of another kind: smooth, few distinct values, flat, a few peaks, far apart, with holes."""
+    """[rows, size], each row of another kind: smooth, few values, flat, one or a few peaks, far apart, holes."""
     x = rng.standard_normal((rows, size))
     kind = rng.integers(0, 8, rows)
     x *= np.array([3.0, 1.5, 0.0, 0.2, 2.5, 4000.0, 3.0, 12.0])[kind][:, None]
@@ -56,7 +56,7 @@ def random_parts(
         draft = rng.integers(0, size, n - 1).tolist()
         told = [None, 0, 3, 20][int(rng.integers(4))] if logprobs else None
         position = int(rng.integers(0, 10_000))
-        parts.append(Part(0, [1, *draft], draft, True, position, any_sampling(rng), told))
+        parts.append(Part(draft, True, position, any_sampling(rng), told))
         left -= n
     return parts
 

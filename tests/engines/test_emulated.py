@@ -155,7 +155,7 @@ def test_noise_and_stragglers_are_those_of_the_profile() -> None:
 def test_every_profile_that_ships_loads_and_makes_sense(name: str) -> None:
     profile = hardware(name)
     decode = profile.step_ms(Load(1, 100, 100, 1))
-    assert 8.0 < decode < 80.0
+    assert 4.0 < decode < 80.0
     times = [profile.step_ms(Load(16 * n, 16 * n * 200, 16 * 200, 16)) for n in (1, 4, 16, 64)]
     assert times == sorted(times)
     assert times[1] < 2.5 * times[0]  # a few tokens more hide behind the weights
@@ -192,3 +192,13 @@ def test_text_from_elsewhere_is_written_in_numbers() -> None:
     ids = tokenizer.encode(" 1003 17x 5000", add_bos=False, parse_special=False)
     assert ids == [1003, 17, 120, *b" 5000"]
     assert (target.info.n_vocab, tokenizer.n_vocab, tokenizer.eos) == (2000, 2000, frozenset({1999}))
+
+
+def test_log_probabilities_are_those_of_tokens_that_are_certain() -> None:
+    target, _ = engine()
+    (result,) = target.run([Slice(1, 0, 0, PROMPT, sampling=Sampling(seed=5), logprobs=3)])
+    (entry,) = result.logprobs
+    assert (entry.token, entry.logprob) == (result.tokens[0], 0.0)
+    assert [(top.token, top.logprob) for top in entry.top] == [(entry.token, 0.0)]
+    (bare,) = target.run([Slice(2, 1, 0, PROMPT, sampling=Sampling(seed=5), logprobs=0)])
+    assert [e.top for e in bare.logprobs] == [[]]

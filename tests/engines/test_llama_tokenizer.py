@@ -119,3 +119,10 @@ def test_a_blob_with_tensors_or_absurd_lengths_is_refused(tokenizer: LlamaTokeni
         gguf.check_blob(b"GGML" + bytes(blob[4:]))
     with pytest.raises(ModelError):
         LlamaTokenizer.from_blob(struct.pack("<4sIQQ", b"GGUF", 3, 0, 0))
+
+
+def test_arrays_of_arrays_are_refused_at_any_depth(tokenizer: LlamaTokenizer) -> None:
+    nested = struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000
+    pair = struct.pack("<Q", 1) + b"x" + nested
+    with pytest.raises(ModelError, match="array of unknown type 9"):
+        gguf.check_blob(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + pair)

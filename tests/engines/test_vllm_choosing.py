@@ -47,7 +47,7 @@ def test_ties_go_to_the_lower_id() -> None:
     rows = np.zeros((6, 100), np.float32)
     rows[:, [70, 30, 50]] = 2.0
     how = [Sampling(), Sampling(1.0, 1, seed=1), Sampling(1.0, 2, seed=2)] * 2
-    said = answers(torch.from_numpy(rows), rows_of([Part(0, [1], [], True, 4, s, 3) for s in how], 100))
+    said = answers(torch.from_numpy(rows), rows_of([Part([], True, 4, s, 3) for s in how], 100))
     assert said.tokens == [target_token(row, s, 4) for row, s in zip(rows, how, strict=True)]
     assert said.tokens[:2] == [30, 30]
     assert said.tokens[2] in (30, 50)
@@ -80,8 +80,8 @@ def test_a_device_accepts_and_reports_what_the_cpu_does() -> None:
         )
         right = [target_token(rows[first + i].numpy(), sampling, position + i) for i in range(n)]
         draft = [t if rng.random() < 0.8 else (t + 1) % 40 for t in right]
-        parts.append(Part(3, [7, *draft], draft, True, position, sampling, [None, 0, 3][n % 3], n == 4))
-        parts.append(Part(0, [1, 2], [], False, 0, sampling))  # prefill: no rows
+        parts.append(Part(draft, True, position, sampling, [None, 0, 3][n % 3], n == 4))
+        parts.append(Part([], False, 0, sampling))  # prefill: no rows
         first += n + 1
     one, other = (choose(rows, parts, here=here) for here in (True, False))
     for part, a, b in zip(parts, one, other, strict=True):
@@ -95,10 +95,7 @@ def test_a_device_accepts_and_reports_what_the_cpu_does() -> None:
         assert a.tokens[:-1] == part.draft[: max(0, len(a.tokens) - 1)]
         assert bool(a.tokens) == part.sample
     assert {len(c.tokens) for c in one} >= {0, 1, 2, 3}
-    assert [c.tokens for c in choose(rows[:0], [Part(0, [1], [], False, 0, Sampling())] * 2, here=False)] == [
-        [],
-        [],
-    ]
+    assert [c.tokens for c in choose(rows[:0], [Part([], False, 0, Sampling())] * 2, here=False)] == [[], []]
 
 
 @pytest.mark.parametrize("spread", [0.0, 3.0])
@@ -118,8 +115,7 @@ def test_constraints_on_many_rows_are_the_rule_row_by_row(spread: float) -> None
     )
     how = [SAMPLINGS[i % len(SAMPLINGS)] for i in range(len(edits))]
     parts = [
-        Part(0, [1], [], True, i // 3, s, 2, False, [e])
-        for i, (s, e) in enumerate(zip(how, edits, strict=True))
+        Part([], True, i // 3, s, 2, False, [e]) for i, (s, e) in enumerate(zip(how, edits, strict=True))
     ]
     check(answers, rows, parts)
     # without bits of a mask's words beyond its ids, and with all that lets through what is not restricted
@@ -130,10 +126,10 @@ def test_what_may_not_end_yet_does_not() -> None:
     from wisp.engines.vllm.choosing import answers
 
     rng = np.random.default_rng(6)
-    logits = (3.0 * rng.standard_normal((12, 40))).astype(np.float32)
+    logits = any_logits(rng, 12, 40)
     logits[:, [3, 39]] += 50.0
     how = [Sampling(t, seed=1, min_tokens=4, ends=(3, 39)) for t in (0.0, 1.0)]
-    said = check(answers, logits, [Part(0, [1] * 6, [0] * 5, True, 0, s) for s in how])
+    said = check(answers, logits, [Part([0] * 5, True, 0, s) for s in how])
     assert not {3, 39} & {*said.tokens[:4], *said.tokens[6:10]}
     assert {said.tokens[4], said.tokens[10]} <= {3, 39}
 

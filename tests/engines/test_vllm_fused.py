@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -33,8 +34,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The interpreter replaces Triton's functions at every call of a function; once for each kernel is enough."""
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang
     done: set[Any] = set()
+    patch = interpreter._patch_lang
 
     def once(function: Any) -> Any:
         if function in done:
@@ -79,12 +80,12 @@ def test_drafts_are_accepted_as_far_as_they_agree() -> None:
     logits[np.isinf(logits)] = -30.0
     logits[17, 3], logits[44, 5], logits[59, 0] = np.nan, np.inf, -np.inf
     parts, first = [], 0
-    plain = check(answers(64, 64, 1), logits, [Part(0, [1] * 60, [1] * 59, True, 0, Sampling(0.9, seed=2))])
+    plain = check(answers(64, 64, 1), logits, [Part([1] * 59, True, 0, Sampling(0.9, seed=2))])
     while first < 60:
         n = min(60 - first, int(rng.integers(1, 7)))
         draft = [t if rng.random() < 0.8 else (t + 1) % 50 for t in plain.tokens[first : first + n - 1]]
-        parts.append(Part(3, [7, *draft], draft, True, first, Sampling(0.9, seed=2)))
-        parts.append(Part(0, [1, 2], [], False, 0, Sampling()))  # a prefill: no rows
+        parts.append(Part(draft, True, first, Sampling(0.9, seed=2)))
+        parts.append(Part([], False, 0, Sampling()))  # a prefill: no rows
         first += n
     said = check(answers(64, 64, 1), logits, parts)
     assert said.tokens == plain.tokens
@@ -98,11 +99,8 @@ def test_constraints_are_the_rule_row_by_row() -> None:
     edits = any_edits(rng, size) * 3
     logits = any_logits(rng, len(edits) + 11, size)
     logits[np.isinf(logits)] = -30.0
-    parts = [
-        Part(0, [1], [], True, i, any_sampling(rng), [None, 4][i % 2], False, [e])
-        for i, e in enumerate(edits)
-    ]
-    parts.append(Part(0, [1] * 11, [5] * 10, True, 9, Sampling(1.0, 0, 0.8, seed=3), 2, False, edits[:11]))
+    parts = [Part([], True, i, any_sampling(rng), [None, 4][i % 2], False, [e]) for i, e in enumerate(edits)]
+    parts.append(Part([5] * 10, True, 9, Sampling(1.0, 0, 0.8, seed=3), 2, False, edits[:11]))
     check(answers(64, 256, 2), logits, parts)
 
 
@@ -111,7 +109,7 @@ def test_what_may_not_end_yet_does_not() -> None:
     logits = (3.0 * rng.standard_normal((12, 40))).astype(np.float32)
     logits[:, [3, 39]] += 50.0
     how = [Sampling(t, seed=1, min_tokens=4, ends=(3, 39)) for t in (0.0, 1.0)]
-    said = check(answers(16, 64, 1), logits, [Part(0, [1] * 6, [0] * 5, True, 0, s) for s in how])
+    said = check(answers(16, 64, 1), logits, [Part([0] * 5, True, 0, s) for s in how])
     assert not {3, 39} & {*said.tokens[:4], *said.tokens[6:10]}
     assert {said.tokens[4], said.tokens[10]} <= {3, 39}
 
@@ -162,7 +160,7 @@ def test_logits_are_read_at_most_twice_by_four_kernels(kind: str, monkeypatch: p
     check(
         fused.answers,
         rows,
-        [p._replace(sampling=Sampling(0.8, seed=3), logprobs=0) for p in parts],
+        [msgspec.structs.replace(p, sampling=Sampling(0.8, seed=3), logprobs=0) for p in parts],
         torch.bfloat16,
     )
     assert counted.kernels == ["scan_kernel", "accept_kernel"]
@@ -184,7 +182,7 @@ def typical(kind: str, size: int, n: int) -> tuple[np.ndarray, list[Part]]:
     ]
     if kind == "flat":  # as far as a bound prunes at all
         how = [Sampling(0.7, 20, 0.8, seed=2), Sampling(1.0, 50, seed=3)]
-    return rows, [Part(0, [1], [], True, i, how[i % len(how)], 20 if i % 2 else None) for i in range(n)]
+    return rows, [Part([], True, i, how[i % len(how)], 20 if i % 2 else None) for i in range(n)]
 
 
 class Counted:

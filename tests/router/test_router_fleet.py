@@ -99,6 +99,7 @@ class PretendLauncher:
         self.fates = fates
         self.started: list[Pretended] = []
         self.welcome = WELCOME
+        self.speechless = False  # when told to move sessions
 
     async def start(self, spec: ReplicaSpec) -> Running:
         fates = self.fates.get(spec.name, [])
@@ -121,6 +122,8 @@ class PretendLauncher:
             raise httpx.ConnectError("gone")
         if request.url.path == MOVE_PATH:
             replica.moved = True
+            if self.speechless:
+                return httpx.Response(502, content=b"")
             return httpx.Response(200, json={"moved": 3})
         return httpx.Response(200, content=msgspec.json.encode(Report(2, 4, 10, 1000, replica.welcome)))
 
@@ -295,6 +298,17 @@ def test_a_drain_moves_then_stops_then_forgets() -> None:
             await fleet.drain("r2")
         with pytest.raises(RequestError, match="no replica r1"):
             await fleet.drain("r1")
+
+    with_fleet(PretendLauncher(), 2, scenario)
+
+
+def test_a_replica_whose_answer_is_not_json_is_drained_all_the_same() -> None:
+    async def scenario(fleet: Fleet, launcher: PretendLauncher) -> None:
+        launcher.speechless = True
+        await until(lambda: len(fleet.up()) == 2)
+        await fleet.drain("r1")
+        assert [r.name for r in fleet.up()] == ["r2"]
+        assert launcher.started[0].stopped
 
     with_fleet(PretendLauncher(), 2, scenario)
 

@@ -80,6 +80,13 @@ def test_simulations_confirm_that_fast_users_on_good_devices_use_wisp() -> None:
 
 
 def test_a_few_calm_users_are_served_centrally() -> None:
+    found = plan(scenario_for(A100, 4, "100", 20.0, 8.0))
+    assert found.verdict is Verdict.ENOUGH
+    assert "nothing to gain" in told(found)
+
+
+@pytest.mark.extended
+def test_simulations_confirm_that_a_few_calm_users_are_served_centrally() -> None:
     quick, confirmed = both(4, "100", 20.0, 8.0)
     assert quick.verdict is confirmed.verdict is Verdict.ENOUGH
     assert "serve centrally" in confirmed.verdict.value

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -60,16 +61,26 @@ HTTP: dict[str, Any] = {"trust_env": False, "timeout": PATIENCE_S, "verify": Fal
 
 
 # Below the ports that the system gives to outgoing connections, or one of those could take a port before it is used.
-# Above each there is room for the replicas of a router; and each process of tests begins elsewhere.
+# Above each there is room for the replicas of a router, and the last of ten is the claim on all of them: other
+# processes of tests take ports at the same time.
 PORTS = itertools.cycle(20_000 + (os.getpid() * 37 + n) % 1_200 * 10 for n in range(1_200))
+CLAIM = 9
+CLAIMS = 100  # more than one test needs; the oldest are given back
+claims: deque[int] = deque()  # file descriptors
 
 
 def free_port() -> int:
-    """A loopback port that nobody uses just now."""
+    """A loopback port that nobody uses, and that no other process of tests is about to use."""
     for port in PORTS:
+        claim = socket.socket()
         with socket.socket() as probe, contextlib.suppress(OSError):
+            claim.bind(("127.0.0.1", port + CLAIM))
             probe.bind(("127.0.0.1", port))
+            claims.append(claim.detach())
+            if len(claims) > CLAIMS:
+                os.close(claims.popleft())
             return port
+        claim.close()
     raise AssertionError("PORTS has no end")
 
 

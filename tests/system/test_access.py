@@ -48,9 +48,9 @@ def server(tiny_pair: None, shared: Fleet, key_file: Path) -> Process:
     return shared.serve("--api-keys", str(key_file))
 
 
-def test_everything_but_health_and_metrics_needs_a_key(server: Process) -> None:
-    assert httpx.get(f"{server.url}/health", **HTTP).status_code == 200
-    assert httpx.get(f"{server.url}/metrics", **HTTP).status_code == 200
+def test_everything_but_health_metrics_and_pages_needs_a_key(server: Process) -> None:
+    for path in ("/health", "/metrics", "/"):
+        assert httpx.get(f"{server.url}{path}", **HTTP).status_code == 200
     for path in ("/v1/models", f"/v1/models/{MODEL}", "/v1/tokenizers/x"):
         response = httpx.get(f"{server.url}{path}", **HTTP)
         assert response.status_code == 401

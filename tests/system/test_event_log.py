@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,9 +19,11 @@ from wisp.server.event_log import read_events, read_runs
 pytestmark = [pytest.mark.slow, pytest.mark.modelless]
 
 
-def test_the_event_log_of_a_live_run_replays_to_the_same_actions(fleet: Fleet) -> None:
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_event_log_of_a_live_run_replays_to_the_same_actions(fleet: Fleet, depth: int) -> None:
     path = fleet.folder / "events.log"
-    server = fleet.serve("--event-log", str(path), "--max-sessions", "50", target="null", engine="null")
+    options = ("--event-log", str(path), "--max-sessions", "50", "--depth", str(depth))
+    server = fleet.serve(*options, target="null", engine="null")
 
     def talk(n: int) -> list[Verdict]:
         """One edge with three sessions in turn; the last is left open, the connection just goes."""
@@ -46,23 +49,25 @@ def test_the_event_log_of_a_live_run_replays_to_the_same_actions(fleet: Fleet) -
     assert (header.policy, header.max_sessions, header.engine) == ("wisp", 50, "null")
     assert events == read_events(path)
     verifier = header.verifier()
-    engine = NullTarget(slots=256)
+    queue = NullTarget(slots=256).queue(depth)
+    flying: deque[Run] = deque()
     sent: dict[int, list[Verdict]] = {}
-    run: Run | None = None
     steps = 0
     for now, event in events:
         if isinstance(event, StepDone):
-            assert run is not None, "a step ended that the replay has not begun"
-            assert engine.run(run.slices) == event.results  # the same step gives what it gave then
-            run, steps = None, steps + 1
+            assert flying, "a step ended that the replay has not begun"
+            assert flying.popleft().step == event.step
+            assert queue.collect().results == event.results  # the same step gives what it gave then
+            steps += 1
         for action in verifier.handle(now, event):
             if isinstance(action, Run):
-                assert run is None
-                run = action
+                flying.append(action)
+                queue.submit(action)
+                assert len(flying) <= depth
             elif isinstance(action, Send):
                 assert isinstance(action.message, Verdict)
                 sent.setdefault(action.connection, []).append(action.message)
-    assert run is None
+    assert not flying
     assert steps > 6
     assert sum(isinstance(event, Received) for _, event in events) == 6 * (3 * 6 + 1)
     by_session = {messages[0].session: messages for messages in sent.values()}

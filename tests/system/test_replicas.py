@@ -633,22 +633,23 @@ async def _load(url: str, sessions: int, tokens: int, meanwhile: Callable[[], No
     return found
 
 
-def test_three_replicas_share_three_hundred_sessions_evenly_and_lose_none(
-    fleet: Fleet, launcher: str
+@pytest.mark.parametrize("sessions", [90, pytest.param(300, marks=pytest.mark.extended)])
+def test_three_replicas_share_sessions_evenly_and_lose_none(
+    fleet: Fleet, launcher: str, sessions: int
 ) -> None:
     router = Router(fleet, replicas=3, launcher=launcher, **NULL)
     seen: dict[str, float] = {}
 
     def meanwhile() -> None:
-        eventually(lambda: sum(router.placed().values()) >= 300)
+        eventually(lambda: sum(router.placed().values()) >= sessions)
         seen.update(router.placed())
         router.kill("r2")
         router.wait_up(3)
         assert router.admin("/r1/drain", {}).status_code == 200
         assert router.admin("/scale", {"replicas": 3}).status_code == 200
 
-    found = asyncio.run(_load(router.url, 300, TOKENS, meanwhile))
-    assert found == [[null_token(n, position) for position in range(TOKENS)] for n in range(300)]
+    found = asyncio.run(_load(router.url, sessions, TOKENS, meanwhile))
+    assert found == [[null_token(n, position) for position in range(TOKENS)] for n in range(sessions)]
     assert balanced(seen), seen
     assert router.placed()["r3"] > seen["r3"]  # it took over from the others
 

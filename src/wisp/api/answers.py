@@ -12,24 +12,20 @@ from wisp.api.sse import cancel, close
 from wisp.core.errors import EngineError
 
 
-async def answers(
+def answers(
     backend: Backend, generations: Sequence[Generation], outputs: Sequence[Output]
 ) -> AsyncGenerator[tuple[int, Delta], None]:
     """(which, what the client may read of it), as it becomes certain, until all have ended. Closes the generations in
     any case."""
-    if len(generations) == 1:
-        deltas = _deltas(backend, generations[0], outputs[0])
-        try:
-            async for delta in deltas:
-                yield 0, delta
-        finally:
-            await deltas.aclose()
-        return
+    found = [_deltas(i, backend, g, o) for i, (g, o) in enumerate(zip(generations, outputs, strict=True))]
+    return found[0] if len(found) == 1 else _merged(found)
+
+
+async def _merged(
+    found: Sequence[AsyncGenerator[tuple[int, Delta], None]],
+) -> AsyncGenerator[tuple[int, Delta], None]:
     news: asyncio.Queue[tuple[int, Delta] | Exception] = asyncio.Queue()
-    tasks = [
-        asyncio.create_task(_into(news, i, _deltas(backend, g, o)))
-        for i, (g, o) in enumerate(zip(generations, outputs, strict=True))
-    ]
+    tasks = [asyncio.create_task(_into(news, deltas)) for deltas in found]
     left = len(tasks)
     try:
         while left:
@@ -44,28 +40,30 @@ async def answers(
 
 
 async def _into(
-    news: asyncio.Queue[tuple[int, Delta] | Exception], index: int, deltas: AsyncGenerator[Delta, None]
+    news: asyncio.Queue[tuple[int, Delta] | Exception], deltas: AsyncGenerator[tuple[int, Delta], None]
 ) -> None:
     try:
-        async for delta in deltas:
-            news.put_nowait((index, delta))
+        async for item in deltas:
+            news.put_nowait(item)
     except Exception as error:  # for whoever reads the queue
         news.put_nowait(error)
     finally:
         await deltas.aclose()
 
 
-async def _deltas(backend: Backend, generation: Generation, output: Output) -> AsyncGenerator[Delta, None]:
+async def _deltas(
+    index: int, backend: Backend, generation: Generation, output: Output
+) -> AsyncGenerator[tuple[int, Delta], None]:
     """One answer, up to its end. Closes the generation in any case."""
     if not generation.max_tokens:  # only its prompt was asked for
         output.finish = "length"
-        yield Delta("", [], output.finish)
+        yield index, Delta("", [], output.finish)
         return
     committed = backend.generate(generation)
     try:
         async for item in committed:
             delta = output.add(item, time.monotonic())
-            yield delta
+            yield index, delta
             if delta.finish:
                 return
         raise EngineError("the generation ended without a finish")

@@ -17,6 +17,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from wisp.core.errors import EngineError, ProtocolError, RequestError
 
@@ -113,7 +114,7 @@ async def _http_exception(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     path, method = request.url.path, request.method
     message, code = {
-        404: (f"There is no {method} {path} here.", "not_found"),
+        404: (f"There is no {method} {path} here.{_versioned(request)}", "not_found"),
         405: (f"{path} does not take {method}.", "method_not_allowed"),
     }.get(exc.status_code, (exc.detail, ""))
     type_ = "server_error" if exc.status_code >= 500 else "invalid_request_error"
@@ -122,6 +123,13 @@ async def _http_exception(request: Request, exc: Exception) -> Response:
     )
     response.headers.update(exc.headers or {})
     return response
+
+
+def _versioned(request: Request) -> str:
+    """A hint for clients whose base URL has no /v1, as some servers answer them."""
+    scope = {**request.scope, "path": f"/v1{request.url.path}"}
+    known = any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    return f" There is {scope['path']}: let the base URL end in /v1." if known else ""
 
 
 async def _any_exception(request: Request, exc: Exception) -> Response:

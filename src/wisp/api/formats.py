@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from wisp.api.output import Delta, Entry
 from wisp.api.responses import Json
+from wisp.api.responses import usage as usage_so_far
 from wisp.api.shape import Echo, Shape, Subject
 from wisp.api.spelling import control_name, finite, spelled
 from wisp.api.tools.events import Call, Event, Reasoning, Text
@@ -50,12 +51,11 @@ class ResponseFormat(Shape):
         parts = self._parts(index, delta)
         if not parts and not delta.entries and not delta.told:
             return []
-        logprobs = [self._log_probabilities(delta.entries)] + [self._log_probabilities([])] * len(parts)
-        contents = parts or [self._nothing()]
-        chunks = [
-            self._chunk([self._choice(index, content, log, None)])
-            for content, log in zip(contents, logprobs, strict=False)
-        ]
+        entries = delta.entries
+        chunks = []
+        for content in parts or [self._nothing()]:  # log probabilities come with the first
+            chunks.append(self._chunk([self._choice(index, content, self._log_probabilities(entries), None)]))
+            entries = []
         if delta.told:
             chunks[0]["wisp"] = delta.told
         return chunks
@@ -84,7 +84,13 @@ class ResponseFormat(Shape):
 
     def _chunk(self, choices: list[Json]) -> Json:
         chunk = self._object(self.chunk_object, choices)
-        return chunk | {"usage": None} if self._include_usage else chunk
+        if not self._include_usage:
+            return chunk
+        s = self._subject
+        running = (
+            s.ask.running_usage and choices
+        )  # vLLM's; the last chunk has no choice, and is given its own
+        return chunk | {"usage": usage_so_far(s.prompt_tokens, s.outputs, s.ask.n) if running else None}
 
     def _choice(self, index: int, content: Json, logprobs: Json | None, finish: str | None) -> Json:
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}

@@ -7,7 +7,6 @@ generation, and a shutdown cancels everything.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -21,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from wisp.api import responses
 from wisp.api.answers import answers
 from wisp.api.backend import Backend, Target
-from wisp.api.body import body_limit, parsed, read_body
+from wisp.api.body import Bodies, HeldBody, body_limit, parsed, read_body
 from wisp.api.errors import JsonResponse, error_response, model_not_found
 from wisp.api.exchange import RequestContext
 from wisp.api.observe import Observer
@@ -33,7 +32,7 @@ from wisp.api.responses import Json
 from wisp.api.scoring import echoes
 from wisp.api.shape import Shape, Subject
 from wisp.api.slo import NO_CLASSES, SloClasses
-from wisp.api.sse import KEEP_ALIVE, ClientGoneError, EventSender, unless_gone, with_keep_alive
+from wisp.api.sse import ClientGoneError, EventSender, unless_gone
 from wisp.api.tools.families import PARSERS
 from wisp.core.errors import ConfigError, RequestError
 
@@ -72,6 +71,7 @@ class Service(msgspec.Struct, frozen=True):
 
     backend: Backend
     prompts: PromptWork
+    bodies: Bodies
     options: ApiOptions
     authorize: Authorize | None = None
     observer: Observer | None = None
@@ -123,22 +123,34 @@ class Generating:
         service = self._service
         if service.authorize is not None:
             exchange.key = service.authorize(bearing(request))
-        body = await read_body(request, body_limit(service.backend.context))
-        return await unless_gone(request.receive, self._answer(body, request.headers, exchange, stream))
+        with service.bodies.of(exchange.key) as held:
+            limit = body_limit(service.backend.context)
+            answer = self._answer(  # which alone holds the body
+                await read_body(request, limit, held), held, request.headers, exchange, stream
+            )
+            return await unless_gone(request.receive, answer)
 
     async def _answer(
-        self, body: bytes, headers: Mapping[str, str], exchange: RequestContext, stream: EventSender
+        self,
+        body: bytes,
+        held: HeldBody,
+        headers: Mapping[str, str],
+        exchange: RequestContext,
+        stream: EventSender,
     ) -> Response:
         service, key = self._service, exchange.key
         service.backend.admit(key)  # before any work for a key that has used up its limits
         ask = exchange.ask = await parsed(
             body, lambda fields: self._parse(fields, headers, service.options.slo_classes), key
         )
+        del body  # the answer may take long
         target = await self._target(ask, stream)
         name = service.name(ask.model, target)
-        work = functools.partial(prepare, ask, target, exchange.id, key, parser=service.options.tool_parser)
+        parser, trace = service.options.tool_parser, exchange.span.trace
+        work = functools.partial(prepare, ask, target, exchange.id, key, parser=parser, trace=trace)
         admit = functools.partial(service.backend.admit, key)
         prepared = await service.prompts.run(key, admit, work)
+        held.release()
         exchange.prompt_tokens = prepared.prompt_tokens
         before = await echoes(service.backend, ask, prepared, target)
         exchange.outputs = outputs = [_output(ask, prepared, target) for _ in prepared.generations]
@@ -147,8 +159,8 @@ class Generating:
         found = answers(service.backend, prepared.generations, outputs)
         if ask.stream:
             events = _events(found, shape, prepared, outputs)
-            async with aclosing(with_keep_alive(events, service.options.keep_alive_s)) as chunks:
-                async for chunk in chunks:
+            async with stream.kept_alive(service.options.keep_alive_s), aclosing(events):
+                async for chunk in events:
                     await stream.send(chunk)
             return Response()
         choices: list[list[Delta]] = [[] for _ in outputs]
@@ -160,14 +172,10 @@ class Generating:
 
     async def _target(self, ask: GenerationRequest, stream: EventSender) -> Target:
         """The model, once there is one. A stream is kept alive meanwhile."""
-        waiting = asyncio.ensure_future(self._service.backend.target())
-        try:
-            keep_alive_s = self._service.options.keep_alive_s
-            while ask.stream and not (await asyncio.wait({waiting}, timeout=keep_alive_s))[0]:
-                await stream.send(KEEP_ALIVE)
-            return await waiting
-        finally:
-            waiting.cancel()
+        if not ask.stream:
+            return await self._service.backend.target()
+        async with stream.kept_alive(self._service.options.keep_alive_s):
+            return await self._service.backend.target()
 
 
 def _output(ask: GenerationRequest, prepared: Prepared, target: Target) -> Output:

@@ -46,7 +46,8 @@ class Delta(msgspec.Struct, frozen=True):
 
 class Output:
     """tokens: how many count, the end-of-sequence token included, none after a stop string's last.
-    shown_draft: how many of them came from drafts. cached: of the prompt, those whose KV was there.
+    shown_draft: how many of them came from drafts. reasoning: how many are reasoning, with the marker that ends it.
+    cached: of the prompt, those whose KV was there.
     first/last: when tokens arrived (0.0: not yet).
     With `with_end` an end-of-sequence token has its log probability among the entries."""
 
@@ -70,6 +71,7 @@ class Output:
         self._origins = Origins() if rounds else None
         self.tokens = 0
         self.shown_draft = 0
+        self.reasoning = 0
         self.spec = SpecStats()
         self.cached = 0
         self.finish = ""
@@ -131,7 +133,11 @@ class Output:
                 self._waiting.append(Entry(item.logprobs[i], self._text.offsets[-1]))
             if self._origins is not None:
                 self._origins.push(item.tokens[i], origin(item, i), self._text.offsets[-1])
-            if stopped or (self._reader is not None and self._read_on(self._reader)):
+            if self._reader is not None:
+                reasons = self._reader.reasons
+                stopped = stopped or self._read_on(self._reader)
+                self.reasoning += reasons or self._reader.reasons
+            if stopped:
                 return i + 1
         if self._logprobs and self._with_end and shown < len(item.tokens):
             self._waiting.append(Entry(item.logprobs[-1], self._text.length))

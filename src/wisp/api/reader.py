@@ -87,6 +87,11 @@ class Reader:
         name = self._reading.names.get(token)
         return tokenizer.piece(token) if name is None else name.encode()
 
+    @property
+    def reasons(self) -> bool:
+        """Is what comes next reasoning?"""
+        return self._parser.reasons
+
     def feed(self, text: str) -> None:
         """The next piece."""
         self._take(self._parser.feed(text))

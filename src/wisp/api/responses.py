@@ -53,6 +53,7 @@ def usage(prompt_tokens: int, outputs: Sequence[Output], n: int = 1) -> Json:
         "completion_tokens_details": {
             "accepted_prediction_tokens": sum(o.shown_draft for o in outputs),
             "rejected_prediction_tokens": rejected,
+            "reasoning_tokens": sum(o.reasoning for o in outputs),
         },
     }
 

@@ -66,7 +66,9 @@ class ResponsesFormat(Shape):
                 "input_tokens": usage["prompt_tokens"],
                 "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
                 "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {
+                    "reasoning_tokens": usage["completion_tokens_details"]["reasoning_tokens"]
+                },
                 "total_tokens": usage["total_tokens"],
             },
             "metrics": metrics,

@@ -109,6 +109,8 @@ def _format(given: Any) -> Json | None:
     fields = as_object(given, "text.format")
     if fields.string("type") != "json_schema":
         return fields.body if isinstance(fields.body, dict) else None
+    if fields.get("schema") is None:
+        refuse("text.format.schema", "expected a JSON schema")
     return {"type": "json_schema", "json_schema": {k: v for k, v in fields.body.items() if k != "type"}}
 
 

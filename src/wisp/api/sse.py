@@ -7,7 +7,8 @@ ends the other. Cancelling the response closes the generation it reads from.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -76,42 +77,46 @@ async def close(iterator: AsyncIterator[Any]) -> None:
         await aclose()
 
 
-async def with_keep_alive(events: AsyncIterator[bytes], every_s: float) -> AsyncGenerator[bytes, None]:
-    """The events, and a comment whenever nothing has come for `every_s` seconds. Closes `events`."""
-    waiting: asyncio.Task[bytes | None] | None = None
-    try:
-        while True:
-            waiting = asyncio.create_task(_next(events))
-            while not (await asyncio.wait({waiting}, timeout=every_s))[0]:
-                yield KEEP_ALIVE
-            item = waiting.result()
-            if item is None:
-                return
-            yield item
-    finally:
-        if waiting is not None:
-            await cancel(waiting)
-        await close(events)
-
-
-async def _next(events: AsyncIterator[bytes]) -> bytes | None:
-    return await anext(events, None)
-
-
 class EventSender:
     """Sends a response of events. It starts with the first one: until then a request may still fail properly."""
 
     def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
         self._send = send
         self._headers = {**headers, **_HEADERS}
+        self._last = 0.0  # when something was sent, by the clock of the event loop
+        self._sending = False
         self.started = False
 
     async def send(self, data: bytes) -> None:
+        self._sending = True
         if not self.started:
             headers = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in self._headers.items()]
             self.started = True
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        self._last = asyncio.get_running_loop().time()
+        self._sending = False
 
     async def close(self) -> None:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    @asynccontextmanager
+    async def kept_alive(self, every_s: float) -> AsyncIterator[None]:
+        """Around what sends events: a comment whenever nothing was sent for `every_s` seconds.
+
+        One task for a whole stream: one for each event would be a good part of what an event costs.
+        """
+        self._last = asyncio.get_running_loop().time()
+        comments = asyncio.create_task(self._comment(every_s))
+        try:
+            yield
+        finally:
+            await cancel(comments)
+
+    async def _comment(self, every_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            silent_s = loop.time() - self._last
+            if silent_s >= every_s and not self._sending:  # a client that does not take an event has one
+                await self.send(KEEP_ALIVE)
+            await asyncio.sleep(every_s if self._sending else max(every_s - (loop.time() - self._last), 0.0))

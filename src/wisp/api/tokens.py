@@ -3,6 +3,7 @@ a prompt, as Anthropic's clients ask for it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from wisp.api.backend import Target
@@ -13,7 +14,7 @@ from wisp.api.prepare import prompt_ids
 from wisp.api.render import render
 from wisp.api.requests import GenerationRequest, parse_chat
 from wisp.api.responses import Json as Answer
-from wisp.engines.base import Check
+from wisp.engines.base import Check, Tokenizer
 
 
 def tokenize(body: Json, target: Target, check: Check) -> Answer:
@@ -32,9 +33,22 @@ def tokenize(body: Json, target: Target, check: Check) -> Answer:
         add = default if body.get(option) is None else fields.flag(option)
         tokens = tokenizer.encode(text, add_bos=add, parse_special=True, check=check)
     found: Answer = {"tokens": tokens, "count": len(tokens), "max_model_len": target.context}
-    if fields.flag("return_token_strs") or fields.flag("with_pieces"):
+    if fields.flag("return_token_strs"):
         found["token_strs"] = [tokenizer.piece(t).decode("utf-8", "replace") for t in tokens]
+    if fields.flag("with_pieces"):
+        found["tokens"] = list(_with_pieces(tokens, tokenizer))
     return found
+
+
+def _with_pieces(tokens: list[int], tokenizer: Tokenizer) -> Iterator[Answer]:
+    """Each token with its text, as llama.cpp tells it: in bytes where they are no text by themselves."""
+    names = {tuple(tokenizer.encode(c, add_bos=False, parse_special=True)): c for c in tokenizer.controls}
+    for token in tokens:
+        piece = tokenizer.piece(token) or names.get((token,), "").encode()
+        try:
+            yield {"id": token, "piece": piece.decode()}
+        except UnicodeDecodeError:
+            yield {"id": token, "piece": list(piece)}
 
 
 def detokenize(body: Json, target: Target, check: Check) -> Answer:

@@ -46,7 +46,7 @@ def measured(path: Path, slots: int = 0, kv_tokens: int = 0) -> Measured:
     kv_tokens = kv_tokens or slots * CONTEXT
     try:
         found = msgspec.json.decode(path.read_bytes(), type=CostProfile)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the cost profile {path.name}: {error}") from None
     if found.format != FORMAT:
         raise ConfigError(f"{path.name} has the format {found.format!r}; this release reads {FORMAT}")

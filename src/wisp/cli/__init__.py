@@ -33,7 +33,7 @@ GROUPS = {
     "Serve": (serve.serve, device.edge),
     "Try": (try_.demo, device.generate, try_.pull, try_.doctor),
     "Measure": (measure.plan, measure.profile, measure.trace, measure.train),
-    "Check": (check.check_lossless,),
+    "Check": (check.check_lossless, check.check_faults),
 }
 for group, commands in GROUPS.items():
     for command in commands:

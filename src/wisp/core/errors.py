@@ -4,7 +4,8 @@ WispError
 ├── ConfigError          a flag, a file or an environment that cannot work
 ├── ModelError           a model that cannot be found, fetched, checked or loaded
 ├── EngineError          the engine failed, or was asked for something it cannot do
-│   └── EngineDeadError  it will not run again in this process
+│   ├── EngineDeadError  it will not run again in this process
+│   └── StepLostError    a step before this one failed
 ├── GrammarError         a grammar that cannot be compiled, or asks for more work than is allowed
 ├── InternalError        a bug in WISP, after which this process cannot go on
 ├── ProtocolError        the peer sent a message that the protocol does not allow
@@ -35,6 +36,10 @@ class EngineError(WispError):
 
 class EngineDeadError(EngineError):
     """The engine will not run again, so this process can no longer be a verifier."""
+
+
+class StepLostError(EngineError):
+    """A step before this one failed, and with it all KV that this one was planned on."""
 
 
 class GrammarError(WispError):

@@ -6,7 +6,7 @@ Engines are synchronous and used from one thread at a time; whoever owns one giv
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -14,6 +14,7 @@ from wisp.core.draft.signals import Signal
 from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Copy, Slice, SliceResult
+from wisp.core.verify.events import Run, StepDone
 from wisp.engines.constraining import SlotTrackers
 from wisp.engines.special import NO_STAND_INS, StandIns
 
@@ -51,6 +52,22 @@ class EngineInfo(msgspec.Struct, frozen=True):
     notes: tuple[str, ...] = ()
 
 
+class StepQueue(Protocol):
+    """Up to `depth` steps at a time, in order. One thread submits them, and one collects them."""
+
+    depth: int
+
+    def submit(self, run: Run) -> None:
+        """Take over the next step. Never waits for the steps before it, and leaves it to `collect` to raise."""
+
+    def collect(self) -> StepDone:
+        """Wait for the oldest step and return what became of it. Called once for each step, after its `submit`.
+
+        Raises EngineError, for that step, if it failed as a whole; then every slot is to be taken as empty. Steps that
+        were planned before the failure became known (`Run.epoch`) fail, too.
+        """
+
+
 class TargetEngine(Protocol):
     """Runs the target model over batches of slices."""
 
@@ -71,7 +88,19 @@ class TargetEngine(Protocol):
     def copy(self, copy: Copy) -> None:
         """Carry out a copy between slots. Called before `run`, in the order of the step."""
 
+    def queue(self, depth: int) -> StepQueue:
+        """Where a verifier leaves its steps. An engine that can only `run` has `OneAtATime`."""
+
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class OwnThread(Protocol):
+    """An engine that works in a thread of its own, to which each call from another one has to change."""
+
+    def occupy(self, main: Callable[[], None]) -> Callable[[], None]:
+        """Run `main` in that thread, where calls change nothing. Returns a function that waits for its end."""
+        ...
 
 
 class Proposal(msgspec.Struct, frozen=True, array_like=True):

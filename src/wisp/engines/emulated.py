@@ -8,9 +8,13 @@ miss:
     compute = (2 * parameters * tokens + attention) / arithmetic, tokens rounded up to the next captured graph size
     step    = (memory^p + compute^p)^(1/p) + launch + sequences * per sequence, then noise and stragglers
 
-With p = 1 nothing overlaps (a straight line), with p -> infinity everything does (the textbook roofline). The profiles
+A profile may have a host time, too: what the host does for a step before the device can begin with it. Where steps
+wait in a queue (`queue`), the host works on the next one while the device runs.
+
+With p = 1 nothing overlaps (a straight line), with p -> infinity everything does (the textbook roofline). Most profiles
 that ship have p = 1.3: with 3 % noise, a straight line fitted to such steps misses by 4 to 5 % (R2 0.99), which is what
-the paper's line missed by on an A100; at p = 1.5 it would miss by 7 %, at p = 2 by 9 %.
+the paper's line missed by on an A100; at p = 1.5 it would miss by 7 %, at p = 2 by 9 %. Published step times of models
+on one A100 say 2 to 3 (docs/results/overlap.md).
 
 The text: a *script* by (seed, position), such as a recorded trace, or, without one, a hash of (prompt, seed,
 position). It never depends on drafts.
@@ -22,6 +26,7 @@ import math
 import random
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,9 +37,11 @@ from wisp.core.errors import ConfigError, EngineError
 from wisp.core.protocol.sampling import hash32
 from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.core.verify.cost import Load, load_of
-from wisp.engines.base import EngineInfo
+from wisp.core.verify.events import Run, StepDone
+from wisp.engines.base import EngineInfo, StepQueue
 from wisp.engines.constraining import SlotTrackers, agreeing
 from wisp.engines.identity import engine_digest
+from wisp.engines.in_order import InOrder, OneAtATime
 from wisp.engines.null import EOS as BYTE_EOS
 from wisp.engines.null import N_VOCAB as BYTES
 from wisp.engines.null import null_token
@@ -57,8 +64,9 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bandwidth:       GB/s in all; bandwidth_share: of it that a step gets
     tflops:          in all; tflops_share: likewise
     overlap:         p above
-    launch_ms:       a step's fixed overhead: launches, sampling, host
+    launch_ms:       a step's fixed overhead: launches, sampling, and the host's work where `host_ms` is 0
     sequence_ms:     overhead of each sequence
+    host_ms, host_sequence_ms: of the engine's host for a step, and for each sequence in it
     kv_tokens:       room beside the weights
     graphs:          token counts for which a graph is captured; larger steps round up to multiples of the last
     noise:           standard deviation of the logarithm of a step's time
@@ -81,6 +89,8 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     overlap: float = 1.3
     launch_ms: float = 2.0
     sequence_ms: float = 0.01
+    host_ms: float = 0.0
+    host_sequence_ms: float = 0.0
     graphs: tuple[int, ...] = (1, 2, 4, *range(8, 513, 8))
     step_tokens: int = 2048
     slots: int = 512
@@ -95,7 +105,7 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return 2 * self.layers * self.kv_heads * self.head_dim * self.kv_bytes
 
     def step_ms(self, load: Load) -> float:
-        """Time of a step without noise, ms."""
+        """Time of a step on the device, without noise, ms."""
         padded = self._padded(load.new)
         weights = self.parameters * 1e9 * self.weight_bytes
         moved = weights + (load.cached + load.new) * self.kv_token_bytes
@@ -107,6 +117,10 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         high, low = max(memory, compute), min(memory, compute)
         both = high * math.pow(1.0 + math.pow(low / high, self.overlap), 1.0 / self.overlap)
         return both + self.launch_ms + self.sequence_ms * load.slices
+
+    def host_s(self, slices: int) -> float:
+        """Seconds that the engine's host works for a step of so many sequences."""
+        return (self.host_ms + self.host_sequence_ms * slices) / 1e3
 
     def noisy(self, ms: float, source: random.Random) -> float:
         """The same as it would be measured."""
@@ -135,7 +149,7 @@ def hardware(name: str) -> Hardware:
         raise ConfigError(f"unknown hardware profile {name!r}; choose one of {shipped}, or give a TOML file")
     try:
         profile = msgspec.toml.decode(path.read_bytes(), type=Hardware)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the hardware profile {path.name}: {error}") from None
     for field in _POSITIVE:
         if not getattr(profile, field) > 0:
@@ -221,21 +235,34 @@ class EmulatedTarget:
 
     def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
         """Choose tokens, and take the time a step would. Raises EngineError where two slices share a slot."""
+        started = self._now()
+        results = self.choose(batch)
+        left = self.device_s(batch) + self.profile.host_s(len(batch))
+        self._sleep(max(0.0, left - (self._now() - started)))
+        return results
+
+    def queue(self, depth: int) -> StepQueue:
+        """Of a device that takes up to `depth` steps while it runs the first of them."""
+        return EmulatedQueue(self, depth, self._now, self._sleep) if depth > 1 else OneAtATime(self)
+
+    def choose(self, batch: Sequence[Slice]) -> list[SliceResult]:
+        """What a step answers, in no time. Raises EngineError where two slices share a slot."""
         if len({s.slot for s in batch}) != len(batch):
             raise EngineError("two slices of one batch use the same slot")
-        started = self._now()
         results = []
         for s in batch:
             problem = self._problem(s)
             result = SliceResult(s.session, error=problem) if problem else self._verify(s)
             self._settle(s, result)
             results.append(result)
-        left = self.profile.noisy(self.profile.step_ms(load_of(batch)), self._noise) / 1e3
-        self._sleep(max(0.0, left - (self._now() - started)))
         return results
 
+    def device_s(self, batch: Sequence[Slice]) -> float:
+        """Seconds that the device takes for a step this time."""
+        return self.profile.noisy(self.profile.step_ms(load_of(batch)), self._noise) / 1e3
+
     def verify(self, batch: Sequence[Slice]) -> list[SliceResult]:
-        """What a step answers, in no time and without a look at what slots hold."""
+        """What `choose` answers, without a look at what slots hold."""
         return [self._verify(s) for s in batch]
 
     def copy(self, copy: Copy) -> None:
@@ -302,6 +329,56 @@ class EmulatedTarget:
             known = (n_prompt, s.sampling.seed, fold(held[:n_prompt], s.sampling.seed))
             self._folded[s.slot] = known
         return known[2]
+
+
+class EmulatedQueue:
+    """StepQueue of an emulated device. `submit` takes the host's time, and `collect` waits for the device's.
+
+    Tokens are chosen at once, since no clock decides them; they are told when the device would have them.
+    """
+
+    def __init__(
+        self, target: EmulatedTarget, depth: int, now: Callable[[], float], sleep: Callable[[float], None]
+    ) -> None:
+        self.depth = depth
+        self._target = target
+        self._now = now
+        self._sleep = sleep
+        self._in_order = InOrder(_Choosing(target))
+        self._steps: deque[tuple[float, StepDone | EngineError]] = deque()  # with the time of their end
+        self._free_at = 0.0  # when the device has run all of them
+
+    def submit(self, run: Run) -> None:
+        """Takes the host's time."""
+        started, batch = self._now(), run.slices
+        done: StepDone | EngineError
+        device_s = 0.0
+        try:
+            results = self._in_order.run(run)
+        except EngineError as error:
+            done = error
+        else:
+            device_s = self._target.device_s(batch)
+            done = StepDone(results, device_s * 1e3, step=run.step)
+        self._sleep(max(0.0, self._target.profile.host_s(len(batch)) - (self._now() - started)))
+        self._free_at = max(self._free_at, self._now()) + device_s
+        self._steps.append((self._free_at, done))
+
+    def collect(self) -> StepDone:
+        """Waits for the end of the oldest step."""
+        ends_at, done = self._steps.popleft()
+        self._sleep(max(0.0, ends_at - self._now()))
+        if isinstance(done, EngineError):
+            raise done
+        return done
+
+
+class _Choosing:
+    """An emulated target that takes no time."""
+
+    def __init__(self, target: EmulatedTarget) -> None:
+        self.run = target.choose
+        self.copy = target.copy
 
 
 def fold(prompt: Sequence[int], seed: int) -> int:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from wisp.core.protocol.messages import vocabulary_fingerprint
 from wisp.core.protocol.sampling import hash32
 from wisp.core.protocol.step import Copy, Slice, SliceResult
-from wisp.engines.base import Check, EngineInfo, unasked
+from wisp.engines.base import Check, EngineInfo, StepQueue, unasked
 from wisp.engines.constraining import SlotTrackers, agreeing
 from wisp.engines.identity import engine_digest
+from wisp.engines.in_order import OneAtATime
 from wisp.engines.special import NO_STAND_INS, StandIns
 
 N_VOCAB = 257  # bytes and an end of sequence that never comes
@@ -51,6 +52,10 @@ class NullTarget:
     def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
         """Choose tokens, in no time."""
         return [self._run(s) if s.sample else SliceResult(s.session) for s in batch]
+
+    def queue(self, depth: int) -> StepQueue:
+        """Steps run one at a time."""
+        return OneAtATime(self, depth)
 
     def copy(self, copy: Copy) -> None:
         """There is nothing to copy."""
@@ -93,7 +98,7 @@ class ByteTokenizer:
 
     def piece(self, token: int) -> bytes:
         """The byte."""
-        return bytes([token]) if token < 256 else b""
+        return bytes([token]) if 0 <= token < 256 else b""
 
     def blob(self) -> bytes:
         """Nothing: no edge needs it."""

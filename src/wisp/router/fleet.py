@@ -312,7 +312,7 @@ class Fleet:
         try:
             response = await self._client.get(f"{running.url}{REPORT_PATH}", headers=_us(r))
             report = msgspec.json.decode(response.content, type=Report) if response.is_success else None
-        except (httpx.HTTPError, msgspec.MsgspecError) as error:
+        except (httpx.HTTPError, msgspec.MsgspecError, ValueError, RecursionError) as error:
             log.debug("replica %s: no report: %r", r.name, error)
             report = None
         if r.running is not running:
@@ -396,7 +396,7 @@ class Fleet:
             return
         self._become(r, State.DRAINING)
         began = time.monotonic()
-        with contextlib.suppress(httpx.HTTPError):
+        with contextlib.suppress(httpx.HTTPError, ValueError):  # no answer, or one that is not JSON
             url = f"{running.url}{MOVE_PATH}"
             timeout = self._drain_s + SILENT_S
             response = await self._client.post(url, headers=_us(r), timeout=timeout)

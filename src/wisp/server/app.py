@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import gzip
 import logging
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ from wisp.server.watchdog import LoopWatch
 
 log = logging.getLogger("wisp.serve")
 
+# Python's own 5 ms is as long as a small step: the engine's thread would wait for the loop that long.
+SWITCH_S = 0.0005
+
 
 class Settings(msgspec.Struct, frozen=True):
     """What an operator decides. `model` is the name that clients use; `cost` what the cost model starts from."""
@@ -65,6 +69,7 @@ class Settings(msgspec.Struct, frozen=True):
     slo_admission: bool = True
     aliases: tuple[str, ...] = ()
     tool_parser: str = ""
+    depth: int = 1
 
     def api_options(self) -> ApiOptions:
         """Of the OpenAI surface."""
@@ -175,6 +180,7 @@ class ServerApp:
                 Admission(s.max_sessions, self.keys.limits),
                 model=s.model,
                 batching=s.batching,
+                depth=s.depth,
                 cost=s.cost,
                 park_s=s.park_s,
                 slo_admission=s.slo_admission,
@@ -182,6 +188,7 @@ class ServerApp:
                 event_log=s.event_log,
                 died=self._fail,
             )
+            sys.setswitchinterval(SWITCH_S)
             self._thin = ThinBackend(host)
             self._host = host
         except Exception as error:

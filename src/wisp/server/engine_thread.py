@@ -1,4 +1,9 @@
-"""The engine's own thread: steps go in, results come back to the event loop, which never blocks."""
+"""The engine's own threads: steps go in, results come back to the event loop, which never blocks.
+
+One thread collects what steps gave; an engine that runs one at a time runs them there. An engine that has a thread of
+its own anyway (vLLM) collects in that one, so that no step changes threads twice. With several steps in flight another
+thread submits them, since the engine's host then works on one step while the device runs the one before.
+"""
 
 from __future__ import annotations
 
@@ -9,60 +14,103 @@ import threading
 import time
 from collections.abc import Callable
 
-from wisp.core.errors import EngineDeadError
+import msgspec
+
+from wisp.core.errors import EngineDeadError, StepLostError
 from wisp.core.verify.events import Run, StepDone
-from wisp.engines.base import TargetEngine
+from wisp.engines.base import OwnThread, TargetEngine
 
 log = logging.getLogger("wisp.engine")
 
 
 class EngineThread:
-    """Runs one step at a time. `done` is called on the loop with what became of it.
+    """Runs up to `depth` steps at a time. `done` is called on the loop with what became of each, in their order.
 
     dead: why the engine will not run again, once that is so
     """
 
     def __init__(
-        self, engine: TargetEngine, loop: asyncio.AbstractEventLoop, done: Callable[[StepDone], None]
+        self,
+        engine: TargetEngine,
+        loop: asyncio.AbstractEventLoop,
+        done: Callable[[StepDone], None],
+        *,
+        depth: int = 1,
     ) -> None:
         self.engine = engine
         self._loop = loop
         self._done = done
+        self._queue = engine.queue(depth)
         self.dead: EngineDeadError | None = None
-        self._steps: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
-        self._thread.start()
+        # With host_ms, and why the engine did not take it.
+        self._in_flight: queue.SimpleQueue[tuple[Run, float, Exception | None] | None] = queue.SimpleQueue()
+        self._planned: queue.SimpleQueue[tuple[Run, float] | None] | None = None  # with the time of planning
+        self._waits = [_started(engine, self._collect)]  # for the ends of the threads
+        if depth > 1:
+            self._planned = queue.SimpleQueue()
+            thread = threading.Thread(target=self._submit, name="engine-host", daemon=True)
+            thread.start()
+            self._waits.append(thread.join)
 
-    def submit(self, step: Run) -> None:
-        """Start a step. The caller waits for its `done` before the next."""
-        self._steps.put(step)
+    def submit(self, step: Run, planned: float) -> None:
+        """Start a step, which was planned at `planned` by the loop's clock. At most `depth` are under way at a time."""
+        if self._planned is not None:
+            self._planned.put((step, planned))
+        else:
+            self._queue.submit(step)
+            self._in_flight.put((step, 0.0, None))
 
     def stop(self, *, hung: bool = False) -> None:
-        """Finish the step in progress, end the thread and close the engine. One that is `hung` is left alone: it ends
+        """Finish the steps in progress, end the threads and close the engine. One that is `hung` is left alone: it ends
         with the process."""
-        self._steps.put(None)
+        (self._in_flight if self._planned is None else self._planned).put(None)
         if hung:
             return
-        self._thread.join()
+        for wait in self._waits:
+            wait()
         self.engine.close()
 
-    def _main(self) -> None:
-        while (step := self._steps.get()) is not None:
-            done = self._run(step)
+    def _submit(self) -> None:
+        assert self._planned is not None
+        while (item := self._planned.get()) is not None:
+            step, planned = item
+            failure: Exception | None = None
+            try:
+                self._queue.submit(step)
+            except Exception as error:  # a fault of the engine's queue; this thread has to go on
+                failure = error
+            self._in_flight.put((step, (self._loop.time() - planned) * 1e3, failure))
+        self._in_flight.put(None)
+
+    def _collect(self) -> None:
+        while (item := self._in_flight.get()) is not None:
+            done = self._collected(*item)
             try:
                 self._loop.call_soon_threadsafe(self._done, done)
             except RuntimeError:  # the loop has closed: nobody waits for this
                 return
 
-    def _run(self, step: Run) -> StepDone:
+    def _collected(self, step: Run, host_ms: float, failure: Exception | None) -> StepDone:
         started = time.perf_counter()
         try:
-            for copy in step.copies:
-                self.engine.copy(copy)
-            results = self.engine.run(step.slices)
+            if failure is not None:
+                raise failure
+            return msgspec.structs.replace(self._queue.collect(), host_ms=host_ms)
         except Exception as error:  # whatever it is, sessions must hear of it and the server go on
-            log.exception("a step of %d slices failed", len(step.slices))
+            if isinstance(error, StepLostError):
+                log.warning("a step of %d slices is lost: %s", len(step.slices), error)
+            else:
+                log.exception("a step of %d slices failed", len(step.slices))
             if isinstance(error, EngineDeadError):
                 self.dead = error
-            return StepDone([], (time.perf_counter() - started) * 1e3, error=str(error) or repr(error))
-        return StepDone(results, (time.perf_counter() - started) * 1e3)
+            took_ms = (time.perf_counter() - started) * 1e3
+            return StepDone([], took_ms, error=str(error) or repr(error), step=step.step)
+
+
+def _started(engine: TargetEngine, main: Callable[[], None]) -> Callable[[], None]:
+    """Runs `main` in the engine's thread, or in a new one. Returns a function that waits for its end."""
+    if isinstance(engine, OwnThread):
+        return engine.occupy(main)
+    thread = threading.Thread(target=main, name="engine", daemon=True)
+    thread.start()
+    return thread.join

@@ -14,11 +14,13 @@ import asyncio
 import functools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Concatenate, ParamSpec
 
 from wisp import __version__
+from wisp.api import tracing
 from wisp.api.pages.recorder import THIN, Recorder
 from wisp.core.errors import EngineDeadError, InternalError
 from wisp.core.protocol.messages import VERSION as PROTOCOL
@@ -57,11 +59,13 @@ from wisp.server.compiling import Compiling
 from wisp.server.engine_thread import EngineThread
 from wisp.server.event_log import EventLog, LogHeader
 from wisp.server.metrics import Metrics
+from wisp.server.spans import SessionSpans
 from wisp.server.watchdog import LOOK_S, StepWatch, patience_s
 
 log = logging.getLogger("wisp.host")
 
 Sender = Callable[[Verdict | Refused], None]
+Onlooker = Callable[[float, InEvent, list[Action]], None]
 P = ParamSpec("P")
 
 
@@ -94,6 +98,7 @@ class VerifierHost:
         *,
         model: str,
         batching: str = "wisp",
+        depth: int = 1,
         cost: Coefficients | None = None,
         park_s: float = 60.0,
         slo_admission: bool = True,
@@ -103,9 +108,9 @@ class VerifierHost:
         look_s: float = LOOK_S,
         patience: Callable[[Run, CostModel], float] = patience_s,
     ) -> None:
-        """`cost`: what the cost model starts from; None: it learns from the first step on. `died` is called once this
-        verifier cannot go on, after its sessions have heard of it. Every `look_s` seconds somebody looks whether the
-        step in the engine has taken longer than `patience` gives it. Raises ConfigError.
+        """`depth`: steps in flight at a time. `cost`: what the cost model starts from; None: it learns from the first
+        step on. `died` is called once this verifier cannot go on, after its sessions have heard of it. Every `look_s`
+        seconds somebody looks whether the oldest step has taken longer than `patience` gives it. Raises ConfigError.
         """
         info = engine.info
         self.info = info
@@ -121,6 +126,7 @@ class VerifierHost:
             park_s=park_s,
             slo_admission=slo_admission,
             digest=info.digest,
+            depth=depth,
         )
         self.limits = limits
         self.verifier = Verifier(limits, batching_policy(batching), admission, CostModel(cost))
@@ -149,7 +155,7 @@ class VerifierHost:
             self._refuse,
             most=admission.max_sessions,
         )
-        self._engine = EngineThread(engine, self._loop, self._step_done)
+        self._engine = EngineThread(engine, self._loop, self._step_done, depth=depth)
         self._died = died
         self._senders: dict[int, Sender] = {}
         self._keys: dict[int, str] = {}
@@ -162,13 +168,17 @@ class VerifierHost:
             device=lambda connection: connection if connection in self._sockets else THIN,
             epoch=time.time() - self._loop.time(),
         )
-        self._blind = False  # the recorder has failed
+        self._onlookers: dict[str, Onlooker] = {"recorder": self.recorder}
+        if tracing.recording():
+            self._onlookers["tracing"] = SessionSpans(self.verifier)
         self._driver = VerifierLoop(
             self.verifier, self, self._log.write if self._log else None, self._look_on
         )
-        self._step: Run | None = None
+        self._steps: deque[Run] = deque()  # in flight
         self._watch = StepWatch(
-            lambda: self._step, lambda step: patience(step, self.verifier.cost), self._give_up
+            lambda: self._steps[0] if self._steps else None,
+            lambda step: patience(step, self.verifier.cost),
+            self._give_up,
         )
         self._hangs = False  # the engine's thread is in a step, and will not come back
         self._look_s = look_s
@@ -338,14 +348,13 @@ class VerifierHost:
     # --- events and actions
 
     def _look_on(self, now: float, event: InEvent, actions: list[Action]) -> None:
-        """For the page. It must not break what it shows."""
-        if self._blind:
-            return
-        try:
-            self.recorder(now, event, actions)
-        except Exception:
-            self._blind = True
-            log.exception("the recorder failed: the page's figures stand still from now on")
+        """For the page, and for traces. They must not break what they show."""
+        for name, look in tuple(self._onlookers.items()):
+            try:
+                look(now, event, actions)
+            except Exception:
+                del self._onlookers[name]
+                log.exception("the %s failed: what it shows stands still from now on", name)
 
     @property
     def now(self) -> float:
@@ -363,9 +372,9 @@ class VerifierHost:
         do()
 
     def run(self, step: Run) -> None:
-        self._step = step
+        self._steps.append(step)
         self.metrics.dispatched(self.now, step)
-        self._engine.submit(step)
+        self._engine.submit(step, self.verifier.in_flight.steps[-1].planned)
 
     def send(self, connection: int, message: Verdict | Refused) -> None:
         self.metrics.sent(self.now, message)
@@ -380,17 +389,14 @@ class VerifierHost:
         self._watch.look(self._look_s)
 
     def _give_up(self, waited_s: float) -> None:
-        assert self._step is not None
         self._hangs = True
-        message = f"a step of {len(self._step.slices)} slices has not ended after {waited_s:.0f} s"
+        message = f"a step of {len(self._steps[0].slices)} slices has not ended after {waited_s:.0f} s"
         log.critical("%s; the engine hangs, and the process has to end", message)
         self.fail(EngineDeadError(message))
 
     @vital
     def _step_done(self, done: StepDone) -> None:
-        assert self._step is not None
-        self.metrics.step(self._loop.time(), self._step, done)
-        self._step = None
+        self.metrics.step(self._loop.time(), self._steps.popleft(), done)
         dead = self._engine.dead  # before the next step can say so, too
         self._driver.feed(done)
         if dead is not None:

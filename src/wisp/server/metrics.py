@@ -7,6 +7,7 @@ measured where the user sits, at the edge.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -17,10 +18,9 @@ from prometheus_client.registry import Collector
 from wisp.api.attainment import Attainment
 from wisp.api.scrape import Registry
 from wisp.core.protocol.messages import Open, Refused, Verdict
-from wisp.core.protocol.step import Slice
 from wisp.core.verify.cost import Load, load_of
 from wisp.core.verify.events import Ended, Run, StepDone
-from wisp.core.verify.planner import SHORT
+from wisp.core.verify.planner import KINDS, kind_of
 from wisp.core.verify.session import State
 from wisp.core.verify.verifier import Verifier
 
@@ -41,7 +41,6 @@ INTERFERENCE = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 
 SLACK = (-10.0, -2.5, -1.0, -0.5, -0.25, -0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 SLICES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ROWS = (0, 1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-KINDS = ("verify", "decode", "prefill")
 STEP = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -61,8 +60,8 @@ class Metrics:
         self.registry = r = Registry()
         self._verifier = verifier
         self._seen: dict[str, _Seen] = {}
-        self._load = Load()  # of the last step
-        self._dispatched = 0.0
+        self._in_flight: deque[tuple[Load, float]] = deque()  # steps: load, and when dispatched
+        self._ended = 0.0  # when the last one ended
         self._evicted = 0
         self._gauges(r)
         self.connections = r.gauge("edge_connections", "Open session sockets.")
@@ -169,10 +168,9 @@ class Metrics:
         self.admissions.labels(outcome).inc()
 
     def dispatched(self, now: float, run: Run) -> None:
-        self._dispatched = now
+        self._in_flight.append((load_of(run.slices), now))
         self.preemptions.inc(self._verifier.evicted - self._evicted)
         self._evicted = self._verifier.evicted
-        self._load = load_of(run.slices)
         sessions = [self._verifier.sessions[s.session] for s in run.slices]
         self.slack.add([s.due - now for s in sessions if s.due < math.inf])
         for session in sessions:
@@ -182,7 +180,7 @@ class Metrics:
                 self.slo_lost.inc()
         counts, rows = [0, 0, 0], [0, 0, 0]
         for s in run.slices:
-            kind = _kind(s)
+            kind = kind_of(s)
             counts[kind] += 1
             rows[kind] += len(s.tokens)
         for i in range(len(KINDS)):
@@ -192,8 +190,10 @@ class Metrics:
     def step(self, now: float, run: Run, done: StepDone) -> None:
         """A step ended; the verifier has not been told yet, so its cost model is still that of the dispatch."""
         cost = self._verifier.cost
-        self.predicted.inc(cost.ms(self._load) / 1e3)
-        took = now - self._dispatched
+        load, dispatched = self._in_flight.popleft()
+        self.predicted.inc(cost.ms(load) / 1e3)
+        took = now - max(dispatched, self._ended)
+        self._ended = now
         alone = (cost.ms(Load().plus(len(s.tokens), s.start)) / 1e3 for s in run.slices)
         self.interference.add([max(0.0, took - a) for a in alone])  # below 0 is noise
         self.steps.observe(done.engine_ms / 1e3)
@@ -213,13 +213,6 @@ class Metrics:
         self.accepted.inc(sum(accepted))
         for position in range(max(accepted, default=0)):
             self.per_position.labels(str(position)).inc(sum(n > position for n in accepted))
-
-
-def _kind(s: Slice) -> int:
-    """Place in KINDS. A prompt's end with a draft behind it is part of a prompt."""
-    if not s.sample or len(s.tokens) - s.n_draft > SHORT:
-        return 2
-    return 0 if s.n_draft else 1
 
 
 class Tally(Collector):

@@ -282,6 +282,12 @@ def run_fleet(
     return int(any(r.mismatches or (r.machine and r.machine.problems) for r in runs))
 
 
+def run_once(scenario: Scenario, of: System, seed: int) -> Report:
+    """One run on a server of our own."""
+    check_live(scenario, of)
+    return _one(scenario, of, seed, "", lambda now, text: None)
+
+
 def _one(scenario: Scenario, of: System, seed: int, server: str, shown: Shown) -> Report:
     key = os.environ.get("WISP_API_KEY")
     with contextlib.ExitStack() as stack:

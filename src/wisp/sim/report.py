@@ -6,6 +6,7 @@ requests that got so far, met or not. TPOT is per token, ITL per message: specul
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -315,11 +316,16 @@ def _interference_ms(fleet: Fleet) -> list[float]:
     profile = s.profile
     if s.as_recorded and not (isinstance(profile, Measured) or isinstance(fleet, Simulation)):
         return []
+
+    @functools.cache  # few are different
+    def alone_ms(new: int, cached: int) -> float:
+        return profile.step_ms(Load().plus(new, cached))
+
     return [
-        p.engine_ms - profile.step_ms(Load().plus(p.new, p.cached))
+        engine_ms - alone_ms(new, cached)
         for d in fleet.devices
-        for p in d.seen.passes
-        if s.warmup_s <= p.at < s.warmup_s + s.window_s
+        for at, engine_ms, new, cached in d.seen.passes
+        if s.warmup_s <= at < s.warmup_s + s.window_s
     ]
 
 

@@ -31,6 +31,7 @@ def serve_arguments(scenario: Scenario, of: System, port: int, folder: Path) -> 
     profile = scenario.profile
     flags = {
         "batching": of.batching,
+        "depth": str(of.depth),
         "max-sessions": str(MOST_SESSIONS),
         "drain-s": "0",
         "log-level": "warning",

@@ -214,6 +214,7 @@ class Simulation(Fleet):
             seed,
             drafter_ms=DRAFTER_MS if system.beside else 0.0,
             slo_admission=system.admission,
+            depth=system.depth,
             trace=events,
             row_s=row_s,
         )

@@ -34,11 +34,13 @@ def pace(heard: Sequence[tuple[float, int]], tpot_ms: float, waiting_until: floa
     gap = stall = 0.0
     late = 0
     for (before, known), (at, tokens) in pairwise(heard):
-        gap = max(gap, at - before)
+        if at - before > gap:
+            gap = at - before
         if tpot_ms:
             passed = (at - first - ROUNDING_S) * 1e3 / tpot_ms  # tokens that were due by then
-            late += min(max(math.ceil(passed) - known, 0), tokens - known)
-            stall = max(stall, (passed - known) * tpot_ms)
+            if passed > known:
+                late += min(math.ceil(passed) - known, tokens - known)
+                stall = max(stall, (passed - known) * tpot_ms)
     if waiting_until is not None:
         last, known = heard[-1]
         gap = max(gap, waiting_until - last)

@@ -21,14 +21,25 @@ class System(msgspec.Struct, frozen=True):
     beside: bool = False
     slots: int = 0
     step_tokens: int = 0
+    depth: int = 1
     about: str = ""
 
 
 PAPER_MODELS = {"central-paper": "central", "sled-paper": "sled"}  # caps on throughput: see `paper`
 YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 OLD_NAMES = {"ours": "wisp"}  # for one release
-NUMBERS = {"slots": "sessions", "step_tokens": "tokens"}
-CHANGEABLE = ("drafting", "batching", "ahead", "server_mode", "admission", "beside", "slots", "step_tokens")
+NUMBERS = {"slots": "sessions", "step_tokens": "tokens", "depth": "steps"}
+CHANGEABLE = (
+    "drafting",
+    "batching",
+    "ahead",
+    "server_mode",
+    "admission",
+    "beside",
+    "slots",
+    "step_tokens",
+    "depth",
+)
 SYSTEMS = {
     s.name: s
     for s in (
@@ -59,10 +70,12 @@ def system(spec: str) -> System:
         if key not in CHANGEABLE:
             raise ConfigError(f"a system has no {key!r}; change {', '.join(CHANGEABLE)}")
         typed: str | bool | int = value
-        if key in ("slots", "step_tokens"):
+        if key in NUMBERS:
             if not value.isdecimal():
                 raise ConfigError(f"{change}: give a number of {NUMBERS[key]}")
             typed = int(value)
+            if key == "depth" and typed not in (1, 2):
+                raise ConfigError(f"{change}: a verifier has 1 or 2 steps in flight")
         elif key not in ("drafting", "batching"):
             if value not in YES_NO:
                 raise ConfigError(f"{change}: give {key}=yes or {key}=no")

@@ -22,19 +22,21 @@ from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.protocol.step import Committed
+from wisp.core.protocol.step import Committed, SliceResult
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
 from wisp.core.verify.cost import Coefficients, CostModel, Load, load_of
 from wisp.core.verify.events import EdgeLost, Ended, Limits, Received, Run, StepDone
 from wisp.core.verify.loop import VerifierLoop
 from wisp.core.verify.verifier import Verifier
-from wisp.engines.emulated import EmulatedTarget
+from wisp.engines.emulated import EmulatedTarget, Hardware
 from wisp.sim.devices import Device, Link
 from wisp.sim.request import Request
 from wisp.sim.timeline import Timeline
 
 HOST_S = 2e-3  # the server's own work between steps of some 50 sequences: measured, on 2 slow cores
+# The same where the engine's share is known apart (`Hardware.host_ms`): for a step, and for each sequence in it.
+SERVER_S, SERVER_SEQUENCE_S = 0.3e-3, 0.02e-3
 MAX_DRAFT = 32
 READ_AHEAD = 20.0  # prompt tokens that a drafter reads in the time of one draft step
 WRONG_TEXT_PAUSE_S = 1.0  # before the next request of a device whose verifier contradicted itself
@@ -108,6 +110,7 @@ class SimVerifier:
         *,
         drafter_ms: float = 0.0,
         slo_admission: bool = False,
+        depth: int = 1,
         trace: list[Event] | None = None,
         row_s: float = 0.0,
     ) -> None:
@@ -116,7 +119,7 @@ class SimVerifier:
         info = engine.info
         limits = Limits(
             info.n_vocab, info.eos, info.slots, info.slot_tokens, info.kv_tokens, info.step_tokens, MAX_DRAFT,
-            slo_admission=slo_admission,
+            slo_admission=slo_admission, depth=depth,
         )  # fmt: skip
         self.env = env
         self.engine = engine
@@ -129,6 +132,7 @@ class SimVerifier:
         self.recorder = Recorder(self.verifier, width_s=row_s, kept=1000, live=False) if row_s else None
         self._loop = VerifierLoop(self.verifier, self, watch=self.recorder)
         self._noise = random.Random(seed)
+        self._host_free_at = self._device_free_at = 0.0  # seconds
 
     @property
     def now(self) -> float:
@@ -175,11 +179,39 @@ class SimVerifier:
         counts.evicted = self.verifier.evicted
         if self.trace is not None:
             self.trace.append(Event("step", self.env.now, ms, len(slices), load.new))
-        done = StepDone(results, ms)
-        self.env.after(ms / 1e3 + HOST_S, lambda: self._ended(done))
+        host_s = host_s_of(profile, len(slices))
+        if self.verifier.in_flight.depth == 1:
+            done = StepDone(results, ms)
+            self.env.after(ms / 1e3 + host_s, lambda: self._ended(done))
+        else:
+            self._queued(step, ms / 1e3, host_s, results)
+
+    def _queued(self, step: Run, device_s: float, host_s: float, results: list[SliceResult]) -> None:
+        """The host prepares one step after another, while the device runs those that are ready."""
+        now = self.env.now
+        self._host_free_at = max(now, self._host_free_at) + host_s
+        self._device_free_at = max(self._host_free_at, self._device_free_at) + device_s
+        host_ms = (self._host_free_at - now) * 1e3
+        done = StepDone(results, device_s * 1e3, step=step.step, host_ms=host_ms)
+        self.env.after(self._device_free_at - now, lambda: self._back(done))
+
+    def _back(self, done: StepDone) -> None:
+        """The device has run it; the host takes it in as soon as it has prepared what it is at."""
+        left_s = self._host_free_at - self.env.now
+        if left_s > 0.0:
+            self.env.after(left_s, lambda: self._ended(done))
+        else:
+            self._ended(done)
 
     def _ended(self, done: StepDone) -> None:
         self._loop.feed(done)
+
+
+def host_s_of(profile: Hardware, slices: int) -> float:
+    """Seconds of the host's work for a step: the server's own, and that of the engine if the profile says it."""
+    if not (profile.host_ms or profile.host_sequence_ms):
+        return HOST_S
+    return SERVER_S + SERVER_SEQUENCE_S * slices + profile.host_s(slices)
 
 
 class SimLink:
@@ -249,13 +281,9 @@ DraftStep = tuple[Generation, tuple[int | None, Signal], float]
 NOTHING: tuple[int | None, Signal] = (None, Signal())
 
 
-class Pass(NamedTuple):
-    """One answered draft, or one token decoded by the verifier: `new` tokens behind `cached`, in one step."""
-
-    at: float  # seconds, when the verdict was heard
-    engine_ms: float
-    new: int
-    cached: int
+# One answered draft, or one token decoded by the verifier: the second at which its verdict was heard, the step's
+# milliseconds, its tokens, and the cached ones before them. A plain tuple, too.
+Pass = tuple[float, float, int, int]
 
 
 @dataclass(slots=True)
@@ -380,7 +408,7 @@ class SimDevice:
         if tokens > request.tokens:
             if request.tokens:
                 cached = len(request.prompt) + verdict.base
-                self.seen.passes.append(Pass(now, verdict.engine_ms, drafted + 1, cached))
+                self.seen.passes.append((now, verdict.engine_ms, drafted + 1, cached))
             request.hear(seen, tokens)
         if verdict.finish:
             request.ended = seen

@@ -7,16 +7,17 @@ event log (`core.verify.loop`). What it says of SLOs is as seen here; what users
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from wisp.api.pages.series import Second, Series
 from wisp.core.protocol.messages import Open, Refused, Verdict
 from wisp.core.protocol.slo import Served, Slo, met
 from wisp.core.protocol.step import Slice
-from wisp.core.verify.cost import Load, load_of
+from wisp.core.verify.cost import load_of
 from wisp.core.verify.events import Action, EdgeLost, Ended, InEvent, Received, Run, Send, StepDone
-from wisp.core.verify.planner import SHORT
+from wisp.core.verify.planner import kind_of
 from wisp.core.verify.session import ORPHANED, PARKED, READY, RUNNING, Session
 from wisp.core.verify.verifier import Verifier
 
@@ -59,6 +60,15 @@ class Device:
         self.slo: Slo | None = None
 
 
+class _Step(NamedTuple):
+    """A step in flight. alone_ms: predicted for each slice alone."""
+
+    dispatched: float
+    estimate_ms: float
+    slices: list[tuple[Slice, Life | None]]
+    alone_ms: list[float]
+
+
 class Recorder:
     """Call it after each event. Snapshots are plain data, ready for JSON."""
 
@@ -87,9 +97,8 @@ class Recorder:
         self._lives: dict[str, Life] = {}
         self._devices: dict[int, Device] = {}
         self._totals: dict[Slo, list[int]] = {}  # ended, met
-        self._step: list[tuple[Slice, Life | None]] = []
-        self._alone_ms: list[float] = []
-        self._estimate_ms = self._dispatched = 0.0
+        self._in_flight: deque[_Step] = deque()
+        self._ended = 0.0  # when the last step ended
 
     def __call__(self, now: float, event: InEvent, actions: list[Action]) -> None:
         """An event was handled, with these actions."""
@@ -163,7 +172,7 @@ class Recorder:
         life.tokens += new
         life.device.tokens += new
         self._now.tokens += new
-        if met(life.served(None), now):
+        if life.slo is None or met(life.served(None), now):
             self._now.good += new
         if message.finish:
             self._over(now, message.session)
@@ -192,28 +201,29 @@ class Recorder:
 
     def _dispatch(self, now: float, run: Run) -> None:
         cost, sessions, rows = self._verifier.cost, self._verifier.sessions, self._now.rows
-        ms = cost.now.ms
-        self._dispatched, self._estimate_ms = now, ms(load_of(run.slices))
-        self._step, self._alone_ms = [], []
+        alone_ms = cost.now.ms_of
+        step = _Step(now, cost.ms(load_of(run.slices)), [], [])
+        self._in_flight.append(step)
         slack = self._now.slack_ms
         for s in run.slices:
             session, n, start = sessions[s.session], len(s.tokens), s.start
-            self._step.append((s, self._lives.get(session.id)))
-            self._alone_ms.append(ms(Load(n, n * (start + n), start, 1)))
-            rows[_kind(s)] += n
-            due = session.due
-            if due < math.inf:
+            step.slices.append((s, self._lives.get(session.id)))
+            step.alone_ms.append(alone_ms(n, n * (start + n), start, 1))
+            rows[kind_of(s)] += n
+            if session.targets.slo is not None and (due := session.due) < math.inf:
                 slack.append((due - now) * 1e3)
 
     def _done(self, now: float, done: StepDone) -> None:
-        second, took_ms = self._now, (now - self._dispatched) * 1e3
+        step, second = self._in_flight.popleft(), self._now
+        took_ms = (now - max(step.dispatched, self._ended)) * 1e3
+        self._ended = now
         second.steps += 1
         second.busy_s += took_ms / 1e3
-        second.estimate_ms += self._estimate_ms
-        second.interference_ms += [max(0.0, took_ms - alone) for alone in self._alone_ms]
+        second.estimate_ms += step.estimate_ms
+        second.interference_ms += [max(0.0, took_ms - alone) for alone in step.alone_ms]
         if done.error:
             return
-        for (s, life), result in zip(self._step, done.results, strict=False):
+        for (s, life), result in zip(step.slices, done.results, strict=False):
             if s.n_draft and life is not None:
                 life.device.drafted += s.n_draft
                 life.device.accepted += result.accepted
@@ -309,10 +319,3 @@ def waits_for(s: Session) -> str:
     if s.state is READY:
         return "slot" if s.slot is None else "step"
     return "edge"
-
-
-def _kind(s: Slice) -> int:
-    """Place in `Second.rows`. A prompt's end with a draft behind it is part of a prompt."""
-    if not s.sample or len(s.tokens) - s.n_draft > SHORT:
-        return 2
-    return 0 if s.n_draft else 1

@@ -39,6 +39,10 @@ class Harmony(Parser):
         self._name = ""
         self._events: list[Event] = []
 
+    @property
+    def reasons(self) -> bool:
+        return self._kind is Reasoning
+
     def feed(self, text: str) -> list[Event]:
         self._text += text
         return self._run(final=False)

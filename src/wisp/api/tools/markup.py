@@ -26,6 +26,11 @@ class Parser(ABC):
         self.tools = tools
         self.thinking = thinking
 
+    @property
+    @abstractmethod
+    def reasons(self) -> bool:
+        """Is what comes next reasoning?"""
+
     @abstractmethod
     def feed(self, text: str) -> list[Event]:
         """What has become certain with `text`, the next piece of the answer."""
@@ -72,6 +77,10 @@ class Markup(Parser):
 
         ended: the model has ended its answer here.
         """
+
+    @property
+    def reasons(self) -> bool:
+        return self._pair is not None
 
     def feed(self, text: str) -> list[Event]:
         if self._waiting is not None and not self._waiting.worth_reading(text):

@@ -38,6 +38,7 @@ def run_check(
     mode: str | None = None,
     cases: int | None,
     seed: int,
+    depth: int | None = None,
     offline: bool,
     as_json: bool,
 ) -> int:
@@ -48,7 +49,7 @@ def run_check(
         bench = Bench(pair, mode, scale, engine=engine, offline=offline, progress=progress)
     try:
         with progress_bar() as tell:
-            report = check(bench, mode=mode, cases=cases or scale.cases, seed=seed, tell=tell)
+            report = check(bench, mode=mode, cases=cases or scale.cases, seed=seed, depth=depth, tell=tell)
     finally:
         bench.close()
     if as_json:

@@ -61,6 +61,7 @@ PROMISED = (
     "certain_tokens",
     "reasoning_ended_inside_draft",
 )
+PROMISED_AHEAD = ("steps_ahead", "decoded_ahead")  # unless there is one step in flight at a time
 ENOUGH_CASES = 200  # with fewer, chance may leave something out
 LIKELY = 0.02  # first tokens at least this likely have their second token tested
 
@@ -179,7 +180,10 @@ def _models(pair: str) -> tuple[str, str]:
     return target, draft
 
 
-def check(bench: Bench, *, mode: str, cases: int, seed: int, tell: Tell = lambda *_: None) -> Report:
+def check(
+    bench: Bench, *, mode: str, cases: int, seed: int, depth: int | None = None, tell: Tell = lambda *_: None
+) -> Report:
+    """`depth`: steps in flight; None: 1 or 2, by chance."""
     started = time.perf_counter()
     report = Report(bench.pair, bench.info.mode, seed, flip_gap=bench.info.flip_gap)
     if bench.info.mode != mode:
@@ -204,11 +208,13 @@ def check(bench: Bench, *, mode: str, cases: int, seed: int, tell: Tell = lambda
             seed=2 * seed + number,
             counts=counts,
             ended=tally.ended,
+            depth=depth,
         )
         report.trouble += fleet.run()
     tally.close(made, counts)
     if bench.scale.strict and cases >= ENOUGH_CASES:
-        report.missing = [name for name in PROMISED if not counts[name]]
+        promised = PROMISED if depth == 1 else (*PROMISED, *PROMISED_AHEAD)
+        report.missing = [name for name in promised if not counts[name]]
     if bench.scale.samples:
         report.chi_square = chi_square(bench, bench.scale.samples, seed, tell)
     report.seconds = round(time.perf_counter() - started, 1)

@@ -39,6 +39,7 @@ class Fleet:
         seed: int,
         counts: Counter[str],
         ended: Ended,
+        depth: int | None = None,
     ) -> None:
         self.rng = random.Random(seed)
         self.clock = Timeline()
@@ -56,6 +57,7 @@ class Fleet:
                 counts,
                 self._down_the_line,
                 self._trouble,
+                depth,
             )
             for side in (0, 1)
         ]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
-from wisp.core.errors import EngineError
+from wisp.core.errors import EngineError, StepLostError
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict, decode_edge_message, encode
-from wisp.core.protocol.step import Copy
+from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
 from wisp.core.verify.events import Action, EdgeLost, Ended, InEvent, Limits, Received, Run, Send, StepDone
@@ -21,10 +21,13 @@ from wisp.core.verify.loop import VerifierLoop
 from wisp.core.verify.session import IN_ENGINE
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.base import TargetEngine
+from wisp.engines.in_order import OneAtATime
 from wisp.sim.timeline import Timeline
 
 PARK_S = 4.0
 MAX_DRAFT = 32
+HOST_MS = 5.0  # of each step: so early are steps planned while others run
+FAILURE = "a failure made for testing"
 
 
 class Chaos(msgspec.Struct, frozen=True):
@@ -48,7 +51,8 @@ CALM = Chaos(ride=1.0)
 class ChaosServer:
     """A verifier at a time, on half of the engine's slots: the `side` says which, so that two can share it.
 
-    `sent` is called with (connection, frame), `stepped` after each step.
+    `sent` is called with (connection, frame), `stepped` after each step. `depth`: steps in flight; None: 1 or 2, by
+    chance.
     """
 
     def __init__(
@@ -63,11 +67,13 @@ class ChaosServer:
         counts: Counter[str],
         sent: Callable[[int, bytes], None],
         stepped: Callable[[], None],
+        depth: int | None = None,
     ) -> None:
         self.clock, self.engine, self.batching = clock, engine, batching
         self.slots = engine.info.slots // 2
         self._eos = eos
         self._first_slot = side * self.slots
+        self._depth = depth
         self.chaos, self.rng, self.counts = chaos, rng, counts
         self.sent, self.stepped = sent, stepped
         self.errors: list[str] = []
@@ -110,7 +116,10 @@ class ChaosServer:
             step_tokens=self.rng.choice((12, 24)) if tight else info.step_tokens,
             max_draft=MAX_DRAFT,
             park_s=PARK_S,
+            depth=self._depth or self.rng.choice((1, 2)),
         )
+        self._queue = OneAtATime(_Half(self.engine, self._first_slot, self._fails), limits.depth)
+        self._free_at = 0.0
         verifier = Verifier(limits, batching_policy(self.batching), Admission(1 << 20))
         return _CountingLoop(verifier, self, self.counts)
 
@@ -148,7 +157,15 @@ class ChaosServer:
         self.counts["mixed_steps"] += len(step.slices) > 1
         slow = self.rng.random() < self.chaos.slow
         duration = self.rng.uniform(0.5, 2.0) if slow else self.rng.uniform(0.004, 0.03)
-        self.clock.after(duration, self._unless_replaced(lambda: self._step_done(result)))
+        self.counts["steps_ahead"] += self.verifier.in_flight.steps[0].number != step.step
+        self.counts["decoded_ahead"] += sum(s.after >= 0 for s in step.slices)
+        self._free_at = max(self._free_at, self.clock.now) + duration
+        self.clock.at(self._free_at, self._unless_replaced(lambda: self._step_done(result)))
+
+    def _fails(self) -> bool:
+        fails = self.rng.random() < self.chaos.fail
+        self.counts["failed_steps"] += fails
+        return fails
 
     def _step_done(self, done: StepDone) -> None:
         self._loop.feed(done)
@@ -160,20 +177,33 @@ class ChaosServer:
         return lambda: do() if loop is self._loop else None
 
     def _compute(self, step: Run) -> StepDone:
+        self._queue.submit(step)
         try:
-            first = self._first_slot
-            for c in step.copies:
-                self.engine.copy(Copy(c.source + first, c.target + first, c.tokens))
-            slices = [msgspec.structs.replace(s, slot=s.slot + first) for s in step.slices]
-            results = self.engine.run(slices)
+            done = self._queue.collect()
         except EngineError as error:
-            self.errors.append(str(error))
-            return StepDone([], 1.0, error=str(error))
-        self.errors += [r.error for r in results if r.error]
-        if self.rng.random() < self.chaos.fail:
-            self.counts["failed_steps"] += 1
-            return StepDone([], 1.0, error="a failure made for testing")
-        return StepDone(results, 1.0)
+            if str(error) != FAILURE and not isinstance(error, StepLostError):
+                self.errors.append(str(error))
+            return StepDone([], 1.0, error=str(error), step=step.step)
+        self.errors += [r.error for r in done.results if r.error]
+        return StepDone(done.results, 1.0, step=step.step, host_ms=HOST_MS)
+
+
+class _Half:
+    """Half of the engine's slots, as those of an engine whose steps sometimes fail."""
+
+    def __init__(self, engine: TargetEngine, first_slot: int, fails: Callable[[], bool]) -> None:
+        self._engine = engine
+        self._first = first_slot
+        self._fails = fails
+
+    def copy(self, copy: Copy) -> None:
+        self._engine.copy(Copy(copy.source + self._first, copy.target + self._first, copy.tokens))
+
+    def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
+        results = self._engine.run([msgspec.structs.replace(s, slot=s.slot + self._first) for s in batch])
+        if self._fails():
+            raise EngineError(FAILURE)
+        return results
 
 
 class _CountingLoop(VerifierLoop):

@@ -62,6 +62,9 @@ class Chain:
         """
         tokens = self.tokens
         n = len(tokens)
+        if not n:
+            self.ended = False
+            return True
         gone = min(len(new), n)
         right = tokens[:gone] == new[:gone]
         if not right:

@@ -21,14 +21,14 @@ INVALID_GRAMMAR = "invalid_grammar"
 NO_TOKEN = "the model computed a NaN or an infinity, from which no token can be chosen"  # and NOT_FINITE
 
 
-class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One alternative at a position. `logprob`: natural log, of the target before noise and truncation."""
 
     token: int
     logprob: float
 
 
-class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The chosen token's log probability, and the `top` alternatives asked for (most likely first)."""
 
     token: int
@@ -50,6 +50,8 @@ class Slice(msgspec.Struct, frozen=True, array_like=True):
     logprobs:  None, or how many alternatives to report with each chosen token (0 is allowed)
     past:      where `sampling` has constraints: the session's tokens before the first one to be chosen, from the first
                generated one on, or from the prompt's first on if its tokens count (`repetition_penalty`)
+    after:     the step that chooses `tokens[0]`, its last token for this slot: a step before this one, which was not
+               over when this one was planned. -1: `tokens` are all known
     """
 
     session: int
@@ -62,6 +64,7 @@ class Slice(msgspec.Struct, frozen=True, array_like=True):
     sampling: Sampling = Sampling()
     logprobs: int | None = None
     past: list[int] = []
+    after: int = -1
 
 
 class SliceResult(msgspec.Struct, frozen=True, array_like=True):

@@ -19,6 +19,7 @@ class Limits(msgspec.Struct, frozen=True, rename={"slo_admission": "forecast"}):
     idle_s:        after this silence of its edge a session may lose its KV to another
     slo_admission: refuse sessions whose SLO could not be met
     digest:        of the engine (see `messages.Welcome`); "" if there is only one
+    depth:         steps that the engine may have at a time (`in_flight`)
     """
 
     n_vocab: int
@@ -32,6 +33,7 @@ class Limits(msgspec.Struct, frozen=True, rename={"slo_admission": "forecast"}):
     idle_s: float = 1.0
     slo_admission: bool = False
     digest: str = ""
+    depth: int = 1
 
 
 # --- events
@@ -52,11 +54,18 @@ class EdgeLost(msgspec.Struct, frozen=True, array_like=True, tag="edge_lost"):
 
 
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
-    """The step ended. `error`: it failed as a whole, and all slots are empty."""
+    """A step ended. `error`: it failed as a whole, and all slots are empty.
+
+    engine_ms: what it took in the engine. host_ms: from its planning until the engine had all of it, where the host
+               works on one step while another runs
+    step:      its number (-1: of the oldest one)
+    """
 
     results: list[SliceResult]
     engine_ms: float
     error: str = ""
+    step: int = -1
+    host_ms: float = 0.0
 
 
 class Tick(msgspec.Struct, frozen=True, array_like=True, tag="tick"):
@@ -83,10 +92,17 @@ class Send(msgspec.Struct, frozen=True, array_like=True, tag="send"):
 
 
 class Run(msgspec.Struct, frozen=True, array_like=True, tag="run"):
-    """Run a step: the copies in order, then the slices."""
+    """Run a step, after all steps before it: the copies in order, then the slices.
+
+    step:  its number
+    epoch: failed steps before it was planned. A step that was planned before the last failure builds on KV that is
+           gone: it fails, too
+    """
 
     copies: list[Copy]
     slices: list[Slice]
+    step: int = 0
+    epoch: int = 0
 
 
 class WakeAt(msgspec.Struct, frozen=True, array_like=True, tag="wake_at"):

@@ -71,6 +71,7 @@ class KvPool:
         self.kv_tokens = kv_tokens
         self.slots = [Slot(i) for i in range(slots)]
         self.held = 0  # tokens in all slots, leftovers included
+        self.reserved = 0  # more that steps in flight may add
         self._empty = [(0.0, i) for i in range(slots)]  # a heap of (last use, slot)
         self._left: dict[int, Slot] = {}  # leftovers
         self._beginnings: dict[tuple[Sharers, int], set[int]] = {}  # key and first token -> slots
@@ -145,7 +146,7 @@ class KvPool:
     @property
     def unused(self) -> int:
         """Tokens of free KV, without leftovers."""
-        return self.kv_tokens - self.held
+        return self.kv_tokens - self.held - self.reserved
 
     @property
     def free(self) -> int:

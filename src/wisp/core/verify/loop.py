@@ -1,7 +1,7 @@
 """The loop around a `Verifier`, without I/O: events go in, actions are carried out, a Tick follows.
 
     feed(event)  ->  verifier.handle  ->  send(...), run(step), wake at a time
-                     then, after all events at hand, a Tick if the engine is idle
+                     then, after all events at hand, a Tick if another step may be planned
 
 The live server, the simulator and the lossless check drive their verifiers with this one loop. They differ in their
 `Surroundings`: the clock, the engine and the connections, real or simulated.
@@ -67,7 +67,7 @@ class VerifierLoop:
             if isinstance(action, Send):
                 self._world.send(action.connection, action.message)
             elif isinstance(action, Run):
-                self.stop()  # the end of the step brings the next wake-up time
+                self.stop()  # the next wake-up time follows, or comes with the end of the step
                 self._world.run(action)
             elif isinstance(action, WakeAt):
                 self._wake_at(action.at)

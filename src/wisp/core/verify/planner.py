@@ -2,6 +2,7 @@
 
     ready sessions without a slot  ->  slots: least served API key first, then earliest due
     ready and drafting sessions    ->  candidates  ->  policy  ->  grants  ->  as many as KV allows  ->  Run
+    sessions in flight that follow ----^   (`in_flight`; these keep their slots and KV)
 
 A session keeps its Candidate until something about it changes: most sessions do not change between two steps.
 """
@@ -16,6 +17,7 @@ from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import BatchingPolicy, Candidate, Grant, Kind, StepLimits
 from wisp.core.verify.cost import CostModel, Load, load_of
 from wisp.core.verify.events import Limits, Run
+from wisp.core.verify.in_flight import InFlight
 from wisp.core.verify.kv import KvPool
 from wisp.core.verify.places import is_silent
 from wisp.core.verify.preemption import is_urgent, slot_victims, victims
@@ -24,6 +26,14 @@ from wisp.core.verify.session import DRAFT, PARKED, PICKED, READY, WAITING, Sess
 PREFILL, VERIFY, DECODE = Kind
 PATIENCE_S = 1.0  # a session without SLO queues for a slot as if it were due this long after it became ready
 SHORT = 8  # tokens; a session with at most this many to compute counts as decoding and is not cut into chunks
+KINDS = ("verify", "decode", "prefill")  # of slices, for those who look on
+
+
+def kind_of(s: Slice) -> int:
+    """Place in KINDS. A prompt's end with a draft behind it is part of a prompt."""
+    if not s.sample or len(s.tokens) - s.n_draft > SHORT:
+        return 2
+    return 0 if s.n_draft else 1
 
 
 class SessionIndex:
@@ -73,12 +83,14 @@ class Planner:
         admission: Admission,
         cost: CostModel,
         index: SessionIndex,
+        in_flight: InFlight,
     ) -> None:
         self.limits = limits
         self.policy = policy
         self.admission = admission
         self.cost = cost
         self.index = index
+        self.in_flight = in_flight
         self.kv = KvPool(limits.slots, limits.slot_tokens, limits.kv_tokens)
         self.load = Load()  # of the last step
         self.evicted = 0  # times that a session lost its KV to another
@@ -87,11 +99,12 @@ class Planner:
     def step(self, now: float) -> tuple[Run | None, float | None]:
         """The step to run now, or None and the time to ask again."""
         index = self.index
+        self.kv.reserved = self.in_flight.rows
         self._assign_slots(now)
         candidates = self._candidates()
         free_kv = self._free_kv(now, candidates)
         if free_kv < math.inf and self.policy.preempts:
-            chosen = victims(now, candidates, free_kv, self.cost)
+            chosen = self._not_in_flight(victims(now, candidates, free_kv, self.cost))
             for handle in chosen:
                 self._take_kv(handle)
             if chosen:
@@ -109,7 +122,7 @@ class Planner:
         slices = [self._slice(now, grant) for grant in grants]
         self.load = load_of(slices)
         copies, self._copies = self._copies, []
-        return Run(copies, slices), None
+        return Run(copies, slices, self.in_flight.number, self.in_flight.epoch), None
 
     def failed(self) -> None:
         """The step failed: the engine has lost all KV."""
@@ -125,7 +138,14 @@ class Planner:
         candidates = [s.candidate or candidate_of(s) for s in self.index.ready.values() if s.slot is not None]
         if self.policy.wants_drafting:
             candidates += [s.candidate or candidate_of(s) for s in self.index.drafting.values()]
+        if self.in_flight.steps:
+            candidates += [candidate_of(s) for s in self.in_flight.following(self.index.sessions)]
         return candidates
+
+    def _not_in_flight(self, handles: list[int]) -> list[int]:
+        """Those whose slots the engine will not touch any more."""
+        sessions = self.index.sessions
+        return [handle for handle in handles if not sessions[handle].flight.slices]
 
     def _free_kv(self, now: float, candidates: Sequence[Candidate]) -> float:
         """KV tokens available without taking any from a candidate; inf if every candidate fits."""
@@ -157,7 +177,8 @@ class Planner:
             assigned = self.kv.acquire(*asked) if slot_owners is None else None
             if assigned is None:
                 if slot_owners is None:
-                    slot_owners = iter(slot_victims(now, self._candidates(), self.cost) if preempts else ())
+                    owners = slot_victims(now, self._candidates(), self.cost) if preempts else []
+                    slot_owners = iter(self._not_in_flight(owners))
                 if not preempts or not is_urgent(now, session.candidate or candidate_of(session), self.cost):
                     continue
                 victim = next(slot_owners, None)
@@ -201,6 +222,8 @@ class Planner:
             if idle(last.session):  # without a grant, its own KV can be taken
                 available += self._held(last.session)
         if needed > available:
+            if self.in_flight.steps:
+                return []  # there is more once a step is back
             self._preempt(grants[0].session, needed - available, idle)
         for handle in self.kv.fit(needed, self._keepers(idle, grants)) or ():
             self._lose_kv(handle)
@@ -240,25 +263,31 @@ class Planner:
     def _slice(self, now: float, grant: Grant) -> Slice:
         """A session's share of the step: the next tokens of its chain and, if they reach its end, the draft."""
         s = self.index.sessions[grant.session]
-        slot, start, chain, pending = s.slot, s.cached, s.progress.chain, s.round.pending
+        slot, chain, flight = s.slot, s.progress.chain, s.flight
         assert slot is not None
         if s.state is WAITING:  # decode for an edge that is still drafting
             s.go(DRAFT)
         s.go(PICKED)
         self.index.put(s)
-        end = min(start + grant.tokens, len(chain))
-        last = end == len(chain)
-        draft = pending.draft[: grant.tokens - (end - start)] if last and pending else []
         self.kv.touch(now, slot)
-        # By position, as in `candidate_of`.
-        tokens, n_draft, position = chain[start:end].tolist() + draft, len(draft), s.progress.committed
+        start, position, after = s.cached + flight.kv, s.progress.committed + flight.tokens, -1
+        if flight.tokens:  # decode after a token that is still to be chosen
+            tokens, n_draft, last, after = [0], 0, True, flight.step
+        else:
+            pending, end = s.round.pending, min(start + grant.tokens, len(chain))
+            last = end == len(chain)
+            draft = pending.draft[: grant.tokens - (end - start)] if last and pending else []
+            tokens, n_draft = chain[start:end].tolist() + draft, len(draft)
         sampling, constraints = s.params.sampling, s.params.sampling.constraints
         past: list[int] = []
         if constraints is not None and last and constraints.choosing:
             past = (chain if constraints.repetition_penalty != 1.0 else chain[s.progress.n_prompt :]).tolist()
-        return Slice(
-            s.handle, slot, start, tokens, n_draft, last, position, sampling, s.progress.logprobs, past
+        # By position, as in `candidate_of`.
+        slice_ = Slice(
+            s.handle, slot, start, tokens, n_draft, last, position, sampling, s.progress.logprobs, past, after
         )
+        flight.add(self.in_flight.number, slice_)
+        return slice_
 
 
 def _needed_at(s: Session) -> float:
@@ -268,21 +297,23 @@ def _needed_at(s: Session) -> float:
 
 
 def candidate_of(s: Session) -> Candidate:
-    """What a session could run next. Kept with the session until `SessionIndex.put`."""
-    progress, targets, speed, pending = s.progress, s.targets, s.speed, s.round.pending
-    cached, length = s.cached, len(progress.chain)
+    """What a session could run next, after its slices in flight. Kept with the session until `SessionIndex.put`."""
+    progress, targets, speed, flight = s.progress, s.targets, s.speed, s.flight
+    cached, length = s.cached + flight.kv, len(progress.chain) + flight.tokens
+    pending = None if flight.tokens else s.round.pending
     committed = length - progress.n_prompt
     due = targets.due(committed)
     n_draft = len(pending.draft) if pending else 0
     missing, first = length - cached, targets.first_at == math.inf
     kind = PREFILL if missing > SHORT else VERIFY if n_draft else DECODE
     since = pending.since if pending else s.since
-    remaining, drafting = s.params.max_tokens - committed, s.state is WAITING
+    remaining = s.params.max_tokens - committed
+    drafting = s.state is WAITING or (flight.tokens > 0 and not s.round.serve)
     lag_s = 0.0 if first else speed.answered_at + targets.tpot_s - due
     # By position: with names, a struct of this many fields takes seven times as long to make.
     s.candidate = candidate = Candidate(
         s.handle, kind, missing + n_draft, cached, n_draft, since, targets.opened, s.key, due, targets.tpot_s,
-        speed.expected(n_draft), speed.round_tokens, remaining, drafting, first, lag_s, targets.slo_lost,
-        speed.acceptance,
+        speed.expected(n_draft) if n_draft else 1.0, speed.round_tokens, remaining, drafting, first, lag_s,
+        targets.slo_lost, speed.acceptance,
     )  # fmt: skip
     return candidate

@@ -1,4 +1,4 @@
-"""A session on the verifier: its state machine (a table), and four values that hold its state.
+"""A session on the verifier: its state machine (a table), and five values that hold its state.
 
     READY --picked--> RUNNING --verdict--> WAITING --draft--> READY ...
                               `--more----> READY   (rest of a prompt, server mode, a draft already here)
@@ -8,10 +8,11 @@
     progress   prompt and committed tokens
     round      what verifier and edge owe each other
     speed      measurements of past rounds
+    flight     what steps in flight will add
 
-READY means "can run"; a READY session may still have no KV slot. When its edge is lost a session is PARKED, or
-ORPHANED until the end of a running step; the edge resumes it with an Open. A session cancelled during its step is
-DOOMED: it ends with the step.
+READY means "can run"; a READY session may still have no KV slot. A RUNNING one has a slice in a step in flight, or in
+several (`in_flight`). When its edge is lost a session is PARKED, or ORPHANED until the end of its steps; the edge
+resumes it with an Open. A session cancelled during its steps is DOOMED: it ends with the last of them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from wisp.core.errors import ProtocolError
 from wisp.core.protocol.messages import Draft, Open, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
-from wisp.core.protocol.step import TokenLogprob
+from wisp.core.protocol.step import Slice, TokenLogprob
 from wisp.core.verify.batching import Candidate
 from wisp.core.verify.kv import Sharers, Tokens, common_prefix, packed
 
@@ -34,7 +35,7 @@ class State(Enum):
     """The state of a session."""
 
     READY = auto()  # can run
-    RUNNING = auto()  # takes part in the current step
+    RUNNING = auto()  # takes part in a step in flight
     WAITING = auto()  # for its edge
     PARKED = auto()  # edge lost
     ORPHANED = auto()  # running, edge lost
@@ -74,6 +75,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         E.CANCEL: S.ENDED,
     },
     S.RUNNING: {
+        E.PICKED: S.RUNNING,  # for the step after it
         E.MORE: S.READY,
         E.VERDICT: S.WAITING,
         E.DRAFT: S.RUNNING,
@@ -249,7 +251,7 @@ class Pending(msgspec.Struct, frozen=True):
 class Round:
     """What verifier and edge owe each other."""
 
-    __slots__ = ("discard", "heard", "inbox", "number", "pending", "price", "serve", "verdict")
+    __slots__ = ("heard", "inbox", "number", "pending", "price", "serve", "verdict")
 
     def __init__(self, open_: Open) -> None:
         self.number = -1  # of the last round answered, or being answered
@@ -258,7 +260,6 @@ class Round:
         self.inbox: Draft | None = None  # arrived during the step
         self.verdict: Verdict | None = None  # the last one, for duplicates
         self.serve = open_.serve  # server mode: decode without drafts until the next one comes
-        self.discard = False  # the running step started from a shorter chain: drop its result
         self.price = 0.0  # congestion price in the last verdict: committed tokens per draft token
 
     @property
@@ -269,6 +270,45 @@ class Round:
     def clear(self) -> None:
         """Forget what is under way: the edge begins anew."""
         self.pending = self.inbox = self.verdict = None
+
+
+class Flight:
+    """What steps in flight will add to a session.
+
+    slices: its slices in them. void: so many of these, the oldest, are to be dropped
+    kv:     tokens that they feed. tokens: that they commit, but for drafts
+    last:   the newest of them, in step number `step`
+    """
+
+    __slots__ = ("kv", "last", "slices", "step", "tokens", "void")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def add(self, step: int, slice_: Slice) -> None:
+        self.slices += 1
+        self.kv += len(slice_.tokens)
+        self.tokens += slice_.sample
+        self.last: Slice | None = slice_
+        self.step = step
+
+    def back(self, slice_: Slice) -> bool:
+        """The oldest one, `slice_`, is back. Returns whether it is to be dropped."""
+        self.slices -= 1
+        self.kv -= len(slice_.tokens)
+        self.tokens -= slice_.sample
+        void = self.void > 0
+        self.void -= void
+        return void
+
+    def drop(self) -> None:
+        """Whatever comes back is of no use any more."""
+        self.void = self.slices
+
+    def clear(self) -> None:
+        """Nothing will come back."""
+        self.slices = self.void = self.kv = self.tokens = 0
+        self.last, self.step = None, -1
 
 
 class Speed:
@@ -291,6 +331,8 @@ class Speed:
 
     def verified(self, now: float, n_draft: int, accepted: int) -> None:
         self.answered_at = now
+        if not n_draft:
+            return
         acceptance = self.acceptance
         for i in range(min(accepted + 1, n_draft)):
             acceptance += ACCEPTANCE_RATE * ((ACCEPTANCE_MOST if i < accepted else 0.0) - acceptance)
@@ -305,7 +347,7 @@ class Session:
 
     # Slots, for faster attribute access.
     __slots__ = (
-        "bucket", "cached", "candidate", "connection", "epoch", "handle", "has_place", "id", "key", "params",
+        "bucket", "cached", "candidate", "connection", "epoch", "flight", "handle", "has_place", "id", "key", "params",
         "progress", "round", "since", "slot", "speed", "state", "targets",
     )  # fmt: skip
 
@@ -320,6 +362,7 @@ class Session:
         self.progress = Progress(open_)
         self.round = Round(open_)
         self.speed = Speed(now)
+        self.flight = Flight()
         self.state = State.WAITING
         self.since = now  # when it began to wait, for its edge or for the engine
         self.has_place = False  # counted in Admission
@@ -422,7 +465,7 @@ class Session:
         if self.params != Parameters.of(self.key, open_):
             raise _conflict()
         if self.progress.adopt(open_):
-            self.round.discard = self.state in IN_ENGINE
+            self.flight.drop()  # these slices began at the end of a shorter chain
         self.round.heard = len(open_.committed)
         self.round.serve = open_.serve
         self.round.clear()

@@ -4,12 +4,14 @@
     Tick                             ->  assign KV slots, let the policy choose, Run(step)   (`planner`)
     StepDone(results)                ->  commit tokens, send Verdicts
 
-The engine runs one step at a time. `loop` feeds events with `now`, carries out the actions, and sends a Tick when the
-engine is idle and something may have changed. Events are plain structs: a recorded list of (now, event) replays to
-identical actions.
+The engine has at most `limits.depth` steps at a time (`in_flight`). `loop` feeds events with `now`, carries out the
+actions, and sends a Tick when another step fits and something may have changed. Events are plain structs: a recorded
+list of (now, event) replays to identical actions.
 """
 
 from __future__ import annotations
+
+import math
 
 import msgspec
 
@@ -19,7 +21,7 @@ from wisp.core.protocol.slo import LONGEST_MS
 from wisp.core.protocol.step import ENGINE_ERROR, Slice, SliceResult
 from wisp.core.verify.admission import Admission, Refusal
 from wisp.core.verify.batching import BatchingPolicy
-from wisp.core.verify.cost import CostModel, Load
+from wisp.core.verify.cost import CostModel
 from wisp.core.verify.events import (
     Action,
     Ended,
@@ -32,6 +34,7 @@ from wisp.core.verify.events import (
     Tick,
     WakeAt,
 )
+from wisp.core.verify.in_flight import InFlight, Step
 from wisp.core.verify.places import gives_way, keeps_place
 from wisp.core.verify.planner import Planner, SessionIndex
 from wisp.core.verify.session import (
@@ -53,6 +56,8 @@ from wisp.core.verify.session import (
 )
 from wisp.core.verify.slo_admission import SloAdmission, keepable
 
+NO_ENDS = frozenset[int]()  # making one takes a microsecond, and each commit would
+
 
 class Verifier:
     """Sessions, KV slots and a batching policy. Everything enters through `handle`."""
@@ -67,18 +72,17 @@ class Verifier:
         self.slo_admission = SloAdmission()
         self.index = SessionIndex()
         self.sessions = self.index.sessions
-        self.planner = Planner(limits, policy, admission, self.cost, self.index)
+        self.in_flight = InFlight(limits.depth, wants_drafting=policy.wants_drafting)
+        self.planner = Planner(limits, policy, admission, self.cost, self.index, self.in_flight)
         self.kv = self.planner.kv
         self._by_id: dict[str, Session] = {}
         self._by_connection: dict[int, set[int]] = {}
-        self._step: dict[int, Slice] | None = None  # what the engine is running
-        self._load = Load()
-        self._dispatched = 0.0
         self._next_handle = 0
 
     @property
     def running(self) -> bool:
-        return self._step is not None
+        """Is no step to be planned before the next StepDone, or before the time of the last WakeAt?"""
+        return self.in_flight.full or self.in_flight.waiting
 
     @property
     def n_waiting(self) -> int:
@@ -137,7 +141,7 @@ class Verifier:
         self, now: float, connection: int, key: str, open_: Open, actions: list[Action]
     ) -> Verdict | None:
         self._check_open(open_)
-        ends = frozenset[int]() if open_.ignore_eos else self.limits.eos
+        ends = NO_ENDS if open_.ignore_eos else self.limits.eos
         open_ = msgspec.structs.replace(open_, sampling=open_.sampling.ending(ends))
         session = self._by_id.get(open_.session)
         if session is None:
@@ -245,7 +249,7 @@ class Verifier:
         return [Ended(session.id, "abort")]
 
     def _stop(self, session: Session) -> None:
-        """End a session: at once, or with its running step. Its id and its place are free at once."""
+        """End a session: at once, or with its last step in flight. Its id and its place are free at once."""
         if session.go(CANCEL) is ENDED:
             self._end(session)
         else:
@@ -342,30 +346,38 @@ class Verifier:
         actions = self._expire(now)
         index = self.index
         wakes = [next(iter(index.parked.values())).since + self.limits.park_s] if index.parked else []
-        if self._step is None and (index.ready or (index.drafting and self.policy.wants_drafting)):
-            step, wake_at = self.planner.step(now)
-            if step is not None:
-                self._step = {s.session: s for s in step.slices}
-                self._load, self._dispatched = self.planner.load, now
-                actions.append(step)
-                return actions
-            wakes.append(wake_at if wake_at is not None else now + self.limits.idle_s)
+        in_flight = self.in_flight
+        n_ready = len(index.ready) + (len(index.drafting) if self.policy.wants_drafting else 0)
+        if not in_flight.full and (n_ready or in_flight.steps):
+            plan_at = in_flight.plan_at(now, self.sessions, n_ready, self.cost)
+            if plan_at > now:
+                wakes += [plan_at] if plan_at < math.inf else []
+            else:
+                step, wake_at = self.planner.step(now)
+                if step is not None:
+                    actions.append(step)
+                    if (wake_at := in_flight.add(now, step, self.planner.load, self.cost)) is not None:
+                        actions.append(WakeAt(wake_at))
+                    return actions
+                wakes.append(wake_at if wake_at is not None else now + self.limits.idle_s)
         if wakes:
             actions.append(WakeAt(min(wakes)))
         return actions
 
     def _step_done(self, now: float, event: StepDone) -> list[Action]:
-        assert self._step is not None
-        step, self._step = self._step, None
         actions: list[Action] = []
-        if event.error:
-            self._step_failed(step, event.error, actions)
+        back = self.in_flight.back(now, event)
+        if back is None:
             return actions
-        # From dispatch to dispatch: the host's work between steps delays every session, too.
-        self.cost.observe(self._load, max(event.engine_ms, (now - self._dispatched) * 1e3))
+        step, begun = back
+        if event.error:
+            self._step_failed(now, step, event.error, actions)
+            return actions
+        # From end to end: the host's work between steps delays every session, too.
+        self.cost.observe(step.load, max(event.engine_ms, (now - begun) * 1e3))
         for result in event.results:
-            session = self.sessions[result.session]
-            self._commit(now, session, step[result.session], result, event.engine_ms, actions)
+            session, slice_ = self.sessions[result.session], step.slices[result.session]
+            self._commit(now, session, slice_, result, begun, event.engine_ms, actions)
         return actions
 
     def _commit(
@@ -374,17 +386,19 @@ class Verifier:
         s: Session,
         slice_: Slice,
         result: SliceResult,
+        begun: float,
         engine_ms: float,
         actions: list[Action],
     ) -> None:
         assert s.slot is not None
+        void = s.flight.back(slice_)
         if result.error:
             self.kv.record(now, s.slot, [])
+            s.cached = 0
             self._fail(s, result.code, result.error, actions)
             return
-        if s.round.discard:
-            s.round.discard = False
-            self._settle(now, s, cached=slice_.start, more=False)
+        if void:
+            self._settle(now, s, cached=s.cached, more=False)
             self._next(now, s, actions)
             return
         tokens, finish = self._cut(s, result.tokens) if slice_.sample else ([], "")
@@ -408,7 +422,7 @@ class Verifier:
                 p.base,
                 agreed,
                 finish=finish,
-                queue_ms=(self._dispatched - p.since) * 1e3,
+                queue_ms=(begun - p.since) * 1e3,
                 engine_ms=engine_ms,
             )
         doomed = s.state is DOOMED
@@ -418,7 +432,9 @@ class Verifier:
         if finish:
             committed, targets = s.n_committed, s.targets
             self.slo_admission.ended(committed, now - targets.opened, targets.in_time(now, committed))
-            if s.state is not ENDED:
+            if s.flight.slices:
+                self._doom(s)
+            elif s.state is not ENDED:
                 s.go(CANCEL if s.state is PARKED else FINISHED)
                 self._end(s)
         if verdict is not None and connection >= 0:
@@ -428,24 +444,34 @@ class Verifier:
         if s.round.inbox is not None and s.state is not ENDED:
             self._next(now, s, actions)
 
+    def _doom(self, s: Session) -> None:
+        """The session has ended. What is still in flight of it is dropped, and its slot is free after that."""
+        s.flight.drop()
+        if s.state is not DOOMED:
+            self._stop(s)
+
     def _cut(self, s: Session, tokens: list[int]) -> tuple[list[int], str]:
         """The tokens up to an end of the text or the length limit, and the finish reason ("" if it goes on)."""
-        tokens = tokens[: s.remaining]
-        ends = frozenset[int]() if s.params.ignore_eos else self.limits.eos
-        if stops := s.params.sampling.stops:
-            ends = ends.union(stops)
+        remaining = s.remaining
+        tokens = tokens[:remaining]
+        params = s.params
+        ends = NO_ENDS if params.ignore_eos else self.limits.eos
+        if params.sampling.constraints is not None:
+            ends = ends.union(params.sampling.stops)
         if not ends.isdisjoint(tokens):
             end = next(i for i, token in enumerate(tokens) if token in ends)
             return tokens[: end + 1], "stop"
-        return tokens, "length" if len(tokens) == s.remaining else ""
+        return tokens, "length" if len(tokens) == remaining else ""
 
     def _settle(self, now: float, s: Session, *, cached: int, more: bool) -> None:
-        """The step is over for `s`: record what its slot holds; then `s` goes on, waits, is parked or ends."""
+        """A slice is back: record what its slot holds. After the last one in flight `s` goes on, waits or ends."""
         assert s.slot is not None
         self.kv.grow(now, s.slot, s.progress.chain[s.cached : cached])
         s.cached = cached
-        state = s.go(MORE if more else VERDICT)
         s.since = now
+        if s.flight.slices:
+            return
+        state = s.go(MORE if more else VERDICT)
         if state is PARKED:
             s.round.pending = None
         if state is ENDED:
@@ -454,27 +480,50 @@ class Verifier:
             self.index.put(s)
 
     def _next(self, now: float, s: Session, actions: list[Action]) -> None:
+        if s.flight.slices:
+            return
         draft, s.round.inbox = s.round.inbox, None
         if draft is not None and s.state in (READY, WAITING):
             answer = self._take(now, s, draft.round, draft.base, draft.tokens)
             if answer is not None:
                 actions.append(Send(s.connection, answer))
 
-    def _step_failed(self, step: dict[int, Slice], error: str, actions: list[Action]) -> None:
+    def _step_failed(self, now: float, step: Step, error: str, actions: list[Action]) -> None:
+        """The sessions of the step end; those that are in flight after it run again."""
+        lost = self.in_flight.lost()
+        for handle in {handle: None for each in (step, *lost) for handle in each.slices}:
+            self.sessions[handle].flight.clear()
         self.planner.failed()
-        for handle in step:
+        for handle in step.slices:
             self._fail(self.sessions[handle], ENGINE_ERROR, error, actions)
+        for session in (self.sessions.get(handle) for each in lost for handle in each.slices):
+            if session is not None and session.state in IN_ENGINE:
+                self._again(now, session)
+
+    def _again(self, now: float, s: Session) -> None:
+        """What `s` had in flight is lost: it runs that again, unless its edge is gone or it was to end."""
+        state = s.go(MORE)
+        s.since = now
+        if state is PARKED:
+            s.round.pending = None
+        if state is ENDED:
+            self._end(s)
+        else:
+            self.index.put(s)
 
     def _fail(self, s: Session, code: str, message: str, actions: list[Action]) -> None:
         """End a session whose slice failed. After ENGINE_ERROR the edge may open it again."""
         doomed = s.state is DOOMED
         connection = -1 if doomed else s.connection
         round_ = s.round.last_received
-        s.go(FINISHED)
-        if s.slot is not None:
-            self.kv.drop(s.slot)
-            s.slot = None
-        self._end(s)
+        if s.flight.slices:
+            self._doom(s)
+        else:
+            s.go(FINISHED)
+            if s.slot is not None:
+                self.kv.drop(s.slot)
+                s.slot = None
+            self._end(s)
         if connection >= 0:
             retry_after = 1.0 if code == ENGINE_ERROR else 0.0
             refused = Refused(s.id, code, message, retry_after, True, round_)

@@ -50,9 +50,11 @@ class _Reader:
             of, count = self.u32(), self.u64()
             if of in _SIZES:
                 self.skip(count * _SIZES[of])
-            else:
+            elif of == _STRING:
                 for _ in range(count):
-                    self.skip_value(of)
+                    self.skip(self.u64())
+            else:  # of arrays: nothing has these
+                raise ModelError(f"the GGUF metadata has an array of unknown type {of}")
         elif kind in _SIZES:
             self.skip(_SIZES[kind])
         else:

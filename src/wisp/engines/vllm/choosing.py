@@ -71,7 +71,7 @@ def _way(device: str, dtype: torch.dtype, size: int) -> Callable[[torch.Tensor, 
 
         for n in (1, 2, 4, 8, 16):
             how = Sampling(1.0, 9, 0.9, min_tokens=1, ends=(0,))
-            part = Part(0, [1] * n, [1] * (n - 1), True, 0, how, 2)
+            part = Part([1] * (n - 1), True, 0, how, 2)
             fused.answers(torch.zeros((n, size), dtype=dtype, device=device), rows_of([part], size))
     except Exception as error:  # whatever a compiler has against a device
         log.warning(

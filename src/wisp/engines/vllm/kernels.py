@@ -307,8 +307,8 @@ def gather_kernel(logits, stride, edited, size, tasks, view_of, chooses_of, k_of
             R: tl.constexpr, B: tl.constexpr, G: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
             MOST: tl.constexpr):  # fmt: skip
     """The candidates of R tasks in one stretch: `values` and `ids_out` [tasks, MOST], in any order. More than MOST are
-    counted and not kept. A task is of a view. chooses_of: is a token to be chosen? wanted_of: how many alternatives are
-    to be told."""
+    counted and not kept. A task is a view's: chooses_of: is a token to be chosen? wanted_of: how many alternatives are
+    to be told, from 0 on."""
     t = tl.program_id(0) * R + tl.arange(0, R)
     split = tl.program_id(1)
     live = t < tasks
