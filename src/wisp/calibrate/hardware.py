@@ -17,13 +17,13 @@ from wisp.engines.emulated import Hardware
 
 @functools.lru_cache(maxsize=256)
 def profiled(profile: Hardware) -> Coefficients:
-    """Coefficients fitted to the profile's own times."""
+    """Coefficients fitted to the profile's own times, of an engine that runs one step at a time."""
     if isinstance(profile, Measured):
         return profile.coefficients
     size = EngineSize(profile.step_tokens, profile.slots, profile.kv_tokens, profile.slot_tokens)
     grid = cells(size)
     loads = [c.load for c in grid]
-    return fit(loads, [profile.step_ms(load) for load in loads])
+    return fit(loads, [profile.step_ms(load) + profile.host_s(load.slices) * 1e3 for load in loads])
 
 
 class Measured(Hardware, frozen=True):
