@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from wisp.core.protocol.step import Copy, Slice
 from wisp.core.verify.admission import Admission
+from wisp.core.verify.answers import Answers
 from wisp.core.verify.batching import BatchingPolicy, Candidate, Grant, Kind, StepLimits
 from wisp.core.verify.cost import CostModel, Load, load_of
 from wisp.core.verify.events import Limits, Run
@@ -84,6 +85,7 @@ class Planner:
         cost: CostModel,
         index: SessionIndex,
         in_flight: InFlight,
+        answers: Answers,
     ) -> None:
         self.limits = limits
         self.policy = policy
@@ -91,6 +93,7 @@ class Planner:
         self.cost = cost
         self.index = index
         self.in_flight = in_flight
+        self.answers = answers
         self.kv = KvPool(limits.slots, limits.slot_tokens, limits.kv_tokens)
         self.load = Load()  # of the last step
         self.evicted = 0  # times that a session lost its KV to another
@@ -111,7 +114,12 @@ class Planner:
                 candidates = self._candidates()
                 free_kv = self._free_kv(now, candidates)
         limits = StepLimits(
-            self.limits.step_tokens, self.limits.slots, self.admission.shares, self.cost, free_kv
+            self.limits.step_tokens,
+            self.limits.slots,
+            self.admission.shares,
+            self.cost,
+            free_kv,
+            self.answers.tokens,
         )
         plan = self.policy.plan(now, candidates, limits)
         for handle in plan.lost:
