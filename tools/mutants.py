@@ -30,7 +30,17 @@ MODULES = tuple(f"src/wisp/core/verify/{name}.py" for name in ("verifier", "sess
 # The tests of `core` that reach these modules, the quickest first: most mutants end at the first.
 TESTS = tuple(
     f"tests/core/test_{name}.py"
-    for name in ("kv", "session", "verifier", "places", "preemption", "bookkeeping", "loop", "slo_admission", "protocol")
+    for name in (
+        "kv",
+        "session",
+        "verifier",
+        "places",
+        "preemption",
+        "bookkeeping",
+        "loop",
+        "slo_admission",
+        "protocol",
+    )
 )
 COPIED = ("src", "tests/core", "tests/conftest.py", "tests/waiting.py", "pyproject.toml", "docs/protocol.md")
 CPU_S = 120  # of the tests of one mutant: what takes more never ends
