@@ -250,6 +250,23 @@ def test_kv_of_steps_in_flight_is_spoken_for() -> None:
     assert rig.text(1) == rig.text(2) == TEXT[:28]
 
 
+@pytest.mark.parametrize("batching", ["fcfs", "continuous", "wisp"])
+def test_a_prefix_is_not_copied_into_kv_that_steps_in_flight_will_need(batching: str) -> None:
+    rig = warm(slots=3, slot_tokens=64, kv_tokens=64, step_tokens=64, batching=batching)
+    prompts = [5] * 40, [5] * 30 + [8] * 4
+    rig.receive(serving(prompt=prompts[0], max_tokens=9), 1)
+    rig.steps(2)
+    assert len(rig.flying) == 1
+    rig.receive(serving("session-2", prompt=prompts[1], max_tokens=9), 2)
+    while rig.dispatch():
+        check_books(rig)
+        rig.finish()
+        check_books(rig)
+    assert rig.text(1) == toy_text(prompts[0], SAMPLING, 9)
+    assert [v.cached for v in rig.verdicts(2)] == [30] * 9
+    assert rig.text(2) == toy_text(prompts[1], SAMPLING, 9)
+
+
 def test_a_step_is_planned_when_the_running_one_has_about_a_host_time_left() -> None:
     """Steps of 40 ms, with 4 ms of the host's time."""
     rig = Rig(depth=2)
@@ -300,6 +317,7 @@ def test_texts_are_the_targets_at_any_depth(
     )
     plans: list[Plan] = []
     connections = 0
+    common = [source.randrange(8) for _ in range(18)]
 
     def connect(plan: Plan) -> None:
         nonlocal connections
@@ -331,6 +349,8 @@ def test_texts_are_the_targets_at_any_depth(
         alive = [plan for plan in plans if not plan.over]
         if kind == "open" and len(plans) < 6:
             prompt = [source.randrange(8) for _ in range(source.choice((2, 3, 20)))]
+            if source.random() < 0.5:
+                prompt[: len(common)] = common[: len(prompt)]
             stops = tuple(source.sample(range(49), source.choice((0, 8))))
             constraints = Constraints(stop_token_ids=stops)
             if source.random() < 0.3:

@@ -126,6 +126,8 @@ class Planner:
             index.sessions[handle].relax(now)
         grants = self._that_fit(now, plan.grants)
         if not grants:
+            if self.in_flight.steps:
+                self._withdraw_copies()
             return None, plan.wake_at
         slices = [self._slice(now, grant) for grant in grants]
         self.load = load_of(slices)
@@ -203,6 +205,20 @@ class Planner:
             if session.progress.reused is None:
                 session.progress.reused = min(assigned.start, session.progress.n_prompt)
             session.candidate = None
+
+    def _withdraw_copies(self) -> None:
+        """No step takes them along now, and steps in flight may need the KV that they take up. Their sessions get slots
+        again when one of these steps is back."""
+        for copy in self._copies:
+            owner = self.kv.slots[copy.target].owner
+            if owner is not None:
+                self.kv.drop(copy.target)
+                session = self.index.sessions[owner]
+                session.slot, session.cached = None, 0
+                if session.targets.first_at == math.inf:
+                    session.progress.reused = None
+                self.index.put(session)
+        self._copies.clear()
 
     def _evictable(self, now: float) -> Callable[[int], bool]:
         """Tells whether a session may lose its KV now: it is parked, or its edge has been silent for `idle_s`."""
