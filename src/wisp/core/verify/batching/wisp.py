@@ -6,15 +6,14 @@ weighs nothing. A step is worth the sum of weight x expected tokens over its tim
 without prompts can reach. A candidate then takes part where its worth is at least `rate` x the milliseconds that it
 adds, and a draft is cut where its next token is not worth its row. Where the fixed cost of a step dominates, as in an
 idle server, the rate is small, and all that can run does. Where time is short, drafts shrink, and sessions ahead of
-their users are left out first. Prompts do not enter the rate: all of them are read sooner or later, so they compete
-with no token.
+their users are left out first. Prompts do not enter the rate: all of them are read sooner or later.
 
 The best rate solves worth(rate) = rate x time(rate): Dinkelbach's iteration (1967), from the last step's rate. This is
 the max-weight rule (Tassiulas and Ephremides 1992), which keeps all queues bounded whenever any policy can.
 
-A prompt opens the way to an answer, so its rows share the worth of the answer's tokens. It counts as owed by the time
-that it can be read. Its rows delay all others, whose urgency grows by e^(delay / (URGENT x pace)), and are read up to
-the delay at which that costs what they are worth.
+A prompt opens the way to an answer: the answer's worth is shared by all the rows that it takes, those of the prompt and
+its own. Rows of a prompt delay all others, whose urgency grows by e^(delay / (URGENT x pace)), and are read up to the
+delay at which that costs what they are worth.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from wisp.core.verify.cost import Load
 URGENT = 7.0  # tokens owed that make the next one e times as urgent
 MOST = 2.0  # the logarithm of the most urgency: beyond that, throughput alone counts
 FLOOR = 0.1  # weight of a token of a session far ahead; one that is due weighs 1 more
+FIRST = 2.5  # times the worth of an answer that has not begun: its user sees nothing yet
 HOPELESS = 0.25  # a lateness of this share of an answer's remaining time cannot be made up for
 
 SPARE = 0.04  # share of the time since the start that due times keep in reserve (1 - TPOT_SHARE of a session)
@@ -94,13 +94,13 @@ class Wisp:
         all_urgency = 0.0
         for c in candidates:
             scale_s, new, before = URGENT * (c.tpot_s or PACE_S), c.new, c.cached
-            end = by + new * (cost.token + cost.beyond) / 1e3 if c.kind is PREFILL else by
-            owed = (end - (c.due if c.due < inf else c.since + scale_s)) / scale_s
+            owed = (by - (c.due if c.due < inf else c.since + scale_s)) / scale_s
             urgency = exp(owed if owed < MOST else MOST)
             weight = FLOOR + urgency
             if c.kind is PREFILL:
                 answer = min(c.remaining, limits.answer_tokens)
-                prompts.append((weight * answer / new, c))
+                worth = weight * (FIRST if c.first else 1.0)
+                prompts.append((worth * answer / (new + answer), c))
             else:
                 n = c.n_draft
                 row_ms = token + attention * (before + new)
