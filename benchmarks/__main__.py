@@ -100,6 +100,21 @@ def vllm(
 
 
 @app.command()
+def step(
+    target: Annotated[str, typer.Option(help="As for `wisp serve --engine vllm`.")] = "tiny-target",
+    sequences: Annotated[str, typer.Option(help="Of a step, by comma.")] = "64,256,512",
+    out: Figures = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """What the host does for a verification step, beside what vLLM's own does, and where each millisecond goes."""
+    from benchmarks.step.compare import run_bench_step
+
+    wanted = tuple(int(n) for n in sequences.split(","))
+    run_bench_step(target, wanted, out, as_json=json, offline=offline)
+
+
+@app.command()
 def ahead(
     out: Page = None,
     repeats: Annotated[int, typer.Option(help="Runs with and without, in turn.", min=1)] = 3,

@@ -242,6 +242,25 @@ def test_a_streamed_completion_with_usage(client: TestClient, backend: ScriptedB
     assert last["metrics"]["seed"] == 1
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_each_chunk_says_how_many_tokens_there_are_so_far(
+    client: TestClient, backend: ScriptedBackend, n: int
+) -> None:
+    """Chunks of speculation hold several tokens: benchmarks count them by this."""
+    backend.script = say("Hel", "lo")
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    response = client.post(CHAT, json=chat(stream=True, n=n, stream_options=options))
+    *chunks, last, _ = events(response.text)
+    so_far = [c["usage"]["completion_tokens"] for c in chunks]
+    assert so_far[:n] == [0] * n
+    assert so_far == sorted(so_far)
+    assert {c["usage"]["prompt_tokens"] for c in chunks} == {last["usage"]["prompt_tokens"]}
+    assert so_far[-1] == last["usage"]["completion_tokens"]
+    assert n > 1 or so_far == [0, 3, 6, 6], "choices run side by side; one alone is told token by token"
+    alone = client.post(CHAT, json=chat(stream=True, stream_options={"continuous_usage_stats": True}))
+    assert not any("usage" in c for c in events(alone.text)[:-1])
+
+
 def test_silence_is_filled_with_comments(backend: ScriptedBackend) -> None:
     backend.script = [1.0, *say("x")]
     client = TestClient(make_app(backend, keep_alive_s=0.05))

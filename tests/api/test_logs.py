@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import logging
+import socket
 from typing import Any
 
 import pytest
 
 from wisp.api.logs import JsonLines, set_up_logging
+from wisp.api.process import event_loop_factory
 from wisp.core.errors import ConfigError
 
 
@@ -46,3 +50,21 @@ def test_named_values_are_fields_with_their_types() -> None:
 def test_unknown_words_are_refused(given: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         set_up_logging(**given)
+
+
+@pytest.mark.parametrize(
+    ("error", "logged"), [(socket.gaierror(-2, "no such name"), False), (OSError("something else"), True)]
+)
+def test_a_name_that_nobody_waits_for_any_more_is_no_error(
+    error: Exception, logged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A verifier's name that is looked up for long fails once its connection has been given up, which was said."""
+    pytest.importorskip("uvloop")
+
+    async def forgotten() -> None:
+        asyncio.get_running_loop().create_future().set_exception(error)
+        gc.collect()
+
+    with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
+        runner.run(forgotten())
+    assert ("never retrieved" in caplog.text) == logged

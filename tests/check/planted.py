@@ -31,7 +31,7 @@ class Defect(NamedTuple):
 
 VERIFIER, SESSION, KV = "wisp.core.verify.verifier", "wisp.core.verify.session", "wisp.core.verify.kv"
 DRAFTER, ITINERARY = "wisp.core.draft.drafter", "wisp.core.draft.itinerary"
-PLANNER, PLACEMENT = "wisp.core.verify.planner", "wisp.core.route.placement"
+PLANNER = "wisp.core.verify.planner"
 FLEET, ROUTER, BACKEND, LINK = "wisp.router.fleet", "wisp.router.host", "wisp.edge.backend", "wisp.edge.link"
 
 _ORPHANS_REST = "\n        E.CANCEL: S.DOOMED,\n        E.FINISHED: S.ENDED,\n    },\n    S.DOOMED"
@@ -51,29 +51,11 @@ DEFECTS: dict[str, Defect] = {
         "            self._end(session)\n        else:\n            self._free(session)",
         "            self._end(session)",
     ),
-    "discarded_result_is_cached": Defect(
-        "verifier",
-        VERIFIER,
-        "self._settle(now, s, cached=slice_.start, more=False)",
-        "self._settle(now, s, cached=slice_.start + len(slice_.tokens), more=False)",
-    ),
-    "ended_session_stays_in_connection": Defect(
-        "verifier",
-        VERIFIER,
-        "set()).discard(session.handle)\n        self._free(session)\n        self.slo",
-        "set())\n        self._free(session)\n        self.slo",
-    ),
     "who_loses_its_place_is_not_told_of": Defect(
         "verifier",
         VERIFIER,
         '        else:\n            actions.append(Ended(session.id, "expired"))\n        self._stop(session)',
         "        self._stop(session)",
-    ),
-    "orphans_end_is_not_told_of": Defect(
-        "verifier",
-        VERIFIER,
-        '        elif finish and not doomed:\n            actions.append(Ended(s.id, "expired"))\n',
-        "",
     ),
     # session
     "resumed_in_step_keeps_result": Defect(
@@ -82,23 +64,11 @@ DEFECTS: dict[str, Defect] = {
         "            self.round.discard = self.state in IN_ENGINE",
         "            self.round.discard = self.state is State.ORPHANED",
     ),
-    "stale_draft_is_verified": Defect(
-        "session",
-        SESSION,
-        "if known and (head < len(known) or head == len(tokens)):",
-        "if known and head == len(tokens):",
-    ),
     "orphan_is_not_taken_back": Defect(
         "session",
         SESSION,
         "E.RESUMED: S.RUNNING," + _ORPHANS_REST,
         "E.RESUMED: S.ORPHANED," + _ORPHANS_REST,
-    ),
-    "refusal_names_an_older_round": Defect(
-        "session",
-        SESSION,
-        "return self.inbox.round if self.inbox is not None else self.number",
-        "return self.number",
     ),
     # KV
     "salts_share": Defect(
@@ -106,9 +76,6 @@ DEFECTS: dict[str, Defect] = {
         KV,
         "self._beginnings.get((key, chain[0]), ()) if chain else ()",
         "[i for (k, t), at in self._beginnings.items() for i in at if chain and (k[0], t) == (key[0], chain[0])]",
-    ),
-    "last_token_is_thought_cached": Defect(
-        "KV", KV, "self._longest_prefix(key, chain[:-1])", "self._longest_prefix(key, chain)"
     ),
     "lost_kv_is_thought_cached": Defect(
         "KV",
@@ -129,18 +96,6 @@ DEFECTS: dict[str, Defect] = {
         "0 <= refused.round < opening.round:",
         "0 <= refused.round <= opening.round:",
     ),
-    "flights_outlive_the_connection": Defect(
-        "drafter",
-        DRAFTER,
-        "            self.phase = DETACHED\n            self.rounds.flights = []",
-        "            self.phase = DETACHED",
-    ),
-    "wrong_guesses_stay_in_flight": Defect(
-        "drafter",
-        DRAFTER,
-        "                rounds.flights = []  # no draft that builds on a wrong guess is of any use",
-        "                pass",
-    ),
     "drafts_said_on_the_way_are_lost": Defect(
         "drafter", ITINERARY, "            self._since.append(message)", "            self._since = []"
     ),
@@ -159,18 +114,6 @@ DEFECTS: dict[str, Defect] = {
     ),
     # router
     "gone_replica_is_remembered": Defect("router", FLEET, "            self._placement.gone(r.name)\n", ""),
-    "placements_are_counted_for_ever": Defect(
-        "router",
-        PLACEMENT,
-        "            while known.since and known.since[0] < now - SETTLE_S:",
-        "            while known.since and known.since[0] < now - 1e9:",
-    ),
-    "waiting_opens_outlive_their_connection": Defect(
-        "router",
-        ROUTER,
-        "            self._waiting[c.key].drop(connection)\n        self._metrics.connections",
-        "            pass\n        self._metrics.connections",
-    ),
     "reports_of_the_dead_count": Defect(
         "router",
         ROUTER,
@@ -188,24 +131,6 @@ DEFECTS: dict[str, Defect] = {
         ROUTER,
         "            if c.close is not None:\n                c.close()",
         "            pass",
-    ),
-    "late_look_revives": Defect(
-        "router",
-        FLEET,
-        "        if r.running is not running:\n            return  # it ended meanwhile\n",
-        "",
-    ),
-    "another_model_is_taken_in": Defect(
-        "router",
-        FLEET,
-        "            if problem := self._other(report.welcome):",
-        "            if not report.welcome.digest and (problem := self._other(report.welcome)):",
-    ),
-    "silent_replica_stays_shut": Defect(
-        "router",
-        FLEET,
-        '            log.info("replica %s answers again", r.name)\n            self._become(r, State.UP)',
-        '            log.info("replica %s answers again", r.name)\n            r.state = State.UP',
     ),
 }
 

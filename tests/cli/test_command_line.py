@@ -228,7 +228,10 @@ def test_a_variable_for_each_flag_also_in_a_group_and_by_an_old_name(small: str)
     ("text", "error"),
     [
         ("[sim.walk]\n", r"\[sim\.walk\] is not a command; tables are named sim\.capacity, .*sim\.run"),
-        ("[bench-overhead]\n", r"\[bench-overhead\] is not a command; tables are named check-faults, check-lossless, demo"),
+        (
+            "[bench-overhead]\n",
+            r"\[bench-overhead\] is not a command; tables are named check-faults, check-lossless, demo",
+        ),
         ("[sim.run]\nsed = 1\n", r"\[sim\.run\] has no sed; see wisp sim run --help"),
         ("[sim]\nrun = 1\n", r"\[sim\.run\] is not a command"),
         ("seed = 1\n", r"\[seed\] is not a command"),

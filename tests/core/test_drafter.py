@@ -6,7 +6,16 @@ from collections.abc import Iterable
 
 import pytest
 
-from wisp.core.draft.drafter import MAX_REOPENINGS, REOPEN, Action, Drafter, Phase, Reopen, Task
+from wisp.core.draft.drafter import (
+    LONGEST_WAIT_S,
+    MAX_REOPENINGS,
+    REOPEN,
+    Action,
+    Drafter,
+    Phase,
+    Reopen,
+    Task,
+)
 from wisp.core.draft.policies import Ahead, DraftingPolicy, Fixed, Odds, View
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError
@@ -631,3 +640,39 @@ def test_what_would_not_go_better_another_time_is_not_tried_again(code: str) -> 
         made.refused(Refused("s", code, "because"))
     assert caught.value.code == code
     assert made.phase is Phase.DONE
+
+
+@pytest.mark.parametrize("heard", [Verdict("s", 0, 0, 0, [10] * 41), Verdict("s", 0, 1, 0, [10] * 40)])
+def test_a_verifier_that_writes_more_than_was_asked_for_is_not_believed(heard: Verdict) -> None:
+    made = drafter(Fixed(2))
+    made.connected(0.0, 16)
+    made.verdict(1.0, Verdict("s", 0, 0, 0, [10]))
+    with pytest.raises(ProtocolError, match="more than it was asked for"):
+        made.verdict(2.0, heard)
+    assert made.committed == [10]
+
+
+def test_a_verdict_from_before_the_beginning_is_not_believed() -> None:
+    made = opened(Fixed(2))
+    with pytest.raises(ProtocolError, match="contradicts"):
+        made.verdict(2.0, Verdict("s", 0, -1, 0, [10]))
+
+
+def test_no_more_is_accepted_than_was_drafted() -> None:
+    made = drafter(Fixed(2))
+    made.connected(0.0, 16)
+    assert made.verdict(1.0, Verdict("s", 0, 0, 3, [10, 11, 12])) == [Committed([10, 11, 12])]
+
+
+@pytest.mark.parametrize("asked", [float("nan"), float("inf"), -5.0, 1e300])
+def test_a_wait_that_nobody_can_wait_is_cut_short(asked: float) -> None:
+    made = opened(Fixed(2))
+    (again,) = made.refused(Refused("s", "engine_error", "", asked, round=-1))
+    assert isinstance(again, Reopen)
+    assert 0.0 <= again.after_s <= LONGEST_WAIT_S
+    new = drafter(Fixed(2))
+    new.connected(0.0, 16)
+    with pytest.raises(RequestError) as busy:
+        new.refused(Refused("s", "overloaded", "", asked))
+    assert busy.value.retry_after is not None
+    assert 1.0 <= busy.value.retry_after <= LONGEST_WAIT_S

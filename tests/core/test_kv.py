@@ -191,3 +191,23 @@ def test_leftovers_go_before_sessions_and_of_those_the_oldest_first() -> None:
     assert pool.held == 80  # nothing has changed
     assert pool.fit(50, unless({0, 1})) == [0]
     assert [len(s.tokens) for s in pool.slots] == [0, 20, 20, 0]
+
+
+def test_no_more_is_evicted_than_has_to_be() -> None:
+    pool = Pool(3, 10, 30)
+    for session in range(3):
+        pool.acquire(float(session), session, "", [session, 1], never)
+        pool.record(float(session), session, range(10))
+    assert pool.fit(10, lambda session: False) == [0]
+    assert pool.fit(11, lambda session: False) == [1]
+
+
+def test_a_longer_prefix_is_found_behind_a_shorter_one() -> None:
+    pool = Pool(4, 100, 400)
+    chain = list(range(60))
+    for session, length in enumerate((30, 10, 50)):
+        pool.acquire(0.0, session, "", [0, 99], never)
+        pool.record(0.0, session, chain[:length])
+    found = pool.acquire(1.0, 7, "", [*chain, 98], never)
+    assert found is not None
+    assert (found.copy_from, found.start) == (2, 50)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -26,6 +27,7 @@ from wisp.core.protocol.messages import (
     Verdict,
     Welcome,
     check_hello,
+    check_verdict,
     check_welcome,
     decode_edge_message,
     decode_server_message,
@@ -47,19 +49,20 @@ GOLDEN: dict[str, Message] = {
 CONSTRAINTS = Constraints(
     ((7, -0.5),), 1.0, -1.0, 1.5, ((1, 2), (3,)), (4, 5), (6,), Grammar("regex", "a+", (8, 9))
 )
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 OPEN = Open(
     "session1", 1, [5], Sampling(0.5, 1, 0.25, 0.0, 9, 2, (3,), CONSTRAINTS), 4, 2, [6], [7], False, True, 3,
-    Slo(1.0, 2.0), ":1", "of-one", "d", Device(0.5, 1.0),
+    Slo(1.0, 2.0), ":1", "of-one", "d", Device(0.5, 1.0), TRACE,
 )  # fmt: skip
 BARE_OPEN = (
     "9da46f70656ea873657373696f6e3101910595cb3fe000000000000001cb3fd0000000000000cb0000000000000000"
     "09040291069107c2c30392cb3ff0000000000000cb4000000000000000"
 )
 GOLDEN |= {
-    "dc0011a46f70656ea873657373696f6e3101910598cb3fe000000000000001cb3fd0000000000000cb00000000000000"
+    "dc0012a46f70656ea873657373696f6e3101910598cb3fe000000000000001cb3fd0000000000000cb00000000000000"
     "000902910398919207cbbfe0000000000000cb3ff0000000000000cbbff0000000000000cb3ff8000000000000929201"
     "029103920405910693a57265676578a2612b920809040291069107c2c30392cb3ff0000000000000cb40000000000000"
-    "00a23a31a66f662d6f6e65a16492cb3fe0000000000000cb3ff0000000000000": OPEN,
+    "00a23a31a66f662d6f6e65a16492cb3fe0000000000000cb3ff0000000000000d937" + TRACE.encode().hex(): OPEN,
     "9da777656c636f6d6501a16da1660a91024008a96c6c616d612e637070a56578616374cb404e000000000000a164cd1000": Welcome(
         1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0, "d", 4096
     ),
@@ -72,15 +75,21 @@ EARLIER: dict[str, Message] = {  # frames of releases with fewer fields
     "94a568656c6c6f01a26162a163": Hello(1, "ab", "c"),
     "96a772656675736564a173a163a16dcb3ff0000000000000c2": Refused("s", "c", "m", 1.0, False),
     UNCONSTRAINED_OPEN: msgspec.structs.replace(
-        OPEN, sampling=Sampling(0.5, 1, 0.25, 0.0, 9, 2, (3,)), device=None
+        OPEN, sampling=Sampling(0.5, 1, 0.25, 0.0, 9, 2, (3,)), device=None, trace=""
     ),
     BARE_OPEN: msgspec.structs.replace(
-        OPEN, sampling=Sampling(0.5, 1, 0.25, 0.0, 9), avoid="", salt="", digest="", device=None
+        OPEN, sampling=Sampling(0.5, 1, 0.25, 0.0, 9), avoid="", salt="", digest="", device=None, trace=""
     ),
     "dc0010a46f70656ea873657373696f6e3101910598cb3fe000000000000001cb3fd0000000000000cb00000000000000"
     "000902910398919207cbbfe0000000000000cb3ff0000000000000cbbff0000000000000cb3ff8000000000000929201"
     "029103920405910693a57265676578a2612b920809040291069107c2c30392cb3ff0000000000000cb40000000000000"
-    "00a23a31a66f662d6f6e65a164": msgspec.structs.replace(OPEN, device=None),
+    "00a23a31a66f662d6f6e65a164": msgspec.structs.replace(OPEN, device=None, trace=""),
+    "dc0011a46f70656ea873657373696f6e3101910598cb3fe000000000000001cb3fd0000000000000cb00000000000000"
+    "000902910398919207cbbfe0000000000000cb3ff0000000000000cbbff0000000000000cb3ff8000000000000929201"
+    "029103920405910693a57265676578a2612b920809040291069107c2c30392cb3ff0000000000000cb40000000000000"
+    "00a23a31a66f662d6f6e65a16492cb3fe0000000000000cb3ff0000000000000": msgspec.structs.replace(
+        OPEN, trace=""
+    ),
     "9ba777656c636f6d6501a16da1660a91024008a96c6c616d612e637070a56578616374cb404e000000000000": Welcome(
         1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0
     ),
@@ -197,3 +206,57 @@ def test_the_longest_open_of_a_context_fits_its_frame() -> None:
     context, token = 1000, 2**31 - 1
     longest = Open("x" * 64, 1, [token] * (context // 2), Sampling(), 1, committed=[token] * (context // 2))
     assert len(encode(longest)) <= frame_limit(context) < len(encode(longest)) + FRAME_EXTRA
+
+
+@pytest.mark.parametrize("decode", [decode_edge_message, decode_server_message])
+@pytest.mark.parametrize("word", ["x" * 5000, "open\nopen", "\x1b[2J", "\u2028"])
+def test_an_error_repeats_a_peers_words_in_part_and_as_one_printable_line(
+    decode: Callable[[bytes], object], word: str
+) -> None:
+    with pytest.raises(ProtocolError) as malformed:
+        decode(msgspec.msgpack.encode([word, 1]))
+    assert len(str(malformed.value)) < 500
+    assert str(malformed.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"n_vocab": 0},
+        {"n_vocab": 1 << 40},
+        {"eos": [10]},
+        {"eos": [-1]},
+        {"context": 0},
+        {"context": 1 << 62},
+        {"max_draft": -1},
+        {"max_frame": 0},
+        {"park_s": float("nan")},
+        {"park_s": -1.0},
+        {"model": "two\nlines"},
+    ],
+)
+def test_a_welcome_has_limits_that_can_be(wrong: dict[str, object]) -> None:
+    with pytest.raises(ProtocolError, match="limits that no verifier has") as refused:
+        check_welcome(msgspec.structs.replace(WELCOME, **wrong))
+    assert refused.value.code == "malformed"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"base": -1},
+        {"accepted": -1},
+        {"accepted": 3},
+        {"tokens": [3, 10]},
+        {"tokens": [-1, 4]},
+        {"queue_ms": float("nan")},
+        {"engine_ms": float("inf")},
+        {"price": -1.0},
+        {"cached": -1},
+    ],
+)
+def test_a_verdict_has_ids_counts_and_times_that_can_be(wrong: dict[str, object]) -> None:
+    check_verdict(VERDICT, 10)
+    with pytest.raises(ProtocolError, match="that cannot be") as refused:
+        check_verdict(msgspec.structs.replace(VERDICT, **wrong), 10)
+    assert refused.value.code == "malformed"

@@ -13,33 +13,57 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from wisp.core.protocol.sampling import (
+    FAR,
+    OCTAVE,
+    WEIGHT,
     Sampling,
+    distances,
     gumbels,
     hash32,
+    keys,
     log_probability,
+    reach,
     target_token,
     uniforms,
     verify,
+    weights,
 )
 
+PINNED = [1099511627776, 1099511582720, 872682929152, 549755793408, 549755813888, 8384330, 2, 1, 0]
 
-def slow_kept(scores: list[float], s: Sampling) -> list[int]:
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+
+def slow_distance(peak: float, logit: float, temperature: float) -> int:
+    """One number at a time, in Python's floats, rounded to float32 after each operation."""
+    below = np.float32(peak - logit)
+    per_logit = np.float32(2**24 / (temperature * math.log(2.0)))
+    return min(41 * 2**24, int(float(np.float32(float(below) * float(per_logit)))))
+
+
+def slow_weight(distance: int) -> int:
+    """Python's whole numbers."""
+    octaves, part = divmod(distance, 2**24)
+    power = 0
+    for term in reversed(WEIGHT):
+        power = term - (power * part >> 24)
+    return power << 10 >> octaves
+
+
+def slow_kept(logits: list[float], s: Sampling) -> list[int]:
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    away = [slow_distance(logits[order[0]], logit, s.temperature) for logit in logits]
     if s.top_k:
         order = order[: s.top_k]
     if s.top_p < 1.0:
-        peak = scores[order[0]]
-        kept = sorted(order)
-        total = float(np.exp(np.array([scores[i] for i in kept]) - peak).sum())
-        reached, mass = [], 0.0
+        total = float(sum(slow_weight(away[i]) for i in order))
+        reached, mass = [], 0
         for i in order:
             reached.append(i)
-            mass += math.exp(scores[i] - peak)
-            if mass >= s.top_p * total:
+            mass += slow_weight(away[i])
+            if float(mass) >= s.top_p * total:
                 break
         order = reached
     if s.min_p > 0.0:
-        order = [i for i in order if scores[i] >= scores[order[0]] + math.log(s.min_p)]
+        order = [i for i in order if away[i] <= -(2**24) * math.log2(s.min_p)]
     return order
 
 
@@ -48,7 +72,8 @@ def slow_token(logits: np.ndarray, s: Sampling, position: int) -> int:
         return min(range(len(logits)), key=lambda i: (-logits[i], i))
     scores = [float(x) / s.temperature for x in logits]
     noise = gumbels(s.seed, position, np.arange(len(scores)))
-    return min(slow_kept(scores, s), key=lambda i: (-(scores[i] + noise[i]), i))
+    kept = slow_kept([float(x) for x in logits], s)
+    return min(kept, key=lambda i: (-(scores[i] + noise[i]), i))
 
 
 samplings = st.builds(
@@ -70,6 +95,66 @@ samplings = st.builds(
 )
 def test_fast_path_is_the_rule_spelt_out(logits: np.ndarray, sampling: Sampling, position: int) -> None:
     assert target_token(logits, sampling, position) == slow_token(logits, sampling, position)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([0.1, 1.0, 4.0]), samplings)
+def test_a_head_of_many_is_the_rule_spelt_out(seed: int, spread: float, sampling: Sampling) -> None:
+    """More ids than are looked at first, so that what bounds them is at work."""
+    logits = (spread * np.random.default_rng(seed).standard_normal(700)).astype(np.float32)
+    assert target_token(logits, sampling, 3) == slow_token(logits, sampling, 3)
+
+
+def test_weights_are_pinned() -> None:
+    """Another weight would move edges of top-p, and so texts."""
+    away = np.array(
+        [0, 1, OCTAVE // 3, OCTAVE - 1, OCTAVE, 17 * OCTAVE + 12345, 39 * OCTAVE, 40 * OCTAVE, FAR]
+    )
+    assert weights(away).tolist() == [slow_weight(int(d)) for d in away]
+    assert weights(away).tolist() == PINNED
+    every = np.arange(0, FAR, 9973)
+    exact = 2.0 ** (40 - every / OCTAVE)
+    assert np.abs(weights(every) - exact).max() < 2.0**40 * 1e-7
+    near = every < 20 * OCTAVE
+    assert (np.abs(weights(every) / exact - 1.0)[near]).max() < 1.1e-6
+
+
+def test_distances_are_whole_numbers_and_end() -> None:
+    logits = np.array([3.0, 3.0 - math.log(2.0), -np.inf, -3e38, 2.9999998], np.float32)
+    peak = logits.max()
+    assert distances(logits, peak, 1.0).tolist() == [0, OCTAVE, FAR, FAR, 5]
+    assert distances(logits, peak, 100.0).tolist()[4] == 0
+    assert distances(logits, peak, 1e-5).tolist() == [0, FAR, FAR, FAR, 577078]
+    assert [reach(p) for p in (0.0, 1e-300, 0.5, 1.0)] == [FAR, FAR, OCTAVE, 0]
+
+
+@pytest.mark.parametrize(("p", "kept"), [(0.25, 1), (0.2500001, 2), (0.5, 2), (0.75, 3), (0.76, 4)])
+def test_an_edge_of_equal_weights_is_exact(p: float, kept: int) -> None:
+    """Whatever the order of the ids, and how many others there are beside them."""
+    for size in (4, 5000):
+        logits = np.full(size, -60.0, np.float32)
+        at = np.sort(np.random.default_rng(size).choice(size, 4, replace=False))
+        logits[at] = 7.5
+        said = {target_token(logits, Sampling(1.0, 0, p, seed=s), 0) for s in range(200)}
+        assert said == set(at[:kept].tolist())
+
+
+def test_keys_of_many_are_those_of_each() -> None:
+    seeds, positions = [0, -1, 1 << 70, 2**64 - 1], np.array([0, 5, 123456, 7])
+    ids = np.arange(10)
+    some = keys(np.array([seed % 2**64 for seed in seeds], np.uint64), positions)
+    for seed, position, key in zip(seeds, positions.tolist(), some.tolist(), strict=True):
+        expected = [hash32(seed, position, int(i)) for i in ids]
+        assert [hash_of(key, int(i)) for i in ids] == expected
+        assert (uniforms(seed, position, ids) * 2.0**32 - 0.5).tolist() == expected
+
+
+def hash_of(key: int, token: int) -> int:
+    """SplitMix64's output function, by Python's whole numbers."""
+    x = ((token + 1) * 0x9E3779B97F4A7C15 + key) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return (x ^ x >> 31) >> 32
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.5, 8.0])
@@ -148,6 +233,20 @@ def test_log_probabilities_are_of_the_plain_softmax() -> None:
     assert value == pytest.approx(math.log(0.25))
     assert [i for i, _ in top] == [0, 1]  # the tie goes to the lower id
     assert top[0][1] == pytest.approx(math.log(0.5))
+
+
+def test_log_probabilities_of_a_large_vocabulary() -> None:
+    """Right to 1e-5 of float64, ties at the edge by lower id."""
+    rng = np.random.default_rng(3)
+    for spread in (0.0, 1.0, 8.0):
+        logits = np.round(spread * rng.standard_normal(50_000), 1).astype(np.float32)
+        scores = logits.astype(np.float64)
+        log_z = float(np.log(np.exp(scores - scores.max()).sum()) + scores.max())
+        order = np.lexsort((np.arange(logits.size), -scores))[:20]
+        value, top = log_probability(logits, 77, 20)
+        assert value == pytest.approx(scores[77] - log_z, abs=1e-5)
+        assert [i for i, _ in top] == order.tolist()
+        assert [v for _, v in top] == pytest.approx((scores[order] - log_z).tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 2.3e-308, 1e-300, 9.9e-6])

@@ -12,6 +12,7 @@ from wisp.core.protocol.messages import Open
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
 from wisp.core.verify.admission import Refusal
+from wisp.core.verify.answers import Answers
 from wisp.core.verify.cost import Coefficients, CostModel, Load
 from wisp.core.verify.events import Limits
 from wisp.core.verify.session import Session, State
@@ -68,14 +69,14 @@ def n_admitted(admission: SloAdmission, slo: Slo | None = QUICK) -> int:
 
 
 def test_the_only_session_is_admitted_with_any_slo() -> None:
-    assert admitted([], session(1, Slo(ttft_ms=1.0, tpot_ms=1.0), begun=False), SloAdmission())
+    assert admitted([], session(1, Slo(ttft_ms=1.0, tpot_ms=1.0), begun=False), SloAdmission(Answers()))
 
 
 def test_a_session_with_a_lost_slo_no_longer_limits_the_step() -> None:
     """One client with an absurd SLO must not shut the others out."""
     absurd = session(1, Slo(ttft_ms=3000.0, tpot_ms=4.0))
     calm = Slo(ttft_ms=3000.0, tpot_ms=500.0)
-    admission = SloAdmission()
+    admission = SloAdmission(Answers())
     assert not admitted([absurd], session(2, calm, begun=False), admission)
     absurd.relax(1.0)
     assert admitted([absurd], session(2, calm, begun=False), admission)
@@ -95,7 +96,7 @@ def test_infeasible_slos_are_told_from_hard_ones() -> None:
 
 def test_a_refusal_has_a_retry_after() -> None:
     with pytest.raises(Refusal) as refusal:
-        SloAdmission().check(
+        SloAdmission(Answers()).check(
             0.0, [session(i) for i in range(300)], session(999), COST, limits(), preempts=False
         )
     assert refusal.value.code == "overloaded"
@@ -103,14 +104,14 @@ def test_a_refusal_has_a_retry_after() -> None:
 
 
 def test_more_sessions_are_admitted_at_twice_the_tpot_target() -> None:
-    admission = SloAdmission()
+    admission = SloAdmission(Answers())
     quick, slow = n_admitted(admission), n_admitted(admission, Slo(ttft_ms=3000.0, tpot_ms=125.0))
     assert 20 < quick < 200
     assert slow > 1.8 * quick
 
 
 def test_sessions_without_targets_are_limited_by_kv_alone() -> None:
-    admission = SloAdmission()
+    admission = SloAdmission(Answers())
     assert n_admitted(admission, Slo()) == 500
     inside = [session(i) for i in range(5)]
     assert not admitted(inside, session(9, begun=False), admission, kv=1000)
@@ -121,7 +122,7 @@ def test_preemption_admits_more_sessions_than_kv_or_slots() -> None:
 
     def fit(preempts: bool, **of: int) -> int:
         inside: list[Session] = []
-        admission = SloAdmission()
+        admission = SloAdmission(Answers())
         calm = Slo(ttft_ms=3000.0, tpot_ms=250.0)
         while len(inside) < 500:
             try:
@@ -149,7 +150,7 @@ def test_preemption_admits_more_sessions_than_kv_or_slots() -> None:
 
 def test_demand_follows_sessions_that_come_and_go() -> None:
     source = random.Random(5)
-    admission = SloAdmission()
+    admission = SloAdmission(Answers())
     inside = {
         i: session(i, source.choice((QUICK, Slo(), None)), begun=source.random() < 0.5) for i in range(40)
     }
@@ -160,7 +161,7 @@ def test_demand_follows_sessions_that_come_and_go() -> None:
             admission.entered(inside[i])
         else:
             admission.left(inside.pop(source.choice(list(inside))))
-    found, anew = admission._demand, Demand(inside.values(), admission.answer_tokens)
+    found, anew = admission._demand, Demand(inside.values(), admission.answers.tokens)
     assert found is not None
     assert found.bearable_s == anew.bearable_s
     for name in ("sessions", "begun", "running", "behind", "unread", "kv", "rows", "decoding"):
@@ -168,7 +169,7 @@ def test_demand_follows_sessions_that_come_and_go() -> None:
 
 
 def test_states_of_sessions_are_read_again_after_a_tenth_of_a_second() -> None:
-    admission, inside = SloAdmission(), [session(i) for i in range(10)]
+    admission, inside = SloAdmission(Answers()), [session(i) for i in range(10)]
 
     def behind(now: float) -> bool:
         try:
@@ -186,28 +187,28 @@ def test_states_of_sessions_are_read_again_after_a_tenth_of_a_second() -> None:
 
 def test_waiting_prompts_keep_new_sessions_out() -> None:
     unread = [session(i, prompt=4000, begun=False) for i in range(4)]
-    assert not admitted([session(8), *unread], session(9, begun=False), SloAdmission())
+    assert not admitted([session(8), *unread], session(9, begun=False), SloAdmission(Answers()))
 
 
 def test_missed_slos_lower_the_promised_capacity_and_met_ones_raise_it_within_bounds() -> None:
-    admission = SloAdmission()
+    admission = SloAdmission(Answers())
     before = n_admitted(admission)
     for _ in range(20):
-        admission.ended(200, 12.0, in_time=False)
+        admission.ended(in_time=False)
     assert n_admitted(admission) < before
     for _ in range(1000):
-        admission.ended(200, 12.0, in_time=False)
+        admission.ended(in_time=False)
     assert admission.filled == LEAST_FILLED
     assert n_admitted(admission) > 0.5 * before
     for _ in range(10_000):
-        admission.ended(200, 12.0, in_time=True)
+        admission.ended(in_time=True)
     assert admission.filled == MOST_FILLED
 
 
 def test_promised_capacity_is_stable_at_six_missed_slos_in_a_hundred() -> None:
-    admission = SloAdmission()
+    admission = SloAdmission(Answers())
     for i in range(10_000):
-        admission.ended(200, 12.0, in_time=i % 50 >= 3)
+        admission.ended(in_time=i % 50 >= 3)
     assert admission.filled == pytest.approx(FILLED, abs=0.05)
 
 
@@ -223,7 +224,7 @@ def test_no_session_is_admitted_while_most_lag() -> None:
     for s in behind:
         s.speed.answered_at = 10.0
     assert all(s.lag_s > 0.0 for s in behind)
-    assert not admitted(behind, session(9, begun=False), SloAdmission())
+    assert not admitted(behind, session(9, begun=False), SloAdmission(Answers()))
 
 
 @pytest.mark.parametrize("knee", [0, 60])
@@ -240,7 +241,7 @@ def test_the_rows_of_a_step_take_exactly_its_time(knee: int, each: float) -> Non
 
 def test_retry_after_grows_with_refusals_and_is_spread() -> None:
     full = [session(i) for i in range(300)]
-    admission = SloAdmission()
+    admission = SloAdmission(Answers())
 
     def waits(n: int) -> list[float]:
         out = []

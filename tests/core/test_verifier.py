@@ -586,7 +586,7 @@ def test_after_a_failed_step_a_session_whose_edge_drafts_goes_on() -> None:
     rig.finish()
     rig.verdict(1)  # and now its edge drafts
     # A prompt that fills the step: a decode of session-a has no room in it.
-    rig.receive(opening("session-b", prompt=[*range(30)], max_tokens=4, slo=Slo(10.0, 1e3)), connection=2)
+    rig.receive(opening("session-b", prompt=[*range(30)], max_tokens=30, slo=Slo(10.0, 1e3)), connection=2)
     rig.dispatch()
     rig.fail("out of memory")
     rig.refused(2)

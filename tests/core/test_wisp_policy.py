@@ -87,15 +87,48 @@ def test_the_price_rises_from_about_nothing_to_the_worth_of_a_row() -> None:
 
 def test_prompts_come_first_as_their_first_token_comes_due() -> None:
     busy = [going(i, -0.3) for i in range(60)]
-    assert 100 not in granted(*busy, prompt(100, 400, 3.0))
-    assert granted(*busy, prompt(100, 400, 0.1))[100] > 0
+    assert 100 not in granted(*busy, prompt(100, 200, 3.0))
+    assert granted(*busy, prompt(100, 200, 0.1))[100] > 0
 
 
 def test_a_long_prompt_is_cut_where_its_step_would_delay_others_too_long() -> None:
-    limits = msgspec.structs.replace(LIMITS, tokens=100_000)
-    calm = granted(*(going(i, 0.1) for i in range(20)), prompt(100, 8000, 1.0), limits=limits)[100]
-    urgent = granted(*(going(i, 0.1) for i in range(20)), prompt(100, 8000, 0.3), limits=limits)[100]
-    assert 0 < calm < urgent < 8000
+    limits = msgspec.structs.replace(LIMITS, tokens=100_000, answer_tokens=2000.0)
+    asked = msgspec.structs.replace(prompt(100, 8000, 0.5), remaining=2000)
+
+    def rows(ahead_s: float) -> int:
+        return granted(*(going(i, ahead_s) for i in range(20)), asked, limits=limits)[100]
+
+    assert 0 < rows(0.1) < rows(0.8) < 8000
+    assert rows(30.0) == 8000
+
+
+def test_prompts_of_short_answers_wait_for_others_and_short_prompts_come_first() -> None:
+    """A row is worth its share of the answer that it opens the way to."""
+    busy = [going(i, 0.0) for i in range(3)]
+    few = msgspec.structs.replace(LIMITS, answer_tokens=10.0)
+    many = msgspec.structs.replace(LIMITS, answer_tokens=200.0)
+    assert 100 not in granted(*busy, prompt(100, 400, 2.0), limits=few)
+    assert granted(*busy, prompt(100, 400, 2.0), limits=many)[100] == 400
+    first = settled(prompt(100, 500, 1.0), prompt(101, 100, 1.0), *busy)[0].grants
+    assert next(g.session for g in first if g.session >= 100) == 101
+
+
+def test_a_first_token_waits_for_no_draft_of_sessions_ahead() -> None:
+    ahead, late = going(0, 5.0, n_draft=6), going(1, -0.2, n_draft=6)
+    alone = granted(ahead, late)
+    assert alone[0] > 1
+    beside = granted(ahead, late, prompt(100, 50, 3.0))
+    assert beside[100] == 50
+    assert beside[0] == 1
+    assert beside[1] == alone[1] > 1
+
+
+def test_rows_of_a_prompt_are_cheap_up_to_the_knee_whatever_the_last_step_was() -> None:
+    """Beyond the knee a row takes time, and the prompt is cut there rather than read in one long step."""
+    cost = CostModel(Coefficients(step=40.0, token=0.001, beyond=0.4, knee=100))
+    limits = StepLimits(4096, 256, {}, cost, answer_tokens=40.0)
+    busy = [going(i, 0.0, n_draft=0) for i in range(3)]
+    assert granted(*busy, prompt(100, 1000, 3.0), limits=limits)[100] == 97
 
 
 def test_the_order_of_candidates_does_not_matter() -> None:

@@ -451,3 +451,29 @@ def test_a_verifier_that_does_not_say_which_weights_it_runs_is_refused_until_it_
             assert link.fatal is None
 
     run(scenario())
+
+
+def test_a_verdict_that_cannot_be_ends_the_connection_and_reaches_no_session() -> None:
+    wrong = Verdict(SESSION, 0, 0, 0, [WELCOME.n_vocab])
+
+    async def scenario() -> None:
+        script = Script(say(WELCOME, wrong), say(WELCOME, Verdict(SESSION, 0, 0, 0, [5])))
+        async with script.listening() as url, linked(url) as (link, heard):
+            first = await next_of(heard, Verdict)
+            assert isinstance(first, Verdict)
+            assert first.tokens == [5]
+            assert link.reconnects == 1
+
+    run(scenario())
+
+
+def test_what_a_verifier_says_of_a_frame_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        script = Script(say(WELCOME, Refused("", "odd", "a\nb\x1b[2J"), Verdict(SESSION, 0, 0, 0, [5])))
+        async with script.listening() as url, linked(url) as (_, heard):
+            await next_of(heard, Verdict)
+
+    with caplog.at_level(logging.WARNING):
+        run(scenario())
+    said = [r.getMessage() for r in caplog.records if "refused a frame" in r.getMessage()]
+    assert said == ["the verifier refused a frame: a b?[2J (odd)"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import gzip
 import os
 import pwd
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import wisp.engines
 from hf_files import tokenizer_files
 from wisp.core.errors import RequestError
+from wisp.edge import tokenizers as module
 from wisp.edge.tokenizers import TokenizerCache
 from wisp.engines.huggingface import HfTokenizer
 from wisp.engines.llama.tokenizer import LlamaTokenizer
@@ -212,3 +215,30 @@ def test_a_tokenizer_in_hugging_faces_format_will_do_as_well(original: LlamaToke
     assert [f.name for f in files(folder)] == [f"{original.fingerprint}.json"]
     with pytest.raises(RequestError, match="not the one asked for"):
         asyncio.run(Fetched(theirs.blob()).get("0" * 64))
+
+
+def test_an_answer_without_an_end_is_not_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few packed kilobytes can stand for gigabytes."""
+    monkeypatch.setattr(module, "MOST_BYTES", 1 << 20)
+    packed = gzip.compress(b"GGUF" + bytes(64 << 20))
+    taken = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal taken
+        await reader.readuntil(b"\r\n\r\n")
+        head = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(packed)
+        writer.write(head + packed)
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
+        taken += 1
+        writer.close()
+
+    async def scenario() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            with pytest.raises(RequestError, match=f"more than {1 << 20} bytes") as refused:
+                await TokenizerCache(f"http://127.0.0.1:{port}").get("a" * 64)
+            assert refused.value.status == 502
+
+    asyncio.run(scenario())
+    assert taken == 1

@@ -192,3 +192,13 @@ def test_text_from_elsewhere_is_written_in_numbers() -> None:
     ids = tokenizer.encode(" 1003 17x 5000", add_bos=False, parse_special=False)
     assert ids == [1003, 17, 120, *b" 5000"]
     assert (target.info.n_vocab, tokenizer.n_vocab, tokenizer.eos) == (2000, 2000, frozenset({1999}))
+
+
+def test_log_probabilities_are_those_of_tokens_that_are_certain() -> None:
+    target, _ = engine()
+    (result,) = target.run([Slice(1, 0, 0, PROMPT, sampling=Sampling(seed=5), logprobs=3)])
+    (entry,) = result.logprobs
+    assert (entry.token, entry.logprob) == (result.tokens[0], 0.0)
+    assert [(top.token, top.logprob) for top in entry.top] == [(entry.token, 0.0)]
+    (bare,) = target.run([Slice(2, 1, 0, PROMPT, sampling=Sampling(seed=5), logprobs=0)])
+    assert [e.top for e in bare.logprobs] == [[]]

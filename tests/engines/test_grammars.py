@@ -211,6 +211,29 @@ def test_many_wait_at_once_and_nothing_is_compiled_where_they_are_used(
         assert grammars.matcher(grammar).masks(b"", b"")
 
 
+def test_large_grammars_are_forgotten_sooner_and_no_key_holds_too_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def large(i: int) -> Grammar:
+        return Grammar("regex", f"a{{{i}}}" + "b" * 100)
+
+    monkeypatch.setattr("wisp.engines.grammars.KEPT_BYTES", 250)
+    monkeypatch.setattr("wisp.engines.grammars.MOST_HELD", 350)
+    grammars = Grammars(PlainTokenizer())
+    for i in range(1, 6):
+        grammars.compile(large(i), "a")
+    assert [i for i in range(1, 6) if grammars.ready(large(i), "a")] == [4, 5]
+    living = [large(i) for i in (6, 7, 8)]
+    for grammar in living:
+        grammars.compile(grammar, "b")
+    with pytest.raises(GrammarError, match=r"3 different grammars.* try again when some have ended"):
+        grammars.compile(large(9), "b")
+    grammars.compile(living[0], "b")  # which is held already
+    grammars.compile(large(9), "c")
+    del living[1:], grammar
+    grammars.compile(large(9), "b")
+
+
 def test_control_tokens_are_no_text_but_can_be_named(tokenizer: LlamaTokenizer) -> None:
     grammars = Grammars(tokenizer)
     [control] = tokenizer.encode("<|im_start|>", add_bos=False, parse_special=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import wisp.engines
 from hf_files import metadata, tokenizer_files
 from wisp.core.errors import ModelError
+from wisp.engines.build import read_tokenizer
 from wisp.engines.huggingface import HfTokenizer, end_ids
 from wisp.engines.llama.tokenizer import LlamaTokenizer
+from wisp.engines.plain import NumberTokenizer, PlainTokenizer
 
 TINY = Path(wisp.engines.__file__).parent / "data" / "tiny-target.gguf"
 TEXTS = (
@@ -136,3 +139,36 @@ def test_without_a_tokenizer_the_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no readable tokenizer\.json"):
         HfTokenizer.open(tmp_path, 512)
     assert end_ids(tmp_path) == frozenset()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda about: about | {"n_vocab": 1 << 40},
+        lambda about: about | {"n_vocab": 0},
+        lambda about: about["tokenizer"]["added_tokens"][0].pop("content") and about,
+        lambda about: about["tokenizer"]["model"]["merges"].append("a") or about,
+        lambda about: about["tokenizer"]["model"].update(merges=[["a", "zz"]]) or about,
+        lambda about: about["tokenizer"].update(decoder=[[[]]]) or about,
+        lambda about: about["tokenizer"]["model"]["vocab"].update({"a": 1 << 40}) or about,
+        lambda about: about | {"eos": [[]]},
+    ],
+)
+def test_a_blob_that_is_damaged_anywhere_is_refused(
+    theirs: HfTokenizer, damage: Callable[[Any], Any]
+) -> None:
+    with pytest.raises(ModelError):
+        read_tokenizer(json.dumps(damage(json.loads(theirs.blob()))).encode())
+
+
+@pytest.mark.parametrize(
+    "blob", [b'{"a": ' * 5000, b'{"wisp.tokenizer": ' + b"[" * 5000, b"{", b"", b"GGUF", b"\xff"]
+)
+def test_a_blob_that_is_no_tokenizer_at_all_is_refused(blob: bytes) -> None:
+    with pytest.raises(ModelError):
+        read_tokenizer(blob)
+
+
+def test_ids_that_no_vocabulary_has_stand_for_nothing(theirs: HfTokenizer, tokenizer: LlamaTokenizer) -> None:
+    for one in (theirs, tokenizer, PlainTokenizer(), NumberTokenizer(300, frozenset({299}))):
+        assert [one.piece(i) for i in (-1, one.n_vocab, 1 << 31, 1 << 40)] == [b""] * 4

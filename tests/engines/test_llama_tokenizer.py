@@ -119,3 +119,24 @@ def test_a_blob_with_tensors_or_absurd_lengths_is_refused(tokenizer: LlamaTokeni
         gguf.check_blob(b"GGML" + bytes(blob[4:]))
     with pytest.raises(ModelError):
         LlamaTokenizer.from_blob(struct.pack("<4sIQQ", b"GGUF", 3, 0, 0))
+
+
+def test_arrays_of_arrays_are_refused_at_any_depth(tokenizer: LlamaTokenizer) -> None:
+    nested = struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000
+    pair = struct.pack("<Q", 1) + b"x" + nested
+    with pytest.raises(ModelError, match="array of unknown type 9"):
+        gguf.check_blob(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + pair)
+
+
+def test_a_vocabulary_with_a_token_twice_is_refused_before_it_ends_the_process(
+    tokenizer: LlamaTokenizer,
+) -> None:
+    blob = tokenizer.blob()
+    at = blob.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 16
+    first, second = (struct.pack("<Q", 2) + c.encode() for c in "\u0100\u0101")
+    assert blob[at:].startswith(first + second)
+    with pytest.raises(ModelError, match="a token twice"):
+        LlamaTokenizer.from_blob(blob[:at] + first + first + blob[at + len(first + second) :])
+    number = blob.replace(b"tokenizer.ggml.tokens\t", b"tokenizer.ggml.tokens\x04")
+    with pytest.raises(ModelError, match="no list of texts"):
+        gguf.check_blob(number)

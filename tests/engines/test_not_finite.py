@@ -132,7 +132,9 @@ def test_a_drafter_stops_drafting_for_that_session_alone(
     tiny_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = poison(tiny_draft, tmp_path / "draft.gguf")
-    monkeypatch.setattr("wisp.engines.llama.draft.Model", lambda path: Model(path, check=False))
+    monkeypatch.setattr(
+        "wisp.engines.llama.draft.Model", lambda path, **options: Model(path, check=False, **options)
+    )
     engine = LlamaDraft(path, slots=2, slot_tokens=256, threads=1)
     try:
         fine = engine.propose("fine", LONG, 0, GREEDY)

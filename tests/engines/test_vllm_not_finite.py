@@ -57,14 +57,14 @@ def test_one_of_a_batch_fails_and_the_others_say_what_they_would_alone(
 def test_rows_behind_a_rejected_draft_token_may_be_anything(here: bool) -> None:
     import torch
 
+    from wisp.engines.vllm.choosing import choose
     from wisp.engines.vllm.parts import Part
-    from wisp.engines.vllm.worker import choose
 
     logits = torch.zeros(6, 10)
     logits[:, 4] = 1.0
     logits[1, 2] = logits[5, 2] = torch.nan
     greedy = Sampling()
-    wrong, right = Part(0, [1, 2], [2], True, 0, greedy), Part(0, [1, 4], [4], True, 0, greedy)
+    wrong, right = Part([2], True, 0, greedy), Part([4], True, 0, greedy)
     rejected, fine, lost = choose(logits, [wrong, right, right], here=here)
     assert (rejected.finite, rejected.tokens) == (True, [4])
     assert (fine.finite, fine.tokens) == (True, [4, 4])

@@ -170,3 +170,62 @@ def test_an_engine_without_room_is_refused(slots: int, slot_tokens: int, tmp_pat
         engine_of(tmp_path, slots=slots, slot_tokens=slot_tokens),
     ):
         pass
+
+
+def test_attention_that_wants_another_order_gets_it_and_results_keep_theirs(
+    engine: Any, answer: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = engine.started.core.model_executor.driver_worker.worker.model_runner
+    long = [i % 256 for i in range(40)]
+    engine.run([verify(slot, answer[:2]) for slot in range(4)])
+    monkeypatch.setattr(runner, "reorder_batch_threshold", 2)
+    with steps_of(engine) as steps:
+        results = engine.run(
+            [
+                Slice(9, 5, 0, long),
+                Slice(1, 0, 7, answer[2:5], 2, position=3, sampling=SAMPLING),
+                Slice(1, 1, 7, answer[2:3], 0, position=3, sampling=SAMPLING),
+                Slice(8, 6, 0, long, sample=False),
+                Slice(1, 2, 7, answer[2:4], 1, position=3, sampling=SAMPLING),
+            ]
+        )
+    assert [list(step.values()) for step in steps] == [[40, 3, 1, 40, 2]]
+    assert runner.input_batch.req_ids == ["1", "2", "0", "5", "6"]
+    assert [r.tokens for r in results] == [
+        reference(long, Sampling(), 1),
+        answer[3:6],
+        answer[3:4],
+        [],
+        answer[3:5],
+    ]
+
+
+def test_sessions_that_alternate_leave_each_others_blocks_alone(engine: Any, answer: list[int]) -> None:
+    said: dict[int, list[int]] = {}
+    for slot, result in enumerate(engine.run([verify(slot, []) for slot in range(8)])):
+        said[slot] = list(result.tokens)
+    for step in range(12):
+        half = [slot for slot in range(8) if slot % 2 == step % 2]
+        work = []
+        for slot in half:
+            n = len(said[slot])
+            work.append(
+                Slice(1, slot, len(PROMPT) + n - 1, said[slot][-1:] + answer[n : n + 2], 2, True, n, SAMPLING)
+            )
+        for slot, result in zip(half, engine.run(work), strict=True):
+            said[slot] += result.tokens
+    assert all(said[slot] == answer[: len(said[slot])] for slot in range(8))
+    assert all(len(said[slot]) == 1 + 6 * 3 for slot in range(8))
+
+
+@pytest.mark.parametrize(
+    ("option", "settings"),
+    [("--kv-type", {"kv_type": "q8_0"}), ("--quantization", {"quantization": "magic"})],
+)
+def test_a_type_that_vllm_does_not_have_is_refused_with_those_it_has(
+    option: str, settings: dict[str, str]
+) -> None:
+    from wisp.engines.vllm.starting import Wanted, settings_for
+
+    with pytest.raises(ConfigError, match=rf"{option} .*vLLM has no such; choose one of: .*fp8"):
+        settings_for(Wanted(model="m", **settings))  # type: ignore[arg-type]

@@ -151,3 +151,15 @@ def test_a_secret_that_no_header_can_carry_is_refused_at_start() -> None:
     for secrets in ("pässword", "good,b\udcffd"):
         with pytest.raises(ConfigError, match="ASCII"):
             Keyring(secrets=secrets)
+
+
+@pytest.mark.parametrize(
+    "text", ["a = " + "[" * 5000, "a = " + "{b = " * 3000, "a = " + "9" * 5000, "a = '\x00'"]
+)
+def test_a_file_that_no_parser_takes_keeps_the_old_keys(path: Path, text: str) -> None:
+    path.write_text('[keys.a]\nsecret = "open"\n')
+    ring = Keyring(path)
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="cannot read the API keys"):
+        ring.reload()
+    assert ring.authorize("Bearer open") == "a"

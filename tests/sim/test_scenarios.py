@@ -127,6 +127,9 @@ def test_a_value_that_cannot_be_is_refused_by_name(lines: str, says: str, tmp_pa
 def test_what_is_no_toml_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the scenario"):
         load_scenario(written(tmp_path, "title ="))
+    for deep in ("title = " + "[" * 5000, "title = " + "9" * 5000):
+        with pytest.raises(ConfigError, match="cannot read the scenario"):
+            load_scenario(written(tmp_path, deep))
 
 
 def test_changes_are_checked_like_files() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def test_limits_are_429_with_retry_after_for_thin_clients_and_through_an_edge(
 
 def test_a_key_may_have_so_many_sessions_and_tokens(server: Process) -> None:
     long: dict[str, Any] = {"max_tokens": 300, "ignore_eos": True, "key": "carol-secret"}
+    began = time.monotonic()
     with Stream(server.url, "Tell me a story.", **long) as first:
         first.until(lambda answer: bool(answer.text))
         second = ask(server.url, "Hi", key="carol-secret")
@@ -118,7 +120,8 @@ def test_a_key_may_have_so_many_sessions_and_tokens(server: Process) -> None:
         assert first.rest().usage["completion_tokens"] == 300  # what was admitted is finished
     overdrawn = ask(server.url, "Hi", key="carol-secret")
     assert overdrawn.status == 429
-    assert int(overdrawn.headers["retry-after"]) > 60
+    took_s = time.monotonic() - began  # in which some of it was given back
+    assert int(overdrawn.headers["retry-after"]) + took_s > 60
 
 
 def test_limits_of_an_edges_own_keys_hold_at_the_edge_and_its_customers_share_no_prefix(

@@ -45,9 +45,7 @@ def served(fleet: Fleet) -> Iterator[Process]:
     devices.wait()
 
 
-def test_attainment_can_be_read_while_a_fleet_is_at_work(
-    served: Process, visit: Callable[..., Any], picture: Callable[[Any, str], None]
-) -> None:
+def test_attainment_can_be_read_while_a_fleet_is_at_work(served: Process, visit: Callable[..., Any]) -> None:
     page = visit(f"{served.url}/", viewport={"width": 1160, "height": 1000})
     ended = "() => /of ([6-9]|\\d\\d)/.test(document.querySelector('[data-testid=attainment]')?.textContent || '')"
     page.wait_for_function(ended)
@@ -60,7 +58,6 @@ def test_attainment_can_be_read_while_a_fleet_is_at_work(
     label = page.get_by_role("img", name=re.compile("Committed tokens: committed [1-9]"))
     label.wait_for()
     assert page.get_by_role("region", name="Sessions now, as a table").locator("tbody tr").count() > 0
-    picture(page, "fleet")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -122,15 +119,21 @@ def test_a_replica_is_restarted_and_drained_from_the_page(fleet: Fleet, visit: C
 
 
 def test_a_simulated_run_and_an_event_log_are_pages_of_their_own(
-    fleet: Fleet, served: Process, visit: Callable[..., Any], tmp_path: Path
+    fleet: Fleet,
+    served: Process,
+    visit: Callable[..., Any],
+    picture: Callable[[Any, str], None],
+    tmp_path: Path,
 ) -> None:
     run, log = tmp_path / "run.html", tmp_path / "log.html"
-    made = fleet.run("sim", "run", "mixed", "--devices", "6", "--html", str(run))
+    made = fleet.run("sim", "run", "mixed", "--html", str(run))
     assert made.returncode == 0, made.stderr
     made = fleet.run("sim", "log", str(fleet.folder / "events"), "--html", str(log))
     assert made.returncode == 0, made.stderr
     for path in (run, log):
-        page = visit(f"file://{path}")
+        page = visit(f"file://{path}", viewport={"width": 1160, "height": 1000})
         assert "%" in page.get_by_test_id("attainment").inner_text()
         assert page.get_by_role("img").count() == 10
         assert page.get_by_role("region", name="Devices, as a table").locator("tbody tr").count() >= 6
+        if path is run:  # whatever else this machine does, it looks the same
+            picture(page, "fleet")

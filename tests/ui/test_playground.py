@@ -82,8 +82,20 @@ def test_a_prompt_is_answered_in_colours_with_its_figures_and_the_target_alone_s
     assert number(with_drafts["draft steps/token"]) > 0
     assert (without["accepted"], without["draft steps/token"]) == ("–", "0.00")
     assert "rounds: drafting" in page.get_by_test_id("timeline").first.get_attribute("aria-label")
+    page.wait_for_function("() => /draft speed\\s+\\d/.test(document.body.innerText)")  # told once a second
     page.evaluate("scrollTo(0, 0)")
     picture(page, "playground")
+
+
+def test_an_answer_that_a_busy_browser_got_at_once_has_the_speed_of_the_edge(
+    edge: Process, visit: Callable[..., Any]
+) -> None:
+    page = visit(f"{edge.url}/")
+    answer = "{ ...wisp.generation.fresh(true), tokens: Array(11), first: 5000.0, last: 5000.1, rounds }"
+    speed = page.evaluate(
+        f"(rounds) => wisp.generation.figures({answer}).speed", [{"at_ms": 200}, {"at_ms": 1200}]
+    )
+    assert speed == 10
 
 
 def test_a_request_as_code_is_the_request(edge: Process, visit: Callable[..., Any]) -> None:

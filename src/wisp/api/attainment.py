@@ -39,7 +39,7 @@ def read_slo_classes(given: Path | str | Mapping[str, Any]) -> dict[str, Slo]:
         where = str(given)
         try:
             given = tomllib.loads(Path(given).read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # tomllib raises all of these
             raise ConfigError(f"cannot read the SLO classes in {where}: {error}") from None
     classes: dict[str, Slo] = {}
     for name, table in given.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ LEAST_LIMIT_BYTES = 1 << 20  # tools, and the structure around the text, take ro
 BYTES_PER_TOKEN = 64  # four of text, times six where JSON escapes them, and some for runs of spaces
 UNKNOWN_LIMIT_BYTES = 8 << 20  # while the context is not known
 
+MOST_HELD = 64 << 20  # bytes of one key's bodies, from their arrival until there is a prompt; or one body
+
 _ANY_HEADER = 47  # zlib's wbits for gzip or zlib, whichever it is
 
 _reader = ThreadPoolExecutor(1, thread_name_prefix="body")
@@ -37,8 +40,50 @@ def body_limit(context: int) -> int:
     return LEAST_LIMIT_BYTES + context * BYTES_PER_TOKEN if context else UNKNOWN_LIMIT_BYTES
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body, if it claims to be JSON and has at most `limit` bytes. Raises RequestError 413 or 415."""
+class Bodies:
+    """What is held of bodies, by key: so many bytes, so that no key fills the memory with requests that wait."""
+
+    def __init__(self) -> None:
+        self._held: Counter[str] = Counter()
+
+    def of(self, key: str) -> HeldBody:
+        """For one request of a key."""
+        return HeldBody(self._held, key)
+
+
+class HeldBody:
+    """The bytes that one request holds, until `release` or the end of the context."""
+
+    def __init__(self, held: Counter[str], key: str) -> None:
+        self._all, self._key = held, key
+        self._size = 0
+
+    def __enter__(self) -> HeldBody:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def add(self, size: int, limit: int) -> None:
+        """More has come of a body that may have `limit` bytes. Raises RequestError 429."""
+        if self._all[self._key] + size > max(MOST_HELD, limit):
+            message = (
+                "Requests of this key hold too much memory before they are answered; send fewer at a time."
+            )
+            raise RequestError(429, message, code="overloaded", type="server_error", retry_after=1.0)
+        self._all[self._key] += size
+        self._size += size
+
+    def release(self) -> None:
+        """It is not needed any more."""
+        self._all[self._key] -= self._size
+        self._size = 0
+        if not self._all[self._key]:
+            del self._all[self._key]
+
+
+async def read_body(request: Request, limit: int, held: HeldBody) -> bytes:
+    """The body, if it claims to be JSON and has at most `limit` bytes. Raises RequestError 413, 415 or 429."""
     _check_media_type(request)
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
@@ -52,6 +97,7 @@ async def read_body(request: Request, limit: int) -> bytes:
         size += len(chunk)
         if size > limit:
             raise _too_large(limit)
+        held.add(len(chunk), limit)
         chunks.append(chunk)
     if decoder is not None and (not decoder.eof or decoder.unused_data):
         raise _not_encoded()
@@ -93,7 +139,8 @@ async def parsed(body: bytes, parse: Callable[[dict[str, Any]], T], key: str = "
 
 async def read_json(request: Request) -> dict[str, Any]:
     """The request's JSON object, a small one. Raises RequestError 400, 413 or 415."""
-    return _decode(await read_body(request, SMALL_BODY_BYTES))
+    with Bodies().of("") as held:
+        return _decode(await read_body(request, SMALL_BODY_BYTES, held))
 
 
 def _decode(body: bytes) -> dict[str, Any]:

@@ -12,9 +12,11 @@ import logging
 import socket
 from typing import Any, cast
 
+import h11
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
 
+from wisp.api.addresses import Addresses
 from wisp.api.http import PunctualH11
 
 log = logging.getLogger("wisp.connections")
@@ -25,6 +27,9 @@ SEND_BUFFER = 1 << 18  # bytes that the system keeps for a session socket: verdi
 MAX_FRAGMENTS = 64  # of a message; edges send theirs in one
 PARSED_AT_ONCE = 1 << 14  # bytes, so that a flood is seen while it is parsed
 CONTROLS_PER_S = 100  # pings and pongs; a peer has reason to send one in ten seconds
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+)
 FRAME_LIMIT = "wisp.frame_limit"  # ASGI extension: called with the most bytes that a message may have
 
 
@@ -109,7 +114,43 @@ class _Watched(asyncio.Protocol):
 
 
 class HttpConnection(_Watched, PunctualH11):
-    """An HTTP connection."""
+    """An HTTP connection, one of `addresses`."""
+
+    def __init__(self, *args: Any, addresses: Addresses, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._addresses = addresses
+        self.address = ""
+        self.heard = self.loop.time()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        peer = transport.get_extra_info("peername")
+        self.address = str(peer[0]) if isinstance(peer, tuple) else ""
+        if not self._addresses.enter(self):
+            log.info("%s is turned away: it has all connections there are for it", self.address)
+            self.transport.write(_FULL)
+            self.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        self.heard = self.loop.time()
+        super().data_received(data)
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        self._addresses.leave(self)
+        super().handle_websocket_upgrade(event)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._addresses.leave(self)
+        super().connection_lost(exc)
+
+    @property
+    def idle(self) -> bool:
+        """Is no request being answered?"""
+        return self.cycle is None or self.cycle.response_complete
+
+    def cut(self) -> None:
+        """Another address needs the descriptor."""
+        self.transport.abort()
 
 
 class SessionConnection(_Watched, WebSocketsSansIOProtocol):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from starlette.requests import ClientDisconnect, Request
 
+from wisp.api import tracing
 from wisp.api.errors import request_id, to_request_error
 from wisp.api.observe import Observer, RequestRecord
 from wisp.api.output import Output, together
@@ -34,6 +35,8 @@ class RequestContext:
         self.prompt_tokens = 0
         self.outputs: list[Output] = []
         self._observer = observer
+        parent = tracing.traceparent(request.headers.get("traceparent"))
+        self.span = tracing.start(endpoint, parent, self.arrived, served=True)
 
     @property
     def finish(self) -> str:
@@ -67,6 +70,8 @@ class RequestContext:
     def _end(self, status: int, finish: str, code: str = "") -> None:
         record = self._record(status, finish, code)
         _log(record)
+        if self.span.recording:
+            _trace(self.span, record)
         if self._observer is None:
             return
         try:
@@ -116,3 +121,20 @@ def _log(r: RequestRecord) -> None:
         (r.first - r.arrived) * 1e3 if r.first else 0.0,
         (r.ended - r.arrived) * 1e3,
     )
+
+
+def _trace(span: tracing.Span, r: RequestRecord) -> None:
+    """The same as the line of the log, in OpenTelemetry's names where it has them."""
+    attributes: tracing.Attributes = {
+        "http.response.status_code": r.status,
+        "gen_ai.usage.input_tokens": r.prompt_tokens,
+        "gen_ai.usage.output_tokens": r.completion_tokens,
+        "wisp.request": r.request_id,
+        "wisp.finish": r.finish,
+        "wisp.stream": r.stream,
+        "wisp.drafted": r.spec.num_draft_tokens,
+        "wisp.accepted": r.spec.num_accepted_draft_tokens,
+    }
+    if r.first:
+        attributes["wisp.ttft_ms"] = (r.first - r.arrived) * 1e3
+    span.end(r.ended, attributes, error=(r.code or "error") if r.finish == "error" else "")

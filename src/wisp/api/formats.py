@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from wisp.api.output import Delta, Entry
 from wisp.api.responses import Json
+from wisp.api.responses import usage as usage_so_far
 from wisp.api.shape import Echo, Shape, Subject
 from wisp.api.spelling import control_name, finite, spelled
 from wisp.api.tools.events import Call, Event, Reasoning, Text
@@ -83,7 +84,13 @@ class ResponseFormat(Shape):
 
     def _chunk(self, choices: list[Json]) -> Json:
         chunk = self._object(self.chunk_object, choices)
-        return chunk | {"usage": None} if self._include_usage else chunk
+        if not self._include_usage:
+            return chunk
+        s = self._subject
+        running = (
+            s.ask.running_usage and choices
+        )  # vLLM's; the last chunk has no choice, and is given its own
+        return chunk | {"usage": usage_so_far(s.prompt_tokens, s.outputs, s.ask.n) if running else None}
 
     def _choice(self, index: int, content: Json, logprobs: Json | None, finish: str | None) -> Json:
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from wisp.api import responses
 from wisp.api.answers import answers
 from wisp.api.backend import Backend, Target
-from wisp.api.body import body_limit, parsed, read_body
+from wisp.api.body import Bodies, HeldBody, body_limit, parsed, read_body
 from wisp.api.errors import JsonResponse, error_response, model_not_found
 from wisp.api.exchange import RequestContext
 from wisp.api.observe import Observer
@@ -71,6 +71,7 @@ class Service(msgspec.Struct, frozen=True):
 
     backend: Backend
     prompts: PromptWork
+    bodies: Bodies
     options: ApiOptions
     authorize: Authorize | None = None
     observer: Observer | None = None
@@ -122,22 +123,34 @@ class Generating:
         service = self._service
         if service.authorize is not None:
             exchange.key = service.authorize(bearing(request))
-        body = await read_body(request, body_limit(service.backend.context))
-        return await unless_gone(request.receive, self._answer(body, request.headers, exchange, stream))
+        with service.bodies.of(exchange.key) as held:
+            limit = body_limit(service.backend.context)
+            answer = self._answer(  # which alone holds the body
+                await read_body(request, limit, held), held, request.headers, exchange, stream
+            )
+            return await unless_gone(request.receive, answer)
 
     async def _answer(
-        self, body: bytes, headers: Mapping[str, str], exchange: RequestContext, stream: EventSender
+        self,
+        body: bytes,
+        held: HeldBody,
+        headers: Mapping[str, str],
+        exchange: RequestContext,
+        stream: EventSender,
     ) -> Response:
         service, key = self._service, exchange.key
         service.backend.admit(key)  # before any work for a key that has used up its limits
         ask = exchange.ask = await parsed(
             body, lambda fields: self._parse(fields, headers, service.options.slo_classes), key
         )
+        del body  # the answer may take long
         target = await self._target(ask, stream)
         name = service.name(ask.model, target)
-        work = functools.partial(prepare, ask, target, exchange.id, key, parser=service.options.tool_parser)
+        parser, trace = service.options.tool_parser, exchange.span.trace
+        work = functools.partial(prepare, ask, target, exchange.id, key, parser=parser, trace=trace)
         admit = functools.partial(service.backend.admit, key)
         prepared = await service.prompts.run(key, admit, work)
+        held.release()
         exchange.prompt_tokens = prepared.prompt_tokens
         before = await echoes(service.backend, ask, prepared, target)
         exchange.outputs = outputs = [_output(ask, prepared, target) for _ in prepared.generations]

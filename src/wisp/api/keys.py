@@ -77,7 +77,7 @@ class Keyring:
             if stamp == self._stamp:
                 return False
             document = tomllib.loads(self.path.read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # tomllib raises all of these
             raise ConfigError(f"cannot read the API keys in {self.path}: {error}") from None
         names, limits, admins = _parse(document, self.path)
         self._names = self._fixed | names

@@ -76,6 +76,7 @@ REFUSED_CHAT = REFUSED | {
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class Common(msgspec.Struct, kw_only=True):

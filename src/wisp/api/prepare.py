@@ -54,9 +54,10 @@ def prepare(
     key: str = "",
     check: Check = unasked,
     parser: str = "",
+    trace: str = "",
 ) -> Prepared:
     """Raises RequestError 400 where a prompt is empty, invalid or too long, and what `check` raises. `parser`: the
-    name of the family that reads answers; "" for that of the template."""
+    name of the family that reads answers; "" for that of the template. `trace`: of the request, for its sessions."""
     rendered = None
     if ask.chat:
         rendered = render(ask, target.tokenizer)
@@ -77,6 +78,7 @@ def prepare(
             logprobs=ask.logprobs,
             slo=ask.slo,
             digest=target.digest,
+            trace=trace,
             request_id=request_id,
             key=key,
             extras=ask.extras,

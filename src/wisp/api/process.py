@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -11,12 +12,13 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 import uvicorn
 from starlette.types import ASGIApp
 
+from wisp.api.addresses import Addresses, raise_descriptors
 from wisp.api.connections import HttpConnection, SessionConnection
 from wisp.api.http import KEEP_ALIVE_S
 from wisp.api.web_guard import WebGuard, cross_origin, is_loopback
@@ -78,7 +80,7 @@ def uvicorn_config(app: ASGIApp, listen: Listen, *, keyed: bool) -> uvicorn.Conf
         log_config=None,
         access_log=False,
         lifespan="on",
-        http=HttpConnection,
+        http=functools.partial(HttpConnection, addresses=Addresses()),  # type: ignore[arg-type] # called alone
         timeout_keep_alive=listen.keep_alive_s,  # type: ignore[arg-type] # any number will do
         ws=SessionConnection,
         ws_max_size=FRAME_EXTRA,  # until the application says what it takes
@@ -110,6 +112,7 @@ async def run_app(
     without a drain. Without `signals` none are looked at: then this may run in any thread. `loading`: does a thread
     load a model? A stop does not wait for it, and ends the process. `bound` is a socket that listens there already.
     """
+    raise_descriptors()
     config = uvicorn_config(app, listen, keyed=keyed)
     try:
         config.load()
@@ -168,4 +171,18 @@ def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
         import uvloop
     except ImportError:
         return asyncio.new_event_loop
-    return uvloop.new_event_loop
+
+    def new_event_loop() -> asyncio.AbstractEventLoop:
+        loop = uvloop.new_event_loop()
+        loop.set_exception_handler(_not_unheard_names)
+        return loop
+
+    return new_event_loop
+
+
+def _not_unheard_names(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Where a name is looked up for longer than a connection may take, uvloop logs the failure that nobody waits for
+    any more, as an error. Why there is no connection has been said by then.
+    """
+    if not isinstance(context.get("exception"), socket.gaierror):
+        loop.default_exception_handler(context)

@@ -23,6 +23,7 @@ from wisp.api.params import (
     Chat,
     Common,
     Completion,
+    StreamOptions,
     read,
 )
 from wisp.api.slo import NO_CLASSES, SloClasses, parse_slo
@@ -69,6 +70,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     stop: tuple[str, ...] = ()
     stream: bool = False
     include_usage: bool = False
+    running_usage: bool = False  # in every chunk
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
@@ -142,13 +144,15 @@ def _common(params: Common, headers: Mapping[str, str], classes: SloClasses) -> 
     """The fields of GenerationRequest that both endpoints have."""
     if params.stream_options is not None and params.stream is not True:
         refuse("stream_options", "only allowed where stream is true")
+    options = params.stream_options or StreamOptions()
     return {
         "model": params.model or "",
         "sampling": _sampling(params),
         "n": params.n or 1,
         "stop": _stop(params.stop),
         "stream": params.stream is True,
-        "include_usage": params.stream_options is not None and params.stream_options.include_usage is True,
+        "include_usage": options.include_usage is True,
+        "running_usage": options.include_usage is True and options.continuous_usage_stats is True,
         "ignore_eos": params.ignore_eos is True,
         "min_tokens": params.min_tokens or 0,
         "asked": structured(params),

@@ -13,7 +13,7 @@ from wisp.api import responses
 from wisp.api.anthropic_format import AnthropicFormat
 from wisp.api.anthropic_request import count_tokens, parse_anthropic
 from wisp.api.backend import Backend, Target
-from wisp.api.body import body_limit, parsed, read_body
+from wisp.api.body import Bodies, body_limit, parsed, read_body
 from wisp.api.errors import JsonResponse, error_response, request_id, to_request_error
 from wisp.api.formats import ChatFormat, CompletionFormat
 from wisp.api.generating import ApiOptions, Authorize, Generating, Service, bearing
@@ -40,7 +40,7 @@ def openai_routes(
 
     The application should also be given `errors.exception_handlers()`, for paths and methods that do not exist.
     """
-    service = Service(backend, PromptWork(), options, authorize, observer)
+    service = Service(backend, PromptWork(), Bodies(), options, authorize, observer)
     endpoints = (
         ("/v1/chat/completions", Generating(service, "chat.completions", parse_chat, ChatFormat)),
         ("/v1/completions", Generating(service, "completions", parse_completion, CompletionFormat)),
@@ -58,13 +58,14 @@ def _token_routes(service: Service) -> list[Route]:
     def endpoint(work: Callable[[Json, Target, Check], Json]) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             key = service.authorize(bearing(request)) if service.authorize is not None else ""
-            body = await read_body(request, body_limit(service.backend.context))
-            service.backend.admit(key)
-            admit = functools.partial(service.backend.admit, key)
-            fields = await parsed(body, lambda found: found, key)
-            target = await service.backend.target()
-            service.name(fields.get("model") or "", target)
-            found = await service.prompts.run(key, admit, functools.partial(work, fields, target))
+            with service.bodies.of(key) as held:
+                body = await read_body(request, body_limit(service.backend.context), held)
+                service.backend.admit(key)
+                admit = functools.partial(service.backend.admit, key)
+                fields = await parsed(body, lambda found: found, key)
+                target = await service.backend.target()
+                service.name(fields.get("model") or "", target)
+                found = await service.prompts.run(key, admit, functools.partial(work, fields, target))
             return JsonResponse(found, headers={"x-request-id": request_id(request)})
 
         return answer

@@ -17,7 +17,11 @@ def parse_slo(headers: Mapping[str, str], classes: SloClasses = NO_CLASSES) -> S
     ttft, tpot = (_target_ms(headers, name) for name in ("x-slo-ttft-ms", "x-slo-tpot-ms"))
     if name := headers.get("x-slo-class"):
         if name not in classes:
-            known = f"; this server has {', '.join(sorted(classes))}" if classes else "; this server has none"
+            known = (
+                f"; this server has {', '.join(sorted(classes))}"
+                if classes
+                else "; this server has none: start it with --slo-classes FILE"
+            )
             refuse("x-slo-class", f"no such SLO class{known}")
         ttft, tpot = ttft or classes[name].ttft_ms, tpot or classes[name].tpot_ms
     return Slo(ttft, tpot) if ttft or tpot else None

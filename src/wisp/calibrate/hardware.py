@@ -17,13 +17,13 @@ from wisp.engines.emulated import Hardware
 
 @functools.lru_cache(maxsize=256)
 def profiled(profile: Hardware) -> Coefficients:
-    """Coefficients fitted to the profile's own times."""
+    """Coefficients fitted to the profile's own times, of an engine that runs one step at a time."""
     if isinstance(profile, Measured):
         return profile.coefficients
     size = EngineSize(profile.step_tokens, profile.slots, profile.kv_tokens, profile.slot_tokens)
     grid = cells(size)
     loads = [c.load for c in grid]
-    return fit(loads, [profile.step_ms(load) for load in loads])
+    return fit(loads, [profile.step_ms(load) + profile.host_s(load.slices) * 1e3 for load in loads])
 
 
 class Measured(Hardware, frozen=True):
@@ -46,7 +46,7 @@ def measured(path: Path, slots: int = 0, kv_tokens: int = 0) -> Measured:
     kv_tokens = kv_tokens or slots * CONTEXT
     try:
         found = msgspec.json.decode(path.read_bytes(), type=CostProfile)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the cost profile {path.name}: {error}") from None
     if found.format != FORMAT:
         raise ConfigError(f"{path.name} has the format {found.format!r}; this release reads {FORMAT}")

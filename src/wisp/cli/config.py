@@ -33,7 +33,7 @@ def configure(
 def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # tomllib raises all of these
         raise ConfigError(f"cannot read {path}: {error}") from None
 
 

@@ -12,12 +12,16 @@ import typer
 
 from wisp.cli.options import (
     AllowedHosts,
+    BatchRows,
     CorsOrigins,
     Draft,
     DraftAhead,
     Drafting,
+    FlashAttention,
+    GpuLayers,
     HttpKeepAlive,
     Json,
+    KvType,
     LogFormat,
     LogLevel,
     Offline,
@@ -25,6 +29,7 @@ from wisp.cli.options import (
     ServedModelName,
     Server,
     SloClasses,
+    TensorSplit,
     Threads,
     ToolParser,
 )
@@ -51,6 +56,11 @@ def edge(
     api_keys: Annotated[Path | None, typer.Option(help="TOML file of keys for this endpoint.")] = None,
     slo_classes: SloClasses = None,
     threads: Threads = None,
+    kv_type: KvType = "",
+    gpu_layers: GpuLayers = None,
+    flash_attention: FlashAttention = "auto",
+    tensor_split: TensorSplit = "",
+    batch_rows: BatchRows = None,
     give_up_s: Annotated[
         float, typer.Option(help="Seconds without a verifier before answers fail.", min=0)
     ] = 30.0,
@@ -79,6 +89,7 @@ def edge(
     from wisp.api.keys import Keyring
     from wisp.api.logs import set_up_logging
     from wisp.api.process import Listen, event_loop_factory, run_app
+    from wisp.api.tracing import set_up_tracing
     from wisp.api.web_guard import host_names, web_origins
     from wisp.core.draft.policies import Ahead
     from wisp.edge.address import session_url
@@ -87,8 +98,10 @@ def edge(
     from wisp.engines.base import DraftEngine
     from wisp.engines.build import drafting_policies, load_drafter
     from wisp.engines.models import RichProgress
+    from wisp.engines.options import EngineOptions
 
     set_up_logging(log_level, form="json" if log_json else log_format)
+    set_up_tracing("wisp-edge")
     session_url(server)  # before a model is loaded
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
     listen = Listen(
@@ -102,14 +115,20 @@ def edge(
         keep_alive_s,
         read_slo_classes(slo_classes) if slo_classes else {},
     )
+    engine = EngineOptions(
+        kv_type=kv_type, gpu_layers=gpu_layers, flash_attention=flash_attention, tensor_split=tensor_split,
+        batch_rows=batch_rows,
+    )  # fmt: skip
     api_key = os.environ.get("WISP_API_KEY")
     drafter: DraftEngine | None
     if draft == "auto":
-        drafter, fingerprint = find_drafter(server, api_key, slots=slots, threads=threads, wait_s=give_up_s)
+        drafter, fingerprint = find_drafter(
+            server, api_key, slots=slots, threads=threads, wait_s=give_up_s, options=engine
+        )
     else:
         with RichProgress() as progress:
             drafter, fingerprint = load_drafter(
-                draft, slots=slots, threads=threads, offline=offline, progress=progress
+                draft, slots=slots, threads=threads, offline=offline, progress=progress, options=engine
             )
 
     async def run() -> None:

@@ -17,6 +17,28 @@ MOST_THREADS = 4 * (os.cpu_count() or 1)
 Threads = Annotated[
     int | None, typer.Option(help="Threads of the engine (default: one per core).", min=1, max=MOST_THREADS)
 ]
+KvType = Annotated[
+    str,
+    typer.Option(help="Type of the KV cache: f16, q8_0, q4_0, ... (vllm: fp8, ...; default: the engine's)."),
+]
+GpuLayers = Annotated[
+    int | None,
+    typer.Option(
+        help="llama.cpp: layers on accelerators, -1 for all (default: all, where the build has one; exact mode: 0).",
+        show_default=False,
+    ),
+]
+FlashAttention = Annotated[str, typer.Option(help="llama.cpp: auto, on or off.")]
+TensorSplit = Annotated[
+    str, typer.Option(help="llama.cpp: shares of the model for each accelerator, by comma: 3,1.")
+]
+BatchRows = Annotated[
+    int | None,
+    typer.Option(
+        help="llama.cpp: rows in one call, at most (default: 128; with an accelerator 512).",
+        show_default=False,
+    ),
+]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 LogFormat = Annotated[str, typer.Option(help="text, or json: one object a line.")]
 AllowedHosts = Annotated[

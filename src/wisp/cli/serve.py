@@ -12,13 +12,18 @@ import typer
 
 from wisp.cli.options import (
     AllowedHosts,
+    BatchRows,
     CorsOrigins,
+    FlashAttention,
+    GpuLayers,
     HttpKeepAlive,
+    KvType,
     LogFormat,
     LogLevel,
     Offline,
     ServedModelName,
     SloClasses,
+    TensorSplit,
     Threads,
     ToolParser,
 )
@@ -98,6 +103,18 @@ def serve(
     gpu_memory: Annotated[
         float, typer.Option(help="vllm: share of an accelerator's memory to take.", min=0.1, max=1.0)
     ] = 0.9,
+    kv_type: KvType = "",
+    gpu_layers: GpuLayers = None,
+    flash_attention: FlashAttention = "auto",
+    tensor_split: TensorSplit = "",
+    batch_rows: BatchRows = None,
+    runner: Annotated[str, typer.Option(help="vllm: its model runner, v1 or v2 (docs/vllm.md).")] = "",
+    quantization: Annotated[
+        str, typer.Option(help="vllm: quantise weights as they are loaded: fp8, ... (default: as they are).")
+    ] = "",
+    prefix_caching: Annotated[
+        bool, typer.Option(help="vllm: keep KV that nobody holds, for those who come back.")
+    ] = True,
     max_sessions: Annotated[
         int, typer.Option(help="Open sessions before new ones are refused.", min=1)
     ] = 1024,
@@ -131,26 +148,35 @@ def serve(
 
     Keys may also be in WISP_API_KEYS, separated by commas.
     """
+    import msgspec
+
     from wisp.api.attainment import read_slo_classes
     from wisp.api.generating import model_names, parser_name
     from wisp.api.keys import Keyring
     from wisp.api.logs import set_up_logging
     from wisp.api.process import Listen, event_loop_factory, run_app
+    from wisp.api.tracing import set_up_tracing
     from wisp.api.web_guard import host_names, web_origins
     from wisp.core.verify.batching import batching_policy
     from wisp.engines.build import check_engine, fetch_target, load_target, served_name
     from wisp.engines.models import RichProgress
+    from wisp.engines.options import EngineOptions
     from wisp.server.app import ServerApp, Settings
 
     log_format = "json" if log_json else log_format
     set_up_logging(log_level, form=log_format)
+    set_up_tracing("wisp-router" if replicas > 1 or launcher is not None else "wisp-serve")
     keys = Keyring(api_keys, os.environ.get("WISP_API_KEYS"))
     listen = Listen(
         host, port, tls_cert, tls_key, host_names(allowed_hosts), http_keep_alive_s, web_origins(cors_origins)
     )
     listen.check(keyed=bool(keys))
     batching_policy(batching)
-    check_engine(engine, mode=mode, kv_tokens=kv_tokens)
+    options = EngineOptions(
+        kv_type=kv_type, gpu_layers=gpu_layers, flash_attention=flash_attention, tensor_split=tensor_split,
+        batch_rows=batch_rows, runner=runner, quantization=quantization, prefix_caching=prefix_caching,
+    )  # fmt: skip
+    check_engine(engine, mode=mode, kv_tokens=kv_tokens, options=options)
     start, written = _emulation(target, engine, slots, context, kv_tokens, traces, output_tokens, acceptance)
     if cost is not None:
         from wisp.calibrate.profile.target import read_cost
@@ -179,6 +205,7 @@ def serve(
         "memory": gpu_memory,
         "offline": offline,
         "kv_tokens": kv_tokens,
+        "options": msgspec.to_builtins(options),
     }
     if replicas > 1 or launcher is not None:
         from wisp.router.command import serve_replicas
@@ -203,8 +230,8 @@ def serve(
         if server.failed is not None:
             raise server.failed
 
-    with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
-        runner.run(run())
+    with asyncio.Runner(loop_factory=event_loop_factory()) as loop:
+        loop.run(run())
 
 
 def _emulation(

@@ -29,7 +29,7 @@ def error_in(body: bytes) -> Error | None:
     """The error in the body of a WISP server's answer; None if no WISP server wrote it."""
     try:
         error = msgspec.json.decode(body, type=_Body).error
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         return None
     error.message = plain(error.message)
     return error

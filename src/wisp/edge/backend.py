@@ -19,6 +19,9 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from msgspec.structs import replace
+
+from wisp.api import tracing
 from wisp.api.backend import Committed, Generation, Target
 from wisp.core.draft.drafter import Action, Drafter, Phase, Reopen
 from wisp.core.draft.itinerary import HOME, Go, Home, Itinerary, Send, Step
@@ -145,8 +148,9 @@ class _Session:
         self.backend = backend
         self.home: Link = backend.link
         self.link: Link = backend.link  # to where the session is
-        self.generation = generation
         self.id = secrets.token_hex(16)
+        self.span = tracing.start("session", generation.trace, time.monotonic(), served=False)
+        self.generation = replace(generation, trace=self.span.trace)
         self.itinerary = Itinerary(self.id, self.home.patience, lambda: random.uniform(0.5, 1.0))
         self.drafts = f"{generation.salt}/{self.id}"  # the session's name for the draft engine
         self.finished = False
@@ -154,7 +158,7 @@ class _Session:
         self.events: asyncio.Queue[tuple[str | None, FromLink, float]] = asyncio.Queue()
         self.times = backend.times.successor()
         off = "no_drafter" if backend.drafter is None else "" if generation.extras.draft else "switched_off"
-        self.rounds = RoundLog(_now_ms(), self.times, off=off)
+        self.rounds = RoundLog(_now_ms(), self.times, off=off, span=self.span)
         self.may_draft = not off
         self.warm: asyncio.Task[object] | None = None
 
@@ -284,6 +288,8 @@ class _Session:
             self.warm.cancel()
         self.link.unlisten(self.id)
         self.backend.forget(self.drafts)
+        self.rounds.over()
+        self.span.end(time.monotonic(), {"wisp.session": self.id})
         self.backend.sessions -= 1
         self.backend.times = self.times
         if self.rounds.why != "switched_off":

@@ -21,6 +21,7 @@ from wisp.engines.base import DraftEngine
 from wisp.engines.build import load_drafter, served_name
 from wisp.engines.memory import available_memory
 from wisp.engines.models import drafter_for, here, is_cached
+from wisp.engines.options import USUAL, EngineOptions
 
 log = logging.getLogger("wisp.edge")
 
@@ -44,7 +45,13 @@ class Candidate:
 
 
 def find_drafter(
-    server: str, api_key: str | None, *, slots: int, threads: int | None, wait_s: float
+    server: str,
+    api_key: str | None,
+    *,
+    slots: int,
+    threads: int | None,
+    wait_s: float,
+    options: EngineOptions = USUAL,
 ) -> tuple[DraftEngine, str]:
     """The drafter and its vocabulary's fingerprint; the log says which, and why. Waits for a verifier, for wait_s."""
     welcome = asyncio.run(_welcome(server, api_key, wait_s))
@@ -56,7 +63,7 @@ def find_drafter(
         return _ngrams()
 
     def load(name: str) -> Loaded:
-        engine, fingerprint = load_drafter(name, slots=slots, threads=threads, offline=True)
+        engine, fingerprint = load_drafter(name, slots=slots, threads=threads, offline=True, options=options)
         assert engine is not None
         return engine, fingerprint
 

@@ -35,6 +35,7 @@ from wisp.core.protocol.messages import (
     Refused,
     Verdict,
     Welcome,
+    check_verdict,
     check_welcome,
     decode_server_message,
     encode,
@@ -232,8 +233,11 @@ class VerifierLink:
 
     def _dispatch(self, frame: str | bytes) -> None:
         message = decode_server_message(frame if isinstance(frame, bytes) else b"\xc1")
+        if isinstance(message, Verdict) and self.welcome is not None:
+            check_verdict(message, self.welcome.n_vocab)
         if isinstance(message, Refused) and not message.session:
-            log.warning("the verifier refused a frame: %s (%s)", message.message, message.code)
+            said = plain(f"{message.message} ({message.code})")
+            log.warning("the verifier refused a frame: %s", said)
         elif isinstance(message, Verdict | Refused | Redirect):
             listener = self._listeners.get(message.session)
             if listener is not None:

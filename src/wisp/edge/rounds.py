@@ -1,4 +1,5 @@
-"""What each round of a session took, and why one went without a draft: for users who ask, and for the edge's page.
+"""What each round of a session took, and why one went without a draft: for users who ask, for the edge's page, and
+for traces.
 
 The drafter decides; this only looks on.
 """
@@ -9,6 +10,7 @@ from collections import Counter
 
 from msgspec.structs import replace
 
+from wisp.api import tracing
 from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.round_times import RoundTimes
 from wisp.core.protocol.messages import Draft, Open, Verdict
@@ -29,9 +31,13 @@ WHY = {
 class RoundLog:
     """The rounds of one session. Times are milliseconds."""
 
-    def __init__(self, now_ms: float, times: RoundTimes, *, off: str) -> None:
-        """off: why this session never drafts, "" if it may."""
+    def __init__(
+        self, now_ms: float, times: RoundTimes, *, off: str, span: tracing.Span = tracing.NONE
+    ) -> None:
+        """off: why this session never drafts, "" if it may. span: of the session; rounds become parts of it."""
         self._off = off
+        self._span = span
+        self._served: tuple[float, float, int] | None = None  # begin, end and verdicts of server mode
         self._rounds = 0
         self._whys: Counter[str] = Counter()  # of rounds without a draft
         self._times = times
@@ -42,6 +48,7 @@ class RoundLog:
         self._committed = 0
         self._drafting_ms = 0.0  # since the last draft was sent
         self._sent: dict[int, tuple[float, float, bool]] = {}  # by round: when, drafting before it, ahead
+        self._opening = 0  # the round of the last Open
         self._round: Round | None = None
 
     def proposed(self, took_ms: float, position: int, proposal: Proposal | None) -> None:
@@ -58,6 +65,7 @@ class RoundLog:
         """An Open or a draft leaves."""
         if isinstance(message, Open):  # whatever was in flight is lost
             self._sent.clear()
+            self._opening = message.round
         self._sent[message.round] = (now_ms, self._drafting_ms, bool(self._sent))
         self._drafting_ms = 0.0
 
@@ -85,8 +93,46 @@ class RoundLog:
             price=round(verdict.price, 4),
             why=why,
         )
+        if self._span.recording:
+            self._trace(self._round, verdict.round, sent if known else None, arrived_ms)
         self._heard = arrived_ms
         self._steps = 0
+
+    def over(self) -> None:
+        """The session has ended."""
+        if self._served is not None:
+            begun, ended, verdicts = self._served
+            self._served = None
+            self._span.child("served", begun / 1e3, {"wisp.verdicts": verdicts}).end(ended / 1e3)
+
+    def _trace(self, r: Round, number: int, sent_ms: float | None, arrived_ms: float) -> None:
+        """A round as spans. When the verifier began is not known here: the ways there and back count as equal."""
+        if sent_ms is None:  # unasked, and one of many
+            begun, _, verdicts = self._served or (self._heard, 0.0, 0)
+            self._served = (begun, arrived_ms, verdicts + 1)
+            return
+        self.over()
+        opening = number == self._opening
+        attributes: tracing.Attributes = {
+            "wisp.round": number,
+            "wisp.drafted": r.drafted,
+            "wisp.accepted": r.accepted,
+            "wisp.ahead": r.ahead,
+            "wisp.price": r.price,
+            "wisp.queue_ms": r.queue_ms,
+        }
+        if r.why:
+            attributes["wisp.why"] = r.why
+        begun_ms = sent_ms - r.draft_ms
+        span = self._span.child("open" if opening else "round", begun_ms / 1e3, attributes)
+        if r.draft_ms:
+            span.child("draft", begun_ms / 1e3).end(sent_ms / 1e3)
+        flight = span.child("flight", sent_ms / 1e3)
+        work_ms = sent_ms + r.flight_ms / 2 + r.queue_ms
+        verify = flight.child("prefill" if opening else "verify", work_ms / 1e3)
+        verify.end((work_ms + r.verify_ms) / 1e3)
+        flight.end(arrived_ms / 1e3)
+        span.end(arrived_ms / 1e3)
 
     @property
     def why(self) -> str:

@@ -31,6 +31,7 @@ _DIRECT: dict[str, httpx.AsyncBaseTransport | None] = {"http://": None, "https:/
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _GGUF, _JSON = b"GGUF", b"{"  # the first bytes of a tokenizer from a verifier
 TOKENIZER_PATH = "/v1/tokenizers"
+MOST_BYTES = 128 << 20  # of a tokenizer: several times the largest there are
 
 
 class TokenizerCache:
@@ -90,18 +91,30 @@ class TokenizerCache:
         url = http_url(self.server, f"{TOKENIZER_PATH}/{fingerprint}")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         try:
-            async with httpx.AsyncClient(timeout=60.0, mounts=_DIRECT if is_local(url) else None) as client:
-                response = await client.get(url, headers=headers)
+            async with (
+                httpx.AsyncClient(timeout=60.0, mounts=_DIRECT if is_local(url) else None) as client,
+                client.stream("GET", url, headers=headers) as response,
+            ):
+                blob = await _content(response)
         except Exception as error:  # a wrong proxy in the environment raises errors of many kinds
             raise _unavailable(
                 f"cannot fetch the target's tokenizer from {url}: {reason(error, url)}"
             ) from None
-        blob = response.content
         if not response.is_success or not blob.startswith((_GGUF, _JSON)):
             own = error_in(blob)
             why = own.message if own else stranger(response.status_code, response.headers.get("location"))
             raise _unavailable(f"cannot fetch the target's tokenizer from {url}: {why}")
         return blob
+
+
+async def _content(response: httpx.Response) -> bytes:
+    """The answer's body. Raises ModelError for one that has no end: a small one can be unpacked to a very large one."""
+    blob = bytearray()
+    async for chunk in response.aiter_bytes():
+        blob += chunk
+        if len(blob) > MOST_BYTES:
+            raise ModelError(f"it has more than {MOST_BYTES} bytes")
+    return bytes(blob)
 
 
 def _unavailable(message: str) -> RequestError:

@@ -6,7 +6,7 @@ Engines are synchronous and used from one thread at a time; whoever owns one giv
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -92,6 +92,15 @@ class TargetEngine(Protocol):
         """Where a verifier leaves its steps. An engine that can only `run` has `OneAtATime`."""
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class OwnThread(Protocol):
+    """An engine that works in a thread of its own, to which each call from another one has to change."""
+
+    def occupy(self, main: Callable[[], None]) -> Callable[[], None]:
+        """Run `main` in that thread, where calls change nothing. Returns a function that waits for its end."""
+        ...
 
 
 class Proposal(msgspec.Struct, frozen=True, array_like=True):

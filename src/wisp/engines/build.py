@@ -6,18 +6,20 @@ import contextlib
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from wisp.core.draft.policies import Policies
 from wisp.core.draft.predictor import Predictor
-from wisp.core.errors import ConfigError
+from wisp.core.errors import ConfigError, ModelError
 from wisp.engines.base import DraftEngine, TargetEngine, Tokenizer
 from wisp.engines.emulated import EmulatedTarget, Hardware, Written, hardware
 from wisp.engines.grammars import Grammars
 from wisp.engines.models import Progress, resolve
+from wisp.engines.options import USUAL, EngineOptions
 
 _GGUF = b"GGUF"
 PREDICTOR = Path(__file__).parent / "data" / "predictor.json"
@@ -37,7 +39,7 @@ def read_predictor(path: Path | None = None) -> Predictor:
     path = path or PREDICTOR
     try:
         return Predictor.from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the predictor {path}: {error}") from None
 
 
@@ -77,14 +79,18 @@ def load_target(
     progress: Progress | None = None,
     kv_tokens: int | None = None,
     written: Written | None = None,
+    options: EngineOptions | Mapping[str, Any] = USUAL,
 ) -> tuple[TargetEngine, Tokenizer]:
     """The target's engine, with the grammars of its vocabulary, and its tokenizer. Raises ConfigError or ModelError.
 
     tensor_parallel, memory: of vLLM (see its Wanted)
     kv_tokens, written: of the emulated engine, whose `name` is that of a hardware profile or a TOML file: its room for
     KV, and its text, if not what the profile says and a hash.
+    options: of llama.cpp and vLLM, also as they are written
     """
-    check_engine(engine, mode=mode, kv_tokens=kv_tokens)
+    if not isinstance(options, EngineOptions):
+        options = msgspec.convert(options, EngineOptions)
+    check_engine(engine, mode=mode, kv_tokens=kv_tokens, options=options)
     if engine == "emulated":
         profile = emulated_hardware(name, slots=slots, context=context, kv_tokens=kv_tokens)
         return _with_grammars(*_emulated(served_name(name), profile, written))
@@ -111,6 +117,10 @@ def load_target(
             threads=threads,
             memory=memory,
             offline=offline,
+            kv_type=options.kv_type,
+            quantization=options.quantization,
+            prefix_caching=options.prefix_caching,
+            runner=options.runner,
         )
         return _with_grammars(
             VllmTarget(wanted, name=served_name(name), eos=ends(path, tokenizer)), tokenizer
@@ -126,6 +136,7 @@ def load_target(
             slots=slots,
             slot_tokens=context,
             threads=threads,
+            options=options.of_llama(),
         )
         return _with_grammars(target, LlamaTokenizer.open(path))
 
@@ -135,7 +146,13 @@ def _with_grammars(target: TargetEngine, tokenizer: Tokenizer) -> tuple[TargetEn
     return target, tokenizer
 
 
-def check_engine(engine: str, *, mode: str | None = None, kv_tokens: int | None = None) -> None:
+def check_engine(
+    engine: str,
+    *,
+    mode: str | None = None,
+    kv_tokens: int | None = None,
+    options: EngineOptions = USUAL,
+) -> None:
     """Raises ConfigError where there is no such engine or mode, or an option is another engine's."""
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine!r}; choose one of: {', '.join(ENGINES)}")
@@ -149,6 +166,7 @@ def check_engine(engine: str, *, mode: str | None = None, kv_tokens: int | None 
         raise ConfigError(
             "--kv-tokens is for --engine emulated; others have room for --slots times --context"
         )
+    options.check(engine)
 
 
 def emulated_hardware(
@@ -170,7 +188,20 @@ def _emulated(name: str, profile: Hardware, written: Written | None) -> tuple[Ta
 
 
 def read_tokenizer(blob: bytes) -> Tokenizer:
-    """The tokenizer that a verifier hands over as `blob`. Raises ModelError or ConfigError."""
+    """The tokenizer that a verifier hands over as `blob`, all of it read. Raises ModelError or ConfigError."""
+    try:
+        tokenizer = _read_tokenizer(blob)
+        _ = tokenizer.fingerprint
+    except (ModelError, ConfigError):
+        raise
+    except BaseException as error:  # whatever else is in it: libraries raise bare Exceptions, and Rust panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"this tokenizer is damaged: {error!s:.200}") from None
+    return tokenizer
+
+
+def _read_tokenizer(blob: bytes) -> Tokenizer:
     from wisp.engines.plain import read_plain
 
     if blob.startswith(_GGUF):
@@ -191,12 +222,15 @@ def load_drafter(
     threads: int | None = None,
     offline: bool = False,
     progress: Progress | None = None,
+    options: EngineOptions = USUAL,
 ) -> tuple[DraftEngine | None, str]:
     """The draft engine, and its vocabulary's fingerprint ("" where it has none of its own).
 
     `slots`: sessions whose context the model holds at once; with more, it reads contexts over and over.
     `name`: a model as `resolve` takes it, "ngram", "ngram+MODEL", or "none" (then the engine is None).
     """
+    if name in ("none", "ngram"):
+        _require_usual(name, options)
     if name == "none":
         return None, ""
     if name == "ngram":
@@ -209,7 +243,7 @@ def load_drafter(
 
         rest = name.removeprefix("ngram+")
         model, fingerprint = load_drafter(
-            rest, slots=slots, threads=threads, offline=offline, progress=progress
+            rest, slots=slots, threads=threads, offline=offline, progress=progress, options=options
         )
         if model is None or not fingerprint:
             raise ConfigError(f"--draft {name}: what follows ngram+ must be a model")
@@ -222,8 +256,20 @@ def load_drafter(
         tokenizer = LlamaTokenizer.open(path)
         fingerprint = tokenizer.fingerprint
         tokenizer.close()
-        drafter = LlamaDraft(path, slots=slots, slot_tokens=2048, threads=threads, name=served_name(name))
+        drafter = LlamaDraft(
+            path,
+            slots=slots,
+            slot_tokens=2048,
+            threads=threads,
+            name=served_name(name),
+            options=options.of_llama(),
+        )
     return drafter, fingerprint
+
+
+def _require_usual(name: str, options: EngineOptions) -> None:
+    if options != USUAL:
+        raise ConfigError(f"--draft {name} has no model: leave out the options for its device and KV")
 
 
 @contextlib.contextmanager

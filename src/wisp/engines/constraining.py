@@ -12,7 +12,7 @@ from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Grammar
 from wisp.core.protocol.edits import Edit, Matcher, Matchers, Tracker
 from wisp.core.protocol.sampling import Sampling, gumbels, target_token
-from wisp.core.protocol.step import INVALID_GRAMMAR, Slice, SliceResult
+from wisp.core.protocol.step import INVALID_GRAMMAR, Slice, SliceResult, TokenLogprob, TopLogprob
 
 _SURE = 40.0  # more than noise ever adds: what an engine without logits says, if it may
 _GREEDY = Sampling()
@@ -68,7 +68,8 @@ class SlotTrackers:
 def agreeing(
     s: Slice, text: Callable[[int, int], int], seed: int, constraints: SlotTrackers, n_vocab: int
 ) -> SliceResult:
-    """The result of a slice by an engine without logits, whose tokens are what `text` says of (seed, position)."""
+    """The result of a slice by an engine without logits, whose tokens are what `text` says of (seed, position). Each is
+    certain, and so is its log probability."""
     if not s.sample:
         return SliceResult(s.session)
     first = len(s.tokens) - s.n_draft
@@ -88,7 +89,10 @@ def agreeing(
                 break
     except GrammarError as error:
         return SliceResult(s.session, error=str(error), code=INVALID_GRAMMAR)
-    return SliceResult(s.session, len(tokens) - 1, tokens)
+    logprobs: list[TokenLogprob] = []
+    if s.logprobs is not None:
+        logprobs = [TokenLogprob(t, 0.0, [TopLogprob(t, 0.0)][: s.logprobs]) for t in tokens]
+    return SliceResult(s.session, len(tokens) - 1, tokens, logprobs)
 
 
 def constrained(token: int, edit: Edit, seed: int, position: int, n_vocab: int) -> int:

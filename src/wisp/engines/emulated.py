@@ -149,7 +149,7 @@ def hardware(name: str) -> Hardware:
         raise ConfigError(f"unknown hardware profile {name!r}; choose one of {shipped}, or give a TOML file")
     try:
         profile = msgspec.toml.decode(path.read_bytes(), type=Hardware)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the hardware profile {path.name}: {error}") from None
     for field in _POSITIVE:
         if not getattr(profile, field) > 0:

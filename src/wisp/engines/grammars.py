@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
 from importlib import import_module
 from typing import Any, TypeVar
@@ -34,7 +34,9 @@ LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 30_000, "max_lexer_state
 QUICK_S = 0.25  # of a core: who compiles faster may compile anew in the engine's thread
 # So many are kept, or more where more are those of living sessions:
 KEPT = 64  # compiled grammars of a key
+KEPT_BYTES = 1 << 20  # of their sources: a compiled one takes 600 times as much, at worst
 KEYS = 64  # keys with their grammars
+MOST_HELD = 4 << 20  # bytes of the sources of all different grammars that living sessions of a key have
 # White space in JSON is what Python writes. With more freedom models may write blanks for ever, and fewer tokens are
 # certain; a schema can ask for other forms in "x-guidance".
 SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -126,14 +128,16 @@ class Grammars:
         if (known := self._kept(grammar, key)) is not None:
             known.check()
             return
+        self._check_held(grammar, key)
         compiled = self._compiled(grammar)
         with self._lock:
             kept = self._by_key.setdefault(key, OrderedDict())
             self._by_key.move_to_end(key)
             compiled = kept.setdefault(_name(grammar), compiled)  # another thread may have been faster
             compiled.asked[id(grammar)] = grammar
-            _forget(kept, KEPT, lambda c: not c.asked)
-            _forget(self._by_key, KEYS, lambda k: not any(c.asked for c in k.values()))
+            _forget(kept, lambda: len(kept) > KEPT or _size(kept) > KEPT_BYTES, lambda c: not c.asked)
+            keys = self._by_key
+            _forget(keys, lambda: len(keys) > KEYS, lambda k: not any(c.asked for c in k.values()))
 
     def ready(self, grammar: Grammar, key: str) -> bool:
         """Has it been compiled for this key? If so it stays, as after `compile`."""
@@ -159,6 +163,16 @@ class Grammars:
                 compiled.asked[id(grammar)] = grammar
                 kept.move_to_end(_name(grammar))
             return compiled
+
+    def _check_held(self, grammar: Grammar, key: str) -> None:
+        """Raises GrammarError for one too many of a key: its sessions would fill the memory."""
+        with self._lock:
+            held = [name for name, c in self._by_key.get(key, OrderedDict()).items() if c.asked]
+        if _size(held) + len(grammar.source) > MOST_HELD:
+            raise GrammarError(
+                f"the open sessions of this key have {len(held)} different grammars, and with this one they would have "
+                f"more than {MOST_HELD} bytes; try again when some have ended"
+            )
 
     def _check_named(self, source: str) -> None:
         """Raises GrammarError for tokens of text by number: llguidance loses its place among them on its way back from
@@ -337,10 +351,15 @@ def _name(grammar: Grammar) -> _Name:
     return grammar.kind, grammar.source
 
 
-def _forget(kept: OrderedDict[K, V], most: int, unused: Callable[[V], bool]) -> None:
-    """Drop the oldest of more than `most`, if they are unused, but never the newest."""
+def _size(names: Iterable[_Name]) -> int:
+    """Bytes of these sources, or nearly."""
+    return sum(len(source) for _, source in names)
+
+
+def _forget(kept: OrderedDict[K, V], full: Callable[[], bool], unused: Callable[[V], bool]) -> None:
+    """While it is full drop the oldest, if they are unused, but never the newest."""
     for name in list(kept)[:-1]:
-        if len(kept) <= most:
+        if not full():
             return
         if unused(kept[name]):
             del kept[name]

@@ -18,7 +18,7 @@ from typing import Any
 from wisp.core.errors import ConfigError, ModelError
 from wisp.engines.base import Check
 from wisp.engines.special import Special, SpecialTokens, StandIns
-from wisp.engines.tokenizing import ModelTokenizer
+from wisp.engines.tokenizing import MOST_IDS, ModelTokenizer
 
 FORMAT = "wisp-tokenizer-1"
 FILE = "tokenizer.json"
@@ -56,6 +56,8 @@ class HfTokenizer(ModelTokenizer):
             self._parsing, self._literal = Tokenizer.from_str(text), Tokenizer.from_str(text)
             self._literal.encode_special_tokens = True
             self.n_vocab = int(about["n_vocab"])
+            if not 0 < self.n_vocab <= MOST_IDS:
+                raise ValueError(f"it says that it has {self.n_vocab} tokens")
             self.eos = frozenset(int(i) for i in about["eos"])
             self.bos_token, self.eos_token = str(about["bos_token"]), str(about["eos_token"])
             self.chat_template: str | None = about["chat_template"]
@@ -84,7 +86,7 @@ class HfTokenizer(ModelTokenizer):
         """From a model's folder. Raises ModelError."""
         try:
             definition = json.loads((folder / FILE).read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelError(
                 f"{folder} has no readable {FILE} ({error}); other tokenizers are not known"
             ) from None
@@ -131,7 +133,11 @@ class HfTokenizer(ModelTokenizer):
         return len(text.encode("utf-8", "replace")) // (self._vocabulary[1] * self._shrinks)
 
     def _rendered(self, token: int) -> bytes:
-        text = None if token in self._control or token < 0 else self._parsing.id_to_token(token)
+        text = (
+            None
+            if token in self._control or not 0 <= token < self.n_vocab
+            else self._parsing.id_to_token(token)
+        )
         return b"" if text is None else self._added.get(token) or self._bytes_of(text)
 
     def blob(self) -> bytes:
@@ -183,7 +189,7 @@ def _read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}") from None
     return found if isinstance(found, dict) else {}
 

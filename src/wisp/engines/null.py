@@ -98,7 +98,7 @@ class ByteTokenizer:
 
     def piece(self, token: int) -> bytes:
         """The byte."""
-        return bytes([token]) if token < 256 else b""
+        return bytes([token]) if 0 <= token < 256 else b""
 
     def blob(self) -> bytes:
         """Nothing: no edge needs it."""

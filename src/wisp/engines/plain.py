@@ -13,9 +13,9 @@ from wisp.core.protocol.messages import vocabulary_fingerprint
 from wisp.engines.base import Check, unasked
 from wisp.engines.null import ByteTokenizer
 from wisp.engines.special import NO_STAND_INS, StandIns
+from wisp.engines.tokenizing import MOST_IDS
 
 _MAGIC = b'{"wisp.tokenizer": '
-_MOST = 1 << 22  # ids; a file that says more is none of ours
 _WORD = re.compile(rb" (0|[1-9][0-9]{0,6})|(.)", re.DOTALL)
 
 
@@ -84,8 +84,8 @@ def read_plain(blob: bytes) -> PlainTokenizer | NumberTokenizer | None:
         if about["wisp.tokenizer"] == "bytes":
             return PlainTokenizer()
         n_vocab, eos = int(about["n_vocab"]), frozenset(map(int, about["eos"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ModelError(f"this tokenizer is damaged: {error!r}") from None
-    if not 256 <= n_vocab <= _MOST:
+    if not 256 <= n_vocab <= MOST_IDS:
         raise ModelError(f"this tokenizer says that it has {n_vocab} tokens")
     return NumberTokenizer(n_vocab, eos)

@@ -10,6 +10,8 @@ from wisp.core.protocol.messages import vocabulary_fingerprint
 from wisp.engines.base import Check, unasked
 from wisp.engines.special import NO_STAND_INS, SpecialTokens, StandIns
 
+MOST_IDS = 1 << 22  # of a vocabulary; a file that says more is damaged
+
 
 class ModelTokenizer(ABC):
     """The tokenizer of a model. A subclass knows one format: it sets the fields below and fills in three methods."""

@@ -312,7 +312,7 @@ class Fleet:
         try:
             response = await self._client.get(f"{running.url}{REPORT_PATH}", headers=_us(r))
             report = msgspec.json.decode(response.content, type=Report) if response.is_success else None
-        except (httpx.HTTPError, msgspec.MsgspecError) as error:
+        except (httpx.HTTPError, msgspec.MsgspecError, ValueError, RecursionError) as error:
             log.debug("replica %s: no report: %r", r.name, error)
             report = None
         if r.running is not running:

@@ -15,6 +15,7 @@ from typing import Any
 
 from wisp.api.logs import set_up_logging
 from wisp.api.process import event_loop_factory
+from wisp.api.tracing import set_up_tracing
 from wisp.api.web_guard import is_loopback
 from wisp.core.errors import ConfigError
 from wisp.router.launch import Running, own_url
@@ -53,6 +54,7 @@ class ReplicaActor:
         self._done = threading.Event()
         self._why = "ended"
         set_up_logging(spec.log_level, form=spec.log_format, who=spec.name)
+        set_up_tracing("wisp-serve")
         threading.Thread(target=self._main, name="replica", daemon=True).start()
 
     def where(self) -> tuple[str, str, int]:

@@ -23,6 +23,7 @@ import msgspec
 from wisp.api.keys import Keyring
 from wisp.api.logs import set_up_logging
 from wisp.api.process import Listen, event_loop_factory, run_app
+from wisp.api.tracing import set_up_tracing
 from wisp.core.errors import ConfigError, WispError
 from wisp.engines.build import load_target
 from wisp.server.app import ServerApp, Settings
@@ -95,6 +96,7 @@ def main() -> None:
         return
     spec = ReplicaSpec.decode(line)
     set_up_logging(spec.log_level, form=spec.log_format, who=spec.name)
+    set_up_tracing("wisp-serve")
 
     async def serve() -> None:
         over = asyncio.Event()

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import gzip
 import logging
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ from wisp.server.thin import ThinBackend
 from wisp.server.watchdog import LoopWatch
 
 log = logging.getLogger("wisp.serve")
+
+# Python's own 5 ms is as long as a small step: the engine's thread would wait for the loop that long.
+SWITCH_S = 0.0005
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -184,6 +188,7 @@ class ServerApp:
                 event_log=s.event_log,
                 died=self._fail,
             )
+            sys.setswitchinterval(SWITCH_S)
             self._thin = ThinBackend(host)
             self._host = host
         except Exception as error:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from wisp.api.addresses import descriptors
 from wisp.core.errors import RequestError, UnavailableError
 from wisp.server.sockets import deny
 
@@ -31,7 +31,7 @@ class Crowd:
     ) -> None:
         self._endpoint = endpoint
         self._authorize = authorize
-        self._most = most or resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        self._most = most
         self._inside: set[_Socket] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,8 +41,9 @@ class Crowd:
         except RequestError:
             await self._endpoint(scope, receive, send)
             return
-        if len(self._inside) >= self._most and not self._make_room(key):
-            message = f"all {self._most} connections of this server are in use"
+        most = self._most or descriptors() // 2
+        if len(self._inside) >= most and not self._make_room(key):
+            message = f"all {most} connections of this server are in use"
             await deny(receive, send, scope, UnavailableError(message, retry_after=1.0))
             return
         socket = _Socket(key, receive)

@@ -1,6 +1,7 @@
 """The engine's own threads: steps go in, results come back to the event loop, which never blocks.
 
-One thread collects what steps gave; an engine that runs one at a time runs them there. With several in flight another
+One thread collects what steps gave; an engine that runs one at a time runs them there. An engine that has a thread of
+its own anyway (vLLM) collects in that one, so that no step changes threads twice. With several steps in flight another
 thread submits them, since the engine's host then works on one step while the device runs the one before.
 """
 
@@ -17,7 +18,7 @@ import msgspec
 
 from wisp.core.errors import EngineDeadError, StepLostError
 from wisp.core.verify.events import Run, StepDone
-from wisp.engines.base import TargetEngine
+from wisp.engines.base import OwnThread, TargetEngine
 
 log = logging.getLogger("wisp.engine")
 
@@ -43,13 +44,13 @@ class EngineThread:
         self.dead: EngineDeadError | None = None
         # With host_ms, and why the engine did not take it.
         self._in_flight: queue.SimpleQueue[tuple[Run, float, Exception | None] | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._collect, name="engine", daemon=True)]
         self._planned: queue.SimpleQueue[tuple[Run, float] | None] | None = None  # with the time of planning
+        self._waits = [_started(engine, self._collect)]  # for the ends of the threads
         if depth > 1:
             self._planned = queue.SimpleQueue()
-            self._threads.append(threading.Thread(target=self._submit, name="engine-host", daemon=True))
-        for thread in self._threads:
+            thread = threading.Thread(target=self._submit, name="engine-host", daemon=True)
             thread.start()
+            self._waits.append(thread.join)
 
     def submit(self, step: Run, planned: float) -> None:
         """Start a step, which was planned at `planned` by the loop's clock. At most `depth` are under way at a time."""
@@ -65,8 +66,8 @@ class EngineThread:
         (self._in_flight if self._planned is None else self._planned).put(None)
         if hung:
             return
-        for thread in self._threads:
-            thread.join()
+        for wait in self._waits:
+            wait()
         self.engine.close()
 
     def _submit(self) -> None:
@@ -104,3 +105,12 @@ class EngineThread:
                 self.dead = error
             took_ms = (time.perf_counter() - started) * 1e3
             return StepDone([], took_ms, error=str(error) or repr(error), step=step.step)
+
+
+def _started(engine: TargetEngine, main: Callable[[], None]) -> Callable[[], None]:
+    """Runs `main` in the engine's thread, or in a new one. Returns a function that waits for its end."""
+    if isinstance(engine, OwnThread):
+        return engine.occupy(main)
+    thread = threading.Thread(target=main, name="engine", daemon=True)
+    thread.start()
+    return thread.join

@@ -172,6 +172,6 @@ def _records(path: Path) -> Iterator[tuple[float, _Record]]:
             break
         try:
             yield decoder.decode(data[at + 4 : at + 4 + size])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not an event log of this release: {error}") from None
         at += 4 + size

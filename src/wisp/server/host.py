@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec
 
 from wisp import __version__
+from wisp.api import tracing
 from wisp.api.pages.recorder import THIN, Recorder
 from wisp.core.errors import EngineDeadError, InternalError
 from wisp.core.protocol.messages import VERSION as PROTOCOL
@@ -58,11 +59,13 @@ from wisp.server.compiling import Compiling
 from wisp.server.engine_thread import EngineThread
 from wisp.server.event_log import EventLog, LogHeader
 from wisp.server.metrics import Metrics
+from wisp.server.spans import SessionSpans
 from wisp.server.watchdog import LOOK_S, StepWatch, patience_s
 
 log = logging.getLogger("wisp.host")
 
 Sender = Callable[[Verdict | Refused], None]
+Onlooker = Callable[[float, InEvent, list[Action]], None]
 P = ParamSpec("P")
 
 
@@ -165,7 +168,9 @@ class VerifierHost:
             device=lambda connection: connection if connection in self._sockets else THIN,
             epoch=time.time() - self._loop.time(),
         )
-        self._blind = False  # the recorder has failed
+        self._onlookers: dict[str, Onlooker] = {"recorder": self.recorder}
+        if tracing.recording():
+            self._onlookers["tracing"] = SessionSpans(self.verifier)
         self._driver = VerifierLoop(
             self.verifier, self, self._log.write if self._log else None, self._look_on
         )
@@ -343,14 +348,13 @@ class VerifierHost:
     # --- events and actions
 
     def _look_on(self, now: float, event: InEvent, actions: list[Action]) -> None:
-        """For the page. It must not break what it shows."""
-        if self._blind:
-            return
-        try:
-            self.recorder(now, event, actions)
-        except Exception:
-            self._blind = True
-            log.exception("the recorder failed: the page's figures stand still from now on")
+        """For the page, and for traces. They must not break what they show."""
+        for name, look in tuple(self._onlookers.items()):
+            try:
+                look(now, event, actions)
+            except Exception:
+                del self._onlookers[name]
+                log.exception("the %s failed: what it shows stands still from now on", name)
 
     @property
     def now(self) -> float:

@@ -18,10 +18,9 @@ from prometheus_client.registry import Collector
 from wisp.api.attainment import Attainment
 from wisp.api.scrape import Registry
 from wisp.core.protocol.messages import Open, Refused, Verdict
-from wisp.core.protocol.step import Slice
 from wisp.core.verify.cost import Load, load_of
 from wisp.core.verify.events import Ended, Run, StepDone
-from wisp.core.verify.planner import SHORT
+from wisp.core.verify.planner import KINDS, kind_of
 from wisp.core.verify.session import State
 from wisp.core.verify.verifier import Verifier
 
@@ -42,7 +41,6 @@ INTERFERENCE = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 
 SLACK = (-10.0, -2.5, -1.0, -0.5, -0.25, -0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 SLICES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ROWS = (0, 1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-KINDS = ("verify", "decode", "prefill")
 STEP = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -182,7 +180,7 @@ class Metrics:
                 self.slo_lost.inc()
         counts, rows = [0, 0, 0], [0, 0, 0]
         for s in run.slices:
-            kind = _kind(s)
+            kind = kind_of(s)
             counts[kind] += 1
             rows[kind] += len(s.tokens)
         for i in range(len(KINDS)):
@@ -215,13 +213,6 @@ class Metrics:
         self.accepted.inc(sum(accepted))
         for position in range(max(accepted, default=0)):
             self.per_position.labels(str(position)).inc(sum(n > position for n in accepted))
-
-
-def _kind(s: Slice) -> int:
-    """Place in KINDS. A prompt's end with a draft behind it is part of a prompt."""
-    if not s.sample or len(s.tokens) - s.n_draft > SHORT:
-        return 2
-    return 0 if s.n_draft else 1
 
 
 class Tally(Collector):

@@ -158,7 +158,7 @@ def remembered(job: Job) -> Report:
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Report)
         return msgspec.structs.replace(found, system=job.system.name)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError):
         pass
     done = run(job)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -277,7 +277,7 @@ def recorded_arrivals(path: Path, usual: SloClass) -> Iterator[tuple[float, int,
             continue
         try:
             lines.append(decoder.decode(line))
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise ConfigError(f"the arrivals {path}, line {number}: {error}") from None
         if lines[-1].at_s < 0 or lines[-1].prompt_tokens < 1 or lines[-1].rate < 0:
             raise ConfigError(
@@ -300,7 +300,7 @@ def load_scenario(name: str) -> Scenario:
         found = msgspec.toml.decode(path.read_bytes(), type=Scenario)
     except msgspec.ValidationError as error:
         raise ConfigError(f"the scenario {name}: {_explained(str(error))}") from None
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the scenario {name}: {error}") from None
     return _located(found, name, path.parent)
 

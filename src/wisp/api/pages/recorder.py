@@ -17,7 +17,7 @@ from wisp.core.protocol.slo import Served, Slo, met
 from wisp.core.protocol.step import Slice
 from wisp.core.verify.cost import load_of
 from wisp.core.verify.events import Action, EdgeLost, Ended, InEvent, Received, Run, Send, StepDone
-from wisp.core.verify.planner import SHORT
+from wisp.core.verify.planner import kind_of
 from wisp.core.verify.session import ORPHANED, PARKED, READY, RUNNING, Session
 from wisp.core.verify.verifier import Verifier
 
@@ -209,7 +209,7 @@ class Recorder:
             session, n, start = sessions[s.session], len(s.tokens), s.start
             step.slices.append((s, self._lives.get(session.id)))
             step.alone_ms.append(alone_ms(n, n * (start + n), start, 1))
-            rows[_kind(s)] += n
+            rows[kind_of(s)] += n
             if session.targets.slo is not None and (due := session.due) < math.inf:
                 slack.append((due - now) * 1e3)
 
@@ -319,10 +319,3 @@ def waits_for(s: Session) -> str:
     if s.state is READY:
         return "slot" if s.slot is None else "step"
     return "edge"
-
-
-def _kind(s: Slice) -> int:
-    """Place in `Second.rows`. A prompt's end with a draft behind it is part of a prompt."""
-    if not s.sample or len(s.tokens) - s.n_draft > SHORT:
-        return 2
-    return 0 if s.n_draft else 1

@@ -97,7 +97,7 @@ def read_cost(path: Path) -> tuple[Coefficients, str]:
             c, model = profile.coefficients, profile.model
     except OSError as error:
         raise ConfigError(f"cannot read the cost profile {path}: {error.strerror or error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} is no cost profile, as `wisp profile --target` writes it: {error}"
         ) from None

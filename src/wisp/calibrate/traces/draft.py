@@ -78,7 +78,7 @@ class DraftRecorder:
             rows=ROWS,
             threads=threads,
             unified=True,
-            flash=False,
+            flash="auto",
             offload=True,
         )
 

@@ -44,7 +44,7 @@ def _read(path: Path) -> Iterable[Prompt]:
         if line.strip():
             try:
                 yield msgspec.json.decode(line, type=Prompt)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, ValueError, RecursionError) as error:
                 raise ConfigError(f"{path}, line {number}: {error}") from None
 
 

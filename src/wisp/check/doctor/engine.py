@@ -5,10 +5,12 @@ structs, may end the process.
 from __future__ import annotations
 
 import json
+import platform
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from wisp.check.doctor.check import REINSTALL, Check
 from wisp.core.errors import WispError
@@ -132,4 +134,32 @@ def exact_mode() -> Check:
     return Check("exact mode", "fail", finding, remedy)
 
 
-ENGINE: dict[str, Callable[[], Check]] = {"llama.cpp": library, "C API": build, "exact mode": exact_mode}
+def accelerator() -> Check:
+    """What the installed llama.cpp can use, and what this machine seems to have besides."""
+    from wisp.engines.llama.devices import MORE_WHEELS, accelerators, named
+
+    usable = [device for device in accelerators() if device.holds_layers]
+    seen = graphics()
+    if usable:
+        finding = f"llama.cpp can use {named(usable)}, in drafters and in verifiers with --mode fast"
+        return Check("accelerator", "ok", finding)
+    if seen:
+        finding = f"this machine has {seen}, and the installed llama.cpp can use none"
+        return Check("accelerator", "warn", finding, f"To use it, {MORE_WHEELS}.")
+    return Check("accelerator", "ok", "none here; llama.cpp computes on the CPU")
+
+
+def graphics() -> str:
+    """The graphics that the operating system shows, in words, or ""."""
+    if sys.platform == "darwin":
+        return "Apple's GPU" if platform.machine() == "arm64" else ""
+    places = {"an NVIDIA GPU": "/dev/nvidia0", "an AMD GPU": "/dev/kfd", "a GPU": "/dev/dri/renderD128"}
+    return next((name for name, path in places.items() if Path(path).exists()), "")
+
+
+ENGINE: dict[str, Callable[[], Check]] = {
+    "llama.cpp": library,
+    "C API": build,
+    "exact mode": exact_mode,
+    "accelerator": accelerator,
+}

@@ -209,6 +209,8 @@ class World:
 
     def ask(self, pick: int, number: int, former: list[int] | None = None) -> None:
         """A user asks: of an edge, or as a thin client of a server."""
+        if self.calm:
+            return
         self._asked += 1
         name = f"ask {self._asked}"
         edges = self.alive(EdgeProcess)
@@ -381,10 +383,11 @@ class World:
         return not any(w.verifier.sessions for w in self.watches())
 
     def _empty(self) -> bool:
-        """Do servers know of nobody any more?"""
-        return not any(w.verifier.sessions or w.host._senders for w in self.watches()) and not any(
-            r.host._sockets() for r in self.alive(RouterProcess)
+        """Do servers know of nobody any more? Whoever has yet to say hello is waited for, too."""
+        served = any(
+            w.verifier.sessions or w.host._senders or w.process.crowd._inside for w in self.watches()
         )
+        return not served and not any(r.crowd._inside for r in self.alive(RouterProcess))
 
 
 def _settle(future: asyncio.Future[str], how: str) -> None:

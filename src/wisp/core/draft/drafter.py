@@ -34,12 +34,18 @@ from wisp.core.protocol.step import INVALID_GRAMMAR, Committed
 REOPEN = frozenset({"unknown_session", "unknown_base", "out_of_turn", "engine_error", "stale_epoch"})
 BUSY = {"overloaded": 429, "rate_limit_exceeded": 429, "shutting_down": 503}  # and the HTTP status for each
 MAX_REOPENINGS = 5  # in a row without a new token
+LONGEST_WAIT_S = 60.0  # before a session is opened again, whatever the verifier says
 
 
 def busy_error(code: str, message: str, retry_after: float) -> RequestError:
     """The client's error for a temporary refusal; `code` is one of BUSY."""
     kind = "rate_limit_error" if code == "rate_limit_exceeded" else "server_error"
-    return RequestError(BUSY[code], message, code=code, type=kind, retry_after=max(retry_after, 1.0))
+    return RequestError(BUSY[code], message, code=code, type=kind, retry_after=max(1.0, _wait_s(retry_after)))
+
+
+def _wait_s(retry_after: float) -> float:
+    """A wait that a verifier asks for, if it can be waited for: it may be any number, or none."""
+    return min(max(0.0, retry_after), LONGEST_WAIT_S)
 
 
 def model_changed() -> RequestError:
@@ -70,7 +76,7 @@ Action = Open | Draft | Committed | Reopen
 
 
 class Task(msgspec.Struct, frozen=True):
-    """A text to generate. Prompt and `max_tokens` together fit the context. `salt`: see `messages.Open`.
+    """A text to generate. Prompt and `max_tokens` together fit the context. `salt`, `trace`: see `messages.Open`.
 
     digest: of the model for which the prompt was encoded; "" for that of the first verifier.
     """
@@ -83,6 +89,7 @@ class Task(msgspec.Struct, frozen=True):
     slo: Slo | None = None
     salt: str = ""
     digest: str = ""
+    trace: str = ""
 
 
 class Opening:
@@ -203,6 +210,7 @@ class Drafter:
             salt=task.salt,
             digest=digest,
             device=self._device(),
+            trace=task.trace,
         )
         return [open_]
 
@@ -263,7 +271,7 @@ class Drafter:
         drafted = accepted = 0
         if flight is not None and new:  # otherwise it was stale, and nothing was verified
             drafted = max(0, flight.drafted - before)
-            accepted = max(0, verdict.accepted - before)
+            accepted = min(max(0, verdict.accepted - before), drafted)
         logprobs = verdict.logprobs[-len(new) :] if new and verdict.logprobs else []
         fresh = Committed(
             new, logprobs, drafted, accepted, min(len(new), accepted), verdict.finish, None, verdict.cached
@@ -309,11 +317,11 @@ class Drafter:
         if refused.code in REOPEN and opening.reopened < MAX_REOPENINGS:
             opening.reopened += 1
             self.lost()
-            return [Reopen(refused.retry_after)]
+            return [Reopen(_wait_s(refused.retry_after))]
         busy = refused.code in BUSY
         if busy and self.committed:  # this session was admitted before, by a verifier that has gone: insist
             self.lost()
-            return [Reopen(max(refused.retry_after, 0.1))]
+            return [Reopen(max(0.1, _wait_s(refused.retry_after)))]
         self.phase = DONE
         if busy:
             raise busy_error(refused.code, refused.message, refused.retry_after)
@@ -422,10 +430,12 @@ class Drafter:
 
     def _new_tokens(self, verdict: Verdict) -> list[int]:
         base, tokens, n = verdict.base, verdict.tokens, len(self.committed)
+        if base + len(tokens) > self.task.max_tokens:
+            raise ProtocolError("conflict", "the verifier writes more than it was asked for")
         if base == n:
             return tokens
         known = self.committed[base:]
         overlap = min(len(known), len(tokens))
-        if base > n or known[:overlap] != tokens[:overlap]:
+        if not 0 <= base <= n or known[:overlap] != tokens[:overlap]:
             raise ProtocolError("conflict", "the verifier contradicts what it committed before")
         return tokens[overlap:]

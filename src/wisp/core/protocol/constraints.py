@@ -1,6 +1,6 @@
 """Constraints on the target's choice: what a request asks for besides temperature and its like.
 
-Order, at each position, on the raw logits in float64:
+Order, at each position, on the raw logits, each in float64 and rounded to float32:
 
 1. the grammar's mask, `allowed`, `banned`: an id outside of any of them cannot be chosen
 2. `logit_bias` is added

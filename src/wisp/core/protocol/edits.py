@@ -22,6 +22,7 @@ from wisp.core.protocol.sampling import FloatArray, Sampling
 
 Ids = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
+Scores = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.uint32]  # bit i % 32 of word i // 32: may id i be chosen? Ids beyond may not
 
 
@@ -72,6 +73,15 @@ class Edit(NamedTuple):
                 keep = left
         return keep
 
+    def packed(self, size: int) -> Bits | None:
+        """`keeps` as bits, zeros beyond `size`; None if nothing is restricted."""
+        if self.mask is None and self.allowed is None and self.banned is None and self.early is None:
+            return None
+        bits = np.zeros((size + 31) // 32, np.uint32)
+        some = np.packbits(self.keeps(size), bitorder="little")
+        bits.view(np.uint8)[: some.size] = some
+        return bits
+
     def _restrictions(self, size: int) -> Iterator[npt.NDArray[np.bool_]]:
         if self.mask is not None:
             bits = np.unpackbits(
@@ -105,9 +115,12 @@ class Edit(NamedTuple):
             return False
         return not any(ids is not None and token in ids for ids in (self.banned, self.early))
 
-    def apply(self, logits: FloatArray) -> Values:
-        """The scores [vocabulary] that the target's choice is made by, in float64. `logits` stay as they are."""
-        scores = logits.astype(np.float64)
+    def apply(self, logits: FloatArray) -> Scores:
+        """The scores [vocabulary] that the target's choice is made by. `logits` stay as they are.
+
+        Each operation is in float64, its result rounded to float32.
+        """
+        scores = logits.astype(np.float32)
         size = scores.size
         scores[~self.keeps(size)] = -np.inf
         if self.biased is not None and self.biases is not None:
@@ -115,7 +128,7 @@ class Edit(NamedTuple):
             scores[self.biased[known]] += self.biases[known]
         if self.repeated is not None:
             ids = self.repeated[self.repeated < size]
-            some = scores[ids]
+            some = scores[ids].astype(np.float64)
             scores[ids] = np.where(some > 0.0, some / self.factor, some * self.factor)
         if self.counted is not None and self.penalties is not None:
             known = self.counted < size

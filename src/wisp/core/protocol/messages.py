@@ -16,6 +16,7 @@ sends nothing else.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -33,12 +34,15 @@ DIGESTS_SINCE = "0.2.0"  # the first release whose peers send digests
 # Bytes of the longest frame that an edge takes: enough for a million tokens, too little to exhaust its memory.
 MAX_FRAME = 4 << 20
 TOKEN_BYTES = 5  # of the longest token id
+MOST_IDS = 1 << 31  # of a vocabulary or a context: no peer has more
 FRAME_EXTRA = 1 << 18  # bytes of an Open besides prompt and committed tokens, amply
+SAID = 300  # characters of a peer's words that an error repeats
 
 # Names chosen by edges are kept in memory, so they are short: printable ASCII without blanks.
 SessionId = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{8,64}\Z")]
 Salt = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{0,64}\Z")]
 Address = Annotated[str, msgspec.Meta(max_length=264)]  # HOST:PORT
+Trace = Annotated[str, msgspec.Meta(max_length=55)]  # a `traceparent`
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
@@ -82,6 +86,7 @@ class Open(Message, frozen=True, tag="open"):
     salt:         one for each customer of the edge; prefixes are shared only within one API key and salt
     digest:       that of the Welcome with which the session began; no other model may continue it
     device:       what the edge knows of itself; None: nothing yet
+    trace:        the `traceparent` of the request (W3C Trace Context); "": none. Nothing is decided by it
     """
 
     session: SessionId
@@ -100,6 +105,7 @@ class Open(Message, frozen=True, tag="open"):
     salt: Salt = ""
     digest: str = ""
     device: Device | None = None
+    trace: Trace = ""
 
 
 class Draft(Message, frozen=True, tag="draft"):
@@ -213,7 +219,9 @@ def decode_edge_message(frame: bytes) -> EdgeMessage:
     try:
         return _edge_decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError("malformed", f"not a {SUBPROTOCOL} message from an edge: {error}") from None
+        raise ProtocolError(
+            "malformed", f"not a {SUBPROTOCOL} message from an edge: {_said(error)}"
+        ) from None
 
 
 def decode_server_message(frame: bytes) -> ServerMessage:
@@ -221,7 +229,15 @@ def decode_server_message(frame: bytes) -> ServerMessage:
     try:
         return _server_decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError("malformed", f"not a {SUBPROTOCOL} message from a verifier: {error}") from None
+        message = f"not a {SUBPROTOCOL} message from a verifier: {_said(error)}"
+        raise ProtocolError("malformed", message) from None
+
+
+def _said(error: Exception) -> str:
+    """What a decoder says. It repeats the peer's words, and goes into logs: so in part, and as one printable line."""
+    text = str(error)
+    text = text if len(text) <= SAID else f"{text[:SAID]}..."
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def frame_limit(context: int) -> int:
@@ -243,12 +259,29 @@ def check_hello(hello: Hello, fingerprint: str, model: str) -> None:
 
 
 def check_welcome(welcome: Welcome) -> None:
-    """Check that the verifier sent a digest. Raises ProtocolError."""
+    """Check that the verifier sent a digest, and limits that can be. Raises ProtocolError."""
     if not welcome.digest:
         message = (
             f"the verifier of {welcome.model} does not say which weights it runs, so no answer can be resumed"
         )
         raise ProtocolError("version_mismatch", f"{message}; install WISP {DIGESTS_SINCE} or later there")
+    w = welcome
+    fits = 1 <= w.n_vocab <= MOST_IDS and all(0 <= end < w.n_vocab for end in w.eos)
+    counts = 1 <= w.context <= MOST_IDS and 0 <= w.max_draft <= MOST_IDS and w.max_frame >= 1
+    if not (fits and counts and 0.0 <= w.park_s < math.inf and w.model.isprintable()):
+        raise ProtocolError("malformed", "the verifier's welcome has limits that no verifier has")
+
+
+def check_verdict(verdict: Verdict, n_vocab: int) -> None:
+    """Check what an edge computes with, for a vocabulary of `n_vocab` ids. Raises ProtocolError("malformed")."""
+    v = verdict
+    counts = v.base >= 0 and 0 <= v.accepted <= len(v.tokens) and v.cached >= 0
+    times = 0.0 <= v.queue_ms < math.inf and 0.0 <= v.engine_ms < math.inf and 0.0 <= v.price < math.inf
+    if not (counts and times and (not v.tokens or 0 <= min(v.tokens) <= max(v.tokens) < n_vocab)):
+        message = (
+            "the verifier sent a verdict with ids outside its vocabulary, or counts or times that cannot be"
+        )
+        raise ProtocolError("malformed", message)
 
 
 def check_digest(open_: Open, digest: str) -> None:

@@ -13,7 +13,11 @@ adds the *same* noise to its own logits agrees with the target nearly as often a
 
 Order of operations, everywhere: constraints on the raw logits (`constraints`; ids that end the text, before
 `min_tokens`); logits / T; top-k; top-p (the smallest set that reaches p, after renormalisation); min-p (relative to the
-largest); noise. Ties go to the lower id. float64.
+largest); noise. Ties go to the lower id. Logits are float32, scores with noise float64.
+
+Top-p and min-p compare whole numbers, so that no order of a sum and no library's exponential decides an edge: an id's
+`distances` below the largest logit, in 2^-24 of an octave, and the `weights` made of them, of which the largest is
+2^40. Both are the same bits on every device.
 
 The hash is SplitMix64's output function (Steele et al. 2014; constants by Stafford, "Mix13"). Its top 32 bits k
 become the uniform (k + 1/2) / 2^32, so |g| is bounded and an id whose logit/T is more than 26.0 below the
@@ -22,6 +26,7 @@ maximum can never win: that bound, and a tighter one once a good candidate is kn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING
@@ -35,7 +40,7 @@ from wisp.core.protocol.constraints import Constraints
 if TYPE_CHECKING:
     from wisp.core.protocol.edits import Edit
 
-RULE = 1  # increase it if the same logits, parameters and seed may give another token than before
+RULE = 2  # increase it if the same logits, parameters and seed may give another token than before
 
 FloatArray = npt.NDArray[np.floating]
 
@@ -45,6 +50,15 @@ _GUMBEL_MAX = 22.88  # -log(-log(u)) at the largest uniform, 1 - 2^-33, rounded 
 # Below this temperature sampling is greedy: noise would only settle ties, and logits / T may overflow.
 COLDEST = 1e-5
 _NEAR = 10.0  # ids this close to the maximum are looked at first; any value is exact, this one is fast
+_BLOCK = 16384  # ids whose weights are computed at a time, within the processor's cache
+_GROUP = 128  # ids whose largest logit bounds what can be among the largest of all
+
+OCTAVE = 1 << 24  # distances from the largest logit are counted in parts of a factor of two
+FAR = 41 * OCTAVE  # and end here, where weights are 0
+_NEAR_OCTAVES = int(_NEAR / math.log(2.0) * OCTAVE)
+PEAK_BITS = 40  # the weight of the largest logit is 2^PEAK_BITS: sums of 2^22 ids fit 63 bits
+# 2^-f for f in [0, 1) as a polynomial of alternating signs, in 2^-30; off by 9e-8 of its value at most.
+WEIGHT = (1073741824, 744257403, 257891465, 59375086, 9884650, 1014582)
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -136,84 +150,140 @@ def gumbels(seed: int, position: int, ids: npt.NDArray[np.integer]) -> npt.NDArr
     return noise
 
 
+def keys(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
+    """What is hashed with each id, one key for each pair of seed (modulo 2^64) and position."""
+    places = (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    return _mix_array(_mix_array(seeds + np.uint64(_GOLDEN)) + places)
+
+
+def scale(temperature: float) -> float:
+    """Distance per logit, a float32."""
+    return float(np.float32(OCTAVE / (temperature * math.log(2.0))))
+
+
+def reach(min_p: float) -> int:
+    """The largest distance that min-p leaves."""
+    return min(FAR, math.floor(-OCTAVE * math.log2(min_p))) if min_p > 0.0 else FAR
+
+
+def distances(logits: npt.NDArray[np.float32], peak: np.float32, temperature: float) -> npt.NDArray[np.int32]:
+    """How far each of `logits` is below `peak` at this temperature: whole numbers from 0 to FAR, OCTAVE of which halve
+    the probability. One subtraction and one product in float32, rounded down: the same bits everywhere."""
+    with np.errstate(over="ignore"):
+        below = peak - logits
+        below *= np.float32(scale(temperature))
+    np.minimum(below, np.float32(FAR), out=below)
+    return below.astype(np.int32)
+
+
+def weights(distances: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """2^PEAK_BITS at distance 0, half of it an octave further, rounded down; 0 at FAR. Whole numbers all the way."""
+    weight = np.empty(distances.size, np.int64)
+    for first in range(0, distances.size, _BLOCK):
+        away = distances[first : first + _BLOCK].astype(np.int64)
+        part = away & (OCTAVE - 1)
+        power = np.full_like(part, WEIGHT[-1])
+        for term in WEIGHT[-2::-1]:
+            power *= part
+            power >>= 24
+            np.subtract(term, power, out=power)
+        power <<= PEAK_BITS - 30
+        power >>= away >> 24
+        weight[first : first + _BLOCK] = power
+    return weight
+
+
 def target_token(logits: FloatArray, sampling: Sampling, position: int, edit: Edit | None = None) -> int:
-    """The token that the model with these `logits` (shape [vocabulary]) says at generated `position`.
+    """The token that the model with these `logits` (shape [vocabulary], taken as float32) says at generated `position`.
 
     edit: of the constraints, where there are any (`edits.Tracker`)
     """
+    single = logits.astype(np.float32, copy=False)
     if edit is not None:
-        logits = edit.apply(logits)
+        single = edit.apply(single)
     elif barred := sampling.barred(position):
-        logits = logits.copy()
-        logits[[token for token in barred if token < logits.size]] = -np.inf  # a drafter may have fewer ids
+        single = single.copy()
+        single[[token for token in barred if token < single.size]] = -np.inf  # a drafter may have fewer ids
     if sampling.greedy:
-        return int(np.argmax(logits))
-    scores = logits.astype(np.float64) / sampling.temperature
-    ids = _kept(scores, sampling)
+        return int(np.argmax(single))
+    ids = _kept(single, sampling)
     if ids is None:
-        return _gumbel_max(scores, sampling.seed, position)
-    return int(ids[np.argmax(scores[ids] + gumbels(sampling.seed, position, ids))])
+        return _gumbel_max(single, sampling, position)
+    scores = single[ids] / np.float64(sampling.temperature)
+    return int(ids[np.argmax(scores + gumbels(sampling.seed, position, ids))])
 
 
-def _gumbel_max(scores: npt.NDArray[np.float64], seed: int, position: int) -> int:
-    """Arg max of scores + noise over a whole vocabulary, without computing the noise of most ids.
+def _gumbel_max(logits: npt.NDArray[np.float32], s: Sampling, position: int) -> int:
+    """Arg max of logits / T + noise over a whole vocabulary, without computing the noise of most ids.
 
     Ids near the top give a value to beat. Another id beats it only with a uniform very close to 1. Hashing, which is
     cheap, rules out nearly all of them; only the rest need logarithms.
     """
-    top = float(scores.max())
-    near = np.flatnonzero(scores >= top - _NEAR)
-    values = scores[near] + gumbels(seed, position, near)
+    floor = np.float32(float(logits.max()) - _NEAR * s.temperature)
+    near = np.flatnonzero(logits >= floor)
+    values = logits[near] / np.float64(s.temperature) + gumbels(s.seed, position, near)
     best = int(np.argmax(values))
     token, value = int(near[best]), float(values[best])
-    gap = value - (top - _NEAR)  # an id below needs at least this much noise
+    gap = value - float(floor) / s.temperature  # an id below needs at least this much noise
     if gap < _GUMBEL_MAX:
-        far = np.flatnonzero((scores < top - _NEAR) & (scores > value - _GUMBEL_MAX))
-        u = uniforms(seed, position, far)
+        least = np.nextafter(np.float32((value - _GUMBEL_MAX) * s.temperature), np.float32(-np.inf))
+        far = np.flatnonzero((logits < floor) & (logits > least))
+        u = uniforms(s.seed, position, far)
         far = far[u >= np.exp(-np.exp(-gap)) * (1.0 - 1e-12)]
         if far.size:
-            values = scores[far] + gumbels(seed, position, far)
+            values = logits[far] / np.float64(s.temperature) + gumbels(s.seed, position, far)
             best = int(np.argmax(values))
             if (values[best], -far[best]) > (value, -token):
                 token = int(far[best])
     return token
 
 
-def _kept(scores: npt.NDArray[np.float64], s: Sampling) -> npt.NDArray[np.intp] | None:
+def _kept(logits: npt.NDArray[np.float32], s: Sampling) -> npt.NDArray[np.intp] | None:
     """Ids that top-k, top-p and min-p leave, ascending; None if all three are off."""
-    if not (0 < s.top_k < scores.size or s.top_p < 1.0 or s.min_p > 0.0):
+    few = 0 < s.top_k < logits.size
+    if not (few or s.top_p < 1.0 or s.min_p > 0.0):
         return None
-    top = float(scores.max())
-    ids = np.arange(scores.size)
-    if 0 < s.top_k < scores.size:
-        ids = _largest(scores, s.top_k)
-    if s.top_p < 1.0:
-        ids = _nucleus(scores, ids, s.top_p)
+    peak = logits.max()
+    ids = _largest(logits, s.top_k) if few else np.arange(logits.size)
+    away = distances(logits[ids] if few else logits, peak, s.temperature)
     if s.min_p > 0.0:
-        ids = ids[scores[ids] >= top + np.log(s.min_p)]
-    return np.sort(ids)
+        kept = away <= reach(s.min_p)
+        # The likelier ones are all kept, so top-p over the others as well gives the same.
+        ids = ids[kept] if s.top_p == 1.0 else ids[kept & _nucleus(logits[ids], away, s.top_p)]
+    elif s.top_p < 1.0:
+        ids = ids[_nucleus(logits[ids], away, s.top_p)]
+    return ids
 
 
-def _largest(scores: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.intp]:
-    """The k ids of largest score, ties by lower id, in ascending order of id."""
-    kth = np.partition(scores, scores.size - k)[scores.size - k]
-    above = np.flatnonzero(scores > kth)
-    ties = np.flatnonzero(scores == kth)[: k - above.size]
+def _largest(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.intp]:
+    """The k ids of largest logits, ties by lower id, in ascending order of id."""
+    near = np.arange(logits.size)
+    whole = logits.size // _GROUP
+    if 0 < k <= whole:  # so many groups have a member above the k-th largest of the groups' maxima
+        tops = logits[: whole * _GROUP].reshape(whole, _GROUP).max(axis=1)
+        near = np.flatnonzero(logits >= np.partition(tops, whole - k)[whole - k])
+    some = logits[near]
+    kth = np.partition(some, some.size - k)[some.size - k]
+    above = near[some > kth]
+    ties = near[some == kth][: k - above.size]
     return np.sort(np.concatenate([above, ties]))
 
 
-def _nucleus(scores: npt.NDArray[np.float64], ids: npt.NDArray[np.intp], p: float) -> npt.NDArray[np.intp]:
-    """The smallest set of the largest of `ids` whose renormalised probability reaches p."""
-    kept = scores[ids]
-    weights = np.exp(kept - kept.max())
-    goal = p * float(weights.sum())
-    for floor in (np.exp(-_NEAR), 0.0):  # the head nearly always reaches p; only otherwise is the tail sorted
-        head = np.flatnonzero(weights >= floor)
-        order = head[np.lexsort((ids[head], -kept[head]))]
-        reached = np.cumsum(weights[order]) >= goal
-        if reached.any():
-            return ids[order[: int(np.argmax(reached)) + 1]]
-    return ids  # p is so close to 1 that the rounded sum stays below it
+def _nucleus(logits: npt.NDArray[np.float32], away: npt.NDArray[np.int32], p: float) -> npt.NDArray[np.bool_]:
+    """For each of `logits`, in order of their ids: is it in the smallest set of the largest whose weight reaches p of
+    all? That is, do those before it not reach p yet?"""
+    weight = weights(away)
+    goal = p * float(weight.sum())
+    kept = np.zeros(logits.size, np.bool_)
+    for most in (_NEAR_OCTAVES, FAR):  # the head nearly always reaches p; only otherwise is the tail sorted
+        head = np.flatnonzero(away <= most)
+        order = head[np.argsort(-logits[head], kind="stable")]
+        reached = np.cumsum(weight[order])
+        n = int(np.searchsorted(reached.astype(np.float64), goal)) + 1
+        if n <= order.size:
+            break
+    kept[order[:n]] = True
+    return kept
 
 
 def verify(
@@ -239,13 +309,16 @@ def verify(
 
 
 def log_probability(logits: FloatArray, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
-    """log p(token) and the `top` likeliest (id, log p), of the plain softmax at T = 1. Ties by lower id."""
-    scores = logits.astype(np.float64)
-    peak = scores.max()
-    log_z = peak + np.log(np.exp(scores - peak).sum())
+    """log p(token) and the `top` likeliest (id, log p), of the plain softmax at T = 1. Ties by lower id.
+
+    Exponentials are float32, so that a large vocabulary takes little time: right to 1e-6.
+    """
+    single = logits.astype(np.float32, copy=False)
+    peak = single.max()
+    log_z = float(peak) + math.log(np.exp(single - peak).sum(dtype=np.float64))
     best: list[tuple[int, float]] = []
     if top > 0:
-        ids = _largest(scores, min(top, scores.size))
-        order = ids[np.lexsort((ids, -scores[ids]))]
-        best = [(int(i), float(scores[i] - log_z)) for i in order]
-    return float(scores[token] - log_z), best
+        ids = _largest(single, min(top, single.size))
+        order = ids[np.argsort(-single[ids], kind="stable")]
+        best = [(int(i), float(single[i]) - log_z) for i in order]
+    return float(single[token]) - log_z, best

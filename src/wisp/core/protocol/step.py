@@ -21,14 +21,14 @@ INVALID_GRAMMAR = "invalid_grammar"
 NO_TOKEN = "the model computed a NaN or an infinity, from which no token can be chosen"  # and NOT_FINITE
 
 
-class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One alternative at a position. `logprob`: natural log, of the target before noise and truncation."""
 
     token: int
     logprob: float
 
 
-class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The chosen token's log probability, and the `top` alternatives asked for (most likely first)."""
 
     token: int

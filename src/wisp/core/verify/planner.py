@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from wisp.core.protocol.step import Copy, Slice
 from wisp.core.verify.admission import Admission
+from wisp.core.verify.answers import Answers
 from wisp.core.verify.batching import BatchingPolicy, Candidate, Grant, Kind, StepLimits
 from wisp.core.verify.cost import CostModel, Load, load_of
 from wisp.core.verify.events import Limits, Run
@@ -26,6 +27,14 @@ from wisp.core.verify.session import DRAFT, PARKED, PICKED, READY, WAITING, Sess
 PREFILL, VERIFY, DECODE = Kind
 PATIENCE_S = 1.0  # a session without SLO queues for a slot as if it were due this long after it became ready
 SHORT = 8  # tokens; a session with at most this many to compute counts as decoding and is not cut into chunks
+KINDS = ("verify", "decode", "prefill")  # of slices, for those who look on
+
+
+def kind_of(s: Slice) -> int:
+    """Place in KINDS. A prompt's end with a draft behind it is part of a prompt."""
+    if not s.sample or len(s.tokens) - s.n_draft > SHORT:
+        return 2
+    return 0 if s.n_draft else 1
 
 
 class SessionIndex:
@@ -76,6 +85,7 @@ class Planner:
         cost: CostModel,
         index: SessionIndex,
         in_flight: InFlight,
+        answers: Answers,
     ) -> None:
         self.limits = limits
         self.policy = policy
@@ -83,6 +93,7 @@ class Planner:
         self.cost = cost
         self.index = index
         self.in_flight = in_flight
+        self.answers = answers
         self.kv = KvPool(limits.slots, limits.slot_tokens, limits.kv_tokens)
         self.load = Load()  # of the last step
         self.evicted = 0  # times that a session lost its KV to another
@@ -103,7 +114,12 @@ class Planner:
                 candidates = self._candidates()
                 free_kv = self._free_kv(now, candidates)
         limits = StepLimits(
-            self.limits.step_tokens, self.limits.slots, self.admission.shares, self.cost, free_kv
+            self.limits.step_tokens,
+            self.limits.slots,
+            self.admission.shares,
+            self.cost,
+            free_kv,
+            self.answers.tokens,
         )
         plan = self.policy.plan(now, candidates, limits)
         for handle in plan.lost:

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from wisp.core.verify.admission import Refusal
+from wisp.core.verify.answers import Answers
 from wisp.core.verify.cost import CostModel, Load
 from wisp.core.verify.events import Limits
 from wisp.core.verify.session import PARKED, RELAXED, WAITING, Session
@@ -138,15 +139,13 @@ class Demand:
 class SloAdmission:
     """Decides who is admitted, and learns from the answers.
 
-    answer_tokens, answer_s: length and duration of an answer, smoothed
     filled:                  share of the cost model's capacity that is promised: less after each answer that missed its
                              SLO, a little more after each that met it
     refused_each:            sessions refused per ended session, smoothed
     """
 
-    def __init__(self) -> None:
-        self.answer_tokens = 200.0
-        self.answer_s = 10.0
+    def __init__(self, answers: Answers) -> None:
+        self.answers = answers
         self.filled = FILLED
         self.refused_each = 0.0
         self._refused = 0  # since the last session ended
@@ -154,12 +153,10 @@ class SloAdmission:
         self._demand: Demand | None = None  # of the present sessions
         self._looked_at = -math.inf
 
-    def ended(self, tokens: int, seconds: float, in_time: bool) -> None:
+    def ended(self, in_time: bool) -> None:
         """An answer is complete."""
         self.filled += (IN_TIME if in_time else LATE) + BACK * (FILLED - self.filled)
         self.filled = min(max(self.filled, LEAST_FILLED), MOST_FILLED)
-        self.answer_tokens += 0.05 * (tokens - self.answer_tokens)
-        self.answer_s += 0.05 * (seconds - self.answer_s)
 
     def entered(self, s: Session) -> None:
         """A session has begun."""
@@ -186,7 +183,7 @@ class SloAdmission:
         """Raises Refusal if `newcomer`, which has an SLO, would miss it or make others miss theirs."""
         if self._demand is None or now - self._looked_at > FRESH_S:
             present = (s for s in sessions if s.state not in AWAY or s.since > now - SILENT_S)
-            self._demand, self._looked_at = Demand(present, self.answer_tokens), now
+            self._demand, self._looked_at = Demand(present, self.answers.tokens), now
         self._demand.add(newcomer)
         try:
             problem = self._problem(self._demand, newcomer, cost, limits, preempts)
@@ -211,10 +208,10 @@ class SloAdmission:
         offered = rows_in(cost, longest_ms) / longest_ms * 1e3  # per second
         slo, tpot_s = newcomer.targets.slo, newcomer.targets.tpot_s
         ttft_s = slo.ttft_ms / 1e3 if slo else 0.0
-        waiting = ttft_s / (self.answer_tokens * tpot_s) if tpot_s else 0.0
+        waiting = ttft_s / (self.answers.tokens * tpot_s) if tpot_s else 0.0
         # Sessions beyond KV or slots are preempted in turn, and their KV is computed again.
         preempted = max(without, demand.without_slot(limits) if preempts else 0.0)
-        again = preempted / (PREEMPTED_FOR * max(self.answer_s, 1.0))
+        again = preempted / (PREEMPTED_FOR * max(self.answers.seconds, 1.0))
         # A session waiting for its first token needs no rows yet: this many more can be here at a time.
         if demand.rows + again > self.filled * (1.0 + waiting) * offered and len(bearable_s) > 1:
             return "this verifier could not keep the pace asked for"
@@ -227,7 +224,7 @@ class SloAdmission:
         """Retry-After grows with the refusals per ended session, and is spread so that not all come back at once."""
         self._refused += 1
         self._refusals += 1
-        wait_s = min(max(1.0, self.answer_s / 2.0 * max(1.0, self.refused_each)), LONGEST_S)
+        wait_s = min(max(1.0, self.answers.seconds / 2.0 * max(1.0, self.refused_each)), LONGEST_S)
         return Refusal("overloaded", message, wait_s * (1.0 + self._refusals * GOLDEN % 1.0 / 2.0))
 
 

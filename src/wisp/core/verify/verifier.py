@@ -20,6 +20,7 @@ from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict, c
 from wisp.core.protocol.slo import LONGEST_MS
 from wisp.core.protocol.step import ENGINE_ERROR, Slice, SliceResult
 from wisp.core.verify.admission import Admission, Refusal
+from wisp.core.verify.answers import Answers
 from wisp.core.verify.batching import BatchingPolicy
 from wisp.core.verify.cost import CostModel
 from wisp.core.verify.events import (
@@ -69,11 +70,12 @@ class Verifier:
         self.policy = policy
         self.admission = admission
         self.cost = cost or CostModel()
-        self.slo_admission = SloAdmission()
+        self.answers = Answers()
+        self.slo_admission = SloAdmission(self.answers)
         self.index = SessionIndex()
         self.sessions = self.index.sessions
         self.in_flight = InFlight(limits.depth, wants_drafting=policy.wants_drafting)
-        self.planner = Planner(limits, policy, admission, self.cost, self.index, self.in_flight)
+        self.planner = Planner(limits, policy, admission, self.cost, self.index, self.in_flight, self.answers)
         self.kv = self.planner.kv
         self._by_id: dict[str, Session] = {}
         self._by_connection: dict[int, set[int]] = {}
@@ -431,7 +433,8 @@ class Verifier:
         self._settle(now, s, cached=min(fed, len(s.progress.chain)), more=more)
         if finish:
             committed, targets = s.n_committed, s.targets
-            self.slo_admission.ended(committed, now - targets.opened, targets.in_time(now, committed))
+            self.answers.ended(committed, now - targets.opened)
+            self.slo_admission.ended(targets.in_time(now, committed))
             if s.flight.slices:
                 self._doom(s)
             elif s.state is not ENDED:

@@ -54,6 +54,16 @@ typedef struct llama_batch {
   int32_t n_tokens; int32_t *token; float *embd; int32_t *pos; int32_t *n_seq_id; int32_t **seq_id; int8_t *logits;
 } llama_batch;
 
+typedef struct ggml_backend_device *ggml_backend_dev_t;
+
+size_t ggml_backend_dev_count(void);
+ggml_backend_dev_t ggml_backend_dev_get(size_t);
+const char *ggml_backend_dev_name(ggml_backend_dev_t);
+const char *ggml_backend_dev_description(ggml_backend_dev_t);
+int ggml_backend_dev_type(ggml_backend_dev_t);
+void ggml_backend_dev_memory(ggml_backend_dev_t, size_t *, size_t *);
+size_t llama_max_devices(void);
+
 void llama_backend_init(void);
 void llama_log_set(void (*callback)(int, const char *, void *), void *);
 const char *llama_print_system_info(void);

@@ -20,7 +20,8 @@ from wisp.engines.llama.model import Model
 Tokens = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
 
-_FLASH_AUTO, _FLASH_ON = -1, 1
+_FLASH = {"auto": -1, "off": 0, "on": 1}
+_F16 = 1
 _PAD = 256  # llama.cpp rounds a sequence's cells up to this
 
 
@@ -61,7 +62,8 @@ class Context:
     rows:    most rows in one batch
     unified: all slots share one pool of cells (faster batches of several slots); otherwise each slot has a stream
              of its own, and its results cannot depend on what other slots do
-    flash:   insist on flash attention; otherwise llama.cpp chooses
+    flash:   "on": insist on flash attention; "auto": llama.cpp chooses
+    kv_type: ggml's number for the type of KV
     offload: let an accelerator, where there is one, keep KV and take large operations
 
     Fill with `add`, then `decode`, then read `logits`. Raises ModelError if llama.cpp cannot make the context.
@@ -76,8 +78,9 @@ class Context:
         rows: int,
         threads: int,
         unified: bool = False,
-        flash: bool = True,
+        flash: str = "on",
         offload: bool = False,
+        kv_type: int = _F16,
     ) -> None:
         self._api = api()
         lib, ffi = self._api.lib, self._api.ffi
@@ -89,7 +92,8 @@ class Context:
         params.n_ctx, params.n_seq_max = cells * slots, slots
         params.n_batch = params.n_ubatch = max(rows, slots)  # llama.cpp reserves an output for each slot
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = _FLASH_ON if flash else _FLASH_AUTO
+        params.flash_attn_type = _FLASH[flash]
+        params.type_k = params.type_v = kv_type
         params.kv_unified = unified
         params.offload_kqv = params.op_offload = offload
         self.kv_types = (int(params.type_k), int(params.type_v))  # ggml's numbers for them

@@ -21,6 +21,7 @@ from wisp.core.protocol.sampling import Sampling, target_token
 from wisp.core.verify.kv import common_prefix
 from wisp.engines.base import Proposal
 from wisp.engines.llama.context import Context, Logits, Tokens, physical_cores
+from wisp.engines.llama.devices import USUAL, LlamaOptions
 from wisp.engines.llama.model import Model
 from wisp.engines.slots import NONSENSE
 
@@ -40,9 +41,10 @@ class LlamaDraft:
     slot_tokens: context length of each (default 4096, or the model's training context if shorter); beyond it
                  `propose` returns None
     threads:     default: one per physical core
+    options:     devices and types
 
     A session for which it computes NaN or infinity gets no more proposals. Raises ModelError if the model cannot be
-    loaded, or has weights that are not finite.
+    loaded, or has weights that are not finite, and ConfigError for options that this build cannot have.
     """
 
     def __init__(
@@ -54,21 +56,25 @@ class LlamaDraft:
         slot_tokens: int = 4096,
         threads: int | None = None,
         name: str | None = None,
+        options: LlamaOptions = USUAL,
     ) -> None:
         if slots < 1:
             raise EngineError("a drafter needs at least one slot")
         self.name = name or Path(path).stem
-        self._model = Model(path)
+        options.check(exact=False)
+        layers = -1 if options.gpu_layers is None else options.gpu_layers
+        self._model = Model(path, layers=layers, split=options.tensor_split)
         self._slot_tokens = min(slot_tokens, self._model.n_ctx_train)
         try:
             self._context = Context(
                 self._model,
                 slots=slots,
                 slot_tokens=self._slot_tokens,
-                rows=_ROWS,
+                rows=options.batch_rows or _ROWS,
                 threads=threads or physical_cores(),
-                flash=False,
-                offload=True,
+                flash=options.flash_attention,
+                offload=options.gpu_layers != 0,
+                kv_type=options.kv_number,
             )
         except ModelError:
             self._model.close()
@@ -168,8 +174,9 @@ class LlamaDraft:
         try:
             if start < len(self._held[slot]):
                 self._context.drop(slot, start)
-            for first in range(0, len(feed), _ROWS):
-                piece = feed[first : first + _ROWS]
+            rows = self._context.rows
+            for first in range(0, len(feed), rows):
+                piece = feed[first : first + rows]
                 last = first + len(piece) == len(feed)
                 self._context.add(slot, start + first, piece, int(last))
                 logits = self._context.decode()

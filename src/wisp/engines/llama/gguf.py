@@ -16,6 +16,7 @@ from wisp.core.errors import ModelError
 _HEADER = struct.Struct("<4sIQQ")  # magic, version, tensors, pairs
 _ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
+_TOKENS = b"tokenizer.ggml.tokens"
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes, by type of value
 _MOST = 1 << 28  # no metadata is this long; a damaged length field is
 
@@ -50,9 +51,11 @@ class _Reader:
             of, count = self.u32(), self.u64()
             if of in _SIZES:
                 self.skip(count * _SIZES[of])
-            else:
+            elif of == _STRING:
                 for _ in range(count):
-                    self.skip_value(of)
+                    self.skip(self.u64())
+            else:  # of arrays: nothing has these
+                raise ModelError(f"the GGUF metadata has an array of unknown type {of}")
         elif kind in _SIZES:
             self.skip(_SIZES[kind])
         else:
@@ -91,4 +94,21 @@ def check_blob(blob: bytes) -> None:
     _, tensors, pairs = _open(reader)
     if tensors:
         raise ModelError("a tokenizer blob has no tensors; this is a whole model")
-    reader.skip_pairs(pairs)
+    for _ in range(pairs):
+        name, kind = reader.read(reader.u64()), reader.u32()
+        if name == _TOKENS:
+            _check_tokens(reader, kind)
+        else:
+            reader.skip_value(kind)
+
+
+def _check_tokens(reader: _Reader, kind: int) -> None:
+    """llama.cpp ends the process over a vocabulary that has a token twice."""
+    of, count = (reader.u32(), reader.u64()) if kind == _ARRAY else (0, 0)
+    if of != _STRING:
+        raise ModelError("the GGUF metadata has a vocabulary that is no list of texts")
+    seen = set()
+    for _ in range(count):
+        seen.add(reader.read(reader.u64()))
+    if len(seen) < count:
+        raise ModelError("the GGUF metadata has a vocabulary with a token twice: it is damaged")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ class Model:
 
     repack:  let llama.cpp rearrange weights for speed; it changes results with the number of rows, so exact
              mode does without
-    gpu:     let layers go to an accelerator, where the build has one
+    layers:  how many to put on accelerators, -1 for all; where the build knows none, none go
+    split:   shares of the model for each accelerator (default: by their free memory)
     check:   refuse weights that are NaN or infinite; it reads all of them once, at the speed of memory
     vocab_only: read tokenizer and metadata only (milliseconds to tenths of a second, a few MB)
 
@@ -31,7 +33,8 @@ class Model:
         path: str | Path,
         *,
         repack: bool = True,
-        gpu: bool = True,
+        layers: int = -1,
+        split: Sequence[float] = (),
         check: bool = True,
         vocab_only: bool = False,
     ) -> None:
@@ -44,8 +47,11 @@ class Model:
         params.vocab_only = vocab_only
         params.use_extra_bufts = repack
         params.check_tensors = check
-        if not gpu:
-            params.n_gpu_layers = 0
+        params.n_gpu_layers = layers
+        shares = ffi.new("float[]", int(lib.llama_max_devices()))  # alive while the model loads
+        if split:
+            shares[0 : len(split)] = list(split)
+            params.tensor_split = shares
         self._api.log.clear()
         pointer = lib.llama_model_load_from_file(os.fsencode(self.path), params)
         if pointer == ffi.NULL:

@@ -46,7 +46,7 @@ def reference_steps(
     """Endless: the model's tokens after `prompt` (at least one id). `exact=False`: plain one-row calls with
     llama.cpp's default settings, as the fast mode has them without drafts. `matchers`: for a grammar."""
     lib, ffi = api().lib, api().ffi
-    model = Model(model_path, repack=not exact, gpu=not exact)
+    model = Model(model_path, repack=not exact, layers=0 if exact else -1)
     context, batch = ffi.NULL, lib.llama_batch_init(2, 0, 1)
     try:
         params = lib.llama_context_default_params()

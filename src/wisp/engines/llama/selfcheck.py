@@ -97,13 +97,14 @@ def _require(result: SliceResult) -> None:
 def measure_flip_gap(context: Context) -> float:
     """How close two logits must be to change places between batch shapes: a measured figure, not a bound.
 
-    The same tokens are evaluated in one wide call, and in narrow calls ending in single rows. At each of the last
-    positions take the `_TOP` ids of largest logit; the result is the largest change, over positions, of the
+    The same tokens are evaluated in as few calls as there can be, and in narrow calls ending in single rows. At each of
+    the last positions take the `_TOP` ids of largest logit; the result is the largest change, over positions, of the
     distance between any two of them, times 1.5 for positions not looked at. Never below `_FLOOR`. Raises ModelError
     for a model that computes what is not finite.
     """
     tokens: Tokens = np.array(_some_tokens(_LENGTH, context.n_vocab), np.int32)
-    wide = _evaluate(context, tokens, [_LENGTH])
+    full, rest = divmod(_LENGTH, context.rows)
+    wide = _evaluate(context, tokens, [context.rows] * full + [rest] * (rest > 0))
     narrow = _evaluate(context, tokens, [3] * ((_LENGTH - _POSITIONS) // 3) + [1] * _POSITIONS)
     if not (np.isfinite(wide).all() and np.isfinite(narrow).all()):
         raise ModelError(NONSENSE)

@@ -37,6 +37,7 @@ from wisp.engines.in_order import OneAtATime
 from wisp.engines.llama import selfcheck
 from wisp.engines.llama.capi import PIN, kernels
 from wisp.engines.llama.context import Context, DecodeError, Logits, physical_cores
+from wisp.engines.llama.devices import USUAL, LlamaOptions, accelerators
 from wisp.engines.llama.model import Model
 from wisp.engines.llama.verification import Run, Tap
 from wisp.engines.slots import check_copy, slice_problem
@@ -45,6 +46,9 @@ Mode = Literal["exact", "fast"]
 
 EXACT_ROWS = 7  # K-quant, Q5_0 and Q8_0 matrices switch kernels at 8 rows
 FAST_ROWS = 128  # more rows a call are no faster on a CPU, and each takes n_vocab * 4 bytes of output buffer
+DEVICE_ROWS = (
+    512  # with an accelerator: llama.cpp's own choice, since its reads of the weights are shared by all
+)
 STEP_TOKENS = {"exact": 32, "fast": 96}
 UNMEASURED_FLIP_GAP = 1.0  # without the check at start-up; 0.4 to 1.0 was measured on quantised models
 SLOT_TOKENS = 2048  # where nothing else is asked for
@@ -70,10 +74,12 @@ class LlamaTarget:
                  if more was asked for
     threads:     default: one per physical core
     check:       verify weights, and exactness (or measure `flip_gap`), at start-up: a few dozen positions, seconds
+    options:     devices, types and sizes of calls
 
     A slice that cannot be run (out of room, out of vocabulary, logits that are not finite, ...) fails alone.
 
-    Raises ModelError if the model cannot be loaded, or has weights that are not finite.
+    Raises ModelError if the model cannot be loaded, or has weights that are not finite, and ConfigError for options
+    that this build or mode cannot have.
     """
 
     def __init__(
@@ -86,12 +92,16 @@ class LlamaTarget:
         slot_tokens: int | None = None,
         threads: int | None = None,
         check: bool = True,
+        options: LlamaOptions = USUAL,
     ) -> None:
+        options.check(exact=mode == "exact")
         wanted = SLOT_TOKENS if slot_tokens is None else slot_tokens
         if slots < 1 or wanted < 32:
             raise EngineError(
                 f"{slots} slots of {wanted} tokens: an engine needs at least one, of at least 32"
             )
+        self._options = options
+        self._devices = [str(device) for device in accelerators() if device.holds_layers]
         self._path = Path(path)
         self._name = name or self._path.stem
         self._slots, self._slot_tokens = slots, wanted
@@ -113,6 +123,10 @@ class LlamaTarget:
                 self._check_exact()
             if check and self._mode == "fast":
                 self._flip_gap = selfcheck.measure_flip_gap(self._context)
+            if self._mode == "exact" and self._devices:
+                self._notes.append(
+                    f"exact mode computes on the CPU, without {', '.join(self._devices)}; --mode fast uses it"
+                )
             self.clear()
             self._info = self._describe()
         except ModelError as error:
@@ -190,18 +204,31 @@ class LlamaTarget:
     def _open(self, mode: Mode) -> None:
         exact = mode == "exact"
         self._mode: Mode = mode
-        self._model = Model(self._path, repack=not exact, gpu=not exact, check=self._check)
+        options = self._options
+        self._layers = 0 if exact else -1 if options.gpu_layers is None else options.gpu_layers
+        self._rows = EXACT_ROWS + 1 if exact else options.batch_rows or FAST_ROWS
+        self._step_tokens = STEP_TOKENS[mode] if options.batch_rows is None or exact else options.batch_rows
+        if self._layers and options.batch_rows is None and self._devices:
+            self._rows = self._step_tokens = DEVICE_ROWS
+        self._model = Model(
+            self._path,
+            repack=not exact,
+            layers=self._layers,
+            split=() if exact else options.tensor_split,
+            check=self._check,
+        )
         self._slot_tokens = min(self._slot_tokens, self._model.n_ctx_train)
         try:
             self._context = Context(
                 self._model,
                 slots=self._slots,
                 slot_tokens=self._slot_tokens + _SPARE,
-                rows=EXACT_ROWS + 1 if exact else FAST_ROWS,
+                rows=self._rows,
                 threads=self._threads,
                 unified=not exact,  # slices of unequal length: 29 rows took 255 ms, in streams 451
-                flash=exact,
-                offload=not exact,
+                flash="on" if exact else options.flash_attention,
+                offload=self._layers != 0,
+                kv_type=options.kv_number,
             )
         except ModelError:
             self._model.close()
@@ -229,7 +256,7 @@ class LlamaTarget:
             slots=self._slots,
             slot_tokens=self._slot_tokens,
             kv_tokens=self._slots * self._slot_tokens,
-            step_tokens=STEP_TOKENS[self._mode],
+            step_tokens=self._step_tokens,
             digest=self._digest(),
             flip_gap=self._flip_gap,
             notes=tuple(self._notes),
@@ -286,7 +313,7 @@ class LlamaTarget:
                 yield [(left, min(_NARROW, len(left.feed) - left.fed))]
                 continue
             call: list[tuple[Run, int]] = []
-            room = FAST_ROWS
+            room = self._rows
             for run in runs:
                 rows = 0 if run.done else min(room, len(run.feed) - run.fed)
                 if rows:

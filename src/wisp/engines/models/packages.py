@@ -93,7 +93,7 @@ class Partial:
             pieces, size = int(noted["pieces"]), int(noted["bytes"])
             if noted["sha256"] == self.sha256 and self.path.stat().st_size >= size:
                 return pieces, size
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass  # no journal, or one that makes no sense: begin again
         return 0, 0
 

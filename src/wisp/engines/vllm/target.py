@@ -17,13 +17,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from wisp.core.errors import EngineDeadError, EngineError, GrammarError
 from wisp.core.protocol.edits import Edit
+from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import (
     ENGINE_ERROR,
     INVALID_GRAMMAR,
@@ -40,52 +41,76 @@ from wisp.engines.in_order import OneAtATime
 from wisp.engines.slots import check_copy, slice_problem
 from wisp.engines.vllm import selftest
 from wisp.engines.vllm.models import fetched
-from wisp.engines.vllm.parts import Chosen, Part
+from wisp.engines.vllm.parts import Batch, Blocks, Chosen, Part
 from wisp.engines.vllm.starting import Started, Wanted
+
+if TYPE_CHECKING:
+    from wisp.engines.vllm.scheduler import Held
 
 T = TypeVar("T")
 
 
-@dataclass
 class _Slot:
     """`tokens` are held; the first `computed` of them have KV, in the blocks of `sequence` (None: no blocks).
 
-    anchor: it can be cut back to here or further on; before that, blocks are shared or dropped
-    salt:   sequences of one salt may share blocks
-    used:   when it last took part, in slices
+    anchor:   it can be cut back to here or further on; before that, blocks are shared or dropped
+    salt:     sequences of one salt may share blocks
+    used:     when it last took part, in steps
+    sampling: the parameters that were last found to be in order
     """
 
-    tokens: list[int] = field(default_factory=list)
-    sequence: str | None = None
-    computed: int = 0
-    anchor: int = 0
-    salt: str = ""
-    used: int = 0
+    __slots__ = ("anchor", "computed", "index", "salt", "sampling", "sequence", "tokens", "used")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.tokens: list[int] = []
+        self.sequence: Held | None = None
+        self.computed = self.anchor = self.used = 0
+        self.salt = ""
+        self.sampling: Sampling | None = None
 
 
-@dataclass
 class _Task:
-    """A slice on its way through a step. `chain`: the slot's own tokens, with the slice's behind them meanwhile."""
+    """A slice on its way through a step, whose tokens are the last ones of its slot meanwhile."""
 
-    work: Slice
-    slot: _Slot
-    chain: list[int]
-    edits: Sequence[Edit] = ()
-    chosen: Chosen | None = None
-    done: bool = False
-    error: str = ""
-    code: str = ""
+    __slots__ = ("chosen", "code", "done", "edits", "error", "slot", "work")
 
-    @property
-    def accepted(self) -> int:
-        return max(0, len(self.chosen.tokens) - 1) if self.chosen else 0
+    def __init__(self, work: Slice, slot: _Slot) -> None:
+        self.work, self.slot = work, slot
+        self.edits: Sequence[Edit] = ()
+        self.chosen: Chosen | None = None
+        self.done = False
+        self.error = self.code = ""
 
     def result(self) -> SliceResult:
         if self.error:
             return SliceResult(self.work.session, error=self.error, code=self.code)
-        if self.chosen is None or not self.work.sample:
+        chosen = self.chosen
+        if chosen is None or not self.work.sample:
             return SliceResult(self.work.session)
-        return SliceResult(self.work.session, self.accepted, self.chosen.tokens, self.chosen.logprobs)
+        return SliceResult(self.work.session, len(chosen.tokens) - 1, chosen.tokens, chosen.logprobs)
+
+
+class _Columns:
+    """A step of vLLM in the making: its tasks, and of each what `Batch` has a column for."""
+
+    def __init__(self) -> None:
+        self.tasks: list[_Task] = []
+        self.parts: list[Part] = []
+        self.starts: list[int] = []
+        self.counts: list[int] = []
+        self.tokens: list[int] = []
+
+    def batch(self, news: list[tuple[int, int, Blocks]]) -> Batch:
+        return Batch(
+            np.array([task.slot.index for task in self.tasks]),
+            np.array(self.starts),
+            np.array(self.counts),
+            np.array(self.tokens),
+            np.array([len(part.draft) + 1 if part.sample else 0 for part in self.parts]),
+            self.parts,
+            news,
+        )
 
 
 class VllmTarget:
@@ -104,17 +129,17 @@ class VllmTarget:
         self._closed = False
         self._slot_tokens = wanted.slot_tokens
         self._clock = 0
-        self._opened = 0
         self._observing = False
-        self._model = wanted.model
+        self._model, self._quantization = wanted.model, wanted.quantization
         self.constraints = SlotTrackers()
-        self._slots = [_Slot() for _ in range(wanted.slots)]
+        self._slots = [_Slot(index) for index in range(wanted.slots)]
         try:
             self._started = self._call(lambda: Started(wanted))
         except BaseException:
             self._thread.shutdown()
             raise
         try:
+            self._n_vocab = self._started.n_vocab
             self._info = self._describe(name, frozenset(eos))
             self._info = msgspec.structs.replace(self._info, flip_gap=selftest.check(self))
         except BaseException:
@@ -129,6 +154,10 @@ class VllmTarget:
     def inside(self, function: Callable[[], T]) -> T:
         """Call `function` in the engine's own thread, where its methods take no switch: for measurements."""
         return self._call(function)
+
+    def occupy(self, main: Callable[[], None]) -> Callable[[], None]:
+        """Run `main` in the engine's own thread (see OwnThread)."""
+        return self._thread.submit(main).result
 
     @property
     def started(self) -> Started:
@@ -176,9 +205,6 @@ class VllmTarget:
     # -- a step
 
     def _run(self, batch: Sequence[Slice]) -> list[_Task]:
-        slots = [work.slot for work in batch]
-        if len(set(slots)) != len(slots):
-            raise EngineError("two slices of one batch use the same slot")
         self._require_life()
         return self._call(lambda: self._steps(batch))
 
@@ -191,10 +217,12 @@ class VllmTarget:
 
     def _steps(self, batch: Sequence[Slice]) -> list[_Task]:
         self._clock += 1
-        tasks = [self._task(work) for work in batch]
+        tasks = self._tasks(batch)
         try:
-            while any(not task.done for task in tasks):
-                self._step(tasks)
+            left = [task for task in tasks if not task.done]
+            while left:
+                self._step(left)
+                left = [task for task in left if not task.done]
         except EngineError:
             raise
         except Exception as error:
@@ -208,85 +236,88 @@ class VllmTarget:
             raise EngineDeadError("a worker process of vLLM has died; start the verifier again")
 
     def _step(self, tasks: list[_Task]) -> None:
-        """One step of vLLM with as much of the unfinished tasks as fits."""
+        """One step of vLLM with as much of the unfinished `tasks` as fits."""
         budget = self._started.step_tokens
-        going: list[tuple[_Task, Part]] = []
+        columns = _Columns()
         for task in tasks:
-            if task.done or budget <= 0:
-                continue
-            part = self._place(task, budget, tasks, anyone=not going)
-            if part is not None:
-                going.append((task, part))
-                budget -= len(part.tokens)
-        if not going:
+            if budget <= 0:
+                break
+            budget -= self._place(task, budget, tasks, columns)
+        if not columns.tasks:
             return  # the first of the unfinished has failed
+        scheduler = self._started.scheduler
+        scheduler.batch = columns.batch(scheduler.take_news())
         self._started.step()
-        for task, part in going:
-            sequence = task.slot.sequence
-            assert sequence is not None
-            self._take(task, part, self._started.scheduler.chosen[sequence])
+        block = scheduler.hash_block_size  # the finest at which blocks are shared
+        for task, start, count, chosen in zip(
+            columns.tasks, columns.starts, columns.counts, scheduler.chosen, strict=True
+        ):
+            self._take(task, start, count, chosen, block)
 
-    def _place(self, task: _Task, budget: int, tasks: list[_Task], *, anyone: bool) -> Part | None:
-        """The task's next part, with blocks for it; None if it has to wait for another step of vLLM."""
-        slot = task.slot
+    def _place(self, task: _Task, budget: int, tasks: list[_Task], columns: _Columns) -> int:
+        """How many of the task's tokens go into the next step of vLLM: up to the end, or a chunk that leaves all
+        sampled rows for a later one; 0 if it has to wait."""
+        slot, work = task.slot, task.work
         begun = slot.sequence is None
         if begun:
             self._begin(task)
-        part = self._part(task, budget)
-        if part is not None and self._added(task, part, tasks, anyone=anyone):
-            return part
+        start, end = slot.computed, len(slot.tokens)
+        firm = end - work.n_draft
+        whole = end - start <= budget
+        if not whole:
+            end = firm = start + min(budget, firm - work.sample - start)
+        sequence = slot.sequence
+        assert sequence is not None
+        if end > start and (
+            sequence.fits(end, firm) or self._grown(task, tasks, start, end, firm, alone=not columns.tasks)
+        ):
+            columns.tasks.append(task)
+            columns.starts.append(start)
+            columns.counts.append(end - start)
+            tokens = work.tokens
+            columns.tokens += tokens if whole and end - start == len(tokens) else slot.tokens[start:end]
+            columns.parts.append(
+                Part(
+                    tokens[len(tokens) - work.n_draft :],
+                    work.sample,
+                    work.position,
+                    work.sampling,
+                    work.logprobs,
+                    self._observing,
+                    task.edits,
+                )
+                if whole
+                else Part([], False)
+            )
+            return end - start
         if begun:  # what the prefix cache was found to have is taken now or may be gone later
             self._drop_blocks(slot)
-        if anyone:
+        if not columns.tasks:
             self._fail(task, "the KV cache is too small for this context")
-        return None
+        return 0
 
-    def _added(self, task: _Task, part: Part, tasks: list[_Task], *, anyone: bool) -> bool:
-        """Is the part in the next step of vLLM? Others give up their blocks for it where they must."""
-        sequence, scheduler = task.slot.sequence, self._started.scheduler
-        assert sequence is not None
-        scheduler.firm(sequence, task.chain[scheduler.length(sequence) : part.firm])
-        while not scheduler.add(sequence, part):
-            if not self._make_room(task, tasks, anyone=anyone):
+    def _grown(
+        self, task: _Task, tasks: list[_Task], start: int, end: int, firm: int, *, alone: bool
+    ) -> bool:
+        """Are there blocks for the task's tokens up to `end`? Others give up theirs for it where they must."""
+        slot = task.slot
+        assert slot.sequence is not None
+        while not self._started.scheduler.grow(slot.sequence, start, end - start, slot.tokens, firm):
+            if not self._make_room(task, tasks, anyone=alone):
                 return False
         return True
 
-    def _part(self, task: _Task, budget: int) -> Part | None:
-        """What to feed next: up to the end, or a chunk that leaves all sampled rows for a later one."""
-        work, start, end = task.work, task.slot.computed, len(task.chain)
-        rows = work.n_draft + 1 if work.sample else 0
-        if end - start <= budget:
-            draft = work.tokens[len(work.tokens) - work.n_draft :]
-            tokens = task.chain[start:]
-            return Part(
-                start,
-                tokens,
-                draft,
-                work.sample,
-                work.position,
-                work.sampling,
-                work.logprobs,
-                self._observing,
-                task.edits,
-            )
-        count = min(budget, end - rows - start)
-        if count <= 0:
-            return None
-        return Part(start, task.chain[start : start + count], [], False, 0, work.sampling)
-
     def _begin(self, task: _Task) -> None:
         """A new sequence for the slot; what the prefix cache still has need not be computed."""
-        slot, work = task.slot, task.work
-        self._opened += 1
-        slot.sequence = f"{work.slot}.{self._opened}"
-        firm = task.chain[: len(task.chain) - work.n_draft]
-        slot.computed = self._started.scheduler.open(slot.sequence, firm, slot.salt)
+        slot = task.slot
+        firm = slot.tokens[: len(slot.tokens) - task.work.n_draft]
+        slot.sequence, slot.computed = self._started.scheduler.open(slot.index, firm, slot.salt)
         slot.anchor = slot.computed
 
     def _make_room(self, task: _Task, tasks: list[_Task], *, anyone: bool) -> bool:
         """Take the blocks of the slot that was idle longest; of one in this batch only where nothing else will do."""
-        busy = {id(t.slot) for t in tasks if not t.done}
-        idle = [s for s in self._slots if s.sequence is not None and id(s) not in busy]
+        busy = {t.slot.index for t in tasks if not t.done}
+        idle = [s for s in self._slots if s.sequence is not None and s.index not in busy]
         if not idle and anyone:
             idle = [t.slot for t in tasks if t is not task and t.slot.sequence is not None]
         if not idle:
@@ -294,22 +325,28 @@ class VllmTarget:
         self._drop_blocks(min(idle, key=lambda s: s.used))
         return True
 
-    def _take(self, task: _Task, part: Part, chosen: Chosen) -> None:
-        """A part was computed."""
+    def _take(self, task: _Task, start: int, count: int, chosen: Chosen, block: int) -> None:
+        """`count` tokens from place `start` on were computed."""
         slot = task.slot
-        slot.computed = part.start + len(part.tokens)
-        block = self._started.scheduler.hash_block_size  # the finest at which blocks are shared
-        slot.anchor = max(part.start, part.firm // block * block)
-        if slot.computed < len(task.chain):
+        held = len(slot.tokens)
+        computed = slot.computed = start + count
+        firm = computed
+        if computed == held:
+            firm -= task.work.n_draft
+        slot.anchor = max(start, firm // block * block)
+        if computed < held:
             return
         if not chosen.finite:
             self._fail(task, NO_TOKEN, NOT_FINITE)
             return
         task.chosen, task.done = chosen, True
-        self._cut(slot, len(task.chain) - task.work.n_draft + task.accepted)
+        if task.work.n_draft:
+            self._cut(slot, firm + len(chosen.tokens) - 1)
 
     def _cut(self, slot: _Slot, tokens: int) -> None:
         """The slot holds its first `tokens` tokens, of which not all need be computed."""
+        if tokens >= len(slot.tokens):
+            return
         del slot.tokens[tokens:]
         slot.computed = min(slot.computed, tokens)
         if slot.sequence is None:
@@ -317,36 +354,64 @@ class VllmTarget:
         if tokens < slot.anchor:
             self._drop_blocks(slot)
         else:
-            self._started.scheduler.cut(slot.sequence, tokens)
+            slot.sequence.cut(tokens, self._started.scheduler.hash_block_size)
 
     # -- slots
 
-    def _task(self, work: Slice) -> _Task:
-        error = self._problem(work)
-        if error:
-            slot = self._slots[work.slot] if 0 <= work.slot < len(self._slots) else _Slot()
-            task = _Task(work, slot, [])
-            self._fail(task, error)
-            return task
-        slot = self._slots[work.slot]
-        slot.used = self._clock
-        if work.start == 0:
-            self._drop_blocks(slot)
-            slot.salt = str(work.session)
-        self._cut(slot, work.start)
-        slot.tokens += work.tokens
-        task = _Task(work, slot, slot.tokens)
+    def _tasks(self, batch: Sequence[Slice]) -> list[_Task]:
+        """The slices' tasks, their tokens in their slots; those that cannot be run have failed."""
+        tasks: list[_Task] = []
+        if len({work.slot for work in batch}) != len(batch):
+            raise EngineError("two slices of one batch use the same slot")
+        slots, clock = self._slots, self._clock
+        for work in batch:
+            error = self._problem(work)
+            if error:
+                here = 0 <= work.slot < len(slots)
+                task = _Task(work, slots[work.slot] if here else _Slot(-1))
+                self._fail(task, error)
+                tasks.append(task)
+                continue
+            slot = slots[work.slot]
+            slot.used, slot.sampling = clock, work.sampling
+            start = work.start
+            if start == 0:
+                self._drop_blocks(slot)
+                slot.salt = str(work.session)
+            if start < len(slot.tokens):
+                self._cut(slot, start)
+            slot.tokens += work.tokens
+            task = _Task(work, slot)
+            if work.sampling.constraints is not None:
+                self._constrain(task)
+            tasks.append(task)
+        return tasks
+
+    def _constrain(self, task: _Task) -> None:
         try:
-            task.edits = list(self.constraints.edits(work) or ())
+            task.edits = list(self.constraints.edits(task.work) or ())
         except GrammarError as error:
             self._fail(task, str(error), INVALID_GRAMMAR)
-        return task
 
     def _problem(self, work: Slice) -> str:
         """What is wrong with a slice, in words, or ""."""
+        n = work.slot
+        if 0 <= n < len(self._slots):
+            slot, tokens, sampling = self._slots[n], work.tokens, work.sampling
+            if (
+                sampling is slot.sampling  # which was in order then
+                and sampling.constraints is None
+                and work.sample
+                and 0 < work.start <= len(slot.tokens)
+                and 0 <= work.n_draft < len(tokens) <= self._started.step_tokens
+                and work.start + len(tokens) <= self._slot_tokens
+                and min(tokens) >= 0
+                and max(tokens) < self._n_vocab
+            ):
+                return ""  # what is said below of most, sooner
         if work.n_draft >= self._started.step_tokens:
             return f"{work.n_draft} draft tokens do not fit a step of {self._started.step_tokens}"
-        sizes = {"slots": len(self._slots), "slot_tokens": self._slot_tokens, "n_vocab": self._info.n_vocab}
+        sizes = {"slots": len(self._slots), "slot_tokens": self._slot_tokens, "n_vocab": self._n_vocab}
         return slice_problem(work, self.held, **sizes)
 
     def _fail(self, task: _Task, error: str, code: str = ENGINE_ERROR) -> None:
@@ -392,4 +457,5 @@ class VllmTarget:
             kv=started.kv_dtype,
             context=self._slot_tokens,
             eos=sorted(eos),
+            **({"quantization": self._quantization} if self._quantization else {}),
         )

@@ -1,7 +1,8 @@
-"""Hooks in vLLM's worker. Three places of its model runner (version 1) are told what to do by a step's parts:
+"""Hooks in vLLM's worker. Three places of its model runner (version 1) are told what to do by a step's `Batch`:
 
-    which tokens   they are written into the batch before inputs are gathered, so nothing that a worker remembers
-                   of a sequence but its blocks matters, and rolling back needs no message
+    the batch      our own array of the sequences' blocks takes the place of vLLM's records of requests: a step gathers
+                   the rows of its slots from it, in a few operations however many take part, and whoever took part
+                   before. So rolling back needs no message, and sessions that alternate cost nothing more
     which rows     logits of the last rows of each part, drafts included
     what is chosen `core.protocol.sampling` at each of these rows, up to the first that disagrees with the draft:
                    the same rule as everywhere in WISP, so the text depends on target, prompt, parameters and seed alone
@@ -11,7 +12,8 @@ vLLM's own sampler, rejection sampler and proposers are never called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,8 @@ import torch
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from wisp.core.protocol.sampling import FloatArray, log_probability, target_token
-from wisp.core.protocol.step import TokenLogprob, TopLogprob
-from wisp.engines.vllm.choosing import target_tokens
-from wisp.engines.vllm.parts import Chosen, Part
+from wisp.engines.vllm.choosing import choose
+from wisp.engines.vllm.parts import Batch, Chosen
 
 EMPTY = EMPTY_MODEL_RUNNER_OUTPUT
 
@@ -32,45 +32,88 @@ class Extension:
     """Mixed into vLLM's worker class (`worker_extension_cls`)."""
 
     model_runner: Any
+    wisp_hooks: _Hooks
 
     def wisp_install(self) -> str:
         """Put the hooks in; the kind of device this worker computes on, or "" if its runner is not the one known."""
         runner = self.model_runner
         if not isinstance(runner, GPUModelRunner):
             return ""
-        _Hooks(runner)
+        self.wisp_hooks = _Hooks(runner)
         return str(runner.device.type)
+
+    def wisp_graphs(self) -> dict[str, int]:
+        """Steps so far, by the mode of their CUDA graph."""
+        return dict(self.wisp_hooks.graphs)
+
+
+class _Request:
+    """What the runner is told of every sequence: nothing is ever to be withheld from sampling."""
+
+    num_tokens = 0
 
 
 class _Hooks:
-    """Takes the place of three methods of one runner."""
+    """Takes the place of methods of one runner."""
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner
-        self.parts: Mapping[str, Part] = {}
-        self._update: Callable[..., Any] = runner._update_states
+        self.batch: Batch | None = None
+        self.order: npt.NDArray[np.int64] | None = None  # of the batch, where the attention wants another
         self._prepare: Callable[..., Any] = runner._prepare_inputs
+        self._determine: Callable[..., Any] = runner._determine_batch_execution_and_padding
+        self.graphs: Counter[str] = Counter()
+        most = runner.input_batch.max_num_reqs
+        self._names = [str(slot) for slot in range(most)]
+        self._tables = [_Table(table) for table in runner.input_batch.block_table.block_tables]
+        runner.requests = dict.fromkeys(self._names, _Request())
+        runner.input_batch.num_prompt_tokens[:] = 1  # whatever begins is a prompt, and nothing else
         runner._update_states = self.update_states
         runner._prepare_inputs = self.prepare_inputs
+        runner._determine_batch_execution_and_padding = self.determine_graph
         runner.sample_tokens = self.sample_tokens
 
-    def update_states(self, scheduler_output: Any) -> Any:
-        """vLLM's, then this step's tokens are written where inputs are gathered from."""
-        later = self._update(scheduler_output)
-        self.parts = getattr(scheduler_output, "wisp_parts", {})
-        batch = self.runner.input_batch
-        for sequence, part in self.parts.items():
-            row = batch.req_id_to_index[sequence]
-            batch.token_ids_cpu[row, part.start : part.start + len(part.tokens)] = part.tokens
-        return later
+    def update_states(self, scheduler_output: Any) -> None:
+        """The rows of the batch are this step's sequences."""
+        runner = self.runner
+        if scheduler_output.new_block_ids_to_zero:
+            runner._zero_block_ids(scheduler_output.new_block_ids_to_zero)
+        batch: Batch = scheduler_output.wisp_batch
+        for slot, known, blocks in batch.blocks:
+            for table, ids in zip(self._tables, blocks, strict=True):
+                table.append(slot, known, ids)
+        self.order = None
+        if runner.reorder_batch_threshold is not None:
+            self.order = _order(batch, runner.reorder_batch_threshold)
+            if self.order is not None:
+                batch = batch.ordered(self.order)
+        self.batch = batch
+        rows, n = runner.input_batch, len(batch.slots)
+        names = [self._names[slot] for slot in batch.slots.tolist()]
+        rows._req_ids, rows.req_id_to_index = names, dict(zip(names, range(n), strict=True))
+        rows.num_computed_tokens_cpu[:n] = batch.starts
+        ends = batch.starts + batch.counts
+        for table in self._tables:
+            table.gather(batch.slots, int(ends.max()))
+        width = rows.token_ids_cpu.shape[1]
+        first = np.arange(n) * width + ends - np.cumsum(batch.counts)
+        rows.token_ids_cpu.reshape(-1)[np.repeat(first, batch.counts) + np.arange(len(batch.tokens))] = (
+            batch.tokens
+        )
 
     def prepare_inputs(self, scheduler_output: Any, counts: Any) -> Any:
         """vLLM's, with the rows that need logits in place of the last row of each sequence."""
         prepared = self._prepare(scheduler_output, counts)
-        if not self.parts:  # a dummy run
+        if self.batch is None:  # a dummy run
             return prepared
-        rows = sampled_rows(counts, [part.rows for part in self._in_order()])
+        rows = sampled_rows(counts, self.batch.wanted)
         return torch.from_numpy(rows).to(self.runner.device, non_blocking=True), None, 1
+
+    def determine_graph(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's, counted. (Dummy runs, which make the graphs, come before the hooks.)"""
+        determined = self._determine(*args, **kwargs)
+        self.graphs[determined[0].name.lower()] += 1
+        return determined
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -80,24 +123,50 @@ class _Hooks:
         runner.kv_connector_output = None
         if state is None:
             return EMPTY
-        names = list(runner.input_batch.req_ids)
-        output = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)})
+        assert self.batch is not None
+        output = ModelRunnerOutput([], {})
         # Where only one rank is given the logits, the others' answers are not read.
         chosen: list[Chosen] = []
         if state.logits is not None:
             here = state.logits.device.type == "cpu"
-            chosen = choose(state.logits, list(self._in_order()), here=here)
-        output.wisp_chosen = dict(zip(names, chosen, strict=False))
+            chosen = choose(state.logits, self.batch.parts, here=here)
+            if self.order is not None:
+                chosen = [chosen[i] for i in np.argsort(self.order)]
+        output.wisp_chosen = chosen
         # A step that chose nothing has not waited for the device, whose copies of its inputs may not be made yet;
         # the next step writes into the same memory.
         runner._sync_device()
         return output
 
-    def _in_order(self) -> Iterator[Part]:
-        return (self.parts[name] for name in self.runner.input_batch.req_ids)
+
+class _Table:
+    """The blocks of every slot, of one group of layers, and vLLM's table of those in the batch."""
+
+    def __init__(self, table: Any) -> None:
+        self._batch: npt.NDArray[np.int32] = table.block_table.np
+        self._all = np.zeros_like(self._batch)
+        self._size: int = table.block_size
+
+    def append(self, slot: int, known: int, blocks: Sequence[int]) -> None:
+        """`blocks` follow the first `known` ones of the slot."""
+        self._all[slot, known : known + len(blocks)] = blocks
+
+    def gather(self, slots: npt.NDArray[np.int64], tokens: int) -> None:
+        """The batch's rows are those of `slots`, as far as `tokens` tokens reach."""
+        columns = -(-tokens // self._size)
+        self._batch[: len(slots), :columns] = self._all[slots, :columns]
 
 
-def sampled_rows(counts: Any, wanted: Sequence[int]) -> npt.NDArray[np.int64]:
+def _order(batch: Batch, threshold: int) -> npt.NDArray[np.int64] | None:
+    """The order in which some attention backends want a batch: with at most `threshold` tokens and something to read,
+    with more, and from the beginning. None: it has that order."""
+    region = np.where(batch.starts == 0, 2, batch.counts > threshold)
+    if not (np.diff(region) < 0).any():
+        return None
+    return np.argsort(region, kind="stable")
+
+
+def sampled_rows(counts: Any, wanted: Any) -> npt.NDArray[np.int64]:
     """Indices of the last `wanted` rows of each of the sequences, which have `counts` rows each.
 
     If none is wanted the very last one, which is of no use, but models like to have one.
@@ -107,56 +176,3 @@ def sampled_rows(counts: Any, wanted: Sequence[int]) -> npt.NDArray[np.int64]:
     if total == 0:
         return ends[-1:] - 1
     return np.arange(total) + np.repeat(ends - np.cumsum(per), per)
-
-
-def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> list[Chosen]:
-    """The target's tokens along each part; `logits` [rows of all parts in order, vocabulary].
-
-    here: by the rule itself, on the CPU; otherwise by its counterpart for devices, all rows at once
-    """
-    if here:
-        rows = logits.float().numpy()
-        finite: list[bool] = np.isfinite(rows).all(axis=1).tolist()
-        said: list[int] | None = None
-        plain = (
-            p.sampling.greedy and not p.sampling.barred(p.position) and not p.edits for p in parts if p.rows
-        )
-        if all(plain):
-            said = rows.argmax(axis=1).tolist()  # of equal ones the first
-    else:
-        asked = [(part.sampling, part.position + i) for part in parts for i in range(part.rows)]
-        edits = [part.edit(i) for part in parts for i in range(part.rows)]
-        said = target_tokens(logits[: len(asked)], asked, edits)
-        finite = torch.isfinite(logits[: len(asked)]).all(dim=1).tolist()
-        rows = np.empty((0, 0), np.float32)
-    chosen: list[Chosen] = []
-    first = 0
-    for part in parts:
-        span = range(first, first + part.rows)
-        first += part.rows
-        tokens: list[int] = []
-        sound = True
-        for i, row in enumerate(span):
-            if not finite[row]:
-                sound = False
-                break
-            if said is not None:
-                token = said[row]
-            else:
-                token = target_token(rows[row], part.sampling, part.position + i, part.edit(i))
-            tokens.append(token)
-            if i >= len(part.draft) or token != part.draft[i]:
-                break
-        reported: FloatArray | None = None
-        if part.observed or part.logprobs is not None:
-            some = span if part.observed else span[: len(tokens)]
-            reported = logits[some.start : some.stop].float().cpu().numpy().copy()
-        entries = [] if part.logprobs is None else list(_entries(reported, tokens, part.logprobs))
-        chosen.append(Chosen(tokens, entries, reported if part.observed else None, sound))
-    return chosen
-
-
-def _entries(rows: Any, tokens: Sequence[int], top: int) -> Iterator[TokenLogprob]:
-    for row, token in zip(rows, tokens, strict=False):
-        own, best = log_probability(row, token, top)
-        yield TokenLogprob(token, own, [TopLogprob(*pair) for pair in best])

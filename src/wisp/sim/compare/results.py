@@ -42,7 +42,7 @@ def read(path: Path) -> Comparison | None:
         return msgspec.json.decode(path.read_bytes(), type=Comparison)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} is no file of this command ({error}): give another --out, or remove it"
         ) from None

@@ -54,7 +54,7 @@ def load_suite(path: Path | None = None) -> list[Cell]:
     path = path or SHIPPED_SUITE
     try:
         suite = msgspec.toml.decode(path.read_bytes(), type=Suite)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the suite {path}: {error}") from None
     cells = cells_of(suite.scenarios, path.parent)
     for chosen in suite.cells:

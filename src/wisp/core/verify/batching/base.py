@@ -72,6 +72,7 @@ class StepLimits(msgspec.Struct, frozen=True):
     shares:         tokens served so far per API key; the least served key goes first
     cost:           predicts the step time
     free_kv:        KV tokens available to this step; inf if every candidate fits
+    answer_tokens:  tokens of an answer, smoothed
     """
 
     tokens: int
@@ -79,6 +80,7 @@ class StepLimits(msgspec.Struct, frozen=True):
     shares: Mapping[str, float] = {}
     cost: CostModel = CostModel()
     free_kv: float = math.inf
+    answer_tokens: float = 200.0
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False):

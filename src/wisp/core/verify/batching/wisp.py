@@ -1,19 +1,19 @@
 """The wisp policy: each step earns the most weighted tokens per millisecond.
 
-A token of a session weighs the more, the later its user has it: FLOOR + e^(lateness / SCALE_S). The lateness is that
-of the next token against its due time, so sessions far ahead of their users weigh FLOOR, and none weighs nothing. A
-step is worth the sum of weight x expected tokens over its time. Let `rate` be the most that a step without prompts can
-reach. A candidate then takes part where its worth is at least `rate` x the milliseconds that it adds, and a draft is
-cut where its next token is not worth its row. Where the fixed cost of a step dominates, as in an idle server, the rate
-is small, and all that can run does. Where time is short, drafts shrink, and sessions ahead of their users are left out
-first. Prompts do not enter the rate: all of them are read sooner or later, so they compete with no token.
+A token of a session weighs the more, the later its user has it: FLOOR + e^(tokens owed / URGENT). Owed is what will be
+due at the end of a step, in tokens at the user's pace, so sessions far ahead of their users weigh FLOOR, and none
+weighs nothing. A step is worth the sum of weight x expected tokens over its time. Let `rate` be the most that a step
+without prompts can reach. A candidate then takes part where its worth is at least `rate` x the milliseconds that it
+adds, and a draft is cut where its next token is not worth its row. Where the fixed cost of a step dominates, as in an
+idle server, the rate is small, and all that can run does. Where time is short, drafts shrink, and sessions ahead of
+their users are left out first. Prompts do not enter the rate: all of them are read sooner or later.
 
-The best rate solves worth(rate) = rate x time(rate), by Dinkelbach's iteration (1967) from the last step's rate. To
-maximise weighted service is the max-weight rule (Tassiulas and Ephremides 1992), with lateness for the queues: it
-keeps all queues bounded whenever any policy can.
+The best rate solves worth(rate) = rate x time(rate): Dinkelbach's iteration (1967), from the last step's rate. This is
+the max-weight rule (Tassiulas and Ephremides 1992), which keeps all queues bounded whenever any policy can.
 
-A prompt lengthens the step of everyone else, whose tokens grow in weight by e^(T / SCALE_S) in a step of T. So its rows
-are read up to the T at which they are worth no more than what the others would earn in their time.
+A prompt opens the way to an answer: the answer's worth is shared by all the rows that it takes, those of the prompt and
+its own. Rows of a prompt delay all others, whose urgency grows by e^(delay / (URGENT x pace)), and are read up to the
+delay at which that costs what they are worth.
 """
 
 from __future__ import annotations
@@ -23,29 +23,25 @@ from collections.abc import Sequence
 
 from wisp.core.verify.batching.base import Candidate, Grant, Kind, Plan, StepLimits
 from wisp.core.verify.batching.simple import Continuous
-from wisp.core.verify.cost import Coefficients, Load
+from wisp.core.verify.cost import Load
 
-SCALE_S = 0.4  # seconds of lateness that make a token e times as urgent
-FLOOR = 0.1  # weight of a token of a session far ahead; one that is due now weighs FLOOR + 1
-FIRST = 1.5  # weight of a first token, in weights of others as late: it cannot be made up for later
+URGENT = 7.0  # tokens owed that make the next one e times as urgent
+MOST = 2.0  # the logarithm of the most urgency: beyond that, throughput alone counts
+FLOOR = 0.1  # weight of a token of a session far ahead; one that is due weighs 1 more
+FIRST = 2.5  # times the worth of an answer that has not begun: its user sees nothing yet
 HOPELESS = 0.25  # a lateness of this share of an answer's remaining time cannot be made up for
 
-SPARE = (
-    0.04  # share of the time since the start that due times keep in reserve: they aim below the TPOT target
-)
-MOST = 2.0  # SCALE_S of lateness, from which the weight no longer grows
-PATIENCE_S = 1.0  # a session without SLO counts as due so long after it became ready
-CLOSE = 0.1  # relative change of the rate at which the iteration ends
-ROUNDS = 6  # of the iteration, at most
+SPARE = 0.04  # share of the time since the start that due times keep in reserve (1 - TPOT_SHARE of a session)
+PACE_S = 0.1  # time of a token where no target says it
 LEAST_MS = 1e-3  # fixed cost of a step: some cost models say 0
 NOTHING_MS = 1e-9
 
 PREFILL = Kind.PREFILL
 
-
 # Plain tuples, for speed. A draft or decode: weight, ms that it adds to a step without its draft, ms of each draft
 # token, rows without the draft, draft tokens, acceptance, candidate.
 _Offer = tuple[float, float, float, int, int, float, Candidate]
+_Prompt = tuple[float, Candidate]  # worth of a row, whose
 # Who takes part: worth per ms (the densest are granted first), session, tokens, candidate.
 _Choice = tuple[float, int, int, Candidate]
 
@@ -62,6 +58,7 @@ class Wisp:
         self.continuous = Continuous()
         self._rate = 0.0  # of the last step: worth per millisecond
         self._rows = 0  # of the last step
+        self._ms = 0.0  # of the last step, as predicted
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
         cost = limits.cost.now
@@ -73,85 +70,98 @@ class Wisp:
             if soonest > now:
                 return Plan([], soonest if soonest < math.inf else None, lost)
             candidates = [c for c in candidates if c.due - lead_s <= now]
-        offers, prompts = self._offers(now, candidates, cost)
+        offers, prompts, urgency = self._offers(now, candidates, limits)
         prompts.sort(key=lambda p: (-p[0], limits.shares.get(p[1].key, 0.0), p[1].opened, p[1].session))
-        choices = self._chosen(offers, self._read(offers, prompts, limits), limits)
+        choices = self._chosen(offers, _read(offers, prompts, urgency, limits), limits)
         if min([c.due for c in candidates]) == math.inf:
             present = [c for c in candidates if not c.edge_drafting]
             grants = self.continuous.plan(now, present, limits).grants
         else:
             grants = _packed(choices, limits)
         self._rows = sum([g.tokens for g in grants])
-        return Plan(grants, None if grants else now + SCALE_S / 10.0, lost)
+        return Plan(grants, None if grants else now + PACE_S, lost)
 
     def _offers(
-        self, now: float, candidates: Sequence[Candidate], cost: Coefficients
-    ) -> tuple[list[_Offer], list[tuple[float, Candidate]]]:
-        """Drafts and decodes with their weights and costs, and prompts with their weights."""
-        exp, inf, per_s = math.exp, math.inf, 1.0 / SCALE_S
+        self, now: float, candidates: Sequence[Candidate], limits: StepLimits
+    ) -> tuple[list[_Offer], list[_Prompt], float]:
+        """Drafts and decodes with their weights and costs, prompts with the worth of a row, and the urgency of all
+        drafts and decodes together."""
+        exp, inf, cost, by = math.exp, math.inf, limits.cost.now, now + self._ms / 1e3
         attention, cached, slice_ = cost.attention, cost.cached, cost.slice
         token = cost.token + (cost.beyond if cost.knee and self._rows > cost.knee else 0.0)
         offers: list[_Offer] = []
-        prompts: list[tuple[float, Candidate]] = []
+        prompts: list[_Prompt] = []
+        all_urgency = 0.0
         for c in candidates:
-            late = (now - c.due if c.due < inf else now - c.since - PATIENCE_S) * per_s
-            weight = FLOOR + exp(late if late < MOST else MOST)
+            scale_s, new, before = URGENT * (c.tpot_s or PACE_S), c.new, c.cached
+            owed = (by - (c.due if c.due < inf else c.since + scale_s)) / scale_s
+            urgency = exp(owed if owed < MOST else MOST)
+            weight = FLOOR + urgency
             if c.kind is PREFILL:
-                prompts.append((weight * FIRST if c.first else weight, c))
+                answer = min(c.remaining, limits.answer_tokens)
+                worth = weight * (FIRST if c.first else 1.0)
+                prompts.append((worth * answer / (new + answer), c))
             else:
-                new, before, n = c.new, c.cached, c.n_draft
+                n = c.n_draft
                 row_ms = token + attention * (before + new)
                 base_ms = row_ms * (new - n) + cached * before + slice_
+                all_urgency += urgency
                 offers.append((weight, base_ms, row_ms, new - n, n, c.acceptance, c))
-        return offers, prompts
-
-    def _read(
-        self, offers: list[_Offer], prompts: list[tuple[float, Candidate]], limits: StepLimits
-    ) -> list[_Choice]:
-        """The rows of prompts to read, the most urgent prompt first."""
-        choices: list[_Choice] = []
-        ms = max(limits.cost.now.step, LEAST_MS) + sum([o[1] for o in offers])
-        row_ms = limits.cost.token_ms(Load(self._rows)) + NOTHING_MS
-        delay = sum([o[0] for o in offers]) / ms * row_ms  # what the others would earn in the time of a row
-        left, free_kv = limits.tokens, limits.free_kv
-        if free_kv < math.inf:
-            free_kv -= sum([o[3] + o[4] for o in offers])
-        for weight, c in prompts:
-            if c.new > free_kv:
-                continue  # no session waits for a prompt that has no KV
-            read = min(c.new, left)
-            if delay > 0.0:
-                read = min(read, int((SCALE_S * 1e3 * math.log(weight / delay) - ms) / row_ms))
-            if read <= 0:
-                break
-            free_kv -= c.new
-            left -= read
-            ms += row_ms * read
-            choices.append((weight / row_ms, c.session, read, c))
-        return choices
+        return offers, prompts, all_urgency
 
     def _chosen(self, offers: list[_Offer], read: list[_Choice], limits: StepLimits) -> list[_Choice]:
-        """What takes part at the best rate, which is found on the way."""
-        step_ms, rate = max(limits.cost.now.step, LEAST_MS), self._rate
-        for _ in range(ROUNDS):
-            choices, worth, ms, tokens = _at(rate, offers)
-            found = worth / (step_ms + ms)
-            settled = abs(found - rate) <= CLOSE * found and (choices or read)
-            rate = found
-            if settled:
-                break
-        self._rate = rate
-        self.price = min(1.0, tokens / (step_ms + ms) * limits.cost.token_ms(Load(self._rows)))
+        """What takes part at the best rate, found on the way. No prompt waits for drafts that are mostly FLOOR."""
+        step_ms, least = max(limits.cost.now.step, LEAST_MS), 2.0 * FLOOR if read else 0.0
+        for _ in range(2):
+            choices, worth, ms, tokens = _at(self._rate, offers, least)
+            self._rate = worth / (step_ms + ms)
+        self._ms = step_ms + ms
+        self.price = min(1.0, tokens / self._ms * limits.cost.token_ms(Load(self._rows)))
         return choices + read
 
 
-def _at(rate: float, offers: list[_Offer]) -> tuple[list[_Choice], float, float, float]:
-    """Who takes part at this rate; what they are worth, the milliseconds they add, and their expected tokens."""
+def _read(offers: list[_Offer], prompts: list[_Prompt], urgency: float, limits: StepLimits) -> list[_Choice]:
+    """The rows of prompts to read, those that are worth most first."""
+    cost = limits.cost.now
+    rows, knee = sum([o[3] for o in offers]), cost.knee or math.inf
+    loss = urgency / (
+        max(cost.step, LEAST_MS) + sum([o[1] for o in offers])
+    )  # of the others, in a millisecond
+    delay_ms, left, free_kv = 0.0, limits.tokens, limits.free_kv
+    if free_kv < math.inf:
+        free_kv -= sum([o[3] + o[4] for o in offers])
+    choices: list[_Choice] = []
+    for worth, c in prompts:
+        if c.new > free_kv:
+            continue  # no session waits for a prompt that has no KV
+        scale_ms = URGENT * (c.tpot_s or PACE_S) * 1e3
+        wanted, read, fits = min(c.new, left), 0, True
+        while wanted and fits:  # up to the knee, and beyond it
+            row_ms = cost.token + cost.attention * (c.cached + c.new) + NOTHING_MS
+            if rows >= knee:
+                row_ms += cost.beyond
+            n = min(wanted, int(knee - rows)) if rows < knee < math.inf else wanted
+            if loss > 0.0:
+                most_ms = scale_ms * math.log(worth / (loss * row_ms)) - delay_ms
+                fits = n * row_ms <= most_ms
+                n = n if fits else max(0, int(most_ms / row_ms))
+            rows, delay_ms, read, wanted = rows + n, delay_ms + n * row_ms, read + n, wanted - n
+        if not read:
+            break
+        free_kv -= c.new
+        left -= read
+        choices.append((worth / row_ms, c.session, read, c))
+    return choices
+
+
+def _at(rate: float, offers: list[_Offer], least: float) -> tuple[list[_Choice], float, float, float]:
+    """Who takes part at this rate, with drafts from the weight `least` on; what they are worth, the milliseconds that
+    they add, and their expected tokens."""
     choices: list[_Choice] = []
     worth = ms = tokens = 0.0
     for weight, base_ms, row_ms, base, n, acceptance, c in offers:
         gain, added_ms, cut = weight * base, base_ms, 0
-        if n:
+        if n and weight >= least:
             next_, price = weight * acceptance, rate * row_ms
             while cut < n and next_ >= price:
                 gain += next_

@@ -1,0 +1,62 @@
+"""`python -m benchmarks.gpu PART`: see `benchmarks/gpu.sh`, which runs them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Out = Annotated[Path, typer.Option(help="Folder for the JSON files.")]
+Tiny = Annotated[bool, typer.Option("--tiny", help="Small shapes: a dry run for a CPU.")]
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command()
+def steps(
+    out: Out = Path("docs/results/gpu"),
+    shapes: Annotated[str, typer.Option(help="By comma.")] = "qwen3-8b",
+    limit: Annotated[float, typer.Option(help="Seconds for each shape.")] = 100.0,
+    tiny: Tiny = False,
+) -> None:
+    """Step times; the roofline's overlap; the cost model's error; a profile to emulate."""
+    from benchmarks.gpu.steps import run
+
+    run(shapes.split(","), out, tiny=tiny, limit_s=limit)
+
+
+@app.command()
+def choice(out: Out = Path("docs/results/gpu"), tiny: Tiny = False) -> None:
+    """The fused choice of tokens against the rule and against torch."""
+    from benchmarks.gpu.choice import run
+
+    run(out, tiny=tiny)
+
+
+@app.command()
+def bits(
+    out: Out = Path("docs/results/gpu"),
+    shape: Annotated[str, typer.Option()] = "qwen3-8b",
+    tiny: Tiny = False,
+) -> None:
+    """One row a step against several: which logits keep their bits."""
+    from benchmarks.gpu.bits import run
+
+    run(shape, out, tiny=tiny)
+
+
+@app.command()
+def requests(
+    server: Annotated[str, typer.Option(help="Its address.")],
+    name: Annotated[str, typer.Option(help="Of the file.")] = "requests",
+    out: Out = Path("docs/results/gpu"),
+    tiny: Tiny = False,
+) -> None:
+    """Streamed completions at a time against a running server."""
+    from benchmarks.gpu.requests import run
+
+    run(server, out, name, tiny=tiny)
+
+
+app()
