@@ -61,8 +61,8 @@ DEFECTS: dict[str, Defect] = {
     "resumed_in_step_keeps_result": Defect(
         "session",
         SESSION,
-        "            self.round.discard = self.state in IN_ENGINE",
-        "            self.round.discard = self.state is State.ORPHANED",
+        "            self.flight.drop()  # these slices began at the end of a shorter chain",
+        "            pass",
     ),
     "orphan_is_not_taken_back": Defect(
         "session",
@@ -88,6 +88,18 @@ DEFECTS: dict[str, Defect] = {
         PLANNER,
         "(needed, self._keepers(idle, grants)) or ():\n            self._lose_kv(handle)",
         "(needed, self._keepers(idle, grants)) or ():\n            pass",
+    ),
+    "copies_wait_in_the_books": Defect(
+        "KV",
+        PLANNER,
+        "            if self.in_flight.steps:\n                self._withdraw_copies()\n",
+        "",
+    ),
+    "failed_slice_is_thought_cached": Defect(
+        "KV",
+        VERIFIER,
+        "            self.kv.record(now, s.slot, [])\n            s.cached = 0\n",
+        "            self.kv.record(now, s.slot, [])\n",
     ),
     # drafter
     "refusal_of_the_opening_is_ignored": Defect(

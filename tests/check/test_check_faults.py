@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -133,7 +135,9 @@ def test_every_planted_defect_is_found(name: str) -> None:
     assert found["seeds"], found
 
 
-def test_defects_are_planted_in_every_part() -> None:
+def test_defects_are_planted_in_every_part_and_each_has_its_place() -> None:
+    for name, defect in planted.DEFECTS.items():
+        assert inspect.getsource(importlib.import_module(defect.module)).count(defect.right) == 1, name
     parts = Counter(defect.part for defect in planted.DEFECTS.values())
     assert all(parts[part] >= 2 for part in ("verifier", "session", "KV", "drafter", "edge", "router"))
 
