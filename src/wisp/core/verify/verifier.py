@@ -455,9 +455,9 @@ class Verifier:
 
     def _cut(self, s: Session, tokens: list[int]) -> tuple[list[int], str]:
         """The tokens up to an end of the text or the length limit, and the finish reason ("" if it goes on)."""
-        remaining = s.remaining
-        tokens = tokens[:remaining]
         params = s.params
+        remaining = params.max_tokens - s.progress.committed
+        tokens = tokens[:remaining]
         ends = NO_ENDS if params.ignore_eos else self.limits.eos
         if params.sampling.constraints is not None:
             ends = ends.union(params.sampling.stops)
