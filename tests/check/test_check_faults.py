@@ -226,6 +226,22 @@ def test_a_process_that_does_not_come_to_rest_is_found() -> None:
         loop.run(lambda: False)
 
 
+def test_who_waits_for_less_than_the_clock_can_tell_comes_to_an_end() -> None:
+    loop = VirtualLoop(pytest.fail)
+    ended: list[float] = []
+
+    async def wait() -> None:
+        until = loop.time() + 2e-16
+        while (left := until - loop.time()) > 0.0:
+            await asyncio.sleep(left)
+        ended.append(loop.now)
+
+    loop.spawn(loop.born("soon"), wait())
+    loop.run(lambda: False)
+    loop.close()
+    assert ended == [pytest.approx(1e-9)]
+
+
 def test_the_target_says_what_its_slot_holds_and_not_what_it_is_told() -> None:
     prompt, sampling = [1, 2, 3], Sampling(seed=9)
     text = Text(0, prompt, sampling, 8, ignore_eos=True).upto(8)

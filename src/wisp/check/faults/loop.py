@@ -27,6 +27,7 @@ from heapq import heappop, heappush
 from typing import Any, cast
 
 TURNS = 50_000  # callbacks at one moment: more are a loop that never ends
+RESOLUTION_S = 1e-9  # of clocks: who waits at all waits so long, or the clock might not move
 
 _life: ContextVar[Life] = ContextVar("life")
 
@@ -160,8 +161,9 @@ class VirtualLoop:
                     heappop(self._timers)
                 if not self._timers:
                     return False
-                self.now, _, handle = heappop(self._timers)
-                self._moment = self.turns
+                time_, _, handle = heappop(self._timers)
+                if time_ > self.now:
+                    self.now, self._moment = time_, self.turns
                 self._turn(handle)
         finally:
             events._set_running_loop(None)
@@ -227,7 +229,7 @@ class VirtualLoop:
         life = context.get(_life, _NOBODY)
         handle = Handle(self.now + life.offset + delay, callback, args, context, life)
         if not self._over:
-            self._at(self.now + max(0.0, delay), handle)
+            self._at(self.now + (max(RESOLUTION_S, delay) if delay > 0.0 else 0.0), handle)
         return handle
 
     def call_at(
