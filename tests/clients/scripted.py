@@ -18,10 +18,11 @@ from wisp.api.keys import Keyring
 from wisp.api.process import Listen, event_loop_factory, run_app
 from wisp.core.protocol.constraints import Constraints
 from wisp.core.protocol.step import Copy, Slice, SliceResult, TokenLogprob, TopLogprob
-from wisp.engines.base import EngineInfo, TargetEngine, Tokenizer
+from wisp.engines.base import EngineInfo, StepQueue, TargetEngine, Tokenizer
 from wisp.engines.constraining import SlotTrackers, agreeing
 from wisp.engines.grammars import Grammars
 from wisp.engines.identity import engine_digest
+from wisp.engines.in_order import OneAtATime
 from wisp.engines.null import EOS, N_VOCAB
 from wisp.engines.plain import PlainTokenizer
 from wisp.server.app import ServerApp, Settings
@@ -76,6 +77,10 @@ class ScriptedTarget:
         )
         self.constraints = SlotTrackers()
         self._held: list[list[int]] = [[] for _ in range(SLOTS)]
+
+    def queue(self, depth: int) -> StepQueue:
+        """Steps run one at a time."""
+        return OneAtATime(self, depth)
 
     def run(self, batch: Sequence[Slice]) -> list[SliceResult]:
         """Say what comes next."""
