@@ -110,8 +110,8 @@ class Wisp:
         return offers, prompts, all_urgency
 
     def _chosen(self, offers: list[_Offer], read: list[_Choice], limits: StepLimits) -> list[_Choice]:
-        """What takes part at the best rate, found on the way. No prompt waits for drafts that are mostly FLOOR."""
-        step_ms, least = max(limits.cost.now.step, LEAST_MS), 2.0 * FLOOR if read else 0.0
+        """What takes part at the best rate, found on the way. No prompt waits for drafts that are not soon due."""
+        step_ms, least = max(limits.cost.now.step, LEAST_MS), (FLOOR + 1.0) / 2.0 if read else 0.0
         for _ in range(2):
             choices, worth, ms, tokens = _at(self._rate, offers, least)
             self._rate = worth / (step_ms + ms)
