@@ -37,6 +37,7 @@ class Spread(msgspec.Struct, frozen=True):
         """Of these values."""
         if not values:
             return cls()
+        values = sorted(values)  # once; in order, it costs little to sort
         return cls(*(round(v, 3) for v in (fmean(values), quantile(values, 0.5), quantile(values, 0.99))))
 
 
