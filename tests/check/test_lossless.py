@@ -76,11 +76,11 @@ def test_a_dozen_cases_are_the_references_own(bench: Bench) -> None:
 
 
 @pytest.mark.extended
-def test_forty_cases_are_the_references_own_and_all_that_is_promised_happens(bench: Bench) -> None:
-    report = check(bench, mode="exact", cases=40, seed=11)
+def test_eighty_cases_are_the_references_own_and_all_that_is_promised_happens(bench: Bench) -> None:
+    report = check(bench, mode="exact", cases=80, seed=11)
     assert report.passed, report
-    assert (report.cases, report.identical, report.ties, report.mismatches) == (40, 40, 0, 0)
-    assert report.tokens > 1000
+    assert (report.cases, report.identical, report.ties, report.mismatches) == (80, 80, 0, 0)
+    assert report.tokens > 2000
     rare = {"outlived_parking", "failed_steps", "restarts", "edges_ahead", "duplicates_answered"}
     assert not [name for name in PROMISED if not report.counts.get(name) and name not in rare]
 

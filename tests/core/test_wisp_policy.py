@@ -52,6 +52,13 @@ def test_a_server_with_time_serves_everybody_at_once_however_far_ahead() -> None
     assert granted(*alike, prompt(100, 30, 3.0)).keys() == {*range(6), 100}
 
 
+def test_where_no_prompt_has_kv_the_first_goes_on_all_the_same() -> None:
+    limits = StepLimits(2048, 256, {}, CostModel(Coefficients(step=30.0, token=0.4)), free_kv=36)
+    assert granted(prompt(1, 60, 0.1), prompt(2, 50, 3.0), limits=limits).keys() == {1}
+    assert granted(prompt(1, 60, 0.1), prompt(2, 30, 3.0), limits=limits).keys() == {2}
+    assert granted(prompt(1, 60, 0.1), going(3, 1.0), limits=limits).keys() == {3}
+
+
 def test_sessions_ahead_are_left_out_where_others_are_late() -> None:
     late = [going(i, -0.8) for i in range(40)]
     ahead = [going(100 + i, 5.0) for i in range(40)]

@@ -372,6 +372,9 @@ class AskWatch:
             )
 
     def failed(self, error: RequestError) -> None:
+        shape = self.world.shape
+        if error.code == "verifier_unavailable" and shape.sockets < len(shape.edges):
+            return  # others may have all connections
         excuses = EXCUSES.get(error.code)
         if excuses is None or (excuses and excuses.isdisjoint(self.world.happened)):
             raise self.world.violated(f"{self.name} failed for no reason: {error.code}: {error}")

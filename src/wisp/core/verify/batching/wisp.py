@@ -124,9 +124,7 @@ def _read(offers: list[_Offer], prompts: list[_Prompt], urgency: float, limits: 
     """The rows of prompts to read, those that are worth most first."""
     cost = limits.cost.now
     rows, knee = sum([o[3] for o in offers]), cost.knee or math.inf
-    loss = urgency / (
-        max(cost.step, LEAST_MS) + sum([o[1] for o in offers])
-    )  # of the others, in a millisecond
+    loss = urgency / (max(cost.step, LEAST_MS) + sum([o[1] for o in offers]))  # of others, per ms
     delay_ms, left, free_kv = 0.0, limits.tokens, limits.free_kv
     if free_kv < math.inf:
         free_kv -= sum([o[3] + o[4] for o in offers])
@@ -151,6 +149,8 @@ def _read(offers: list[_Offer], prompts: list[_Prompt], urgency: float, limits: 
         free_kv -= c.new
         left -= read
         choices.append((worth / row_ms, c.session, read, c))
+    if prompts and not (choices or offers):  # one goes on all the same, and others lose their KV for it
+        choices.append((1.0, prompts[0][1].session, min(prompts[0][1].new, left), prompts[0][1]))
     return choices
 
 
