@@ -57,6 +57,10 @@ def test_where_no_prompt_has_kv_the_first_goes_on_all_the_same() -> None:
     assert granted(prompt(1, 60, 0.1), prompt(2, 50, 3.0), limits=limits).keys() == {1}
     assert granted(prompt(1, 60, 0.1), prompt(2, 30, 3.0), limits=limits).keys() == {2}
     assert granted(prompt(1, 60, 0.1), going(3, 1.0), limits=limits).keys() == {3}
+    begun = msgspec.structs.replace(prompt(2, 50, 3.0), cached=12)
+    assert granted(prompt(1, 60, 0.1), begun, limits=limits).keys() == {
+        2
+    }  # or they would take turns for ever
 
 
 def test_sessions_ahead_are_left_out_where_others_are_late() -> None:

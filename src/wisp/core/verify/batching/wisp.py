@@ -37,7 +37,6 @@ LEAST_MS = 1e-3  # fixed cost of a step: some cost models say 0
 NOTHING_MS = 1e-9
 
 PREFILL = Kind.PREFILL
-
 # Plain tuples, for speed. A draft or decode: weight, ms that it adds to a step without its draft, ms of each draft
 # token, rows without the draft, draft tokens, acceptance, candidate.
 _Offer = tuple[float, float, float, int, int, float, Candidate]
@@ -149,8 +148,9 @@ def _read(offers: list[_Offer], prompts: list[_Prompt], urgency: float, limits: 
         free_kv -= c.new
         left -= read
         choices.append((worth / row_ms, c.session, read, c))
-    if prompts and not (choices or offers):  # one goes on all the same, and others lose their KV for it
-        choices.append((1.0, prompts[0][1].session, min(prompts[0][1].new, left), prompts[0][1]))
+    if prompts and not (choices or offers):  # the one that has most goes on, and others lose their KV for it
+        c = max([c for _, c in prompts], key=lambda c: c.cached)
+        choices.append((1.0, c.session, min(c.new, left), c))
     return choices
 
 
