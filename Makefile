@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-choice test-clients test-replicas test-prometheus test-wheel test-deploy \
 	check format lock check-lossless docs clean fuzz mutants audit \
-	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead bench-step bench-depth
+	bench bench-suite bench-constraints bench-overhead bench-policy bench-constants bench-simulator bench-drafting bench-vllm bench-ahead bench-step bench-depth
 
 setup: $(VENV)/.ready
 
@@ -151,6 +151,9 @@ bench-overhead: setup  ## what a verification costs beside the engine
 
 bench-policy: setup  ## what a decision of each batching policy costs
 	$(BENCH) policy
+
+bench-constants: setup  ## what each constant of the wisp policy is for: cells without it; minutes
+	$(BENCH) constants --out docs/results/constants.json
 
 bench-constraints: setup  ## what constraints cost, beside the last version without them, and what drafting gains; fetches the real pair
 	$(BENCH) constraints --out docs/results/constraints.json

@@ -1,0 +1,118 @@
+"""`python -m benchmarks constants`: what each constant of the `wisp` policy and of SLO admission is for.
+
+Each is set to a value that takes its effect away, one at a time, and cells of the suite are run again, under seeds
+that no other command has.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from types import ModuleType
+
+import msgspec
+
+from benchmarks.pages import table
+from wisp.core.errors import ConfigError
+from wisp.core.verify import slo_admission
+from wisp.core.verify.batching import wisp
+from wisp.sim.commands import writable
+from wisp.sim.compare.cell import sized
+from wisp.sim.compare.suite import load_suite
+from wisp.sim.runs import Job, run
+from wisp.sim.systems import system
+
+CELLS = (
+    "a100-16-1.4",
+    "slow-far-0.85",
+    "rates-4-10-20-1.5",
+    "few-long-slow-1",
+    "bursts-cv3-0.8",
+    "sampled-29-14",
+)
+SEEDS = (31,)
+REQUESTS = 50
+# Constant, where it is, and a value at which it does nothing.
+WITHOUT: tuple[tuple[str, ModuleType, float], ...] = (
+    ("URGENT", wisp, 1000.0),  # no lateness makes a token worth more
+    ("MOST", wisp, 20.0),  # urgency without a bound
+    ("FLOOR", wisp, 1e-3),  # sessions far ahead weigh nothing
+    ("FIRST", wisp, 1.0),  # answers that have not begun are like others
+    ("HOPELESS", wisp, 1e9),  # no pace is given up
+    ("SPARE", wisp, 0.0),  # an SLO is given up without the reserve
+    ("WAITED", slo_admission, 0.0),  # first tokens take no time
+)
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One cell with one constant changed ("": with none). Means over seeds."""
+
+    cell: str
+    changed: str
+    attainment: float
+    goodput: float
+    ttft_ms: float
+    stall_ms: float
+
+
+@contextmanager
+def changed(module: ModuleType, name: str, value: float) -> Iterator[None]:
+    """With another value of a constant."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def measured(cell: str, changed_: str, seeds: Sequence[int], requests: int) -> Row:
+    """A cell as things are set now. Raises ConfigError for one that the suite does not have."""
+    known = {c.name: c.scenario for c in load_suite()}
+    if cell not in known:
+        raise ConfigError(f"the suite has no cell {cell!r}")
+    scenario = sized(known[cell], requests)
+    reports = [run(Job(scenario, system("wisp"), seed)) for seed in seeds]
+
+    def mean(values: Sequence[float | None]) -> float:
+        return round(fmean(v or 0.0 for v in values), 4)
+
+    return Row(
+        cell,
+        changed_,
+        mean([r.attainment for r in reports]),
+        mean([r.goodput for r in reports]),
+        mean([r.ttft_ms.median for r in reports]),
+        mean([r.longest_stall_ms.p99 for r in reports]),
+    )
+
+
+def run_bench_constants(
+    out: Path | None, *, as_json: bool, cells: Sequence[str] = CELLS, requests: int = REQUESTS
+) -> None:
+    """Run all, print a table, and write the figures into `out`. Raises ConfigError."""
+    if out is not None:
+        writable(out)
+    rows = [measured(cell, "", SEEDS, requests) for cell in cells]
+    for name, module, value in WITHOUT:
+        with changed(module, name, value):
+            rows += [measured(cell, f"{name} {value:g}", SEEDS, requests) for cell in cells]
+    encoded = msgspec.json.format(msgspec.json.encode(rows)) + b"\n"
+    if out is not None:
+        out.write_bytes(encoded)
+    if as_json:
+        sys.stdout.buffer.write(encoded)
+    else:
+        print(rendered(rows))
+
+
+def rendered(rows: Sequence[Row]) -> str:
+    """A Markdown table: for each change and cell the share of SLOs met in percent, and the median TTFT in seconds."""
+    cells = list(dict.fromkeys(r.cell for r in rows))
+    shown = {(r.changed, r.cell): f"{100 * r.attainment:.0f}, {r.ttft_ms / 1e3:.2f}" for r in rows}
+    changes = dict.fromkeys(r.changed for r in rows)
+    lines = [[change or "none", *(shown[change, cell] for cell in cells)] for change in changes]
+    return table(["changed", *cells], lines)
