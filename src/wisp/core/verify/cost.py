@@ -291,18 +291,18 @@ class CostModel:
         gain = onto / (noise * noise + float(row @ onto))
         theta = self._theta + gain * error
         below = theta < 0.0
-        free = ~below
-        while below.any():
-            error += float(row[below] @ self._theta[below])
-            self._theta = np.where(below, 0.0, self._theta)
-            onto = np.where(free, p @ np.where(free, row, 0.0), 0.0)
-            gain = onto / (noise * noise + float(row @ onto))
-            theta = self._theta + gain * error
-            below = free & (theta < 0.0)
-            free &= ~below
-        self._theta = theta
-        if not free.all():
+        if below.any():
+            free = ~below
+            while below.any():
+                error += float(row[below] @ self._theta[below])
+                self._theta = np.where(below, 0.0, self._theta)
+                onto = np.where(free, p @ np.where(free, row, 0.0), 0.0)
+                gain = onto / (noise * noise + float(row @ onto))
+                theta = self._theta + gain * error
+                below = free & (theta < 0.0)
+                free &= ~below
             p = np.where(np.outer(free, free) | np.eye(len(row), dtype=bool), p, 0.0)
+        self._theta = theta
         p = p - gain[:, None] * onto
         variances = p.diagonal()
         grown = variances > self._most
