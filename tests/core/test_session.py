@@ -7,7 +7,8 @@ import math
 import pytest
 
 from wisp.core.protocol.slo import Slo
-from wisp.core.verify.session import RELAXED, TPOT_SHARE, TTFT_SHARE, Speed, Targets
+from wisp.core.verify.session import Speed
+from wisp.core.verify.targets import RELAXED, TPOT_SHARE, TTFT_SHARE, Targets
 
 
 def targets(ttft_ms: float = 1000.0, tpot_ms: float = 100.0) -> Targets:

@@ -15,7 +15,7 @@ from wisp.core.verify.admission import Refusal
 from wisp.core.verify.answers import Answers
 from wisp.core.verify.cost import Coefficients, CostModel, Load
 from wisp.core.verify.events import Limits
-from wisp.core.verify.session import Session, State
+from wisp.core.verify.session import Session
 from wisp.core.verify.slo_admission import (
     FILLED,
     LEAST_FILLED,
@@ -26,6 +26,7 @@ from wisp.core.verify.slo_admission import (
     keepable,
     rows_in,
 )
+from wisp.core.verify.states import State
 
 COST = CostModel(Coefficients(step=40.0, token=0.3))
 LATER = itertools.count(1.0)  # seconds; at each time all sessions are read again

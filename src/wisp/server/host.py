@@ -52,7 +52,8 @@ from wisp.core.verify.events import (
     StepDone,
 )
 from wisp.core.verify.loop import VerifierLoop
-from wisp.core.verify.session import Session, State
+from wisp.core.verify.session import Session
+from wisp.core.verify.states import State
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.base import TargetEngine, Tokenizer
 from wisp.server.compiling import Compiling

@@ -21,7 +21,7 @@ from wisp.core.protocol.messages import Open, Refused, Verdict
 from wisp.core.verify.cost import Load, load_of
 from wisp.core.verify.events import Ended, Run, StepDone
 from wisp.core.verify.planner import KINDS, kind_of
-from wisp.core.verify.session import State
+from wisp.core.verify.states import State
 from wisp.core.verify.verifier import Verifier
 
 # vLLM's bucket edges, seconds.

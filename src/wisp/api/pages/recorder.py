@@ -18,7 +18,8 @@ from wisp.core.protocol.step import Slice
 from wisp.core.verify.cost import load_of
 from wisp.core.verify.events import Action, EdgeLost, Ended, InEvent, Received, Run, Send, StepDone
 from wisp.core.verify.planner import kind_of
-from wisp.core.verify.session import ORPHANED, PARKED, READY, RUNNING, Session
+from wisp.core.verify.session import Session
+from wisp.core.verify.states import ORPHANED, PARKED, READY, RUNNING
 from wisp.core.verify.verifier import Verifier
 
 MOST = 200  # devices and sessions in a snapshot

@@ -18,7 +18,8 @@ from wisp.core.protocol.messages import Open, Refused, Verdict
 from wisp.core.protocol.step import Committed
 from wisp.core.verify.events import Action, EdgeLost, InEvent, Received, Run, Send, StepDone
 from wisp.core.verify.kv import Sharers
-from wisp.core.verify.session import IN_ENGINE, PARKED, READY, WAITING, Session
+from wisp.core.verify.session import Session
+from wisp.core.verify.states import IN_ENGINE, PARKED, READY, WAITING
 from wisp.core.verify.verifier import Verifier
 
 if TYPE_CHECKING:

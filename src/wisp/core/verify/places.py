@@ -12,7 +12,8 @@ from collections.abc import Collection
 
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.events import Limits
-from wisp.core.verify.session import PARKED, WAITING, Session
+from wisp.core.verify.session import Session
+from wisp.core.verify.states import PARKED, WAITING
 
 
 def is_silent(session: Session, since: float) -> bool:

@@ -22,7 +22,8 @@ from wisp.core.verify.in_flight import InFlight
 from wisp.core.verify.kv import KvPool
 from wisp.core.verify.places import is_silent
 from wisp.core.verify.preemption import is_urgent, slot_victims, victims
-from wisp.core.verify.session import DRAFT, PARKED, PICKED, READY, WAITING, Session
+from wisp.core.verify.session import Session
+from wisp.core.verify.states import DRAFT, PARKED, PICKED, READY, WAITING
 
 PREFILL, VERIFY, DECODE = Kind
 PATIENCE_S = 1.0  # a session without SLO queues for a slot as if it were due this long after it became ready

@@ -20,7 +20,9 @@ from wisp.core.verify.admission import Refusal
 from wisp.core.verify.answers import Answers
 from wisp.core.verify.cost import CostModel, Load
 from wisp.core.verify.events import Limits
-from wisp.core.verify.session import PARKED, RELAXED, WAITING, Session
+from wisp.core.verify.session import Session
+from wisp.core.verify.states import PARKED, WAITING
+from wisp.core.verify.targets import RELAXED
 
 ROWS_A_TOKEN = 1.25  # rows of drafts and of the target's own token, per committed token, under load
 ROWS_A_SLICE = 2.5  # rows that a session brings to a step
