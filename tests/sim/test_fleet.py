@@ -43,10 +43,10 @@ from wisp.sim.report import Engine, Report
 from wisp.sim.request import Request
 from wisp.sim.scenario import Kit, Scenario, SloClass
 from wisp.sim.serving import verifier
+from wisp.sim.sim_device import Generation, SimDevice
 from wisp.sim.simulate import Fleet, scripts_of
 from wisp.sim.systems import system
 from wisp.sim.timeline import Timeline
-from wisp.sim.world import Generation, SimDevice
 
 DEVICES = 12
 OURS = "wisp,admission=no"  # who would be late here is served all the same

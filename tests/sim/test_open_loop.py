@@ -13,9 +13,9 @@ from wisp.core.errors import ConfigError
 from wisp.core.protocol.messages import Open
 from wisp.sim.report import report
 from wisp.sim.scenario import Kit, Scenario, load_scenario, recorded_arrivals
+from wisp.sim.sim_verifier import SimVerifier
 from wisp.sim.simulate import Simulation, gap_s
 from wisp.sim.systems import system
-from wisp.sim.world import SimVerifier
 
 POISSON = load_scenario("poisson").brief(10.0, 50.0, 30.0)
 

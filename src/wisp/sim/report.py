@@ -18,9 +18,9 @@ from wisp.core.protocol.slo import Served, account, met
 from wisp.core.verify.cost import Load
 from wisp.sim.request import Request
 from wisp.sim.scenario import SloClass
+from wisp.sim.sim_verifier import VerifierCounts
 from wisp.sim.simulate import Fleet, Simulation, quantile
 from wisp.sim.smooth import Pace, pace
-from wisp.sim.world import VerifierCounts
 
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms", "longest_gap_ms", "longest_stall_ms")
 
