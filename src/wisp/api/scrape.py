@@ -1,7 +1,7 @@
-"""What /metrics of all our processes have in common.
+"""/metrics of all processes: the common part.
 
-Every series has the label `model_name`, as vLLM's have. Series of an API key (label `key`) name customers: where there
-are keys, a key that may manage replicas sees all of them, any other its own, and who shows none sees the rest.
+Every series has the label `model_name`, as vLLM's have. Series with the label `key` name customers. Where keys are
+configured, an admin key reads all of them and any other key its own; a request without a key reads the rest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a verifier does, for its page: second by second, and by device and session.
+"""The recorder of a verifier for its page: figures by second, device and session.
 
 It looks on: it is told every event with the actions that followed, by a live server, a simulation or the replay of an
 event log (`core.verify.loop`). What it says of SLOs is as seen here; what users see is counted at their edges.

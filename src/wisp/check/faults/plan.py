@@ -1,4 +1,4 @@
-"""What happens in a run: the shape of the system, and a list of events, made from one seed or read from a file.
+"""The plan of a run: the shape of the system, and a list of events, drawn from one seed or read from a file.
 
 An event names what happens and carries a few numbers, which are read when it happens: "the process number `pick` of
 those that are there then". So any part of the list is a run, too, and a list that fails can be made shorter.
@@ -16,7 +16,7 @@ from wisp.core.verify.admission import KeyLimits
 STORM_S = 25.0
 KEYS = ("ann", "ben", "cat")
 DRAFTERS = ("fixed:4", "fixed:8", "gain", "confidence:0.5", "predictor", "")
-# What befalls the system, and how often beside the others.
+# The kinds of faults and their relative frequencies.
 FAULTS = {
     "cut": 10,  # a connection breaks; each end notices when it does
     "drain_line": 4,  # a client is gone, what it sent is still read
