@@ -22,7 +22,7 @@ import wisp.edge.link
 import wisp.server.host
 from wisp.api.backend import Backend
 from wisp.check.faults.engine import digest_of
-from wisp.check.faults.faults import inject, heal
+from wisp.check.faults.faults import heal, inject
 from wisp.check.faults.loop import Life, NoThread, Restless, VirtualLoop, present_life, virtual
 from wisp.check.faults.network import Network, VirtualClient, VirtualConnect
 from wisp.check.faults.nodes import EdgeProcess, Process, RouterProcess, TimedEngine, VerifierProcess
