@@ -179,7 +179,7 @@ def test_a_simulation_carries_the_estimated_devices(
     assert found.wisp.simulated <= 0.1
 
 
-def test_simulations_are_reported_as_such() -> None:
+def test_progress_of_simulations_is_reported() -> None:
     seen: list[tuple[int, int]] = []
     runs = Fake(20, 10)
     plan(
