@@ -268,14 +268,16 @@ class Planner:
         s.go(PICKED)
         self.index.put(s)
         self.kv.touch(now, slot)
-        start, position, after = s.cached + flight.kv, s.progress.committed + flight.tokens, -1
+        start, after = s.cached + flight.kv, -1
+        position = len(chain) - s.progress.n_prompt + flight.tokens
         if flight.tokens:  # decode after a token that is still to be chosen
             tokens, n_draft, last, after = [0], 0, True, flight.step
         else:
-            pending, end = s.round.pending, min(start + grant.tokens, len(chain))
-            last = end == len(chain)
-            draft = pending.draft[: grant.tokens - (end - start)] if last and pending else []
-            tokens, n_draft = chain[start:end].tolist() + draft, len(draft)
+            tokens, n_draft, pending = chain[start : start + grant.tokens].tolist(), 0, s.round.pending
+            last = start + len(tokens) == len(chain)
+            if last and pending is not None:
+                draft = pending.draft[: grant.tokens - len(tokens)]
+                tokens, n_draft = tokens + draft, len(draft)
         sampling, constraints = s.params.sampling, s.params.sampling.constraints
         past: list[int] = []
         if constraints is not None and last and constraints.choosing:

@@ -201,7 +201,9 @@ class Progress:
     def append(self, tokens: list[int], logprobs: list[TokenLogprob]) -> None:
         """Commit `tokens`, with their log probabilities if the step computed any."""
         self.chain.fromlist(tokens)
-        if self.logprobs is None or len(logprobs) < len(tokens):
+        if self.logprobs is None:
+            return
+        if len(logprobs) < len(tokens):
             self.entries = []  # entries must belong to the last tokens
         else:
             self.entries += logprobs[: len(tokens)]
@@ -448,9 +450,9 @@ class Session:
     ) -> Verdict:
         """The verdict on `round_`, which is also kept for duplicates."""
         progress, round_state = self.progress, self.round
-        round_state.heard = progress.committed
         entries = progress.entries_from(base) if progress.logprobs is not None else []
         tokens = progress.tokens_from(base)
+        round_state.heard = base + len(tokens)
         round_state.verdict = verdict = Verdict(
             self.id, round_, base, accepted, tokens, finish, entries, queue_ms, engine_ms, round_state.price,
             progress.reused or 0,

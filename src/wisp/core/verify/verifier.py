@@ -406,27 +406,24 @@ class Verifier:
         tokens, finish = self._cut(s, result.tokens) if slice_.sample else ([], "")
         s.progress.append(tokens, result.logprobs)
         fed = slice_.start + len(slice_.tokens) - slice_.n_draft + result.accepted
-        prompt_tokens = max(0, min(fed, s.progress.n_prompt) - slice_.start)
+        n_prompt, start = s.progress.n_prompt, slice_.start
+        prompt_tokens = min(fed, n_prompt) - start if start < n_prompt else 0
         self.admission.served(now, s.key, prompt_tokens, len(tokens))
         verdict = None
         if slice_.sample:
-            # Nothing is pending in server mode, or if the edge resumed during the step with a new draft.
             current = s.round
-            p = current.pending or Pending(current.number, current.heard, 0, [], s.since)
-            agreed = p.head + min(result.accepted, len(tokens)) if current.pending else 0
-            current.pending = None
+            round_, base, since, agreed = current.number, current.heard, s.since, 0
+            # Nothing is pending in server mode, or if the edge resumed during the step with a new draft.
+            if (pending := current.pending) is not None:
+                round_, base, since = pending.round, pending.base, pending.since
+                agreed = pending.head + min(result.accepted, len(tokens))
+                current.pending = None
             s.verified(now, slice_.n_draft, result.accepted)
-            if p.since != s.since or slice_.n_draft:
+            if since != s.since or slice_.n_draft:
                 s.speed.committed(len(tokens))
             current.price = self.policy.price
-            verdict = s.answer(
-                p.round,
-                p.base,
-                agreed,
-                finish=finish,
-                queue_ms=(begun - p.since) * 1e3,
-                engine_ms=engine_ms,
-            )
+            queue_ms = (begun - since) * 1e3
+            verdict = s.answer(round_, base, agreed, finish=finish, queue_ms=queue_ms, engine_ms=engine_ms)
         doomed = s.state is DOOMED
         connection = -1 if doomed else s.connection
         more = not slice_.sample or (s.round.serve and not finish)
