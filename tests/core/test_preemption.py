@@ -134,6 +134,12 @@ def test_a_first_token_that_is_late_gives_way_to_one_that_can_be_in_time() -> No
     assert before.rank(late) < before.rank(early)
 
 
+def test_of_sessions_without_kv_those_without_a_first_token_come_first() -> None:
+    again = Candidate(1, Kind.PREFILL, 50, 0, 0, 0.0, 1.0, due=0.1, tpot_s=0.1, remaining=100)
+    assert chosen(again, prompt(2, 50, 0.5), free=60) == [2]
+    assert chosen(again, prompt(2, 50, 0.5), free=60, claims=Claims(0.0, COST, preempts=False)) == [1]
+
+
 def test_kv_of_sessions_in_flight_stays_and_silent_sessions_are_last() -> None:
     flying, due = going(1, math.inf), going(2, 0.1)
     claims = Claims(0.0, COST, preempts=True, fixed={1}, idle=lambda session: session == 2)
