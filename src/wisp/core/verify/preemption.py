@@ -19,7 +19,7 @@ memory, while a new session needs memory for its first token. Preemption costs a
 must therefore be able to wait a hundred times as long as the prefill takes, and must not be about to end, which frees
 its KV for good. A session without SLO may lose all its KV for a single token of another.
 
-Batching policies that do not preempt have no going and no urgent sessions.
+Under batching policies that do not preempt, the planner takes KV only where not even one session could run.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ class Claims(NamedTuple):
 
     now: float
     cost: CostModel
-    preempts: bool
     fixed: Collection[int] = ()
     idle: Callable[[int], bool] = lambda session: False
     shares: Mapping[str, float] = {}
@@ -68,18 +67,14 @@ class Claims(NamedTuple):
     def rank(self, c: Candidate) -> tuple[Claim, bool, bool, float, float, float, int]:
         """The place of a session in the order: a strict one, as no two have the same last number."""
         claim, has_kv = self._claim(c), c.cached > 0
-        due = _due(self.now, c) if self.preempts else 0.0
-        again = self.preempts and not has_kv and not c.first
-        share = 0.0 if has_kv else self.shares.get(c.key, 0.0)
-        return claim, not has_kv, again, due, share, c.opened, c.session
+        again, share = not has_kv and not c.first, 0.0 if has_kv else self.shares.get(c.key, 0.0)
+        return claim, not has_kv, again, _due(self.now, c), share, c.opened, c.session
 
     def _claim(self, c: Candidate) -> Claim:
         if c.session in self.fixed:
             return Claim.FIXED
         if self.idle(c.session):
             return Claim.IDLE
-        if not self.preempts:
-            return Claim.REST
         if _running(c):
             return Claim.REST if is_far_ahead(self.now, c, self.cost) else Claim.GOING
         return Claim.URGENT if is_urgent(self.now, c, self.cost, EARLY_S) else Claim.REST
