@@ -85,7 +85,7 @@ def test_many_runs_find_nothing() -> None:
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_what_was_found_once_is_not_found_again(path: Path) -> None:
+def test_earlier_failures_stay_mended(path: Path) -> None:
     assert run_plan(read_case(path)).found is None
 
 
@@ -252,7 +252,7 @@ def test_a_process_that_does_not_come_to_rest_is_found() -> None:
         loop.run(lambda: False)
 
 
-def test_who_waits_for_less_than_the_clock_can_tell_comes_to_an_end() -> None:
+def test_a_wait_below_the_clocks_resolution_ends() -> None:
     loop = VirtualLoop(pytest.fail)
     ended: list[float] = []
 

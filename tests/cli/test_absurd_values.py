@@ -120,7 +120,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("arguments", "advice"), CASES, ids=[" ".join(c[0])[:60] for c in CASES])
-def test_what_cannot_work_ends_with_status_2_and_says_what_to_do(
+def test_absurd_values_end_with_status_2_and_advice(
     wisp: Wisp, arguments: tuple[str, ...], advice: str
 ) -> None:
     status, said = wisp(*arguments)

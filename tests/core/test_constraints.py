@@ -124,7 +124,7 @@ def test_each_constraint_by_hand() -> None:
     assert seen[[0, 25, 1]].tolist() == pytest.approx([1.0, 2.0 * LOGITS[25], LOGITS[1]])
 
 
-def test_what_would_leave_nothing_is_passed_over() -> None:
+def test_a_constraint_that_leaves_no_token_is_passed_over() -> None:
     nothing = Constraints(allowed=(5, 6), banned=((5,), (6,)))
     assert edit_after([], nothing).keeps(SIZE).nonzero()[0].tolist() == [5, 6]
     grammar = Constraints(allowed=(30,), grammar=Grammar("regex", "x"))
@@ -234,7 +234,7 @@ def test_a_grammar_may_begin_inside_a_draft_and_is_asked_once_for_all_of_it() ->
         (Constraints(grammar=Grammar("json_schema", "x" * 65_537)), "grammar"),
     ],
 )
-def test_what_is_wrong_is_named(wrong: Constraints, parameter: str) -> None:
+def test_errors_name_the_parameter(wrong: Constraints, parameter: str) -> None:
     problem = Sampling(constraints=wrong).problem()
     assert problem is not None
     assert problem[0] == parameter

@@ -216,7 +216,7 @@ def test_without_a_verifier_it_gives_up_in_time_and_not_for_good() -> None:
 
 
 @pytest.mark.parametrize("code", ["version_mismatch", "vocabulary_mismatch"])
-def test_what_cannot_be_mended_by_waiting_fails_at_once(code: str) -> None:
+def test_permanent_refusals_fail_at_once(code: str) -> None:
     script = Script(say(Refused("", code, "no, and here is why", fatal=True)))
 
     async def scenario() -> None:
@@ -278,7 +278,7 @@ async def until(link: VerifierLink, seen: Callable[[], bool]) -> None:
     ],
     ids=["sign-in page", "redirect", "odd redirect", "401", "403", "404", "407", "502", "loading"],
 )
-def test_what_is_not_wisps_own_refusal_of_the_key_passes(refusal: Response, why: str) -> None:
+def test_a_proxys_refusal_is_tried_again(refusal: Response, why: str) -> None:
     """A proxy that reconnects, a hotel's sign-in page, a wrong path."""
     script = Script(say(WELCOME), answers=[refusal])
 
@@ -467,7 +467,7 @@ def test_a_verdict_that_cannot_be_ends_the_connection_and_reaches_no_session() -
     run(scenario())
 
 
-def test_what_a_verifier_says_of_a_frame_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refused_frame_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         script = Script(say(WELCOME, Refused("", "odd", "a\nb\x1b[2J"), Verdict(SESSION, 0, 0, 0, [5])))
         async with script.listening() as url, linked(url) as (_, heard):

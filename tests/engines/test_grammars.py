@@ -125,7 +125,7 @@ def test_a_schema_can_ask_for_white_space_of_its_own(grammars: Grammars) -> None
         (Grammar("lark", "start: %json x"), "%json"),
     ],
 )
-def test_what_cannot_be_compiled_is_named(grammars: Grammars, grammar: Grammar, named: str) -> None:
+def test_an_error_of_compilation_names_its_cause(grammars: Grammars, grammar: Grammar, named: str) -> None:
     with pytest.raises(GrammarError, match=named):
         grammars.compile(grammar)
     with pytest.raises(GrammarError, match=named):
@@ -147,7 +147,7 @@ LONG = [f"[ab]*a[ab]{{{n}}}" for n in range(1, 30)]
         'start: %json\n {"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}], "type": "integer"} "x"',
     ],
 )
-def test_what_would_be_compiled_for_minutes_is_refused(
+def test_grammars_that_compile_for_minutes_are_refused(
     grammars: Grammars, grammar: str | dict[str, Any]
 ) -> None:
     """No thread can be stopped in there, and a few of them are all that there are."""
@@ -349,7 +349,7 @@ def follow(matcher: Matcher, text: bytes) -> None:
         assert len(matcher.masks(text[:i], text[i : i + 8])) == len(text[i : i + 8]) + 1
 
 
-def test_what_sessions_have_said_does_not_end_others_of_the_same_grammar() -> None:
+def test_sessions_of_one_grammar_are_independent() -> None:
     """Their texts add up to more states than the limit has."""
     lengths = [300, 400, 500, 600, 700]
     grammars, grammar = Grammars(PlainTokenizer()), strings(*lengths)

@@ -122,7 +122,7 @@ def test_constraints_on_many_rows_are_the_rule_row_by_row(spread: float) -> None
     assert [e.packed(size) is None for e in edits[:11]] == [i in (0, 7, 8, 9) for i in range(11)]
 
 
-def test_what_may_not_end_yet_does_not() -> None:
+def test_min_tokens_delays_the_end() -> None:
     from wisp.engines.vllm.choosing import answers
 
     rng = np.random.default_rng(6)

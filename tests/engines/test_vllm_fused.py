@@ -104,7 +104,7 @@ def test_constraints_are_the_rule_row_by_row() -> None:
     check(answers(64, 256, 2), logits, parts)
 
 
-def test_what_may_not_end_yet_does_not() -> None:
+def test_min_tokens_delays_the_end() -> None:
     rng = np.random.default_rng(6)
     logits = (3.0 * rng.standard_normal((12, 40))).astype(np.float32)
     logits[:, [3, 39]] += 50.0

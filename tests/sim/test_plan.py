@@ -169,7 +169,7 @@ def test_more_than_was_estimated_may_be_found() -> None:
     ("devices", "device", "rtt_ms", "rate", "prompt"),
     [(39, "25", 100.0, 18.0, (60, 200)), (24, "60", 20.0, 14.0, (500, 1100))],
 )
-def test_what_is_expected_a_simulation_can_carry(
+def test_a_simulation_carries_the_estimated_devices(
     devices: int, device: str, rtt_ms: float, rate: float, prompt: tuple[int, int]
 ) -> None:
     n = int(0.95 * plan(scenario_for(A100, devices, device, rtt_ms, rate, prompt)).wisp.devices)
@@ -179,7 +179,7 @@ def test_what_is_expected_a_simulation_can_carry(
     assert found.wisp.simulated <= 0.1
 
 
-def test_what_was_simulated_is_watched() -> None:
+def test_progress_of_simulations_is_reported() -> None:
     seen: list[tuple[int, int]] = []
     runs = Fake(20, 10)
     plan(
@@ -341,14 +341,14 @@ def test_the_command() -> None:
         ("acceptance", "0"), ("acceptance", "1.5"), ("prompt", "9-1"), ("output", "x"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_planned(option: str, value: str) -> None:
+def test_impossible_plans_are_refused(option: str, value: str) -> None:
     found = command(**{option: value})
     assert isinstance(found.exception, ConfigError), found.output
     assert option in str(found.exception)
 
 
 @pytest.mark.parametrize(("n", "policy"), [(30, "wisp"), (150, "wisp"), (10, "continuous")])
-def test_what_it_says_to_run_are_commands_that_there_are(n: int, policy: str) -> None:
+def test_the_commands_of_the_advice_exist(n: int, policy: str) -> None:
     found = plan(scenario_for(A100, n, "100", 20.0, 20.0))
     assert f"batching {policy}" in " ".join(found.assumed) or policy == "continuous"
     known = typer.main.get_command(app)

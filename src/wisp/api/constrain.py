@@ -1,4 +1,4 @@
-"""What needs the model's tokenizer: constraints in token ids, grammars for calls, the middle to be filled in."""
+"""The parts of a request that need the tokenizer: constraints in token ids, grammars for calls, fill-in-the-middle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs on a device: `wisp edge`, an OpenAI endpoint, and `wisp generate`, once."""
+"""Commands for a device: `wisp edge`, an OpenAI endpoint, and `wisp generate`, a single generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`wisp sim`: fleets on hardware that one does not have, simulated or emulated."""
+"""`wisp sim`: simulated and emulated fleets."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What each round of a session took, and why one went without a draft: for users who ask, for the edge's page, and
-for traces.
+"""The timings of a session's rounds, and the reasons for rounds without a draft: for requests that ask, for the edge's
+page, and for traces.
 
-The drafter decides; this only looks on.
+The drafter decides; this module only records.
 """
 
 from __future__ import annotations

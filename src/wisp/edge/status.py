@@ -1,4 +1,4 @@
-"""What an edge's page shows besides its answers: the verifier it has, its drafter, and why it does not draft."""
+"""The state of an edge for its page: its verifier, its drafter, and the reason if it does not draft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From names on a command line to engines: the one place that knows which engines there are."""
+"""Builds engines from their names on the command line. The only module that knows all engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grammars that llguidance would compile for minutes or for ever, refused before it begins: nothing can stop it then.
+"""Limits on grammars. llguidance compiles some for minutes, and nothing can stop it, so these are refused beforehand.
 
 What takes so long is regular expressions that have to hold together, and multiples likewise: of two numbers it makes an
 automaton of as many states as their least common multiple has units.

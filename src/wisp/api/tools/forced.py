@@ -1,4 +1,4 @@
-"""Grammars under which an answer is a call in the family's own format, with arguments that the schema allows.
+"""Grammars for forced calls: the family's own format, with arguments that fit the schema.
 
 They are in llguidance's dialect of Lark. A marker that is a control token stands there by its id; any other is text.
 """

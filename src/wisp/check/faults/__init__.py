@@ -1,4 +1,4 @@
-"""`wisp check-faults`: whole systems in virtual time, and whatever can befall them, each run from one seed.
+"""`wisp check-faults`: whole systems in virtual time under injected faults, each run from one seed.
 
 Routers with replicas, verifiers alone, edges and thin clients are the product's own code, down to the sessions' loops.
 Clocks, threads, sockets and chance are the simulation's, so a run is a function of its seed, and a failure can be run
@@ -8,11 +8,11 @@ again, and made shorter.
     network   connections that stall and break
     engine    a target whose text shows any slip, and drafters for it
     nodes     verifiers, routers, edges
-    users     who ask, and look at each token
-    peers     the release before, and nonsense
-    plan      what happens, by chance or from a file
-    faults    how it happens
-    oracles   what must be true
+    users     ask, and check each token
+    peers     an edge of the release before, and hostile ones
+    plan      the events of a run, drawn from a seed or read from a file
+    faults    one function for each kind of fault
+    oracles   the conditions that must hold
     world     all of them together
     shrink    making a plan that fails shorter
     check     many seeds

@@ -1,4 +1,4 @@
-"""What can befall a system: one function for each kind of event. It returns whether there was something to befall."""
+"""The faults: one function for each kind. It returns whether the fault found something to act on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def befall(world: World, event: Event) -> bool:
+def inject(world: World, event: Event) -> bool:
     """Make it happen."""
     return _KINDS[event.what](world, event)
 

@@ -1,4 +1,4 @@
-"""What must be true: after every event of every verifier, at every token that a user is given, and at the end.
+"""The oracles: conditions that must hold after every event of a verifier, at every token of a user, and at the end.
 
 text        each token is the target's own after all before it; a user's text is a prefix of the target's, once each
 whose       nothing of a session goes to another key, and no KV is shared between keys or salts

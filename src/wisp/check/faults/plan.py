@@ -1,4 +1,4 @@
-"""What happens in a run: the shape of the system, and a list of events, made from one seed or read from a file.
+"""The plan of a run: the shape of the system, and a list of events, drawn from one seed or read from a file.
 
 An event names what happens and carries a few numbers, which are read when it happens: "the process number `pick` of
 those that are there then". So any part of the list is a run, too, and a list that fails can be made shorter.
@@ -20,7 +20,7 @@ DRAFTERS = ("fixed:4", "fixed:8", "gain", "confidence:0.5", "predictor", "")
 
 
 class Fault(NamedTuple):
-    """What befalls the system, and how often beside the others."""
+    """A kind of fault, with its relative frequency."""
 
     weight: int
     about: str

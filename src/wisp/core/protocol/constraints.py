@@ -1,4 +1,4 @@
-"""Constraints on the target's choice: what a request asks for besides temperature and its like.
+"""Constraints on the target's choice: bias, penalties, allowed and banned tokens, grammars.
 
 Order, at each position, on the raw logits, each in float64 and rounded to float32:
 

@@ -1,4 +1,4 @@
-"""What constraints make of a position's logits, position by position along a draft.
+"""Constraints applied to logits, position by position along a draft.
 
 `Tracker` belongs to one session. It keeps what the constraints count, and a grammar's state, in step with the tokens
 that it is given: those it has seen and are there no longer are rolled back, the others are added. So it can be asked

@@ -1,4 +1,4 @@
-"""What is asked of the sampled rows of a step, as arrays, and the answers: plain NumPy, for whoever chooses."""
+"""The sampled rows of a step and their answers as NumPy arrays, for all implementations of the choice."""
 
 from __future__ import annotations
 
