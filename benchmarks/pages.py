@@ -22,6 +22,7 @@ SOURCES = {
     "suite": "benchmarks.suite",
     "drafting": "benchmarks.drafting",
     "ahead": "benchmarks.reality.ahead",
+    "faults": "benchmarks.faults",
 }
 
 _TEMPLATES = jinja2.Environment(

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import planted
-from wisp.check.faults.check import check
+from wisp.check.faults.check import Report, check, source_hash
 from wisp.check.faults.engine import HashTarget, Text
 from wisp.check.faults.loop import Restless, VirtualLoop
 from wisp.check.faults.plan import FAULTS, Event, Plan, plan_of, with_events
@@ -107,6 +107,32 @@ def test_a_run_is_the_same_in_another_process() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
     )
     assert ended.stdout.strip() == run_plan(plan_of(3)).trace
+
+
+def test_parts_of_a_long_check_add_up(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    check(20, 1, minutes=0, jobs=1, resume=path)
+    parts = check(20, 3, minutes=0, jobs=1, resume=path)
+    whole = check(20, 3, minutes=0, jobs=1)
+    whole.cpu_s = parts.cpu_s
+    assert parts == whole
+    assert msgspec.json.decode(path.read_bytes(), type=Report) == parts
+    assert check(20, 3, minutes=0, jobs=1, resume=path) == parts
+
+
+@pytest.mark.parametrize(
+    ("report", "why"),
+    [
+        (Report(20, source="of another day"), "is of other code"),
+        (Report(21, source=source_hash()), "begins with seed 21"),
+        ("{}", "as a report of"),
+    ],
+)
+def test_a_report_of_other_runs_is_not_gone_on_with(report: object, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_bytes(msgspec.json.encode(report))
+    with pytest.raises(ConfigError, match=why):
+        check(20, 3, minutes=0, jobs=1, resume=path)
 
 
 # --- something to find
