@@ -178,3 +178,26 @@ def test_a_schema_that_is_none_is_the_clients_fault(name: str, parameters: dict[
     with pytest.raises(RequestError) as refused:
         prepare(parse_chat(body, {}), target, parser=name)
     assert (refused.value.status, refused.value.param in ("tools", "tool_choice")) == (400, True)
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_a_schema_that_would_take_long_to_compile_is_a_400_that_says_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, forced: bool
+) -> None:
+    """As the schema of an answer, and as that of a call's arguments."""
+    monkeypatch.setattr("wisp.engines.grammar_trial.TRIALS._limits", (0.3, 40 << 20))
+    schema = {"type": "integer", "allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+    if forced:
+        function = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}
+        body |= {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    else:
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    tokenizer = Marked((), "")
+    target = Target("m", tokenizer, 4000, "", Grammars(tokenizer))
+    with pytest.raises(
+        RequestError, match=r"takes more than .* to compile; it has multipleOf, allOf"
+    ) as refused:
+        prepare(parse_chat(body, {}), target, parser="hermes")
+    assert (refused.value.status, refused.value.code) == (400, "invalid_grammar")
+    assert refused.value.param == ("tool_choice" if forced else "response_format")

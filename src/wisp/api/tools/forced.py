@@ -12,7 +12,7 @@ from typing import Any
 
 from wisp.api.fields import refuse
 from wisp.api.tools.events import Tool
-from wisp.engines.grammars import strictly
+from wisp.engines.grammar_library import strictly
 
 Mark = Callable[[str], str]  # a marker as Lark has it
 _PARAM = "tools"
