@@ -86,13 +86,13 @@ DEFECTS: dict[str, Defect] = {
     "evicted_owner_is_not_told": Defect(
         "KV",
         PLANNER,
-        "(needed, self._keepers(idle, grants)) or ():\n            self._lose_kv(handle)",
-        "(needed, self._keepers(idle, grants)) or ():\n            pass",
+        "        for handle in evicted:\n            self._lose_kv(handle)",
+        "        for handle in evicted:\n            pass",
     ),
     "copies_wait_in_the_books": Defect(
         "KV",
         PLANNER,
-        "            if self.in_flight.steps:\n                self._withdraw_copies()\n",
+        "        if not grants and self.in_flight.steps:\n            self._withdraw_copies()\n",
         "",
     ),
     "failed_slice_is_thought_cached": Defect(

@@ -15,7 +15,6 @@ from wisp.api.pages.series import Second, Series
 from wisp.core.protocol.messages import Open, Refused, Verdict
 from wisp.core.protocol.slo import Served, Slo, met
 from wisp.core.protocol.step import Slice
-from wisp.core.verify.cost import load_of
 from wisp.core.verify.events import Action, EdgeLost, Ended, InEvent, Received, Run, Send, StepDone
 from wisp.core.verify.planner import kind_of
 from wisp.core.verify.session import ORPHANED, PARKED, READY, RUNNING, Session
@@ -208,7 +207,7 @@ class Recorder:
     def _dispatch(self, now: float, run: Run) -> None:
         cost, sessions, rows = self._verifier.cost, self._verifier.sessions, self._now.rows
         alone_ms = cost.now.ms_of
-        step = _Step(now, cost.ms(load_of(run.slices)), [], [])
+        step = _Step(now, cost.ms(self._verifier.planner.load), [], [])
         self._in_flight.append(step)
         slack = self._now.slack_ms
         for s in run.slices:
