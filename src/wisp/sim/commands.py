@@ -129,7 +129,8 @@ def run_capacity(
 
 def _shown(c: Capacity) -> Table:
     rate = f", {c.rate:g} tokens/s" if c.rate else ""
-    out = Table(title=f"{c.scenario}{rate}: {c.system}", show_header=False)
+    title = f"{c.scenario}{rate}: {c.system}"
+    out = Table(title=title, min_width=len(title), show_header=False)
     out.add_column()
     out.add_column(justify="right")
     out.add_row(f"devices with {c.tolerance:.0%} violations (95 %)", f"{c.capacity} ({c.low} to {c.high})")
@@ -158,7 +159,7 @@ def run_plan(scenario: Scenario, *, tolerance: float, simulate: bool, jobs: int,
     if as_json:
         print(json.dumps(msgspec.to_builtins(found)))
         return
-    out = Table(title=scenario.title)
+    out = Table(title=scenario.title, min_width=len(scenario.title))
     for name in ("", "fluid bound", "expect", "limited by", f"violations of {found.devices}, simulated"):
         out.add_column(name, justify="right" if name else "left")
     for name, e in (("with WISP", found.wisp), ("centrally", found.central)):

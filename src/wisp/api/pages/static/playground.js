@@ -27,7 +27,7 @@
   function Trouble({ status, trouble }) {
     if (trouble) return html`<p class="note bad" role="alert" data-testid="trouble">${trouble.message} The page tries again by itself.</p>`;
     if (!status || status.verifier.connected) return null;
-    return html`<p class="note" role="alert" data-testid="trouble"><strong>No verifier.</strong> ${status.verifier.problem}.
+    return html`<p class="note" role="alert" data-testid="trouble"><strong>No verifier at ${status.verifier.address}</strong>: ${status.verifier.problem}.
       This edge tries again by itself; open answers wait, and go on where they were.</p>`;
   }
 
