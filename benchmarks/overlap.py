@@ -17,7 +17,7 @@ import msgspec
 
 from wisp.core.verify.cost import Load
 from wisp.engines.emulated import hardware
-from wisp.sim.commands import writable
+from wisp.outputs import writable
 
 SOURCE = "https://github.com/InternLM/lmdeploy/blob/3e391df4673326f79363eebe030876861a9b7090/docs/en/benchmark/a100_fp16.md"
 BANDWIDTH, ARITHMETIC = 2039e9, 312e12  # of one A100-80GB: bytes and dense fp16 operations per second

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import re
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ from wisp.core.protocol.messages import (
 )
 from wisp.core.protocol.sampling import Sampling
 from wisp.edge import link as module
+from wisp.edge.answers import reason
 from wisp.edge.link import LOST, FromLink, VerifierLink
 
 WELCOME = Welcome(VERSION, "m", "f", 100, [1], 512, 64, digest="d1")
@@ -350,6 +352,16 @@ def test_no_failure_whatever_ends_the_link_in_silence(
     told = [r for r in caplog.records if "no verifier at" in r.getMessage()]
     assert len(told) == 1  # and not once for each attempt
     assert (told[0].exc_info is not None) == (not isinstance(error, ImportError))
+
+
+def test_a_refused_connection_and_an_untrusted_certificate_are_told_without_numbers() -> None:
+    untrusted = ssl.SSLCertVerificationError(1, "[SSL] certificate verify failed")
+    untrusted.verify_message = "self-signed certificate"
+    refused = ConnectionRefusedError(111, "Connect call failed ('127.0.0.1', 8100)")
+    assert reason(refused, "ws://127.0.0.1:8100") == "connection refused"
+    assert reason(untrusted, "wss://verifier:8100") == (
+        "its certificate is not trusted: self-signed certificate. If it is yours: SSL_CERT_FILE=cert.pem"
+    )
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,9 @@ def test_where_nothing_arrived_no_rate_is_told(quiet: Scenario) -> None:
     assert "nothing arrived" in shown
     assert "100" not in shown.partition("nothing arrived")[0]
     assert "yes" not in shown
+    console = Console(record=True, width=120)
+    console.print(table([msgspec.structs.replace(found, scenario="a title longer than its table" * 2)]))
+    assert console.export_text().splitlines()[0].rstrip().endswith(f"{found.duration:g} s"), "one line"
 
 
 class Nothing(Runs):

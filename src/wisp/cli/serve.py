@@ -187,6 +187,7 @@ def serve(
                 "%s was measured on %s, and %s is served: the cost model will have to find its way",
                 cost.name, measured_on, served_name(target),
             )  # fmt: skip
+    listen.try_port()
     with RichProgress() as progress:
         fetch_target(target, engine=engine, offline=offline, progress=progress)
     settings = Settings(

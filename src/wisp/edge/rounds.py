@@ -22,7 +22,7 @@ WHY = {
     "no_drafter": "This edge was started without a drafter (--draft none).",
     "switched_off": "The request asked for an answer without drafts.",
     "slow_device": "The verifier alone is faster than this device and its link with drafts.",
-    "price": "The verifier is busy: a draft token now costs others more than it is worth.",
+    "price": "At the verifier's price a draft token costs more than it is likely to bring.",
     "nothing_to_propose": "The drafter had nothing to propose.",
     "unlikely": "No draft token was likely enough to be accepted to be worth its time.",
 }

@@ -16,7 +16,7 @@ from wisp.core.draft.policies import Policies
 from wisp.core.draft.predictor import Predictor
 from wisp.core.errors import ConfigError, ModelError
 from wisp.engines.base import DraftEngine, TargetEngine, Tokenizer
-from wisp.engines.emulated import EmulatedTarget, Hardware, Written, hardware
+from wisp.engines.emulated import EmulatedTarget, Hardware, Written, hardware, is_hardware
 from wisp.engines.grammars import Grammars
 from wisp.engines.models import Progress, resolve
 from wisp.engines.options import USUAL, EngineOptions
@@ -62,6 +62,8 @@ def fetch_target(
 
         require()
         return fetched(name, offline=offline, progress=progress)
+    if is_hardware(name):
+        raise ConfigError(f"{name} is a hardware profile, not a model: it goes with --engine emulated")
     return resolve(name, offline=offline, progress=progress)
 
 

@@ -139,6 +139,11 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return -(-new // 64) * 64
 
 
+def is_hardware(name: str) -> bool:
+    """Whether a profile of this name ships."""
+    return (HARDWARE / f"{name}.toml").is_file()
+
+
 def hardware(name: str) -> Hardware:
     """A profile that ships, by name, or from a TOML file. Raises ConfigError."""
     path = HARDWARE / f"{name}.toml"

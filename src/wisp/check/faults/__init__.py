@@ -31,6 +31,7 @@ from wisp.check.faults.check import Report, check
 from wisp.check.faults.plan import plan_of
 from wisp.check.faults.shrink import read_case, shrink, write_case
 from wisp.check.faults.world import run_plan
+from wisp.outputs import writable
 from wisp.progress import progress_bar
 
 SHOWN = 10  # violations printed
@@ -51,6 +52,8 @@ def run_check(
     The first plan that fails is made shorter and written to `out` (default: a file named after its seed), unless an
     earlier part has done so.
     """
+    if out is not None:
+        writable(out)
     with progress_bar() as tell:
         report = check(first, seeds, minutes=minutes, jobs=jobs, resume=resume, tell=tell)
     written = None
