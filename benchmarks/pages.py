@@ -22,6 +22,7 @@ SOURCES = {
     "suite": "benchmarks.suite",
     "drafting": "benchmarks.drafting",
     "ahead": "benchmarks.reality.ahead",
+    "soak": "benchmarks.soak.page",
 }
 
 _TEMPLATES = jinja2.Environment(
