@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import psutil
 
-from benchmarks.soak.http import Line, get, session_socket
+from benchmarks.soak.http import Line, Said, get, session_socket
 from benchmarks.soak.parties import Tally, answered
 from benchmarks.soak.stack import LOOK_S, PATIENCE_S, Door, Stack, a_key, open_files
 from benchmarks.soak.texts import Jobs
@@ -169,15 +169,16 @@ class Trouble:
 
     async def deaf_readers(self) -> None:
         """They read nothing. Their answers end all the same, and no verifier keeps anything for them."""
-        lines = []
+        lines: list[Line] = []
+        asked: list[asyncio.Task[Said]] = []
         for door in (self.stack.router, self.stack.edge):
             for _ in range(2):
                 job = self.jobs(self.chance, LONG)
                 line = Line(door.port, a_key(self.chance), small=True)
                 _, writer = await line.connect()
                 writer.transport.pause_reading()  # type: ignore[attr-defined]
-                task = asyncio.ensure_future(line.complete(job, stream=True))
-                lines.append((line, task))
+                lines.append(line)
+                asked.append(asyncio.create_task(line.complete(job, stream=True)))
         for port in (await self.stack.verifiers()).values():
             number = self.chance.getrandbits(40)
             opens = [
@@ -187,13 +188,13 @@ class Trouble:
                 for n in range(2)
             ]
             with contextlib.suppress(OSError, EOFError):
-                lines.append((await session_socket(port, a_key(self.chance), *opens), None))
+                lines.append(await session_socket(port, a_key(self.chance), *opens))
         await self._served(4 * SUDDEN)
-        for line, asked in lines:
+        for line in lines:
             line.close()
-            if asked is not None:
-                asked.cancel()
-        await asyncio.gather(*(asked for _, asked in lines if asked), return_exceptions=True)
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
 
     async def many_connections(self) -> None:
         """So many at once: two of five at the router, two at the edge, and one an edge's. All of them ask."""

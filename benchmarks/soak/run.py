@@ -37,7 +37,7 @@ CUSTOMERS = {"router": 32, "edge": 16}
 DEVICES, SESSIONS = 6, 4  # emulated devices, and sessions of each at a time
 STEP_MS, SLICE_MS, SLOTS, KV_TOKENS = 4.0, 0.02, 64, 16_384
 CONTEXT = 4096
-LOAD_S = 40.0  # of each load
+LOAD_S, QUICK_LOAD_S = 60.0, 12.0  # of each load
 PAIR_PROMPTS = 40
 PAIR_TOKENS = 16
 
@@ -71,7 +71,9 @@ class Soak:
         one = 0.0
         async with watch:
             if name == "overload":
-                one, cells = await overload(stack.router, jobs, tally, chance, 4.0 if self.quick else LOAD_S)
+                one, cells = await overload(
+                    stack.router, jobs, tally, chance, QUICK_LOAD_S if self.quick else LOAD_S
+                )
             else:
                 await self._sessions(name, stack, jobs, tally, chance)
         left = await stack.empty()

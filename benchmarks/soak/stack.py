@@ -193,7 +193,7 @@ class Stack:
 
     def complaints(self) -> list[str]:
         """Lines of logs that speak of an error, each kind once."""
-        found = {}
+        found: dict[str, str] = {}
         for child in self.processes.values():
             for line in child.log.read_text(errors="replace").splitlines():
                 if any(bad in line for bad in ("Traceback", "ERROR", "CRITICAL")):

@@ -58,9 +58,9 @@ class RequestContext:
                 self._end(_CLIENT_CLOSED, "cancelled")
             raise ClientGoneError from None
         except asyncio.CancelledError:  # the process ends, and waits no longer: clients can try another one
-            error = shutting_down()
-            self._end(error.status, "error", error.code)
-            raise error from None
+            ended = shutting_down()
+            self._end(ended.status, "error", ended.code)
+            raise ended from None
         except Exception as exc:
             error = to_request_error(exc, self.id)
             self._end(error.status, "error", error.code)
