@@ -49,8 +49,10 @@ def flaw(said: Sequence[object], truth: Sequence[object], *, whole: bool) -> str
     if same == len(said):
         return "lost" if whole and same < len(truth) else ""
     rest = said[same : same + PROBE]
-    for at in range(len(truth) - len(rest) + 1):
-        if truth[at : at + len(rest)] == rest:
+    for at in range(
+        len(truth) - PROBE + 1 if len(rest) == PROBE else 0
+    ):  # a shorter one says nothing of its place
+        if truth[at : at + PROBE] == rest:
             return "doubled" if at < same else "lost"
     return "doubled" if same == len(truth) else "wrong"
 
