@@ -25,8 +25,8 @@ from wisp.core.protocol.slo import Slo
 SLOTS, KV_TOKENS = 64, 16_384  # of each verifier: time is what is short
 STEP_MS, SLICE_MS = 40.0, 4.0  # so slow that clients and processes get by with a part of two busy cores
 FULL = 24  # sessions of a verifier at 1x: 136 ms a step
-TOKENS = 24
-SLO = Slo(ttft_ms=3000.0, tpot_ms=160.0)
+TOKENS = 48
+SLO = Slo(ttft_ms=2000.0, tpot_ms=160.0)
 HEADERS = f"x-slo-ttft-ms: {SLO.ttft_ms:g}\r\nx-slo-tpot-ms: {SLO.tpot_ms:g}\r\n"
 HONEST_SHARE = 0.5  # of 1x, beside the greedy key
 
@@ -40,6 +40,8 @@ class Cell(msgspec.Struct):
     arrived: int = 0
     admitted: int = 0
     met: int = 0
+    late_first: int = 0  # admitted ones that missed their TTFT
+    late_after: int = 0  # likewise their TPOT
     refused: dict[str, int] = {}
     attainment: float = 0.0
     goodput: float = 0.0
@@ -169,6 +171,8 @@ def cell(load: str, offered: float, seconds: float, warm_s: float, crowd: Crowd,
         len(some),
         len(admitted),
         len(met),
+        sum(o.ttft_ms > SLO.ttft_ms for o in admitted),
+        sum(o.tpot_ms > SLO.tpot_ms for o in admitted),
         {code: sum(o.refused == code for o in some) for code in refused},
         round(len(met) / len(admitted), 4) if admitted else 0.0,
         round(sum(o.tokens for o in met) / (seconds - warm_s), 1),

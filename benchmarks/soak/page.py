@@ -38,15 +38,15 @@ def figures(data: Data) -> Data:
 
 PHASE_HEAD = (
     "phase", "sessions", "at router / edge / devices", "left", "cut, asked again", "refused", "lost", "doubled",
-    "wrong", "ms of CPU a session", "s",
+    "wrong", "ms of CPU a session", "s", "load average", "date, seed",
 )  # fmt: skip
 MEMORY_HEAD = (
     "process", "sessions of all", "MB at first", "at last", "MB per 10^4 sessions", "descriptors at first", "at last",
 )  # fmt: skip
 HEALTH_HEAD = ("phase", "process", "looks", "p50 ms", "p99 ms", "longest ms", "nobody listened", "no answer")
 LOAD_HEAD = (
-    "load", "of 1x", "came", "admitted", "in time, of the admitted", "goodput, tokens/s", "of 1x", "TTFT p99 ms",
-    "TPOT p99 ms",
+    "load", "of 1x", "came", "admitted", "in time, of the admitted", "late: first token / pace", "goodput, tokens/s",
+    "of 1x", "TTFT p99 ms", "TPOT p99 ms",
 )  # fmt: skip
 
 
@@ -63,6 +63,8 @@ def _phase(p: Data) -> tuple[str, ...]:
         *(f"{n:,}" for n in counts),
         f"{cpu_ms:.1f}",
         f"{p['wall_s']:.0f}",
+        f"{p['load_average']:g}",
+        f"{p['date']}, {p['seed']}",
     )
 
 
@@ -93,6 +95,7 @@ def _loads(cells: list[Data]) -> Iterator[tuple[str, ...]]:
             f"{c['arrived']:,}",
             f"{c['admitted']:,}",
             f"{c['attainment']:.1%}" + " (**missed**)" * (c["attainment"] < SHARE),
+            f"{c['late_first']} / {c['late_after']}",
             f"{c['goodput']:.0f}",
             f"{share:.0%}" + " (**missed**)" * (share < SHARE and not part),
             f"{c['ttft_p99_ms']:.0f}",

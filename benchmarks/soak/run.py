@@ -84,6 +84,9 @@ class Soak:
                 tally.find(f"the {process} ended with {status}")
         return {
             "phase": name,
+            "date": datetime.date.today().isoformat(),
+            "seed": self.seed,
+            "load_average": round(os.getloadavg()[1], 1),
             "wall_s": round(time.monotonic() - began, 1),
             **msgspec.to_builtins(tally),
             "complaints": stack.complaints(),
@@ -196,31 +199,35 @@ def run_soak(
     out: Path | None,
     as_json: bool,
 ) -> bool:
-    """Run and report; with `out`, write a page and its data into that folder. False if anything is wrong.
-    Raises ConfigError or ChildError."""
+    """Run and report; with `out`, write a page and its data into that folder, beside those of other phases that are
+    there. False if anything is wrong. Raises ConfigError or ChildError."""
     if unknown := set(phases) - set(PHASES):
         raise ConfigError(f"no such phase: {', '.join(sorted(unknown))}; there are: {', '.join(PHASES)}")
     logging.getLogger("wisp.link").setLevel(logging.ERROR)  # connections of devices are meant to break
     soak = Soak(sessions, minutes, seed, quick=quick)
-    found = []
+    path = out / "soak.json" if out is not None else None
+    kept: list[Data] = json.loads(path.read_text())["phases"] if path is not None and path.is_file() else []
+    good, data = True, Data()
     for name in phases:
         with Children() as children:
-            found.append(asyncio.run(soak.phase(name, children)))
-        soak.out.print(_line(found[-1]), highlight=False)
-    data: Data = {
-        "command": f"python -m benchmarks soak --sessions {sessions} --seed {seed}" + " --quick" * quick,
-        "date": datetime.date.today().isoformat(),
-        "wisp": __version__,
-        "seed": seed,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
-        "load_average": round(os.getloadavg()[2], 1),
-        "phases": found,
-    }
-    if out is not None:
-        data = write_data(out / "soak.json", data)
-        (out / "soak.md").write_text(render("soak", data, figures(data)))
+            found = asyncio.run(soak.phase(name, children))
+        soak.out.print(_line(found), highlight=False)
+        good = good and not (found["lost"] or found["doubled"] or found["wrong"] or found["findings"])
+        kept = sorted(
+            (*(p for p in kept if p["phase"] != name), found), key=lambda p: PHASES.index(p["phase"])
+        )
+        data = {
+            "command": "python -m benchmarks soak" + " --quick" * quick,
+            "date": datetime.date.today().isoformat(),
+            "wisp": __version__,
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+            "phases": kept,
+        }
+        if path is not None and out is not None:  # after each phase: the next takes long
+            data = write_data(path, data)
+            (out / "soak.md").write_text(render("soak", data, figures(data)))
     print(json.dumps(data) if as_json else render("soak", data, figures(data)))
-    return not any(p["lost"] or p["doubled"] or p["wrong"] or p["findings"] for p in found)
+    return good
 
 
 def _line(p: Data) -> str:

@@ -24,8 +24,8 @@ from wisp.core.verify.admission import Refusal
 BLOCK = 16  # tokens; a shorter prefix is not copied either (`kv.COPY_FROM`)
 UNFAIR = 1.2  # multiple of its share of the sessions up to which a replica is preferred for a cached prefix
 SETTLE_S = 0.2  # a report may lack sessions that were placed this long before it
-# Sessions whose replica is remembered, for their return: of each place that there is, and in all (20 MB). Only open ones
-# can return, and one that is forgotten is placed by its prefix, which is where it was.
+# Sessions whose replica is remembered, for their return: of each place that there is, and in all (20 MB). Only open
+# ones can return, and one that is forgotten is placed by its prefix, which is where it was.
 REMEMBERED_A_PLACE, REMEMBERED = 4, 100_000
 
 
