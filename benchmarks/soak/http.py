@@ -47,12 +47,14 @@ class Line:
         self.key = key
         self._small = small
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._opened = 0.0
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Raises OSError."""
         if self._streams is None:
             limit = SMALL_BUFFER if self._small else 1 << 16
             self._streams = await asyncio.open_connection("127.0.0.1", self.port, limit=limit)
+            self._opened = time.monotonic()
             if self._small:
                 sock: socket.socket = self._streams[1].get_extra_info("socket")
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
@@ -62,6 +64,11 @@ class Line:
         if self._streams is not None:
             self._streams[1].transport.abort()
             self._streams = None
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since it was made."""
+        return time.monotonic() - self._opened
 
     async def complete(
         self,

@@ -26,6 +26,7 @@ LEAVE = 0.04  # of customers, in mid-answer
 CUT = 0.02  # of devices' sessions: then all of the device's connections break
 TOKENS = (8, 16)  # of an answer
 AGAIN_S = (0.05, 0.3)  # after a connection that ended, or a refusal
+HEAD_S = 10.0  # within which a new connection must have sent a request
 MOST_FINDINGS = 40
 
 
@@ -114,6 +115,7 @@ async def answered(
     while True:
         began = time.monotonic()
         wait_s = chance.uniform(*AGAIN_S)
+        late = line.silent_s > HEAD_S / 2  # its process may take it for one that never speaks
         try:
             async with asyncio.timeout(PATIENCE_S):
                 said = await line.complete(job, stream=stream, leave_after=leave_after, pause_s=pause_s)
@@ -130,7 +132,8 @@ async def answered(
             tally.left += said.left
             tally.tokens += job.max_tokens if not said.left else 0
             break
-        if said.status in (429, 503) or (said.status and door.troubled(began)):
+        again = said.status in (429, 503) or (said.status == 408 and late)
+        if again or (said.status and door.troubled(began)):
             tally.refused[f"{said.status} {said.error}"] += 1
             wait_s = max(wait_s, min(said.retry_s, 2.0))
             line.close()
