@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-choice test-clients test-replicas test-prometheus test-wheel test-deploy \
-	check format lock check-lossless docs clean fuzz mutants audit \
+	check format lock check-lossless docs clean fuzz soak mutants audit \
 	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead bench-step bench-depth
 
 setup: $(VENV)/.ready
@@ -118,6 +118,12 @@ COUNT ?= 0
 SEED ?= 1
 fuzz: setup  ## mutated inputs, by the million, against all readers, and against a live verifier; hours, and it can be run in parts
 	PYTHONPATH=$(FUZZ_PATH) $(BIN)/python -X faulthandler -m fuzz $(TARGETS) --count $(COUNT) --seed $(SEED) --out build/fuzz/results.json
+
+# SESSIONS: of all phases together; PHASES: some of steady, faults, pair and overload.
+SESSIONS ?= 100000
+PHASES ?= steady,faults,pair,overload
+soak: setup  ## a hundred thousand sessions through processes that are killed, starved and overloaded; a quarter of an hour of CPU
+	$(BENCH) soak --sessions $(SESSIONS) --seed $(SEED) --phases $(PHASES) --out docs/results
 
 # Tools that look at dependencies, and one that makes mutants, in environments of their own.
 AUDIT := .venv-audit

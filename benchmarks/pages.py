@@ -23,6 +23,7 @@ SOURCES = {
     "drafting": "benchmarks.drafting",
     "ahead": "benchmarks.reality.ahead",
     "faults": "benchmarks.faults",
+    "soak": "benchmarks.soak.page",
 }
 
 _TEMPLATES = jinja2.Environment(
