@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-choice test-clients test-replicas test-prometheus test-wheel test-deploy \
 	check format lock check-lossless docs clean fuzz mutants audit \
-	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead bench-step bench-depth
+	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead bench-step bench-depth bench-overlap
 
 setup: $(VENV)/.ready
 
@@ -163,6 +163,9 @@ bench-depth: setup  ## a second step in flight: simulated, then live servers in 
 
 bench: setup  ## every experiment: pages, data and plots, in two processes; `reality` needs the machine to itself
 	$(BENCH) experiments --out docs/results --jobs 2
+
+bench-overlap: setup  ## the main comparison over the range of overlap that published measurements allow; ten minutes
+	$(BENCH) experiments overlap --out docs/results --jobs 2
 
 bench-suite: setup  ## all systems over the suite that decides about scheduling; hours, and it goes on where it stopped
 	$(BENCH) suite --out docs/results --jobs 2
