@@ -5,7 +5,7 @@
     worker.py     hooks in vLLM's worker: which tokens go in, which rows come out, what is chosen there
     choosing.py   what the target says along the parts of a step: by `core.protocol.sampling` on a CPU, otherwise for
                   many rows at once, by torch or by the next two; `editing.py` has the constraints for torch
-    kernels.py    the same in Triton
+    kernels/      the same in Triton
     fused.py      the kernels from the host's side
     rows.py       what is asked of the rows of a step, as arrays
     selftest.py   what it asks of itself at every start
