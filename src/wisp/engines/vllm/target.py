@@ -42,7 +42,7 @@ from wisp.engines.slots import check_copy, slice_problem
 from wisp.engines.vllm import selftest
 from wisp.engines.vllm.models import fetched
 from wisp.engines.vllm.parts import Batch, Blocks, Chosen, Part
-from wisp.engines.vllm.starting import Started, Wanted
+from wisp.engines.vllm.starting import RUNNERS, Started, Wanted
 
 if TYPE_CHECKING:
     from wisp.engines.vllm.scheduler import Held
@@ -130,7 +130,7 @@ class VllmTarget:
         self._slot_tokens = wanted.slot_tokens
         self._clock = 0
         self._observing = False
-        self._model, self._quantization = wanted.model, wanted.quantization
+        self._model, self._quantization, self._runner = wanted.model, wanted.quantization, wanted.runner
         self.constraints = SlotTrackers()
         self._slots = [_Slot(index) for index in range(wanted.slots)]
         try:
@@ -458,4 +458,5 @@ class VllmTarget:
             context=self._slot_tokens,
             eos=sorted(eos),
             **({"quantization": self._quantization} if self._quantization else {}),
+            **({"runner": self._runner} if self._runner not in ("", RUNNERS[0]) else {}),
         )
