@@ -25,6 +25,7 @@ from benchmarks.published import (
 from wisp.core.verify.cost import Load
 from wisp.engines.emulated import HARDWARE, hardware
 from wisp.sim.capacity import Capacity
+from wisp.sim.fluid import bound
 from wisp.sim.plots import picture
 from wisp.sim.runs import Runs
 from wisp.sim.scenario import load_scenario
@@ -32,6 +33,7 @@ from wisp.sim.scenario import load_scenario
 MAIN = "a100-qwen3-32b"
 RATES = (8.0, 12.0, 16.0, 20.0)
 SYSTEMS = ("wisp", "central")
+BETWEEN = (3.0,)  # further overlaps of which the bounds are shown
 STEPS = ((16, 1), (64, 1), (64, 5))  # sequences, rows of each
 CONTEXT = 300
 
@@ -41,6 +43,7 @@ def run(quick: bool, runs: Runs) -> Data:
     profile = hardware(MAIN)
     assert profile.overlap_measured is not None
     overlaps = (BEFORE,) if quick else (BEFORE, *profile.overlap_measured)
+    bounds = [_bounds(p, r) for r in RATES for p in sorted({*overlaps, *BETWEEN})]
     at = [(p, s, r) for r in (RATES[-1:] if quick else RATES) for p in overlaps for s in SYSTEMS]
     capacities = search_all([_cell(*key, quick) for key in at], runs)
     return {
@@ -50,6 +53,7 @@ def run(quick: bool, runs: Runs) -> Data:
         "large_batches": [msgspec.to_builtins(b) for b in balanced()],
         "step_times": [_steps(name, n, rows) for name in (MAIN, "h200-qwen3-32b") for n, rows in STEPS],
         "shipped": [_profile(path.stem) for path in sorted(HARDWARE.glob("*.toml"))],
+        "bounds": bounds,
         "capacities": [
             {"overlap": key[0], **msgspec.to_builtins(c)} for key, c in zip(at, capacities, strict=True)
         ],
@@ -58,10 +62,17 @@ def run(quick: bool, runs: Runs) -> Data:
 
 def _cell(overlap: float, policy: str, rate: float, quick: bool) -> Cell:
     scenario = load_scenario(MAIN).at_rate(rate)
-    brief = (8.0, 8.0, 15.0) if quick else (200.0 / rate, 30.0, 40.0)
+    brief = (8.0, 8.0, 15.0) if quick else (200.0 / rate, 20.0, 40.0)
     return Cell(
-        msgspec.structs.replace(scenario.brief(*brief), overlap=overlap), policy, grain=0.2 if quick else 0.05
+        msgspec.structs.replace(scenario.brief(*brief), overlap=overlap), policy, grain=0.2 if quick else 0.06
     )
+
+
+def _bounds(overlap: float, rate: float) -> Data:
+    """The fluid bounds: devices of a perfect scheduler, with drafts and without."""
+    scenario = msgspec.structs.replace(load_scenario(MAIN).at_rate(rate), overlap=overlap)
+    ours, central = bound(scenario).devices, bound(scenario, central=True).devices
+    return {"overlap": overlap, "rate": rate, "wisp": ours, "central": central}
 
 
 def _steps(name: str, sequences: int, rows: int) -> Data:
@@ -116,6 +127,7 @@ def figures(data: Data) -> Data:
             ),
         ),
         "headline": _headline(data),
+        "fluid": _fluid(data),
         "found": _found(data),
         "profiles_of_main": _said(data),
         "context": CONTEXT,
@@ -195,6 +207,17 @@ def _headline(data: Data) -> str:
             cells.append(f"{ours} / {central}: **{ratio(ours, central)}**")
         rows.append((f"{p:g}", *cells))
     return table(("p", *(f"{rate:g} tok/s" for rate in _rates(data))), rows)
+
+
+def _fluid(data: Data) -> str:
+    by = {(b["overlap"], b["rate"]): b for b in data["bounds"]}
+    rates = sorted({b["rate"] for b in data["bounds"]})
+    rows = []
+    for p in sorted({b["overlap"] for b in data["bounds"]}):
+        at = [by[p, rate] for rate in rates]
+        cells = (f"{b['wisp']:.0f} / {b['central']:.0f}: {ratio(b['wisp'], b['central'])}" for b in at)
+        rows.append((f"{p:g}", *cells))
+    return table(("p", *(f"{rate:g} tok/s" for rate in rates)), rows)
 
 
 def _said(data: Data) -> str:
