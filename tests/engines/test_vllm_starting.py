@@ -63,13 +63,6 @@ def test_a_model_of_the_hub_is_not_downloaded_when_offline(
         fetched("nobody/such-a-model", offline=True)
 
 
-def test_there_is_no_exact_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pretend(monkeypatch, {"vllm": "0.32.0"})
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="no exact mode"):
-        load_target(str(tmp_path), engine="vllm", mode="exact")
-
-
 def test_nothing_else_imports_vllm_or_torch() -> None:
     code = (
         "import json, sys, wisp.cli, wisp.server.app, wisp.edge.app, wisp.engines.build;"

@@ -73,6 +73,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     quantization:    one of vLLM's methods, such as "fp8", for weights that are not quantised yet (default: as they are)
     prefix_caching:  keep the KV of sequences whose blocks were given up, while nobody needs the room
     runner:          vLLM's model runner, one of RUNNERS (default: the first)
+    exact:           logits are to keep every bit in any batch: batch-invariant kernels, where the device has them
     """
 
     model: str
@@ -89,6 +90,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str = ""
     prefix_caching: bool = True
     runner: str = ""
+    exact: bool = False
 
 
 class Started:
@@ -190,8 +192,10 @@ def settings_for(wanted: Wanted) -> dict[str, Any]:
         from vllm.platforms import current_platform
     except ImportError as error:
         raise ConfigError(f"vLLM cannot be loaded ({error}): {INSTALL}") from None
-    _check_names(wanted)
     cpu = current_platform.is_cpu()
+    if wanted.exact and not cpu:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"  # read where kernels are imported, which is later
+    _check_names(wanted)
     settings: dict[str, Any] = {
         "model": wanted.model,
         "skip_tokenizer_init": True,
