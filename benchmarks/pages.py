@@ -17,7 +17,7 @@ Data = dict[str, Any]
 SOURCES = {
     **{
         n: f"benchmarks.experiments.{n}"
-        for n in ("table", "paper", "regimes", "bursts", "ablations", "reality")
+        for n in ("table", "paper", "regimes", "bursts", "ablations", "overlap", "reality")
     },
     "suite": "benchmarks.suite",
     "drafting": "benchmarks.drafting",
