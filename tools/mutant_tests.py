@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +203,7 @@ def put(file: str, source: str) -> None:
     module.__package__ = parent
     above = importlib.import_module(parent)
     sys.modules[name] = module
-    exec(compile(source, module.__file__, "exec"), module.__dict__)
+    exec(compiled(source, module.__file__), module.__dict__)
     setattr(above, last, module)
 
 
@@ -258,9 +259,14 @@ def collected(work: Callable[[Runner], None]) -> None:
 def changed_function(mutant: Record) -> CodeType | None:
     """The new code of the function within which the change is; None if it is elsewhere, as in a table or a default."""
     file = mutant["file"]
-    before = compile(Path(file).read_text(), file, "exec")
-    after = compile(mutant["source"], file, "exec")
-    return _difference(before, after)
+    return _difference(compiled(Path(file).read_text(), file), compiled(mutant["source"], file))
+
+
+def compiled(source: str, file: str) -> CodeType:
+    """A mutant may have `is` before a number: a warning, and for pytest an error, of which no test knows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        return compile(source, file, "exec")
 
 
 def _difference(before: CodeType, after: CodeType) -> CodeType | None:

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 import tomllib
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -129,7 +128,6 @@ def name_of(mutant: Record) -> str:
 def carry_out(mutants: Sequence[Record], reach: Reach, results: Results, jobs: int, deadline: float) -> None:
     """Run the tests of each, `jobs` at a time, until the deadline."""
     mutant_tests.prepare(reach.modules)
-    warnings.filterwarnings("ignore", category=SyntaxWarning)  # `is` with a number, as a mutant
     trees = {file: ast.parse(Path(file).read_text()) for file in mutated_files()}
     left: list[Attempt] = []
     for mutant in mutants:
@@ -140,7 +138,8 @@ def carry_out(mutants: Sequence[Record], reach: Reach, results: Results, jobs: i
             left.append((mutant, tests, sum(reach.seconds[test] for test in tests)))
         else:
             results.add(mutant, "survived", 0.0)
-    with (FOLDER / "last.log").open("wb") as log:
+    (FOLDER / "last.log").unlink(missing_ok=True)
+    with (FOLDER / "last.log").open("ab") as log:  # of several processes
 
         def attempt(
             attempts: Sequence[Attempt], start: Callable[[Record, Sequence[str], float, int], int]

@@ -147,6 +147,7 @@ def test_changes_to_annotations_are_known_to_be_equivalent() -> None:
     [
         ("low, high = 0,", "low, high = 1,", "common_prefix"),
         ("", "", None),
+        ("while high - low > 1", "while high - low is not 1", "common_prefix"),  # a SyntaxWarning
         ("COPY_FROM = 16", "COPY_FROM = 17", None),  # each user of the module has seen it
         ("evicted = victim.owner", "evicted = not victim.owner", "KvPool.acquire"),
         ("used: float = 0.0", "used: float = 1.0", None),
