@@ -30,27 +30,6 @@ def targets(ttft_ms: float = 1000.0, tpot_ms: float = 100.0) -> Targets:
     return Targets(Slo(ttft_ms, tpot_ms), 10.0, begun=False)
 
 
-@pytest.mark.parametrize(("first_at", "kept"), [(10.9, True), (11.0, True), (11.1, False)])
-def test_the_first_token_has_its_target(first_at: float, kept: bool) -> None:
-    made = targets()
-    made.first_at = first_at
-    assert made.in_time(first_at, 1) is kept
-
-
-@pytest.mark.parametrize(("ended", "kept"), [(12.0, True), (12.01, False)])
-def test_the_tokens_behind_it_have_theirs(ended: float, kept: bool) -> None:
-    made = targets()
-    made.first_at = 11.0
-    assert made.in_time(ended, 11) is kept
-
-
-def test_without_a_target_everything_is_in_time() -> None:
-    assert Targets(None, 10.0, begun=False).in_time(1e9, 5)
-    free = targets(ttft_ms=0.0, tpot_ms=0.0)
-    free.first_at = 1e6
-    assert free.in_time(1e9, 5)
-
-
 def test_due_times_follow_from_the_opening_and_then_from_the_first_token() -> None:
     made = targets()
     assert made.due(0) == pytest.approx(10.0 + TTFT_SHARE)

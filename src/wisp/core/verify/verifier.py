@@ -165,8 +165,7 @@ class Verifier:
     def _check_slo(self, now: float, newcomer: Session) -> None:
         """Raises Refusal if the SLO of `newcomer`, or of the others with it, could not be met."""
         try:
-            sessions, preempts = self.sessions.values(), self.policy.preempts
-            self.slo_admission.check(now, sessions, newcomer, self.cost, self.limits, preempts=preempts)
+            self.slo_admission.check(now, self.sessions.values(), newcomer, self.cost, self.limits)
         except Refusal:
             self.admission.turned_away(newcomer.key)
             raise
@@ -421,6 +420,8 @@ class Verifier:
             s.verified(now, slice_.n_draft, result.accepted)
             if since != s.since or slice_.n_draft:
                 s.speed.committed(len(tokens))
+            if not prompt_tokens:
+                self.answers.verified(len(slice_.tokens), len(tokens))
             current.price = self.policy.price
             queue_ms = (begun - since) * 1e3
             verdict = s.answer(round_, base, agreed, finish=finish, queue_ms=queue_ms, engine_ms=engine_ms)
@@ -429,9 +430,7 @@ class Verifier:
         more = not slice_.sample or (s.round.serve and not finish)
         self._settle(now, s, cached=min(fed, len(s.progress.chain)), more=more)
         if finish:
-            committed, targets = s.n_committed, s.targets
-            self.answers.ended(committed, now - targets.opened)
-            self.slo_admission.ended(targets.in_time(now, committed))
+            self.answers.ended(s.n_committed, now - s.targets.opened)
             if s.flight.slices:
                 self._doom(s)
             elif s.state is not ENDED:
