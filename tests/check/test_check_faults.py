@@ -20,9 +20,10 @@ import planted
 from wisp.check.faults.check import Report, check, source_hash
 from wisp.check.faults.engine import HashTarget, Text
 from wisp.check.faults.loop import Restless, VirtualLoop
+from wisp.check.faults.nodes import RouterProcess
 from wisp.check.faults.plan import FAULTS, Event, Plan, plan_of, with_events
 from wisp.check.faults.shrink import Case, alike, read_case, shrink, write_case
-from wisp.check.faults.world import Found, run_plan
+from wisp.check.faults.world import Found, World, run_plan
 from wisp.cli import app
 from wisp.core.errors import ConfigError
 from wisp.core.protocol.sampling import Sampling
@@ -207,6 +208,14 @@ def test_the_command_replays_a_file(tmp_path: Path) -> None:
 
 
 # --- the parts
+
+
+def test_a_server_reads_the_file_of_keys_as_it_is_when_it_reads_it() -> None:
+    """Limits change shortly before all heals, and a server takes up to two seconds to read them."""
+    world = World(with_events(plan_of(5475), [Event(24.9, "limit", 0, 2)]))
+    assert world.run().found is None
+    [router] = world.alive(RouterProcess)
+    assert router.keys.limits == world.shape.limits
 
 
 def test_a_process_that_is_frozen_does_later_what_was_due_and_one_that_is_dead_never() -> None:
