@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = Results(FOLDER / f"{given.count}-{given.seed}.jsonl", tests)
     deadline = time.monotonic() + given.minutes * 60.0 if given.minutes else float("inf")
     left = [mutant for mutant in mutants if results.of(mutant) is None]
+    left.sort(key=results.tried)  # survivors of earlier tests after all others
     carry_out(left, reach, results, given.jobs, deadline)
     records = [{**mutant, **(results.of(mutant) or {"outcome": None, "cpu_s": 0.0})} for mutant in mutants]
     summary = summed(records, made["of"], given.seed, known_equivalents())
@@ -112,6 +113,10 @@ class Results:
             if result is None or (result["outcome"] == "survived" and result["tests"] != self.tests)
             else result
         )
+
+    def tried(self, mutant: Record) -> bool:
+        """By these or by earlier tests."""
+        return name_of(mutant) in self.found
 
     def add(self, mutant: Record, outcome: str, cpu_s: float) -> None:
         name = name_of(mutant)

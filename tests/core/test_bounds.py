@@ -141,6 +141,20 @@ def test_a_duplicate_of_a_draft_under_verification_is_not_answered_twice() -> No
     assert (refused.code, refused.round, refused.fatal) == ("out_of_turn", 0, False)
 
 
+@pytest.mark.parametrize("round_", [1, 1000, 1 << 40])
+def test_a_duplicate_is_answered_from_the_last_verdict_in_any_round(round_: int) -> None:
+    rig = Rig()
+    rig.receive(opening())
+    rig.settle()
+    rig.verdict()
+    rig.receive(Draft(ID, round_, 1, TEXT[1:3]))
+    rig.settle()
+    first = rig.verdict()
+    rig.receive(Draft(ID, round_, 1, TEXT[1:3]))
+    assert rig.verdict() == first
+    assert not rig.dispatch()
+
+
 def test_a_draft_may_build_on_any_committed_token() -> None:
     rig = Rig()
     rig.receive(opening(draft=TEXT[:3]))

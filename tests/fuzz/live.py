@@ -44,6 +44,7 @@ from wisp.core.protocol.messages import (
     encode,
 )
 from wisp.core.protocol.sampling import Sampling
+from wisp.engines.grammars import KEPT
 from wisp.engines.null import null_token
 
 FRAMES = 1_000_000
@@ -55,7 +56,7 @@ LAST = "session-of-the-last-frame"  # which nobody opens
 MAX_TOKENS = 24
 INPUTS_PER_HONEST = 400  # for each of three kinds of honest session
 KNOCK_S = 0.2
-FLAT_KB = 24 << 10  # that a server may grow by after its first tenth
+FLAT_KB = 12 << 10  # that a server may grow by after its first tenth
 CURVE = 40  # points of the memory's curve
 WAIT_S = 900.0  # for anything that comes within seconds on a quiet machine
 PATHS = {
@@ -209,6 +210,18 @@ class Fire:
         finally:
             writer.close()
 
+    async def fill_caches(self) -> None:
+        """Have as many grammars compiled for each key as are kept, or memory would grow until they are."""
+        for number in range(LINES):
+            for i in range(KEPT):
+                schema = {
+                    "type": "object",
+                    "properties": {f"p{i}": {"type": "integer"}},
+                    "required": [f"p{i}"],
+                }
+                body = msgspec.json.encode({"prompt": "a", "max_tokens": 1, "guided_json": schema})
+                await self._request(_head(PATHS["completion"], f"m{number}s secret", len(body)) + body)
+
     # --- honest sessions
 
     async def honest_line(self, ask: Callable[[int], Awaitable[str]]) -> None:
@@ -282,6 +295,7 @@ class Fire:
     async def run(self) -> None:
         async with self._socket("honests secret"):
             pass  # for the digest
+        await self.fill_caches()
         honest = [
             asyncio.create_task(self.honest_line(ask))
             for ask in (self.honest_edge, self.honest_client(self.server), self.honest_client(self.edge))
