@@ -35,8 +35,7 @@ class Results:
         self.in_flight = in_flight
         self.cost = cost
         self.policy, self.limits, self.answers = planner.policy, planner.limits, planner.answers
-        self.admission, self.slo_admission = registry.admission, registry.slo_admission
-        self.index, self.kv = registry.index, registry.kv
+        self.admission, self.index, self.kv = registry.admission, registry.index, registry.kv
         self.sessions = self.index.sessions
 
     def step_done(self, now: float, event: StepDone) -> list[Action]:
@@ -95,6 +94,8 @@ class Results:
             s.verified(now, slice_.n_draft, result.accepted)
             if since != s.since or slice_.n_draft:
                 s.speed.committed(len(tokens))
+            if not prompt_tokens:
+                self.answers.verified(len(slice_.tokens), len(tokens))
             current.price = self.policy.price
             queue_ms = (begun - since) * 1e3
             verdict = s.answer(round_, base, agreed, finish=finish, queue_ms=queue_ms, engine_ms=engine_ms)
@@ -103,9 +104,7 @@ class Results:
         more = not slice_.sample or (s.round.serve and not finish)
         self._settle(now, s, cached=min(fed, len(s.progress.chain)), more=more)
         if finish:
-            committed, targets = s.n_committed, s.targets
-            self.answers.ended(committed, now - targets.opened)
-            self.slo_admission.ended(targets.in_time(now, committed))
+            self.answers.ended(s.n_committed, now - s.targets.opened)
             if s.flight.slices:
                 self._doom(s)
             elif s.state is not ENDED:

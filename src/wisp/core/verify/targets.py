@@ -41,15 +41,6 @@ class Targets:
             return self.first_at + committed * self.tpot_s if slo.tpot_ms else math.inf
         return self.opened + slo.ttft_ms / 1e3 * TTFT_SHARE if slo.ttft_ms else math.inf
 
-    def in_time(self, now: float, committed: int) -> bool:
-        """Would the SLO be met, as seen from the verifier, if the session ended now?"""
-        slo = self.slo
-        if slo is None:
-            return True
-        if slo.ttft_ms and self.first_at - self.opened > slo.ttft_ms / 1e3:
-            return False
-        return not slo.tpot_ms or now - self.first_at <= max(1, committed - 1) * slo.tpot_ms / 1e3
-
     def drop(self) -> None:
         """Forget an infeasible SLO: the session is served best-effort."""
         self.slo, self.tpot_s, self.slo_lost = None, 0.0, True

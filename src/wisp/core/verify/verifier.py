@@ -150,8 +150,7 @@ class Verifier:
     def _check_slo(self, now: float, newcomer: Session) -> None:
         """Raises Refusal if the SLO of `newcomer`, or of the others with it, could not be met."""
         try:
-            sessions, preempts = self.sessions.values(), self.policy.preempts
-            self.slo_admission.check(now, sessions, newcomer, self.cost, self.limits, preempts=preempts)
+            self.slo_admission.check(now, self.sessions.values(), newcomer, self.cost, self.limits)
         except Refusal:
             self.admission.turned_away(newcomer.key)
             raise
