@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from wisp.core.protocol.messages import Refused
 from wisp.core.protocol.step import ENGINE_ERROR, Slice, SliceResult
-from wisp.core.verify.cost import CostModel
 from wisp.core.verify.events import Action, Ended, Send, StepDone
 from wisp.core.verify.in_flight import InFlight, Step
 from wisp.core.verify.planner import Planner
@@ -29,11 +28,10 @@ NO_ENDS = frozenset[int]()  # making one takes a microsecond, and each commit wo
 class Results:
     """Takes in what the engine has done, for the sessions of `registry`."""
 
-    def __init__(self, registry: Registry, planner: Planner, in_flight: InFlight, cost: CostModel) -> None:
+    def __init__(self, registry: Registry, planner: Planner, in_flight: InFlight) -> None:
         self.registry = registry
         self.planner = planner
         self.in_flight = in_flight
-        self.cost = cost
         self.policy, self.limits, self.answers = planner.policy, planner.limits, planner.answers
         self.admission, self.index, self.kv = registry.admission, registry.index, registry.kv
         self.sessions = self.index.sessions
@@ -49,7 +47,7 @@ class Results:
             self._step_failed(now, step, event.error, actions)
             return actions
         # From end to end: the host's work between steps delays every session, too.
-        self.cost.observe(step.load, max(event.engine_ms, (now - begun) * 1e3))
+        self.planner.cost.observe(step.load, max(event.engine_ms, (now - begun) * 1e3))
         for result in event.results:
             session, slice_ = self.sessions[result.session], step.slices[result.session]
             self._commit(now, session, slice_, result, begun, event.engine_ms, actions)

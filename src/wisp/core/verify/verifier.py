@@ -62,7 +62,7 @@ class Verifier:
         self.planner = Planner(limits, policy, admission, self.cost, self.index, self.in_flight, self.answers)
         self.kv = self.planner.kv
         self.registry = Registry(limits, self.index, self.kv, admission, self.slo_admission)
-        self.results = Results(self.registry, self.planner, self.in_flight, self.cost)
+        self.results = Results(self.registry, self.planner, self.in_flight)
         self._by_id, self._by_connection = self.registry.by_id, self.registry.by_connection
         self._next_handle = 0
 
