@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import resource
 
 import pytest
@@ -116,6 +117,7 @@ def test_a_server_whose_places_are_full_says_so_and_lets_the_next_in(monkeypatch
         answer = await reader.read(-1)
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert b"retry-after: 1" in answer
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "overloaded"
         writer.close()
         pipes[0][1].close()
         await until(lambda: backend.running == 1)

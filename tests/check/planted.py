@@ -86,8 +86,8 @@ DEFECTS: dict[str, Defect] = {
     "evicted_owner_is_not_told": Defect(
         "KV",
         PLANNER,
-        "        for handle in evicted:\n            self._lose_kv(handle)",
-        "        for handle in evicted:\n            pass",
+        "(needed, self._keepers(idle, grants)) or ():\n            self._lose_kv(handle)",
+        "(needed, self._keepers(idle, grants)) or ():\n            pass",
     ),
     "copies_wait_in_the_books": Defect(
         "KV",

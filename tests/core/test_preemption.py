@@ -35,16 +35,14 @@ def prompt(i: int, new: int, due_s: float, cached: int = 0, key: str = "") -> Ca
 
 def chosen(*candidates: Candidate, free: int = 0, claims: Claims | None = None) -> list[int]:
     """The residents, with `free` KV tokens beyond those that the candidates have."""
-    found = residents(
-        candidates, sum(c.cached for c in candidates) + free, claims or Claims(0.0, COST, preempts=True)
-    )
+    found = residents(candidates, sum(c.cached for c in candidates) + free, claims or Claims(0.0, COST))
     assert sorted(c.session for c in found.resident + found.others) == sorted(c.session for c in candidates)
     return sorted(c.session for c in found.resident)
 
 
 def victims(*candidates: Candidate, free: int = 0) -> list[int]:
     """Those that are not resident although they have KV, the first victim first."""
-    found = residents(candidates, sum(c.cached for c in candidates) + free, Claims(0.0, COST, preempts=True))
+    found = residents(candidates, sum(c.cached for c in candidates) + free, Claims(0.0, COST))
     return [c.session for c in reversed(found.others) if c.cached]
 
 
@@ -81,7 +79,7 @@ def test_a_session_about_to_end_or_with_little_slack_is_not_preempted() -> None:
 def test_drafts_preempt_sessions_far_ahead_and_are_cut_otherwise() -> None:
     drafts = [going(i, 0.5, draft=8) for i in range(1, 5)]
     assert victims(*drafts, going(5, 20.0), free=10) == [5]
-    found = residents(drafts, 4 * 100 + 15, Claims(0.0, COST, preempts=True))
+    found = residents(drafts, 4 * 100 + 15, Claims(0.0, COST))
     assert [(c.session, c.new, c.n_draft) for c in found.resident] == [
         (1, 9, 8),
         (2, 4, 3),
@@ -122,29 +120,27 @@ def test_what_is_taken_for_a_prompt_is_not_given_to_another() -> None:
 
 def test_of_prompts_that_are_equally_due_the_least_served_key_is_first() -> None:
     rich, poor = prompt(1, 50, math.inf, key="rich"), prompt(2, 50, math.inf, key="poor")
-    claims = Claims(0.0, COST, preempts=True, shares={"rich": 9.0, "poor": 1.0})
+    claims = Claims(0.0, COST, shares={"rich": 9.0, "poor": 1.0})
     assert chosen(rich, poor, free=60, claims=claims) == [2]
 
 
 def test_a_first_token_that_is_late_gives_way_to_one_that_can_be_in_time() -> None:
     late, early = prompt(7, 50, 9.0), prompt(8, 50, 10.5)  # due 2 and 2.5 seconds after they were opened
-    now = Claims(10.0, COST, preempts=True)
+    now = Claims(10.0, COST)
     assert now.rank(early) < now.rank(late) < now.rank(going(6, math.inf))
     before = now._replace(now=8.9)
     assert before.rank(late) < before.rank(early)
 
 
+def test_of_sessions_without_kv_those_without_a_first_token_come_first() -> None:
+    again = Candidate(1, Kind.PREFILL, 50, 0, 0, 0.0, 1.0, due=0.1, tpot_s=0.1, remaining=100)
+    assert chosen(again, prompt(2, 50, 0.5), free=60) == [2]
+
+
 def test_kv_of_sessions_in_flight_stays_and_silent_sessions_are_last() -> None:
     flying, due = going(1, math.inf), going(2, 0.1)
-    claims = Claims(0.0, COST, preempts=True, fixed={1}, idle=lambda session: session == 2)
+    claims = Claims(0.0, COST, fixed={1}, idle=lambda session: session == 2)
     assert [c.session for c in sorted([due, flying, prompt(3, 9, 99.0)], key=claims.rank)] == [1, 3, 2]
-
-
-def test_policies_that_do_not_preempt_go_by_age() -> None:
-    claims = Claims(0.0, COST, preempts=False)
-    young, old = going(2, 0.1), going(1, math.inf)
-    assert chosen(young, old, prompt(3, 50, -1.0), free=1, claims=claims) == [1]
-    assert chosen(young, old, prompt(3, 50, -1.0), free=40, claims=claims) == [1, 2]
 
 
 # --- no session waits for ever

@@ -135,6 +135,7 @@ def test_min_tokens_delays_the_end() -> None:
 
 
 @with_torch
+@pytest.mark.filterwarnings("default")  # PyTorch's own, while vLLM is loaded
 def test_the_rows_of_a_step_are_its_sequences_last() -> None:
     pytest.importorskip("vllm")
     from wisp.engines.vllm.worker import sampled_rows

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import typer.main
 from typer.testing import CliRunner
@@ -77,6 +78,14 @@ def test_simulations_confirm_that_fast_users_on_good_devices_use_wisp() -> None:
     assert confirmed.central.simulated > 0.5
     assert 0 < confirmed.central.devices < 30
     assert confirmed.central.tried
+
+
+def test_a_profile_whose_overlap_is_not_the_likeliest_says_so() -> None:
+    scenario = scenario_for(A100, 30, "100", 20.0, 20.0)
+    assert "p = 1.3, where measurements allow 1.6 to 4, likeliest 2.2" in plan(scenario).assumed[-1]
+    likeliest = plan(msgspec.structs.replace(scenario, overlap=2.2))
+    assert not any("measurements" in line for line in likeliest.assumed)
+    assert likeliest.central.devices > plan(scenario).central.devices
 
 
 def test_a_few_calm_users_are_served_centrally() -> None:

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 
 from wisp.api.addresses import Addresses, raise_descriptors
 from wisp.api.connections import HttpConnection, SessionConnection
+from wisp.api.errors import ToldOfTheEnd
 from wisp.api.http import KEEP_ALIVE_S
 from wisp.api.web_guard import WebGuard, cross_origin, is_loopback
 from wisp.core.errors import ConfigError
@@ -98,7 +99,8 @@ def uvicorn_config(app: ASGIApp, listen: Listen, *, keyed: bool) -> uvicorn.Conf
     """How `app` is served: what every port of ours has in common."""
     if listen.origins:
         app = cross_origin(app, listen.origins)
-    guarded = WebGuard(app, keyed=keyed, hosts={listen.host, *listen.allowed_hosts}, origins=listen.origins)
+    hosts = {listen.host, *listen.allowed_hosts}
+    guarded = ToldOfTheEnd(WebGuard(app, keyed=keyed, hosts=hosts, origins=listen.origins))
     return uvicorn.Config(
         guarded,
         host=listen.host,

@@ -46,7 +46,7 @@ def serve(
     mode: Annotated[
         str | None,
         typer.Option(
-            help="exact: bit-identical in any batch (llama.cpp's default); fast: quicker, may tie (vLLM's only one).",
+            help="exact: bit-identical in any batch (llama.cpp's default); fast: quicker, may tie (vLLM's default).",
             show_default=False,
         ),
     ] = None,

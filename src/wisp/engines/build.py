@@ -123,6 +123,7 @@ def load_target(
             quantization=options.quantization,
             prefix_caching=options.prefix_caching,
             runner=options.runner,
+            exact=mode == "exact",
         )
         return _with_grammars(
             VllmTarget(wanted, name=served_name(name), eos=ends(path, tokenizer)), tokenizer
@@ -160,10 +161,6 @@ def check_engine(
         raise ConfigError(f"unknown engine {engine!r}; choose one of: {', '.join(ENGINES)}")
     if mode not in (None, "exact", "fast"):
         raise ConfigError(f"unknown mode {mode!r}; choose exact or fast")
-    if engine == "vllm" and mode == "exact":
-        raise ConfigError(
-            "--engine vllm has no exact mode: its kernels round differently from batch to batch"
-        )
     if kv_tokens is not None and engine != "emulated":
         raise ConfigError(
             "--kv-tokens is for --engine emulated; others have room for --slots times --context"

@@ -104,18 +104,23 @@ class Planner:
         index = self.index
         self.kv.reserved = self.in_flight.rows
         self._assign_slots(now)
-        candidates = self._residents(now, self._candidates())
+        candidates, free_kv, preempts = self._candidates(), math.inf, self.policy.preempts
+        if preempts:
+            candidates = self._residents(now, candidates)
+        else:
+            free_kv = self._free_kv(now, candidates)
         limits = StepLimits(
             self.limits.step_tokens,
             self.limits.slots,
             self.admission.shares,
             self.cost,
-            answer_tokens=self.answers.tokens,
+            free_kv,
+            self.answers.tokens,
         )
         plan = self.policy.plan(now, candidates, limits)
         for handle in plan.lost:
             index.sessions[handle].relax(now)
-        grants = plan.grants
+        grants = plan.grants if preempts else self._that_fit(now, plan.grants)
         if not grants and self.in_flight.steps:
             self._withdraw_copies()
         self._make_room(sum([g.tokens for g in grants]))
@@ -149,33 +154,81 @@ class Planner:
         sessions = self.index.sessions
         return [handle for handle in handles if not sessions[handle].flight.slices]
 
+    # --- KV, under policies that preempt
+
     def _residents(self, now: float, candidates: list[Candidate]) -> list[Candidate]:
         """Those that there is KV for. Sessions in their way lose theirs."""
-        kv, parked = self.kv, self.index.parked
-        if sum([c.new for c in candidates]) <= kv.free:
+        if sum([c.new for c in candidates]) <= self.kv.free:
             return candidates
-        waiting = [] if self.policy.wants_drafting else list(map(candidate_of, self.index.drafting.values()))
-        free = kv.free + sum(map(self._held, parked))
-        all_ = [*candidates, *waiting]
-        idle, shares = self._evictable(now), self.admission.shares
+        free = self.kv.free + sum(map(self._held, self.index.parked))
         fixed = {handle for step in self.in_flight.steps for handle in step.slices}
-        claims = Claims(now, self.cost, self.policy.preempts, fixed, idle, shares)
-        found = residents(all_, free + sum([c.cached for c in all_]), claims)
-        away = {c.session for c in waiting}
-        chosen = [c for c in found.resident if c.session not in away]
-        missing = sum([c.new for c in chosen]) - free
+        claims = Claims(now, self.cost, fixed, self._evictable(now), self.admission.shares)
+        found = residents(candidates, free + sum([c.cached for c in candidates]), claims)
+        missing = sum([c.new for c in found.resident]) - free
         for c in reversed(found.others):
             if missing <= 0:
                 break
             if c.cached and c.session not in fixed:
                 missing -= c.cached
                 self._take_kv(c.session)
-        return chosen
+        return found.resident
+
+    # --- KV, under policies that do not
+
+    def _free_kv(self, now: float, candidates: list[Candidate]) -> float:
+        """KV tokens available without taking any from a candidate; inf if every candidate fits."""
+        needed = sum([c.new for c in candidates])
+        if needed <= self.kv.free:
+            return math.inf
+        idle = self._evictable(now)
+        free_kv = self.kv.obtainable(lambda handle: not idle(handle))
+        return math.inf if needed <= free_kv else free_kv
+
+    def _that_fit(self, now: float, grants: list[Grant]) -> list[Grant]:
+        """The grants, in order, that there is KV for. If not even the first one fits, other sessions lose theirs."""
+        needed = sum([g.tokens for g in grants])
+        if self.kv.clear(needed):
+            return grants
+        grants = list(grants)
+        idle = self._evictable(now)
+        available = self.kv.obtainable(self._keepers(idle, grants))
+        while needed > available and len(grants) > 1:
+            last = grants.pop()
+            needed -= last.tokens
+            if idle(last.session):  # without a grant, its own KV can be taken
+                available += self._held(last.session)
+        if needed > available:
+            if self.in_flight.steps:
+                return []  # there is more once a step is back
+            self._take_from_youngest(grants[0].session, needed - available, idle)
+        for handle in self.kv.fit(needed, self._keepers(idle, grants)) or ():
+            self._lose_kv(handle)
+        return grants
+
+    def _keepers(self, idle: Callable[[int], bool], grants: list[Grant]) -> Callable[[int], bool]:
+        chosen = {g.session for g in grants}
+        return lambda handle: handle in chosen or not idle(handle)
+
+    def _take_from_youngest(self, chosen: int, missing: int, idle: Callable[[int], bool]) -> None:
+        """Take KV of other sessions, the youngest first, until `missing` more tokens are available.
+
+        There are enough: a session alone fits by its limits.
+        """
+        owners = [s for s in self.index.sessions.values() if s.slot is not None and s.handle != chosen]
+        owners.sort(key=lambda s: (s.targets.opened, s.handle))
+        got = 0
+        while got < missing:
+            victim = owners.pop()
+            if not idle(victim.handle):  # KV of idle sessions counts as available already
+                got += self._held(victim.handle)
+            self._take_kv(victim.handle)
+
+    # --- KV, under all
 
     def _make_room(self, needed: int) -> None:
         """Free KV for a step and for copies, from leftovers and parked sessions. There is enough of it."""
         evicted = self.kv.fit(needed, lambda handle: handle not in self.index.parked)
-        assert evicted is not None, "residents fit"
+        assert evicted is not None, "what was granted fits"
         for handle in evicted:
             self._lose_kv(handle)
 
@@ -268,14 +321,16 @@ class Planner:
         s.go(PICKED)
         self.index.put(s)
         self.kv.touch(now, slot)
-        start, position, after = s.cached + flight.kv, s.progress.committed + flight.tokens, -1
+        start, after = s.cached + flight.kv, -1
+        position = len(chain) - s.progress.n_prompt + flight.tokens
         if flight.tokens:  # decode after a token that is still to be chosen
             tokens, n_draft, last, after = [0], 0, True, flight.step
         else:
-            pending, end = s.round.pending, min(start + grant.tokens, len(chain))
-            last = end == len(chain)
-            draft = pending.draft[: grant.tokens - (end - start)] if last and pending else []
-            tokens, n_draft = chain[start:end].tolist() + draft, len(draft)
+            tokens, n_draft, pending = chain[start : start + grant.tokens].tolist(), 0, s.round.pending
+            last = start + len(tokens) == len(chain)
+            if last and pending is not None:
+                draft = pending.draft[: grant.tokens - len(tokens)]
+                tokens, n_draft = tokens + draft, len(draft)
         sampling, constraints = s.params.sampling, s.params.sampling.constraints
         past: list[int] = []
         if constraints is not None and last and constraints.choosing:

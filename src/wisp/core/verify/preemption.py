@@ -2,21 +2,24 @@
 
 All claims to KV, in one strict order, and the first of them that fit together are resident. Nobody else runs, and who
 is in their way loses its KV. So what is taken for a session goes to that session, and no two can take KV from each
-other in turn: while nothing is committed, sessions only rise in the order, except the one that loses its KV. The first
-one fits, as each session alone does.
+other in turn: while nothing is committed, a session that has KV falls in the order only as it loses it. The first one
+fits, as each session alone does.
 
     fixed    its KV is in use by a step in flight
     going    has KV and is not far ahead of its TPOT target: latest due time last
-    urgent   a prompt whose first token cannot wait, with KV before without
-    rest     all others: with KV before without, earliest due first, then the oldest. Without SLO, nothing is due
+    urgent   a prompt that cannot wait, with KV before without
+    rest     all others, with KV before without. Without SLO, nothing is due
     idle     its edge is silent
+
+Within each, the earliest due is first, then the oldest. Of sessions without KV, those that wait for their first token
+come before all that lost their KV: a late first token cannot be made up for, other tokens can.
 
 A session that is ten seconds ahead has given its user text for ten seconds. Until then it needs neither engine nor
 memory, while a new session needs memory for its first token. Preemption costs a second prefill. A session far ahead
 must therefore be able to wait a hundred times as long as the prefill takes, and must not be about to end, which frees
 its KV for good. A session without SLO may lose all its KV for a single token of another.
 
-Batching policies that do not preempt have no going and no urgent sessions.
+Under batching policies that do not preempt, the planner takes KV only where not even one session could run.
 """
 
 from __future__ import annotations
@@ -57,24 +60,21 @@ class Claims(NamedTuple):
 
     now: float
     cost: CostModel
-    preempts: bool
     fixed: Collection[int] = ()
     idle: Callable[[int], bool] = lambda session: False
     shares: Mapping[str, float] = {}
 
-    def rank(self, c: Candidate) -> tuple[Claim, bool, float, float, float, int]:
+    def rank(self, c: Candidate) -> tuple[Claim, bool, bool, float, float, float, int]:
         """The place of a session in the order: a strict one, as no two have the same last number."""
-        claim, share = self._claim(c), 0.0 if c.cached else self.shares.get(c.key, 0.0)
-        due = _due(self.now, c) if self.preempts else 0.0
-        return claim, not c.cached, due, share, c.opened, c.session
+        claim, has_kv = self._claim(c), c.cached > 0
+        again, share = not has_kv and not c.first, 0.0 if has_kv else self.shares.get(c.key, 0.0)
+        return claim, not has_kv, again, _due(self.now, c), share, c.opened, c.session
 
     def _claim(self, c: Candidate) -> Claim:
         if c.session in self.fixed:
             return Claim.FIXED
         if self.idle(c.session):
             return Claim.IDLE
-        if not self.preempts:
-            return Claim.REST
         if _running(c):
             return Claim.REST if is_far_ahead(self.now, c, self.cost) else Claim.GOING
         return Claim.URGENT if is_urgent(self.now, c, self.cost, EARLY_S) else Claim.REST
