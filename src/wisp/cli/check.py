@@ -11,7 +11,9 @@ from wisp.cli.options import Jobs, Json, Offline
 
 
 def check_lossless(
-    pair: Annotated[str, typer.Option(help="tiny or qwen2.5-coder.")] = "tiny",
+    pair: Annotated[
+        str, typer.Option(help="tiny, qwen2.5-coder, another pair that `wisp pull` lists, or TARGET,DRAFT.")
+    ] = "tiny",
     engine: Annotated[str, typer.Option(help="llama.cpp, or vllm with the tiny pair.")] = "llama.cpp",
     mode: Annotated[
         str | None,

@@ -173,7 +173,10 @@ def generate(
     offline: Offline = False,
     json: Json = False,
 ) -> None:
-    """Generate once, streamed; tokens are coloured by origin: accepted draft green, the target's own plain."""
+    """Generate once, streamed; tokens are coloured by origin: accepted draft green, the target's own plain.
+
+    Its key to the verifier is taken from WISP_API_KEY.
+    """
     from wisp.core.draft.policies import Ahead
     from wisp.edge.address import session_url
     from wisp.edge.once import Request, generate_once
