@@ -174,7 +174,9 @@ def suite(
 
 @app.command()
 def soak(
-    sessions: Annotated[int, typer.Option(help="Of phases steady, faults and pair together.", min=1)] = 100_000,
+    sessions: Annotated[
+        int, typer.Option(help="Of phases steady, faults and pair together.", min=1)
+    ] = 100_000,
     minutes: Annotated[
         float, typer.Option(help="Begin no more sessions after that time; 0: no limit.", min=0)
     ] = 0.0,
