@@ -63,14 +63,6 @@ def depth(
 
 
 @app.command()
-def overlap(out: Figures = None) -> None:
-    """The overlap of memory and arithmetic in a step, fitted to public measurements: tables in Markdown."""
-    from benchmarks.overlap import run_bench_overlap
-
-    run_bench_overlap(out)
-
-
-@app.command()
 def constraints(
     pair: Annotated[str, typer.Option(help="Whose vocabulary, and who answers.")] = "qwen2.5-coder",
     before: Annotated[

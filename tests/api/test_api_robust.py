@@ -94,7 +94,7 @@ async def call(backend: ScriptedBackend, recorder: Recorder, leave_on: bytes | N
     return received
 
 
-def test_who_hangs_up_after_done_was_served() -> None:
+def test_a_client_that_hangs_up_after_done_counts_as_served() -> None:
     backend, recorder = ScriptedBackend(), Recorder()
     received = asyncio.run(call(backend, recorder, b"[DONE]", stream=True))
     assert received.endswith(b"data: [DONE]\n\n")
@@ -102,7 +102,7 @@ def test_who_hangs_up_after_done_was_served() -> None:
     assert backend.running == 0
 
 
-def test_who_hangs_up_in_the_middle_was_not() -> None:
+def test_a_client_that_hangs_up_in_the_middle_does_not() -> None:
     backend, recorder = ScriptedBackend(), Recorder()
     backend.script = [committed("Hel"), committed("lo", "stop")]
     received = asyncio.run(call(backend, recorder, b"Hel", stream=True))
@@ -248,7 +248,7 @@ def test_a_key_that_has_used_up_its_limits_has_no_body_parsed() -> None:
     assert b"rate_limit_exceeded" in answer
 
 
-def test_who_leaves_while_the_own_body_waits_for_its_turn_is_not_parsed() -> None:
+def test_a_body_of_a_client_that_has_left_is_not_parsed() -> None:
     body = json.dumps({"prompt": "x" * SMALL_BODY_BYTES}).encode()
     busy, go = threading.Event(), threading.Event()
     parsed_second: list[int] = []

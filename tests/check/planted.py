@@ -92,7 +92,7 @@ DEFECTS: dict[str, Defect] = {
     "copies_wait_in_the_books": Defect(
         "KV",
         PLANNER,
-        "            if self.in_flight.steps:\n                self._withdraw_copies()\n",
+        "        if not grants and self.in_flight.steps:\n            self._withdraw_copies()\n",
         "",
     ),
     "failed_slice_is_thought_cached": Defect(

@@ -72,7 +72,7 @@ def test_a_routers_refusal_of_a_draft_behind_the_open_is_ignored() -> None:
     assert made.heard(HOME, of_the_open, 0.0) == of_the_open
 
 
-def test_what_other_places_and_other_sessions_are_told_is_ignored() -> None:
+def test_messages_for_other_places_and_sessions_are_ignored() -> None:
     made = itinerary()
     sent_to("a:1", made)
     assert made.heard(HOME, Refused(ME, "overloaded", "too late"), 0.0) is None

@@ -222,7 +222,7 @@ def test_a_verifier_that_dies_ends_the_run(quick: Scenario) -> None:
     ("change", "of"),
     [({"arrivals_per_s": 2.0}, "wisp"), ({"domain": "code"}, "wisp"), ({}, "central-speculative")],
 )
-def test_what_only_the_simulator_has_is_refused_by_name(
+def test_options_of_the_simulator_alone_are_refused_by_name(
     change: dict[str, object], of: str, quick: Scenario
 ) -> None:
     with pytest.raises(ConfigError, match="simulator"):

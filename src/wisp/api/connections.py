@@ -1,8 +1,8 @@
-"""Uvicorn's protocols with bounds below the application: on what waits for a peer that does not read, and on what a
-peer can make the parser do before the application sees any of it.
+"""Uvicorn's protocols with two bounds below the application: on the output that waits for a slow reader, and on the
+parser's work before the application sees a message.
 
-Without them a connection whose peer has stopped reading is never closed: `close()` waits for what is left to be
-taken, and each answer to a ping is one more thing that waits.
+Without them, a connection with a peer that has stopped reading is never closed: `close()` waits until all output is
+taken, and each answer to a ping adds to it.
 """
 
 from __future__ import annotations

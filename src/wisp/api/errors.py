@@ -1,7 +1,7 @@
 """Every error a client can see, in OpenAI's one shape: `{"error": {message, type, param, code}}`.
 
-Exceptions are mapped here and nowhere else. What was not raised on purpose is logged with the request's id
-and told to the client as a bare `internal_error`.
+Exceptions are mapped here and nowhere else. An unexpected exception is logged with the request's id; the client gets
+a bare `internal_error`.
 """
 
 from __future__ import annotations

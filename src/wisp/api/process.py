@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -57,6 +58,33 @@ class Listen(msgspec.Struct, frozen=True):
         for file in (self.cert, self.key):
             if file is not None and not file.is_file():
                 raise ConfigError(f"no such TLS file: {file}")
+
+    def try_port(self) -> None:
+        """Bind, and let go again. Raises ConfigError where that fails: said before a model is loaded or waited for."""
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"cannot listen on {self.host}: {reason}; mend --host") from None
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as tried:
+                tried.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix"
+                )  # as asyncio does
+                if family == socket.AF_INET6:
+                    tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, True)
+                try:
+                    tried.bind(address)
+                except OSError as error:
+                    raise ConfigError(_not_listening(self.host, self.port, error)) from None
+
+
+def _not_listening(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"cannot listen on {host}:{port}: it is taken; choose another with --port"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"cannot listen on {host}: it is no address of this machine; mend --host"
+    return f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with --port"
 
 
 class _Server(uvicorn.Server):
@@ -119,7 +147,10 @@ async def run_app(
     try:
         config.load()
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        raise ConfigError(f"cannot use the TLS files {listen.cert} and {listen.key}: {error}") from None
+        raise ConfigError(
+            f"cannot use the TLS files {listen.cert} and {listen.key}: {error}. Both have to be PEM, and the key the "
+            "certificate's own"
+        ) from None
     server = _Server(config)
     stopping = False
 

@@ -36,7 +36,8 @@ from wisp.edge.link import FromLink, Listener, Lost, Redirects
 from wisp.edge.rounds import RoundLog
 from wisp.engines.base import DraftEngine, Proposal, Tokenizer
 from wisp.engines.constrained_draft import ConstrainedDraft
-from wisp.engines.grammars import Grammars, available
+from wisp.engines.grammar_library import available
+from wisp.engines.grammars import Grammars
 
 log = logging.getLogger("wisp.edge")
 

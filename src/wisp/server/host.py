@@ -146,7 +146,7 @@ class VerifierHost:
                 admission.max_sessions,
                 admission.limits,
             )
-            self._log = EventLog(event_log, header, self._loop.time(), self.metrics.event_log_lost.inc)
+            self._log = EventLog(event_log, header, self._loop.time(), self.metrics.event_log_lost.add)
         self.grammars = engine.constraints.grammars
         self._compiling = Compiling(
             self.grammars,
@@ -216,7 +216,7 @@ class VerifierHost:
             admission.turned_away(key)
             self.metrics.admission(refusal.code)
             self.recorder.refused()
-            self.metrics.refused.labels(refusal.code).inc()
+            self.metrics.refused.add(1.0, refusal.code)
             raise
 
     def attach(

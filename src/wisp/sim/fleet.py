@@ -32,8 +32,9 @@ from wisp.core.errors import ConfigError, UnavailableError
 from wisp.core.protocol.messages import Cancel, Welcome
 from wisp.core.verify.batching import batching_policy
 from wisp.edge.address import http_url
+from wisp.outputs import writable
 from wisp.progress import progress_bar
-from wisp.sim.commands import one_class, writable
+from wisp.sim.commands import one_class
 from wisp.sim.differences import differences
 from wisp.sim.live import Clock, Sockets
 from wisp.sim.report import Engine, Machine, Report, report

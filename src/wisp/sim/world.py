@@ -25,7 +25,7 @@ from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Committed, SliceResult
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
-from wisp.core.verify.cost import Coefficients, CostModel, Load, load_of
+from wisp.core.verify.cost import Coefficients, CostModel, load_of
 from wisp.core.verify.events import EdgeLost, Ended, Limits, Received, Run, StepDone
 from wisp.core.verify.loop import VerifierLoop
 from wisp.core.verify.verifier import Verifier
@@ -165,17 +165,17 @@ class SimVerifier:
         counts.steps += 1
         counts.slices += len(slices)
         counts.rows += load.new
-        counts.prefill_rows += sum(len(s.tokens) - s.n_draft - 1 for s in slices)
+        counts.prefill_rows += load.new - sum(drafts) - len(slices)
         counts.drafts += len(drafts)
         counts.draft_rows += sum(drafts)
         counts.busy_ms += ms
         results = self.engine.verify(slices)
-        counts.accepted += sum(r.accepted for r in results)
-        counts.tokens += sum(len(r.tokens) for r in results)
-        alone, note = self.verifier.cost.now.ms, counts.interference_ms.append
+        counts.accepted += sum([r.accepted for r in results])
+        counts.tokens += sum([len(r.tokens) for r in results])
+        alone, note = self.verifier.cost.now.ms_of, counts.interference_ms.append
         for s in slices:
             n, start = len(s.tokens), s.start
-            note(ms - alone(Load(n, n * (start + n), start, 1)))
+            note(ms - alone(n, n * (start + n), start, 1))
         counts.evicted = self.verifier.evicted
         if self.trace is not None:
             self.trace.append(Event("step", self.env.now, ms, len(slices), load.new))

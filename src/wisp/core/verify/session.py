@@ -158,15 +158,6 @@ class Targets:
             return self.first_at + committed * self.tpot_s if slo.tpot_ms else math.inf
         return self.opened + slo.ttft_ms / 1e3 * TTFT_SHARE if slo.ttft_ms else math.inf
 
-    def in_time(self, now: float, committed: int) -> bool:
-        """Would the SLO be met, as seen from the verifier, if the session ended now?"""
-        slo = self.slo
-        if slo is None:
-            return True
-        if slo.ttft_ms and self.first_at - self.opened > slo.ttft_ms / 1e3:
-            return False
-        return not slo.tpot_ms or now - self.first_at <= max(1, committed - 1) * slo.tpot_ms / 1e3
-
     def drop(self) -> None:
         """Forget an infeasible SLO: the session is served best-effort."""
         self.slo, self.tpot_s, self.slo_lost = None, 0.0, True
@@ -201,7 +192,9 @@ class Progress:
     def append(self, tokens: list[int], logprobs: list[TokenLogprob]) -> None:
         """Commit `tokens`, with their log probabilities if the step computed any."""
         self.chain.fromlist(tokens)
-        if self.logprobs is None or len(logprobs) < len(tokens):
+        if self.logprobs is None:
+            return
+        if len(logprobs) < len(tokens):
             self.entries = []  # entries must belong to the last tokens
         else:
             self.entries += logprobs[: len(tokens)]
@@ -448,9 +441,9 @@ class Session:
     ) -> Verdict:
         """The verdict on `round_`, which is also kept for duplicates."""
         progress, round_state = self.progress, self.round
-        round_state.heard = progress.committed
         entries = progress.entries_from(base) if progress.logprobs is not None else []
         tokens = progress.tokens_from(base)
+        round_state.heard = base + len(tokens)
         round_state.verdict = verdict = Verdict(
             self.id, round_, base, accepted, tokens, finish, entries, queue_ms, engine_ms, round_state.price,
             progress.reused or 0,

@@ -165,8 +165,7 @@ class Verifier:
     def _check_slo(self, now: float, newcomer: Session) -> None:
         """Raises Refusal if the SLO of `newcomer`, or of the others with it, could not be met."""
         try:
-            sessions, preempts = self.sessions.values(), self.policy.preempts
-            self.slo_admission.check(now, sessions, newcomer, self.cost, self.limits, preempts=preempts)
+            self.slo_admission.check(now, self.sessions.values(), newcomer, self.cost, self.limits)
         except Refusal:
             self.admission.turned_away(newcomer.key)
             raise
@@ -406,35 +405,32 @@ class Verifier:
         tokens, finish = self._cut(s, result.tokens) if slice_.sample else ([], "")
         s.progress.append(tokens, result.logprobs)
         fed = slice_.start + len(slice_.tokens) - slice_.n_draft + result.accepted
-        prompt_tokens = max(0, min(fed, s.progress.n_prompt) - slice_.start)
+        n_prompt, start = s.progress.n_prompt, slice_.start
+        prompt_tokens = min(fed, n_prompt) - start if start < n_prompt else 0
         self.admission.served(now, s.key, prompt_tokens, len(tokens))
         verdict = None
         if slice_.sample:
-            # Nothing is pending in server mode, or if the edge resumed during the step with a new draft.
             current = s.round
-            p = current.pending or Pending(current.number, current.heard, 0, [], s.since)
-            agreed = p.head + min(result.accepted, len(tokens)) if current.pending else 0
-            current.pending = None
+            round_, base, since, agreed = current.number, current.heard, s.since, 0
+            # Nothing is pending in server mode, or if the edge resumed during the step with a new draft.
+            if (pending := current.pending) is not None:
+                round_, base, since = pending.round, pending.base, pending.since
+                agreed = pending.head + min(result.accepted, len(tokens))
+                current.pending = None
             s.verified(now, slice_.n_draft, result.accepted)
-            if p.since != s.since or slice_.n_draft:
+            if since != s.since or slice_.n_draft:
                 s.speed.committed(len(tokens))
+            if not prompt_tokens:
+                self.answers.verified(len(slice_.tokens), len(tokens))
             current.price = self.policy.price
-            verdict = s.answer(
-                p.round,
-                p.base,
-                agreed,
-                finish=finish,
-                queue_ms=(begun - p.since) * 1e3,
-                engine_ms=engine_ms,
-            )
+            queue_ms = (begun - since) * 1e3
+            verdict = s.answer(round_, base, agreed, finish=finish, queue_ms=queue_ms, engine_ms=engine_ms)
         doomed = s.state is DOOMED
         connection = -1 if doomed else s.connection
         more = not slice_.sample or (s.round.serve and not finish)
         self._settle(now, s, cached=min(fed, len(s.progress.chain)), more=more)
         if finish:
-            committed, targets = s.n_committed, s.targets
-            self.answers.ended(committed, now - targets.opened)
-            self.slo_admission.ended(targets.in_time(now, committed))
+            self.answers.ended(s.n_committed, now - s.targets.opened)
             if s.flight.slices:
                 self._doom(s)
             elif s.state is not ENDED:
