@@ -282,7 +282,7 @@ def first_guess(profile: Hardware, error: float) -> Coefficients:
     """A cost model as `wisp profile` would have fitted it."""
     c = profiled(profile)
     step, token, cached = c.step * error, c.token * error, c.cached * error
-    return Coefficients(step, token, cached, c.attention * error, c.beyond * error, c.knee)
+    return Coefficients(step, token, cached, c.attention * error, c.beyond * error, c.knee, c.slice * error)
 
 
 def quantile(values: Sequence[float], q: float) -> float:

@@ -182,9 +182,9 @@ class Speed:
 
     __slots__ = ("acceptance", "answered_at", "round_tokens")
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, *, drafts: bool = True) -> None:
         self.acceptance = ACCEPTANCE  # of a draft token whose predecessors were accepted
-        self.round_tokens = ROUND_TOKENS  # committed in a round
+        self.round_tokens = ROUND_TOKENS if drafts else 1.0  # committed in a round
         self.answered_at = now  # when the last verdict left
 
     def expected(self, n_draft: int) -> float:
@@ -227,7 +227,7 @@ class Session:
         self.targets = Targets(open_.slo, now, begun=bool(open_.committed))
         self.progress = Progress(open_)
         self.round = Round(open_)
-        self.speed = Speed(now)
+        self.speed = Speed(now, drafts=not open_.serve or bool(open_.draft))
         self.flight = Flight()
         self.state = State.WAITING
         self.since = now  # when it began to wait, for its edge or for the engine
