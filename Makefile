@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-choice test-clients test-replicas test-prometheus test-wheel test-deploy \
 	check format lock check-lossless docs clean fuzz soak mutants audit \
-	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead bench-step bench-depth bench-overlap
+	bench bench-suite bench-constraints bench-overhead bench-policy bench-simulator bench-drafting bench-vllm bench-ahead bench-step bench-depth bench-overlap bench-logprobs
 
 setup: $(VENV)/.ready
 
@@ -95,6 +95,9 @@ bench-vllm: $(VLLM)/.ready  ## what our scheduling costs beside vLLM's own
 
 bench-step: $(VLLM)/.ready  ## what the host does for a verification step, beside vLLM's own
 	$(WITH_VLLM) -m benchmarks step --out docs/results/vllm-step.json
+
+bench-logprobs: $(VLLM)/.ready  ## what one client that asks for log probabilities costs 63 others
+	$(WITH_VLLM) -m benchmarks logprobs --out docs/results/logprobs.json
 
 # Other people's clients, in an environment of its own: unmodified, against a scripted verifier and an edge before it.
 CLIENTS := .venv-clients

@@ -107,6 +107,14 @@ def step(
 
 
 @app.command()
+def logprobs(out: Figures = None, json: Json = False) -> None:
+    """What one client that asks for log probabilities costs 63 others, emulated and on vLLM's CPU build."""
+    from benchmarks.logprobs import run_bench_logprobs
+
+    run_bench_logprobs(out, as_json=json)
+
+
+@app.command()
 def ahead(
     out: Page = None,
     repeats: Annotated[int, typer.Option(help="Runs with and without, in turn.", min=1)] = 3,

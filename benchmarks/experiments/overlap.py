@@ -246,14 +246,20 @@ def _found(data: Data) -> str:
 
 
 def draw(data: Data, path: Path) -> None:
-    """How many times as many devices, by overlap, a line for each rate."""
+    """How many times as many devices, by overlap, a line for each rate: found, and of the fluid bounds (dotted)."""
     by, overlaps = _by(data), _overlaps(data)
     with picture(path, figsize=(7, 4)) as axis:
-        for rate in _rates(data):
-            ratios = [
-                by[p, "wisp", rate].capacity / max(by[p, "central", rate].capacity, 1) for p in overlaps
-            ]
-            axis.plot(overlaps, ratios, marker="o", label=f"{rate:g} tokens/s")
+        for i, rate in enumerate(sorted({b["rate"] for b in data["bounds"]})):
+            at = sorted((b for b in data["bounds"] if b["rate"] == rate), key=lambda b: float(b["overlap"]))
+            limits = [b["wisp"] / b["central"] for b in at]
+            axis.plot(
+                [b["overlap"] for b in at], limits, color=f"C{i}", ls=":", label=f"{rate:g} tok/s, bounds"
+            )
+            if rate in _rates(data):
+                found = [
+                    by[p, "wisp", rate].capacity / max(by[p, "central", rate].capacity, 1) for p in overlaps
+                ]
+                axis.plot(overlaps, found, color=f"C{i}", marker="o", label=f"{rate:g} tok/s")
         axis.axhline(1.0, color="k", lw=0.8, ls=":")
         axis.set_xlabel("overlap p of the hardware profile")
         axis.set_ylabel("devices, wisp over central")

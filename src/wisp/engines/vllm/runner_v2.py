@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm import envs
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
@@ -107,8 +108,9 @@ class HooksV2(Hooks):
         async_tensor_h2d(self._positions, out=buffers.positions[:total])
         async_tensor_h2d(begins, out=buffers.query_start_loc)
         async_tensor_h2d(lengths, out=buffers.seq_lens)
-        buffers.is_padding[:total].fill_(False)
-        buffers.is_padding[total:padded].fill_(True)
+        if envs.VLLM_MOE_SKIP_PADDING:
+            buffers.is_padding[:total].fill_(False)
+            buffers.is_padding[total:padded].fill_(True)
         wanted = np.zeros(n + 1, np.int32)
         np.cumsum(batch.wanted, out=wanted[1:])
         indices = async_tensor_h2d(batch.slots, device=self.runner.device)
