@@ -139,10 +139,7 @@ def carry_out(mutants: Sequence[Record], reach: Reach, results: Results, jobs: i
         tree = trees[mutant["file"]]
         seen = not annotated(tree, mutant["line"], mutant["column"])
         tests = reach.tests(mutant["file"], lines_at(tree, mutant["line"])) if seen else []
-        if tests:
-            left.append((mutant, tests, sum(reach.seconds[test] for test in tests)))
-        else:
-            results.add(mutant, "survived", 0.0)
+        left.append((mutant, tests, sum(reach.seconds[test] for test in tests)))
     (FOLDER / "last.log").unlink(missing_ok=True)
     with (FOLDER / "last.log").open("ab") as log:  # of several processes
 
@@ -161,10 +158,15 @@ def carry_out(mutants: Sequence[Record], reach: Reach, results: Results, jobs: i
 
         # The quick ones and the others in turn, so that a part of a run is a fair sample.
         for at in range(0, len(left), BATCH):
+            if time.monotonic() >= deadline:
+                break
             quick: list[Attempt] = []
             others: list[Attempt] = []
             for each in left[at : at + BATCH]:
-                (others if changed_function(each[0]) is None else quick).append(each)
+                if not each[1]:
+                    results.add(each[0], "survived", 0.0)  # an annotation, or a line that no test reaches
+                else:
+                    (others if changed_function(each[0]) is None else quick).append(each)
             attempt(others, mutant_tests.start)
             pid = fork(lambda: in_functions(lambda runner: attempt(quick, runner.start)), log.fileno())  # noqa: B023
             if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):

@@ -68,6 +68,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an id too high in a draft": ({"draft": [N_VOCAB]}, "out_of_vocabulary"),
     "an id too high in what is committed": ({"committed": [N_VOCAB]}, "out_of_vocabulary"),
     "too long a draft": ({"draft": [1] * (MOST_DRAFT + 1)}, "oversized"),
+    "a constraint on an id far too high": (
+        {"sampling": constrained(Constraints(allowed=(0, 3 * N_VOCAB)))},
+        "out_of_vocabulary",
+    ),
     "a constraint on an id too high": (
         {"sampling": constrained(Constraints(allowed=(0, N_VOCAB)))},
         "out_of_vocabulary",

@@ -49,6 +49,7 @@ from wisp.engines.null import null_token
 
 FRAMES = 1_000_000
 BODIES_PER_FRAME = 0.1
+AHEAD = 200  # bodies that frames may be ahead
 KEYS = "".join(f'[keys.{name}]\nsecret = "{name}s secret"\n' for name in ("honest", "m0", "m1", "m2", "m3"))
 LINES = 4  # connections with frames, and as many with bodies: one of each key
 PIECE = 500  # frames before a line's Mutator is another one, and often a new connection
@@ -91,6 +92,8 @@ class Fire:
         for piece in itertools.count():
             if self.sent_frames >= self.frames:
                 return
+            while self.sent_frames * BODIES_PER_FRAME > self.sent_bodies + AHEAD:
+                await asyncio.sleep(0.01)  # frames cost far less than bodies, and would be over first
             inputs = self._frames_of(number, piece)
             try:
                 async with self._socket(f"m{number}s secret") as socket:
