@@ -104,7 +104,7 @@ def test_prompts_come_first_as_their_first_token_comes_due() -> None:
 
 def test_a_long_prompt_is_cut_where_its_step_would_delay_others_too_long() -> None:
     limits = msgspec.structs.replace(LIMITS, tokens=100_000, answer_tokens=2000.0)
-    asked = msgspec.structs.replace(prompt(100, 8000, 0.5), remaining=2000)
+    asked = msgspec.structs.replace(prompt(100, 8000, 3.7), remaining=2000)
 
     def rows(ahead_s: float) -> int:
         return granted(*(going(i, ahead_s) for i in range(20)), asked, limits=limits)[100]

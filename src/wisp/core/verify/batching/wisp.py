@@ -11,9 +11,9 @@ their users are left out first. Prompts do not enter the rate: all of them are r
 The best rate solves worth(rate) = rate x time(rate): Dinkelbach's iteration (1967), from the last step's rate. This is
 the max-weight rule (Tassiulas and Ephremides 1992), which keeps all queues bounded whenever any policy can.
 
-A prompt opens the way to an answer: the answer's worth is shared by all the rows that it takes, those of the prompt and
-its own. Rows of a prompt delay all others, whose urgency grows by e^(delay / (URGENT x pace)), and are read up to the
-delay at which that costs what they are worth.
+A prompt is owed by the time that it can be read. It opens the way to an answer, whose worth is shared by all the rows
+that it takes, those of the prompt and its own. Rows of a prompt delay all others, whose urgency grows by
+e^(delay / (URGENT x pace)), and are read up to the delay at which that costs what they are worth.
 """
 
 from __future__ import annotations
@@ -87,13 +87,15 @@ class Wisp:
         drafts and decodes together."""
         exp, inf, cost, by = math.exp, math.inf, limits.cost.now, now + self._ms / 1e3
         attention, cached, slice_ = cost.attention, cost.cached, cost.slice
+        read_s = (cost.token + cost.beyond) / 1e3
         token = cost.token + (cost.beyond if cost.knee and self._rows > cost.knee else 0.0)
         offers: list[_Offer] = []
         prompts: list[_Prompt] = []
         all_urgency = 0.0
         for c in candidates:
             scale_s, new, before = URGENT * (c.tpot_s or PACE_S), c.new, c.cached
-            owed = (by - (c.due if c.due < inf else c.since + scale_s)) / scale_s
+            end = by + new * read_s if c.kind is PREFILL else by
+            owed = (end - (c.due if c.due < inf else c.since + scale_s)) / scale_s
             urgency = exp(owed if owed < MOST else MOST)
             weight = FLOOR + urgency
             if c.kind is PREFILL:
@@ -178,10 +180,8 @@ def _at(rate: float, offers: list[_Offer], least: float) -> tuple[list[_Choice],
 
 def _is_lost(now: float, c: Candidate) -> bool:
     """Is an overdue session unable to keep its SLO?"""
-    reserve_s = SPARE * (c.due - c.opened)
-    return not c.slo_lost and now - c.due > reserve_s + (
-        0.0 if c.first else HOPELESS * c.remaining * c.tpot_s
-    )
+    left_s = 0.0 if c.first else HOPELESS * c.remaining * c.tpot_s
+    return not c.slo_lost and now - c.due > SPARE * (c.due - c.opened) + left_s
 
 
 def _packed(choices: list[_Choice], limits: StepLimits) -> list[Grant]:
