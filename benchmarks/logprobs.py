@@ -29,7 +29,7 @@ from wisp.core.verify.cost import load_of
 from wisp.core.verify.events import Limits, Received, Run, Send, StepDone, Tick
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.emulated import EmulatedTarget, hardware
-from wisp.sim.commands import writable
+from wisp.outputs import writable
 
 SESSIONS, TOP, DRAFT = 64, 20, 4
 WARM, STEPS = 6, 60
