@@ -152,7 +152,7 @@ def detect(name: str, seeds: int) -> dict[str, object]:
 
 
 def test_a_planted_defect_is_found() -> None:
-    assert detect("who_loses_its_place_is_not_told_of", 10)["seeds"]
+    assert detect("lost_place_is_not_reported", 10)["seeds"]
 
 
 @pytest.mark.extended
