@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     left = [mutant for mutant in mutants if results.of(mutant) is None]
     left.sort(key=results.tried)  # survivors of earlier tests after all others
     carry_out(left, reach, results, given.jobs, deadline)
-    records = [{**mutant, **(results.of(mutant) or {"outcome": None, "cpu_s": 0.0})} for mutant in mutants]
+    untried: Record = {"outcome": None, "cpu_s": 0.0}
+    # A survivor of earlier tests that was not tried again is a survivor.
+    records = [{**mutant, **results.found.get(name_of(mutant), untried)} for mutant in mutants]
     summary = summed(records, made["of"], given.seed, known_equivalents())
     summary["note"] = given.note
     write(summary, given.out)
