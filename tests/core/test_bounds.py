@@ -145,6 +145,14 @@ def test_a_duplicate_of_a_draft_under_verification_is_not_answered_twice() -> No
     assert (refused.code, refused.round, refused.fatal) == ("out_of_turn", 0, False)
 
 
+def test_a_refusal_says_what_would_be_taken() -> None:
+    rig = Rig(slot_tokens=CONTEXT)
+    rig.receive(opening(max_tokens=CONTEXT))
+    assert rig.refused().message == f"max_tokens must be between 1 and {CONTEXT - len(PROMPT)} here"
+    rig.receive(opening(sampling=msgspec.structs.replace(SAMPLING, top_p=0.0)))
+    assert rig.refused().message == "top_p must be above 0 and at most 1"
+
+
 @pytest.mark.parametrize("round_", [1, 1000, 1 << 40])
 def test_a_duplicate_is_answered_from_the_last_verdict_in_any_round(round_: int) -> None:
     rig = Rig()
@@ -152,8 +160,10 @@ def test_a_duplicate_is_answered_from_the_last_verdict_in_any_round(round_: int)
     rig.settle()
     rig.verdict()
     rig.receive(Draft(ID, round_, 1, TEXT[1:3]))
+    rig.receive(Draft(ID, round_, 1, TEXT[1:3]))  # while it is under verification
     rig.settle()
     first = rig.verdict()
+    assert rig.silent
     rig.receive(Draft(ID, round_, 1, TEXT[1:3]))
     assert rig.verdict() == first
     assert not rig.dispatch()

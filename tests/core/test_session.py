@@ -79,6 +79,13 @@ def test_acceptance_stays_below_one_however_often_all_is_accepted() -> None:
     assert 8.0 < speed.expected(8) < 9.0
 
 
+def test_each_token_of_a_draft_teaches_up_to_the_first_that_is_rejected() -> None:
+    speed = Speed(0.0)
+    speed.acceptance = 0.5
+    speed.verified(1.0, 3, 1)
+    assert speed.acceptance == pytest.approx((0.98 - (0.98 - 0.5) * 0.96) * 0.96)
+
+
 def test_shares_of_a_target_leave_something_for_the_way() -> None:
     made = targets(ttft_ms=1000.0, tpot_ms=100.0)
     assert 10.8 < made.due(0) < 11.0
