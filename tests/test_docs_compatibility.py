@@ -11,7 +11,7 @@ PAGE = (TESTS.parent / "docs" / "compatibility-llamacpp.md").read_text()
 ROW = re.compile(r"^\| (.*?) \| (passes|differs|not here) \| (.*) \|$", re.MULTILINE)
 
 
-def test_what_passes_or_differs_names_a_test_that_there_is() -> None:
+def test_every_verdict_names_an_existing_test() -> None:
     there = {
         name
         for path in TESTS.glob("*/test_*.py")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
-from prometheus_client.metrics import MetricWrapperBase
 
+from wisp.api.counting import Counter
 from wisp.core.verify.admission import Admission, KeyUsage
 from wisp.core.verify.batching import batching_policy
 from wisp.core.verify.events import Limits
@@ -49,8 +49,8 @@ def exposed(registry: CollectorRegistry) -> dict[str, Row]:
     for collector in registry._collector_to_names:
         for family in collector.collect():
             labels = {name for sample in family.samples for name in sample.labels} - {"le"}
-            if isinstance(collector, MetricWrapperBase):
-                labels |= set(collector._labelnames)
+            if isinstance(collector, Counter):
+                labels |= set(collector.labels)
             name = f"{family.name}_total" if family.type == "counter" else family.name
             found[name] = (family.type, frozenset(labels))
     return found

@@ -19,7 +19,7 @@ import wisp
 SOURCE = Path(wisp.__file__).parent
 
 # What each folder may import of wisp besides itself. `wisp` itself holds the version;
-# `children` starts processes, `progress` shows a bar.
+# `children` starts processes, `outputs` are the files of a command, `progress` shows a bar.
 CORE = {
     "core.protocol": {"core.errors"},
     "core.draft": {"core.protocol", "core.errors"},
@@ -35,10 +35,12 @@ FOLDERS = {
     "server": DECIDES | {"engines", "api"},
     "edge": DECIDES | {"engines", "api"},
     "router": DECIDES | {"engines", "api", "server", "edge"},
-    "calibrate": DECIDES | {"engines", "api", "progress"},
-    "sim": DECIDES | {"engines", "api", "edge", "calibrate", "children", "progress"},
-    "check": DECIDES | {"engines", "api", "server", "edge", "router", "sim", "children", "progress"},
+    "calibrate": DECIDES | {"engines", "api", "outputs", "progress"},
+    "sim": DECIDES | {"engines", "api", "edge", "calibrate", "children", "outputs", "progress"},
+    "check": DECIDES
+    | {"engines", "api", "server", "edge", "router", "sim", "children", "outputs", "progress"},
     "children": {"core.errors"},
+    "outputs": {"core.errors"},
     "progress": set[str](),
 }
 # Modules of Python's own by which `core` could do I/O, read a clock or start a thread.

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-BASE = Path("requirements/base.txt")  # what users get
+BASE = Path("requirements/image.txt")  # what users get
 TIMEOUT_S = 300
 
 

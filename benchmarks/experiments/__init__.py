@@ -17,7 +17,7 @@ from types import ModuleType
 
 from rich.console import Console
 
-from benchmarks.experiments import ablations, bursts, paper, reality, regimes, table
+from benchmarks.experiments import ablations, bursts, overlap, paper, reality, regimes, table
 from benchmarks.experiments.page import write
 from wisp.core.errors import ConfigError
 from wisp.sim.runs import Runs
@@ -28,6 +28,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "regimes": regimes,
     "bursts": bursts,
     "ablations": ablations,
+    "overlap": overlap,
     "reality": reality,
 }
 

@@ -47,16 +47,17 @@ def bits(
 
 
 @app.command()
-def requests(
-    server: Annotated[str, typer.Option(help="Its address.")],
-    name: Annotated[str, typer.Option(help="Of the file.")] = "requests",
+def serving(
+    target: Annotated[str, typer.Option(help="As for `wisp serve --engine vllm`.")] = "tiny-target",
+    slots: Annotated[int, typer.Option(help="Sessions at once.", min=1)] = 64,
+    depth: Annotated[int, typer.Option(help="Steps in flight.", min=1)] = 1,
     out: Out = Path("docs/results/gpu"),
     tiny: Tiny = False,
 ) -> None:
-    """Streamed completions at a time against a running server."""
-    from benchmarks.gpu.requests import run
+    """Streamed completions of a verifier, and of an edge before it."""
+    from benchmarks.gpu.serving import run
 
-    run(server, out, name, tiny=tiny)
+    run(target, slots, depth, out, tiny=tiny)
 
 
 app()

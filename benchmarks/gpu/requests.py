@@ -6,11 +6,8 @@ import asyncio
 import json
 import statistics
 import time
-from pathlib import Path
 
 import msgspec
-
-from benchmarks.gpu.report import write
 
 SESSIONS = (1, 16, 64)
 TOKENS = 128
@@ -73,12 +70,12 @@ async def _load(host: str, port: int, sessions: int, tokens: int) -> Load:
     )
 
 
-def run(server: str, out: Path, name: str, *, tiny: bool) -> None:
-    """Each load once to warm up, then once to be counted."""
+def loads(server: str, most: int, *, tiny: bool) -> list[Load]:
+    """Of each number of sessions up to `most`: once to warm up, then once to be counted."""
     host, port = server.removeprefix("http://").split(":")
     found = []
-    for sessions in (1, 4) if tiny else SESSIONS:
+    for sessions in (n for n in ((1, 4) if tiny else SESSIONS) if n <= most):
         for _ in range(2):
             load = asyncio.run(_load(host, int(port), sessions, 16 if tiny else TOKENS))
         found.append(load)
-    write(out, name, found)
+    return found

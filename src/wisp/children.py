@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -95,16 +95,21 @@ class Children:
             if kind is None or not issubclass(kind, Exception):
                 shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start(self, name: str, arguments: Sequence[str], port: int) -> Child:
-        """Start `python ARGUMENTS`, which is to serve on `port` of the loopback address."""
+    def start(
+        self, name: str, arguments: Sequence[str], port: int, env: Mapping[str, str] | None = None
+    ) -> Child:
+        """Start `python ARGUMENTS`, which is to serve on `port` of the loopback address, with `env` besides ours.
+
+        One that is started again under the same name goes on with the same log.
+        """
         log = self.folder / f"{name}.log"
-        with log.open("wb") as file:
+        with log.open("ab") as file:
             process = subprocess.Popen(
                 [sys.executable, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=_environment(),
+                env=_environment() | dict(env or {}),
             )
         child = Child(name, f"http://127.0.0.1:{port}", process, log)
         self._children.append(child)

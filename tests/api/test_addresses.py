@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import resource
 
 import pytest
@@ -43,7 +44,7 @@ def test_a_flood_from_one_address_keeps_no_other_out() -> None:
     assert [caller.gone for caller in flood] == [True, True, False, False]  # the longest silent ones
 
 
-def test_what_answers_nothing_goes_first_and_then_even_what_answers() -> None:
+def test_idle_connections_go_first_and_then_busy_ones() -> None:
     addresses = Addresses(3)
     busy = [Caller(addresses, "a", float(i), idle=False) for i in range(2)]
     idle = Caller(addresses, "a", 9.0)
@@ -56,7 +57,7 @@ def test_what_answers_nothing_goes_first_and_then_even_what_answers() -> None:
     assert [caller.gone for caller in busy] == [True, False, False]
 
 
-def test_who_has_most_gives_up_an_idle_one_of_its_own_or_is_turned_away() -> None:
+def test_the_largest_address_gives_up_an_idle_connection_of_its_own_or_is_refused() -> None:
     addresses = Addresses(2)
     busy, idle = Caller(addresses, "a", idle=False), Caller(addresses, "a")
     assert Caller(addresses, "a", idle=False).inside
@@ -73,7 +74,7 @@ def test_equal_shares_stay() -> None:
     assert not second.gone
 
 
-def test_who_has_left_takes_no_place() -> None:
+def test_a_closed_connection_takes_no_place() -> None:
     addresses = Addresses(1)
     first = Caller(addresses, "a", idle=False)
     addresses.leave(first)
@@ -116,6 +117,7 @@ def test_a_server_whose_places_are_full_says_so_and_lets_the_next_in(monkeypatch
         answer = await reader.read(-1)
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert b"retry-after: 1" in answer
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "overloaded"
         writer.close()
         pipes[0][1].close()
         await until(lambda: backend.running == 1)

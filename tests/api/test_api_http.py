@@ -454,7 +454,7 @@ def test_another_model_is_not_found(client: TestClient) -> None:
     assert (refused["code"], refused["param"]) == ("model_not_found", "model")
 
 
-def test_what_does_not_fit_the_context_is_refused_with_the_counts(
+def test_prompts_beyond_the_context_are_refused_with_the_counts(
     client: TestClient, backend: ScriptedBackend
 ) -> None:
     backend.context = 20
@@ -579,7 +579,9 @@ def test_one_log_line_without_any_content(
     assert "reply" not in line
 
 
-def test_what_an_observer_is_told(client: TestClient, backend: ScriptedBackend, recorder: Recorder) -> None:
+def test_observers_get_every_observation(
+    client: TestClient, backend: ScriptedBackend, recorder: Recorder
+) -> None:
     backend.script = [
         0.01,
         committed("ab", drafted=2, accepted=1, from_draft=1),
@@ -699,7 +701,7 @@ def test_template_arguments_reach_the_template(client: TestClient, backend: Scri
     assert bytes(backend.asked[0].prompt) == b"False"
 
 
-def test_what_a_template_refuses_is_a_400(client: TestClient, backend: ScriptedBackend) -> None:
+def test_a_refusal_by_the_template_is_a_400(client: TestClient, backend: ScriptedBackend) -> None:
     backend.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     refused = error(client.post(CHAT, json=chat()), 400)
     assert refused["param"] == "messages"

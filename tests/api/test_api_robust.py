@@ -13,10 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 
 from api_fakes import MODEL, ByteTokenizer, Recorder, ScriptedBackend, committed, make_app
 from waiting import PATIENCE_S, until
 from wisp.api.body import SMALL_BODY_BYTES, parsed
+from wisp.api.errors import ToldOfTheEnd
 from wisp.core.errors import RequestError
 
 FIELDS = [
@@ -92,7 +94,7 @@ async def call(backend: ScriptedBackend, recorder: Recorder, leave_on: bytes | N
     return received
 
 
-def test_who_hangs_up_after_done_was_served() -> None:
+def test_a_client_that_hangs_up_after_done_counts_as_served() -> None:
     backend, recorder = ScriptedBackend(), Recorder()
     received = asyncio.run(call(backend, recorder, b"[DONE]", stream=True))
     assert received.endswith(b"data: [DONE]\n\n")
@@ -100,7 +102,7 @@ def test_who_hangs_up_after_done_was_served() -> None:
     assert backend.running == 0
 
 
-def test_who_hangs_up_in_the_middle_was_not() -> None:
+def test_a_client_that_hangs_up_in_the_middle_does_not() -> None:
     backend, recorder = ScriptedBackend(), Recorder()
     backend.script = [committed("Hel"), committed("lo", "stop")]
     received = asyncio.run(call(backend, recorder, b"Hel", stream=True))
@@ -109,20 +111,54 @@ def test_who_hangs_up_in_the_middle_was_not() -> None:
     assert backend.running == 0
 
 
-def test_a_shutdown_cancels_and_is_recorded() -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_shutdown_that_does_not_wait_says_so_to_clients(stream: bool) -> None:
     backend, recorder = ScriptedBackend(), Recorder()
-    backend.script = [2 * PATIENCE_S]
+    backend.script = [committed("Hel"), 2 * PATIENCE_S]
+
+    async def shut_down() -> bytes:
+        task = asyncio.create_task(call(backend, recorder, None, stream=stream))
+        await until(lambda: backend.running)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        task.cancel()
+        return await task
+
+    received = asyncio.run(shut_down())
+    assert backend.running == 0
+    assert (recorder.records[0].status, recorder.records[0].finish) == (503, "error")
+    assert (b"Hel" in received) == stream
+    assert json.loads(received.removesuffix(b"\n\n").rpartition(b"data: ")[2])["error"] == {
+        "message": "this server is shutting down",
+        "type": "server_error",
+        "param": None,
+        "code": "verifier_unavailable",
+    }
+    assert b"[DONE]" not in received
+
+
+def test_a_shutdown_tells_requests_that_generate_nothing_too() -> None:
+    async def waits(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(2 * PATIENCE_S)
+
+    said: list[Any] = []
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("nothing is read")
 
     async def shut_down() -> None:
-        task = asyncio.create_task(call(backend, recorder, None))
-        await until(lambda: backend.running)
+        scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [], "query_string": b""}
+        task = asyncio.create_task(ToldOfTheEnd(waits)(scope, receive, send))
+        await asyncio.sleep(0)
         task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await task
 
     asyncio.run(shut_down())
-    assert backend.running == 0
-    assert recorder.records[0].finish == "cancelled"
+    assert said[0]["status"] == 503
+    assert json.loads(said[1]["body"])["error"]["message"] == "this server is shutting down"
 
 
 class SlowTokenizer(ByteTokenizer):
@@ -212,7 +248,7 @@ def test_a_key_that_has_used_up_its_limits_has_no_body_parsed() -> None:
     assert b"rate_limit_exceeded" in answer
 
 
-def test_who_leaves_while_the_own_body_waits_for_its_turn_is_not_parsed() -> None:
+def test_a_body_of_a_client_that_has_left_is_not_parsed() -> None:
     body = json.dumps({"prompt": "x" * SMALL_BODY_BYTES}).encode()
     busy, go = threading.Event(), threading.Event()
     parsed_second: list[int] = []

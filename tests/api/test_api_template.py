@@ -65,7 +65,7 @@ def test_a_template_that_knows_developers_sees_them() -> None:
         "{{ 1 / 0 }}",
     ],
 )
-def test_what_the_sandbox_refuses_is_a_bad_request(source: str) -> None:
+def test_a_refusal_of_the_sandbox_is_a_bad_request(source: str) -> None:
     with pytest.raises(RequestError) as caught:
         ChatTemplate(source).render(USER)
     assert (caught.value.status, caught.value.param) == (400, "messages")
@@ -130,7 +130,7 @@ LOOPED = "{% set ns = namespace(x='ab', n=3, l=[], d=1) %}{% for i in range(60) 
         "{% macro m(a) %}{{ m(a) }}{{ m(a) }}{% endmacro %}{{ m(1) }}",
     ],
 )
-def test_what_would_take_all_memory_is_a_bad_request(source: str) -> None:
+def test_a_template_that_would_take_all_memory_is_a_bad_request(source: str) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(RequestError) as caught:
         ChatTemplate(source).render(USER)
@@ -145,7 +145,7 @@ def test_a_loop_that_calls_nothing_ends_too(monkeypatch: pytest.MonkeyPatch) -> 
         ChatTemplate("{% set r = range(90000) %}" + loops).render(USER)
 
 
-def test_what_a_macro_says_in_a_loop_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_of_a_macro_in_a_loop_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "MAX_MADE", 1 << 20)
     source = "{% macro m() %}{% for i in range(99999) %}" + "x" * 100 + "{% endfor %}{% endmacro %}{{ m() }}"
     with pytest.raises(RequestError, match="more text than it may"):
@@ -153,13 +153,13 @@ def test_what_a_macro_says_in_a_loop_counts(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("source", ["{% break %}", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}"])
-def test_what_python_cannot_compile_is_the_servers_fault_too(source: str) -> None:
+def test_a_template_that_python_cannot_compile_is_a_server_error(source: str) -> None:
     with pytest.raises(RequestError) as caught:
         ChatTemplate(source)
     assert caught.value.status == 500
 
 
-def test_what_a_template_says_of_messages_is_told_in_part_and_as_one_line() -> None:
+def test_a_templates_complaint_is_shortened_to_one_line() -> None:
     with pytest.raises(RequestError) as caught:
         ChatTemplate("{{ raise_exception('a\n\x1b' ~ 'x' * 5000) }}").render(USER)
     assert len(str(caught.value)) < 500

@@ -15,7 +15,7 @@ from wisp.api.backend import Target
 from wisp.api.prepare import prepare
 from wisp.api.reader import Family, Reader, Reading
 from wisp.api.requests import parse_chat
-from wisp.api.tools import forced
+from wisp.api.tools import forced, lark
 from wisp.api.tools.events import Call, Event, Text, Tool
 from wisp.api.tools.families import PARSERS
 from wisp.core.errors import RequestError
@@ -41,7 +41,12 @@ TOOLS = {
     "f": Tool("f", SCHEMA),
     "g_2": Tool("g_2", {"type": "object", "properties": {}, "additionalProperties": False}),
 }
-TEMPLATES = {"mistral": ["[TOOL_CALLS]", "[TOOL_CALLS][ARGS]"], "deepseek": ["", "```json"]}
+TEMPLATES = {
+    "mistral": ["[TOOL_CALLS]", "[TOOL_CALLS][ARGS]"],
+    "deepseek": ["", "```json"],
+    "dsml": ["", "<｜DSML｜tool_calls>"],
+    "llama4": ["", "<|python_start|>"],
+}
 FAMILIES = [
     (name, template, as_tokens)
     for name in PARSERS
@@ -69,10 +74,16 @@ class Marked(ByteTokenizer):
 
 
 # What free text ends with, which no random text would find
-ENDINGS = {"qwen-xml": b"\n</parameter>\n", "glm": b"</arg_value>\n"}
+ENDINGS = {
+    "qwen-xml": "\n</parameter>\n",
+    "glm": "</arg_value>\n",
+    "dsml": "</｜DSML｜parameter>\n",
+    "kimi-k3": "<|close|>argument<|sep|>",
+    "gemma4": '<|"|>',
+}
 
 
-def answer(tokenizer: Marked, source: str, seed: int, ending: bytes) -> list[int]:
+def answer(tokenizer: Marked, source: str, seed: int, ending: str) -> list[int]:
     """Tokens that the grammar allows, at random; ends of sequence where they can be had, and of text now and then."""
     matcher = Grammars(tokenizer).matcher(Grammar("lark", f"%llguidance {{}}\nstart: calls\n{source}\n"))
     choose = random.Random(seed)
@@ -84,7 +95,8 @@ def answer(tokenizer: Marked, source: str, seed: int, ending: bytes) -> list[int
         if 256 in allowed and (len(allowed) == 1 or choose.random() < 0.5):
             return tokens
         if not wanted and choose.random() < 0.1:
-            wanted = list(ending)
+            as_text = choose.random() < 0.3
+            wanted = tokenizer.encode(ending, add_bos=False, parse_special=not as_text)  # type: ignore[no-untyped-call]
         if wanted and wanted[0] in allowed:
             tokens.append(wanted.pop(0))
             continue
@@ -101,17 +113,15 @@ def test_a_forced_answer_is_calls_and_nothing_else(name: str, template: str, as_
 
     def mark(marker: str) -> str:
         token = family.ids.get(marker)
-        return forced.text(marker) if token is None else f"<[{token}]>"
+        return lark.text(marker) if token is None else f"<[{token}]>"
 
     source = forced.grammar(name, template, list(TOOLS.values()), parallel=True, mark=mark)
-    if source is None:
-        assert name in ("llama4", "dsml", "kimi-k3", "gemma4") or (name == "glm" and as_tokens)
-        return
+    assert source is not None
     called = set()
     for seed in range(8):
         reader = Reader(Reading(family.parser, family.names, TOOLS))
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token in answer(tokenizer, source, seed, ENDINGS.get(name, b"")):
+        for token in answer(tokenizer, source, seed, ENDINGS.get(name, "")):
             reader.feed(decoder.decode(reader.piece(tokenizer, token)))
         reader.end(cut=False)
         events: list[Event] = reader.take()
@@ -131,12 +141,11 @@ def test_along_a_draft_its_masks_are_those_one_by_one(name: str, template: str, 
 
     def mark(marker: str) -> str:
         token = family.ids.get(marker)
-        return forced.text(marker) if token is None else f"<[{token}]>"
+        return lark.text(marker) if token is None else f"<[{token}]>"
 
     source = forced.grammar(name, template, list(TOOLS.values()), parallel=True, mark=mark)
-    if source is None:
-        return
-    tokens = answer(tokenizer, source, 3, ENDINGS.get(name, b""))
+    assert source is not None
+    tokens = answer(tokenizer, source, 3, ENDINGS.get(name, ""))
     grammars, grammar = Grammars(tokenizer), Grammar("lark", f"%llguidance {{}}\nstart: calls\n{source}\n")
     matcher, choose = grammars.matcher(grammar), random.Random(1)
     expected = [matcher.masks(tokens[:i], [])[0].copy() for i in range(len(tokens) + 1)]
@@ -160,7 +169,8 @@ def check(call: Call) -> None:
     assert isinstance(arguments.get("o", {}), dict)
 
 
-@pytest.mark.parametrize("name", ["qwen-xml", "glm"])  # which write parameters one by one
+# which write parameters one by one
+@pytest.mark.parametrize("name", ["qwen-xml", "glm", "dsml", "kimi-k3", "llama4", "gemma4"])
 @pytest.mark.parametrize(
     "parameters",
     [
@@ -178,3 +188,26 @@ def test_a_schema_that_is_none_is_the_clients_fault(name: str, parameters: dict[
     with pytest.raises(RequestError) as refused:
         prepare(parse_chat(body, {}), target, parser=name)
     assert (refused.value.status, refused.value.param in ("tools", "tool_choice")) == (400, True)
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_a_schema_that_would_take_long_to_compile_is_a_400_that_says_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, forced: bool
+) -> None:
+    """As the schema of an answer, and as that of a call's arguments."""
+    monkeypatch.setattr("wisp.engines.grammar_trial.TRIALS._limits", (0.3, 40 << 20))
+    schema = {"type": "integer", "allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+    if forced:
+        function = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}
+        body |= {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    else:
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    tokenizer = Marked((), "")
+    target = Target("m", tokenizer, 4000, "", Grammars(tokenizer))
+    with pytest.raises(
+        RequestError, match=r"takes more than .* to compile; it has multipleOf, allOf"
+    ) as refused:
+        prepare(parse_chat(body, {}), target, parser="hermes")
+    assert (refused.value.status, refused.value.code) == (400, "invalid_grammar")
+    assert refused.value.param == ("tool_choice" if forced else "response_format")

@@ -93,7 +93,7 @@ def test_rounds_come_with_what_they_committed(backend: ScriptedBackend) -> None:
 
 
 @pytest.mark.parametrize("wisp", [None, {}, {"rounds": False}])
-def test_who_does_not_ask_sees_nothing_new(backend: ScriptedBackend, wisp: Any) -> None:
+def test_answers_without_the_field_are_unchanged(backend: ScriptedBackend, wisp: Any) -> None:
     backend.script = [committed("abc", drafted=3, accepted=2, from_draft=2), committed("", "stop")]
     fields = {} if wisp is None else {"wisp": wisp}
     assert all("wisp" not in chunk for chunk in ask(backend, stream=True, **fields))
@@ -110,7 +110,7 @@ def test_a_request_may_ask_for_an_answer_without_drafts(backend: ScriptedBackend
 @pytest.mark.parametrize(
     ("wisp", "param"), [(3, "wisp"), ({"round": True}, "wisp.round"), ({"draft": "no"}, "wisp.draft")]
 )
-def test_what_is_wrong_with_the_field_is_said(backend: ScriptedBackend, wisp: Any, param: str) -> None:
+def test_errors_of_the_field_name_the_mistake(backend: ScriptedBackend, wisp: Any, param: str) -> None:
     error = ask(backend, wisp=wisp)["error"]
     assert error["param"] == param
     assert not backend.asked

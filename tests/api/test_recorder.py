@@ -76,6 +76,17 @@ def test_a_second_is_told_by_what_it_committed_and_what_its_steps_took() -> None
     assert (row["admitted"], row["refused"]) == (1.0, 0.0)
 
 
+def test_rows_of_idle_seconds_say_how_things_were_and_not_how_they_are_once_something_happens() -> None:
+    world = World()
+    world.open(0.0, 1, "session-1", max_tokens=1)
+    world.step(0.1, 0.2)
+    for i in (2, 3):
+        world.open(6.5, 1, f"session-{i}")  # nobody has looked since
+    series = world.recorder.snapshot(7.5)["series"]
+    assert series["t"] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    assert [r + w for r, w in zip(series["running"], series["waiting"], strict=True)] == [0] * 6 + [2]
+
+
 def test_sessions_without_slots_and_with_lost_edges_say_what_they_wait_for() -> None:
     world = World()
     world.open(0.0, 1, "session-1")

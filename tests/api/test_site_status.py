@@ -63,7 +63,7 @@ def test_our_files_name_no_other_server() -> None:
             assert addresses <= {b"http://www.w3.org/2000/svg"}, name
 
 
-def test_what_is_vendored_comes_with_its_licences() -> None:
+def test_vendored_files_come_with_their_licences() -> None:
     text = assets()["vendor/LICENSES.txt"].decode()
     for name in (n.removeprefix("vendor/") for n in assets() if n.startswith("vendor/") and n[-4:] != ".txt"):
         assert re.search(rf"^{re.escape(name)}\s", text, re.MULTILINE), name
@@ -137,7 +137,7 @@ def test_ten_who_watch_share_each_snapshot() -> None:
     run(main())
 
 
-def test_who_does_not_read_misses_events_and_holds_nobody_up() -> None:
+def test_a_slow_reader_misses_events_and_delays_no_other() -> None:
     async def main() -> None:
         stream = StatusStream(Counter().make, every_s=0.001)
         slow, quick = stream.follow(), stream.follow()

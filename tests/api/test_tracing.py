@@ -197,7 +197,7 @@ def test_rounds_are_of_the_edge_and_steps_of_the_verifier(spans: Any) -> None:
         assert on_edge.start_time <= span.start_time <= span.end_time <= on_edge.end_time
 
 
-def test_what_a_verifier_decodes_by_itself_is_one_span(spans: Any) -> None:
+def test_decoding_by_the_verifier_is_one_span(spans: Any) -> None:
     asked(PARENT, drafts=False)
     (served,) = named(spans, "served")
     (opening,) = named(spans, "open")
@@ -220,7 +220,7 @@ def test_without_a_parent_a_request_begins_a_trace(spans: Any) -> None:
     assert {s.context.trace_id for s in spans.get_finished_spans()} == {request.context.trace_id}
 
 
-def test_what_is_not_sampled_is_not_recorded_anywhere(spans: Any) -> None:
+def test_an_unsampled_trace_is_recorded_nowhere(spans: Any) -> None:
     (open_,) = asked(UNSAMPLED)
     assert not spans.get_finished_spans()
     assert open_.trace.startswith(f"00-{TRACE}-")

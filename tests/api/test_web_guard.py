@@ -107,7 +107,7 @@ def test_where_keys_are_asked_for_any_name_will_do_and_only_websockets_of_pages_
 
 
 @pytest.mark.parametrize("names", ["http://wisp.example.com", "wisp.example.com:80/", "a b", "*", "-x"])
-def test_what_is_no_name_is_refused_at_start(names: str) -> None:
+def test_malformed_names_are_refused_at_start(names: str) -> None:
     with pytest.raises(ConfigError, match="allowed-hosts"):
         host_names(names)
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import jinja2
+import msgspec
 import pytest
 
 from benchmarks.pages import SOURCES, remade, render, table
+from wisp.check.faults.check import Report
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in SOURCES if name != "suite" or (RESULTS / "suite.json").is_file()]
+    "name",
+    [name for name in SOURCES if name not in ("suite", "faults") or (RESULTS / f"{name}.json").is_file()],
 )
 def test_a_committed_page_is_what_its_data_make(name: str) -> None:
     """After a change of data or template: `python -m benchmarks pages`."""
@@ -35,3 +39,16 @@ def test_a_quick_run_says_so() -> None:
 def test_a_figure_that_is_missing_makes_no_page() -> None:
     with pytest.raises(jinja2.UndefinedError):
         render("regimes", {}, {})
+
+
+def test_the_page_of_faults_says_what_was_found() -> None:
+    report = Report(
+        100, 3, 250, violations={101: "a token is wrong\nwhere", 102: "a slot is left"}, cpu_s=5.0
+    )
+    report.by_kind = {"kill": 250}
+    data = msgspec.json.decode(msgspec.json.encode(report))
+    page = render("faults", data, import_module(SOURCES["faults"]).figures(data))
+    assert "**250 faults over 3 seeds (100 to 102): 2 violations.**" in page
+    assert "- 101: a token is wrong\n- 102: a slot is left\n" in page
+    assert "| kill | a process is gone | 250 |" in page
+    assert "| cut | a connection breaks; each end notices when it does | 0 |" in page

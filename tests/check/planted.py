@@ -30,6 +30,7 @@ class Defect(NamedTuple):
 
 
 VERIFIER, SESSION, KV = "wisp.core.verify.verifier", "wisp.core.verify.session", "wisp.core.verify.kv"
+REGISTRY, STATES, RESULTS = "wisp.core.verify.registry", "wisp.core.verify.states", "wisp.core.verify.results"
 DRAFTER, ITINERARY = "wisp.core.draft.drafter", "wisp.core.draft.itinerary"
 PLANNER = "wisp.core.verify.planner"
 FLEET, ROUTER, BACKEND, LINK = "wisp.router.fleet", "wisp.router.host", "wisp.edge.backend", "wisp.edge.link"
@@ -47,15 +48,15 @@ DEFECTS: dict[str, Defect] = {
     ),
     "doomed_keeps_its_place": Defect(
         "verifier",
-        VERIFIER,
-        "            self._end(session)\n        else:\n            self._free(session)",
-        "            self._end(session)",
+        REGISTRY,
+        "            self.end(session)\n        else:\n            self._free(session)",
+        "            self.end(session)",
     ),
-    "who_loses_its_place_is_not_told_of": Defect(
+    "lost_place_is_not_reported": Defect(
         "verifier",
         VERIFIER,
-        '        else:\n            actions.append(Ended(session.id, "expired"))\n        self._stop(session)',
-        "        self._stop(session)",
+        '        else:\n            actions.append(Ended(session.id, "expired"))\n        self.registry.stop(session)',
+        "        self.registry.stop(session)",
     ),
     # session
     "resumed_in_step_keeps_result": Defect(
@@ -66,7 +67,7 @@ DEFECTS: dict[str, Defect] = {
     ),
     "orphan_is_not_taken_back": Defect(
         "session",
-        SESSION,
+        STATES,
         "E.RESUMED: S.RUNNING," + _ORPHANS_REST,
         "E.RESUMED: S.ORPHANED," + _ORPHANS_REST,
     ),
@@ -92,12 +93,12 @@ DEFECTS: dict[str, Defect] = {
     "copies_wait_in_the_books": Defect(
         "KV",
         PLANNER,
-        "            if self.in_flight.steps:\n                self._withdraw_copies()\n",
+        "        if not grants and self.in_flight.steps:\n            self._withdraw_copies()\n",
         "",
     ),
     "failed_slice_is_thought_cached": Defect(
         "KV",
-        VERIFIER,
+        RESULTS,
         "            self.kv.record(now, s.slot, [])\n            s.cached = 0\n",
         "            self.kv.record(now, s.slot, [])\n",
     ),
@@ -112,7 +113,7 @@ DEFECTS: dict[str, Defect] = {
         "drafter", ITINERARY, "            self._since.append(message)", "            self._since = []"
     ),
     # what carries out what the drafter decides
-    "who_leaves_is_not_told_of": Defect(
+    "departure_is_not_reported": Defect(
         "edge",
         BACKEND,
         "        if not self.finished:  # left",

@@ -17,12 +17,13 @@ import pytest
 from typer.testing import CliRunner
 
 import planted
-from wisp.check.faults.check import check
+from wisp.check.faults.check import Report, check, source_hash
 from wisp.check.faults.engine import HashTarget, Text
 from wisp.check.faults.loop import Restless, VirtualLoop
+from wisp.check.faults.nodes import RouterProcess
 from wisp.check.faults.plan import FAULTS, Event, Plan, plan_of, with_events
 from wisp.check.faults.shrink import Case, alike, read_case, shrink, write_case
-from wisp.check.faults.world import Found, run_plan
+from wisp.check.faults.world import Found, World, run_plan
 from wisp.cli import app
 from wisp.core.errors import ConfigError
 from wisp.core.protocol.sampling import Sampling
@@ -85,7 +86,7 @@ def test_many_runs_find_nothing() -> None:
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_what_was_found_once_is_not_found_again(path: Path) -> None:
+def test_earlier_failures_stay_mended(path: Path) -> None:
     assert run_plan(read_case(path)).found is None
 
 
@@ -109,6 +110,32 @@ def test_a_run_is_the_same_in_another_process() -> None:
     assert ended.stdout.strip() == run_plan(plan_of(3)).trace
 
 
+def test_parts_of_a_long_check_add_up(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    check(20, 1, minutes=0, jobs=1, resume=path)
+    parts = check(20, 3, minutes=0, jobs=1, resume=path)
+    whole = check(20, 3, minutes=0, jobs=1)
+    whole.cpu_s = parts.cpu_s
+    assert parts == whole
+    assert msgspec.json.decode(path.read_bytes(), type=Report) == parts
+    assert check(20, 3, minutes=0, jobs=1, resume=path) == parts
+
+
+@pytest.mark.parametrize(
+    ("report", "why"),
+    [
+        (Report(20, source="of another day"), "is of other code"),
+        (Report(21, source=source_hash()), "begins with seed 21"),
+        ("{}", "as a report of"),
+    ],
+)
+def test_a_report_of_other_runs_is_not_gone_on_with(report: object, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_bytes(msgspec.json.encode(report))
+    with pytest.raises(ConfigError, match=why):
+        check(20, 3, minutes=0, jobs=1, resume=path)
+
+
 # --- something to find
 
 
@@ -125,7 +152,7 @@ def detect(name: str, seeds: int) -> dict[str, object]:
 
 
 def test_a_planted_defect_is_found() -> None:
-    assert detect("who_loses_its_place_is_not_told_of", 10)["seeds"]
+    assert detect("lost_place_is_not_reported", 10)["seeds"]
 
 
 @pytest.mark.extended
@@ -183,6 +210,14 @@ def test_the_command_replays_a_file(tmp_path: Path) -> None:
 # --- the parts
 
 
+def test_a_server_reads_the_file_of_keys_as_it_is_when_it_reads_it() -> None:
+    """Limits change shortly before all heals, and a server takes up to two seconds to read them."""
+    world = World(with_events(plan_of(5475), [Event(24.9, "limit", 0, 2)]))
+    assert world.run().found is None
+    [router] = world.alive(RouterProcess)
+    assert router.keys.limits == world.shape.limits
+
+
 def test_a_process_that_is_frozen_does_later_what_was_due_and_one_that_is_dead_never() -> None:
     loop = VirtualLoop(pytest.fail)
     steps: list[tuple[str, float]] = []
@@ -226,7 +261,7 @@ def test_a_process_that_does_not_come_to_rest_is_found() -> None:
         loop.run(lambda: False)
 
 
-def test_who_waits_for_less_than_the_clock_can_tell_comes_to_an_end() -> None:
+def test_a_wait_below_the_clocks_resolution_ends() -> None:
     loop = VirtualLoop(pytest.fail)
     ended: list[float] = []
 

@@ -103,7 +103,7 @@ def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ("uvloop", installed.event_loop, "asyncio's own loop"),
     ],
 )
-def test_what_a_device_can_do_without_is_no_failure(
+def test_optional_parts_are_no_failure(
     monkeypatch: pytest.MonkeyPatch, name: str, check: Callable[[], Check], does: str
 ) -> None:
     """Neither has wheels for every platform."""

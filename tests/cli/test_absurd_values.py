@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import socket
 import sys
 import typing
 from collections.abc import Callable
@@ -54,6 +55,9 @@ def wisp(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
     monkeypatch.setitem(defaults, "give_up_s", 0.0)  # for `wisp generate`
     monkeypatch.setenv("WISP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("WISP_OFFLINE", "1")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "domain": "chat", "split": "train", "text": "Hi"}\n')
+    (tmp_path / "keys.toml").write_text('[keys.a]\nsecret = "a"\n')
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(typer.main, "get_command", GET_COMMAND)
@@ -72,14 +76,18 @@ def wisp(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
 
 GET_COMMAND = functools.cache(typer.main.get_command)  # a tenth of a second for each
 SERVE = ("serve", "--engine", "null", "--target", "null", "--port", "0")
+TARGET = ("serve", "--port", "0", "--target")
 EDGE = ("edge", "--draft", "none", "--port", "0")
 GENERATE = ("generate", "Hi", "--server", "http://127.0.0.1:9")
 NOWHERE = "/no/such/file"
 CASES = [
     (("serve",), "--target"),
     (("serve", "--target", ""), "model"),
-    (("serve", "--target", NOWHERE), "no file"),
-    (("serve", "--target", "/"), "/"),
+    ((*TARGET, NOWHERE), "no file"),
+    ((*TARGET, "/"), "/ is a folder"),
+    ((*TARGET, "cache"), "cache is a folder"),
+    ((*TARGET, "a100-qwen3-32b"), "--engine emulated"),
+    ((*TARGET, "tiny-targte"), "or tiny-draft? The catalogue"),
     ((*SERVE, "--threads", "100000"), "--threads"),
     ((*EDGE, "--threads", "100000"), "--threads"),
     ((*GENERATE, "--threads", "100000"), "--threads"),
@@ -90,6 +98,7 @@ CASES = [
     ((*SERVE, "--api-keys", "/"), "API keys"),
     ((*SERVE, "--slo-classes", "/"), "SLO classes"),
     ((*SERVE, "--tls-cert", NOWHERE, "--tls-key", NOWHERE), "TLS"),
+    ((*SERVE, "--host", "192.0.2.1", "--api-keys", "keys.toml"), "mend --host"),
     ((*SERVE, "--allowed-hosts", "http://x"), "--allowed-hosts"),
     ((*SERVE, "--http-keep-alive-s", "0"), "--http-keep-alive-s"),
     ((*SERVE, "--host", "::", "--replicas", "2"), "API key"),
@@ -105,6 +114,8 @@ CASES = [
     (("pull", "no-such-model"), "no model"),
     (("train", "--seed", "-1"), "--seed"),
     (("train", "--traces", NOWHERE), NOWHERE),
+    (("train", "--out", "/"), "cannot write /: it is a folder"),
+    (("check-faults", "--out", "/"), "cannot write /: it is a folder"),
     (("replay", "--traces", NOWHERE), NOWHERE),
     (("simulate", NOWHERE), NOWHERE),
     (("simulate", "/"), "/"),
@@ -113,6 +124,10 @@ CASES = [
     (("capacity", "mixed", "--jobs", "9" * 20), "--jobs"),
     (("plan", "--hardware", "", "--devices", "1", "--device", "1", "--rate", "1"), "hardware"),
     (("profile", "--draft", "tiny-draft", "--out", "x.json"), "--out"),
+    (("profile", "--target", "tiny-target", "--out", "/"), "cannot write /: it is a folder"),
+    (("profile", "--target", "tiny-target", "--out", "/dev/null/x"), "cannot write /dev/null/x"),
+    (("trace", "--target", "", "--draft", "", "--prompts", "p.jsonl", "--out", "p.jsonl"), "it is a file"),
+    (("sim", "compare", "--scenario-files", "p.jsonl"), "cannot write into p.jsonl: it is a file"),
     (("no-such-command",), "no-such-command"),
     (("--config", NOWHERE, "serve"), NOWHERE),
     (("--config", "/", "serve"), "/"),
@@ -120,12 +135,29 @@ CASES = [
 
 
 @pytest.mark.parametrize(("arguments", "advice"), CASES, ids=[" ".join(c[0])[:60] for c in CASES])
-def test_what_cannot_work_ends_with_status_2_and_says_what_to_do(
+def test_absurd_values_end_with_status_2_and_advice(
     wisp: Wisp, arguments: tuple[str, ...], advice: str
 ) -> None:
     status, said = wisp(*arguments)
     assert status == 2
     assert advice in said
+
+
+@pytest.mark.parametrize(
+    "command", [("serve", "--target", "qwen2.5-coder-1.5b"), ("edge",)], ids=lambda c: c[0]
+)
+def test_a_port_that_is_taken_is_said_before_a_model_is_fetched_or_a_verifier_waited_for(
+    wisp: Wisp, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    def slow(*args: object, **named: object) -> None:
+        raise AssertionError("the port first")
+
+    monkeypatch.setattr("wisp.engines.build.fetch_target", slow)
+    monkeypatch.setattr("wisp.edge.finding.find_drafter", slow)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        status, said = wisp(*command, "--port", str(taken.getsockname()[1]))
+    assert status == 2
+    assert "it is taken; choose another with --port" in said
 
 
 @pytest.mark.parametrize(("command", "option"), OPTIONS, ids=[" ".join(o) for o in OPTIONS])
@@ -161,7 +193,7 @@ def test_a_configuration_of_the_wrong_types_is_explained(
 def test_a_file_whose_name_is_no_utf8_is_served_under_a_name_that_is(wisp: Wisp, tmp_path: Path) -> None:
     name = os.fsdecode(b"mod\xe9l.gguf")
     assert served_name(str(tmp_path / name)).encode() == b"mod?l"
-    status, said = wisp("serve", "--target", str(tmp_path / name))
+    status, said = wisp(*TARGET, str(tmp_path / name))
     assert status == 2
     assert "no" in said
 
@@ -172,7 +204,7 @@ def test_a_model_that_may_not_be_read_is_not_called_no_model(
     path = tmp_path / "mine.gguf"
     path.write_bytes(b"GGUF")
     monkeypatch.setattr(os, "access", lambda file, mode: file != path)  # root may read anything
-    status, said = wisp("serve", "--target", str(path))
+    status, said = wisp(*TARGET, str(path))
     assert status == 2
     assert "may not be read" in said
 

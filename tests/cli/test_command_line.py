@@ -12,6 +12,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from wisp.cli import app
+from wisp.cli.help import PANEL_OF, PANELS, SERVERS
 from wisp.core.errors import ConfigError
 from wisp.core.verify.batching import batching_policy
 from wisp.router import command as router
@@ -75,6 +76,28 @@ def test_no_help_mentions_an_old_name() -> None:
         shown = wisp(*words, "--help")
         assert shown.exit_code == 0
         assert not re.search(r"laxity|\bours\b|forecast|\bfront\b|--out .*page", shown.stdout), words
+
+
+def test_a_server_has_its_options_in_panels_and_help_says_the_rule_for_variables_once() -> None:
+    shown = wisp("serve", "--help").stdout
+    panels = re.findall(r"╭─ ([\w ]+?) ─", shown)
+    assert set(panels) == {"Options", *PANELS}
+    assert "[env var" not in shown
+    assert "WISP_SERVE_TARGET for --target" in shown
+    for words in (["sim", "run"], ["replicas", "drain"], ["check-lossless"]):
+        assert f"WISP_{'_'.join(words).upper().replace('-', '_')}_" in wisp(*words, "--help").stdout
+
+
+def test_every_option_in_a_panel_is_one_of_a_servers() -> None:
+    known: Any = get_command(app)
+    options = {p.name for name in SERVERS for p in known.commands[name].params}
+    assert PANEL_OF.keys() <= options
+
+
+def test_a_version_in_the_environment_is_not_asked_for() -> None:
+    result = wisp("pull", "--json", WISP_VERSION="0.2.0", WISP_SHOW_COMPLETION="bash")
+    assert result.exit_code == 0
+    assert "models" in json.loads(result.stdout)
 
 
 # --- names of earlier releases
@@ -182,7 +205,8 @@ def test_a_server_understands_the_old_names(
         asked.append((spec.settings.batching, spec.settings.slo_admission))
 
     monkeypatch.setattr(router, "serve_replicas", noted)
-    result = wisp("serve", "--target", "null", "--engine", "null", "--replicas", "2", *words, **variables)
+    serve = ("serve", "--target", "null", "--engine", "null", "--port", "0", "--replicas", "2")
+    result = wisp(*serve, *words, **variables)
     assert result.exit_code == 0, result.output
     assert asked == [found]
     assert (note in result.stderr) if note else ("note" not in result.stderr)

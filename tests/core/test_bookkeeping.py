@@ -11,7 +11,7 @@ from wisp.core.protocol.messages import Cancel, Draft, Open, Refused
 from wisp.core.protocol.slo import Slo
 from wisp.core.verify.admission import KeyLimits
 from wisp.core.verify.events import KeyLimitsChanged
-from wisp.core.verify.session import State
+from wisp.core.verify.states import State
 
 ID = "session-1"
 PROMPT = [1, 2, 3]

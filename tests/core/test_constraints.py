@@ -17,9 +17,17 @@ from wisp.core.draft.signals import Signal
 from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.edits import Bits, Edit, Tracker
 from wisp.core.protocol.messages import Draft, Verdict
+from wisp.core.protocol.reasoning import ReasoningEnd
 from wisp.core.protocol.sampling import Sampling, target_token, verify
 
 SIZE = 40
+# What ids say; those below 10 and above 29 are no text.
+TEXTS = (
+    "<", "/", "think", ">", "</", "think>", ">\n", "</think>", "</think>\n", "x", "k>", "thin", "/th", " <", "k>\n\n",
+    "think>{", "ink></th", "<<", "/think", "a</think>b",
+)  # fmt: skip
+PIECES = [*[b""] * 10, *(text.encode() for text in TEXTS), *[b""] * 10]
+END = (14, 12, 13)  # "</think>" as a tokenizer cuts it
 LOGITS = np.linspace(2.0, -1.9, SIZE).astype(np.float32)  # id 0 is the likeliest, 20 on are negative
 
 
@@ -55,6 +63,9 @@ class Stairs:
 
     def matcher(self, grammar: Grammar) -> Stairs:
         return Stairs()
+
+    def end(self, after: tuple[int, ...]) -> ReasoningEnd:
+        return ReasoningEnd(after, PIECES)
 
 
 def edit_after(
@@ -124,7 +135,7 @@ def test_each_constraint_by_hand() -> None:
     assert seen[[0, 25, 1]].tolist() == pytest.approx([1.0, 2.0 * LOGITS[25], LOGITS[1]])
 
 
-def test_what_would_leave_nothing_is_passed_over() -> None:
+def test_a_constraint_that_leaves_no_token_is_passed_over() -> None:
     nothing = Constraints(allowed=(5, 6), banned=((5,), (6,)))
     assert edit_after([], nothing).keeps(SIZE).nonzero()[0].tolist() == [5, 6]
     grammar = Constraints(allowed=(30,), grammar=Grammar("regex", "x"))
@@ -214,6 +225,63 @@ def test_a_grammar_may_begin_inside_a_draft_and_is_asked_once_for_all_of_it() ->
     assert not edits[0].allows(30)
 
 
+# --- where reasoning ends
+
+
+@given(st.lists(st.integers(10, 29), max_size=12))
+def test_an_end_of_several_tokens_is_a_text_however_it_is_cut(output: list[int]) -> None:
+    """Spelt out on the text: its first place, and the tokens that would say more in one."""
+    end, marker = ReasoningEnd(END, PIECES), b"</think>"
+    reached = [end.reached(output, n) for n in range(1, len(output) + 1)]
+    texts = [b"".join(PIECES[t] for t in output[:n]) for n in range(len(output) + 1)]
+    first = next((n for n, text in enumerate(texts) if marker in text), len(texts))
+    assert (reached.index(True) + 1 if True in reached else len(texts)) == first
+    for n, text in enumerate(texts[:first]):
+        beyond = [t for t in range(SIZE) if marker in (text + PIECES[t])[:-1]]
+        assert sorted(set(end.barred(output[:n]))) == beyond
+
+
+@pytest.mark.parametrize("after", [(3,), (3, 4), (3, 17, 4), (50,), (17, 50)])
+def test_an_end_that_is_no_text_is_its_ids(after: tuple[int, ...]) -> None:
+    end = ReasoningEnd(after, PIECES)
+    assert [end.reached([17, *after, 3], n) for n in range(1, len(after) + 3)] == [
+        n == len(after) + 1 or (after == (3,) and n == 3) for n in range(1, len(after) + 3)
+    ]
+    assert end.barred([17, *after]) == []
+
+
+@given(st.integers(0, 40), st.data())
+def test_an_end_of_several_tokens_inside_any_draft_says_what_plain_decoding_says(
+    seed: int, data: st.DataObject
+) -> None:
+    words = (*END, 10, 11, 15, 16, 18, 24, 29, 0, 1, 2, 39)
+    c = Constraints(grammar=Grammar("regex", "x", END), allowed=words, logit_bias=((14, 3.0), (12, 2.0)))
+    expected = reference(c, [1], 24, seed)
+    sampling = Sampling(1.0, seed=seed, constraints=c, min_tokens=3, ends=(39,))
+    tracker = Tracker(sampling, Stairs())
+    for _ in range(6):
+        at = data.draw(st.integers(0, 15))
+        right = data.draw(st.integers(0, 5))
+        draft = expected[at : at + right] + data.draw(st.lists(st.sampled_from(words), max_size=3))
+        rows = (row([1], [*expected[:at], *draft[:i]], seed) for i in range(len(draft) + 1))
+        accepted, tokens = verify(rows, draft, sampling, at, tracker.edits([1, *expected[:at]], at, draft))
+        assert tokens == expected[at : at + accepted + 1]
+
+
+def test_a_grammar_begins_behind_an_end_of_several_tokens_in_a_draft() -> None:
+    tracker = Tracker(Sampling(constraints=Constraints(grammar=Grammar("regex", "x", END))), Stairs())
+    edits = list(
+        tracker.edits([9, 10], 2, [11, 21, 20, 0, 1])
+    )  # "<" "/" "thin" "k>", and then 0, 1 of the grammar
+    assert [e.mask is None for e in edits] == [True, True, True, False, False, False]
+    assert [e.allows(24) for e in edits[:3]] == [
+        True,
+        True,
+        False,
+    ]  # "k>" and two line breaks, behind "</thin"
+    assert [e.allows(20) for e in edits[:3]] == [True] * 3
+
+
 # --- values
 
 
@@ -234,7 +302,7 @@ def test_a_grammar_may_begin_inside_a_draft_and_is_asked_once_for_all_of_it() ->
         (Constraints(grammar=Grammar("json_schema", "x" * 65_537)), "grammar"),
     ],
 )
-def test_what_is_wrong_is_named(wrong: Constraints, parameter: str) -> None:
+def test_errors_name_the_parameter(wrong: Constraints, parameter: str) -> None:
     problem = Sampling(constraints=wrong).problem()
     assert problem is not None
     assert problem[0] == parameter

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wisp.core.protocol.step import Slice
-from wisp.core.verify.cost import Coefficients, CostModel, Load, errors, fit, load_of
+from wisp.core.verify.cost import Coefficients, CostModel, Load, _row, errors, fit, load_of
 from wisp.engines.emulated import hardware
 
 TRUTH = Coefficients(step=40.0, token=0.3, cached=2e-4, attention=2e-5)
@@ -221,3 +221,56 @@ def test_the_error_is_the_median_of_how_far_predictions_were_off() -> None:
     model = CostModel(Coefficients(step=10.0, token=1.0))
     model.observe(Load(10, 100, 0, 1), 30.0)  # 20 were predicted
     assert model.error == pytest.approx(0.5)
+
+
+class Reference:
+    """Recursive least squares as `CostModel._learn` has them, by matrices."""
+
+    def __init__(self, start: Coefficients | None) -> None:
+        model = CostModel(start)
+        self.theta, self.p = np.array(model._theta), np.array(model._p)
+        self.most = np.array(model._most)
+
+    def learn(self, row: np.ndarray, error: float, noise: float, forgetting: float) -> None:
+        p = self.p / forgetting
+        fixed = np.zeros(6, bool)
+        before = self.theta
+        while True:
+            free = np.where(fixed, 0.0, row)
+            onto = np.where(fixed, 0.0, p @ free)
+            share = noise * noise + row @ onto
+            theta = before + onto * error / share
+            below = theta < 0.0
+            if not below.any():
+                break
+            error += row[below] @ before[below]
+            before = np.where(below, 0.0, before)
+            fixed |= below
+        p = np.where(np.outer(~fixed, ~fixed) | np.eye(6, dtype=bool), p, 0.0) - np.outer(onto, onto) / share
+        shrink = np.sqrt(np.minimum(1.0, self.most / np.maximum(p.diagonal(), 1e-300)))
+        self.theta, self.p = theta, p * np.outer(shrink, shrink)
+
+
+@pytest.mark.parametrize("start", [None, TRUTH, KNEED])
+@pytest.mark.parametrize("seed", range(3))
+def test_learning_is_recursive_least_squares(start: Coefficients | None, seed: int) -> None:
+    """Also where coefficients are held at 0, and where variances reach their bounds."""
+    source = random.Random(seed)
+    model, reference = CostModel(start), Reference(start)
+    held = 0
+    for load in steps(150, seed):
+        ms = noisy(KNEED.ms(load), source, 0.3)
+        row = np.array(_row(load, model.knee)) / ms
+        steps_, ratio = model.steps + 1, ms / model.ms(load)
+        model.observe(load, ms)
+        assert model.steps == steps_
+        assert model._errors[-1] == ratio
+        noise = max(1.5 * model._spread, 0.02 + 0.5 / model.steps)
+        most = 3.0 * max(noise, model._bias)
+        error = float(np.clip(1.0 - row @ reference.theta, -most, most))
+        reference.learn(row, error, noise, 0.93 if model._bias > 2.0 * noise else 0.99)
+        held += (reference.theta == 0.0).any()
+        assert model._theta == pytest.approx(reference.theta, rel=1e-6, abs=1e-12)
+        assert np.array(model._p) == pytest.approx(reference.p, rel=1e-5, abs=1e-12)
+        assert (np.array(model._p) == np.array(model._p).T).all()
+    assert start is TRUTH or held

@@ -378,7 +378,7 @@ def test_hand_over_to_the_verifier_and_back() -> None:
     assert made.committed == [10, *range(20, 29)]
 
 
-def test_what_the_verifier_does_by_itself_is_measured_for_the_way_back() -> None:
+def test_unasked_verdicts_measure_the_way_back() -> None:
     policy = Scripted(2)
     policy.serving = True
     made = drafter(policy)
@@ -487,7 +487,7 @@ def sent_ahead() -> tuple[Drafter, list[Draft]]:
     return made, [first, only_draft(propose(made, 13, 14, 15))]
 
 
-def test_what_was_in_flight_behind_a_failed_step_is_one_failure_with_it() -> None:
+def test_drafts_in_flight_behind_a_failed_step_share_its_failure() -> None:
     made, sent = sent_ahead()
     for _ in range(MAX_REOPENINGS):
         failed = Refused("s", "engine_error", "failed", 1.0, True, sent[-1].round)
@@ -634,7 +634,7 @@ def test_a_prompt_that_was_encoded_for_another_model_is_not_sent() -> None:
 
 
 @pytest.mark.parametrize("code", ["model_changed", "logits_not_finite"])
-def test_what_would_not_go_better_another_time_is_not_tried_again(code: str) -> None:
+def test_permanent_failures_are_not_tried_again(code: str) -> None:
     made = opened(Fixed(2))
     with pytest.raises(RequestError, match="because") as caught:
         made.refused(Refused("s", code, "because"))

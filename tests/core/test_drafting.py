@@ -359,7 +359,7 @@ def test_without_a_predictor_it_says_how_to_get_one(spec: str) -> None:
     Policies("confidence")
 
 
-def test_what_one_session_learns_the_next_knows() -> None:
+def test_the_next_session_starts_from_what_the_last_learned() -> None:
     policies, others = Policies("gain", predictor()), Policies("gain", predictor())
     signal = Signal(confidence=0.9)
     first, second = policies.make(), policies.make()

@@ -18,7 +18,7 @@ from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
 from wisp.core.verify.events import Run, StepDone, Tick, WakeAt
 from wisp.core.verify.kv import packed
-from wisp.core.verify.session import State
+from wisp.core.verify.states import State
 
 PROMPT = [1, 2, 3]
 TEXT = toy_text(PROMPT, SAMPLING, 30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 
 from wisp.core.draft.itinerary import BOUNCE_S, HOME, MAX_LOSSES, Go, Home, Itinerary, Send
@@ -30,15 +31,15 @@ def itinerary(give_up_s: float = GIVE_UP_S, jitter: float = 1.0) -> Itinerary:
     return Itinerary(ME, Patience(give_up_s, 0.0), lambda: jitter)
 
 
-def sent_to(address: str, made: Itinerary, now_s: float = 0.0) -> None:
+def sent_to(address: str, made: Itinerary, now_s: float = 0.0, said: Open = OPEN) -> None:
     """It opens at home, and a router there sends it to `address`."""
-    made.say(OPEN)
+    made.say(said)
     assert made.heard(HOME, Redirect(ME, address), now_s) == Go(address)
 
 
-def served_at(address: str, made: Itinerary, now_s: float = 0.0) -> None:
+def served_at(address: str, made: Itinerary, now_s: float = 0.0, said: Open = OPEN) -> None:
     """Likewise, and it says its Open there."""
-    sent_to(address, made, now_s)
+    sent_to(address, made, now_s, said)
     assert isinstance(made.heard(address, WELCOME, now_s), Send)
 
 
@@ -71,7 +72,7 @@ def test_a_routers_refusal_of_a_draft_behind_the_open_is_ignored() -> None:
     assert made.heard(HOME, of_the_open, 0.0) == of_the_open
 
 
-def test_what_other_places_and_other_sessions_are_told_is_ignored() -> None:
+def test_messages_for_other_places_and_sessions_are_ignored() -> None:
     made = itinerary()
     sent_to("a:1", made)
     assert made.heard(HOME, Refused(ME, "overloaded", "too late"), 0.0) is None
@@ -129,6 +130,28 @@ def test_a_session_that_one_verifier_refuses_goes_home_and_avoids_it(code: str) 
     (said,) = made.say(OPEN)
     assert isinstance(said, Open)
     assert said.avoid == "a:1"
+
+
+def test_a_new_session_for_which_two_verifiers_have_no_room_is_refused_at_once() -> None:
+    made = itinerary()
+    served_at("a:1", made)
+    refused = Refused(ME, "overloaded", "this verifier could not keep the pace asked for", 4.0, fatal=True)
+    assert made.heard("a:1", refused, 0.0) == Home(0.0)
+    served_at("b:1", made)
+    assert made.heard("b:1", refused, 0.1) == refused
+
+
+@pytest.mark.parametrize("begun", ["here", "elsewhere"])
+def test_a_session_with_tokens_goes_on_looking_for_room(begun: str) -> None:
+    made, resumed = itinerary(), msgspec.structs.replace(OPEN, committed=[5])
+    if begun == "here":
+        served_at("a:1", made)
+        made.heard("a:1", verdict(), 0.0)
+    else:
+        served_at("a:1", made, said=resumed)
+    for n in range(3):
+        assert isinstance(made.heard("a:1", Refused(ME, "overloaded", "no room", 4.0), float(n)), Home)
+        served_at("a:1", made, float(n), resumed)
 
 
 @pytest.mark.parametrize("code", ["overloaded", "shutting_down", "unknown_session"])

@@ -211,3 +211,103 @@ def test_a_longer_prefix_is_found_behind_a_shorter_one() -> None:
     found = pool.acquire(1.0, 7, "", [*chain, 98], never)
     assert found is not None
     assert (found.copy_from, found.start) == (2, 50)
+
+
+def held(pool: Pool, session: int, tokens: list[int], now: float = 0.0, *, keep: bool = False) -> int:
+    """The slot in which a session holds `tokens`, or has left them."""
+    placed = pool.acquire(now, session, "", [99, 99], never)
+    assert placed is not None
+    pool.record(now, placed.slot, tokens)
+    if keep:
+        pool.release(placed.slot, keep=True)
+    return placed.slot
+
+
+def test_prefixes_are_copied_from_sixteen_tokens_on() -> None:
+    for shared, start in ((15, 0), (16, 16)):
+        pool = Pool(2, 100, 200)
+        slot = held(pool, 1, list(range(60)))
+        placed = pool.acquire(1.0, 2, "", [*range(shared), 98, 98], never)
+        assert placed is not None
+        assert (placed.start, placed.copy_from) == (start, slot if start else -1)
+
+
+def test_a_leftover_is_continued_if_at_least_half_of_it_is_shared() -> None:
+    for size, shared, continued in (
+        (60, 30, True),
+        (60, 29, False),
+        (60, 10, False),
+        (61, 30, True),
+        (61, 29, False),
+    ):
+        pool = Pool(2, 100, 200)
+        slot = held(pool, 1, list(range(size)), keep=True)
+        placed = pool.acquire(1.0, 2, "", [*range(shared), 98, 98], never)
+        assert placed is not None
+        assert (placed.slot == slot) is continued
+        assert placed.start == (shared if shared >= 16 else 0)
+        assert placed.copy_from == (slot if placed.start and not continued else -1)
+        assert len(pool.slots[placed.slot].tokens) == placed.start
+
+
+def test_among_equal_prefixes_a_leftover_is_continued_rather_than_copied() -> None:
+    pool = Pool(3, 100, 300)
+    held(pool, 1, list(range(40)))
+    left = held(pool, 2, [*range(40), 77], keep=True)
+    placed = pool.acquire(1.0, 3, "", [*range(40), 98, 98], never)
+    assert placed is not None
+    assert (placed.slot, placed.start, placed.copy_from) == (left, 40, -1)
+
+
+def test_a_slot_that_was_dropped_is_no_longer_found() -> None:
+    pool = Pool(2, 100, 200)
+    slot = held(pool, 1, list(range(40)))
+    pool.drop(slot)
+    pool.drop(slot)
+    assert (pool.held, pool.owned_slots, pool.owned_tokens, pool.unused) == (0, 0, 0, 200)
+    placed = pool.acquire(1.0, 2, "", [*range(40), 98], never)
+    assert placed is not None
+    assert (placed.start, placed.copy_from, placed.evicted) == (0, -1, None)
+    assert pool.acquire(1.0, 3, "", [1, 1], never) is not None
+    assert pool.acquire(1.0, 4, "", [1, 1], never) is None  # no slot was counted twice
+
+
+def test_kv_that_just_suffices_costs_nobody_anything() -> None:
+    pool = Pool(2, 100, 100)
+    held(pool, 1, [1] * 30, 0.0)
+    held(pool, 2, [2] * 30, 1.0, keep=True)
+    assert pool.unused == 40
+    assert pool.clear(40)
+    assert pool.held == 60
+    assert pool.fit(40, lambda session: False) == []
+    assert pool.held == 60
+    pool.reserved = 10
+    assert (pool.unused, pool.free) == (30, 60)
+    assert pool.clear(60)  # exactly with the leftover
+    assert pool.held == 30
+    assert pool.obtainable(lambda session: False) == 90
+    assert pool.fit(91, lambda session: False) is None
+    assert pool.fit(90, lambda session: False) == [1]
+
+
+def test_the_slot_used_longest_ago_is_taken_first() -> None:
+    pool = Pool(2, 100, 200)
+    first, second = held(pool, 1, [1] * 9, 0.0), held(pool, 2, [2] * 9, 1.0)
+    pool.touch(2.0, first)
+    taken = pool.acquire(3.0, 3, "", [3, 3], lambda session: True)
+    assert taken is not None
+    assert (taken.slot, taken.evicted) == (second, 2)
+    pool.grow(4.0, first, [1])
+    assert pool.held == 10
+    taken = pool.acquire(5.0, 4, "", [4, 4], lambda session: True)
+    assert taken is not None
+    assert (taken.slot, taken.evicted) == (second, 3)
+
+
+def test_of_slots_used_at_the_same_time_the_first_goes() -> None:
+    pool = Pool(3, 100, 300)
+    for session in range(3):
+        held(pool, session, [session] * 9, keep=True)
+    placed = pool.acquire(1.0, 7, "", [8, 8], never)
+    assert placed is not None
+    assert placed.slot == 0

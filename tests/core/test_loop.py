@@ -185,7 +185,7 @@ def test_a_stopped_loop_is_not_woken(world: World) -> None:
     assert world.loop.verifier.sessions
 
 
-def test_what_was_recorded_replays_to_the_same_actions(world: World) -> None:
+def test_a_recording_replays_to_the_same_actions(world: World) -> None:
     world.receive(opening("session-a"), 1)
     world.receive(opening("session-b", serve=True), 2)
     world.go_on()

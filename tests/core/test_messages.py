@@ -10,14 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from messages import OPEN, TRACE
 from wisp.core.errors import ProtocolError
-from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.messages import (
     DIGESTS_SINCE,
     FRAME_EXTRA,
     VERSION,
     Cancel,
-    Device,
     Draft,
     Hello,
     Message,
@@ -36,7 +35,6 @@ from wisp.core.protocol.messages import (
     vocabulary_fingerprint,
 )
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.protocol.slo import Slo
 from wisp.core.protocol.step import TokenLogprob, TopLogprob
 
 GOLDEN: dict[str, Message] = {
@@ -46,14 +44,6 @@ GOLDEN: dict[str, Message] = {
     "92a663616e63656ca873657373696f6e31": Cancel("session1"),
     "97a772656675736564a173a163a16dcb3ff0000000000000c207": Refused("s", "c", "m", 1.0, False, 7),
 }
-CONSTRAINTS = Constraints(
-    ((7, -0.5),), 1.0, -1.0, 1.5, ((1, 2), (3,)), (4, 5), (6,), Grammar("regex", "a+", (8, 9))
-)
-TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-OPEN = Open(
-    "session1", 1, [5], Sampling(0.5, 1, 0.25, 0.0, 9, 2, (3,), CONSTRAINTS), 4, 2, [6], [7], False, True, 3,
-    Slo(1.0, 2.0), ":1", "of-one", "d", Device(0.5, 1.0), TRACE,
-)  # fmt: skip
 BARE_OPEN = (
     "9da46f70656ea873657373696f6e3101910595cb3fe000000000000001cb3fd0000000000000cb0000000000000000"
     "09040291069107c2c30392cb3ff0000000000000cb4000000000000000"

@@ -55,7 +55,7 @@ def test_after_waking_it_gives_up_only_once_another_attempt_has_failed() -> None
     assert patience.left_s(1031.0) == 0.0
 
 
-def test_who_comes_long_after_the_loss_is_told_at_once() -> None:
+def test_a_request_long_after_the_loss_fails_at_once() -> None:
     patience = Patience(30.0, 0.0)
     awake(patience, 0.0, 10_000.0)
     assert patience.left_s(10_000.0) == 0.0

@@ -221,15 +221,16 @@ def test_without_prefixes_sessions_spread_evenly(sessions: int, replicas: int) -
     assert min(counts) == sessions // replicas
 
 
+@pytest.mark.parametrize(("places", "most"), [(5, 100_000), (1000, 20)])
 def test_remembered_sessions_are_bounded_and_fair_between_keys(
-    monkeypatch: pytest.MonkeyPatch,
+    places: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement, "REMEMBERED", 20)
-    p = fleet("a")
+    monkeypatch.setattr(placement, "REMEMBERED", most)  # or four of each place
+    p = fleet("a", size=ReplicaSize(8, 1024, max_sessions=places))
     for n in range(5):
-        p.place(0.0, f"mine-{n}", "modest", [])
+        p.place(0.0, f"mine-{n}", "modest", [], owed=True)
     for n in range(100):
-        p.place(0.0, f"many-{n}", "greedy", [])
+        p.place(0.0, f"many-{n}", "greedy", [], owed=True)
     assert all(p.knows("modest", f"mine-{n}") for n in range(5))
     assert [n for n in range(100) if p.knows("greedy", f"many-{n}")] == list(range(85, 100))
     assert not p.knows("greedy", "mine-0")

@@ -14,8 +14,9 @@ from wisp.core.verify.admission import Refusal
 from wisp.core.verify.answers import Answers
 from wisp.core.verify.cost import Coefficients, CostModel
 from wisp.core.verify.events import Limits
-from wisp.core.verify.session import Session, State
+from wisp.core.verify.session import Session
 from wisp.core.verify.slo_admission import LONGEST_S, WAITED, Demand, SloAdmission, keepable
+from wisp.core.verify.states import State
 
 COST = CostModel(Coefficients(step=40.0, token=0.3))
 LATER = itertools.count(1.0)  # seconds; at each time all sessions are read again

@@ -18,7 +18,7 @@ from wisp.core.verify.batching import Kind, batching_policy
 from wisp.core.verify.cost import Coefficients, CostModel
 from wisp.core.verify.events import Ended, InEvent, Limits, Received, Run, Send, Tick
 from wisp.core.verify.planner import candidate_of
-from wisp.core.verify.session import TRANSITIONS, Event, State
+from wisp.core.verify.states import TRANSITIONS, Event, State
 from wisp.core.verify.verifier import Verifier
 
 ID = "session-1"

@@ -22,7 +22,7 @@ from wisp.edge.address import http_url, redirected_url, session_url
         ("http://bücher.example", "ws://xn--bcher-kva.example/v1/sessions"),
     ],
 )
-def test_what_is_an_address(server: str, url: str) -> None:
+def test_addresses_that_are_accepted(server: str, url: str) -> None:
     assert session_url(server) == url
     assert session_url(url) == url
     assert http_url(server, "/v1/x") == url.replace("ws", "http", 1).replace("/v1/sessions", "/v1/x")
@@ -52,7 +52,7 @@ def test_what_is_an_address(server: str, url: str) -> None:
         ("http://h:1/?key=1", "nothing may follow"),
     ],
 )
-def test_what_is_none_is_refused_at_once(server: str, why: str) -> None:
+def test_other_addresses_are_refused_at_once(server: str, why: str) -> None:
     with pytest.raises(ConfigError, match="is not an address") as error:
         session_url(server)
     assert why in str(error.value)
@@ -76,6 +76,6 @@ def test_redirects_keep_scheme_and_where_none_is_given_host(server: str, address
     "address",
     ["", "h", "h:", ":x", "http://h:1", "h:1/x", "u@h:1", ":123456", "h :1", ":99999", ":0", "a..b:1"],
 )
-def test_what_is_no_address_is_not_followed(address: str) -> None:
+def test_a_redirect_to_no_address_is_not_followed(address: str) -> None:
     with pytest.raises(ProtocolError, match="HOST:PORT"):
         redirected_url("ws://h/v1/sessions", address)

@@ -66,7 +66,7 @@ def test_another_vocabulary_will_not_do() -> None:
     assert "large" not in loaded
 
 
-def test_what_does_not_fit_into_memory_is_not_loaded() -> None:
+def test_a_model_too_large_for_memory_is_not_loaded() -> None:
     name, why, loaded = chosen({"small": 0.4, "large": 1.2}, memory=1.0)
     assert name == "small"
     assert "large: it needs 1440 MB of memory, and 1000 MB are free" in why

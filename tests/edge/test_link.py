@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import re
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ from wisp.core.protocol.messages import (
 )
 from wisp.core.protocol.sampling import Sampling
 from wisp.edge import link as module
+from wisp.edge.answers import reason
 from wisp.edge.link import LOST, FromLink, VerifierLink
 
 WELCOME = Welcome(VERSION, "m", "f", 100, [1], 512, 64, digest="d1")
@@ -216,7 +218,7 @@ def test_without_a_verifier_it_gives_up_in_time_and_not_for_good() -> None:
 
 
 @pytest.mark.parametrize("code", ["version_mismatch", "vocabulary_mismatch"])
-def test_what_cannot_be_mended_by_waiting_fails_at_once(code: str) -> None:
+def test_permanent_refusals_fail_at_once(code: str) -> None:
     script = Script(say(Refused("", code, "no, and here is why", fatal=True)))
 
     async def scenario() -> None:
@@ -278,7 +280,7 @@ async def until(link: VerifierLink, seen: Callable[[], bool]) -> None:
     ],
     ids=["sign-in page", "redirect", "odd redirect", "401", "403", "404", "407", "502", "loading"],
 )
-def test_what_is_not_wisps_own_refusal_of_the_key_passes(refusal: Response, why: str) -> None:
+def test_a_proxys_refusal_is_tried_again(refusal: Response, why: str) -> None:
     """A proxy that reconnects, a hotel's sign-in page, a wrong path."""
     script = Script(say(WELCOME), answers=[refusal])
 
@@ -350,6 +352,16 @@ def test_no_failure_whatever_ends_the_link_in_silence(
     told = [r for r in caplog.records if "no verifier at" in r.getMessage()]
     assert len(told) == 1  # and not once for each attempt
     assert (told[0].exc_info is not None) == (not isinstance(error, ImportError))
+
+
+def test_a_refused_connection_and_an_untrusted_certificate_are_told_without_numbers() -> None:
+    untrusted = ssl.SSLCertVerificationError(1, "[SSL] certificate verify failed")
+    untrusted.verify_message = "self-signed certificate"
+    refused = ConnectionRefusedError(111, "Connect call failed ('127.0.0.1', 8100)")
+    assert reason(refused, "ws://127.0.0.1:8100") == "connection refused"
+    assert reason(untrusted, "wss://verifier:8100") == (
+        "its certificate is not trusted: self-signed certificate. If it is yours: SSL_CERT_FILE=cert.pem"
+    )
 
 
 @pytest.mark.parametrize(
@@ -467,7 +479,7 @@ def test_a_verdict_that_cannot_be_ends_the_connection_and_reaches_no_session() -
     run(scenario())
 
 
-def test_what_a_verifier_says_of_a_frame_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refused_frame_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         script = Script(say(WELCOME, Refused("", "odd", "a\nb\x1b[2J"), Verdict(SESSION, 0, 0, 0, [5])))
         async with script.listening() as url, linked(url) as (_, heard):

@@ -492,7 +492,7 @@ def test_a_prompt_too_long_for_the_way_fails_alone() -> None:
     run(scenario())
 
 
-def test_what_the_router_says_after_a_redirect_is_no_longer_listened_to() -> None:
+def test_messages_of_the_router_after_a_redirect_are_ignored() -> None:
     class TalkativeRouter(FakeRouter):
         async def opened(self, peer: ServerConnection, message: Open) -> None:
             with patch.object(peer.transport, "write") as write:  # both in one packet

@@ -45,7 +45,8 @@ def test_a_drafting_edge_tells_each_round_to_those_who_ask() -> None:
             assert all(r.at_ms >= r.flight_ms >= 0.0 for r in found)
             assert sum(r.steps for r in found) > 0
             assert told(await rounds(edge)) == [], "who does not ask is told nothing"
-            status = edge_status(edge, "connecting")
+            status = edge_status(edge, "connecting", "ws://verifier:8100/v1/sessions")
+            assert status["verifier"]["address"] == "verifier:8100"
             assert status["drafting"]["drafter"] == "prophet"
             assert status["verifier"]["connected"]
 

@@ -54,7 +54,7 @@ def over_bytes(engine: Says | NgramDraft) -> ConstrainedDraft:
     return made
 
 
-def test_what_is_certain_follows_without_the_model() -> None:
+def test_certain_tokens_need_no_model() -> None:
     model = Says(b"yes, sir")
     draft = over_bytes(model)
     first = draft.propose("s", [1, 2], 0, YES)

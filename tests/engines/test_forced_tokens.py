@@ -41,7 +41,7 @@ def test_a_draft_is_followed_up_to_its_first_wrong_token() -> None:
 
 
 @pytest.mark.parametrize("source", ["[]", "[-1]", "[257]", '["a"]', "{oops", "5", "[true]"])
-def test_what_is_no_list_of_tokens_is_refused(source: str) -> None:
+def test_only_lists_of_tokens_are_accepted(source: str) -> None:
     with pytest.raises(GrammarError, match="tokens must be"):
         Grammars(PlainTokenizer()).compile(Grammar("tokens", source))
 

@@ -78,7 +78,7 @@ def test_a_failed_step_takes_along_those_planned_before_it_was_known(make: Make,
 
 
 @pytest.mark.parametrize("make", [one_at_a_time, device])
-def test_what_builds_on_a_failed_slice_fails_alone(make: Make, clock: VirtualClock) -> None:
+def test_slices_after_a_failed_slice_fail_alone(make: Make, clock: VirtualClock) -> None:
     queue = make(target(clock), clock)
     queue.submit(Run([], [first(0, start=9), first(1)], 1))  # nothing to start from
     copied = Slice(2, 2, 3, [8], 0, True, 1, SAMPLING)

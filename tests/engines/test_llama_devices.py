@@ -72,7 +72,7 @@ def test_every_device_but_the_cpu_is_an_accelerator(monkeypatch: pytest.MonkeyPa
         (LlamaOptions(batch_rows=4), "from 8 to 8192"),
     ],
 )
-def test_what_the_build_lacks_or_cannot_be_is_refused(
+def test_options_that_the_build_lacks_or_that_are_wrong_are_refused(
     options: LlamaOptions, message: str, monkeypatch: pytest.MonkeyPatch, tiny_draft: Path
 ) -> None:
     monkeypatch.setattr(devices, "accelerators", list)

@@ -108,7 +108,7 @@ def test_a_follow_up_of_a_forgotten_session_reuses_what_it_left(drafter: LlamaDr
     assert cost(drafter, "b", [*PROMPT, 1]) == 1
 
 
-def test_what_one_customer_has_left_serves_no_other(drafter: LlamaDraft, fresh: LlamaDraft) -> None:
+def test_cached_prefixes_serve_only_their_customer(drafter: LlamaDraft, fresh: LlamaDraft) -> None:
     said(drafter, "alice/a", PROMPT)
     assert cost(drafter, "bob/b", [*PROMPT, 1]) == len(PROMPT) + 1
     assert cost(drafter, "alice/c", [*PROMPT, 2]) == 1  # takes a's place, and begins as a did

@@ -29,9 +29,7 @@ def digest(path: Path, **settings: object) -> str:
     return engine.info.digest
 
 
-def test_what_a_file_is_called_and_how_many_it_serves_decide_no_text(
-    tiny_target: Path, tmp_path: Path
-) -> None:
+def test_a_files_name_and_the_slots_do_not_change_the_digest(tiny_target: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copy(tiny_target, tmp_path / "other-name.gguf"))
     os.utime(copy, (1, 1))
     assert digest(tiny_target) == digest(copy, name="another", slots=3, threads=2)

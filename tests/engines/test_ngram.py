@@ -27,7 +27,7 @@ def confidence(context: list[int]) -> float:
     return proposal.signal.confidence
 
 
-def test_what_followed_last_time_is_proposed() -> None:
+def test_the_last_continuation_is_proposed() -> None:
     assert token(NgramDraft(), [1, 2, 3, 4, 9, 1, 2, 3]) == 4
 
 

@@ -122,7 +122,7 @@ def test_constraints_on_many_rows_are_the_rule_row_by_row(spread: float) -> None
     assert [e.packed(size) is None for e in edits[:11]] == [i in (0, 7, 8, 9) for i in range(11)]
 
 
-def test_what_may_not_end_yet_does_not() -> None:
+def test_min_tokens_delays_the_end() -> None:
     from wisp.engines.vllm.choosing import answers
 
     rng = np.random.default_rng(6)
@@ -135,6 +135,7 @@ def test_what_may_not_end_yet_does_not() -> None:
 
 
 @with_torch
+@pytest.mark.filterwarnings("default")  # PyTorch's own, while vLLM is loaded
 def test_the_rows_of_a_step_are_its_sequences_last() -> None:
     pytest.importorskip("vllm")
     from wisp.engines.vllm.worker import sampled_rows

@@ -104,7 +104,7 @@ def test_constraints_are_the_rule_row_by_row() -> None:
     check(answers(64, 256, 2), logits, parts)
 
 
-def test_what_may_not_end_yet_does_not() -> None:
+def test_min_tokens_delays_the_end() -> None:
     rng = np.random.default_rng(6)
     logits = (3.0 * rng.standard_normal((12, 40))).astype(np.float32)
     logits[:, [3, 39]] += 50.0
@@ -127,9 +127,10 @@ def test_float64_decides_what_float32_leaves(monkeypatch: pytest.MonkeyPatch) ->
     """With a margin that leaves many instead of one or two."""
     from triton.language import constexpr
 
-    from wisp.engines.vllm import kernels
+    from wisp.engines.vllm.kernels import arithmetic, scan
 
-    monkeypatch.setattr(kernels, "_MARGIN", constexpr(3.0))
+    for module in (arithmetic, scan):
+        monkeypatch.setattr(module, "MARGIN", constexpr(3.0))
     rng = np.random.default_rng(10)
     check(answers(64, 128, 1), any_logits(rng, 64, 300), random_parts(rng, 64, 300, 16))
 

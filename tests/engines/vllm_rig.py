@@ -23,6 +23,7 @@ from wisp.engines.llama.reference import reference_tokens
 from wisp.engines.vllm.starting import Wanted
 
 TINY = Path(os.environ.get("WISP_TEST_MODEL") or Path(wisp.engines.__file__).parent / "data/tiny-target.gguf")
+RUNNER = os.environ.get("WISP_TEST_RUNNER", "v1")  # vLLM's
 EOS = 511
 GREEDY = Sampling()
 BLOCK_BYTES = 5 * 2 * 2 * 32 * 4 * 32  # layers, K and V, heads, their size, float32, tokens a block
@@ -61,6 +62,13 @@ def common_engine(folder: Path) -> Any:
     return _common[0]
 
 
+def without_triton() -> None:
+    """vLLM's CPU build refuses Model Runner V2 where Triton has no CPU backend. Our hooks use none of V2's kernels."""
+    import vllm.config.vllm
+
+    vllm.config.vllm.HAS_TRITON = True
+
+
 def close_common() -> None:
     while _common:
         _common.pop().close()
@@ -80,7 +88,9 @@ def engine_of(folder: Path, **settings: Any) -> Iterator[Any]:
 def _started(folder: Path, **settings: Any) -> Any:
     from wisp.engines.vllm.target import VllmTarget
 
-    settings = {"slots": 8, "slot_tokens": 256, "threads": 1, **settings}
+    if RUNNER == "v2":
+        without_triton()
+    settings = {"slots": 8, "slot_tokens": 256, "threads": 1, "runner": RUNNER, **settings}
     return VllmTarget(Wanted(model=str(folder), offline=True, **settings), name="tiny", eos=[EOS])
 
 

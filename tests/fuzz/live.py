@@ -44,16 +44,21 @@ from wisp.core.protocol.messages import (
     encode,
 )
 from wisp.core.protocol.sampling import Sampling
+from wisp.engines.grammars import KEPT
 from wisp.engines.null import null_token
 
 FRAMES = 1_000_000
 BODIES_PER_FRAME = 0.1
+AHEAD = 200  # bodies that frames may be ahead
 KEYS = "".join(f'[keys.{name}]\nsecret = "{name}s secret"\n' for name in ("honest", "m0", "m1", "m2", "m3"))
 LINES = 4  # connections with frames, and as many with bodies: one of each key
 PIECE = 500  # frames before a line's Mutator is another one, and often a new connection
+LAST = "session-of-the-last-frame"  # which nobody opens
 MAX_TOKENS = 24
+INPUTS_PER_HONEST = 400  # for each of three kinds of honest session
 KNOCK_S = 0.2
-FLAT_KB = 24 << 10  # that a server may grow by after its first tenth
+FLAT_KB = 12 << 10  # that a server may grow by after its first tenth
+CURVE = 40  # points of the memory's curve
 WAIT_S = 900.0  # for anything that comes within seconds on a quiet machine
 PATHS = {
     "chat": "/v1/chat/completions",
@@ -87,12 +92,15 @@ class Fire:
         for piece in itertools.count():
             if self.sent_frames >= self.frames:
                 return
+            while self.sent_frames * BODIES_PER_FRAME > self.sent_bodies + AHEAD:
+                await asyncio.sleep(0.01)  # frames cost far less than bodies, and would be over first
             inputs = self._frames_of(number, piece)
             try:
                 async with self._socket(f"m{number}s secret") as socket:
                     drain = asyncio.create_task(self._drain(socket))
                     try:
                         await self._fire(socket, inputs)
+                        await asyncio.wait_for(drain, WAIT_S)  # all of it was read, and answered
                     finally:
                         drain.cancel()
                         await asyncio.gather(drain, return_exceptions=True)
@@ -120,16 +128,19 @@ class Fire:
             frame = inputs.input()[: 1 << 18]
             self.sent_frames += 1
             await socket.send(frame)
-            if not self.sent_frames % 50:
-                await asyncio.sleep(0)
+        await socket.send(encode(Draft(LAST, 1, 0, [])))
 
     async def _drain(self, socket: ClientConnection) -> None:
+        """Until the answer to the last frame."""
         with contextlib.suppress(WebSocketException):
             async for frame in socket:
                 try:
-                    decode_server_message(frame if isinstance(frame, bytes) else b"\xc1")
+                    said = decode_server_message(frame if isinstance(frame, bytes) else b"\xc1")
                 except ProtocolError as error:
                     self.find(f"the verifier said what is no message: {error}")
+                    continue
+                if isinstance(said, Refused) and said.session == LAST:
+                    return
 
     @contextlib.asynccontextmanager
     async def _socket(self, key: str) -> Any:
@@ -158,7 +169,8 @@ class Fire:
                 return
             kind = kinds[piece % len(kinds)]
             seed = f"live/{self.seed}/bodies/{number}/{piece}"
-            inputs = Mutator([{**body, "model": None} for body in BODIES[kind]], msgspec.json.encode, seed)
+            short = {"model": None, "max_output_tokens" if kind == "response" else "max_tokens": 4}
+            inputs = Mutator([{**body, **short} for body in BODIES[kind]], msgspec.json.encode, seed)
             for i in range(50):
                 body = inputs.input()
                 head = _head(PATHS[kind], f"m{number}s secret", len(body))
@@ -201,11 +213,28 @@ class Fire:
         finally:
             writer.close()
 
+    async def fill_caches(self) -> None:
+        """Have as many grammars compiled for each key as are kept, or memory would grow until they are."""
+        for number in range(LINES):
+            for i in range(KEPT):
+                schema = {
+                    "type": "object",
+                    "properties": {f"p{i}": {"type": "integer"}},
+                    "required": [f"p{i}"],
+                }
+                body = msgspec.json.encode({"prompt": "a", "max_tokens": 1, "guided_json": schema})
+                await self._request(_head(PATHS["completion"], f"m{number}s secret", len(body)) + body)
+
     # --- honest sessions
 
     async def honest_line(self, ask: Callable[[int], Awaitable[str]]) -> None:
-        """Sessions whose text is known, one after the other."""
+        """Sessions whose text is known, one after the other: one for every so many inputs, as they cost far more."""
+        asked = 0
         while not self.over.is_set():
+            if asked * INPUTS_PER_HONEST > self.sent_frames + self.sent_bodies:
+                await asyncio.sleep(0.01)
+                continue
+            asked += 1
             self.honest += 1
             seed = self.honest
             try:
@@ -224,20 +253,22 @@ class Fire:
             message: Message = Open(
                 session, 0, [1, 2, 3], Sampling(seed=seed), MAX_TOKENS, digest=self.digest
             )
+            await socket.send(encode(message))
             while len(committed) < MAX_TOKENS:
-                await socket.send(encode(message))
                 said = decode_server_message(await socket.recv(decode=False))
                 if isinstance(said, Refused) and said.code == "overloaded":
                     return ""
                 heard.append(said)
-                if not isinstance(said, Verdict) or said.base != len(committed):
+                # While a draft was on its way the verifier may have decoded by itself: its verdicts then overlap.
+                if not isinstance(said, Verdict) or said.base > len(committed):
                     return f"was answered {said} to {message} after {heard}"
-                committed += said.tokens
-                if committed != truth[: len(committed)]:
-                    return f"of seed {seed} has the text {committed} instead of {truth}"
+                if said.tokens != truth[said.base : said.base + len(said.tokens)]:
+                    return f"of seed {seed} was told {said} after {heard}, but its text is {truth}"
+                committed += said.tokens[len(committed) - said.base :]
                 at, size, round_ = len(committed), chance.randrange(5), round_ + 1
                 draft = truth[at : at + size] if chance.random() < 0.7 else [9] * size
                 message = Draft(session, round_, at, draft)
+                await socket.send(encode(message))
         return ""
 
     def honest_client(self, process: Process) -> Callable[[int], Awaitable[str]]:
@@ -267,6 +298,7 @@ class Fire:
     async def run(self) -> None:
         async with self._socket("honests secret"):
             pass  # for the digest
+        await self.fill_caches()
         honest = [
             asyncio.create_task(self.honest_line(ask))
             for ask in (self.honest_edge, self.honest_client(self.server), self.honest_client(self.edge))
@@ -290,6 +322,8 @@ class Fire:
         shown = time.monotonic()
         while not self.over.is_set():
             await asyncio.sleep(0.5)
+            if self.sent_frames >= at + len(self.part.curve) * self.frames / CURVE:
+                self.part.curve.append((self.sent_frames, (memory().rss - warm) >> 10))
             if self.server.popen.poll() is not None:
                 self.find(f"the verifier ended with {self.server.popen.poll()}")
                 raise ConnectionError("the verifier is gone")

@@ -38,7 +38,10 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Part(msgspec.Struct):
-    """What came of some inputs. cpu_s: of this process. slowest_s: one input. grown_kb: resident memory, by all."""
+    """What came of some inputs. cpu_s: of this process. slowest_s: one input. grown_kb: resident memory, by all.
+
+    curve: after so many inputs, resident memory in kB, beside what it was when warm
+    """
 
     target: str
     seed: int
@@ -49,6 +52,7 @@ class Part(msgspec.Struct):
     slowest_s: float = 0.0
     grown_kb: int = 0
     findings: list[Finding] = []
+    curve: list[tuple[int, int]] = []
 
 
 class Judge:

@@ -117,7 +117,7 @@ def test_inputs_follow_from_the_seed_alone() -> None:
     assert first("a") == first("a") != first("b")
 
 
-def test_what_cannot_be_written_is_left_out() -> None:
+def test_inputs_that_cannot_be_written_are_left_out() -> None:
     inputs = Mutator([[1]], msgspec.msgpack.encode, "x", spare=[1 << 70, object()])
     assert all(isinstance(inputs.input(), bytes) for _ in range(500))
 

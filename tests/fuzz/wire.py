@@ -10,14 +10,13 @@ from urllib.parse import urlsplit
 import msgspec
 
 from fuzz.base import FuzzTarget, Reader, must, sane
+from messages import OPEN
 from wisp.core.draft.drafter import Action, Drafter, Reopen, Task
 from wisp.core.draft.policies import Fixed
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ConfigError, ProtocolError, RequestError
-from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.messages import (
     Cancel,
-    Device,
     Draft,
     Hello,
     Message,
@@ -33,18 +32,13 @@ from wisp.core.protocol.messages import (
     encode,
 )
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.protocol.slo import Slo
 from wisp.core.protocol.step import Committed, TokenLogprob, TopLogprob
 from wisp.edge.address import redirected_url, session_url
 
-CONSTRAINTS = Constraints(
-    ((7, -0.5),), 1.0, -1.0, 1.5, ((1, 2), (3,)), (4, 5), (6,), Grammar("regex", "a+", (8, 9))
-)
 EDGE_MESSAGES: tuple[Message, ...] = (
     Hello(1, "ab", "wisp/1", True),
     Open("session1", 1, [5, 6, 7], Sampling(seed=7), 40),
-    Open("session2", 1, [5], Sampling(0.5, 40, 0.9, 0.1, 9, 2, (3,), CONSTRAINTS), 4, 2, [6], [7], False, True, 3,
-         Slo(500.0, 20.0), ":1", "of-one", "d", Device(0.5, 1.0)),
+    OPEN,
     Open("session3", 2, [1] * 30, Sampling(), 9, 1, [2] * 5, [3] * 4, True),
     Draft("session1", 7, 2, [3, 4], True),
     Draft("session2", 1, 0, [9] * 12),

@@ -351,7 +351,7 @@ def test_a_fleet_that_stops_lets_all_finish_where_they_are() -> None:
     with_fleet(PretendLauncher(), 3, scenario)
 
 
-def test_what_a_replica_has_to_know_survives_the_way_to_it() -> None:
+def test_a_replicas_spec_survives_its_encoding() -> None:
     settings = Settings("m", event_log=Path("a") / "b")
     listen = Listen("::1", 8100, Path("cert.pem"), Path("key.pem"))
     whole = msgspec.structs.replace(

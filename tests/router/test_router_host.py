@@ -115,7 +115,7 @@ def test_long_prompts_that_wait_are_fewer_still() -> None:
     with_front(scenario)
 
 
-def test_what_is_not_looked_at_here_is_not_kept_while_it_waits() -> None:
+def test_unused_parts_of_an_open_are_not_kept_while_it_waits() -> None:
     async def scenario(router: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
         edge = Edge(router, "limited")
         edge.open("first-of-all")
@@ -130,7 +130,7 @@ def test_what_is_not_looked_at_here_is_not_kept_while_it_waits() -> None:
     with_front(scenario)
 
 
-def test_who_has_left_or_thought_better_of_it_waits_no_longer() -> None:
+def test_a_session_that_left_or_was_cancelled_waits_no_longer() -> None:
     async def scenario(router: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
         edge, gone = Edge(router, "limited"), Edge(router, "limited")
         edge.open("first-of-all")
@@ -148,7 +148,7 @@ def test_who_has_left_or_thought_better_of_it_waits_no_longer() -> None:
     with_front(scenario)
 
 
-def test_who_comes_while_others_are_asked_about_is_asked_about_afterwards() -> None:
+def test_an_open_during_a_query_waits_for_the_next_query() -> None:
     async def scenario(router: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
         edge = Edge(router, "limited")
         edge.open("first-of-all")

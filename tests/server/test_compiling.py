@@ -102,7 +102,7 @@ def test_a_session_waits_for_its_grammar_and_nobody_else_does() -> None:
     with_host(scenario)
 
 
-def test_what_follows_an_open_that_waits_comes_behind_it() -> None:
+def test_frames_after_a_waiting_open_wait_behind_it() -> None:
     async def scenario(host: VerifierHost, grammars: Slow) -> None:
         peer = Peer(host)
         peer.open("with-grammar", LAMP)

@@ -137,7 +137,7 @@ def test_a_front_speaks_for_keys_by_its_token_and_nobody_else_does(path: Path) -
         refused(other, "Bearer /x")
 
 
-def test_who_may_manage_replicas(path: Path) -> None:
+def test_only_admin_keys_manage_replicas(path: Path) -> None:
     path.write_text(
         '[keys.a]\nsecret = "1"\nadmin = true\n[keys.b]\nsecret = "2"\n[keys.default]\nsecret = "3"\n'
     )

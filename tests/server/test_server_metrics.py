@@ -30,7 +30,6 @@ from wisp.engines.null import null_token
 from wisp.engines.plain import PlainTokenizer
 from wisp.server.event_log import read_events, read_runs
 from wisp.server.host import VerifierHost
-from wisp.server.metrics import Tally
 
 COST = Coefficients(step=5.0, token=0.5)
 FAST = msgspec.structs.replace(
@@ -297,20 +296,43 @@ def test_a_log_that_cannot_be_written_or_read_is_named(tmp_path: Path) -> None:
         read_events(tmp_path / "other")
 
 
-def test_a_tally_is_the_histogram_that_prometheus_reads() -> None:
+def test_a_histogram_is_one_that_prometheus_reads() -> None:
     registry = Registry()
-    tally = Tally("wisp:slack_seconds", "Slack.", (-1.0, 0.0, 1.0), signed=True)
-    registry.register(tally)
+    slack = registry.histogram("slack_seconds", "Slack.", (-1.0, 0.0, 1.0), signed=True)
+    rows = registry.histograms("rows", "Rows.", (1, 4), "kind", ("a", "b"))
     source = np.random.default_rng(1)
     values = [*source.uniform(-3, 3, 200).tolist(), -1.0, 0.0, 1.0]
-    tally.add(values[:100])
-    tally.add(values[100:])
-    tally.add([])
-    [family] = text_string_to_metric_families(generate_latest(registry).decode())
-    assert family.type == "histogram"
-    found = {s.labels["le"]: s.value for s in family.samples if s.name.endswith("_bucket")}
+    for value in values:
+        slack.observe(value)
+    for value in (1, 2, 5):
+        rows[1].observe(value)
+    signed, labelled = text_string_to_metric_families(generate_latest(registry).decode())
+    assert (signed.type, labelled.type) == ("histogram", "histogram")
+    found = {s.labels["le"]: s.value for s in signed.samples if s.name.endswith("_bucket")}
     expected = {le: sum(v <= float(le) for v in values) for le in ("-1.0", "0.0", "1.0", "+Inf")}
     assert found == expected
+    assert not any(s.name.endswith("_sum") for s in signed.samples)
+    assert {s.value for s in labelled.samples if s.labels["kind"] == "a"} == {0.0}
+    b = {s.name[10:] + s.labels.get("le", ""): s.value for s in labelled.samples if s.labels["kind"] == "b"}
+    assert b == {"bucket1.0": 1, "bucket4.0": 2, "bucket+Inf": 3, "count": 3, "sum": 8}
+
+
+def test_a_counter_is_one_that_prometheus_reads() -> None:
+    registry = Registry()
+    steps = registry.counter("steps", "Steps.")
+    ends = registry.counter("ends", "Ends.", "reason")
+    assert {s.name: s.value for f in registry.collect() for s in f.samples} == {"wisp:steps_total": 0}
+    steps.add()
+    steps.add(2.5)
+    ends.add(1, "stop")
+    ends.add(1, "length")
+    ends.add(1, "stop")
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    assert {(s.name, *s.labels.values()): s.value for f in families for s in f.samples} == {
+        ("wisp:steps_total",): 3.5,
+        ("wisp:ends_total", "stop"): 2,
+        ("wisp:ends_total", "length"): 1,
+    }
 
 
 # --- SLO classes and attainment

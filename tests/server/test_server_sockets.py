@@ -190,7 +190,7 @@ def test_a_drain_does_not_wait_for_sessions_whose_edge_is_gone() -> None:
     with_host(scenario)
 
 
-def test_what_is_read_for_a_key_is_paced_whatever_comes_of_it() -> None:
+def test_reading_is_paced_by_key_whatever_the_frames_are() -> None:
     reading = Reading()
     assert reading.charge(100.0, sockets.READ_BURST) == 0.0  # many sessions may come back together
     assert reading.charge(100.0, sockets.READ_RATE) == 1.0

@@ -240,7 +240,7 @@ def test_equal_is_not_worse_and_a_tenth_is_allowed() -> None:
         ("goodput", [350.0, 361.0, 355.0]),
     ],
 )
-def test_what_is_worse_is_named(metric: str, values: list[float | None]) -> None:
+def test_worse_figures_are_named(metric: str, values: list[float | None]) -> None:
     assert missed(figures(**{metric: values}), figures()) == [metric]
 
 
@@ -270,7 +270,7 @@ def test_seeds_are_paired_and_an_interval_says_whether_it_is_clear() -> None:
     assert 0 < low < mean < high
 
 
-def test_who_serves_nobody_is_worse_and_where_nobody_is_served_nobody_is() -> None:
+def test_a_system_that_serves_nobody_is_worse_unless_central_serves_nobody() -> None:
     none = figures(ttft_p50_ms=[None] * 3)
     assert missed(none, figures()) == ["ttft_p50_ms"]
     assert missed(none, none) == []

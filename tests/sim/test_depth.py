@@ -7,9 +7,9 @@ import pytest
 from wisp.core.errors import ConfigError
 from wisp.sim.report import Report, report
 from wisp.sim.scenario import load_scenario
+from wisp.sim.sim_verifier import HOST_S, host_s_of
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import system
-from wisp.sim.world import HOST_S, host_s_of
 
 SCENARIO = load_scenario("h200-qwen3-8b").with_devices(8).brief(0.5, 1.5, 20.0)
 

@@ -43,10 +43,10 @@ from wisp.sim.report import Engine, Report
 from wisp.sim.request import Request
 from wisp.sim.scenario import Kit, Scenario, SloClass
 from wisp.sim.serving import verifier
+from wisp.sim.sim_device import Generation, SimDevice
 from wisp.sim.simulate import Fleet, scripts_of
 from wisp.sim.systems import system
 from wisp.sim.timeline import Timeline
-from wisp.sim.world import Generation, SimDevice
 
 DEVICES = 12
 OURS = "wisp,admission=no"  # who would be late here is served all the same
@@ -222,7 +222,7 @@ def test_a_verifier_that_dies_ends_the_run(quick: Scenario) -> None:
     ("change", "of"),
     [({"arrivals_per_s": 2.0}, "wisp"), ({"domain": "code"}, "wisp"), ({}, "central-speculative")],
 )
-def test_what_only_the_simulator_has_is_refused_by_name(
+def test_options_of_the_simulator_alone_are_refused_by_name(
     change: dict[str, object], of: str, quick: Scenario
 ) -> None:
     with pytest.raises(ConfigError, match="simulator"):

@@ -13,9 +13,9 @@ from wisp.core.errors import ConfigError
 from wisp.core.protocol.messages import Open
 from wisp.sim.report import report
 from wisp.sim.scenario import Kit, Scenario, load_scenario, recorded_arrivals
+from wisp.sim.sim_verifier import SimVerifier
 from wisp.sim.simulate import Simulation, gap_s
 from wisp.sim.systems import system
-from wisp.sim.world import SimVerifier
 
 POISSON = load_scenario("poisson").brief(10.0, 50.0, 30.0)
 
@@ -118,7 +118,7 @@ def test_the_file_that_ships() -> None:
     assert report(simulation).arrived == sum(5.0 <= at < 20.0 for at, *_ in lines)
 
 
-def test_what_is_refused_is_sent_again_and_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_request_is_sent_again_and_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     crowd = msgspec.structs.replace(POISSON.brief(5.0, 20.0, 40.0), arrivals_per_s=14.0, retries=2)
     opened: dict[str, int] = {}
     receive = SimVerifier.receive

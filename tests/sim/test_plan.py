@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import typer.main
 from typer.testing import CliRunner
@@ -77,6 +78,14 @@ def test_simulations_confirm_that_fast_users_on_good_devices_use_wisp() -> None:
     assert confirmed.central.simulated > 0.5
     assert 0 < confirmed.central.devices < 30
     assert confirmed.central.tried
+
+
+def test_a_profile_whose_overlap_is_not_the_likeliest_says_so() -> None:
+    scenario = scenario_for(A100, 30, "100", 20.0, 20.0)
+    assert "p = 1.3, where measurements allow 1.6 to 4, likeliest 2.2" in plan(scenario).assumed[-1]
+    likeliest = plan(msgspec.structs.replace(scenario, overlap=2.2))
+    assert not any("measurements" in line for line in likeliest.assumed)
+    assert likeliest.central.devices > plan(scenario).central.devices
 
 
 def test_a_few_calm_users_are_served_centrally() -> None:
@@ -169,7 +178,7 @@ def test_more_than_was_estimated_may_be_found() -> None:
     ("devices", "device", "rtt_ms", "rate", "prompt"),
     [(39, "25", 100.0, 18.0, (60, 200)), (24, "60", 20.0, 14.0, (500, 1100))],
 )
-def test_what_is_expected_a_simulation_can_carry(
+def test_a_simulation_carries_the_estimated_devices(
     devices: int, device: str, rtt_ms: float, rate: float, prompt: tuple[int, int]
 ) -> None:
     n = int(0.95 * plan(scenario_for(A100, devices, device, rtt_ms, rate, prompt)).wisp.devices)
@@ -179,7 +188,7 @@ def test_what_is_expected_a_simulation_can_carry(
     assert found.wisp.simulated <= 0.1
 
 
-def test_what_was_simulated_is_watched() -> None:
+def test_progress_of_simulations_is_reported() -> None:
     seen: list[tuple[int, int]] = []
     runs = Fake(20, 10)
     plan(
@@ -341,14 +350,14 @@ def test_the_command() -> None:
         ("acceptance", "0"), ("acceptance", "1.5"), ("prompt", "9-1"), ("output", "x"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_planned(option: str, value: str) -> None:
+def test_impossible_plans_are_refused(option: str, value: str) -> None:
     found = command(**{option: value})
     assert isinstance(found.exception, ConfigError), found.output
     assert option in str(found.exception)
 
 
 @pytest.mark.parametrize(("n", "policy"), [(30, "wisp"), (150, "wisp"), (10, "continuous")])
-def test_what_it_says_to_run_are_commands_that_there_are(n: int, policy: str) -> None:
+def test_the_commands_of_the_advice_exist(n: int, policy: str) -> None:
     found = plan(scenario_for(A100, n, "100", 20.0, 20.0))
     assert f"batching {policy}" in " ".join(found.assumed) or policy == "continuous"
     known = typer.main.get_command(app)

@@ -124,7 +124,7 @@ def test_a_value_that_cannot_be_is_refused_by_name(lines: str, says: str, tmp_pa
     assert str(raised.value).startswith(f"the scenario {name}: ")
 
 
-def test_what_is_no_toml_cannot_be_read(tmp_path: Path) -> None:
+def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the scenario"):
         load_scenario(written(tmp_path, "title ="))
     for deep in ("title = " + "[" * 5000, "title = " + "9" * 5000):
@@ -234,6 +234,9 @@ def test_where_nothing_arrived_no_rate_is_told(quiet: Scenario) -> None:
     assert "nothing arrived" in shown
     assert "100" not in shown.partition("nothing arrived")[0]
     assert "yes" not in shown
+    console = Console(record=True, width=120)
+    console.print(table([msgspec.structs.replace(found, scenario="a title longer than its table" * 2)]))
+    assert console.export_text().splitlines()[0].rstrip().endswith(f"{found.duration:g} s"), "one line"
 
 
 class Nothing(Runs):

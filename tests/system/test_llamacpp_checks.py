@@ -126,7 +126,7 @@ def test_a_path_without_its_version_is_not_found_and_the_error_says_where_it_is(
 @pytest.mark.parametrize(
     "path", ["/v1/embeddings", "/v1/rerank", "/v1/audio/transcriptions", "/completion", "/infill", "/props"]
 )
-def test_what_is_not_offered_is_404_with_an_error_object(url: str, path: str) -> None:
+def test_unknown_paths_are_404_with_an_error_object(url: str, path: str) -> None:
     answer = post(url, path, input="hello")
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] == "not_found"
@@ -257,7 +257,7 @@ def test_a_bias_of_minus_100_keeps_tokens_out(url: str) -> None:
         assert bad(url, TEXT, prompt=PROMPT, logit_bias=other, **fields)["param"].startswith("logit_bias")
 
 
-def test_who_hangs_up_makes_room(process: Process) -> None:
+def test_a_client_that_hangs_up_frees_its_slot(process: Process) -> None:
     with Stream(process.url, PROMPT, max_tokens=400, ignore_eos=True) as stream:
         stream.until(lambda answer: bool(answer.text))
     eventually(lambda: process.metrics()["wisp:num_requests_running"] == 0)
@@ -355,7 +355,7 @@ def test_a_chat_may_have_several_answers(url: str) -> None:
     ],
     ids=str,
 )
-def test_what_are_no_messages_are_refused(url: str, messages: Any) -> None:
+def test_malformed_messages_are_refused(url: str, messages: Any) -> None:
     assert bad(url, CHAT, messages=messages)["param"].startswith("messages")
 
 
@@ -416,7 +416,7 @@ def test_json_is_json(url: str) -> None:
     ],
     ids=str,
 )
-def test_what_is_no_format_is_refused(url: str, format_: Any) -> None:
+def test_malformed_response_formats_are_refused(url: str, format_: Any) -> None:
     assert bad(url, CHAT, messages=ASKED, response_format=format_)["param"].startswith("response_format")
 
 

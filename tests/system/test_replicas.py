@@ -368,7 +368,7 @@ def test_a_thin_client_that_leaves_takes_its_work_along(fleet: Fleet) -> None:
     eventually(router.idle)
 
 
-def test_what_begins_alike_goes_where_it_is_cached_but_only_within_one_key(fleet: Fleet) -> None:
+def test_equal_prefixes_go_to_one_replica_within_one_key(fleet: Fleet) -> None:
     keys = fleet.folder / "keys.toml"
     keys.write_text('[keys.a]\nsecret = "key-a"\n[keys.b]\nsecret = "key-b"\nadmin = true\n')
     flags = ("--api-keys", str(keys))
@@ -531,7 +531,7 @@ def test_ctrl_c_reaches_the_front_alone_and_answers_finish(fleet: Fleet, launche
     assert router.process.wait() == 0
 
 
-def test_what_cannot_start_ends_with_advice(fleet: Fleet) -> None:
+def test_a_replica_that_cannot_start_ends_with_advice(fleet: Fleet) -> None:
     torn = fleet.folder / "torn.gguf"
     torn.write_bytes(resolve(TARGET).read_bytes()[:50_000])
     port = str(free_port())

@@ -121,7 +121,7 @@ def streamed(process: Process, fields: dict[str, Any], temperature: float) -> li
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CHATS)
-def test_what_is_streamed_is_the_whole(processes: dict[str, Process], name: str, kind: str) -> None:
+def test_streamed_and_whole_answers_are_equal(processes: dict[str, Process], name: str, kind: str) -> None:
     whole = [
         {
             "content": choice["message"]["content"] or "",
@@ -151,7 +151,7 @@ def test_scores_are_the_same_everywhere_and_those_of_generation(processes: dict[
         assert scored[len(tokens) :] == choice["logprobs"]["token_logprobs"]
 
 
-def test_what_was_cached_of_a_prompt_is_told(processes: dict[str, Process]) -> None:
+def test_cached_tokens_of_a_prompt_are_reported(processes: dict[str, Process]) -> None:
     prompt = "A long beginning that nobody has said before: " * 4
     for kind in ("server", "none"):
         said = {"prompt": f"{kind}. {prompt}", "max_tokens": 4}

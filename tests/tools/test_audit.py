@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.audit import main
+from tools.audit import BASE, main
 
 
 def tools(folder: Path, audit: str, status: int) -> Path:
@@ -72,3 +72,12 @@ def test_a_package_that_the_database_does_not_know_was_not_checked(
     said = capsys.readouterr().out
     assert "NOT CHECKED, as the database of advisories does not know them: new" in said
     assert "0 known vulnerabilities" in said
+
+
+def test_the_files_that_are_looked_at_exist() -> None:
+    assert BASE.is_file()
+    command = next(line for line in Path("Makefile").read_text().splitlines() if "tools.audit" in line)
+    _, _, files = command.partition("--requirements ")
+    named = files.partition(" --")[0].split()
+    assert len(named) >= 2
+    assert all(Path(name).is_file() for name in named)

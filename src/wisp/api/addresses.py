@@ -1,10 +1,9 @@
-"""Shares HTTP connections between addresses. Descriptors are few, and to hold one takes no key: whoever held them all
-would keep out everybody.
+"""Fair shares of HTTP connections between addresses.
 
-When there is no room for another, the address that has most gives one up to one that has fewer by at least two: first
-one over which no request is being answered, of these the one that has been silent for longest. An address that has most
-itself gives up an idle one of its own; where it has none, the newcomer is turned away. Behind a proxy all clients have
-one address, so then idle connections go, and nothing else.
+Descriptors are few, and a connection needs no key, so one address could hold them all. When all are taken, the address
+with the most connections gives one up to an address that has at least two fewer. Idle connections go first, the longest
+silent of them before the others. If the newcomer's own address has the most, it gives up an idle one of its own; if it
+has none, the newcomer is refused. Behind a proxy all clients have one address, so there only idle connections go.
 """
 
 from __future__ import annotations

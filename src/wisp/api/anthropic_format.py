@@ -1,4 +1,4 @@
-"""The shape of `/v1/messages`: blocks of content, and a stream of events that tell how each of them grows."""
+"""The answers of `/v1/messages`: blocks of content, whole or as a stream of events."""
 
 from __future__ import annotations
 

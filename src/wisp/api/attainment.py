@@ -71,6 +71,6 @@ class Attainment:
         if record.slo is None:
             return
         kept = met(record.served(), record.ended)
-        self._requests.labels("met" if kept else "missed", record.slo_class).inc()
+        self._requests.add(1.0, "met" if kept else "missed", record.slo_class)
         if kept:
-            self._goodput.labels(record.slo_class).inc(record.completion_tokens)
+            self._goodput.add(record.completion_tokens, record.slo_class)

@@ -1,4 +1,4 @@
-"""What the OpenAI surface needs from whoever generates: an edge (drafting) or a verifier (decoding itself)."""
+"""The interface between the OpenAI surface and its generator: an edge (drafts) or a verifier (decodes alone)."""
 
 from __future__ import annotations
 

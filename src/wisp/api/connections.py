@@ -1,8 +1,8 @@
-"""Uvicorn's protocols with bounds below the application: on what waits for a peer that does not read, and on what a
-peer can make the parser do before the application sees any of it.
+"""Uvicorn's protocols with two bounds below the application: on the output that waits for a slow reader, and on the
+parser's work before the application sees a message.
 
-Without them a connection whose peer has stopped reading is never closed: `close()` waits for what is left to be
-taken, and each answer to a ping is one more thing that waits.
+Without them, a connection with a peer that has stopped reading is never closed: `close()` waits until all output is
+taken, and each answer to a ping adds to it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import socket
 from typing import Any, cast
 
 import h11
+import msgspec
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
 
 from wisp.api.addresses import Addresses
+from wisp.api.errors import error_body
 from wisp.api.http import PunctualH11
+from wisp.core.errors import RequestError
 
 log = logging.getLogger("wisp.connections")
 
@@ -27,8 +30,19 @@ SEND_BUFFER = 1 << 18  # bytes that the system keeps for a session socket: verdi
 MAX_FRAGMENTS = 64  # of a message; edges send theirs in one
 PARSED_AT_ONCE = 1 << 14  # bytes, so that a flood is seen while it is parsed
 CONTROLS_PER_S = 100  # pings and pongs; a peer has reason to send one in ten seconds
+_FULL_BODY = msgspec.json.encode(
+    error_body(
+        RequestError(
+            503,
+            "this server has all the connections from this address that it can have",
+            code="overloaded",
+            type="server_error",
+        )
+    )
+)
 _FULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-type: application/json\r\n"
+    b"content-length: %d\r\nconnection: close\r\n\r\n%b" % (len(_FULL_BODY), _FULL_BODY)
 )
 FRAME_LIMIT = "wisp.frame_limit"  # ASGI extension: called with the most bytes that a message may have
 

@@ -1,4 +1,4 @@
-"""What needs the model's tokenizer: constraints in token ids, grammars for calls, the middle to be filled in."""
+"""The parts of a request that need the tokenizer: constraints in token ids, grammars for calls, fill-in-the-middle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wisp.api.reader import Family, Reading, family
 from wisp.api.render import Rendered
 from wisp.api.requests import GenerationRequest
 from wisp.api.structured import Asked
-from wisp.api.tools import forced
+from wisp.api.tools import forced, lark
 from wisp.api.tools.harmony import CHANNEL, MESSAGE, Harmony
 from wisp.api.tools.markup import Markup
 from wisp.core.protocol.constraints import Constraints, Grammar
@@ -84,7 +84,7 @@ def _grammar(ask: GenerationRequest, known: Family, thinking: bool) -> Grammar |
 
     def mark(marker: str) -> str:
         token = known.ids.get(marker)
-        return forced.text(marker) if token is None else f"<[{token}]>"
+        return lark.text(marker) if token is None else f"<[{token}]>"
 
     calls = forced.grammar(known.name, known.template, tools, parallel=use.parallel, mark=mark)
     if use.forced:
@@ -110,7 +110,7 @@ def _either(asked: Asked, calls: str | None) -> Grammar:
     schema = msgspec.json.decode(grammar.source or '{"type": "object"}')
     if schema is False:
         refuse(asked.param, "unsatisfiable: the schema is false")
-    answer = forced.schema_rule({} if schema is True else schema)
+    answer = lark.schema_rule({} if schema is True else schema)
     return _lark(asked.param, f"start: answer | calls\nanswer: {answer}\n{calls}")
 
 

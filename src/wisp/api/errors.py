@@ -1,11 +1,12 @@
 """Every error a client can see, in OpenAI's one shape: `{"error": {message, type, param, code}}`.
 
-Exceptions are mapped here and nowhere else. What was not raised on purpose is logged with the request's id
-and told to the client as a bare `internal_error`.
+Exceptions are mapped here and nowhere else. An unexpected exception is logged with the request's id; the client gets
+a bare `internal_error`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import re
@@ -18,8 +19,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from wisp.core.errors import EngineError, ProtocolError, RequestError
+from wisp.core.errors import EngineError, ProtocolError, RequestError, UnavailableError
 
 logger = logging.getLogger("wisp.api")
 
@@ -74,6 +76,37 @@ def to_request_error(exc: BaseException, id_: str) -> RequestError:
     return RequestError(
         500, f"{message} The log has details under request id {id_}.", code=code, type="server_error"
     )
+
+
+def shutting_down() -> UnavailableError:
+    """What requests are told that find this process at its end."""
+    return UnavailableError("this server is shutting down", retry_after=2.0)
+
+
+class ToldOfTheEnd:
+    """ASGI middleware: requests that are cancelled, as those are that a shutdown does not wait for, get a 503.
+
+    Without it the client has a 500 in plain text, and the log a traceback.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except asyncio.CancelledError:
+            if started or scope["type"] != "http":
+                raise
+            response = error_response(shutting_down(), request_id(Request(scope)))
+            await response(scope, receive, send)
 
 
 def model_not_found(asked: str, served: str) -> RequestError:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from starlette.requests import ClientDisconnect, Request
 
 from wisp.api import tracing
-from wisp.api.errors import request_id, to_request_error
+from wisp.api.errors import request_id, shutting_down, to_request_error
 from wisp.api.observe import Observer, RequestRecord
 from wisp.api.output import Output, together
 from wisp.api.requests import GenerationRequest
@@ -47,7 +47,7 @@ class RequestContext:
     def accounted(self) -> Iterator[None]:
         """Around all of a request: whatever its end, it is logged and observed once.
 
-        Every exception leaves as RequestError, ClientGoneError or CancelledError.
+        Every exception leaves as RequestError or ClientGoneError.
         """
         try:
             yield
@@ -57,9 +57,10 @@ class RequestContext:
             else:
                 self._end(_CLIENT_CLOSED, "cancelled")
             raise ClientGoneError from None
-        except asyncio.CancelledError:
-            self._end(_CLIENT_CLOSED, "cancelled")
-            raise
+        except asyncio.CancelledError:  # the process ends, and waits no longer: clients can try another one
+            ended = shutting_down()
+            self._end(ended.status, "error", ended.code)
+            raise ended from None
         except Exception as exc:
             error = to_request_error(exc, self.id)
             self._end(error.status, "error", error.code)

@@ -1,4 +1,4 @@
-"""What a request may ask of WISP alone, in the field `wisp`; without it, answers are as any OpenAI client expects.
+"""WISP's own request field, `wisp`. Without it, answers are as any OpenAI client expects.
 
 "wisp": {"rounds": true, "draft": false}
 """

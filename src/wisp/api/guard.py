@@ -1,4 +1,4 @@
-"""What clients say is text: none of it becomes a control token, whatever a chat template makes of it.
+"""The guard of chat templates: text from a client never becomes a control token.
 
 A template puts its own markers (`<|im_end|>`) around what clients send, and only afterwards is the whole read. So
 while the template works, the first and last characters of control tokens (`<` and `>`, say) are replaced in all

@@ -1,7 +1,7 @@
 """Uvicorn's HTTP, with a limit on how slowly a request may arrive.
 
-Uvicorn itself waits for ever for the rest of a request, so a client can hold connections, and with them descriptors, at
-the price of a byte each.
+Uvicorn itself waits for ever for the rest of a request. A client could hold a connection, and its descriptor, for the
+price of one byte.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""API keys: who may use this process, and how much. A TOML file that may change under way, and WISP_API_KEYS.
+"""API keys and their limits, from a TOML file that may change at run time, and from WISP_API_KEYS.
 
     [keys.alice]
     secret = "..."            # or: sha256 = "<hex digest of the secret>"

@@ -1,4 +1,4 @@
-"""What a metrics layer learns of each request."""
+"""The observations of a request that metrics are made from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what a client asks for to a generation in token ids: template, tokenizer, what fits the context.
+"""From a parsed request to a generation in token ids: template, tokenizer, the context's limit.
 
 A long prompt takes a good part of a second, so `PromptWork` does this in threads of its own.
 """

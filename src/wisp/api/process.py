@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp
 
 from wisp.api.addresses import Addresses, raise_descriptors
 from wisp.api.connections import HttpConnection, SessionConnection
+from wisp.api.errors import ToldOfTheEnd
 from wisp.api.http import KEEP_ALIVE_S
 from wisp.api.web_guard import WebGuard, cross_origin, is_loopback
 from wisp.core.errors import ConfigError
@@ -57,6 +59,33 @@ class Listen(msgspec.Struct, frozen=True):
             if file is not None and not file.is_file():
                 raise ConfigError(f"no such TLS file: {file}")
 
+    def try_port(self) -> None:
+        """Bind, and let go again. Raises ConfigError where that fails: said before a model is loaded or waited for."""
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"cannot listen on {self.host}: {reason}; mend --host") from None
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as tried:
+                tried.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix"
+                )  # as asyncio does
+                if family == socket.AF_INET6:
+                    tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, True)
+                try:
+                    tried.bind(address)
+                except OSError as error:
+                    raise ConfigError(_not_listening(self.host, self.port, error)) from None
+
+
+def _not_listening(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"cannot listen on {host}:{port}: it is taken; choose another with --port"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"cannot listen on {host}: it is no address of this machine; mend --host"
+    return f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with --port"
+
 
 class _Server(uvicorn.Server):
     """Uvicorn, but signals are ours: the first asks for a drain, the second ends at once."""
@@ -70,7 +99,8 @@ def uvicorn_config(app: ASGIApp, listen: Listen, *, keyed: bool) -> uvicorn.Conf
     """How `app` is served: what every port of ours has in common."""
     if listen.origins:
         app = cross_origin(app, listen.origins)
-    guarded = WebGuard(app, keyed=keyed, hosts={listen.host, *listen.allowed_hosts}, origins=listen.origins)
+    hosts = {listen.host, *listen.allowed_hosts}
+    guarded = ToldOfTheEnd(WebGuard(app, keyed=keyed, hosts=hosts, origins=listen.origins))
     return uvicorn.Config(
         guarded,
         host=listen.host,
@@ -117,7 +147,10 @@ async def run_app(
     try:
         config.load()
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        raise ConfigError(f"cannot use the TLS files {listen.cert} and {listen.key}: {error}") from None
+        raise ConfigError(
+            f"cannot use the TLS files {listen.cert} and {listen.key}: {error}. Both have to be PEM, and the key the "
+            "certificate's own"
+        ) from None
     server = _Server(config)
     stopping = False
 

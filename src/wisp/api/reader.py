@@ -1,5 +1,4 @@
-"""From the text of an answer to what a chat's client gets: content, reasoning and calls, as the model's template
-writes them."""
+"""Reads an answer's text as content, reasoning and tool calls, in the format of the model's template."""
 
 from __future__ import annotations
 

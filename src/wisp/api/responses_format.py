@@ -1,6 +1,6 @@
-"""The shape of `/v1/responses`: a list of items, and a stream of events that tell how each of them grows.
+"""The answers of `/v1/responses`: a list of items, whole or as a stream of events.
 
-The whole answer is what the stream's last event has, so the two cannot differ.
+The whole answer is the last event's content, so the two cannot differ.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`/v1/responses` as a chat: OpenAI's newer request, in so far as nothing of it is kept here.
+"""`/v1/responses` as a chat: the stateless part of OpenAI's newer request.
 
 Stored conversations are refused by name. Tools other than functions are ignored, as clients offer them to any server.
 """

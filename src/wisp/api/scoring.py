@@ -1,8 +1,8 @@
-"""What a completion says of its prompt: `echo`, and the log probabilities of the prompt's tokens.
+"""Scoring of prompts: `echo`, and the log probabilities of the prompt's tokens.
 
 A prompt is scored by generating it: a grammar allows, at each place, the prompt's own next token alone, and log
-probabilities are of the raw logits. So scoring is a session like any other: cut into steps, served between others', and
-the same on a device, where forced tokens are drafted for nothing.
+probabilities are of the raw logits. So scoring is a session like any other: it is cut into steps that take turns with
+other sessions, and a device drafts the forced tokens for free.
 """
 
 from __future__ import annotations

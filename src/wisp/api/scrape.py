@@ -1,20 +1,21 @@
-"""What /metrics of all our processes have in common.
+"""/metrics of all processes: the common part.
 
-Every series has the label `model_name`, as vLLM's have. Series of an API key (label `key`) name customers: where there
-are keys, a key that may manage replicas sees all of them, any other its own, and who shows none sees the rest.
+Every series has the label `model_name`, as vLLM's have. Series with the label `key` name customers. Where keys are
+configured, an admin key reads all of them and any other key its own; a request without a key reads the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 from starlette.responses import Response
 
+from wisp.api.counting import Counter, Histogram, Histograms
 from wisp.api.errors import error_response, request_id
 from wisp.api.keys import Keyring
 from wisp.core.errors import RequestError
@@ -24,10 +25,16 @@ class Registry(CollectorRegistry):
     """A registry that makes its metrics, with our prefix before their names."""
 
     def counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"wisp:{name}", text, labels, registry=self)
+        return Counter(self, f"wisp:{name}", text, labels)
 
-    def histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
-        return Histogram(f"wisp:{name}", text, labels, buckets=buckets, registry=self)
+    def histogram(self, name: str, text: str, buckets: Sequence[float], *, signed: bool = False) -> Histogram:
+        return Histograms(self, f"wisp:{name}", text, buckets, signed=signed).of[0]
+
+    def histograms(
+        self, name: str, text: str, buckets: Sequence[float], label: str, values: Sequence[str]
+    ) -> list[Histogram]:
+        """One for each value of the label."""
+        return Histograms(self, f"wisp:{name}", text, buckets, label, values).of
 
     def gauge(self, name: str, text: str, read: Callable[[], float] | None = None) -> Gauge:
         """`read`: called whenever the value is asked for."""

@@ -1,4 +1,4 @@
-"""What every shape of an answer has: whole, and as a stream of events."""
+"""The interface of an answer's shape: whole, and as a stream of events."""
 
 from __future__ import annotations
 

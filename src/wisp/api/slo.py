@@ -1,4 +1,4 @@
-"""The headers in which a request says what it expects of its latency."""
+"""The headers that state a request's SLO."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Text to tokens and back, in the shapes of vLLM (`prompt`, `messages`) and llama.cpp (`content`); and the length of
-a prompt, as Anthropic's clients ask for it."""
+"""Endpoints for tokens: text to ids and back, as vLLM (`prompt`, `messages`) and llama.cpp (`content`) have them, and
+the length of a prompt, as Anthropic has it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tools`, `tool_choice` and `parallel_tool_calls`: what the template shows, and what the answer may or must call."""
+"""`tools`, `tool_choice` and `parallel_tool_calls`: the tools in the prompt, and the calls that may or must be made."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Keeps web pages away from a process that asks for no key.
 
-Any page in a visitor's browser can send requests to loopback. Two headers give it away that it cannot forge: `Host`
-is the name that the page used (after DNS rebinding, its own), and `Origin` is where the page came from. Where keys are
-asked for, a page has none, and Host may be any name; a WebSocket of a foreign page is refused even so, for browsers ask
-nobody before they open one.
+Any page in a visitor's browser can send requests to loopback. Two headers reveal such a page, and it cannot forge them:
+`Host` is the name that the page used (its own, after DNS rebinding), and `Origin` is the page's origin. Where keys are
+required, a page has none, so Host may be any name. A WebSocket of a foreign page is refused in any case, since browsers
+open one without asking the server first.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from wisp.calibrate.traces.format import Trace, TraceSet, trace_folder
 from wisp.core.draft.predictor import FEATURES, Calibration, Predictor, features
 from wisp.core.draft.round_times import Mean
 from wisp.core.errors import ConfigError
+from wisp.outputs import writable
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -316,6 +317,8 @@ def _need_sklearn() -> None:
 
 def run_train(traces: Path, out: Path | None, *, seed: int, as_json: bool) -> None:
     """Train, write the predictor to `out` if given, and print the report."""
+    if out is not None:
+        writable(out)
     predictor, result = train(TraceSet.load(trace_folder(traces)), seed)
     if out is not None:
         save(predictor, out)

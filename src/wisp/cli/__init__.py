@@ -19,10 +19,12 @@ import typer
 
 from wisp.cli import check, device, measure, renamed, replicas, research, serve, try_
 from wisp.cli.config import configure
+from wisp.cli.help import Commands
 from wisp.core.errors import WispError
 
 app = typer.Typer(
     name="wisp",
+    cls=Commands,
     help="Distributed speculative LLM serving: edges draft, a verifier decides, the text is the target's own.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -11,7 +11,9 @@ from wisp.cli.options import Jobs, Json, Offline
 
 
 def check_lossless(
-    pair: Annotated[str, typer.Option(help="tiny or qwen2.5-coder.")] = "tiny",
+    pair: Annotated[
+        str, typer.Option(help="tiny, qwen2.5-coder, another pair that `wisp pull` lists, or TARGET,DRAFT.")
+    ] = "tiny",
     engine: Annotated[str, typer.Option(help="llama.cpp, or vllm with the tiny pair.")] = "llama.cpp",
     mode: Annotated[
         str | None,
@@ -45,6 +47,10 @@ def check_faults(
     seed: Annotated[int | None, typer.Option(help="Of the first run (default: 0).", min=0)] = None,
     minutes: Annotated[float, typer.Option(help="Begin no more after this time (0: no limit).", min=0)] = 0,
     jobs: Jobs = 1,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Keep the report in this file, and go on where it ends: a long check in parts."),
+    ] = None,
     replay: Annotated[Path | None, typer.Option(help="Run the plan in this file, and nothing else.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to write a plan that fails (default: faults-SEED.json).")
@@ -61,5 +67,13 @@ def check_faults(
         raise typer.Exit(faults.replay(replay, as_json=json))
     many = seeds or (100 if seed is None else 1)
     raise typer.Exit(
-        faults.run_check(first=seed or 0, seeds=many, minutes=minutes, jobs=jobs, out=out, as_json=json)
+        faults.run_check(
+            first=seed or 0,
+            seeds=many,
+            minutes=minutes,
+            jobs=jobs,
+            resume=resume,
+            out=out,
+            as_json=json,
+        )
     )

@@ -1,4 +1,4 @@
-"""What runs on a device: `wisp edge`, an OpenAI endpoint, and `wisp generate`, once."""
+"""Commands for a device: `wisp edge`, an OpenAI endpoint, and `wisp generate`, a single generation."""
 
 from __future__ import annotations
 
@@ -119,6 +119,7 @@ def edge(
         kv_type=kv_type, gpu_layers=gpu_layers, flash_attention=flash_attention, tensor_split=tensor_split,
         batch_rows=batch_rows,
     )  # fmt: skip
+    listen.try_port()
     api_key = os.environ.get("WISP_API_KEY")
     drafter: DraftEngine | None
     if draft == "auto":
@@ -172,7 +173,10 @@ def generate(
     offline: Offline = False,
     json: Json = False,
 ) -> None:
-    """Generate once, streamed; tokens are coloured by origin: accepted draft green, the target's own plain."""
+    """Generate once, streamed; tokens are coloured by origin: accepted draft green, the target's own plain.
+
+    Its key to the verifier is taken from WISP_API_KEY.
+    """
     from wisp.core.draft.policies import Ahead
     from wisp.edge.address import session_url
     from wisp.edge.once import Request, generate_once

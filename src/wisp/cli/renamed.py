@@ -1,4 +1,4 @@
-"""Names of earlier releases: understood for one release more, not listed, and stderr says what they are called now."""
+"""Names of earlier releases: accepted for one more release, not listed, with the new name on stderr."""
 
 from __future__ import annotations
 

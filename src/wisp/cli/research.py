@@ -1,4 +1,4 @@
-"""`wisp sim`: fleets on hardware that one does not have, simulated or emulated."""
+"""`wisp sim`: simulated and emulated fleets."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def log(
     html: Annotated[Path, typer.Option(help="Write the page into this file.")],
 ) -> None:
     """Replay an event log, and write the page of its last run, as one file for a browser."""
+    from wisp.outputs import writable
     from wisp.server.log_page import write_log_page
-    from wisp.sim.commands import writable
 
     writable(html)
     events = write_log_page(file, html)

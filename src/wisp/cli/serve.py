@@ -46,7 +46,7 @@ def serve(
     mode: Annotated[
         str | None,
         typer.Option(
-            help="exact: bit-identical in any batch (llama.cpp's default); fast: quicker, may tie (vLLM's only one).",
+            help="exact: bit-identical in any batch (llama.cpp's default); fast: quicker, may tie (vLLM's default).",
             show_default=False,
         ),
     ] = None,
@@ -187,6 +187,7 @@ def serve(
                 "%s was measured on %s, and %s is served: the cost model will have to find its way",
                 cost.name, measured_on, served_name(target),
             )  # fmt: skip
+    listen.try_port()
     with RichProgress() as progress:
         fetch_target(target, engine=engine, offline=offline, progress=progress)
     settings = Settings(

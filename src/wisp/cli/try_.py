@@ -21,7 +21,9 @@ def pull(
 
 
 def demo(
-    pair: Annotated[str, typer.Option(help="qwen2.5-coder or tiny.")] = "qwen2.5-coder",
+    pair: Annotated[
+        str, typer.Option(help="tiny, qwen2.5-coder or another pair that `wisp pull` lists.")
+    ] = "qwen2.5-coder",
     engine: Annotated[str, typer.Option(help="The verifier's: llama.cpp or vllm.")] = "llama.cpp",
     drafting: Drafting = "fixed:4",
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer.", min=2)] = 48,

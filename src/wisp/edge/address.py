@@ -1,4 +1,4 @@
-"""Addresses of servers, checked when they are given, so that no later error comes from their spelling."""
+"""Addresses of servers, checked at the start, so that a misspelt one is an error at once."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -68,6 +69,12 @@ def reason(error: Exception, url: str) -> str:
         what = "the proxy's address is none"  # which is not repeated here: it may hold a password
     elif isinstance(error, ImportError) and "socks" in str(error).lower():  # websockets' or httpx's
         what = "a SOCKS proxy needs packages: pip install python-socks socksio"
+    elif isinstance(error, ConnectionRefusedError):
+        return "connection refused"  # asyncio repeats the address, and both event loops the number
+    elif isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"its certificate is not trusted: {error.verify_message}. If it is yours: SSL_CERT_FILE=cert.pem"
+        )
     else:
         return plain(str(error)) or type(error).__name__
     named = sorted(name for name in os.environ if name.lower() in _PROXIES)

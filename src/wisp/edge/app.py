@@ -91,7 +91,7 @@ class EdgeApp:
         return self.keys.authorize(request.headers.get("authorization"))
 
     async def _snapshot(self, since: float) -> dict[str, Any]:
-        return edge_status(self.backend, self.link.problem or "connecting")
+        return edge_status(self.backend, self.link.problem or "connecting", self.link.url)
 
     async def _health(self, request: Request) -> Response:
         welcome = self.link.welcome

@@ -36,9 +36,13 @@ from wisp.edge.link import FromLink, Listener, Lost, Redirects
 from wisp.edge.rounds import RoundLog
 from wisp.engines.base import DraftEngine, Proposal, Tokenizer
 from wisp.engines.constrained_draft import ConstrainedDraft
-from wisp.engines.grammars import Grammars, available
+from wisp.engines.grammar_library import available
+from wisp.engines.grammars import Grammars
 
 log = logging.getLogger("wisp.edge")
+
+NOTICE_S = 1.0  # for the link to notice that its verifier is gone, where the tokenizer cannot be had any more
+AGAIN_S = 0.1  # between attempts to get it meanwhile
 
 
 class Link(Protocol):
@@ -98,14 +102,29 @@ class EdgeBackend:
 
     async def target(self) -> Target:
         """The verifier's model; waits for a verifier as long as the link allows."""
-        welcome = await self.link.connected()
-        tokenizer = await self.tokenizers.get(welcome.fingerprint)
+        while True:
+            welcome = await self.link.connected()
+            if (tokenizer := await self._tokenizer(welcome)) is not None:
+                break
         if self._fingerprint != welcome.fingerprint:
             self._fingerprint = welcome.fingerprint
             self.grammars = Grammars(tokenizer) if available() else None
             if self.drafter is not None:
                 self.drafter.matchers = self.grammars
         return Target(welcome.model, tokenizer, welcome.context, welcome.digest, self.grammars)
+
+    async def _tokenizer(self, welcome: Welcome) -> Tokenizer | None:
+        """The vocabulary's tokenizer; None if the verifier has gone meanwhile. Raises RequestError if it has not."""
+        deadline = time.monotonic() + NOTICE_S
+        while True:
+            try:
+                return await self.tokenizers.get(welcome.fingerprint)
+            except RequestError:
+                if self.link.welcome is not welcome:
+                    return None
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(AGAIN_S)
 
     def admit(self, key: str) -> None:
         """An edge has no limits of its own; the verifier's answer comes with the first verdict."""

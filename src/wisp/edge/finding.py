@@ -1,7 +1,7 @@
 """`wisp edge` without --draft: the best drafter that is on this device already, or n-grams. Nothing is fetched.
 
-The largest model drafts best. It has to be another than the target and of the target's vocabulary, has to fit into
-free memory, and has to draft fast enough, which is measured.
+The largest model drafts best. It must differ from the target, share its vocabulary, fit into free memory, and draft
+fast enough, which is measured.
 """
 
 from __future__ import annotations

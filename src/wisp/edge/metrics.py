@@ -34,12 +34,12 @@ class EdgeMetrics:
 
     def request_finished(self, record: RequestRecord) -> None:
         served = record.served()
-        self.requests.labels(record.finish).inc()
-        self.tokens.inc(record.completion_tokens)
-        self.prompt.inc(record.prompt_tokens)
-        self.drafts.inc(record.spec.num_spec_steps)
-        self.draft_tokens.inc(record.spec.num_draft_tokens)
-        self.accepted.inc(record.spec.num_accepted_draft_tokens)
+        self.requests.add(1.0, record.finish)
+        self.tokens.add(record.completion_tokens)
+        self.prompt.add(record.prompt_tokens)
+        self.drafts.add(record.spec.num_spec_steps)
+        self.draft_tokens.add(record.spec.num_draft_tokens)
+        self.accepted.add(record.spec.num_accepted_draft_tokens)
         if record.completion_tokens:
             self.ttft.observe(served.ttft_ms / 1e3)
         if record.completion_tokens > 1:

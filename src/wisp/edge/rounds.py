@@ -1,7 +1,7 @@
-"""What each round of a session took, and why one went without a draft: for users who ask, for the edge's page, and
-for traces.
+"""The timings of a session's rounds, and the reasons for rounds without a draft: for requests that ask, for the edge's
+page, and for traces.
 
-The drafter decides; this only looks on.
+The drafter decides; this module only records.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WHY = {
     "no_drafter": "This edge was started without a drafter (--draft none).",
     "switched_off": "The request asked for an answer without drafts.",
     "slow_device": "The verifier alone is faster than this device and its link with drafts.",
-    "price": "The verifier is busy: a draft token now costs others more than it is worth.",
+    "price": "At the verifier's price a draft token costs more than it is likely to bring.",
     "nothing_to_propose": "The drafter had nothing to propose.",
     "unlikely": "No draft token was likely enough to be accepted to be worth its time.",
 }

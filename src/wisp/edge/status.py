@@ -1,16 +1,17 @@
-"""What an edge's page shows besides its answers: the verifier it has, its drafter, and why it does not draft."""
+"""The state of an edge for its page: its verifier, its drafter, and the reason if it does not draft."""
 
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
 from wisp import __version__
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.rounds import WHY
 
 
-def edge_status(backend: EdgeBackend, problem: str) -> dict[str, Any]:
-    """As things are now. problem: why there is no verifier."""
+def edge_status(backend: EdgeBackend, problem: str, url: str = "") -> dict[str, Any]:
+    """As things are now. problem: why there is no verifier. url: where it is looked for."""
     welcome, times, drafter = backend.link.welcome, backend.times, backend.drafter
     serve_ms, best = times.serve_ms, times.best_speed(16)
     return {
@@ -18,6 +19,7 @@ def edge_status(backend: EdgeBackend, problem: str) -> dict[str, Any]:
         "version": __version__,
         "verifier": {
             "connected": welcome is not None,
+            "address": urlsplit(url).netloc,
             "problem": problem if welcome is None else "",
             "model": welcome.model if welcome else "",
             "engine": welcome.engine if welcome else "",

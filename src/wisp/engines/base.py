@@ -1,6 +1,6 @@
 """The three small protocols behind which models live: target, drafter, tokenizer.
 
-Engines are synchronous and used from one thread at a time; whoever owns one gives it a thread.
+Engines are synchronous and used from one thread at a time; their owner provides the thread.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""N-grams before a model: where the text repeats itself, its own history is surer than a small model, and free."""
+"""N-grams before a model: where a text repeats itself, its history predicts better than a small model, and for free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From names on a command line to engines: the one place that knows which engines there are."""
+"""Builds engines from their names on the command line. The only module that knows all engines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wisp.core.draft.policies import Policies
 from wisp.core.draft.predictor import Predictor
 from wisp.core.errors import ConfigError, ModelError
 from wisp.engines.base import DraftEngine, TargetEngine, Tokenizer
-from wisp.engines.emulated import EmulatedTarget, Hardware, Written, hardware
+from wisp.engines.emulated import EmulatedTarget, Hardware, Written, hardware, is_hardware
 from wisp.engines.grammars import Grammars
 from wisp.engines.models import Progress, resolve
 from wisp.engines.options import USUAL, EngineOptions
@@ -62,6 +62,8 @@ def fetch_target(
 
         require()
         return fetched(name, offline=offline, progress=progress)
+    if is_hardware(name):
+        raise ConfigError(f"{name} is a hardware profile, not a model: it goes with --engine emulated")
     return resolve(name, offline=offline, progress=progress)
 
 
@@ -121,6 +123,7 @@ def load_target(
             quantization=options.quantization,
             prefix_caching=options.prefix_caching,
             runner=options.runner,
+            exact=mode == "exact",
         )
         return _with_grammars(
             VllmTarget(wanted, name=served_name(name), eos=ends(path, tokenizer)), tokenizer
@@ -158,10 +161,6 @@ def check_engine(
         raise ConfigError(f"unknown engine {engine!r}; choose one of: {', '.join(ENGINES)}")
     if mode not in (None, "exact", "fast"):
         raise ConfigError(f"unknown mode {mode!r}; choose exact or fast")
-    if engine == "vllm" and mode == "exact":
-        raise ConfigError(
-            "--engine vllm has no exact mode: its kernels round differently from batch to batch"
-        )
     if kv_tokens is not None and engine != "emulated":
         raise ConfigError(
             "--kv-tokens is for --engine emulated; others have room for --slots times --context"

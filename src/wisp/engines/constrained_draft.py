@@ -1,4 +1,4 @@
-"""Drafting within constraints: what the target cannot say is not proposed, and what it must say costs no model."""
+"""Drafting within constraints: impossible tokens are not proposed, and certain tokens need no model."""
 
 from __future__ import annotations
 

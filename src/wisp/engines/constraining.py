@@ -11,6 +11,7 @@ import numpy as np
 from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Grammar
 from wisp.core.protocol.edits import Edit, Matcher, Matchers, Tracker
+from wisp.core.protocol.reasoning import ReasoningEnd
 from wisp.core.protocol.sampling import Sampling, gumbels, target_token
 from wisp.core.protocol.step import INVALID_GRAMMAR, Slice, SliceResult, TokenLogprob, TopLogprob
 
@@ -39,6 +40,10 @@ class NoGrammars:
     def matcher(self, grammar: Grammar) -> Matcher:
         """Refuses."""
         raise GrammarError("grammars are not available here")
+
+    def end(self, after: tuple[int, ...]) -> ReasoningEnd:
+        """By ids alone."""
+        return ReasoningEnd(after, [])
 
 
 class SlotTrackers:

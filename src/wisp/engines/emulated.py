@@ -13,8 +13,8 @@ wait in a queue (`queue`), the host works on the next one while the device runs.
 
 With p = 1 nothing overlaps (a straight line), with p -> infinity everything does (the textbook roofline). Most profiles
 that ship have p = 1.3: with 3 % noise, a straight line fitted to such steps misses by 4 to 5 % (R2 0.99), which is what
-the paper's line missed by on an A100; at p = 1.5 it would miss by 7 %, at p = 2 by 9 %. Published step times of models
-on one A100 say 2 to 3 (docs/results/overlap.md).
+the paper's line missed by on an A100; at p = 1.5 it would miss by 7 %, at p = 2 by 9 %. Published step times say that p
+is larger: each profile has what they allow (docs/results/overlap.md).
 
 The text: a *script* by (seed, position), such as a recorded trace, or, without one, a hash of (prompt, seed,
 position). It never depends on drafts.
@@ -64,6 +64,7 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bandwidth:       GB/s in all; bandwidth_share: of it that a step gets
     tflops:          in all; tflops_share: likewise
     overlap:         p above
+    overlap_measured: the least p that measurements allow, the likeliest, the largest; overlap_source: which they are
     launch_ms:       a step's fixed overhead: launches, sampling, and the host's work where `host_ms` is 0
     sequence_ms:     overhead of each sequence
     host_ms, host_sequence_ms: of the engine's host for a step, and for each sequence in it
@@ -87,6 +88,8 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bandwidth_share: float = 0.85
     tflops_share: float = 0.5
     overlap: float = 1.3
+    overlap_measured: tuple[float, float, float] | None = None
+    overlap_source: str = ""
     launch_ms: float = 2.0
     sequence_ms: float = 0.01
     host_ms: float = 0.0
@@ -139,6 +142,11 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return -(-new // 64) * 64
 
 
+def is_hardware(name: str) -> bool:
+    """Whether a profile of this name ships."""
+    return (HARDWARE / f"{name}.toml").is_file()
+
+
 def hardware(name: str) -> Hardware:
     """A profile that ships, by name, or from a TOML file. Raises ConfigError."""
     path = HARDWARE / f"{name}.toml"
@@ -154,6 +162,9 @@ def hardware(name: str) -> Hardware:
     for field in _POSITIVE:
         if not getattr(profile, field) > 0:
             raise ConfigError(f"the hardware profile {path.name}: {field} must be more than 0")
+    measured = profile.overlap_measured
+    if measured is not None and not 0 < measured[0] <= measured[1] <= measured[2]:
+        raise ConfigError(f"the hardware profile {path.name}: overlap_measured must be three rising numbers")
     if list(profile.graphs) != sorted(set(profile.graphs)):
         raise ConfigError(f"the hardware profile {path.name}: graphs must be in ascending order")
     return profile

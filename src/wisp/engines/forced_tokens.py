@@ -1,4 +1,4 @@
-"""The grammar that allows one sequence of tokens and nothing else: a text that is scored, not written."""
+"""A grammar that allows exactly one sequence of tokens: for texts that are scored."""
 
 from __future__ import annotations
 

@@ -3,20 +3,16 @@
 A *matcher* says which ids may come next after any tokens (`core.protocol.edits.Matcher`). It keeps its place in the
 grammar: tokens that are there no longer are rolled back, new ones are taken in, and the masks along a draft come from
 one call. It is used from one thread at a time, `Grammars` from any.
-
-llguidance is imported when the first grammar comes. A device that does not have it drafts without masks.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
-from importlib import import_module
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -25,45 +21,25 @@ import numpy as np
 from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Grammar
 from wisp.core.protocol.edits import Bits, Matcher
+from wisp.core.protocol.reasoning import ReasoningEnd
+from wisp.engines import grammar_library
 from wisp.engines.base import Tokenizer
 from wisp.engines.forced_tokens import ForcedTokens
-from wisp.engines.grammar_limits import check_lark, check_schema
+from wisp.engines.grammar_library import MISSING, NO_TEXT, short
+from wisp.engines.grammar_trial import TRIALS, Words, words
 
-# What a grammar may cost: the largest that fits its 64 KiB takes 2 to 4 s of a core to compile and 40 MB, a mask 15 ms.
-LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 30_000, "max_lexer_states": 20_000}
 QUICK_S = 0.25  # of a core: who compiles faster may compile anew in the engine's thread
 # So many are kept, or more where more are those of living sessions:
 KEPT = 64  # compiled grammars of a key
-KEPT_BYTES = 1 << 20  # of their sources: a compiled one takes 600 times as much, at worst
+KEPT_BYTES = 256 << 20  # that these take, as far as compiling shows
 KEYS = 64  # keys with their grammars
-MOST_HELD = 4 << 20  # bytes of the sources of all different grammars that living sessions of a key have
-# White space in JSON is what Python writes. With more freedom models may write blanks for ever, and fewer tokens are
-# certain; a schema can ask for other forms in "x-guidance".
-SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-MISSING = (
-    "grammars need llguidance 1.7.6 or later, which is not installed here: pip install 'llguidance>=1.7.6'"
-)
+MOST_HELD = 1 << 30  # bytes of all different grammars that living sessions of a key have
+MOST_ENDS = 16  # of reasoning that are remembered; models have one or two
 NO_END = "this model has no end of sequence, so that no text of a grammar could come to an end"
 _Name = tuple[str, str]  # kind and source
 K = TypeVar("K")
 V = TypeVar("V")
 _BY_NUMBER = re.compile(r"<\[([^\]\n]*)\]>")
-
-
-def available() -> bool:
-    """Is llguidance here?"""
-    return _library() is not None
-
-
-@cache
-def _library() -> Any:
-    try:
-        library = import_module("llguidance")
-    except ImportError:
-        return None
-    return (
-        library if hasattr(library, "LLMatcher") else None
-    )  # where it has no wheel, pip finds a placeholder
 
 
 class _Compiled:
@@ -75,8 +51,9 @@ class _Compiled:
     that. Where this would hold up the engine for long, all end instead: no text is better than another text.
     """
 
-    def __init__(self, make: Callable[[], Any]) -> None:
-        """Raises GrammarError."""
+    def __init__(self, make: Callable[[], Any], size: int) -> None:
+        """size: the bytes that it takes. Raises GrammarError."""
+        self.size = size
         self._make = make
         self._lock = threading.Lock()
         started = time.thread_time()
@@ -113,6 +90,7 @@ class Grammars:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._making = threading.Lock()
+        self._ends: dict[tuple[int, ...], ReasoningEnd] = {}
         self._by_key: OrderedDict[str, OrderedDict[_Name, _Compiled]] = OrderedDict()
 
     def compile(self, grammar: Grammar, key: str = "") -> None:
@@ -125,17 +103,21 @@ class Grammars:
         if grammar.kind == "tokens":
             self._forced(grammar)
             return
+        if grammar.after:
+            self.end(grammar.after)
         if (known := self._kept(grammar, key)) is not None:
             known.check()
             return
-        self._check_held(grammar, key)
+        self._check_held(key)
         compiled = self._compiled(grammar)
         with self._lock:
             kept = self._by_key.setdefault(key, OrderedDict())
             self._by_key.move_to_end(key)
             compiled = kept.setdefault(_name(grammar), compiled)  # another thread may have been faster
             compiled.asked[id(grammar)] = grammar
-            _forget(kept, lambda: len(kept) > KEPT or _size(kept) > KEPT_BYTES, lambda c: not c.asked)
+            _forget(
+                kept, lambda: len(kept) > KEPT or _size(kept.values()) > KEPT_BYTES, lambda c: not c.asked
+            )
             keys = self._by_key
             _forget(keys, lambda: len(keys) > KEYS, lambda k: not any(c.asked for c in k.values()))
 
@@ -151,9 +133,19 @@ class Grammars:
         with self._lock:
             all_ = [kept[name] for kept in self._by_key.values() if name in kept]
         known = next((c for c in all_ if not c.over), all_[0] if all_ else None)
-        compiled = known if known is not None else self._compiled(grammar)
-        vocabulary, ends = self._vocabulary
-        return GrammarMatcher(compiled, vocabulary.vocab_size, ends)
+        found = known if known is not None else self._compiled(grammar)
+        vocabulary, ends, _ = self._vocabulary
+        return GrammarMatcher(found, vocabulary.vocab_size, ends)
+
+    def end(self, after: tuple[int, ...]) -> ReasoningEnd:
+        """See `core.protocol.edits.Matchers`. The first takes 0.1 s with 152,000 ids."""
+        with self._making:
+            found = self._ends.get(after)
+            if found is None:
+                if len(self._ends) >= MOST_ENDS:
+                    self._ends.clear()
+                found = self._ends[after] = ReasoningEnd(after, self._pieces)
+            return found
 
     def _kept(self, grammar: Grammar, key: str) -> _Compiled | None:
         with self._lock:
@@ -164,14 +156,14 @@ class Grammars:
                 kept.move_to_end(_name(grammar))
             return compiled
 
-    def _check_held(self, grammar: Grammar, key: str) -> None:
+    def _check_held(self, key: str) -> None:
         """Raises GrammarError for one too many of a key: its sessions would fill the memory."""
         with self._lock:
-            held = [name for name, c in self._by_key.get(key, OrderedDict()).items() if c.asked]
-        if _size(held) + len(grammar.source) > MOST_HELD:
+            held = [c for c in self._by_key.get(key, OrderedDict()).values() if c.asked]
+        if _size(held) > MOST_HELD:
             raise GrammarError(
-                f"the open sessions of this key have {len(held)} different grammars, and with this one they would have "
-                f"more than {MOST_HELD} bytes; try again when some have ended"
+                f"the open sessions of this key have {len(held)} different grammars, of more than "
+                f"{MOST_HELD >> 20} MiB; try again when some have ended"
             )
 
     def _check_named(self, source: str) -> None:
@@ -189,64 +181,38 @@ class Grammars:
     def _compiled(self, grammar: Grammar) -> _Compiled:
         if grammar.kind == "lark":
             self._check_named(grammar.source)
-        library = _library()
-        if library is None:
+        if grammar_library.library() is None:
             raise GrammarError(MISSING)
         with self._making:
-            vocabulary, _ = self._vocabulary
+            vocabulary, _, short_form = self._vocabulary
         own = Grammar(grammar.kind, grammar.source)  # a copy: `asked` watches the life of the session's
-        return _Compiled(lambda: self._made(library, vocabulary, own))
-
-    def _made(self, library: Any, vocabulary: Any, grammar: Grammar) -> Any:
-        """An LLMatcher. Raises GrammarError."""
-        try:
-            source = _source(library, grammar)
-            limits = library.LLParserLimits(**LIMITS, verbose_errors=False)
-            matcher = library.LLMatcher(vocabulary, source, log_level=0, limits=limits)
-        except (ValueError, RecursionError) as error:
-            raise GrammarError(_short(str(error))) from None
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of Rust, and no Exception
-                raise
-            raise GrammarError("llguidance cannot compile this grammar") from None
-        if matcher.is_error():
-            raise GrammarError(_short(matcher.get_error()))
-        return matcher
+        size = TRIALS.run(short_form, own) if own.kind != "json_object" else 0
+        return _Compiled(lambda: grammar_library.compiled(vocabulary, own), size + len(own.source))
 
     @cached_property
-    def _vocabulary(self) -> tuple[Any, frozenset[int]]:
-        """llguidance's form of the tokenizer, made once in 0.8 s for 152,000 ids; and the ids that end a text."""
+    def _pieces(self) -> list[bytes]:
+        """What each id says; b"" for tokens that are no text."""
+        return [self._tokenizer.piece(i) for i in range(self._tokenizer.n_vocab)]
+
+    @cached_property
+    def _vocabulary(self) -> tuple[Any, frozenset[int], Words]:
+        """llguidance's form of the tokenizer, made once in 0.8 s for 152,000 ids; the ids that end a text; and the
+        form in which grammars are tried."""
         tokenizer = self._tokenizer
         names = {}
         for text in tokenizer.controls:
             ids = tokenizer.encode(text, add_bos=False, parse_special=True)
             if len(ids) == 1:
                 names[ids[0]] = text.encode()
-        # 0xFF, which no text has, marks tokens that are no text.
-        tokens = [
-            tokenizer.piece(i) or b"\xff" + names.get(i, b"<|%d|>" % i) for i in range(tokenizer.n_vocab)
-        ]
+        tokens = [p or NO_TEXT + names.get(i, b"<|%d|>" % i) for i, p in enumerate(self._pieces)]
         ends = frozenset(end for end in tokenizer.eos if end < tokenizer.n_vocab)
         if not ends:
             raise GrammarError(NO_END)
-        wrapper = _Wrapper(tokenizer, tokens, min(ends))
-        return _library().LLTokenizer(wrapper, eos_token=sorted(ends)), ends
 
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_bos=False, parse_special=False)
 
-class _Wrapper:
-    """What llguidance wants of a tokenizer."""
-
-    bos_token_id = None
-    is_tokenizer_wrapper = True
-
-    def __init__(self, tokenizer: Tokenizer, tokens: list[bytes], end: int) -> None:
-        self._tokenizer = tokenizer
-        self.tokens, self.eos_token_id = tokens, end
-        self.special_token_ids = [i for i, token in enumerate(tokens) if token[:1] == b"\xff"]
-
-    def __call__(self, text: str | bytes) -> list[int]:
-        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
-        return self._tokenizer.encode(text, add_bos=False, parse_special=False)
+        return grammar_library.vocabulary(tokens, sorted(ends), encode), ends, words(tokens, ends)
 
 
 class GrammarMatcher:
@@ -343,7 +309,7 @@ class GrammarMatcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise _TooMuchError(_short(self._matcher.get_error()))
+            raise _TooMuchError(short(self._matcher.get_error()))
 
 
 def _name(grammar: Grammar) -> _Name:
@@ -351,9 +317,8 @@ def _name(grammar: Grammar) -> _Name:
     return grammar.kind, grammar.source
 
 
-def _size(names: Iterable[_Name]) -> int:
-    """Bytes of these sources, or nearly."""
-    return sum(len(source) for _, source in names)
+def _size(grammars: Iterable[_Compiled]) -> int:
+    return sum(c.size for c in grammars)
 
 
 def _forget(kept: OrderedDict[K, V], full: Callable[[], bool], unused: Callable[[V], bool]) -> None:
@@ -367,64 +332,12 @@ def _forget(kept: OrderedDict[K, V], full: Callable[[], bool], unused: Callable[
 
 @cache
 def _executor() -> Any:
-    return _library().LLExecutor(num_threads=1)
+    return grammar_library.library().LLExecutor(num_threads=1)
 
 
 def _has(mask: Bits, token: int) -> bool:
     return token // 32 < len(mask) and bool(int(mask[token // 32]) >> (token % 32) & 1)
 
 
-def _source(library: Any, grammar: Grammar) -> str:
-    """In llguidance's own form. Raises GrammarError or ValueError."""
-    kind, source = grammar.kind, grammar.source
-    if kind == "json_object":
-        return _json(library, {"type": "object"})
-    if kind == "json_schema":
-        schema = _read(source, "the schema")
-        check_schema(schema)
-        return _json(library, schema)
-    if kind == "choice":
-        choices = _read(source, "the choices")
-        if not (isinstance(choices, list) and choices and all(isinstance(c, str) and c for c in choices)):
-            raise GrammarError("choices must be a list of strings that are not empty")
-        return str(library.grammar_from("choice", source))
-    if kind == "regex":
-        return str(library.LLMatcher.grammar_from_regex(source))
-    check_lark(source)
-    try:
-        return str(library.grammar_from("grammar", source))  # takes GBNF, too
-    except ValueError:
-        raise
-    except Exception as error:  # the converter's own
-        raise GrammarError(f"neither a Lark grammar nor GBNF: {_short(str(error))}") from None
-
-
-def _json(library: Any, schema: Any) -> str:
-    if not isinstance(schema, dict | bool):
-        raise GrammarError("a JSON schema is an object or a boolean")
-    if schema is False:
-        raise GrammarError("unsatisfiable: the schema is false")
-    text = json.dumps(strictly({} if schema is True else schema))
-    return str(library.LLMatcher.grammar_from_json_schema(text))
-
-
-def strictly(schema: dict[str, Any]) -> dict[str, Any]:
-    """A JSON schema as `%json` takes it: with `SEPARATORS`, unless it asks for others, and no keyword passed over."""
-    own = schema.get("x-guidance", {})
-    options = {**SEPARATORS, **own, "lenient": False} if isinstance(own, dict) else own
-    return {**schema, "x-guidance": options}
-
-
-def _read(source: str, what: str) -> Any:
-    try:
-        return json.loads(source)
-    except (ValueError, RecursionError) as error:
-        raise GrammarError(f"{what} cannot be read as JSON: {error}") from None
-
-
 def _too_much(why: str) -> str:
     return f"the grammar takes too much work: {why}"
-
-
-def _short(message: str) -> str:
-    return " ".join(message.split())[:400]

@@ -1,4 +1,4 @@
-"""Steps in flight on engines: what a step could not know when it was planned, and a queue before an engine that runs
+"""Steps in flight on engines: the tokens that a step takes from the step before it, and a queue for engines that run
 one step at a time."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Drafting without a model: what followed the last time these words came up?
+"""Drafting without a model: the continuation of the last n tokens' most recent occurrence.
 
 The last n tokens of the context (n from 4 down to 2) are looked up among its earlier n-grams; the proposal is the
 token that followed the most recent occurrence ("prompt lookup"). It costs microseconds, suits devices too weak for

@@ -1,4 +1,4 @@
-"""What an operator says of an engine, by name: each option belongs to certain engines, and is refused with others."""
+"""An operator's options for engines. Each option belongs to certain engines, and is refused with others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tokenizers of models share, whatever the format of their files."""
+"""The common part of all models' tokenizers."""
 
 from __future__ import annotations
 

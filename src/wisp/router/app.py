@@ -21,7 +21,6 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import httpx
 import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -35,7 +34,7 @@ from wisp.api.pages.site import FLEET, site_routes
 from wisp.api.pages.stream import StatusStream, admins_only, status_routes
 from wisp.api.routes import openai_routes
 from wisp.api.scrape import scraped
-from wisp.core.errors import RequestError, UnavailableError, WispError
+from wisp.core.errors import RequestError, WispError
 from wisp.core.route.placement import Placement
 from wisp.core.verify.admission import Admission
 from wisp.router.fleet import Fleet, Replica
@@ -170,9 +169,6 @@ class RouterApp:
             blob = await self.backend.tokenizers.blob(ours)
         except RequestError as error:
             return error_response(error, request_id(request))
-        except httpx.HTTPError as error:
-            message = f"no replica gave the tokenizer ({error}); try again"
-            return error_response(UnavailableError(message, retry_after=1.0), request_id(request))
         headers = {"content-encoding": "gzip", "cache-control": "max-age=31536000, immutable"}
         return Response(blob, media_type="application/octet-stream", headers=headers)
 

@@ -145,7 +145,7 @@ class RouterHost:
             self.admission.ask(asyncio.get_running_loop().time(), key)
         except Refusal as refusal:
             self.admission.turned_away(key)
-            self._metrics.refused.labels(refusal.code).inc()
+            self._metrics.refused.add(1.0, refusal.code)
             raise
 
     def _has_all(self, key: str) -> bool:
@@ -200,11 +200,11 @@ class RouterHost:
             return
         self._metrics.placed(choice)
         if c.close is not None:
-            self._metrics.redirects.inc()
+            self._metrics.redirects.add()
         c.send(Redirect(open_.session, self.fleet.address(choice.replica)))
 
     def _refuse(self, c: _Connection, open_: Open, why: Refusal) -> None:
-        self._metrics.refused.labels(why.code).inc()
+        self._metrics.refused.add(1.0, why.code)
         c.send(Refused(open_.session, why.code, str(why), why.retry_after, True, open_.round))
 
     def _place(self, key: str, open_: Open) -> Choice:

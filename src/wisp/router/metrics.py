@@ -29,8 +29,8 @@ class RouterMetrics:
         r.register(_Replicas(fleet))
 
     def placed(self, choice: Choice) -> None:
-        self.placements.labels(choice.replica, choice.reason.value).inc()
-        self.prefix_tokens.inc(choice.shared)
+        self.placements.add(1.0, choice.replica, choice.reason.value)
+        self.prefix_tokens.add(choice.shared)
 
     def request_finished(self, record: RequestRecord) -> None:
         """A thin client's request has ended (see `api.observe`): this is its edge."""

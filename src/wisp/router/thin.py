@@ -13,7 +13,10 @@ import ssl
 import time
 from collections.abc import AsyncIterator
 
+import httpx
+
 from wisp.api.backend import Committed, Generation, Target
+from wisp.api.errors import shutting_down
 from wisp.api.keys import on_behalf
 from wisp.core.draft.drafter import busy_error
 from wisp.core.draft.patience import BEAT_S, Patience
@@ -59,7 +62,7 @@ class LocalLink:
         """Wait for a replica. Raises UnavailableError."""
         while (welcome := self.welcome) is None:
             if self._host.draining:
-                raise UnavailableError("this server is shutting down", retry_after=2.0)
+                raise shutting_down()
             await wait_for(self._changed, self.patience, self.gave_up)
         return welcome
 
@@ -131,7 +134,7 @@ class RouterBackend:
 
     async def target(self) -> Target:
         if self._host.draining:
-            raise UnavailableError("this server is shutting down", retry_after=2.0)
+            raise shutting_down()
         return await self._edge("").target()
 
     def admit(self, key: str) -> None:
@@ -171,10 +174,14 @@ class RouterTokenizers:
         self._lock = asyncio.Lock()
 
     async def blob(self, fingerprint: str) -> bytes:
-        """Gzipped. Raises httpx.HTTPError or UnavailableError."""
+        """Gzipped. Raises UnavailableError."""
         async with self._lock:
             if fingerprint not in self._blobs:
-                self._blobs[fingerprint] = await self._host.fleet.tokenizer(fingerprint)
+                try:
+                    self._blobs[fingerprint] = await self._host.fleet.tokenizer(fingerprint)
+                except httpx.HTTPError as error:
+                    message = f"no replica gave the tokenizer ({error}); try again"
+                    raise UnavailableError(message, retry_after=1.0) from None
             return self._blobs[fingerprint]
 
     async def get(self, fingerprint: str) -> Tokenizer:

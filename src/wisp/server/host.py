@@ -52,7 +52,8 @@ from wisp.core.verify.events import (
     StepDone,
 )
 from wisp.core.verify.loop import VerifierLoop
-from wisp.core.verify.session import Session, State
+from wisp.core.verify.session import Session
+from wisp.core.verify.states import State
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.base import TargetEngine, Tokenizer
 from wisp.server.compiling import Compiling
@@ -146,7 +147,7 @@ class VerifierHost:
                 admission.max_sessions,
                 admission.limits,
             )
-            self._log = EventLog(event_log, header, self._loop.time(), self.metrics.event_log_lost.inc)
+            self._log = EventLog(event_log, header, self._loop.time(), self.metrics.event_log_lost.add)
         self.grammars = engine.constraints.grammars
         self._compiling = Compiling(
             self.grammars,
@@ -216,7 +217,7 @@ class VerifierHost:
             admission.turned_away(key)
             self.metrics.admission(refusal.code)
             self.recorder.refused()
-            self.metrics.refused.labels(refusal.code).inc()
+            self.metrics.refused.add(1.0, refusal.code)
             raise
 
     def attach(

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import msgspec
-import numpy as np
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from wisp.api.attainment import Attainment
 from wisp.api.scrape import Registry
 from wisp.core.protocol.messages import Open, Refused, Verdict
-from wisp.core.verify.cost import Load, load_of
+from wisp.core.verify.cost import Load
 from wisp.core.verify.events import Ended, Run, StepDone
 from wisp.core.verify.planner import KINDS, kind_of
-from wisp.core.verify.session import State
+from wisp.core.verify.session import Session
+from wisp.core.verify.states import State
 from wisp.core.verify.verifier import Verifier
 
 # vLLM's bucket edges, seconds.
@@ -110,23 +110,12 @@ class Metrics:
         self.slices = r.counter("engine_slices", "Slices run.")
         self.rows = r.counter("engine_tokens", "Tokens fed to the engine.")
         self.step_errors = r.counter("engine_errors", "Steps and slices that failed.")
-        slices = r.histogram("engine_step_slices", "Slices of a step.", SLICES, "kind")
-        rows = r.histogram("engine_step_rows", "Tokens fed in a step.", ROWS, "kind")
-        self.step_slices = [slices.labels(kind) for kind in KINDS]
-        self.step_rows = [rows.labels(kind) for kind in KINDS]
-        self.interference = Tally(
-            "wisp:verification_interference_seconds",
-            "Per slice: dispatch to commit of its step, less the predicted time of the slice alone.",
-            INTERFERENCE,
-        )
-        self.slack = Tally(
-            "wisp:slack_at_dispatch_seconds",
-            "Per slice of a session with an SLO: when its next token is due, less the time of dispatch.",
-            SLACK,
-            signed=True,
-        )
-        for tally in (self.interference, self.slack):
-            r.register(tally)
+        self.step_slices = r.histograms("engine_step_slices", "Slices of a step.", SLICES, "kind", KINDS)
+        self.step_rows = r.histograms("engine_step_rows", "Tokens fed in a step.", ROWS, "kind", KINDS)
+        text = "Per slice: dispatch to commit of its step, less the predicted time of the slice alone."
+        self.interference = r.histogram("verification_interference_seconds", text, INTERFERENCE)
+        text = "Per slice of a session with an SLO: when its next token is due, less the time of dispatch."
+        self.slack = r.histogram("slack_at_dispatch_seconds", text, SLACK, signed=True)
 
     def _speculation(self, r: Registry) -> None:
         self.drafts = r.counter("spec_decode_num_drafts", "Drafts verified.")
@@ -140,7 +129,7 @@ class Metrics:
 
     def sent(self, now: float, message: Verdict | Refused) -> None:
         if isinstance(message, Refused):
-            self.refused.labels(message.code).inc()
+            self.refused.add(1.0, message.code)
             if message.fatal:
                 self._seen.pop(message.session, None)
             return
@@ -155,89 +144,80 @@ class Metrics:
         seen.tokens = message.base + len(message.tokens)
         self.queue.observe(message.queue_ms / 1e3)
         if message.finish:
-            self.success.labels(message.finish).inc()
+            self.success.add(1.0, message.finish)
             self.e2e.observe(now - seen.opened)
             del self._seen[message.session]
 
     def ended(self, ended: Ended) -> None:
         """A session ended without a message: its user left or has enough (a stop string), or its edge was gone."""
         if self._seen.pop(ended.session, None) is not None:
-            self.success.labels(ended.why).inc()
+            self.success.add(1.0, ended.why)
 
     def admission(self, outcome: str) -> None:
-        self.admissions.labels(outcome).inc()
+        self.admissions.add(1.0, outcome)
 
     def dispatched(self, now: float, run: Run) -> None:
-        self._in_flight.append((load_of(run.slices), now))
-        self.preemptions.inc(self._verifier.evicted - self._evicted)
-        self._evicted = self._verifier.evicted
-        sessions = [self._verifier.sessions[s.session] for s in run.slices]
-        self.slack.add([s.due - now for s in sessions if s.due < math.inf])
-        for session in sessions:
-            seen = self._seen.get(session.id)
-            if session.targets.slo_lost and seen is not None and not seen.lost:
-                seen.lost = True
-                self.slo_lost.inc()
+        verifier = self._verifier
+        self._in_flight.append((verifier.planner.load, now))
+        if (evicted := verifier.evicted) > self._evicted:
+            self.preemptions.add(evicted - self._evicted)
+            self._evicted = evicted
         counts, rows = [0, 0, 0], [0, 0, 0]
         for s in run.slices:
             kind = kind_of(s)
             counts[kind] += 1
             rows[kind] += len(s.tokens)
-        for i in range(len(KINDS)):
-            self.step_slices[i].observe(counts[i])
-            self.step_rows[i].observe(rows[i])
+            session = verifier.sessions[s.session]
+            if session.targets.slo is not None:
+                self._dispatched_with_slo(now, session)
+        for n, series in zip(counts, self.step_slices, strict=True):
+            series.observe(n)
+        for n, series in zip(rows, self.step_rows, strict=True):
+            series.observe(n)
+
+    def _dispatched_with_slo(self, now: float, session: Session) -> None:
+        if (due := session.due) < math.inf:
+            self.slack.observe(due - now)
+        if session.targets.slo_lost:
+            seen = self._seen.get(session.id)
+            if seen is not None and not seen.lost:
+                seen.lost = True
+                self.slo_lost.add()
 
     def step(self, now: float, run: Run, done: StepDone) -> None:
         """A step ended; the verifier has not been told yet, so its cost model is still that of the dispatch."""
         cost = self._verifier.cost
         load, dispatched = self._in_flight.popleft()
-        self.predicted.inc(cost.ms(load) / 1e3)
+        self.predicted.add(cost.ms(load) / 1e3)
         took = now - max(dispatched, self._ended)
         self._ended = now
-        alone = (cost.ms(Load().plus(len(s.tokens), s.start)) / 1e3 for s in run.slices)
-        self.interference.add([max(0.0, took - a) for a in alone])  # below 0 is noise
+        alone_ms, interference = cost.now.ms_of, self.interference
+        for s in run.slices:
+            n = len(s.tokens)
+            waited = took - alone_ms(n, n * (s.start + n), s.start, 1) / 1e3
+            interference.observe(waited if waited > 0.0 else 0.0)  # below 0 is noise
         self.steps.observe(done.engine_ms / 1e3)
-        self.slices.inc(len(run.slices))
-        self.rows.inc(sum(len(s.tokens) for s in run.slices))
+        self.slices.add(load.slices)
+        self.rows.add(load.new)
         if done.error:
-            self.step_errors.inc()
+            self.step_errors.add()
             return
-        self.step_errors.inc(sum(bool(r.error) for r in done.results))
-        drafted = [(s, r) for s, r in zip(run.slices, done.results, strict=True) if s.n_draft]
-        self.drafts.inc(len(drafted))
-        self.draft_tokens.inc(sum(s.n_draft for s, _ in drafted))
-        self._count_accepted([r.accepted for _, r in drafted])
+        accepted = []
+        for s, result in zip(run.slices, done.results, strict=True):
+            if result.error:
+                self.step_errors.add()
+            if s.n_draft:
+                self.draft_tokens.add(s.n_draft)
+                accepted.append(result.accepted)
+        if accepted:
+            self._count_accepted(accepted)
 
     def _count_accepted(self, accepted: list[int]) -> None:
-        """Draft tokens accepted, per draft: once per step and place, since counters are slow."""
-        self.accepted.inc(sum(accepted))
-        for position in range(max(accepted, default=0)):
-            self.per_position.labels(str(position)).inc(sum(n > position for n in accepted))
-
-
-class Tally(Collector):
-    """A histogram that takes many observations at once: prometheus_client's own takes a microsecond or two for each.
-
-    signed: there may be negative ones; then there is no sum, since Prometheus takes a sum that falls for a restart.
-    """
-
-    def __init__(self, name: str, about: str, edges: Sequence[float], *, signed: bool = False) -> None:
-        self.name, self.about, self.signed = name, about, signed
-        self.edges = np.array(edges)
-        self.counts = np.zeros(len(edges) + 1, np.int64)
-        self.sum = 0.0
-
-    def add(self, values: Sequence[float]) -> None:
-        """Count them. A value that equals an edge belongs to the bucket below it."""
-        if values:
-            self.sum += math.fsum(values)
-            self.counts += np.bincount(self.edges.searchsorted(values), minlength=len(self.counts))
-
-    def collect(self) -> Iterable[Metric]:
-        names = [*(str(float(edge)) for edge in self.edges), "+Inf"]
-        buckets = list(zip(names, np.cumsum(self.counts).tolist(), strict=True))
-        total = None if self.signed else self.sum
-        return [HistogramMetricFamily(self.name, self.about, buckets=buckets, sum_value=total)]
+        """Draft tokens accepted, per draft: once per step and place."""
+        self.drafts.add(len(accepted))
+        self.accepted.add(sum(accepted))
+        for position in range(max(accepted)):
+            self.per_position.add(sum(n > position for n in accepted), str(position))
 
 
 class _KeyUsage(Collector):

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from wisp.api.backend import Committed, Generation, Target
+from wisp.api.errors import shutting_down
 from wisp.core.draft.drafter import Drafter, Reopen, busy_error
 from wisp.core.draft.policies import Fixed
 from wisp.core.draft.signals import Signal
@@ -48,7 +49,7 @@ class ThinBackend:
     async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         host = self.host
         if host.draining:
-            raise UnavailableError("this server is shutting down", retry_after=2.0)
+            raise shutting_down()
         inbox: asyncio.Queue[Verdict | Refused] = asyncio.Queue()
         connection = host.attach(generation.key, inbox.put_nowait)
         forced = _forced(generation)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import msgspec
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wisp.core.errors import ConfigError
+from wisp.outputs import writable
 from wisp.progress import progress_bar
 from wisp.sim.capacity import Capacity, capacity
 from wisp.sim.page import RunPage, row_s
@@ -48,18 +48,6 @@ def one_class(scenario: Scenario, rate: float) -> Scenario:
             f"--rate {rate:g}: all users are like those of the first class, at this rate; the scenario has {names}"
         )
     return scenario.at_rate(rate)
-
-
-def writable(path: Path) -> None:
-    """Make the folder of a file that is to be written once a run is over. Raises ConfigError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
-    if path.is_dir():
-        raise ConfigError(f"cannot write {path}: it is a folder; give a file in it")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"cannot write {path}: this user may not")
 
 
 def run_simulate(
@@ -141,7 +129,8 @@ def run_capacity(
 
 def _shown(c: Capacity) -> Table:
     rate = f", {c.rate:g} tokens/s" if c.rate else ""
-    out = Table(title=f"{c.scenario}{rate}: {c.system}", show_header=False)
+    title = f"{c.scenario}{rate}: {c.system}"
+    out = Table(title=title, min_width=len(title), show_header=False)
     out.add_column()
     out.add_column(justify="right")
     out.add_row(f"devices with {c.tolerance:.0%} violations (95 %)", f"{c.capacity} ({c.low} to {c.high})")
@@ -170,7 +159,7 @@ def run_plan(scenario: Scenario, *, tolerance: float, simulate: bool, jobs: int,
     if as_json:
         print(json.dumps(msgspec.to_builtins(found)))
         return
-    out = Table(title=scenario.title)
+    out = Table(title=scenario.title, min_width=len(scenario.title))
     for name in ("", "fluid bound", "expect", "limited by", f"violations of {found.devices}, simulated"):
         out.add_column(name, justify="right" if name else "left")
     for name, e in (("with WISP", found.wisp), ("centrally", found.central)):

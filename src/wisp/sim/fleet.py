@@ -32,18 +32,19 @@ from wisp.core.errors import ConfigError, UnavailableError
 from wisp.core.protocol.messages import Cancel, Welcome
 from wisp.core.verify.batching import batching_policy
 from wisp.edge.address import http_url
+from wisp.outputs import writable
 from wisp.progress import progress_bar
-from wisp.sim.commands import one_class, writable
+from wisp.sim.commands import one_class
 from wisp.sim.differences import differences
 from wisp.sim.live import Clock, Sockets
 from wisp.sim.report import Engine, Machine, Report, report
 from wisp.sim.report_table import table
 from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.serving import cpu_s, verifier
+from wisp.sim.sim_verifier import VerifierCounts
 from wisp.sim.simulate import Fleet, Simulation, quantile, scripts_of
 from wisp.sim.systems import System, system
 from wisp.sim.timeline import Timeline
-from wisp.sim.world import VerifierCounts
 
 LOOP_LAG_MS = 10.0  # p99 above which a run does not count: a draft step of a fast device
 SERVER_LAG_MS = 50.0  # likewise

@@ -1,4 +1,4 @@
-"""The fluid bound: the devices of a perfect scheduler, if load were a fluid and nothing ever waited by chance.
+"""The fluid bound: the devices of a perfect scheduler, for load without randomness.
 
 Sessions that draft do rounds: draft k tokens (or have them ready, drafted ahead), a round trip, a step. At rate r a
 round that commits E tokens may take E / r. Steps follow each other without a gap, each takes T, and a session takes

@@ -1,4 +1,4 @@
-"""Replay a trace under any drafting policy, in virtual time, with the very `Drafter` that runs on an edge.
+"""Replays a trace under any drafting policy, in virtual time, with the `Drafter` that runs on an edge.
 
 The target's text is in the trace and does not depend on drafts, so a replay is exact: all proposals, on the true path
 and off it, are recorded ones, and verdicts follow from comparison. Only time is modelled: the device's draft step,

@@ -14,13 +14,13 @@ from typing import Any
 import msgspec
 
 from wisp.calibrate.hardware import Measured
-from wisp.core.protocol.slo import account, met
+from wisp.core.protocol.slo import Served, account, met
 from wisp.core.verify.cost import Load
 from wisp.sim.request import Request
 from wisp.sim.scenario import SloClass
+from wisp.sim.sim_verifier import VerifierCounts
 from wisp.sim.simulate import Fleet, Simulation, quantile
 from wisp.sim.smooth import Pace, pace
-from wisp.sim.world import VerifierCounts
 
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms", "longest_gap_ms", "longest_stall_ms")
 
@@ -252,7 +252,8 @@ def report(
     start, end = s.warmup_s, s.warmup_s + s.window_s
     window = fleet.window()
     seconds = max(min(end, now) - start, 1e-9)
-    good = account([r.served() for r in window], start, start + seconds, now)
+    served = [r.served() for r in window]
+    good = account(served, start, start + seconds, now)
     cut = violation_rate is not None
     if violation_rate is None and window:
         violation_rate = good.violation_rate
@@ -291,7 +292,10 @@ def report(
         output_throughput=tokens / seconds,
         total_output_tokens=tokens,
         classes=_classes(s.slo, window, start, start + seconds, now),
-        **_latencies(window),
+        ttft_ms=_ttft_ms(served),
+        tpot_ms=_tpot_ms(served),
+        itl_ms=Spread.of([gap for r in window for gap in r.gaps_ms]),
+        e2el_ms=Spread.of([(s.last - s.arrived) * 1e3 for s in served if s.tokens and s.ended is not None]),
         longest_gap_ms=Spread.of([p.longest_gap_ms for p in paces]),
         longest_stall_ms=Spread.of([p.longest_stall_ms for p in paces]),
         late_tokens=_each(sum(p.late for p in paces), sum(p.tokens for p in paces)),
@@ -330,14 +334,12 @@ def _interference_ms(fleet: Fleet) -> list[float]:
     ]
 
 
-def _latencies(requests: Sequence[Request]) -> dict[str, Spread]:
-    served = [r.served() for r in requests if r.tokens]
-    return {
-        "ttft_ms": Spread.of([s.ttft_ms for s in served]),
-        "tpot_ms": Spread.of([s.tpot_ms for s in served if s.tokens > 1]),
-        "itl_ms": Spread.of([gap for r in requests for gap in r.gaps_ms]),
-        "e2el_ms": Spread.of([(s.last - s.arrived) * 1e3 for s in served if s.ended is not None]),
-    }
+def _ttft_ms(served: Sequence[Served]) -> Spread:
+    return Spread.of([s.ttft_ms for s in served if s.tokens])
+
+
+def _tpot_ms(served: Sequence[Served]) -> Spread:
+    return Spread.of([s.tpot_ms for s in served if s.tokens > 1])
 
 
 def _pace(request: Request, now: float) -> Pace:
@@ -362,17 +364,16 @@ def _classes(
     for r in window:  # recorded arrivals may bring their own
         classes.setdefault(r.slo, SloClass(round(1e3 / r.slo.tpot_ms, 3)))
     for key, slo in classes.items():
-        of_class = [r for r in window if r.slo == key]
-        counted = account([r.served() for r in of_class], start, end, now)
-        latencies = _latencies(of_class)
+        served = [r.served() for r in window if r.slo == key]
+        counted = account(served, start, end, now)
         found.append(
             ClassReport(
                 slo.name or f"{slo.rate:g} tok/s",
                 counted.arrived,
                 counted.attainment if counted.arrived else None,
                 counted.goodput,
-                latencies["ttft_ms"],
-                latencies["tpot_ms"],
+                _ttft_ms(served),
+                _tpot_ms(served),
             )
         )
     return tuple(found)

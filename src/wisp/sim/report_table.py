@@ -21,7 +21,7 @@ def table(reports: Sequence[Report]) -> Table:
     first = reports[0]
     rates = ", ".join(f"{rate:g}" for rate in first.rates)
     title = f"{first.scenario}: {first.devices} devices, {rates} tokens/s, seed {first.seed}, {first.duration:g} s"
-    out = Table(title=title)
+    out = Table(title=title, min_width=len(title))  # a title of one line
     out.add_column("")
     for r in reports:
         batching = "" if r.batching == r.system else f", {r.batching}"

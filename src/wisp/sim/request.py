@@ -1,4 +1,4 @@
-"""One request of a user, and what became of it."""
+"""One request of a user, and its outcome."""
 
 from __future__ import annotations
 

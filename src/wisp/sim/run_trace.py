@@ -1,4 +1,4 @@
-"""A traced run to look into: for chrome://tracing, or as a picture."""
+"""The trace of a run: for chrome://tracing, or as a picture."""
 
 from __future__ import annotations
 

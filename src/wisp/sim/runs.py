@@ -47,11 +47,12 @@ SOURCES = (
             "request",
             "runs",
             "scenario",
+            "sim_device",
+            "sim_verifier",
             "simulate",
             "smooth",
             "systems",
             "timeline",
-            "world",
         )
     ),
 )

@@ -1,4 +1,4 @@
-"""Scenarios: everything that moves a result, in one TOML file that a person can read."""
+"""Scenarios: all inputs of a run, in one readable TOML file."""
 
 from __future__ import annotations
 

@@ -23,9 +23,10 @@ from wisp.engines.emulated import EmulatedTarget, Hardware
 from wisp.sim.devices import Device, Link
 from wisp.sim.request import Request
 from wisp.sim.scenario import Kit, Scenario, SloClass, pick, recorded_arrivals
+from wisp.sim.sim_device import Shared, SimDevice, Uplink
+from wisp.sim.sim_verifier import Event, SimVerifier, VerifierCounts
 from wisp.sim.systems import System
 from wisp.sim.timeline import Timeline
-from wisp.sim.world import Event, Shared, SimDevice, SimVerifier, Uplink, VerifierCounts
 
 CHECK_S = 5.0  # simulated, between two looks at whether the outcome is clear
 JUST_BEFORE_S = 1e-6  # the end of the window, which belongs to the drain
@@ -281,7 +282,7 @@ def first_guess(profile: Hardware, error: float) -> Coefficients:
     """A cost model as `wisp profile` would have fitted it."""
     c = profiled(profile)
     step, token, cached = c.step * error, c.token * error, c.cached * error
-    return Coefficients(step, token, cached, c.attention * error, c.beyond * error, c.knee)
+    return Coefficients(step, token, cached, c.attention * error, c.beyond * error, c.knee, c.slice * error)
 
 
 def quantile(values: Sequence[float], q: float) -> float:

@@ -1,4 +1,4 @@
-"""What a verifier does, for its page: second by second, and by device and session.
+"""The recorder of a verifier for its page: figures by second, device and session.
 
 It looks on: it is told every event with the actions that followed, by a live server, a simulation or the replay of an
 event log (`core.verify.loop`). What it says of SLOs is as seen here; what users see is counted at their edges.
@@ -15,10 +15,10 @@ from wisp.api.pages.series import Second, Series
 from wisp.core.protocol.messages import Open, Refused, Verdict
 from wisp.core.protocol.slo import Served, Slo, met
 from wisp.core.protocol.step import Slice
-from wisp.core.verify.cost import load_of
 from wisp.core.verify.events import Action, EdgeLost, Ended, InEvent, Received, Run, Send, StepDone
 from wisp.core.verify.planner import kind_of
-from wisp.core.verify.session import ORPHANED, PARKED, READY, RUNNING, Session
+from wisp.core.verify.session import Session
+from wisp.core.verify.states import ORPHANED, PARKED, READY, RUNNING
 from wisp.core.verify.verifier import Verifier
 
 MOST = 200  # devices and sessions in a snapshot
@@ -99,11 +99,12 @@ class Recorder:
         self._totals: dict[Slo, list[int]] = {}  # ended, met
         self._in_flight: deque[_Step] = deque()
         self._ended = 0.0  # when the last step ended
+        self._idle = self._counts()  # after the last event, if no step was in flight then
 
     def __call__(self, now: float, event: InEvent, actions: list[Action]) -> None:
         """An event was handled, with these actions."""
         if not now < self._ends:  # also at the start
-            self.roll(now)
+            self._roll(now, self._counts() if self._in_flight else self._idle)
         if isinstance(event, StepDone):
             self._done(now, event)
         elif isinstance(event, Received) and isinstance(event.message, Open):
@@ -117,13 +118,18 @@ class Recorder:
                 self._dispatch(now, action)
             elif isinstance(action, Ended):
                 self._over(now, action.session, ok=action.why != "expired")
+        if not self._in_flight:  # nothing may happen for many rows
+            self._idle = self._counts()
 
     def refused(self) -> None:
         """A session was refused before the verifier heard of it."""
         self._now.refused += 1
 
     def roll(self, now: float) -> None:
-        """Close the rows that are over by `now`."""
+        """Close the rows that are over by `now`; nothing has happened since the last event."""
+        self._roll(now, self._counts())
+
+    def _roll(self, now: float, counts: tuple[float, int, int]) -> None:
         width = self.series.width_s
         if math.isnan(self._ends):
             self._ends = now + width
@@ -131,7 +137,7 @@ class Recorder:
         if missed > 1000:  # nothing happened for long
             self._ends += (missed - 1000) * width
         while now >= self._ends:
-            self.series.add(self._ends + self._epoch, self._now, self._gauges())
+            self.series.add(self._ends + self._epoch, self._now, self._gauges(*counts))
             self._now = Second()
             self._ends += width
 
@@ -202,7 +208,7 @@ class Recorder:
     def _dispatch(self, now: float, run: Run) -> None:
         cost, sessions, rows = self._verifier.cost, self._verifier.sessions, self._now.rows
         alone_ms = cost.now.ms_of
-        step = _Step(now, cost.ms(load_of(run.slices)), [], [])
+        step = _Step(now, cost.ms(self._verifier.planner.load), [], [])
         self._in_flight.append(step)
         slack = self._now.slack_ms
         for s in run.slices:
@@ -228,14 +234,15 @@ class Recorder:
                 life.device.drafted += s.n_draft
                 life.device.accepted += result.accepted
 
-    def _gauges(self) -> dict[str, float]:
+    def _counts(self) -> tuple[float, int, int]:
+        """Price, sessions with a slot, sessions that could run but have none."""
         v = self._verifier
-        return {
-            "price": v.policy.price,
-            "kv": v.kv.owned_tokens / v.kv.kv_tokens,
-            "running": v.kv.owned_slots,
-            "waiting": v.n_waiting,
-        }
+        return v.policy.price, v.kv.owned_slots, v.n_waiting
+
+    def _gauges(self, price: float, running: int, waiting: int) -> dict[str, float]:
+        kv = self._verifier.kv
+        used = kv.owned_tokens if running else 0  # a sum over all slots: for a row, not for an event
+        return {"price": price, "kv": used / kv.kv_tokens, "running": running, "waiting": waiting}
 
     # --- snapshots
 

@@ -1,4 +1,4 @@
-"""What a parser of answers reports, and the tools that a client offers."""
+"""The events of an answer's parser, and the tools of a client."""
 
 from __future__ import annotations
 

@@ -1,21 +1,28 @@
-"""Grammars under which an answer is a call in the family's own format, with arguments that the schema allows.
+"""Grammars for forced calls: the family's own format, with arguments that fit the schema.
 
 They are in llguidance's dialect of Lark. A marker that is a control token stands there by its id; any other is text.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator
-from typing import Any
+import html
+from collections.abc import Callable
 
-from wisp.api.fields import refuse
 from wisp.api.tools.events import Tool
-from wisp.engines.grammars import strictly
-
-Mark = Callable[[str], str]  # a marker as Lark has it
-_PARAM = "tools"
+from wisp.api.tools.forced_objects import gemma4, llama4
+from wisp.api.tools.lark import (
+    Mark,
+    Parts,
+    Schema,
+    Tail,
+    arguments,
+    is_text,
+    names,
+    parameters,
+    tail_at,
+    text,
+    text_without,
+)
 
 
 def grammar(family: str, template: str, tools: list[Tool], *, parallel: bool, mark: Mark) -> str | None:
@@ -38,71 +45,43 @@ def grammar(family: str, template: str, tools: list[Tool], *, parallel: bool, ma
 
 def free_text(opener: str, is_token: bool) -> str:
     """A terminal of text in which no call begins."""
-    if is_token:
-        return "/(.|\\n)*/"
-    return f"/(.|\\n)*/ & ~/(.|\\n)*{_escaped(opener)}(.|\\n)*/"
+    return "/(.|\\n)*/" if is_token else text_without(opener)
 
 
-def text(value: str) -> str:
-    """A string as Lark has it."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _escaped(value: str) -> str:
-    return re.escape(value).replace("\\\n", "\\n").replace("/", "\\/")
-
-
-_Parts = tuple[
-    str, list[str], str | None, str
-]  # before all calls, rules for each, between two (None: only one), after
-
-
-def schema_rule(schema: dict[str, Any], whole: dict[str, Any] | None = None) -> str:
-    """`%json` for a schema, written as Python writes JSON. `whole`: where its definitions are."""
-    shared: dict[str, Any] = {
-        name: whole[name] for name in ("$defs", "definitions") if whole and name in whole
-    }
-    return "%json " + json.dumps(strictly({**shared, **schema}), ensure_ascii=False)
-
-
-def _arguments(tool: Tool) -> str:
-    return schema_rule({"type": "object", **tool.parameters})
-
-
-def _hermes(tools: list[Tool], template: str, mark: Mark) -> _Parts:
+def _hermes(tools: list[Tool], template: str, mark: Mark) -> Parts:
     start, end = mark("<tool_call>"), mark("</tool_call>")
     rules = []
     for i, tool in enumerate(tools):
         head = text(f'\n{{"name": {text(tool.name)}, "arguments": ')
-        rules += [f'call{i}: {start} {head} args{i} "}}\\n" {end}', f"args{i}: {_arguments(tool)}"]
+        rules += [f'call{i}: {start} {head} args{i} "}}\\n" {end}', f"args{i}: {arguments(tool)}"]
     return "", rules, text("\n"), ""
 
 
-def _llama3(tools: list[Tool], template: str, mark: Mark) -> _Parts:
+def _llama3(tools: list[Tool], template: str, mark: Mark) -> Parts:
     rules = []
     for i, tool in enumerate(tools):
         head = text(f'{{"name": {text(tool.name)}, "parameters": ')
-        rules += [f'call{i}: {head} args{i} "}}"', f"args{i}: {_arguments(tool)}"]
+        rules += [f'call{i}: {head} args{i} "}}"', f"args{i}: {arguments(tool)}"]
     return "", rules, None, ""
 
 
-def _mistral(tools: list[Tool], template: str, mark: Mark) -> _Parts:
+def _mistral(tools: list[Tool], template: str, mark: Mark) -> Parts:
     calls = mark("[TOOL_CALLS]")
     rules = []
     if "[ARGS]" in template:
         for i, tool in enumerate(tools):
             rules += [
                 f"call{i}: {calls} {text(tool.name)} {mark('[ARGS]')} args{i}",
-                f"args{i}: {_arguments(tool)}",
+                f"args{i}: {arguments(tool)}",
             ]
         return "", rules, "", ""
     for i, tool in enumerate(tools):
         head = text(f'{{"name": {text(tool.name)}, "arguments": ')
-        rules += [f'call{i}: {head} args{i} "}}"', f"args{i}: {_arguments(tool)}"]
+        rules += [f'call{i}: {head} args{i} "}}"', f"args{i}: {arguments(tool)}"]
     return f'{calls} " ["', rules, text(", "), '"]"'
 
 
-def _deepseek(tools: list[Tool], template: str, mark: Mark) -> _Parts:
+def _deepseek(tools: list[Tool], template: str, mark: Mark) -> Parts:
     begin, call, sep, end, close = (
         mark(f"<｜tool▁{n}｜>") for n in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end")
     )
@@ -115,11 +94,11 @@ def _deepseek(tools: list[Tool], template: str, mark: Mark) -> _Parts:
             else f"{text(tool.name)} {sep}"
         )
         tail = text("\n```") if fenced else ""
-        rules += [f"call{i}: {call} {head} args{i} {tail} {end}", f"args{i}: {_arguments(tool)}"]
+        rules += [f"call{i}: {call} {head} args{i} {tail} {end}", f"args{i}: {arguments(tool)}"]
     return begin, rules, text("\n") if fenced else "", close
 
 
-def _kimi_k2(tools: list[Tool], template: str, mark: Mark) -> _Parts:
+def _kimi_k2(tools: list[Tool], template: str, mark: Mark) -> Parts:
     begin, end = mark("<|tool_calls_section_begin|>"), mark("<|tool_calls_section_end|>")
     call, args, close = (
         mark("<|tool_call_begin|>"),
@@ -129,11 +108,11 @@ def _kimi_k2(tools: list[Tool], template: str, mark: Mark) -> _Parts:
     rules = []
     for i, tool in enumerate(tools):
         head = f"{call} {text(f'functions.{tool.name}:')} /[0-9]{{1,3}}/ {args}"
-        rules += [f"call{i}: {head} args{i} {close}", f"args{i}: {_arguments(tool)}"]
+        rules += [f"call{i}: {head} args{i} {close}", f"args{i}: {arguments(tool)}"]
     return begin, rules, "", end
 
 
-def _harmony(tools: list[Tool], template: str, mark: Mark) -> _Parts:
+def _harmony(tools: list[Tool], template: str, mark: Mark) -> Parts:
     channel, message, end, start, constrain = (
         mark(f"<|{n}|>") for n in ("channel", "message", "end", "start", "constrain")
     )
@@ -145,59 +124,82 @@ def _harmony(tools: list[Tool], template: str, mark: Mark) -> _Parts:
     rules = []
     for i, tool in enumerate(tools):
         head = f'{channel} {text(f"commentary to=functions.{tool.name} ")} {constrain} "json" {message}'
-        rules += [f"call{i}: {head} args{i}", f"args{i}: {_arguments(tool)}"]
+        rules += [f"call{i}: {head} args{i}", f"args{i}: {arguments(tool)}"]
     return before, rules, None, ""
 
 
-def _qwen_xml(tools: list[Tool], template: str, mark: Mark) -> _Parts:
+def _qwen_xml(tools: list[Tool], template: str, mark: Mark) -> Parts:
     start, end = mark("<tool_call>"), mark("</tool_call>")
+
+    def head(name: str, schema: Schema) -> str:
+        return text(f"<parameter={name}>\n")
+
     rules = []
     for i, tool in enumerate(tools):
-        parts = list(_parameters(f"p{i}", tool, "<parameter={}>\n", "\n</parameter>\n"))
-        uses = " ".join(use for use, _ in parts)
-        head, tail = text(f"\n<function={tool.name}>\n"), text("</function>\n")
-        rules += [f"call{i}: {start} {head} {uses} {tail} {end}", *(r for _, rs in parts for r in rs)]
+        uses, more = parameters(i, tool, head, Tail("\n</parameter>\n"))
+        opened, closed = text(f"\n<function={tool.name}>\n"), text("</function>\n")
+        rules += [f"call{i}: {start} {opened} {uses} {closed} {end}", *more]
     return "", rules, text("\n"), ""
 
 
-def _glm(tools: list[Tool], template: str, mark: Mark) -> _Parts | None:
-    start, end = mark("<tool_call>"), mark("</tool_call>")
-    if not start.startswith('"'):  # its tags are control tokens, which free text cannot end with
-        return None
+def _glm(tools: list[Tool], template: str, mark: Mark) -> Parts:
+    start, end, key, key_end, value = (
+        mark(m) for m in ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>")
+    )
+
+    def head(name: str, schema: Schema) -> str:
+        return f'{key} {text(name)} {key_end} "\\n" {value}'
+
     rules = []
     for i, tool in enumerate(tools):
-        parts = list(_parameters(f"p{i}", tool, "<arg_key>{}</arg_key>\n<arg_value>", "</arg_value>\n"))
-        uses = " ".join(use for use, _ in parts)
-        rules += [
-            f"call{i}: {start} {text(tool.name + chr(10))} {uses} {end}",
-            *(r for _, rs in parts for r in rs),
-        ]
+        uses, more = parameters(i, tool, head, tail_at("", "</arg_value>", "\n", mark))
+        rules += [f"call{i}: {start} {text(tool.name + chr(10))} {uses} {end}", *more]
     return "", rules, text("\n"), ""
 
 
-def _parameters(prefix: str, tool: Tool, head: str, tail: str) -> Iterator[tuple[str, list[str]]]:
-    """For each parameter of the tool how its rule is used, and the rules: a text to its end tag, or JSON."""
-    properties = tool.parameters.get("properties")
-    required = _list(tool, "required", tool.parameters.get("required") or [])
-    for j, name in enumerate(properties if isinstance(properties, dict) else ()):
-        schema, rule = tool.schema_of(name), f"{prefix}_{j}"
-        rules = [f"{rule}: {text(head.format(name))} {rule}_v"]
-        if schema.get("type") == "string" and "enum" in schema:
-            values = _list(tool, "enum", schema["enum"]) or refuse(_PARAM, f"{tool.name}: an enum is empty")
-            options = " | ".join(text(str(v) + tail) for v in values)
-            rules.append(f"{rule}_v: {options}")
-        elif schema.get("type") == "string" or not schema:
-            rules.append(f"{rule}_v[lazy]: /(.|\\n)*{_escaped(tail)}/")
-        else:
-            rules += [f"{rule}_v: {rule}_j {text(tail)}", f"{rule}_j: {schema_rule(schema, tool.parameters)}"]
-        yield (rule if name in required else f"{rule}?"), rules
+def _dsml(tools: list[Tool], template: str, mark: Mark) -> Parts | None:
+    if any('"' in name for tool in tools for name in (tool.name, *names(tool))):
+        return None  # there is no way to write it
+    sign = mark("｜DSML｜")
+    section = next(
+        (s for s in ("tool_calls", "function_calls") if f"<｜DSML｜{s}>" in template), "function_calls"
+    )
+
+    def tag(inner: str, slash: str = "") -> str:
+        return f'"<{slash}" {sign} {text(inner)}'
+
+    def head(name: str, schema: Schema) -> str:
+        return tag(f'parameter name="{name}" string="{"true" if is_text(schema) else "false"}">')
+
+    rules = []
+    for i, tool in enumerate(tools):
+        uses, more = parameters(i, tool, head, tail_at("</", "｜DSML｜", "parameter>\n", mark))
+        opened, closed = tag(f'invoke name="{tool.name}">\n'), tag("invoke>\n", "/")
+        rules += [f"call{i}: {opened} {uses} {closed}", *more]
+    return tag(f"{section}>\n"), rules, "", tag(f"{section}>", "/")
 
 
-def _list(tool: Tool, keyword: str, value: Any) -> list[Any]:
-    return value if isinstance(value, list) else refuse(_PARAM, f"{tool.name}: expected a list for {keyword}")
+def _kimi_k3(tools: list[Tool], template: str, mark: Mark) -> Parts:
+    opened, close, sep = mark("<|open|>"), mark("<|close|>"), mark("<|sep|>")
+
+    def head(name: str, schema: Schema) -> str:
+        kind = "string" if is_text(schema) else schema.get("type")
+        typed = f' type="{kind}"' if isinstance(kind, str) else ""
+        argument = text(f'argument key="{html.escape(name)}"{typed}')
+        return f"{opened} {argument} {sep}"
+
+    tail = Tail("<|close|>argument<|sep|>")
+    if not close.startswith('"'):
+        tail = Tail("", f'{close} "argument" {sep}', "<|close|>")
+    rules = []
+    for i, tool in enumerate(tools):
+        uses, more = parameters(i, tool, head, tail)
+        called = text(f'call tool="{html.escape(tool.name)}" index="')
+        rules += [f'call{i}: {opened} {called} /[1-9][0-9]?/ "\\"" {sep} {uses} {close} "call" {sep}', *more]
+    return f'{opened} "tools" {sep}', rules, "", f'{close} "tools" {sep}'
 
 
-_WRITERS: dict[str, Callable[[list[Tool], str, Mark], _Parts | None]] = {
+_WRITERS: dict[str, Callable[[list[Tool], str, Mark], Parts | None]] = {
     "hermes": _hermes,
     "qwen-xml": _qwen_xml,
     "llama3": _llama3,
@@ -206,4 +208,8 @@ _WRITERS: dict[str, Callable[[list[Tool], str, Mark], _Parts | None]] = {
     "harmony": _harmony,
     "kimi-k2": _kimi_k2,
     "glm": _glm,
+    "dsml": _dsml,
+    "kimi-k3": _kimi_k3,
+    "llama4": llama4,
+    "gemma4": gemma4,
 }

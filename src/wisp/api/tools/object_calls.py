@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from typing import Any
 
@@ -42,7 +43,7 @@ class Pythonic(Markup):
             raise Broken from None
         if not isinstance(tree, ast.List) or not tree.elts:
             raise Broken
-        calls = [self._call(element) for element in tree.elts]
+        calls = [self._call(element, text[at:end]) for element in tree.elts]
         if at:
             end = passed(text, end, "<|python_end|>", ended)
         elif skip(text, end) == len(text):
@@ -64,17 +65,25 @@ class Pythonic(Markup):
                 return part.end()
         raise Incomplete
 
-    def _call(self, node: ast.expr) -> Call:
+    def _call(self, node: ast.expr, source: str) -> Call:
         if not isinstance(node, ast.Call) or node.args:
             raise Broken
         name = ast.unparse(node.func)
         if name not in self.tools:
             raise Broken
         try:
-            arguments = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+            arguments = {k.arg: _literal(k.value, source) for k in node.keywords}
             return call(name, arguments)
         except (ValueError, TypeError, RecursionError):
             raise Broken from None
+
+
+def _literal(node: ast.expr, source: str) -> Any:
+    """A value in Python's notation, or in JSON's. Raises ValueError."""
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return json.loads(ast.get_source_segment(source, node) or "")
 
 
 class Gemma4(Markup):

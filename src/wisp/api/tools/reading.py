@@ -1,4 +1,4 @@
-"""Steps in reading a text of which more may come."""
+"""Helpers for parsing a text that is still growing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments that formats in tags write as text: what they are, by the tool's schema."""
+"""Values of arguments that tag formats write as text: their types come from the tool's schema."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timing steps on a target engine, whichever it is.
+"""Timing steps on any target engine.
 
 One slot is filled by pieces of a prompt and copied into the others; a step is then timed again and again from the same
 cached tokens, since an engine drops all tokens beyond a slice's `start`. Repeats go round over all steps of a level, so

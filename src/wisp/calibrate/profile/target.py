@@ -29,6 +29,7 @@ from wisp.engines.base import EngineInfo, TargetEngine
 from wisp.engines.build import check_engine, emulated_hardware, load_target, served_name
 from wisp.engines.emulated import EmulatedTarget, VirtualClock
 from wisp.engines.models import RichProgress
+from wisp.outputs import writable
 from wisp.progress import progress_bar
 
 FORMAT = "wisp.cost.v1"
@@ -124,6 +125,8 @@ def profile_target(
 ) -> None:
     """Time the engine's steps, fit, judge, and write the profile to `out`. Raises WispError."""
     check_engine(engine, mode=mode, kv_tokens=kv_tokens)
+    if out is not None:
+        writable(out)
     if engine == "null":
         raise ConfigError("the null engine takes no time: there is nothing to profile")
     if cpu_time and (engine != "llama.cpp" or threads != 1):
@@ -155,7 +158,6 @@ def profile_target(
             loaded.close()
     profile = judge(measured, loaded.info, command, threads, "cpu" if cpu_time else "wall")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(_readable(profile))
     if as_json:
         print(msgspec.json.encode(msgspec.structs.replace(profile, measured=[])).decode())

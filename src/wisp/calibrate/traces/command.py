@@ -16,6 +16,7 @@ from wisp.calibrate.traces.prompts import load_prompts
 from wisp.calibrate.traces.record import Recording, Report, Settings, summary
 from wisp.engines.build import served_name
 from wisp.engines.models import RichProgress, resolve
+from wisp.outputs import writable_folder
 from wisp.progress import progress_bar
 
 
@@ -31,6 +32,7 @@ def run_trace(
 ) -> None:
     """Record (or go on recording) into `out`, and print the summary. Raises WispError."""
     chosen = load_prompts(prompts)
+    writable_folder(out)
     with RichProgress() as progress:
         paths = [resolve(name, offline=offline, progress=progress) for name in (target, draft)]
     models = [(served_name(name), path) for name, path in zip((target, draft), paths, strict=True)]

@@ -1,6 +1,6 @@
-"""The recorded statistics of a draft distribution: those of `Signal`, and more that are nearly free.
+"""The recorded statistics of a draft distribution: those of `Signal`, and others that cost almost nothing.
 
-Recording takes long and replaying does not, so this is a superset of what policies use today.
+Recording is slow and replaying is fast, so this is a superset of the statistics that policies use today.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The engines, each in a process of its own, since a library built for another CPU, or with another layout of its
-structs, may end the process.
+"""The engines, each in its own process, since a library built for another CPU, or with other struct layouts, may crash
+it.
 """
 
 from __future__ import annotations

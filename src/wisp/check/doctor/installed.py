@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from wisp import __version__
 from wisp.check.doctor.check import DISTRIBUTION, REINSTALL, Check
-from wisp.engines.grammars import available
+from wisp.engines.grammar_library import available
 
 
 def python_version() -> Check:

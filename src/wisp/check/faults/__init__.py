@@ -1,4 +1,4 @@
-"""`wisp check-faults`: whole systems in virtual time, and whatever can befall them, each run from one seed.
+"""`wisp check-faults`: whole systems in virtual time under injected faults, each run from one seed.
 
 Routers with replicas, verifiers alone, edges and thin clients are the product's own code, down to the sessions' loops.
 Clocks, threads, sockets and chance are the simulation's, so a run is a function of its seed, and a failure can be run
@@ -8,11 +8,11 @@ again, and made shorter.
     network   connections that stall and break
     engine    a target whose text shows any slip, and drafters for it
     nodes     verifiers, routers, edges
-    users     who ask, and look at each token
-    peers     the release before, and nonsense
-    plan      what happens, by chance or from a file
-    faults    how it happens
-    oracles   what must be true
+    users     ask, and check each token
+    peers     an edge of the release before, and hostile ones
+    plan      the events of a run, drawn from a seed or read from a file
+    faults    one function for each kind of fault
+    oracles   the conditions that must hold
     world     all of them together
     shrink    making a plan that fails shorter
     check     many seeds
@@ -31,24 +31,40 @@ from wisp.check.faults.check import Report, check
 from wisp.check.faults.plan import plan_of
 from wisp.check.faults.shrink import read_case, shrink, write_case
 from wisp.check.faults.world import run_plan
+from wisp.outputs import writable
 from wisp.progress import progress_bar
 
 SHOWN = 10  # violations printed
 
 
-def run_check(*, first: int, seeds: int, minutes: float, jobs: int, out: Path | None, as_json: bool) -> int:
-    """Check, print, and return the exit status: 0 if nothing was found. The first plan that fails is made shorter and
-    written to `out` (default: a file named after its seed)."""
+def run_check(
+    *,
+    first: int,
+    seeds: int,
+    minutes: float,
+    jobs: int,
+    resume: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> int:
+    """Check, print, and return the exit status: 0 if nothing was found. `resume`: see `check`.
+
+    The first plan that fails is made shorter and written to `out` (default: a file named after its seed), unless an
+    earlier part has done so.
+    """
+    if out is not None:
+        writable(out)
     with progress_bar() as tell:
-        report = check(first, seeds, minutes=minutes, jobs=jobs, tell=tell)
+        report = check(first, seeds, minutes=minutes, jobs=jobs, resume=resume, tell=tell)
     written = None
     if report.violations:
         seed = min(report.violations)
         written = out or Path(f"faults-{seed}.json")
-        plan = plan_of(seed)
-        found = run_plan(plan).found
-        assert found is not None, "the same seed gives the same run"
-        write_case(written, shrink(plan, found), found)
+        if resume is None or not written.exists():
+            plan = plan_of(seed)
+            found = run_plan(plan).found
+            assert found is not None, "the same seed gives the same run"
+            write_case(written, shrink(plan, found), found)
     if as_json:
         flat = {**msgspec.structs.asdict(report), "passed": report.passed}
         print(msgspec.json.encode({**flat, "written": str(written or "")}).decode())
@@ -81,9 +97,9 @@ def _show(report: Report, written: Path | None) -> None:
         "virtual hours": f"{report.virtual_s / 3600:.1f}",
         "CPU seconds": f"{report.cpu_s:.0f} ({rate:.0f} faults a second)",
     }
-    rows |= {f"fault: {name}": count for name, count in report.by_kind.items()}
-    rows |= {f"seen: {name}": count for name, count in report.by_situation.items()}
-    rows |= {f"request: {name}": count for name, count in report.by_outcome.items()}
+    rows |= {f"fault: {name}": n for name, n in sorted(report.by_kind.items())}
+    rows |= {f"seen: {name}": n for name, n in sorted(report.by_situation.items())}
+    rows |= {f"request: {name}": n for name, n in sorted(report.by_outcome.items())}
     for name, value in rows.items():
         table.add_row(name, str(value))
     console = Console()

@@ -101,7 +101,7 @@ class InjectedDeath(EngineDeadError):
 
 
 class HashTarget:
-    """TargetEngine. `failing`: what befalls the next steps."""
+    """TargetEngine. `failing`: faults of the next steps."""
 
     def __init__(self, salt: int, slots: int, slot_tokens: int, kv_tokens: int, step_tokens: int) -> None:
         self.salt = salt

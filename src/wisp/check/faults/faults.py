@@ -1,4 +1,4 @@
-"""What can befall a system: one function for each kind of event. It returns whether there was something to befall."""
+"""The faults: one function for each kind. It returns whether the fault found something to act on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def befall(world: World, event: Event) -> bool:
+def inject(world: World, event: Event) -> bool:
     """Make it happen."""
     return _KINDS[event.what](world, event)
 
@@ -199,12 +199,16 @@ def _drafter(world: World, event: Event) -> bool:
 
 
 def _set_keys(world: World, limits: dict[str, KeyLimits]) -> None:
-    """Each server reads the file in its own time."""
+    """Write the file of keys. Each server reads it in its own time, as it is then."""
     world.limits = limits
     for server in _servers(world):
-        assert isinstance(server, VerifierProcess | RouterProcess)
         after_s = 0.0 if world.calm else world.rng.uniform(0.0, 2.0)
-        world.loop.run_in(server.life, server.set_keys, limits, after_s=after_s)
+        world.loop.run_in(server.life, _read_keys, world, server, after_s=after_s)
+
+
+def _read_keys(world: World, server: Process) -> None:
+    assert isinstance(server, VerifierProcess | RouterProcess)
+    server.set_keys(world.limits)
 
 
 def _revoke(world: World, event: Event) -> bool:

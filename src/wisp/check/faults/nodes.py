@@ -1,8 +1,8 @@
 """The processes of a simulated system: verifiers, routers with their replicas, edges. Each is the product's own code.
 
 What `wisp serve` and `wisp edge` build around it (HTTP, files, threads) is left out or, where decisions wait for it,
-played by `network` and `loop`. A process is started, and ends by itself, by a signal, or by being killed; whoever looks
-after it (a service manager, the router) starts it again.
+played by `network` and `loop`. A process is started, and ends by itself, by a signal, or by being killed; its service
+manager, or the router, starts it again.
 """
 
 from __future__ import annotations

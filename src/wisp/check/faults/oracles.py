@@ -1,4 +1,4 @@
-"""What must be true: after every event of every verifier, at every token that a user is given, and at the end.
+"""The oracles: conditions that must hold after every event of a verifier, at every token of a user, and at the end.
 
 text        each token is the target's own after all before it; a user's text is a prefix of the target's, once each
 whose       nothing of a session goes to another key, and no KV is shared between keys or salts
@@ -18,7 +18,8 @@ from wisp.core.protocol.messages import Open, Refused, Verdict
 from wisp.core.protocol.step import Committed
 from wisp.core.verify.events import Action, EdgeLost, InEvent, Received, Run, Send, StepDone
 from wisp.core.verify.kv import Sharers
-from wisp.core.verify.session import IN_ENGINE, PARKED, READY, WAITING, Session
+from wisp.core.verify.session import Session
+from wisp.core.verify.states import IN_ENGINE, PARKED, READY, WAITING
 from wisp.core.verify.verifier import Verifier
 
 if TYPE_CHECKING:
@@ -109,10 +110,8 @@ class VerifierWatch:
                 self._check_sent(action.connection, action.message, ended)
             elif isinstance(action, Run):
                 self._check_run(action)
-        if opening is not None and v.knows(opening.session):
-            s = v._by_id[opening.session]
-            if s.epoch == opening.epoch:  # it was taken
-                self._openings[s.handle] = opening.round
+        if opening is not None and v.knows(opening.session) and not _refused(opening.session, actions):
+            self._openings[v._by_id[opening.session].handle] = opening.round
         self._check_books()
         return actions
 
@@ -336,6 +335,11 @@ class VerifierWatch:
         return [f"{self.process.name}: {n} {what}" for what, n in counts.items() if n]
 
 
+def _refused(session: str, actions: list[Action]) -> bool:
+    messages = [action.message for action in actions if isinstance(action, Send)]
+    return any(isinstance(m, Refused) and m.session == session for m in messages)
+
+
 class AskWatch:
     """Looks at what a user is given."""
 
@@ -376,6 +380,8 @@ class AskWatch:
         if error.code == "verifier_unavailable" and shape.sockets < len(shape.edges):
             return  # others may have all connections
         excuses = EXCUSES.get(error.code)
+        if error.code == "shutting_down" and shape.replicas:
+            excuses = excuses and excuses | {"kill", "vanish"}  # replicas end with their router
         if excuses is None or (excuses and excuses.isdisjoint(self.world.happened)):
             raise self.world.violated(f"{self.name} failed for no reason: {error.code}: {error}")
 

@@ -1,4 +1,4 @@
-"""What happens in a run: the shape of the system, and a list of events, made from one seed or read from a file.
+"""The plan of a run: the shape of the system, and a list of events, drawn from one seed or read from a file.
 
 An event names what happens and carries a few numbers, which are read when it happens: "the process number `pick` of
 those that are there then". So any part of the list is a run, too, and a list that fails can be made shorter.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -16,35 +17,43 @@ from wisp.core.verify.admission import KeyLimits
 STORM_S = 25.0
 KEYS = ("ann", "ben", "cat")
 DRAFTERS = ("fixed:4", "fixed:8", "gain", "confidence:0.5", "predictor", "")
-# What befalls the system, and how often beside the others.
+
+
+class Fault(NamedTuple):
+    """A kind of fault, with its relative frequency."""
+
+    weight: int
+    about: str
+
+
 FAULTS = {
-    "cut": 10,  # a connection breaks; each end notices when it does
-    "drain_line": 4,  # a client is gone, what it sent is still read
-    "stall": 6,  # a connection is a black hole for a while, one way or both
-    "part": 3,  # nothing passes between two hosts for a while
-    "slow": 1,  # everything takes longer on the network for a while
-    "proxy": 1,  # something else answers new connections for a while
-    "old_server": 1,  # a server of the previous release answers new connections for a while
-    "kill": 4,  # a process is gone
-    "vanish": 2,  # so is its machine
-    "freeze": 4,  # a process does nothing for a while
-    "stop": 2,  # SIGTERM
-    "swap": 1,  # a process is started again with other weights under the same name
-    "step": 6,  # an engine's step fails
-    "slice": 3,  # one session's share of a step fails
-    "nan": 1,  # a session's logits are no numbers
-    "late": 3,  # a step takes seconds
-    "hang": 1,  # a step never ends
-    "dead": 1,  # the engine is dead
-    "drafter": 4,  # a drafter fails for a few calls
-    "edge": 5,  # an edge's process is killed, and started again
-    "revoke": 1,  # a key is revoked for a while
-    "limit": 2,  # the limits of a key change
-    "operate": 4,  # replicas are drained, restarted, scaled
-    "leave": 6,  # a user goes away in mid-answer
-    "halt": 2,  # a user reads nothing for a while
-    "old": 2,  # a peer of the previous release
-    "hostile": 14,  # a peer with a valid key sends nonsense
+    "cut": Fault(10, "a connection breaks; each end notices when it does"),
+    "drain_line": Fault(4, "a client is gone, what it sent is still read"),
+    "stall": Fault(6, "a connection is a black hole for a while, one way or both"),
+    "part": Fault(3, "nothing passes between two hosts for a while"),
+    "slow": Fault(1, "everything takes longer on the network for a while"),
+    "proxy": Fault(1, "something else answers new connections for a while"),
+    "old_server": Fault(1, "a server of the previous release answers new connections for a while"),
+    "kill": Fault(4, "a process is gone"),
+    "vanish": Fault(2, "a process is gone, with its machine"),
+    "freeze": Fault(4, "a process does nothing for a while"),
+    "stop": Fault(2, "SIGTERM"),
+    "swap": Fault(1, "a process is started again with other weights under the same name"),
+    "step": Fault(6, "an engine's step fails"),
+    "slice": Fault(3, "one session's share of a step fails"),
+    "nan": Fault(1, "a session's logits are no numbers"),
+    "late": Fault(3, "a step takes seconds"),
+    "hang": Fault(1, "a step never ends"),
+    "dead": Fault(1, "the engine is dead"),
+    "drafter": Fault(4, "a drafter fails for a few calls"),
+    "edge": Fault(5, "an edge's process is killed, and started again"),
+    "revoke": Fault(1, "a key is revoked for a while"),
+    "limit": Fault(2, "the limits of a key change"),
+    "operate": Fault(4, "replicas are drained, restarted, scaled"),
+    "leave": Fault(6, "a user goes away in mid-answer"),
+    "halt": Fault(2, "a user reads nothing for a while"),
+    "old": Fault(2, "a peer of the previous release"),
+    "hostile": Fault(14, "a peer with a valid key sends nonsense"),
 }
 
 
@@ -150,7 +159,9 @@ def plan_of(seed: int, faults: int = 100) -> Plan:
 def _swarm(rng: random.Random) -> dict[str, float]:
     """Some kinds of faults are left out of each run: what needs calm beside it is found, too."""
     kept = {
-        what: weight * rng.choice((0.3, 1.0, 3.0)) for what, weight in FAULTS.items() if rng.random() < 0.7
+        what: fault.weight * rng.choice((0.3, 1.0, 3.0))
+        for what, fault in FAULTS.items()
+        if rng.random() < 0.7
     }
     return kept or dict.fromkeys(FAULTS, 1.0)
 

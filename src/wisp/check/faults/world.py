@@ -1,4 +1,4 @@
-"""A system in virtual time: its processes, its network, its users, and what befalls them. A plan decides everything.
+"""A system in virtual time: its processes, network, users and faults. A plan decides everything.
 
 storm   the plan's events happen, and users ask
 calm    all that was broken heals, and each request must end
@@ -22,7 +22,7 @@ import wisp.edge.link
 import wisp.server.host
 from wisp.api.backend import Backend
 from wisp.check.faults.engine import digest_of
-from wisp.check.faults.faults import befall, heal
+from wisp.check.faults.faults import heal, inject
 from wisp.check.faults.loop import Life, NoThread, Restless, VirtualLoop, present_life, virtual
 from wisp.check.faults.network import Network, VirtualClient, VirtualConnect
 from wisp.check.faults.nodes import EdgeProcess, Process, RouterProcess, TimedEngine, VerifierProcess
@@ -314,13 +314,13 @@ class World:
 
     def _storm(self) -> None:
         for event in self.plan.events:
-            self.loop.run_in(self.life, self._befall, event, after_s=event.at)
+            self.loop.run_in(self.life, self._inject, event, after_s=event.at)
         self._run_until(STORM_S)
 
-    def _befall(self, event: Event) -> None:
+    def _inject(self, event: Event) -> None:
         if event.what == "ask":
             self.ask(event.pick, event.more)
-        elif befall(self, event):
+        elif inject(self, event):
             self.happened[event.what] += 1
             self.note("fault", event.what)
 

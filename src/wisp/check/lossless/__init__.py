@@ -1,4 +1,4 @@
-"""`wisp check-lossless`: is the text with speculation the target's own, under every kind of trouble?
+"""`wisp check-lossless`: compares texts with speculation, under faults, with the target's own.
 
 Two real `Verifier`s on a real engine, and real `Drafter`s, run in one process and in virtual time. Sessions share
 a few KV slots, connections break and come back, verifiers are replaced or take turns, users leave, frames are

@@ -18,7 +18,7 @@ from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
 from wisp.core.verify.events import Action, EdgeLost, Ended, InEvent, Limits, Received, Run, Send, StepDone
 from wisp.core.verify.loop import VerifierLoop
-from wisp.core.verify.session import IN_ENGINE
+from wisp.core.verify.states import IN_ENGINE
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.base import TargetEngine
 from wisp.engines.in_order import OneAtATime

@@ -1,4 +1,4 @@
-"""What a session on the edge keeps of its guesses, and of the rounds that are under way with them."""
+"""A session's guesses on the edge, and its rounds in flight."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@
 
 A session begins at home, the server that the user named. A router redirects it to a verifier. When that verifier is
 lost, is full or shuts down, the session comes home and opens again from what is committed. If the router names only
-useless verifiers for too long, the session ends.
+useless verifiers for too long, the session ends. A session without a token ends at once when a second verifier is full:
+its user can wait better than it.
 
 The host connects, sends and waits. It passes the drafter's messages through `say`, and all that arrives through
 `heard` and `lost`. Their answers tell it what to do.
@@ -83,6 +84,8 @@ class Itinerary:
         self._trips = 0  # from an address back home, since the last verdict
         self._astray_since = 0.0  # when the first of them ended
         self._home_since = 0.0  # when the last of them ended
+        self._begun = False  # there are tokens of it
+        self._full = False  # a verifier had no room for it, and it has not begun
 
     def say(self, message: Said) -> list[Said]:
         """The drafter says `message`. Returns what is to be sent to `at` now."""
@@ -90,6 +93,7 @@ class Itinerary:
             return [message]
         under_way = self.at is not HOME and self._opening is not None
         if isinstance(message, Open):
+            self._begun = self._begun or bool(message.committed)
             if self.at is HOME and self._avoid:
                 message = msgspec.structs.replace(message, avoid=self._avoid)
             if self.at is HOME or under_way:
@@ -110,7 +114,7 @@ class Itinerary:
         if message.session != self.session:
             return None
         if isinstance(message, Verdict):
-            self._opening, self._avoid, self._trips = None, "", 0
+            self._opening, self._avoid, self._trips, self._begun = None, "", 0, True
             return message
         opening = self._opening
         if isinstance(message, Redirect):
@@ -119,6 +123,10 @@ class Itinerary:
             self.at = message.address
             return Go(message.address)
         if where is not HOME and message.code in ELSEWHERE:
+            if message.code == "overloaded" and not self._begun:
+                if self._full:
+                    return message
+                self._full = True
             return self._come_home(now_s, message.message, refused=True)
         if opening is not None and message.code == "unknown_session" and message.round > opening.round:
             return None  # a router takes no drafts; this one is repeated where the router sends the session

@@ -1,4 +1,4 @@
-"""How long to go on without a verifier. Only time awake counts, and a device that has slept tries once more first.
+"""The time that an edge waits for a lost verifier. Time asleep does not count, and a device that wakes tries once more.
 
 When a closed laptop, a paused container or a stopped process wakes, all deadlines have passed in its sleep. No event
 reports the sleep. It shows in a beat that comes far too late.

@@ -1,4 +1,4 @@
-"""Constraints on the target's choice: what a request asks for besides temperature and its like.
+"""Constraints on the target's choice: bias, penalties, allowed and banned tokens, grammars.
 
 Order, at each position, on the raw logits, each in float64 and rounded to float32:
 
@@ -37,7 +37,7 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True, weakref=True):
                   whole text matches), "choice" (source: a JSON list of strings), "lark" (llguidance's dialect),
                   "tokens" (exactly these: a JSON list of ids)
     after:        the token ids, in order, that end the reasoning; the grammar begins behind the first place in the
-                  output that has them. (): at once
+                  output that has them, or their text where all are text (`reasoning`). (): at once
 
     Once the text is complete only ends of sequence can follow, again and again if they are ignored.
     """

@@ -1,4 +1,4 @@
-"""What constraints make of a position's logits, position by position along a draft.
+"""Constraints applied to logits, position by position along a draft.
 
 `Tracker` belongs to one session. It keeps what the constraints count, and a grammar's state, in step with the tokens
 that it is given: those it has seen and are there no longer are rolled back, the others are added. So it can be asked
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wisp.core.protocol.constraints import Grammar
+from wisp.core.protocol.reasoning import ReasoningEnd
 from wisp.core.protocol.sampling import FloatArray, Sampling
 
 Ids = npt.NDArray[np.int64]
@@ -42,12 +43,17 @@ class Matchers(Protocol):
         """A fresh one. Raises GrammarError for a grammar that cannot be compiled."""
         ...
 
+    def end(self, after: tuple[int, ...]) -> ReasoningEnd:
+        """That of the reasoning before a grammar."""
+        ...
+
 
 class Edit(NamedTuple):
     """What constraints make of the logits of one position. Empty fields do nothing.
 
     mask, allowed:      only these may be chosen
-    banned, early:      these may not: the end of a banned sequence; an end of the text before `min_tokens`
+    banned, early:      these may not: the end of a banned sequence, and what goes beyond the end of the reasoning; an
+                        end of the text before `min_tokens`
     biased, biases:     ids, and what is added to each
     repeated, factor:   ids whose score is divided by `factor` if positive, else multiplied
     counted, penalties: ids, and what is subtracted from each
@@ -166,8 +172,10 @@ class Tracker:
         self._in_prompt = frozenset[int]()
         self._output: list[int] = []
         self._counts: Counter[int] = Counter()  # of the output
-        self._after = list(self._grammar.after) if self._grammar is not None else []
-        self._begin = None if self._after else 0  # tokens of the output before the grammar; None: not yet
+        self._end: ReasoningEnd | None = None
+        if matchers is not None and self._grammar is not None and self._grammar.after:
+            self._end = matchers.end(self._grammar.after)
+        self._begin = None if self._end else 0  # tokens of the output before the grammar; None: not yet
 
     def edits(self, past: Sequence[int], position: int, draft: Sequence[int]) -> Iterator[Edit]:
         """One for each place after `past`, after `past + draft[:1]`, and so on; none beyond the first draft token that
@@ -192,9 +200,9 @@ class Tracker:
     def _masks(self, draft: Sequence[int]) -> _Masks:
         """The grammar's masks along a draft, in which the reasoning may end."""
         n, both = len(self._output), [*self._output, *draft]
-        size, begin = len(self._after), self._begin
-        if begin is None:
-            begin = next((i for i in range(n + 1, len(both) + 1) if both[i - size : i] == self._after), None)
+        begin = self._begin
+        if begin is None and self._end is not None:
+            begin = next((i for i in range(n + 1, len(both) + 1) if self._end.reached(both, i)), None)
         if self._matcher is None or begin is None:
             return _Masks(len(draft) + 1, [])
         without = max(0, begin - n)
@@ -205,6 +213,8 @@ class Tracker:
         constraints, output = self._constraints, self._output
         early = self.sampling.barred(len(output))
         banned = [token for size in self._banned if size <= len(output) for token in self._banned_after(size)]
+        if self._begin is None and self._end is not None:
+            banned += self._end.barred(output)
         edit = self._fixed._replace(
             mask=mask, banned=_ids(banned) if banned else None, early=_ids(early) if early else None
         )
@@ -238,11 +248,15 @@ class Tracker:
     def _add(self, token: int) -> None:
         self._output.append(token)
         self._counts[token] += 1
-        if self._begin is None and self._output[-len(self._after) :] == self._after:
+        if (
+            self._begin is None
+            and self._end is not None
+            and self._end.reached(self._output, len(self._output))
+        ):
             self._begin = len(self._output)
 
     def _remove(self, token: int) -> None:
-        if self._after and self._begin is not None and self._begin > len(self._output):
+        if self._end is not None and self._begin is not None and self._begin > len(self._output):
             self._begin = None
         self._counts[token] -= 1
         if not self._counts[token]:

@@ -24,7 +24,9 @@ from wisp.core.verify.admission import Refusal
 BLOCK = 16  # tokens; a shorter prefix is not copied either (`kv.COPY_FROM`)
 UNFAIR = 1.2  # multiple of its share of the sessions up to which a replica is preferred for a cached prefix
 SETTLE_S = 0.2  # a report may lack sessions that were placed this long before it
-REMEMBERED = 100_000  # sessions whose replica is remembered, for their return: 20 MB
+# Sessions whose replica is remembered, for their return: of each place that there is, and in all (20 MB). Only open
+# ones can return, and one that is forgotten is placed by its prefix, which is where it was.
+REMEMBERED_A_PLACE, REMEMBERED = 4, 100_000
 
 
 class Reason(Enum):
@@ -92,10 +94,12 @@ class Placement:
         self._replicas: dict[str, _Replica] = {}
         self._where: dict[str, OrderedDict[str, str]] = {}  # by key: session -> replica, oldest first
         self._remembered = 0
+        self._places = 0  # of all replicas together, when they were most
 
     def up(self, replica: str, size: ReplicaSize) -> None:
         """A replica has started. Its cache is empty."""
         self._replicas[replica] = _Replica(size)
+        self._places = max(self._places, sum(r.size.max_sessions for r in self._replicas.values()))
 
     def reported(self, now: float, replica: str, sessions: int) -> None:
         """A replica reported at `now` that it serves `sessions`."""
@@ -171,12 +175,12 @@ class Placement:
         return Choice(name, reason, shared)
 
     def _remember(self, key: str, session: str, replica: str) -> None:
-        """Remember a placement. Beyond REMEMBERED, the key with most of them loses its oldest."""
+        """Remember a placement. Beyond what is remembered, the key with most of them loses its oldest."""
         own = self._where.setdefault(key, OrderedDict())
         self._remembered += session not in own
         own[session] = replica
         own.move_to_end(session)
-        if self._remembered > REMEMBERED:
+        if self._remembered > min(REMEMBERED_A_PLACE * self._places, REMEMBERED):
             max(self._where.values(), key=len).popitem(last=False)
             self._remembered -= 1
 

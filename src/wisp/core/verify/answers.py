@@ -1,4 +1,4 @@
-"""What the answers so far were like: decisions about new ones start from that."""
+"""Statistics of past answers, from which decisions about new ones start."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from collections.abc import Iterator, Mapping
 from wisp.core.protocol.step import Slice
 from wisp.core.verify.cost import CostModel, Load
 from wisp.core.verify.events import Run, StepDone
-from wisp.core.verify.session import RUNNING, Session
+from wisp.core.verify.session import Session
+from wisp.core.verify.states import RUNNING
 
 EARLY = 1.25  # host times before the end of the running step at which the next one is planned
 HOST_RATE = 0.2  # smoothing of the host time, per step

@@ -62,7 +62,8 @@ class VerifierLoop:
         if isinstance(event, StepDone):
             # Start the next step before sending verdicts: an idle engine costs more than a later frame.
             then = self._handle(Tick())
-            actions = sorted([*actions, *then], key=lambda action: not isinstance(action, Run))
+            runs = [action for action in then if isinstance(action, Run)]
+            actions = [*runs, *actions, *(action for action in then if not isinstance(action, Run))]
         for action in actions:
             if isinstance(action, Send):
                 self._world.send(action.connection, action.message)

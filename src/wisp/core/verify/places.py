@@ -1,4 +1,4 @@
-"""Fair shares of places (open sessions) between API keys, for when all places are taken.
+"""Fair shares of places (open sessions) between API keys, once all places are taken.
 
 One key may have all places while no other wants any. A key with more places gives one to a key that has at least two
 fewer, so in the end keys have equally many, or as many as they want. Silent sessions go first: those without an edge,
@@ -12,7 +12,8 @@ from collections.abc import Collection
 
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.events import Limits
-from wisp.core.verify.session import PARKED, WAITING, Session
+from wisp.core.verify.session import Session
+from wisp.core.verify.states import PARKED, WAITING
 
 
 def is_silent(session: Session, since: float) -> bool:

@@ -1,8 +1,8 @@
 """Planning a step: KV slots for sessions, a choice by the policy, slices for the engine.
 
     ready sessions without a slot  ->  slots: least served API key first, then earliest due
-    ready and drafting sessions    ->  candidates  ->  policy  ->  grants  ->  as many as KV allows  ->  Run
-    sessions in flight that follow ----^   (`in_flight`; these keep their slots and KV)
+    ready and drafting sessions    ->  candidates  ->  those that KV suffices for  ->  policy  ->  grants  ->  Run
+    sessions in flight that follow ----^   (`in_flight`)             (`preemption`)
 
 A session keeps its Candidate until something about it changes: most sessions do not change between two steps.
 """
@@ -10,7 +10,7 @@ A session keeps its Candidate until something about it changes: most sessions do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from wisp.core.protocol.step import Copy, Slice
 from wisp.core.verify.admission import Admission
@@ -21,8 +21,9 @@ from wisp.core.verify.events import Limits, Run
 from wisp.core.verify.in_flight import InFlight
 from wisp.core.verify.kv import KvPool
 from wisp.core.verify.places import is_silent
-from wisp.core.verify.preemption import is_urgent, slot_victims, victims
-from wisp.core.verify.session import DRAFT, PARKED, PICKED, READY, WAITING, Session
+from wisp.core.verify.preemption import Claims, is_urgent, residents, slot_victims
+from wisp.core.verify.session import Session
+from wisp.core.verify.states import DRAFT, PARKED, PICKED, READY, WAITING
 
 PREFILL, VERIFY, DECODE = Kind
 PATIENCE_S = 1.0  # a session without SLO queues for a slot as if it were due this long after it became ready
@@ -104,15 +105,11 @@ class Planner:
         index = self.index
         self.kv.reserved = self.in_flight.rows
         self._assign_slots(now)
-        candidates = self._candidates()
-        free_kv = self._free_kv(now, candidates)
-        if free_kv < math.inf and self.policy.preempts:
-            chosen = self._not_in_flight(victims(now, candidates, free_kv, self.cost))
-            for handle in chosen:
-                self._take_kv(handle)
-            if chosen:
-                candidates = self._candidates()
-                free_kv = self._free_kv(now, candidates)
+        candidates, free_kv, preempts = self._candidates(), math.inf, self.policy.preempts
+        if preempts:
+            candidates = self._residents(now, candidates)
+        else:
+            free_kv = self._free_kv(now, candidates)
         limits = StepLimits(
             self.limits.step_tokens,
             self.limits.slots,
@@ -124,10 +121,11 @@ class Planner:
         plan = self.policy.plan(now, candidates, limits)
         for handle in plan.lost:
             index.sessions[handle].relax(now)
-        grants = self._that_fit(now, plan.grants)
+        grants = plan.grants if preempts else self._that_fit(now, plan.grants)
+        if not grants and self.in_flight.steps:
+            self._withdraw_copies()
+        self._make_room(sum([g.tokens for g in grants]))
         if not grants:
-            if self.in_flight.steps:
-                self._withdraw_copies()
             return None, plan.wake_at
         slices = [self._slice(now, grant) for grant in grants]
         self.load = load_of(slices)
@@ -157,7 +155,28 @@ class Planner:
         sessions = self.index.sessions
         return [handle for handle in handles if not sessions[handle].flight.slices]
 
-    def _free_kv(self, now: float, candidates: Sequence[Candidate]) -> float:
+    # --- KV, under policies that preempt
+
+    def _residents(self, now: float, candidates: list[Candidate]) -> list[Candidate]:
+        """Those that there is KV for. Sessions in their way lose theirs."""
+        if sum([c.new for c in candidates]) <= self.kv.free:
+            return candidates
+        free = self.kv.free + sum(map(self._held, self.index.parked))
+        fixed = {handle for step in self.in_flight.steps for handle in step.slices}
+        claims = Claims(now, self.cost, fixed, self._evictable(now), self.admission.shares)
+        found = residents(candidates, free + sum([c.cached for c in candidates]), claims)
+        missing = sum([c.new for c in found.resident]) - free
+        for c in reversed(found.others):
+            if missing <= 0:
+                break
+            if c.cached and c.session not in fixed:
+                missing -= c.cached
+                self._take_kv(c.session)
+        return found.resident
+
+    # --- KV, under policies that do not
+
+    def _free_kv(self, now: float, candidates: list[Candidate]) -> float:
         """KV tokens available without taking any from a candidate; inf if every candidate fits."""
         needed = sum([c.new for c in candidates])
         if needed <= self.kv.free:
@@ -165,6 +184,54 @@ class Planner:
         idle = self._evictable(now)
         free_kv = self.kv.obtainable(lambda handle: not idle(handle))
         return math.inf if needed <= free_kv else free_kv
+
+    def _that_fit(self, now: float, grants: list[Grant]) -> list[Grant]:
+        """The grants, in order, that there is KV for. If not even the first one fits, other sessions lose theirs."""
+        needed = sum([g.tokens for g in grants])
+        if self.kv.clear(needed):
+            return grants
+        grants = list(grants)
+        idle = self._evictable(now)
+        available = self.kv.obtainable(self._keepers(idle, grants))
+        while needed > available and len(grants) > 1:
+            last = grants.pop()
+            needed -= last.tokens
+            if idle(last.session):  # without a grant, its own KV can be taken
+                available += self._held(last.session)
+        if needed > available:
+            if self.in_flight.steps:
+                return []  # there is more once a step is back
+            self._take_from_youngest(grants[0].session, needed - available, idle)
+        for handle in self.kv.fit(needed, self._keepers(idle, grants)) or ():
+            self._lose_kv(handle)
+        return grants
+
+    def _keepers(self, idle: Callable[[int], bool], grants: list[Grant]) -> Callable[[int], bool]:
+        chosen = {g.session for g in grants}
+        return lambda handle: handle in chosen or not idle(handle)
+
+    def _take_from_youngest(self, chosen: int, missing: int, idle: Callable[[int], bool]) -> None:
+        """Take KV of other sessions, the youngest first, until `missing` more tokens are available.
+
+        There are enough: a session alone fits by its limits.
+        """
+        owners = [s for s in self.index.sessions.values() if s.slot is not None and s.handle != chosen]
+        owners.sort(key=lambda s: (s.targets.opened, s.handle))
+        got = 0
+        while got < missing:
+            victim = owners.pop()
+            if not idle(victim.handle):  # KV of idle sessions counts as available already
+                got += self._held(victim.handle)
+            self._take_kv(victim.handle)
+
+    # --- KV, under all
+
+    def _make_room(self, needed: int) -> None:
+        """Free KV for a step and for copies, from leftovers and parked sessions. There is enough of it."""
+        evicted = self.kv.fit(needed, lambda handle: handle not in self.index.parked)
+        assert evicted is not None, "what was granted fits"
+        for handle in evicted:
+            self._lose_kv(handle)
 
     # --- slots
 
@@ -232,49 +299,10 @@ class Planner:
         self.evicted += 1
         self.index.put(session)
 
-    def _that_fit(self, now: float, grants: list[Grant]) -> list[Grant]:
-        """The grants, in order, that there is KV for. If not even the first one fits, other sessions are preempted."""
-        needed = sum([g.tokens for g in grants])
-        if self.kv.clear(needed):
-            return grants
-        grants = list(grants)
-        idle = self._evictable(now)
-        available = self.kv.obtainable(self._keepers(idle, grants))
-        while needed > available and len(grants) > 1:
-            last = grants.pop()
-            needed -= last.tokens
-            if idle(last.session):  # without a grant, its own KV can be taken
-                available += self._held(last.session)
-        if needed > available:
-            if self.in_flight.steps:
-                return []  # there is more once a step is back
-            self._preempt(grants[0].session, needed - available, idle)
-        for handle in self.kv.fit(needed, self._keepers(idle, grants)) or ():
-            self._lose_kv(handle)
-        return grants
-
-    def _keepers(self, idle: Callable[[int], bool], grants: list[Grant]) -> Callable[[int], bool]:
-        chosen = {g.session for g in grants}
-        return lambda handle: handle in chosen or not idle(handle)
-
     def _held(self, handle: int) -> int:
         """Tokens of a session's KV."""
         slot = self.index.sessions[handle].slot
         return len(self.kv.slots[slot].tokens) if slot is not None else 0
-
-    def _preempt(self, chosen: int, missing: int, idle: Callable[[int], bool]) -> None:
-        """Preempt other sessions, youngest first, until `missing` more tokens are available.
-
-        There are enough: a session alone fits by its limits.
-        """
-        owners = [s for s in self.index.sessions.values() if s.slot is not None and s.handle != chosen]
-        owners.sort(key=lambda s: (s.targets.opened, s.handle))
-        got = 0
-        while got < missing:
-            victim = owners.pop()
-            if not idle(victim.handle):  # KV of idle sessions counts as available already
-                got += self._held(victim.handle)
-            self._take_kv(victim.handle)
 
     def _take_kv(self, handle: int) -> None:
         slot = self.index.sessions[handle].slot
@@ -294,14 +322,16 @@ class Planner:
         s.go(PICKED)
         self.index.put(s)
         self.kv.touch(now, slot)
-        start, position, after = s.cached + flight.kv, s.progress.committed + flight.tokens, -1
+        start, after = s.cached + flight.kv, -1
+        position = len(chain) - s.progress.n_prompt + flight.tokens
         if flight.tokens:  # decode after a token that is still to be chosen
             tokens, n_draft, last, after = [0], 0, True, flight.step
         else:
-            pending, end = s.round.pending, min(start + grant.tokens, len(chain))
-            last = end == len(chain)
-            draft = pending.draft[: grant.tokens - (end - start)] if last and pending else []
-            tokens, n_draft = chain[start:end].tolist() + draft, len(draft)
+            tokens, n_draft, pending = chain[start : start + grant.tokens].tolist(), 0, s.round.pending
+            last = start + len(tokens) == len(chain)
+            if last and pending is not None:
+                draft = pending.draft[: grant.tokens - len(tokens)]
+                tokens, n_draft = tokens + draft, len(draft)
         sampling, constraints = s.params.sampling, s.params.sampling.constraints
         past: list[int] = []
         if constraints is not None and last and constraints.choosing:

@@ -1,57 +1,122 @@
-"""Preemption of KV: sessions far ahead of their TPOT target give up their KV to candidates that cannot wait.
+"""Which sessions hold KV when there is not enough for all: the residents of the next step.
+
+All claims to KV, in one strict order, and the first of them that fit together are resident. Nobody else runs, and who
+is in their way loses its KV. So what is taken for a session goes to that session, and no two can take KV from each
+other in turn: while nothing is committed, a session that has KV falls in the order only as it loses it. The first one
+fits, as each session alone does.
+
+    fixed    its KV is in use by a step in flight
+    going    has KV and is not far ahead of its TPOT target: latest due time last
+    urgent   a prompt that cannot wait, with KV before without
+    rest     all others, with KV before without. Without SLO, nothing is due
+    idle     its edge is silent
+
+Within each, the earliest due is first, then the oldest. Of sessions without KV, those that wait for their first token
+come before all that lost their KV: a late first token cannot be made up for, other tokens can.
 
 A session that is ten seconds ahead has given its user text for ten seconds. Until then it needs neither engine nor
-memory, while a new session needs memory for its first token. So its KV is dropped, and computed again when there is
-free KV or its next token comes due. Preemption costs that second prefill. A victim must therefore be able to wait a
-hundred times as long as the prefill takes, and must not be about to end, which frees its KV for good.
+memory, while a new session needs memory for its first token. Preemption costs a second prefill. A session far ahead
+must therefore be able to wait a hundred times as long as the prefill takes, and must not be about to end, which frees
+its KV for good. A session without SLO may lose all its KV for a single token of another.
 
-Order of victims: sessions without SLO first, the youngest of them first, then the largest slack. A session without
-SLO may lose all its KV for a single token of another.
-
-If these victims are not enough for one token per running session, the sessions with the least lag are preempted too:
-it is better to stop a few than all.
+Under batching policies that do not preempt, the planner takes KV only where not even one session could run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
+from enum import IntEnum
+from itertools import groupby
+from typing import NamedTuple
+
+import msgspec
 
 from wisp.core.verify.batching import Candidate, Kind
 from wisp.core.verify.cost import CostModel, Load
 
-SPARE_S = 3.0  # least slack of a victim
-WORTH = 100.0  # least slack of a victim, in multiples of the time to compute its KV again
-ENDING = 16  # tokens; a session with no more than this to generate is not preempted
+SPARE_S = 3.0  # least slack of a session far ahead
+WORTH = 100.0  # the same, in multiples of the time to compute its KV again
+ENDING = 16  # tokens; a session with no more than this to generate is not far ahead
 URGENT_S = 0.5  # a prompt may preempt a slot this long before its prefill must start,
-EARLY_S = 2.0  # and KV of sessions that are ahead this long
+EARLY_S = 2.0  # and KV of sessions that are far ahead this long
 
 
-def victims(now: float, candidates: Sequence[Candidate], free_kv: float, cost: CostModel) -> list[int]:
-    """Sessions to preempt so that urgent candidates fit. `free_kv`: KV tokens available without preemption."""
-    wanted = {c.session: c.new for c in candidates if is_urgent(now, c, cost, EARLY_S)}
-    least = {c.session: c.new - c.n_draft for c in candidates if _running(c)}
-    if not wanted:  # nothing runs: start the first prompt rather than stand still
-        wanted = {c.session: c.new for c in sorted(candidates, key=_first_due)[:1]}
-    willing, forced = _split(now, candidates, cost)
-    chosen: list[int] = []
-    for able, need in ((willing, wanted), (forced, least)):
-        missing = sum(need.values()) - free_kv
-        for c in able:
-            if missing <= 0:
-                break
-            own = need.get(c.session, 0)
-            if missing <= own:
-                continue  # only its own need is missing: no session is preempted for itself
-            chosen.append(c.session)
-            free_kv += c.cached
-            missing -= c.cached + own
-            least.pop(c.session, None)
-    return chosen
+class Claim(IntEnum):
+    """Kinds of claims to KV, the strongest first."""
+
+    FIXED = 0
+    GOING = 1
+    URGENT = 2
+    REST = 3
+    IDLE = 4
+
+
+class Claims(NamedTuple):
+    """What decides the order of claims. `fixed`: sessions in flight. `idle`: tells whether an edge is silent.
+
+    shares: tokens served so far per API key. Of prompts without KV that are equally due, that of the least served key
+            is first
+    """
+
+    now: float
+    cost: CostModel
+    fixed: Collection[int] = ()
+    idle: Callable[[int], bool] = lambda session: False
+    shares: Mapping[str, float] = {}
+
+    def rank(self, c: Candidate) -> tuple[Claim, bool, bool, float, float, float, int]:
+        """The place of a session in the order: a strict one, as no two have the same last number."""
+        claim, has_kv = self._claim(c), c.cached > 0
+        again, share = not has_kv and not c.first, 0.0 if has_kv else self.shares.get(c.key, 0.0)
+        return claim, not has_kv, again, _due(self.now, c), share, c.opened, c.session
+
+    def _claim(self, c: Candidate) -> Claim:
+        if c.session in self.fixed:
+            return Claim.FIXED
+        if self.idle(c.session):
+            return Claim.IDLE
+        if _running(c):
+            return Claim.REST if is_far_ahead(self.now, c, self.cost) else Claim.GOING
+        return Claim.URGENT if is_urgent(self.now, c, self.cost, EARLY_S) else Claim.REST
+
+
+class Residents(NamedTuple):
+    """`resident`: those that fit, with shorter drafts where whole ones do not. `others` may lose their KV, the last one
+    first."""
+
+    resident: list[Candidate]
+    others: list[Candidate]
+
+
+def residents(candidates: Iterable[Candidate], room: float, claims: Claims) -> Residents:
+    """Choose the residents. `room`: KV tokens for all candidates, those that they have included.
+
+    Who does not fit is waited for: no weaker claim without KV is resident before it.
+    """
+    ranked = sorted([(claims.rank(c), c) for c in candidates])
+    chosen, others, waited_for = list[Candidate](), list[Candidate](), False
+    room -= sum([c.cached for (claim, *_), c in ranked if claim is Claim.FIXED])
+    for claim, group in groupby(ranked, key=lambda r: r[0][0]):
+        fit: list[Candidate] = []
+        for _, c in group:
+            tokens = c.new - c.n_draft + (0 if claim is Claim.FIXED else c.cached)
+            if tokens <= room and (c.cached or not waited_for):
+                room -= tokens
+                fit.append(c)
+            else:
+                others.append(c)
+                waited_for = True
+        for c in fit:
+            cut = c.n_draft - int(min(c.n_draft, room))
+            room -= c.n_draft - cut
+            chosen.append(msgspec.structs.replace(c, new=c.new - cut, n_draft=c.n_draft - cut) if cut else c)
+    return Residents(chosen, others)
 
 
 def slot_victims(now: float, candidates: Iterable[Candidate], cost: CostModel) -> list[int]:
     """Sessions that may lose their slot, best victim first."""
-    return [c.session for c in _split(now, candidates, cost)[0]]
+    far = [c for c in candidates if c.cached and is_far_ahead(now, c, cost)]
+    return [c.session for c in sorted(far, key=lambda c: (c.due, c.opened, c.session), reverse=True)]
 
 
 def is_urgent(now: float, c: Candidate, cost: CostModel, within_s: float = URGENT_S) -> bool:
@@ -59,25 +124,19 @@ def is_urgent(now: float, c: Candidate, cost: CostModel, within_s: float = URGEN
     return _running(c) or c.due - now < within_s + 2.0 * c.new * _token_s(cost)
 
 
+def is_far_ahead(now: float, c: Candidate, cost: CostModel) -> bool:
+    """Can it do without KV for a while?"""
+    return c.remaining > ENDING and c.due - now > max(SPARE_S, WORTH * _token_s(cost) * c.cached)
+
+
 def _running(c: Candidate) -> bool:
     return c.kind is not Kind.PREFILL and c.cached > 0
 
 
-def _first_due(c: Candidate) -> tuple[float, float, int]:
-    return c.due, c.opened, c.session
-
-
-def _split(
-    now: float, candidates: Iterable[Candidate], cost: CostModel
-) -> tuple[list[Candidate], list[Candidate]]:
-    """Candidates with KV: those with enough slack to lose it, and the others. Best victim first."""
-    token_s = _token_s(cost)
-    willing: list[Candidate] = []
-    forced: list[Candidate] = []
-    for c in sorted((c for c in candidates if c.cached), key=_first_due, reverse=True):
-        spare = c.remaining > ENDING and c.due - now > max(SPARE_S, WORTH * token_s * c.cached)
-        (willing if spare else forced).append(c)
-    return willing, forced
+def _due(now: float, c: Candidate) -> float:
+    """A first token that is late gives way to others for as long again: what can still be in time comes first."""
+    late = c.first and not c.slo_lost and c.due < now
+    return 2.0 * c.due - c.opened if late else c.due
 
 
 def _token_s(cost: CostModel) -> float:

@@ -1,115 +1,28 @@
-"""A session on the verifier: its state machine (a table), and five values that hold its state.
+"""A session on the verifier: its state (`states`), and the values that it consists of.
 
-    READY --picked--> RUNNING --verdict--> WAITING --draft--> READY ...
-                              `--more----> READY   (rest of a prompt, server mode, a draft already here)
-
-    params     what was asked for; never changes
-    targets    the SLO and its due times
-    progress   prompt and committed tokens
-    round      what verifier and edge owe each other
-    speed      measurements of past rounds
-    flight     what steps in flight will add
-
-READY means "can run"; a READY session may still have no KV slot. A RUNNING one has a slice in a step in flight, or in
-several (`in_flight`). When its edge is lost a session is PARKED, or ORPHANED until the end of its steps; the edge
-resumes it with an Open. A session cancelled during its steps is DOOMED: it ends with the last of them.
+params     what was asked for; never changes
+targets    the SLO and its due times
+progress   prompt and committed tokens
+round      what verifier and edge owe each other
+speed      measurements of past rounds
+flight     what steps in flight will add
 """
 
 from __future__ import annotations
 
 import math
-from enum import Enum, auto
 
 import msgspec
 
 from wisp.core.errors import ProtocolError
 from wisp.core.protocol.messages import Draft, Open, Verdict
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.protocol.slo import Slo
 from wisp.core.protocol.step import Slice, TokenLogprob
 from wisp.core.verify.batching import Candidate
 from wisp.core.verify.kv import Sharers, Tokens, common_prefix, packed
+from wisp.core.verify.states import TRANSITIONS, Event, State
+from wisp.core.verify.targets import Targets
 
-
-class State(Enum):
-    """The state of a session."""
-
-    READY = auto()  # can run
-    RUNNING = auto()  # takes part in a step in flight
-    WAITING = auto()  # for its edge
-    PARKED = auto()  # edge lost
-    ORPHANED = auto()  # running, edge lost
-    DOOMED = auto()  # running, cancelled
-    ENDED = auto()
-
-    __hash__ = object.__hash__  # members are singletons; Enum's own hash is slow in the table's many look-ups
-
-
-class Event(Enum):
-    """What can happen to a session."""
-
-    PICKED = auto()  # for a step
-    MORE = auto()  # step ended; the session can run again
-    VERDICT = auto()  # step ended; the session waits for its edge
-    DRAFT = auto()
-    LOST = auto()
-    RESUMED = auto()
-    CANCEL = auto()
-    FINISHED = auto()
-
-    __hash__ = object.__hash__
-
-
-# Module names are looked up faster than members of a class, in loops over a thousand sessions.
-READY, RUNNING, WAITING, PARKED, ORPHANED, DOOMED, ENDED = State
-PICKED, MORE, VERDICT, DRAFT, LOST, RESUMED, CANCEL, FINISHED = Event
-
-S, E = State, Event
-TRANSITIONS: dict[State, dict[Event, State]] = {
-    S.READY: {
-        E.PICKED: S.RUNNING,
-        E.DRAFT: S.READY,
-        E.VERDICT: S.WAITING,  # answered from what is committed, without the engine
-        E.LOST: S.PARKED,
-        E.RESUMED: S.WAITING,
-        E.CANCEL: S.ENDED,
-    },
-    S.RUNNING: {
-        E.PICKED: S.RUNNING,  # for the step after it
-        E.MORE: S.READY,
-        E.VERDICT: S.WAITING,
-        E.DRAFT: S.RUNNING,
-        E.LOST: S.ORPHANED,
-        E.RESUMED: S.RUNNING,
-        E.CANCEL: S.DOOMED,
-        E.FINISHED: S.ENDED,
-    },
-    S.WAITING: {
-        E.DRAFT: S.READY,
-        E.LOST: S.PARKED,
-        E.RESUMED: S.WAITING,
-        E.CANCEL: S.ENDED,
-        E.FINISHED: S.ENDED,
-    },
-    S.PARKED: {E.RESUMED: S.WAITING, E.CANCEL: S.ENDED},
-    S.ORPHANED: {
-        E.MORE: S.PARKED,
-        E.VERDICT: S.PARKED,
-        E.RESUMED: S.RUNNING,
-        E.CANCEL: S.DOOMED,
-        E.FINISHED: S.ENDED,
-    },
-    S.DOOMED: {E.MORE: S.ENDED, E.VERDICT: S.ENDED, E.FINISHED: S.ENDED},
-    S.ENDED: {},
-}
-IN_ENGINE = frozenset({S.RUNNING, S.ORPHANED, S.DOOMED})
-
-
-# Share of a target that is used here. The rest of TTFT is for the network; the rest of TPOT for the variance of rounds.
-TTFT_SHARE = 0.95
-TPOT_SHARE = 0.96
-
-RELAXED = 2.0  # times the TPOT target: how a session is served whose SLO is lost
 ACCEPTANCE = 0.8  # of a draft token, before any was seen
 ACCEPTANCE_MOST = 0.98  # below 1, which `expected` could not divide by
 ACCEPTANCE_RATE = 0.04  # smoothing, per draft token
@@ -128,46 +41,6 @@ class Parameters(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, key: str, open_: Open) -> Parameters:
         return cls(open_.sampling, open_.max_tokens, open_.ignore_eos, (key, open_.salt))
-
-
-class Targets:
-    """The SLO of a session, and the due times that follow from it. Seconds."""
-
-    __slots__ = ("first_at", "opened", "relaxed_from", "slo", "slo_lost", "tpot_s")
-
-    def __init__(self, slo: Slo | None, now: float, *, begun: bool) -> None:
-        self.slo = slo
-        self.tpot_s = slo.tpot_ms / 1e3 * TPOT_SHARE if slo else 0.0  # 0: no target
-        self.slo_lost = False  # then due times follow the relaxed TPOT target, from `relaxed_from` on
-        self.relaxed_from = 0.0
-        self.opened = now
-        self.first_at = now if begun else math.inf  # when the first token left
-
-    def due(self, committed: int) -> float:
-        """When the next token after `committed` ones must leave the verifier; inf without an SLO.
-
-        The way to the user takes equally long for every token. It delays only the first one, whose target counts from
-        the request.
-        """
-        slo = self.slo
-        if slo is None:
-            return math.inf
-        if self.slo_lost:
-            return self.relaxed_from + committed * RELAXED * self.tpot_s
-        if self.first_at < math.inf:
-            return self.first_at + committed * self.tpot_s if slo.tpot_ms else math.inf
-        return self.opened + slo.ttft_ms / 1e3 * TTFT_SHARE if slo.ttft_ms else math.inf
-
-    def drop(self) -> None:
-        """Forget an infeasible SLO: the session is served best-effort."""
-        self.slo, self.tpot_s, self.slo_lost = None, 0.0, True
-
-    def relax(self, now: float, committed: int) -> None:
-        """The SLO is lost: from now on twice the TPOT target is enough."""
-        assert self.slo is not None
-        grace = self.slo.ttft_ms / 1e3 if self.first_at == math.inf else 0.0
-        self.slo_lost = True
-        self.relaxed_from = now + grace - committed * RELAXED * self.tpot_s
 
 
 class Progress:
@@ -192,7 +65,9 @@ class Progress:
     def append(self, tokens: list[int], logprobs: list[TokenLogprob]) -> None:
         """Commit `tokens`, with their log probabilities if the step computed any."""
         self.chain.fromlist(tokens)
-        if self.logprobs is None or len(logprobs) < len(tokens):
+        if self.logprobs is None:
+            return
+        if len(logprobs) < len(tokens):
             self.entries = []  # entries must belong to the last tokens
         else:
             self.entries += logprobs[: len(tokens)]
@@ -307,9 +182,9 @@ class Speed:
 
     __slots__ = ("acceptance", "answered_at", "round_tokens")
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, *, drafts: bool = True) -> None:
         self.acceptance = ACCEPTANCE  # of a draft token whose predecessors were accepted
-        self.round_tokens = ROUND_TOKENS  # committed in a round
+        self.round_tokens = ROUND_TOKENS if drafts else 1.0  # committed in a round
         self.answered_at = now  # when the last verdict left
 
     def expected(self, n_draft: int) -> float:
@@ -352,7 +227,7 @@ class Session:
         self.targets = Targets(open_.slo, now, begun=bool(open_.committed))
         self.progress = Progress(open_)
         self.round = Round(open_)
-        self.speed = Speed(now)
+        self.speed = Speed(now, drafts=not open_.serve or bool(open_.draft))
         self.flight = Flight()
         self.state = State.WAITING
         self.since = now  # when it began to wait, for its edge or for the engine
@@ -439,9 +314,9 @@ class Session:
     ) -> Verdict:
         """The verdict on `round_`, which is also kept for duplicates."""
         progress, round_state = self.progress, self.round
-        round_state.heard = progress.committed
         entries = progress.entries_from(base) if progress.logprobs is not None else []
         tokens = progress.tokens_from(base)
+        round_state.heard = base + len(tokens)
         round_state.verdict = verdict = Verdict(
             self.id, round_, base, accepted, tokens, finish, entries, queue_ms, engine_ms, round_state.price,
             progress.reused or 0,

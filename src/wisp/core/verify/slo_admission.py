@@ -17,7 +17,9 @@ from wisp.core.verify.admission import Refusal
 from wisp.core.verify.answers import Answers
 from wisp.core.verify.cost import CostModel, Load
 from wisp.core.verify.events import Limits
-from wisp.core.verify.session import PARKED, RELAXED, WAITING, Session
+from wisp.core.verify.session import Session
+from wisp.core.verify.states import PARKED, WAITING
+from wisp.core.verify.targets import RELAXED
 
 WAITED = 0.5  # share of its TTFT target that a session waits for its first token
 MOST_A_ROUND = 8.0  # tokens that a session could commit per step with the best of drafts

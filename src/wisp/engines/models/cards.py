@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass
 
 from wisp.core.errors import ModelError
+
+A_FOLDER = "is a folder. Give a .gguf file in it; folders are for --engine vllm."
 
 
 @dataclass(frozen=True)
@@ -198,14 +201,16 @@ def find(name: str) -> ModelCard:
     plain = name.strip().lower().removesuffix("-instruct")
     if plain in _BY_NAME:
         return _BY_NAME[plain]
+    if os.path.isdir(name):
+        raise ModelError(f"{name} {A_FOLDER}")
     raise ModelError(
-        f"There is no model {name!r}{_suggestion(plain)}. The catalogue has: {', '.join(_BY_NAME)}. "
+        f"There is no model {name!r}{_suggestion(plain)} The catalogue has: {', '.join(_BY_NAME)}. "
         "A path to a .gguf file or hf:user/repo/file.gguf will do too."
     )
 
 
 def _suggestion(name: str) -> str:
     if name in PAIRS:
-        return f" (that is a pair: {' and '.join(PAIRS[name])})"
+        return f" (that is a pair: {' and '.join(PAIRS[name])})."
     near = difflib.get_close_matches(name, _BY_NAME, n=2)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"; did you mean {' or '.join(near)}?" if near else "."

@@ -1,4 +1,4 @@
-"""Which models are on this device already: nothing is fetched, and no file is read whole."""
+"""The models that are on this device already. Nothing is fetched, and no file is read whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a pull tells what it is doing: one small callback, and a bar for terminals."""
+"""The progress of a pull: one small callback, and a bar for terminals."""
 
 from __future__ import annotations
 

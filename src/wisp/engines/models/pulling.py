@@ -13,7 +13,7 @@ from pathlib import Path
 
 from wisp.core.errors import ModelError
 from wisp.engines.models import hub, packages, store
-from wisp.engines.models.cards import HubFile, ModelCard, find
+from wisp.engines.models.cards import A_FOLDER, HubFile, ModelCard, find
 from wisp.engines.models.packages import FetchPackage
 from wisp.engines.models.progress import Progress, RichProgress
 from wisp.engines.models.store import SourceError
@@ -118,6 +118,8 @@ def _bundled(card: ModelCard) -> Path:
 
 def _local(path: Path) -> Path:
     """`path`, if a GGUF file is there. Raises ModelError."""
+    if os.path.isdir(path):
+        raise ModelError(f"{path} {A_FOLDER}")
     if not os.path.isfile(path):  # which says no, too, where we may not look
         own = path == _bundled_dir() / path.name
         remedy = "Reinstall WISP" if own else "Mend the path; a file of the hub is hf:user/repo/file.gguf"

@@ -1,4 +1,4 @@
-"""Model files on disk: where they live, and how a file proves to be what it should be.
+"""Model files on disk: their folder, and the check of their contents.
 
 A file appears under its final name only when whole and checked. Next to it lies a stamp, `<file>.sha256`,
 with the size, modification time and digest seen then, so that a later start need not read a gigabyte again.

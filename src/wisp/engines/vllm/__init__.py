@@ -3,9 +3,11 @@
     target.py     TargetEngine: slots, slices, and the loop that turns them into vLLM steps
     scheduler.py  a subclass of vLLM's scheduler that schedules exactly the parts of the step at hand
     worker.py     hooks in vLLM's worker: which tokens go in, which rows come out, what is chosen there
+    runner_v1.py  where these hooks are in Model Runner V1
+    runner_v2.py  and in V2
     choosing.py   what the target says along the parts of a step: by `core.protocol.sampling` on a CPU, otherwise for
                   many rows at once, by torch or by the next two; `editing.py` has the constraints for torch
-    kernels.py    the same in Triton
+    kernels/      the same in Triton
     fused.py      the kernels from the host's side
     rows.py       what is asked of the rows of a step, as arrays
     selftest.py   what it asks of itself at every start
@@ -13,6 +15,6 @@
     models.py     from the name of a target to its folder and tokenizer
     converting.py a GGUF file as a folder in Hugging Face format, for tests and the demo
 
-Only `scheduler.py`, `worker.py`, `starting.py` and what chooses import vLLM or torch, and nothing imports them until an
-engine is started.
+Only `scheduler.py`, `worker.py`, the runners, `starting.py` and what chooses import vLLM or torch, and nothing imports
+them until an engine is started.
 """

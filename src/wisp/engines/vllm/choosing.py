@@ -1,6 +1,6 @@
-"""What the target says along the parts of a step, from the logits of their sampled rows.
+"""The target's tokens along the parts of a step, chosen from the logits of their sampled rows.
 
-The rule is `core.protocol.sampling`; tests hold every way of carrying it out against it.
+The rule is `core.protocol.sampling`; tests compare every implementation with it.
 
     on the CPU                  the rule itself, row by row, no further than a draft is accepted
     on a device with Triton     `fused`: four kernels for all rows

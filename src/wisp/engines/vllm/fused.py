@@ -1,4 +1,4 @@
-"""The kernels of `engines.vllm.kernels`, from the host's side: what they are told, and what they say."""
+"""The host's side of the kernels in `engines.vllm.kernels`: their arguments and their results."""
 
 from __future__ import annotations
 

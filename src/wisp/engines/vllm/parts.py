@@ -1,4 +1,4 @@
-"""What travels between target, scheduler and workers: plain data, free of vLLM and torch."""
+"""The data that target, scheduler and workers exchange: plain structs, free of vLLM and torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of the sampled rows of a step, as arrays, and the answers: plain NumPy, for whoever chooses."""
+"""The sampled rows of a step and their answers as NumPy arrays, for all implementations of the choice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wisp.core.protocol.edits import Bits, Edit, Ids, Values
-from wisp.core.protocol.sampling import keys, reach, scale
+from wisp.core.protocol.sampling import Sampling, keys, reach, scale
 from wisp.engines.vllm.parts import Part
 
 _MASK = (1 << 64) - 1
@@ -74,35 +74,44 @@ _OFF = reach(0.0)
 def rows_of(parts: Sequence[Part], size: int) -> Rows:
     """Of parts whose logits have `size` ids."""
     length = np.array([part.rows for part in parts], np.int32)
-    some = [part for part in parts if part.sample]
-    per = length[length > 0]
-    how = [part.sampling for part in some]
-
-    def each(values: list[Any], kind: Any) -> npt.NDArray[Any]:
-        return np.repeat(np.array(values, kind), per)
-
     first = np.cumsum(length, dtype=np.int32) - length
-    begun = np.repeat(first[length > 0], per)
-    positions = each([part.position for part in some], np.int64) + np.arange(begun.size) - begun
-    greedy = each([s.greedy for s in how], np.bool_)
     draft: list[int] = []
-    for part in some:
+    seeds, positions, kinds, logprobs = [], [], [], []
+    known: dict[tuple[float, int, float, float], int] = {}  # most sessions ask for the same
+    distinct: list[Sampling] = []
+    for part in parts:
+        if not part.sample:
+            continue
         draft += part.draft
         draft.append(-1)
-    scales = [1.0 if s.greedy else scale(s.temperature) for s in how]
-    top_k = each([s.top_k for s in how], np.int64)
+        how = part.sampling
+        kind = known.setdefault((how.temperature, how.top_k, how.top_p, how.min_p), len(distinct))
+        if kind == len(distinct):
+            distinct.append(how)
+        kinds.append(kind)
+        seeds.append(how.seed & _MASK)
+        positions.append(part.position)
+        logprobs.append(-1 if part.logprobs is None else min(part.logprobs, size))
+    per = length[length > 0]
+    of = np.repeat(np.arange(per.size), per)
+    begun = first[length > 0][of]
+    kind_of = np.array(kinds, np.int64)[of]
+
+    def each(values: list[Any], kind: Any) -> npt.NDArray[Any]:
+        return np.array(values, kind)[kind_of]
+
     return Rows(
         first,
         length,
         np.array(draft, np.int32),
-        keys(each([s.seed & _MASK for s in how], np.uint64), positions),
-        greedy,
-        np.where(greedy, 1.0, each([s.temperature for s in how], np.float64)),
-        each(scales, np.float32),
-        np.where(top_k < size, top_k, 0).astype(np.int32),
-        each([s.top_p for s in how], np.float64),
-        each([reach(s.min_p) for s in how], np.int32),
-        each([-1 if part.logprobs is None else min(part.logprobs, size) for part in some], np.int32),
+        keys(np.array(seeds, np.uint64)[of], np.array(positions, np.int64)[of] + np.arange(of.size) - begun),
+        each([how.greedy for how in distinct], np.bool_),
+        each([1.0 if how.greedy else how.temperature for how in distinct], np.float64),
+        each([1.0 if how.greedy else scale(how.temperature) for how in distinct], np.float32),
+        each([how.top_k if how.top_k < size else 0 for how in distinct], np.int32),
+        each([how.top_p for how in distinct], np.float64),
+        each([reach(how.min_p) for how in distinct], np.int32),
+        np.array(logprobs, np.int32)[of],
         list(_edits(parts, first)),
     )
 

@@ -1,9 +1,9 @@
-"""vLLM's scheduler without a will of its own: it schedules the parts it was given, and nothing else.
+"""A vLLM scheduler that decides nothing: it schedules exactly the parts that WISP chose.
 
-vLLM's own queues stay empty. What is used of it is the KV cache manager: blocks, prefix hashes, eviction of what
-nobody holds. A sequence is a vLLM `Request` of which only the tokens that are no guesses are known here, so that
-drafts never enter the prefix cache; it learns of them where a block is full, and not before. Who runs, how far, and
-who gives up his blocks is decided by `VllmTarget`.
+vLLM's own queues stay empty. Only its KV cache manager is used: blocks, prefix hashes, eviction of unused blocks. A
+sequence is a vLLM `Request` that knows committed tokens alone, so drafts never enter the prefix cache; it learns of
+tokens when a block is full, and not before. `VllmTarget` decides which sequences run, how far, and which give up their
+blocks.
 
     open(slot, tokens, salt) -> Held, and how much of it the prefix cache holds
     fits(sequence, end, firm)  are its blocks enough, with none to be hashed? Most steps stay in the blocks there are

@@ -1,4 +1,4 @@
-"""The vLLM engine's self-test at every start: do our hooks still do what they are meant to?
+"""The vLLM engine's self-test at every start: it checks that our hooks still work.
 
 Tokens at positions are chosen once one by one, and once along drafts: a right one, a wrong one, with another
 sequence beside them, across a rollback, and after blocks were given up. Logits must be the same but for rounding,

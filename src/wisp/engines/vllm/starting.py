@@ -1,7 +1,7 @@
 """vLLM's engine, started in this process with our scheduler and our hooks in its workers.
 
 `scheduler_cls` and the places hooked are not public interfaces, so the versions they are known for are pinned, and
-`VllmTarget` tests itself at every start. Only Model Runner V1 is known, without speculation of vLLM's own,
+`VllmTarget` tests itself at every start. Model Runner V1 and V2 are known, without speculation of vLLM's own,
 without asynchronous scheduling: a step begins when the verifier says so and ends with its result.
 """
 
@@ -30,8 +30,7 @@ INSTALL = "pip install 'wisp-serve[vllm]' in an environment of its own (docs/vll
 
 ACCELERATOR_STEP, CPU_STEP = 2048, 256  # tokens a step, at most
 CPU_KV_BYTES = 1 << 30
-RUNNERS = ("v1",)
-NO_V2 = "why Model Runner V2 is not used is in docs/vllm.md"
+RUNNERS = ("v1", "v2")
 USUAL_ROWS = 5  # of a slice with a draft: four tokens and the one before them
 
 
@@ -74,6 +73,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     quantization:    one of vLLM's methods, such as "fp8", for weights that are not quantised yet (default: as they are)
     prefix_caching:  keep the KV of sequences whose blocks were given up, while nobody needs the room
     runner:          vLLM's model runner, one of RUNNERS (default: the first)
+    exact:           logits are to keep every bit in any batch: batch-invariant kernels, where the device has them
     """
 
     model: str
@@ -90,6 +90,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str = ""
     prefix_caching: bool = True
     runner: str = ""
+    exact: bool = False
 
 
 class Started:
@@ -185,14 +186,16 @@ class Started:
 def settings_for(wanted: Wanted) -> dict[str, Any]:
     """vLLM's own arguments. Loads vLLM. Raises ConfigError."""
     if wanted.runner not in ("", *RUNNERS):
-        raise ConfigError(f"--runner is one of {', '.join(RUNNERS)}, not {wanted.runner!r}: {NO_V2}")
-    _environment(wanted.offline)
+        raise ConfigError(f"--runner is one of {', '.join(RUNNERS)}, not {wanted.runner!r}")
+    _environment(wanted.offline, v2=wanted.runner == "v2")
     try:
         from vllm.platforms import current_platform
     except ImportError as error:
         raise ConfigError(f"vLLM cannot be loaded ({error}): {INSTALL}") from None
-    _check_names(wanted)
     cpu = current_platform.is_cpu()
+    if wanted.exact and not cpu:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"  # read where kernels are imported, which is later
+    _check_names(wanted)
     settings: dict[str, Any] = {
         "model": wanted.model,
         "skip_tokenizer_init": True,
@@ -262,9 +265,9 @@ def _step_tokens(wanted: Wanted, *, cpu: bool) -> int:
     return max(CPU_STEP, wanted.slots) if cpu else max(ACCELERATOR_STEP, wanted.slots * USUAL_ROWS)
 
 
-def _environment(offline: bool) -> None:
-    """Settings that vLLM reads from the environment once, on import. What the operator has set stays."""
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+def _environment(offline: bool, *, v2: bool) -> None:
+    """Settings that vLLM reads from the environment. What the operator has set stays."""
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if v2 else "0"
     # One process: workers of their own only for several devices
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

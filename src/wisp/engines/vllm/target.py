@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 import numpy as np
 
-from wisp.core.errors import EngineDeadError, EngineError, GrammarError
+from wisp.core.errors import ConfigError, EngineDeadError, EngineError, GrammarError
 from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import (
@@ -34,6 +34,7 @@ from wisp.core.protocol.step import (
     Slice,
     SliceResult,
 )
+from wisp.engines import exactness
 from wisp.engines.base import EngineInfo, StepQueue
 from wisp.engines.constraining import SlotTrackers
 from wisp.engines.identity import engine_digest, folder_digest
@@ -42,7 +43,7 @@ from wisp.engines.slots import check_copy, slice_problem
 from wisp.engines.vllm import selftest
 from wisp.engines.vllm.models import fetched
 from wisp.engines.vllm.parts import Batch, Blocks, Chosen, Part
-from wisp.engines.vllm.starting import Started, Wanted
+from wisp.engines.vllm.starting import RUNNERS, Started, Wanted
 
 if TYPE_CHECKING:
     from wisp.engines.vllm.scheduler import Held
@@ -130,7 +131,8 @@ class VllmTarget:
         self._slot_tokens = wanted.slot_tokens
         self._clock = 0
         self._observing = False
-        self._model, self._quantization = wanted.model, wanted.quantization
+        self._model, self._quantization, self._runner = wanted.model, wanted.quantization, wanted.runner
+        self._is_exact = wanted.exact
         self.constraints = SlotTrackers()
         self._slots = [_Slot(index) for index in range(wanted.slots)]
         try:
@@ -142,6 +144,8 @@ class VllmTarget:
             self._n_vocab = self._started.n_vocab
             self._info = self._describe(name, frozenset(eos))
             self._info = msgspec.structs.replace(self._info, flip_gap=selftest.check(self))
+            if wanted.exact:
+                self._info = self._exact()
         except BaseException:
             self.close()
             raise
@@ -445,6 +449,14 @@ class VllmTarget:
             digest=self._digest(eos),
         )
 
+    def _exact(self) -> EngineInfo:
+        """Raises ConfigError where a bit depends on what shares a step."""
+        if why := exactness.difference(self):
+            raise ConfigError(
+                f"--mode exact is refused: with {self._model} on {self._started.device}, {why}. Serve with --mode fast"
+            )
+        return msgspec.structs.replace(self._info, mode="exact", flip_gap=0.0)
+
     def _digest(self, eos: frozenset[int]) -> str:
         """A longer context may choose other rotary factors."""
         started = self._started
@@ -458,4 +470,6 @@ class VllmTarget:
             context=self._slot_tokens,
             eos=sorted(eos),
             **({"quantization": self._quantization} if self._quantization else {}),
+            **({"mode": "exact"} if self._is_exact else {}),
+            **({"runner": self._runner} if self._runner not in ("", RUNNERS[0]) else {}),
         )

@@ -10,8 +10,8 @@ import msgspec
 from rich.console import Console
 
 from wisp.core.errors import ConfigError
+from wisp.outputs import writable
 from wisp.progress import progress_bar
-from wisp.sim.commands import writable
 from wisp.sim.compare.cell import CENTRAL, FULL, QUICK, CellResult, Extent, Task, digest, measure
 from wisp.sim.compare.results import Comparison, comparison, read, write
 from wisp.sim.compare.suite import Cell, cells_of, load_suite, write_scenarios

@@ -1,4 +1,4 @@
-"""Scenarios that nobody thought of: drawn from ranges, the same for the same seed."""
+"""A sampler of scenarios: drawn from ranges, the same for the same seed."""
 
 from __future__ import annotations
 

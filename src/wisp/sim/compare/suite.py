@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from wisp.core.errors import ConfigError
+from wisp.outputs import writable_folder
 from wisp.sim.compare.sampler import at_load, sample
 from wisp.sim.scenario import Scenario, load_scenario
 
@@ -125,8 +126,8 @@ def _lines(fields: dict[str, Any]) -> list[str]:
 
 def write_scenarios(cells: Sequence[Cell], folder: Path) -> None:
     """A scenario file for each cell. Raises ConfigError."""
+    writable_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for cell in cells:
             name = re.sub(r"[^\w.-]+", "-", cell.name)
             (folder / f"{name}.toml").write_text(scenario_file(cell))

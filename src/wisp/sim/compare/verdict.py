@@ -1,4 +1,4 @@
-"""Is a system worse than central serving at its best in a cell? Never, is the promise; here is how it is held to it.
+"""The verdict of a cell: is a system worse than central serving at its best?
 
     attainment     at most 2 points less
     and where central carries the load (violations under 10 %), at most a tenth worse in

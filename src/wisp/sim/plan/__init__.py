@@ -1,4 +1,4 @@
-"""`wisp plan`: how many devices a verifier can carry, whether WISP is worth it there, and when it is not.
+"""`wisp plan`: the devices that a verifier can carry, and whether WISP pays there.
 
     estimate: shares of the fluid bounds  ->  trials: simulations that overrule it  ->  advice: what to do, and why
 

@@ -154,6 +154,19 @@ def assumed(scenario: Scenario) -> tuple[str, ...]:
         f"with WISP: batching wisp, drafting gain and ahead, SLO admission; {drafts} agree with the target; "
         f"clients send x-slo-ttft-ms: {1e3 * slo.ttft_s:g} and x-slo-tpot-ms: {1e3 / slo.rate:.4g}",
         f"centrally: continuous batching of chunked prefill{capped}, nothing refused, no drafts",
+        *_overlap(scenario.profile),
+    )
+
+
+def _overlap(profile: Hardware) -> tuple[str, ...]:
+    """What else the hardware profile might say; the larger the overlap, the less drafts gain over central serving."""
+    if profile.overlap_measured is None or profile.overlap == profile.overlap_measured[1]:
+        return ()
+    least, likeliest, most = profile.overlap_measured
+    return (
+        f"a step's reading and arithmetic overlap with p = {profile.overlap:g}, where measurements allow {least:g} to "
+        f"{most:g}, likeliest {likeliest:g}: with more overlap both ways carry more, and WISP's lead is smaller "
+        "(docs/results/overlap.md)",
     )
 
 

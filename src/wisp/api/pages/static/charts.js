@@ -3,9 +3,10 @@
 wisp.charts = (() => {
   const { html, useEffect, useRef, useState } = window.htmPreact;
   const { number } = wisp;
-  const ms = (v) => (v === 0 ? "0" : Math.abs(v) >= 1000 ? `${number(v / 1e3, 1)} s` : `${number(v, Math.abs(v) < 10 ? 1 : 0)} ms`);
+  const short = (v, digits) => v.toLocaleString("en", { maximumFractionDigits: digits });
+  const ms = (v) => (v === 0 ? "0" : Math.abs(v) >= 1000 ? `${short(v / 1e3, 1)} s` : `${short(v, Math.abs(v) < 10 ? 1 : 0)} ms`);
   const share = (v) => wisp.percent(v);
-  const whole = (v) => number(v, v > 0 && v < 10 ? 1 : 0);
+  const whole = (v) => short(v, v < 10 ? 1 : 0);
 
   // title, what it tells, how values read, the least height of the scale, and [column, label] of up to four lines
   const CHARTS = [
@@ -15,7 +16,7 @@ wisp.charts = (() => {
     ["KV and engine", "Share of KV that live sessions hold; share of time with a step under way", share, 1, [["kv", "KV held"], ["busy", "engine busy"]]],
     ["Slack at dispatch", "How long before its next token is due a session with an SLO is served", ms, 100, [["slack_p50_ms", "median"], ["slack_p10_ms", "lowest tenth"]]],
     ["Verification interference", "Time of a slice's step beyond what the slice alone would take", ms, 10, [["interference_p50_ms", "median"], ["interference_p95_ms", "95th percentile"]]],
-    ["Price of a draft token", "What one more costs other sessions, in committed tokens", (v) => number(v, 3), 0.01, [["price", "price"]]],
+    ["Price of a draft token", "What one more costs other sessions, in committed tokens", (v) => short(v, 3), 0.01, [["price", "price"]]],
     ["Admissions", "Sessions per second", whole, 2, [["admitted", "admitted"], ["refused", "refused"]]],
     ["Sessions", "With a KV slot, and those that could run but have none", whole, 4, [["running", "with a slot"], ["waiting", "without"]]],
     ["Ends of sessions", "Per second, by whether the SLO was kept as seen here", whole, 2, [["met", "within SLO"], ["missed", "missed"]]],

@@ -27,7 +27,7 @@
   function Trouble({ status, trouble }) {
     if (trouble) return html`<p class="note bad" role="alert" data-testid="trouble">${trouble.message} The page tries again by itself.</p>`;
     if (!status || status.verifier.connected) return null;
-    return html`<p class="note" role="alert" data-testid="trouble"><strong>No verifier.</strong> ${status.verifier.problem}.
+    return html`<p class="note" role="alert" data-testid="trouble"><strong>No verifier at ${status.verifier.address}</strong>: ${status.verifier.problem}.
       This edge tries again by itself; open answers wait, and go on where they were.</p>`;
   }
 
@@ -81,7 +81,7 @@
       <div class="row">
         <label class="check"><input type="checkbox" role="switch" checked=${beside} onChange=${(e) => setBeside(e.target.checked)} /> Beside the target alone</label>
         <span class="grow"></span>
-        <button class="quiet" onClick=${clear} disabled=${running}>New chat</button>
+        <button class="quiet" onClick=${clear} disabled=${running || !clear}>New chat</button>
         ${running ? html`<button onClick=${stop}>Stop</button>` : html`<button class="main" onClick=${go} disabled=${!ready || !text.trim()}>Send</button>`}
       </div>
     </div>`;
@@ -143,7 +143,7 @@
           </div>
           ${!turns.length && html`<p class="empty">Nothing was asked yet. Answers show which tokens this device drafted, and which the verifier wrote.</p>`}
           <${Compose} running=${Boolean(running.current)} ready=${ready} send=${(text, beside) => send(turns, text, beside)} stop=${() => running.current && running.current.abort()}
-            clear=${() => setTurns([])} />
+            clear=${turns.length ? () => setTurns([]) : null} />
         </div>
         <aside class="side" aria-label="Settings and state">
           <${side.State} status=${status} />

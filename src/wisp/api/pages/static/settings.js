@@ -53,7 +53,7 @@ wisp.settings = (() => {
   function State({ status }) {
     if (!status) return null;
     const d = status.drafting, v = status.verifier;
-    return html`<section class="card" aria-label="This edge"><h2>This edge</h2><dl class="facts">
+    return html`<section class="card state" aria-label="This edge"><h2>This edge</h2><dl class="facts">
       <${Fact} name="drafter" value=${d.drafter || "none"} />
       <${Fact} name="policy" value=${`${d.policy}${d.ahead ? ", ahead" : ""}`} />
       <${Fact} name="draft speed" value=${d.draft_per_s ? `${number(d.draft_per_s)} tokens/s` : "–"} />

@@ -30,7 +30,7 @@ wisp.tables = (() => {
     return html`<span class="meter ${part < 0.9 ? "low" : ""}" aria-hidden="true"><svg viewBox="0 0 100 10" preserveAspectRatio="none"><rect width=${part * 100} height="10" /></svg></span>${percent(part)} <span class="soft">of ${ended}</span>`;
   }
 
-  const targets = (c) => [c.ttft_ms && `first token in ${number(c.ttft_ms)} ms`, c.tpot_ms && `${number(c.tpot_ms, 1)} ms a token`].filter(Boolean).join(", ");
+  const targets = (c) => [c.ttft_ms && `TTFT ${number(c.ttft_ms)} ms`, c.tpot_ms && `TPOT ${number(c.tpot_ms, 1)} ms`].filter(Boolean).join(", ");
 
   const Classes = ({ classes }) => html`<${Section} title="SLO attainment" note="as seen from here, of sessions that have ended" rows=${classes.length}
       empty="No session with an SLO has ended yet." head=${[["class"], ["targets"], ["attained"]]}>
@@ -52,7 +52,7 @@ wisp.tables = (() => {
 
   const shown = (some, all) => (some < all ? `${some} of ${number(all)}` : all ? number(all) : "");
 
-  const slack = (s) => (s.slack_ms === null ? "–" : s.slo_lost ? "SLO lost" : `${number(s.slack_ms)} ms`);
+  const slack = (s) => (s.slack_ms === null ? "–" : s.slo_lost ? "SLO lost" : `${number(s.slack_ms / 1e3, 1)} s`);
 
   const Sessions = ({ sessions, n, replicas, over }) => html`<${Section} title=${over ? "Sessions at the end of the window" : "Sessions now"} note=${shown(sessions.length, n)}
       rows=${sessions.length} empty=${over ? "No session was open then." : "No session is open."}

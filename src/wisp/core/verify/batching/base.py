@@ -105,7 +105,7 @@ class BatchingPolicy(Protocol):
     """Chooses the next step.
 
     wants_drafting: also offer sessions whose edge is still drafting
-    preempts:       take KV from sessions far ahead of their TPOT target (`core.verify.preemption`)
+    preempts:       sessions far ahead of their TPOT target lose KV to urgent ones (`core.verify.preemption`)
     price:          what one more draft token costs other sessions, in committed tokens; 0 if the policy has none
     """
 

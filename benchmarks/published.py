@@ -1,29 +1,28 @@
-"""`python -m benchmarks overlap`: how far memory and arithmetic overlap in a step, from public measurements.
+"""How far memory and arithmetic overlap in a step, from measurements that others published.
 
 The roofline of `engines.emulated` has a step take (memory^p + compute^p)^(1/p) + launch. LMDeploy has published the
 median time of a token for static batches on A100s, which is the time of a step: for one model, many batches and
 contexts. For each p the share of the bandwidth and the launch that fit best are found, with the share of the arithmetic
 given: 0.5, as in our profiles, or what the same page's prefill of 2,048 tokens reached.
+
+NVIDIA has published the throughput of static batches under TensorRT-LLM on A100s and H100s, prefill included. A few of
+them are so large that reading and arithmetic take about as long as each other, where p shows most: one batch is enough.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-
-from wisp.core.verify.cost import Load
-from wisp.engines.emulated import hardware
-from wisp.sim.commands import writable
 
 SOURCE = "https://github.com/InternLM/lmdeploy/blob/3e391df4673326f79363eebe030876861a9b7090/docs/en/benchmark/a100_fp16.md"
 BANDWIDTH, ARITHMETIC = 2039e9, 312e12  # of one A100-80GB: bytes and dense fp16 operations per second
 PS = (*(1.0 + 0.05 * i for i in range(61)), math.inf)
 CLOSE = 0.005  # errors so much larger than the least one still count as a fit
 OUR_SHARE = 0.5
+BEFORE = 1.3  # p of our profiles, a guess
 PROMPT = 2048  # tokens of the prompt whose prefill was timed
 
 
@@ -125,7 +124,7 @@ class Found(msgspec.Struct):
     low: float
     high: float | None
     error: float
-    error_at_1_3: float
+    error_before: float
     bandwidth: float
     launch_ms: float
 
@@ -136,41 +135,100 @@ def found(m: Published, share: float) -> Found:
     best = min(fits, key=lambda f: f.error)
     close = [f.p for f in fits if f.error <= best.error + CLOSE]
     high = None if close[-1] == math.inf else round(close[-1], 2)
-    old = fit(m, 1.3, share).error
+    old = fit(m, BEFORE, share).error
     return Found(
         m.name, m.gpus, round(share, 2), round(best.p, 2), round(close[0], 2), high, best.error, old, best.bandwidth,
         best.launch_ms,
     )  # fmt: skip
 
 
-def run_bench_overlap(out: Path | None) -> None:
-    """Fit, and print or write the page. Raises ConfigError."""
-    if out is not None:
-        writable(out)
-    page = "\n".join(_page())
-    if out is not None:
-        out.write_text(page + "\n")
-    else:
-        print(page)
+# --- large batches, whose prefill has to be taken off
+
+TENSORRT_LLM = "https://github.com/NVIDIA/TensorRT-LLM/blob/138f96d45f90b9667426f7c47297d8c06bafac73/docs/source/performance.md"
+BANDWIDTH_SHARE, LAUNCH_MS = 0.87, 2.3  # what LMDeploy's Llama-2-7B fits
+BALANCED = 0.5  # the shorter part is at least this share of the longer one
 
 
-def _page() -> Iterator[str]:
-    yield "| model | GPUs | share of arithmetic | p | p nearly as good | error | error at 1.3 | bandwidth | launch ms |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for m in PUBLISHED:
-        for share in (OUR_SHARE, prefill_share(m)):
-            f = found(m, share)
-            span = f"{f.low:g} to {f.high:g}" if f.high is not None else f"{f.low:g} and more"
-            yield (
-                f"| {f.model} | {f.gpus} | {f.share:.2f} | {f.p:g} | {span} | {f.error:.1%} | {f.error_at_1_3:.1%} "
-                f"| {f.bandwidth:.2f} | {f.launch_ms:.1f} |"
-            )
-    yield ""
-    yield "| profile | decode of | p = 1.3 | p = 2 | p = 3 |"
-    yield "|---|---|---|---|---|"
-    for name, context in (("a100-qwen3-32b", 300), ("h200-qwen3-32b", 300)):
-        for n, rows in ((16, 1), (64, 1), (64, 5)):
-            load = Load(n * rows, n * rows * context, n * context, n)
-            profile = hardware(name)
-            ms = [msgspec.structs.replace(profile, overlap=p).step_ms(load) for p in (1.3, 2.0, 3.0)]
-            yield f"| {name} | {n} x {rows} | {ms[0]:.1f} ms | {ms[1]:.1f} ms | {ms[2]:.1f} ms |"
+class Offline(NamedTuple):
+    """Static batches of one model: bytes of a weight and of a token's KV, peaks of the device in bytes and operations
+    per second, ms to the first of one prompt's tokens (2,048 of them), and (batch, prompt, output, tokens per s)."""
+
+    model: str
+    device: str
+    billions: float
+    weight_bytes: float
+    kv_bytes: int
+    bandwidth: float
+    arithmetic: float
+    first_ms: float
+    runs: tuple[tuple[int, int, int, float], ...]
+
+
+H100 = 3350e9, 1979e12  # bytes and dense fp8 operations per second
+OFFLINE = (
+    Offline("GPT-J 6B", "A100, fp16", 6.05, 2, 458_752, BANDWIDTH, ARITHMETIC, 129.0, (
+        (512, 128, 128, 6374), (60, 2048, 128, 670),
+    )),
+    Offline("Llama-2-7B", "A100, fp16", 6.74, 2, 524_288, BANDWIDTH, ARITHMETIC, 133.0, (
+        (384, 128, 128, 5586), (60, 128, 2048, 1928), (52, 2048, 128, 591),
+    )),
+    Offline("GPT-J 6B", "H100, fp8", 6.05, 1, 229_376, *H100, 29.0, (
+        (1024, 128, 128, 26150), (120, 128, 2048, 8011), (64, 2048, 128, 2551), (64, 2048, 2048, 3327),
+    )),
+    Offline("Llama-2-7B", "H100, fp8", 6.74, 1, 262_144, *H100, 36.0, (
+        (768, 128, 128, 19694), (112, 128, 2048, 6818), (80, 2048, 128, 2244), (48, 2048, 2048, 2740),
+    )),
+)  # fmt: skip
+
+
+class Balanced(msgspec.Struct):
+    """A batch with which both parts of a step matter. p None: the step takes no longer than its longer part."""
+
+    model: str
+    device: str
+    batch: int
+    share: float
+    step_ms: float
+    memory_ms: float
+    compute_ms: float
+    p: float | None
+
+
+def balanced() -> Iterator[Balanced]:
+    """Of all published batches those whose p shows, under both assumptions about the arithmetic's share."""
+    for m in OFFLINE:
+        reached = 2 * m.billions * 1e9 * PROMPT / (m.first_ms / 1e3) / m.arithmetic
+        for run in m.runs:
+            for share in (OUR_SHARE, reached):
+                found = _of_batch(m, run, share, reached)
+                if min(found.memory_ms, found.compute_ms) >= BALANCED * max(
+                    found.memory_ms, found.compute_ms
+                ):
+                    yield found
+
+
+def _of_batch(m: Offline, run: tuple[int, int, int, float], share: float, reached: float) -> Balanced:
+    batch, prompt, output, per_s = run
+    operations = 2 * m.billions * 1e9 * batch
+    prefill_s = operations * prompt / (m.arithmetic * reached)
+    step_ms = (batch * output / per_s - prefill_s) / (output - 1) * 1e3
+    moved = m.billions * 1e9 * m.weight_bytes + batch * (prompt + output / 2) * m.kv_bytes
+    memory = moved / (m.bandwidth * BANDWIDTH_SHARE) * 1e3
+    compute = operations / (m.arithmetic * share) * 1e3
+    p = solved(memory, compute, step_ms - LAUNCH_MS)
+    return Balanced(m.model, m.device, batch, round(share, 2), step_ms, memory, compute, p)
+
+
+def solved(memory: float, compute: float, both: float) -> float | None:
+    """The p with which both parts together take so long, at least 1; None where they take no longer than one."""
+    high, low = max(memory, compute), min(memory, compute)
+    if both <= high:
+        return None
+    fewest, most = 1.0, 64.0
+    for _ in range(40):
+        p = (fewest + most) / 2
+        if high * (1 + (low / high) ** p) ** (1 / p) > both:
+            fewest = p
+        else:
+            most = p
+    return fewest

@@ -1,0 +1,211 @@
+"""A hard bound on what compiling a grammar costs: it is tried first in a process that the system ends.
+
+llguidance has limits of its own, but some grammars of a few bytes take it minutes and gigabytes all the same: products
+of automata, as of `multipleOf` and of expressions that have to hold together. Nothing can stop a thread in there. So:
+
+    this process  --- grammar --->  worker, kept warm  --- fork --->  child: compiles within limits of processor time
+                  <-- verdict ----                                    and memory, says so, and ends
+
+What the child has compiled is compiled here, too: a compiled grammar cannot be sent. Workers have a vocabulary of the
+same ids, but of all texts only single bytes, so that they stay small; what longer tokens add to the work is within
+llguidance's own limits. Where there is no fork (Windows) nothing is tried, and nothing bounded.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from typing import IO, TypeVar
+
+import msgspec
+
+from wisp.core.errors import GrammarError
+from wisp.core.protocol.constraints import Grammar
+from wisp.engines.grammar_library import NO_TEXT, compiled, vocabulary
+
+CPU_S = 2.0  # of a core
+MOST_BYTES = 40 << 20  # 1,500 optional properties take 9 MB
+IDLE = 2  # workers that are kept: 40 MB each
+
+_COSTLY = ("multipleOf", "pattern", "patternProperties", "format", "allOf", "anyOf", "oneOf")
+T = TypeVar("T")
+_LENGTH = struct.Struct("<I")
+
+
+class Words(msgspec.Struct, frozen=True, array_like=True):
+    """A vocabulary in short. ends: ids that end a text; tokens: what single bytes and control tokens are, by id."""
+
+    n_vocab: int
+    ends: list[int]
+    tokens: dict[int, bytes]
+
+
+class _Job(msgspec.Struct, frozen=True, array_like=True):
+    words: Words
+    grammar: Grammar
+    cpu_s: float
+    most_bytes: int
+
+
+class _Verdict(msgspec.Struct, frozen=True, array_like=True):
+    """Why it cannot be compiled, "" if it can; and the bytes that it takes, compiled."""
+
+    problem: str
+    size: int = 0
+
+
+def words(tokens: list[bytes], ends: frozenset[int]) -> Words:
+    """tokens: as `grammar_library.vocabulary` takes them."""
+    kept = {i: token for i, token in enumerate(tokens) if len(token) == 1 or token[:1] == NO_TEXT}
+    return Words(len(tokens), sorted(ends), kept)
+
+
+class Trials:
+    """Workers, each of which tries one grammar at a time: as many as threads ask at once. From any thread."""
+
+    def __init__(self, cpu_s: float = CPU_S, most_bytes: int = MOST_BYTES) -> None:
+        self._limits = cpu_s, most_bytes
+        self._lock = threading.Lock()
+        self._idle: list[subprocess.Popen[bytes]] = []
+
+    def run(self, words: Words, grammar: Grammar) -> int:
+        """Try a grammar. Returns the bytes that it takes once compiled. Raises GrammarError, also where it would take
+        too much time or memory."""
+        if not hasattr(os, "fork"):
+            return 0
+        with self._lock:
+            worker = self._idle.pop() if self._idle else None
+        try:
+            worker = worker or _started()
+            _write(worker.stdin, _Job(words, grammar, *self._limits))
+            verdict = _read(worker.stdout, _Verdict)
+        except OSError as error:
+            if worker is not None:
+                _end(worker)
+            raise GrammarError(f"no process to try this grammar in: {error}") from None
+        with self._lock:
+            keep = len(self._idle) < IDLE
+            if keep:
+                self._idle.append(worker)
+        if not keep:
+            _end(worker)
+        if verdict.problem:
+            raise GrammarError(verdict.problem)
+        return verdict.size
+
+    def close(self) -> None:
+        """End the idle workers."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for worker in idle:
+            _end(worker)
+
+
+TRIALS = Trials()  # of all vocabularies of this process
+atexit.register(TRIALS.close)
+
+
+def _started() -> subprocess.Popen[bytes]:
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for this process; the end of the pipe ends the worker
+    )
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    worker.kill()
+    for pipe in (worker.stdin, worker.stdout):
+        with contextlib.suppress(OSError):  # what could not be written
+            pipe.close()  # type: ignore[union-attr]
+    worker.wait()
+
+
+def _write(pipe: IO[bytes] | None, message: _Job | _Verdict) -> None:
+    data = msgspec.msgpack.encode(message)
+    pipe.write(_LENGTH.pack(len(data)) + data)  # type: ignore[union-attr]
+    pipe.flush()  # type: ignore[union-attr]
+
+
+def _read(pipe: IO[bytes] | None, kind: type[T]) -> T:
+    """Raises OSError where there is no more."""
+    head = pipe.read(_LENGTH.size)  # type: ignore[union-attr]
+    if len(head) < _LENGTH.size:
+        raise BrokenPipeError("the worker has ended")
+    return msgspec.msgpack.decode(pipe.read(*_LENGTH.unpack(head)), type=kind)  # type: ignore[union-attr]
+
+
+# --- in the worker
+
+
+def main() -> None:
+    """Try grammars until the pipe ends."""
+    jobs, verdicts = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    known: Words | None = None
+    while True:
+        try:
+            job = _read(jobs, _Job)
+        except OSError:
+            return
+        if job.words != known:
+            known = job.words
+            tokens = [known.tokens.get(i, b"") for i in range(known.n_vocab)]
+            made = vocabulary(tokens, known.ends, lambda text: list(text.encode()))
+        child = os.fork()
+        if not child:
+            _try(made, job, verdicts)
+        _, status = os.waitpid(child, 0)
+        if status:
+            _write(verdicts, _Verdict(_too_much(job, status)))
+
+
+def _try(made: object, job: _Job, verdicts: IO[bytes]) -> None:
+    """In the child, which ends here."""
+    import resource
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Rust's last words
+    before = _data()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if before:
+        resource.setrlimit(resource.RLIMIT_DATA, (before + job.most_bytes,) * 2)
+    signal.setitimer(signal.ITIMER_PROF, job.cpu_s)  # SIGPROF ends it, wherever it is
+    try:
+        matcher = compiled(made, job.grammar)
+        verdict = _Verdict("", _data() - before)
+        del matcher
+    except GrammarError as error:
+        verdict = _Verdict(str(error))
+    except BaseException:
+        os._exit(1)
+    signal.setitimer(signal.ITIMER_PROF, 0.0)
+    _write(verdicts, verdict)
+    os._exit(0)
+
+
+def _too_much(job: _Job, status: int) -> str:
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
+        what = f"{job.cpu_s:g} s of a processor"
+    else:
+        what = f"{job.most_bytes >> 20} MiB of memory"
+    found = [word for word in _COSTLY if f'"{word}"' in job.grammar.source]
+    if not found:
+        found = [name for sign, name in (("&", "&"), ("{", "repetitions")) if sign in job.grammar.source]
+    has = f"; it has {', '.join(found)}" if found else ""
+    return f"this grammar takes more than {what} to compile{has}"
+
+
+def _data() -> int:
+    """Bytes of this process's data and stack, as RLIMIT_DATA counts them; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
