@@ -52,7 +52,7 @@ def policy(
 
 @app.command()
 def constants(json: Json = False, out: Figures = None) -> None:
-    """What each constant of the `wisp` policy and of SLO admission is for: cells of the suite without it."""
+    """What each constant of the `wisp` policy is for: cells of the suite without it."""
     from benchmarks.constants import run_bench_constants
 
     run_bench_constants(out, as_json=json)

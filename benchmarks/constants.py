@@ -1,4 +1,4 @@
-"""`python -m benchmarks constants`: what each constant of the `wisp` policy and of SLO admission is for.
+"""`python -m benchmarks constants`: what each constant of the `wisp` policy is for.
 
 Each is set to a value that takes its effect away, one at a time, and cells of the suite are run again, under seeds
 that no other command has.
@@ -17,9 +17,8 @@ import msgspec
 
 from benchmarks.pages import table
 from wisp.core.errors import ConfigError
-from wisp.core.verify import slo_admission
 from wisp.core.verify.batching import wisp
-from wisp.sim.commands import writable
+from wisp.outputs import writable
 from wisp.sim.compare.cell import sized
 from wisp.sim.compare.suite import load_suite
 from wisp.sim.runs import Job, run
@@ -43,7 +42,6 @@ WITHOUT: tuple[tuple[str, ModuleType, float], ...] = (
     ("FIRST", wisp, 1.0),  # answers that have not begun are like others
     ("HOPELESS", wisp, 1e9),  # no pace is given up
     ("SPARE", wisp, 0.0),  # an SLO is given up without the reserve
-    ("WAITED", slo_admission, 0.0),  # first tokens take no time
 )
 
 

@@ -15,7 +15,7 @@ from wisp.core.verify.answers import Answers
 from wisp.core.verify.cost import Coefficients, CostModel
 from wisp.core.verify.events import Limits
 from wisp.core.verify.session import Session
-from wisp.core.verify.slo_admission import LONGEST_S, WAITED, Demand, SloAdmission, keepable
+from wisp.core.verify.slo_admission import LONGEST_S, PROMISED, Demand, SloAdmission, keepable
 from wisp.core.verify.states import State
 
 COST = CostModel(Coefficients(step=40.0, token=0.3))
@@ -87,11 +87,21 @@ def test_infeasible_slos_are_told_from_hard_ones() -> None:
     assert keepable(session(1, Slo(ttft_ms=1.0)), CostModel())  # nothing is known yet
 
 
-def test_sessions_are_admitted_while_their_shares_of_the_engine_add_up_to_one() -> None:
-    """Without drafts. Each needs 130 rows for its prompt and 200 for its answer, in half of 3 s and 200 x 62.5 ms; all
-    of them need a step of 40 ms every 62.5 ms."""
-    each = (130 + 200) * 0.3 / (WAITED * 3000.0 + 200 * 62.5)
-    assert n_admitted(SloAdmission(Answers())) == int((1.0 - 40.0 / 62.5) / each)
+def test_sessions_are_admitted_while_their_shares_of_the_engine_add_up_to_what_is_promised() -> None:
+    """Without drafts. Each needs 130 rows for its prompt and 200 for its answer, in 200 x 62.5 ms and the time that
+    others waited for their first token; all of them need a step of 40 ms every 62.5 ms."""
+    answers = Answers()
+    for waited_s in (0.0, 2.0):
+        answers.ended(200, 12.5 + waited_s, waited_s)
+        each = (130 + 200) * 0.3 / (answers.waited_s * 1e3 + 200 * 62.5)
+        assert n_admitted(SloAdmission(answers)) == int((PROMISED - 40.0 / 62.5) / each)
+
+
+def test_no_wait_counts_beyond_the_ttft_target() -> None:
+    slow, target = Answers(), Answers()
+    slow.ended(200, 100.0, 60.0)
+    target.ended(200, 15.5, 3.0)
+    assert n_admitted(SloAdmission(slow)) == n_admitted(SloAdmission(target))
 
 
 def test_drafts_that_save_steps_admit_more_sessions() -> None:

@@ -6,16 +6,18 @@ RATE = 0.05  # smoothing, per answer
 
 
 class Answers:
-    """tokens, seconds: length and duration of an answer, smoothed; a guess before the first one has ended.
+    """tokens, seconds: length and duration of an answer, smoothed; a guess before the first one has ended. `waited_s`:
+    of which until its first token; 0 before.
 
     Drafts and decodes count with forgetting, answer by answer; before the first of them, each row gives a token.
     """
 
-    __slots__ = ("_committed", "_n", "_rows", "_slices", "seconds", "tokens")
+    __slots__ = ("_committed", "_n", "_rows", "_slices", "seconds", "tokens", "waited_s")
 
     def __init__(self) -> None:
         self.tokens = 200.0
         self.seconds = 10.0
+        self.waited_s = 0.0
         self._n = 0
         self._slices = self._rows = self._committed = 1.0  # of drafts and decodes
 
@@ -25,12 +27,13 @@ class Answers:
         self._rows += rows
         self._committed += committed
 
-    def ended(self, tokens: int, seconds: float) -> None:
+    def ended(self, tokens: int, seconds: float, waited_s: float) -> None:
         """An answer is complete."""
         self._n += 1
         rate = max(RATE, 1.0 / self._n)
         self.tokens += rate * (tokens - self.tokens)
         self.seconds += rate * (seconds - self.seconds)
+        self.waited_s += rate * (waited_s - self.waited_s)
         self._slices *= 1.0 - RATE
         self._rows *= 1.0 - RATE
         self._committed *= 1.0 - RATE

@@ -102,7 +102,8 @@ class Results:
         more = not slice_.sample or (s.round.serve and not finish)
         self._settle(now, s, cached=min(fed, len(s.progress.chain)), more=more)
         if finish:
-            self.answers.ended(s.n_committed, now - s.targets.opened)
+            opened = s.targets.opened
+            self.answers.ended(s.n_committed, now - opened, min(s.targets.first_at, now) - opened)
             if s.flight.slices:
                 self._doom(s)
             elif s.state is not ENDED:

@@ -1,10 +1,10 @@
 """SLO admission: a session is admitted while the engine time and the KV that all sessions need add up to what there is.
 
-A session has half of its TTFT target, as first tokens are early or late within it, and its TPOT target for each token,
-to get a whole answer. What its rows take of the engine, over that time, is the share that it needs. The fixed cost of
-steps is shared by all: there must be enough of them for the fastest user. Lengths of answers, rows per token and tokens
-per slice are those seen so far, and costs are the cost model's, which follows the engine. Prompts that wait must be
-read before the newcomer's first token is due.
+A session waits for its first token, as long as others did, and has its TPOT target for each token. What its rows take
+of the engine, over the time of the whole answer, is the share that it needs. The fixed cost of steps is shared by all:
+there must be enough of them for the fastest user. Waits, lengths of answers, rows per token and tokens per slice are
+those seen so far, and costs are the cost model's, which follows the engine. Prompts that wait must be read before the
+newcomer's first token is due.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from wisp.core.verify.session import Session
 from wisp.core.verify.states import PARKED, WAITING
 from wisp.core.verify.targets import RELAXED
 
-WAITED = 0.5  # share of its TTFT target that a session waits for its first token
+PROMISED = 0.99  # share of the engine's time that is promised; the rest is for chance
 MOST_A_ROUND = 8.0  # tokens that a session could commit per step with the best of drafts
 LONGEST_S = 20.0  # longest Retry-After, before it is spread by up to half
 FRESH_S = 0.1  # age up to which the sessions' states are not read again: thousands of them take milliseconds
@@ -90,7 +90,7 @@ class Demand:
         if slo is None or not slo.tpot_ms:
             return _Share(context, unread)
         token_s = slo.tpot_ms / 1e3 * (RELAXED if lost else 1.0)
-        whole_s = WAITED * slo.ttft_ms / 1e3 + answer * token_s
+        whole_s = min(self.answers.waited_s, slo.ttft_ms / 1e3) + answer * token_s
         prompt, tokens = n_prompt / whole_s, answer / whole_s
         pace = 0.0 if lost else 1.0 / token_s
         return _Share(context, unread, prompt, prompt * n_prompt, tokens, tokens * context, pace)
@@ -165,7 +165,7 @@ def _problem(demand: Demand, newcomer: Session, cost: CostModel, limits: Limits)
     slo = newcomer.targets.slo
     if demand.kv > limits.kv_tokens:
         return "this verifier has no room for another context now"
-    if slo is not None and slo.tpot_ms and demand.engine(cost) > 1.0:
+    if slo is not None and slo.tpot_ms and demand.engine(cost) > PROMISED:
         return "this verifier could not keep the pace asked for"
     if slo is not None and 0.0 < slo.ttft_ms < demand.reading_ms(cost):
         return "too many prompts wait to be read"
