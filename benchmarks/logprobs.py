@@ -34,8 +34,9 @@ from wisp.outputs import writable
 SESSIONS, TOP, DRAFT = 64, 20, 4
 WARM, STEPS = 6, 60
 PROMPT, CONTEXT = 24, 512  # tokens
+LONGEST = CONTEXT - PROMPT - DRAFT - 2  # of an answer
 PROFILE = "h200-qwen3-8b"
-VOCABULARY = 151_936
+VOCABULARY, LIKELY = 151_936, 40  # ids, and those of each row that stand out, as a model's do
 HOW = Sampling(temperature=0.7, top_p=0.95)
 
 
@@ -71,8 +72,9 @@ class House:
                 prompt = [random.Random(name).randrange(ids) for _ in range(PROMPT)]
                 how = msgspec.structs.replace(HOW, seed=i)
                 top = TOP if lot and not i else None
-                opening = Open(name, 1, prompt, how, CONTEXT, ignore_eos=True, logprobs=top)
-                self.verifier.handle(self.now, Received(1, "", opening))
+                opening = Open(name, 1, prompt, how, LONGEST, ignore_eos=True, logprobs=top)
+                if refused := self.verifier.handle(self.now, Received(1, "", opening)):
+                    raise AssertionError(f"a session was not taken: {refused}")
                 self.said[name], self.rounds[name] = 0, 1
             while not all(self.said[name] for name in names):
                 self.advance()
@@ -166,7 +168,10 @@ def choosing(steps: int = 8) -> Rise:
     from wisp.engines.vllm.choosing import choose
     from wisp.engines.vllm.parts import Part
 
-    logits = torch.randn((SESSIONS, VOCABULARY), generator=torch.Generator().manual_seed(1)) * 3
+    source = torch.Generator().manual_seed(1)
+    logits = torch.randn((SESSIONS, VOCABULARY), generator=source)
+    likely = torch.randint(VOCABULARY, (SESSIONS, LIKELY), generator=source)
+    logits.scatter_add_(1, likely, 20 + 3 * torch.randn(likely.shape, generator=source))
     lots = [
         [
             Part([], True, 7, msgspec.structs.replace(HOW, seed=i), TOP if lot and not i else None)

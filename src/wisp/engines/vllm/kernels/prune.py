@@ -151,7 +151,7 @@ def select_kernel(logits, stride, edited, size, tasks, view_of, chooses_of, k_of
     key = tl.load(key_of + v, mask=live, other=0).to(tl.uint64, bitcast=True)
     temperature = tl.load(temperature_of + v, mask=live, other=1.0)
     scale = tl.load(scale_of + v, mask=live, other=1.0)
-    parts, heads, peak, _ = peaks_of(peaks, peak_ids, v, live, S)
+    parts, heads, peak, _first = peaks_of(peaks, peak_ids, v, live, S)
     count = tl.load(counts + v, mask=live, other=0)
     few = count <= MOST
     length = tl.where(few, count, size)
