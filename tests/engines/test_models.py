@@ -502,7 +502,7 @@ def test_a_path_to_something_else_is_refused(tmp_path: Path) -> None:
 def test_a_missing_path_is_told_with_a_hint_at_the_hub(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no file.*hf:user/repo/file.gguf"):
         resolve(str(tmp_path / "absent.gguf"))
-    with pytest.raises(ModelError, match="no file"):
+    with pytest.raises(ModelError, match=r"is a folder\. Give a \.gguf file"):
         resolve(str(tmp_path))
 
 

@@ -168,7 +168,8 @@ class Metrics:
             counts[kind] += 1
             rows[kind] += len(s.tokens)
             session = verifier.sessions[s.session]
-            if session.targets.slo is not None:
+            targets = session.targets
+            if targets.slo is not None or targets.slo_lost:  # an infeasible one was dropped, and is lost
                 self._dispatched_with_slo(now, session)
         for n, series in zip(counts, self.step_slices, strict=True):
             series.observe(n)
