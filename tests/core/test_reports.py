@@ -121,6 +121,19 @@ def test_the_length_and_the_duration_of_answers_are_learnt(rig: Rig) -> None:
     assert rig.verifier.answers.seconds == pytest.approx(0.51)
 
 
+def test_kv_that_is_computed_again_does_not_count_as_rows_of_drafts(rig: Rig) -> None:
+    """A session that had begun elsewhere: its 25 committed tokens are in two steps, of which one has no prompt."""
+    rig.receive(opening(committed=TEXT[:25], draft=TEXT[25:28]))
+    rig.settle()
+    assert len(rig.runs) == 2
+    assert rig.verdict().tokens == TEXT[25:29]
+    answers = rig.verifier.answers
+    assert (answers.rows_a_token, answers.tokens_a_slice) == (
+        1.0,
+        2.5,
+    )  # with the row that is assumed at first
+
+
 def test_rounds_teach_how_much_they_commit(rig: Rig) -> None:
     rig.receive(opening(draft=TEXT[:3]))
     rig.settle()
