@@ -28,7 +28,7 @@ from wisp.core.verify.states import DRAFT, PARKED, PICKED, READY, WAITING
 PREFILL, VERIFY, DECODE = Kind
 PATIENCE_S = 1.0  # a session without SLO queues for a slot as if it were due this long after it became ready
 SHORT = 8  # tokens; a session with at most this many to compute counts as decoding and is not cut into chunks
-KINDS = ("verify", "decode", "prefill")  # of slices, for those who look on
+KINDS = ("verify", "decode", "prefill")  # of slices, in metrics and on pages
 
 
 def kind_of(s: Slice) -> int:
