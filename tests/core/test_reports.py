@@ -134,20 +134,6 @@ def test_kv_that_is_computed_again_does_not_count_as_rows_of_drafts(rig: Rig) ->
     )  # with the row that is assumed at first
 
 
-def test_rounds_teach_how_much_they_commit(rig: Rig) -> None:
-    rig.receive(opening(draft=TEXT[:3]))
-    rig.settle()
-    speed = rig.verifier.sessions[1].speed
-    before = speed.round_tokens
-    rig.receive(Draft(ID, 1, 4, TEXT[4:10]))
-    rig.settle()
-    assert speed.round_tokens > before
-    before = speed.round_tokens
-    rig.receive(Draft(ID, 2, 11, [48, 48]))
-    rig.settle()
-    assert speed.round_tokens < before
-
-
 def test_an_engine_that_failed_may_be_asked_again_and_a_bad_model_may_not(rig: Rig) -> None:
     rig.receive(opening())
     rig.dispatch()

@@ -367,7 +367,7 @@ def candidate_of(s: Session) -> Candidate:
     # By position: with names, a struct of this many fields takes seven times as long to make.
     s.candidate = candidate = Candidate(
         s.handle, kind, missing + n_draft, cached, n_draft, since, targets.opened, s.key, due, targets.tpot_s,
-        speed.expected(n_draft) if n_draft else 1.0, speed.round_tokens, remaining, drafting, first, lag_s,
+        speed.expected(n_draft) if n_draft else 1.0, remaining, drafting, first, lag_s,
         targets.slo_lost, speed.acceptance,
     )  # fmt: skip
     return candidate
