@@ -99,7 +99,6 @@ def _piece(session: int, rng: random.Random, *, strict: bool) -> Candidate:
         due=slack if in_hurry else math.inf,
         tpot_s=pace if in_hurry else 0.0,
         expected_tokens=gain,
-        round_tokens=rng.uniform(1.0, 5.0),
         remaining=1 if strict and not prompt else rng.randint(n_draft + 1, 300),
         edge_drafting=what == "drafting",
         first=prompt,

@@ -270,15 +270,11 @@ def test_an_end_of_several_tokens_inside_any_draft_says_what_plain_decoding_says
 
 def test_a_grammar_begins_behind_an_end_of_several_tokens_in_a_draft() -> None:
     tracker = Tracker(Sampling(constraints=Constraints(grammar=Grammar("regex", "x", END))), Stairs())
-    edits = list(
-        tracker.edits([9, 10], 2, [11, 21, 20, 0, 1])
-    )  # "<" "/" "thin" "k>", and then 0, 1 of the grammar
+    # "<" "/" "thin" "k>", and then 0, 1 of the grammar
+    edits = list(tracker.edits([9, 10], 2, [11, 21, 20, 0, 1]))
     assert [e.mask is None for e in edits] == [True, True, True, False, False, False]
-    assert [e.allows(24) for e in edits[:3]] == [
-        True,
-        True,
-        False,
-    ]  # "k>" and two line breaks, behind "</thin"
+    # "k>" and two line breaks, behind "</thin"
+    assert [e.allows(24) for e in edits[:3]] == [True, True, False]
     assert [e.allows(20) for e in edits[:3]] == [True] * 3
 
 

@@ -51,7 +51,6 @@ def pieces(
                 due=NOW + draw(st.floats(-1.0, 3.0)) if has_slo else math.inf,
                 tpot_s=draw(st.sampled_from([0.02, 0.1, 0.25])) if has_slo else 0.0,
                 expected_tokens=gain,
-                round_tokens=draw(st.floats(1.0, 6.0)),
                 remaining=n_draft + draw(st.integers(1, 200)),
                 edge_drafting=away,
                 first=first,
@@ -281,7 +280,6 @@ def crowd(drafters: int, prompts: int, tpot_s: float, prompt: int = 300) -> list
             due=due,
             tpot_s=tpot_s,
             expected_tokens=3.0,
-            round_tokens=3.0,
             remaining=400,
         )
         for i in range(drafters)

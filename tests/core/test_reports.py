@@ -121,18 +121,17 @@ def test_the_length_and_the_duration_of_answers_are_learnt(rig: Rig) -> None:
     assert rig.verifier.answers.seconds == pytest.approx(0.51)
 
 
-def test_rounds_teach_how_much_they_commit(rig: Rig) -> None:
-    rig.receive(opening(draft=TEXT[:3]))
+def test_kv_that_is_computed_again_does_not_count_as_rows_of_drafts(rig: Rig) -> None:
+    """A session that had begun elsewhere: its 25 committed tokens are in two steps, of which one has no prompt."""
+    rig.receive(opening(committed=TEXT[:25], draft=TEXT[25:28]))
     rig.settle()
-    speed = rig.verifier.sessions[1].speed
-    before = speed.round_tokens
-    rig.receive(Draft(ID, 1, 4, TEXT[4:10]))
-    rig.settle()
-    assert speed.round_tokens > before
-    before = speed.round_tokens
-    rig.receive(Draft(ID, 2, 11, [48, 48]))
-    rig.settle()
-    assert speed.round_tokens < before
+    assert len(rig.runs) == 2
+    assert rig.verdict().tokens == TEXT[25:29]
+    answers = rig.verifier.answers
+    assert (answers.rows_a_token, answers.tokens_a_slice) == (
+        1.0,
+        2.5,
+    )  # with the row that is assumed at first
 
 
 def test_an_engine_that_failed_may_be_asked_again_and_a_bad_model_may_not(rig: Rig) -> None:

@@ -1,4 +1,4 @@
-"""SLO admission: shares of engine and KV add up; who is admitted and who is refused."""
+"""SLO admission: which sessions are admitted, as shares of engine and KV add up."""
 
 from __future__ import annotations
 
@@ -138,6 +138,15 @@ def test_the_fastest_user_says_how_many_steps_are_needed() -> None:
     assert not admitted(
         calm, session(999, Slo(ttft_ms=3000.0, tpot_ms=42.0), begun=False), SloAdmission(Answers())
     )
+
+
+def test_a_refused_fast_user_keeps_no_others_out() -> None:
+    """Also within the time for which the sessions' states are not read again."""
+    calm, admission = [session(i, CALM) for i in range(100)], SloAdmission(Answers())
+    fast = session(998, Slo(ttft_ms=3000.0, tpot_ms=42.0), begun=False)
+    with pytest.raises(Refusal, match="pace"):
+        admission.check(1.0, calm, fast, COST, limits())
+    admission.check(1.0, calm, session(999, CALM, begun=False), COST, limits())
 
 
 def test_sessions_are_admitted_while_their_contexts_fit_into_kv() -> None:

@@ -210,13 +210,17 @@ def test_kv_that_is_taken_from_a_session_is_counted() -> None:
     with_host(scenario, profile=msgspec.structs.replace(FAST, slot_tokens=100, kv_tokens=100))
 
 
-def test_a_lost_slo_is_counted_once() -> None:
+@pytest.mark.parametrize("feasible", [True, False])
+def test_a_lost_slo_is_counted_once(*, feasible: bool) -> None:
     async def scenario(host: VerifierHost) -> None:
         client = Client(host)
         first = await client.ask(opening("session-1", slo=Slo(0.0, 1000.0)))
         assert isinstance(first, Verdict)
         [session] = host.verifier.sessions.values()
-        session.relax(asyncio.get_running_loop().time())
+        if feasible:
+            session.relax(asyncio.get_running_loop().time())
+        else:
+            session.targets.drop()  # as when it is opened
         assert samples(host)["wisp:num_requests_slo_lost"] == 1
         for round_ in (1, 2):
             known = session.n_committed

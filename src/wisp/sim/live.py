@@ -127,7 +127,7 @@ class Clock:
 
 
 class Sockets:
-    """`world.Uplink` to a live verifier, or a router: one WebSocket for each device, and one for each redirection.
+    """`sim_device.Uplink` to a live verifier, or a router: one WebSocket for each device, and one for each redirection.
 
     redirects: how often a router sent a session somewhere
     """

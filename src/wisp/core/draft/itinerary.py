@@ -6,8 +6,8 @@
 
 A session begins at home, the server that the user named. A router redirects it to a verifier. When that verifier is
 lost, is full or shuts down, the session comes home and opens again from what is committed. If the router names only
-useless verifiers for too long, the session ends. A session without a token ends at once when a second verifier is full:
-its user can wait better than it.
+useless verifiers for too long, the session ends. A session without a token is refused at once when a second verifier is
+full: its user can try again later, and loses nothing.
 
 The host connects, sends and waits. It passes the drafter's messages through `say`, and all that arrives through
 `heard` and `lost`. Their answers tell it what to do.
@@ -84,8 +84,8 @@ class Itinerary:
         self._trips = 0  # from an address back home, since the last verdict
         self._astray_since = 0.0  # when the first of them ended
         self._home_since = 0.0  # when the last of them ended
-        self._begun = False  # there are tokens of it
-        self._full = False  # a verifier had no room for it, and it has not begun
+        self._begun = False  # it has tokens
+        self._full = False  # a verifier had no room for it before it began
 
     def say(self, message: Said) -> list[Said]:
         """The drafter says `message`. Returns what is to be sent to `at` now."""

@@ -7,7 +7,7 @@ RATE = 0.05  # smoothing, per answer
 
 class Answers:
     """tokens, seconds: length and duration of an answer, smoothed; a guess before the first one has ended. `waited_s`:
-    of which until its first token; 0 before.
+    the part of `seconds` before its first token; 0 before the first answer has ended.
 
     Drafts and decodes count with forgetting, answer by answer; before the first of them, each row gives a token.
     """

@@ -28,7 +28,7 @@ from wisp.core.verify.states import DRAFT, PARKED, PICKED, READY, WAITING
 PREFILL, VERIFY, DECODE = Kind
 PATIENCE_S = 1.0  # a session without SLO queues for a slot as if it were due this long after it became ready
 SHORT = 8  # tokens; a session with at most this many to compute counts as decoding and is not cut into chunks
-KINDS = ("verify", "decode", "prefill")  # of slices, for those who look on
+KINDS = ("verify", "decode", "prefill")  # of slices, in metrics and on pages
 
 
 def kind_of(s: Slice) -> int:
@@ -367,7 +367,7 @@ def candidate_of(s: Session) -> Candidate:
     # By position: with names, a struct of this many fields takes seven times as long to make.
     s.candidate = candidate = Candidate(
         s.handle, kind, missing + n_draft, cached, n_draft, since, targets.opened, s.key, due, targets.tpot_s,
-        speed.expected(n_draft) if n_draft else 1.0, speed.round_tokens, remaining, drafting, first, lag_s,
+        speed.expected(n_draft) if n_draft else 1.0, remaining, drafting, first, lag_s,
         targets.slo_lost, speed.acceptance,
     )  # fmt: skip
     return candidate

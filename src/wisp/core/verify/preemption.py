@@ -1,9 +1,9 @@
 """Which sessions hold KV when there is not enough for all: the residents of the next step.
 
-All claims to KV, in one strict order, and the first of them that fit together are resident. Nobody else runs, and who
-is in their way loses its KV. So what is taken for a session goes to that session, and no two can take KV from each
-other in turn: while nothing is committed, a session that has KV falls in the order only as it loses it. The first one
-fits, as each session alone does.
+All claims to KV are in one strict order, and the first of them that fit together are resident. No other session runs,
+and sessions in their way lose their KV. So what is taken for a session goes to that session, and no two can take KV
+from each other in turn: while nothing is committed, a session that has KV falls in the order only as it loses it. The
+first one fits, as each session alone does.
 
     fixed    its KV is in use by a step in flight
     going    has KV and is not far ahead of its TPOT target: latest due time last
@@ -91,7 +91,7 @@ class Residents(NamedTuple):
 def residents(candidates: Iterable[Candidate], room: float, claims: Claims) -> Residents:
     """Choose the residents. `room`: KV tokens for all candidates, those that they have included.
 
-    Who does not fit is waited for: no weaker claim without KV is resident before it.
+    A session that does not fit is waited for: no weaker claim without KV is resident before it.
     """
     ranked = sorted([(claims.rank(c), c) for c in candidates])
     chosen, others, waited_for = list[Candidate](), list[Candidate](), False

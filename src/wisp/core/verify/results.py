@@ -90,10 +90,8 @@ class Results:
                 agreed = pending.head + min(result.accepted, len(tokens))
                 current.pending = None
             s.verified(now, slice_.n_draft, result.accepted)
-            if since != s.since or slice_.n_draft:
-                s.speed.committed(len(tokens))
             if not prompt_tokens:
-                self.answers.verified(len(slice_.tokens), len(tokens))
+                self.answers.verified(slice_.n_draft + 1, len(tokens))  # without KV that is computed again
             current.price = self.policy.price
             queue_ms = (begun - since) * 1e3
             verdict = s.answer(round_, base, agreed, finish=finish, queue_ms=queue_ms, engine_ms=engine_ms)

@@ -10,8 +10,6 @@ flight     what steps in flight will add
 
 from __future__ import annotations
 
-import math
-
 import msgspec
 
 from wisp.core.errors import ProtocolError
@@ -26,8 +24,6 @@ from wisp.core.verify.targets import Targets
 ACCEPTANCE = 0.8  # of a draft token, before any was seen
 ACCEPTANCE_MOST = 0.98  # below 1, which `expected` could not divide by
 ACCEPTANCE_RATE = 0.04  # smoothing, per draft token
-ROUND_TOKENS = 2.0  # committed in a round, before any was seen
-ROUND_TOKENS_RATE = 0.1  # smoothing, per round
 
 
 class Parameters(msgspec.Struct, frozen=True):
@@ -180,11 +176,10 @@ class Flight:
 class Speed:
     """Smoothed measurements of past rounds."""
 
-    __slots__ = ("acceptance", "answered_at", "round_tokens")
+    __slots__ = ("acceptance", "answered_at")
 
-    def __init__(self, now: float, *, drafts: bool = True) -> None:
+    def __init__(self, now: float) -> None:
         self.acceptance = ACCEPTANCE  # of a draft token whose predecessors were accepted
-        self.round_tokens = ROUND_TOKENS if drafts else 1.0  # committed in a round
         self.answered_at = now  # when the last verdict left
 
     def expected(self, n_draft: int) -> float:
@@ -203,9 +198,6 @@ class Speed:
         for i in range(min(accepted + 1, n_draft)):
             acceptance += ACCEPTANCE_RATE * ((ACCEPTANCE_MOST if i < accepted else 0.0) - acceptance)
         self.acceptance = acceptance
-
-    def committed(self, tokens: int) -> None:
-        self.round_tokens += ROUND_TOKENS_RATE * (tokens - self.round_tokens)
 
 
 class Session:
@@ -227,7 +219,7 @@ class Session:
         self.targets = Targets(open_.slo, now, begun=bool(open_.committed))
         self.progress = Progress(open_)
         self.round = Round(open_)
-        self.speed = Speed(now, drafts=not open_.serve or bool(open_.draft))
+        self.speed = Speed(now)
         self.flight = Flight()
         self.state = State.WAITING
         self.since = now  # when it began to wait, for its edge or for the engine
@@ -258,12 +250,6 @@ class Session:
     def due(self) -> float:
         """When the next token must leave the verifier; inf without an SLO."""
         return self.targets.due(self.progress.committed)
-
-    @property
-    def lag_s(self) -> float:
-        """Seconds behind the TPOT target at the last verdict; negative: ahead."""
-        targets = self.targets
-        return self.speed.answered_at + targets.tpot_s - self.due if targets.first_at < math.inf else 0.0
 
     def intake(self, round_: int, base: int, tokens: list[int], now: float) -> Pending | Verdict:
         """Compare a draft with the committed tokens: something to verify, or an answer at once.

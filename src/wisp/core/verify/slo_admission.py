@@ -145,9 +145,11 @@ class SloAdmission:
         demand = self._demand
         if not len(demand):
             return  # alone, it has all that there is
+        pace = demand.pace
         demand.add(newcomer)
         problem = _problem(demand, newcomer, cost, limits)
         demand.remove(newcomer.handle)
+        demand.pace = pace  # a refused user needs no steps; `entered` counts an admitted one
         if problem:
             raise self._refusal(problem, len(demand))
 

@@ -159,7 +159,7 @@ def assumed(scenario: Scenario) -> tuple[str, ...]:
 
 
 def _overlap(profile: Hardware) -> tuple[str, ...]:
-    """What else the hardware profile might say; the larger the overlap, the less drafts gain over central serving."""
+    """The overlaps that measurements allow, if the profile's is not the likeliest. More overlap: drafts gain less."""
     if profile.overlap_measured is None or profile.overlap == profile.overlap_measured[1]:
         return ()
     least, likeliest, most = profile.overlap_measured

@@ -36,7 +36,6 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     due:             time at which the next token must leave the verifier to meet the SLO (inf: no SLO)
     tpot_s:          TPOT target in seconds (0: none)
     expected_tokens: tokens it is expected to commit if run whole; the first token after a prompt counts
-    round_tokens:    tokens that a round of this session commits, smoothed
     remaining:       tokens that the session may still generate
     edge_drafting:   the edge is still drafting and has sent nothing yet; a plain decode is possible
     first:           the first token is still to come
@@ -56,7 +55,6 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     due: float = math.inf
     tpot_s: float = 0.0
     expected_tokens: float = 1.0
-    round_tokens: float = 1.0
     remaining: int = 1 << 30
     edge_drafting: bool = False
     first: bool = False

@@ -40,8 +40,8 @@ PREFILL = Kind.PREFILL
 # Plain tuples, for speed. A draft or decode: weight, ms that it adds to a step without its draft, ms of each draft
 # token, rows without the draft, draft tokens, acceptance, candidate.
 _Offer = tuple[float, float, float, int, int, float, Candidate]
-_Prompt = tuple[float, Candidate]  # worth of a row, whose
-# Who takes part: worth per ms (the densest are granted first), session, tokens, candidate.
+_Prompt = tuple[float, Candidate]  # worth of a row, candidate
+# What takes part: worth per ms (the densest are granted first), session, tokens, candidate.
 _Choice = tuple[float, int, int, Candidate]
 
 
@@ -157,7 +157,7 @@ def _read(offers: list[_Offer], prompts: list[_Prompt], urgency: float, limits: 
 
 
 def _at(rate: float, offers: list[_Offer], least: float) -> tuple[list[_Choice], float, float, float]:
-    """Who takes part at this rate, with drafts from the weight `least` on; what they are worth, the milliseconds that
+    """What takes part at this rate, with drafts from the weight `least` on; what they are worth, the milliseconds that
     they add, and their expected tokens."""
     choices: list[_Choice] = []
     worth = ms = tokens = 0.0
