@@ -28,7 +28,7 @@ from wisp.engines.forced_tokens import ForcedTokens
 from wisp.engines.grammar_library import MISSING, NO_TEXT, short
 from wisp.engines.grammar_trial import TRIALS, Words, words
 
-QUICK_S = 0.25  # of a core: who compiles faster may compile anew in the engine's thread
+QUICK_S = 0.25  # of a core: a grammar that compiles faster may be compiled anew in the engine's thread
 # So many are kept, or more where more are those of living sessions:
 KEPT = 64  # compiled grammars of a key
 KEPT_BYTES = 256 << 20  # that these take, as far as compiling shows
