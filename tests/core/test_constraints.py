@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from wisp.core.draft.drafter import Drafter, Task
 from wisp.core.draft.policies import CERTAIN, Fixed, Odds
 from wisp.core.draft.signals import Signal
+from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.edits import Bits, Edit, Tracker
 from wisp.core.protocol.messages import Draft, Verdict
@@ -265,13 +266,15 @@ def test_a_long_end_costs_no_more_than_the_vocabulary_is_long() -> None:
             Counted.looks += 1
             return super().startswith(*args)
 
-    pieces = [Counted(b"ab" * (i % 4) + b"c") for i in range(40)] + [b"ab" * 64]
+    pieces = [Counted(b"ab" * (i % 4) + b"c") for i in range(40)] + [b"ab" * 2]
     end = ReasoningEnd((40,) * 64, pieces)
     assert Counted.looks <= len(pieces) + sum(map(len, pieces))
     assert end.reached([40] * 64, 64)
     assert not end.reached([40] * 64, 63)
     assert end.barred([40] * 63 + [2] * 2) == []
-    assert end.barred([40] * 63) == []
+    assert set(end.barred([40] * 63)) == {i for i in range(40) if i % 4 >= 2}
+    with pytest.raises(GrammarError, match="at most 256 bytes"):
+        ReasoningEnd((40,) * 64 + (0,), pieces)
 
 
 @given(st.integers(0, 40), st.data())

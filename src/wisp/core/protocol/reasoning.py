@@ -10,15 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from wisp.core.errors import GrammarError
+
+MOST_TEXT = 256  # bytes of an end that is text, which is looked for at each token; models' have up to 30
+
 
 class ReasoningEnd:
     """`after` in a vocabulary. pieces: what each id says; b"" for tokens that are no text."""
 
     def __init__(self, after: Sequence[int], pieces: Sequence[bytes]) -> None:
+        """Raises GrammarError for a text that is too long."""
         self._pieces = pieces
         self._ids = list(after)
         texts = [self._piece(token) for token in after]
         self._text = b"".join(texts) if all(texts) else b""
+        if len(self._text) > MOST_TEXT:
+            raise GrammarError(f"the text that ends the reasoning may have at most {MOST_TEXT} bytes")
         self._beyond = _beyond(self._text, pieces)
 
     def reached(self, output: Sequence[int], n: int) -> bool:
