@@ -198,15 +198,16 @@ def _try(made: object, job: _Job, verdicts: IO[bytes]) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     signal.setitimer(signal.ITIMER_PROF, job.cpu_s)  # SIGPROF ends it, wherever it is
     try:
-        matcher = compiled(made, job.grammar)
-        verdict = _Verdict("", max(0, _data() - before))
-        del matcher
-    except GrammarError as error:
-        verdict = _Verdict(str(error))
-    except BaseException:
+        try:
+            matcher = compiled(made, job.grammar)
+            verdict = _Verdict("", max(0, _data() - before))
+            del matcher
+        except GrammarError as error:
+            verdict = _Verdict(str(error))
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        _write(verdicts, verdict)
+    except BaseException:  # out of memory: nothing was written, and the worker says so
         os._exit(1)
-    signal.setitimer(signal.ITIMER_PROF, 0.0)
-    _write(verdicts, verdict)
     os._exit(0)
 
 
