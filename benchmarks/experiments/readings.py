@@ -31,7 +31,7 @@ class Read:
     """The scheduler with one sentence read otherwise.
 
     due:       the deadline of a request
-    check:     who is asked whether the step ends in time: "others" (not the urgent), or "all"
+    check:     sessions for which the step has to end in time: "others" (not the urgent), or "all"
     late:      does a missed deadline keep the others out?
     at_once:   prompts are urgent
     """

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.gpu import requests
 from benchmarks.gpu.report import write
 
-START_S = 300.0  # loading, graphs and the self-test; whoever runs this has a limit of its own
+START_S = 300.0  # loading, graphs and the self-test; the part that this is has a shorter limit
 
 
 def run(target: str, slots: int, depth: int, out: Path, *, tiny: bool) -> None:
@@ -46,6 +46,7 @@ def _process(log: Path, command: tuple[str, ...], port: int) -> Iterator[None]:
                 child.wait(15.0)
             except subprocess.TimeoutExpired:
                 child.kill()
+                child.wait()
 
 
 def _await(child: subprocess.Popen[bytes], port: int, log: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is done to the processes of a soak. Each fault returns when everything is as it was before."""
+"""The faults of a soak. Each returns when everything is as it was before."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Line:
             self._streams = None
 
     @property
-    def silent_s(self) -> float:
+    def age_s(self) -> float:
         """Seconds since it was made."""
         return time.monotonic() - self._opened
 

@@ -1,4 +1,4 @@
-"""What a phase of a soak does to its processes: memory and descriptors, CPU, and how /health answers."""
+"""Measurements of a soak's processes: memory, descriptors, CPU, and the answers of /health."""
 
 from __future__ import annotations
 

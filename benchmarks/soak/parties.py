@@ -1,4 +1,4 @@
-"""Who has sessions: customers of the router and of the edge over HTTP, and emulated devices. They check every token."""
+"""The users of a soak: customers of router and edge over HTTP, and emulated devices. They check every token."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ async def answered(
     while True:
         began = time.monotonic()
         wait_s = chance.uniform(*AGAIN_S)
-        late = line.silent_s > HEAD_S / 2  # its process may take it for one that never speaks
+        late = line.age_s > HEAD_S / 2  # its process may take it for one that never speaks
         try:
             async with asyncio.timeout(PATIENCE_S):
                 said = await line.complete(job, stream=stream, leave_after=leave_after, pause_s=pause_s)

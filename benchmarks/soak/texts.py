@@ -1,9 +1,9 @@
-"""What sessions ask for, and whether what they are told is the target's own text."""
+"""The requests of a soak's sessions, and the comparison of answers with the target's own text."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -86,11 +86,3 @@ class HashDraft:
 
     def close(self) -> None:
         self._folded.clear()
-
-
-def seeds(seed: int) -> Iterator[random.Random]:
-    """Sources of chance for one customer after another."""
-    number = 0
-    while True:
-        yield random.Random(f"{seed}/{number}")
-        number += 1

@@ -40,7 +40,10 @@ def test_a_part_that_fails_or_hangs_or_cannot_run_leaves_the_others_alone(tmp_pa
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [p["state"] for p in summary["parts"]] == ["failed", "out of time", "skipped", "done"]
     assert summary["versions"]["python"]
-    _gone(int(alive.read_text()))
+    if alive.exists() and (
+        pid := alive.read_text()
+    ):  # on a machine that stood still it was ended before it began
+        _gone(int(pid))
 
 
 def _gone(pid: int) -> None:

@@ -116,6 +116,7 @@ CASES = [
     (("train", "--traces", NOWHERE), NOWHERE),
     (("train", "--out", "/"), "cannot write /: it is a folder"),
     (("check-faults", "--out", "/"), "cannot write /: it is a folder"),
+    (("check-faults", "--resume", "/dev/null/x"), "cannot write /dev/null/x"),
     (("replay", "--traces", NOWHERE), NOWHERE),
     (("simulate", NOWHERE), NOWHERE),
     (("simulate", "/"), "/"),

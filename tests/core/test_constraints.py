@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from wisp.core.draft.drafter import Drafter, Task
 from wisp.core.draft.policies import CERTAIN, Fixed, Odds
 from wisp.core.draft.signals import Signal
+from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.edits import Bits, Edit, Tracker
 from wisp.core.protocol.messages import Draft, Verdict
@@ -248,6 +250,31 @@ def test_an_end_that_is_no_text_is_its_ids(after: tuple[int, ...]) -> None:
         n == len(after) + 1 or (after == (3,) and n == 3) for n in range(1, len(after) + 3)
     ]
     assert end.barred([17, *after]) == []
+
+
+def test_a_long_end_costs_no_more_than_the_vocabulary_is_long() -> None:
+    """Any client names the tokens of an end, and others wait while it is looked up."""
+
+    class Counted(bytes):
+        looks = 0
+
+        def __len__(self) -> int:
+            Counted.looks += 1
+            return super().__len__()
+
+        def startswith(self, *args: Any) -> bool:
+            Counted.looks += 1
+            return super().startswith(*args)
+
+    pieces = [Counted(b"ab" * (i % 4) + b"c") for i in range(40)] + [b"ab" * 2]
+    end = ReasoningEnd((40,) * 64, pieces)
+    assert Counted.looks <= len(pieces) + sum(map(len, pieces))
+    assert end.reached([40] * 64, 64)
+    assert not end.reached([40] * 64, 63)
+    assert end.barred([40] * 63 + [2] * 2) == []
+    assert set(end.barred([40] * 63)) == {i for i in range(40) if i % 4 >= 2}
+    with pytest.raises(GrammarError, match="at most 256 bytes"):
+        ReasoningEnd((40,) * 64 + (0,), pieces)
 
 
 @given(st.integers(0, 40), st.data())

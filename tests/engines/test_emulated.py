@@ -14,7 +14,15 @@ from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Copy, Slice
 from wisp.core.verify.cost import Load, load_of
 from wisp.engines.build import load_target
-from wisp.engines.emulated import HARDWARE, EmulatedTarget, Hardware, VirtualClock, Written, hardware
+from wisp.engines.emulated import (
+    HARDWARE,
+    EmulatedTarget,
+    Hardware,
+    VirtualClock,
+    Written,
+    hardware,
+    is_hardware,
+)
 
 QUIET = msgspec.structs.replace(hardware("a100-qwen3-32b"), noise=0.0, straggle=0.0, slots=8)
 PROMPT = list(range(40, 70))
@@ -162,6 +170,13 @@ def test_every_profile_that_ships_loads_and_makes_sense(name: str) -> None:
     assert profile.kv_tokens > 10_000
     assert profile.overlap_measured is not None
     assert "docs/results/overlap.md" in profile.overlap_source
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "/" + "x/" * 3000, "no-such", "\0"])
+def test_a_name_that_is_no_profile_is_none_whatever_the_system_says_of_it(name: str) -> None:
+    assert not is_hardware(name)
+    with pytest.raises(ConfigError, match="unknown hardware profile"):
+        hardware(name)
 
 
 def test_a_profile_of_one_s_own_and_what_may_be_wrong_with_it(tmp_path: Path) -> None:

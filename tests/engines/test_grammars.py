@@ -16,7 +16,7 @@ from wisp.core.protocol.constraints import Grammar
 from wisp.core.protocol.edits import Bits, Matcher
 from wisp.engines.base import Tokenizer
 from wisp.engines.grammar_library import LIMITS
-from wisp.engines.grammars import KEPT, Grammars
+from wisp.engines.grammars import KEPT, MOST_ENDS, Grammars
 from wisp.engines.llama.tokenizer import LlamaTokenizer
 from wisp.engines.plain import PlainTokenizer
 
@@ -159,6 +159,24 @@ def test_a_grammar_whose_session_lives_is_not_forgotten(monkeypatch: pytest.Monk
     del another
     grammars.compile(regex(9), "e")
     assert not grammars.ready(regex(1), "a")
+
+
+def test_a_known_grammar_behind_a_new_end_is_not_ready_until_that_is_looked_up() -> None:
+    """Looking up takes long with a large vocabulary, and nothing may take long where it is used."""
+    grammars = Grammars(PlainTokenizer())
+    first, second = (Grammar("regex", "abc", tuple(end)) for end in (b"</a>", b"</b>"))
+    scored = Grammar("tokens", "[97]", tuple(b"</c>"))
+    grammars.compile(first)
+    assert [grammars.ready(g, "") for g in (first, second, scored)] == [True, False, False]
+    for grammar in (second, scored):
+        grammars.compile(grammar)
+        assert grammars.ready(grammar, "")
+    for i in range(MOST_ENDS):
+        grammars.compile(Grammar("regex", "abc", tuple(b"<%d>" % i)))
+        assert grammars.end(first.after)
+    assert [grammars.ready(g, "") for g in (first, second)] == [True, False]
+    with pytest.raises(GrammarError, match="at most 256 bytes"):
+        grammars.compile(Grammar("regex", "abc", tuple(b"x" * 257)))
 
 
 def test_many_wait_at_once_and_nothing_is_compiled_where_they_are_used(

@@ -45,7 +45,7 @@ async def _into(
     try:
         async for item in deltas:
             news.put_nowait(item)
-    except Exception as error:  # for whoever reads the queue
+    except Exception as error:  # for the reader of the queue
         news.put_nowait(error)
     finally:
         await deltas.aclose()

@@ -236,7 +236,7 @@ class SessionConnection(_Watched, WebSocketsSansIOProtocol):
 
     def keepalive_timeout(self) -> None:
         super().keepalive_timeout()
-        self.transport.abort()  # who does not answer does not read either
+        self.transport.abort()  # a peer that does not answer does not read either
 
     def send_receive_event_to_app(self) -> None:
         if self.curr_msg_data_type == "text":  # no text is a message, so none is looked at

@@ -97,7 +97,7 @@ def _grammar(ask: GenerationRequest, known: Family, thinking: bool) -> Grammar |
         return _either(asked, calls)
     openers = known.parser.openers if issubclass(known.parser, Markup) else ()
     if calls is None or not openers:
-        return None  # arguments are checked by whoever asked for them
+        return None  # arguments are checked by the client
     text = forced.free_text(openers[0], openers[0] in known.ids)
     return _lark("tools", f"start: TEXT calls?\nTEXT: {text}\n{calls}")
 

@@ -79,12 +79,12 @@ def to_request_error(exc: BaseException, id_: str) -> RequestError:
 
 
 def shutting_down() -> UnavailableError:
-    """What requests are told that find this process at its end."""
+    """The answer to requests that a shutdown refuses or cuts off."""
     return UnavailableError("this server is shutting down", retry_after=2.0)
 
 
 class ToldOfTheEnd:
-    """ASGI middleware: requests that are cancelled, as those are that a shutdown does not wait for, get a 503.
+    """ASGI middleware: a request that a shutdown cancels gets a 503.
 
     Without it the client has a 500 in plain text, and the log a traceback.
     """

@@ -66,8 +66,13 @@ class Listen(msgspec.Struct, frozen=True):
         except OSError as error:
             reason = error.strerror or error
             raise ConfigError(f"cannot listen on {self.host}: {reason}; mend --host") from None
+        bound, away = 0, None
         for family, kind, protocol, _, address in found:
-            with socket.socket(family, kind, protocol) as tried:
+            try:
+                tried = socket.socket(family, kind, protocol)
+            except OSError:  # a family that this machine does not have: asyncio passes it over, too
+                continue
+            with tried:
                 tried.setsockopt(
                     socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix"
                 )  # as asyncio does
@@ -75,8 +80,13 @@ class Listen(msgspec.Struct, frozen=True):
                     tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, True)
                 try:
                     tried.bind(address)
+                    bound += 1
                 except OSError as error:
-                    raise ConfigError(_not_listening(self.host, self.port, error)) from None
+                    if error.errno != errno.EADDRNOTAVAIL:
+                        raise ConfigError(_not_listening(self.host, self.port, error)) from None
+                    away = error  # such as ::1 where IPv6 is switched off: another address of the host may do
+        if away is not None and not bound:
+            raise ConfigError(_not_listening(self.host, self.port, away))
 
 
 def _not_listening(host: str, port: int, error: OSError) -> str:

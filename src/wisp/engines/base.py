@@ -76,7 +76,7 @@ class TargetEngine(Protocol):
 
     @property
     def constraints(self) -> SlotTrackers:
-        """By these it constrains choices. Whoever knows the tokenizer gives them their `grammars`."""
+        """By these it constrains choices. Their `grammars` are set by the code that knows the tokenizer."""
         ...
 
     def run(self, batch: Sequence[Slice]) -> list[SliceResult]:

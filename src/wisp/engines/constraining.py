@@ -49,7 +49,7 @@ class NoGrammars:
 class SlotTrackers:
     """The constraints of a target engine's slots. A tracker is a cache: whose tokens it holds does not matter.
 
-    grammars: where those of the vocabulary come from; whoever knows the tokenizer sets it
+    grammars: of the vocabulary; set by the code that knows the tokenizer
     """
 
     def __init__(self) -> None:

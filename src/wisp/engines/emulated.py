@@ -23,6 +23,7 @@ position). It never depends on drafts.
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 from bisect import bisect_left
@@ -144,16 +145,18 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def is_hardware(name: str) -> bool:
     """Whether a profile of this name ships."""
-    return (HARDWARE / f"{name}.toml").is_file()
+    return name in _shipped()
+
+
+def _shipped() -> list[str]:
+    return sorted(path.stem for path in HARDWARE.glob("*.toml"))
 
 
 def hardware(name: str) -> Hardware:
     """A profile that ships, by name, or from a TOML file. Raises ConfigError."""
-    path = HARDWARE / f"{name}.toml"
-    if not path.is_file():
-        path = Path(name)
-    if not path.is_file():
-        shipped = ", ".join(sorted(p.stem for p in HARDWARE.glob("*.toml")))
+    path = HARDWARE / f"{name}.toml" if is_hardware(name) else Path(name)
+    if not os.path.isfile(path):  # which says no, too, where we may not look, or the name is too long
+        shipped = ", ".join(_shipped())
         raise ConfigError(f"unknown hardware profile {name!r}; choose one of {shipped}, or give a TOML file")
     try:
         profile = msgspec.toml.decode(path.read_bytes(), type=Hardware)

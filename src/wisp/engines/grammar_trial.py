@@ -8,7 +8,8 @@ of automata, as of `multipleOf` and of expressions that have to hold together. N
 
 What the child has compiled is compiled here, too: a compiled grammar cannot be sent. Workers have a vocabulary of the
 same ids, but of all texts only single bytes, so that they stay small; what longer tokens add to the work is within
-llguidance's own limits. Where there is no fork (Windows) nothing is tried, and nothing bounded.
+llguidance's own limits. Where there is no fork (Windows) nothing is tried, and nothing bounded; without /proc (macOS)
+time is bounded, and memory is not.
 """
 
 from __future__ import annotations
@@ -79,16 +80,19 @@ class Trials:
         too much time or memory."""
         if not hasattr(os, "fork"):
             return 0
+        job = _Job(words, grammar, *self._limits)
         with self._lock:
             worker = self._idle.pop() if self._idle else None
-        try:
-            worker = worker or _started()
-            _write(worker.stdin, _Job(words, grammar, *self._limits))
-            verdict = _read(worker.stdout, _Verdict)
-        except OSError as error:
-            if worker is not None:
-                _end(worker)
-            raise GrammarError(f"no process to try this grammar in: {error}") from None
+        verdict = None
+        if worker is not None:
+            with contextlib.suppress(OSError):  # an idle worker may have been killed: another one is started
+                verdict = _asked(worker, job)
+        if worker is None or verdict is None:
+            try:
+                worker = _started()
+                verdict = _asked(worker, job)
+            except OSError as error:
+                raise GrammarError(f"no process to try this grammar in: {error}") from None
         with self._lock:
             keep = len(self._idle) < IDLE
             if keep:
@@ -121,6 +125,16 @@ def _started() -> subprocess.Popen[bytes]:
     )
 
 
+def _asked(worker: subprocess.Popen[bytes], job: _Job) -> _Verdict:
+    """Raises OSError where the worker cannot answer; then it is ended."""
+    try:
+        _write(worker.stdin, job)
+        return _read(worker.stdout, _Verdict)
+    except BaseException:
+        _end(worker)
+        raise
+
+
 def _end(worker: subprocess.Popen[bytes]) -> None:
     worker.kill()
     for pipe in (worker.stdin, worker.stdout):
@@ -136,11 +150,14 @@ def _write(pipe: IO[bytes] | None, message: _Job | _Verdict) -> None:
 
 
 def _read(pipe: IO[bytes] | None, kind: type[T]) -> T:
-    """Raises OSError where there is no more."""
+    """Raises OSError where there is no more, or not all of it."""
     head = pipe.read(_LENGTH.size)  # type: ignore[union-attr]
-    if len(head) < _LENGTH.size:
-        raise BrokenPipeError("the worker has ended")
-    return msgspec.msgpack.decode(pipe.read(*_LENGTH.unpack(head)), type=kind)  # type: ignore[union-attr]
+    if len(head) == _LENGTH.size:
+        (size,) = _LENGTH.unpack(head)
+        data = pipe.read(size)  # type: ignore[union-attr]
+        if len(data) == size:
+            return msgspec.msgpack.decode(data, type=kind)
+    raise BrokenPipeError("the worker has ended")
 
 
 # --- in the worker
@@ -175,18 +192,22 @@ def _try(made: object, job: _Job, verdicts: IO[bytes]) -> None:
     before = _data()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if before:
-        resource.setrlimit(resource.RLIMIT_DATA, (before + job.most_bytes,) * 2)
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]  # the operator's, which cannot be raised
+        most = before + job.most_bytes
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     signal.setitimer(signal.ITIMER_PROF, job.cpu_s)  # SIGPROF ends it, wherever it is
     try:
-        matcher = compiled(made, job.grammar)
-        verdict = _Verdict("", _data() - before)
-        del matcher
-    except GrammarError as error:
-        verdict = _Verdict(str(error))
-    except BaseException:
+        try:
+            matcher = compiled(made, job.grammar)
+            verdict = _Verdict("", max(0, _data() - before))
+            del matcher
+        except GrammarError as error:
+            verdict = _Verdict(str(error))
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        _write(verdicts, verdict)
+    except BaseException:  # out of memory: nothing was written, and the worker says so
         os._exit(1)
-    signal.setitimer(signal.ITIMER_PROF, 0.0)
-    _write(verdicts, verdict)
     os._exit(0)
 
 

@@ -29,8 +29,8 @@ from wisp.core.errors import RequestError, UnavailableError
 log = logging.getLogger("wisp.status")
 
 EVERY_S = 1.0
-MOST = 64  # who may watch at a time
-BEHIND = 8  # events that wait for one who does not read; then some are left out
+MOST = 64  # followers at a time
+BEHIND = 8  # events that wait for a follower that does not read; then some are left out
 
 Json = dict[str, Any]
 Make = Callable[[float], Awaitable[Json]]  # since which row

@@ -52,8 +52,9 @@ def run_check(
     The first plan that fails is made shorter and written to `out` (default: a file named after its seed), unless an
     earlier part has done so.
     """
-    if out is not None:
-        writable(out)
+    for path in (out, resume):
+        if path is not None:
+            writable(path)
     with progress_bar() as tell:
         report = check(first, seeds, minutes=minutes, jobs=jobs, resume=resume, tell=tell)
     written = None

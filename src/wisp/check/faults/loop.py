@@ -52,7 +52,7 @@ class Life:
         self.context.run(_life.set, self)
 
 
-_NOBODY = Life("nobody")  # whoever outlives the simulation
+_NOBODY = Life("nobody")  # of what outlives the simulation
 _NOBODY.alive = False
 
 

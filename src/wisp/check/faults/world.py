@@ -383,7 +383,7 @@ class World:
         return not any(w.verifier.sessions for w in self.watches())
 
     def _empty(self) -> bool:
-        """Do servers know of nobody any more? Whoever has yet to say hello is waited for, too."""
+        """Have all peers left the servers? Connections that have yet to say hello are waited for, too."""
         served = any(
             w.verifier.sessions or w.host._senders or w.process.crowd._inside for w in self.watches()
         )

@@ -10,15 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from wisp.core.errors import GrammarError
+
+MOST_TEXT = 256  # bytes of an end that is text, which is looked for at each token; models' have up to 30
+
 
 class ReasoningEnd:
     """`after` in a vocabulary. pieces: what each id says; b"" for tokens that are no text."""
 
     def __init__(self, after: Sequence[int], pieces: Sequence[bytes]) -> None:
+        """Raises GrammarError for a text that is too long."""
         self._pieces = pieces
         self._ids = list(after)
         texts = [self._piece(token) for token in after]
         self._text = b"".join(texts) if all(texts) else b""
+        if len(self._text) > MOST_TEXT:
+            raise GrammarError(f"the text that ends the reasoning may have at most {MOST_TEXT} bytes")
         self._beyond = _beyond(self._text, pieces)
 
     def reached(self, output: Sequence[int], n: int) -> bool:
@@ -36,11 +43,13 @@ class ReasoningEnd:
 
     def _tail(self, output: Sequence[int], n: int) -> bytes:
         """The text before place n, as far as the end may begin in it."""
-        most, tail = len(self._text) - 1, b""
-        while n and len(tail) < most:
+        most, size = len(self._text) - 1, 0
+        parts: list[bytes] = []
+        while n and size < most:
             n -= 1
-            tail = self._piece(output[n]) + tail
-        return tail[max(0, len(tail) - most) :]
+            parts.append(self._piece(output[n]))
+            size += len(parts[-1])
+        return b"".join(reversed(parts))[max(0, size - most) :]
 
     def _piece(self, token: int) -> bytes:
         return self._pieces[token] if 0 <= token < len(self._pieces) else b""
@@ -54,7 +63,9 @@ def _beyond(text: bytes, pieces: Sequence[bytes]) -> list[tuple[int, list[int]]]
             continue
         if text in piece[:-1]:
             found.setdefault(0, []).append(token)
-        for k in range(1, len(text)):
-            if len(piece) > len(text) - k and piece.startswith(text[k:]):
+        for k in range(
+            max(1, len(text) - len(piece) + 1), len(text)
+        ):  # where less is left than the piece has
+            if piece.startswith(text[k:]):
                 found.setdefault(k, []).append(token)
     return sorted(found.items())

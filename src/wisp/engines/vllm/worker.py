@@ -1,7 +1,7 @@
 """Hooks in vLLM's worker. Its model runner is told by a step's `Batch`, in three places:
 
     the batch      sequences, their tokens and blocks, gathered by slot from arrays of our own, in a few operations
-                   however many take part, and whoever took part before. So rolling back needs no message, and
+                   however many take part, whatever the step before had. So rolling back needs no message, and
                    sessions that alternate cost nothing more
     which rows     logits of the last rows of each part, drafts included
     what is chosen `core.protocol.sampling` at each of these rows, up to the first that disagrees with the draft:
