@@ -88,7 +88,8 @@ class Way:
         self.net, self.rng, self.to = net, rng, to
         self.free = 0.0  # when the last frame arrives
         self.stalls = 0
-        self.held: list[Callable[[], object]] = []
+        self.under_way: deque[Callable[[], object]] = deque()
+        self.held = 0  # frames that came while it stalled
         self.cut = False
 
     def carry(self, what: Callable[[], object]) -> None:
@@ -97,15 +98,17 @@ class Way:
             return
         now = self.net.loop.now
         self.free = max(self.free, now + self.net.delay(self.rng))
-        self.net.loop.run_in(self.to.life, self._arrive, what, after_s=self.free - now)
+        self.under_way.append(what)
+        self.net.loop.run_in(self.to.life, self._arrive, after_s=self.free - now)
 
-    def _arrive(self, what: Callable[[], object]) -> None:
+    def _arrive(self) -> None:
+        """Something has come: the first that is under way, also where the receiver was frozen while a stall healed."""
         if self.cut:
             return
         if self.stalls:
-            self.held.append(what)
+            self.held += 1
         else:
-            what()
+            self.under_way.popleft()()
 
     def stall(self) -> None:
         self.stalls += 1
@@ -113,9 +116,9 @@ class Way:
     def heal(self) -> None:
         self.stalls -= 1
         if not self.stalls:
-            held, self.held = self.held, []
-            for what in held:  # before all that is on its way yet
-                self.net.loop.run_in(self.to.life, self._arrive, what)
+            held, self.held = self.held, 0
+            for _ in range(held):
+                self.net.loop.run_in(self.to.life, self._arrive)
 
 
 class Line:
@@ -375,7 +378,7 @@ def _serve(
         elif kind == "websocket.close":
             line.close(end, Close(message.get("code", 1000), message.get("reason", "")))
         elif end.closed is None:
-            while line.down.stalls and end.closed is None and len(line.down.held) > 64:
+            while line.down.stalls and end.closed is None and line.down.held > 64:
                 await asyncio.sleep(1.0)  # the peer's window is full
             frame = message["bytes"]
             line.down.carry(lambda: line.client.feed(frame))
@@ -401,7 +404,7 @@ class VirtualSocket:
         line = self._line
         if line.client.closed is not None:
             raise self._error()
-        while line.up.stalls and line.client.closed is None and len(line.up.held) > 64:
+        while line.up.stalls and line.client.closed is None and line.up.held > 64:
             await asyncio.sleep(1.0)
         line.up.carry(lambda: line.server.feed(frame))
 
