@@ -244,6 +244,7 @@ class RouterHost:
 
     def changed(self) -> None:
         """A replica came up or went. Without any, edges are let go: they come back when there is one."""
+        self._count()
         if self.here:
             return
         for c in list(self._connections.values()):
@@ -266,6 +267,10 @@ class RouterHost:
             prompt, output = usage.prompt_tokens - old.prompt_tokens, usage.output_tokens - old.output_tokens
             if prompt or output:
                 self.admission.served(now, key, prompt, output)
+        self._count()
+
+    def _count(self) -> None:
+        """Count the sessions of each key at the replicas that are up, with those that are on their way to one."""
         up = {r.name for r in self.fleet.replicas.values() if r.report is not None}
         self._usage = {name: keys for name, keys in self._usage.items() if name in up}
         self._recent = {name: placed for name, placed in self._recent.items() if name in up}
