@@ -18,7 +18,7 @@ def figures(data: Data) -> Data:
         "virtual_hours": report.virtual_s / 3600,
         "a_second": report.faults / max(report.cpu_s, 1.0),
         "kinds": table(
-            ("fault", "what befalls", "times"),
+            ("fault", "effect", "times"),
             ((name, fault.about, f"{report.by_kind.get(name, 0):,}") for name, fault in FAULTS.items()),
         ),
         "situations": _counts("at verifiers", report.by_situation),
