@@ -13,6 +13,7 @@ model runner is in `runner_v1.py` and `runner_v2.py`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -54,7 +55,7 @@ class Extension:
         return dict(self.wisp_hooks.graphs)
 
 
-class Hooks:
+class Hooks(ABC):
     """What both versions have in common.
 
     batch:  of the step at hand, in the order in which the attention wants it
@@ -80,9 +81,9 @@ class Hooks:
                 table.append(slot, known, ids)
         return batch
 
+    @abstractmethod
     def zero(self, blocks: Any) -> None:
         """What these blocks hold on the device is to be zero."""
-        raise NotImplementedError
 
     def arrange(self, batch: Batch, order: npt.NDArray[np.int64] | None) -> Batch:
         """Keep the batch, in that order."""
