@@ -333,6 +333,7 @@ def virtual(loop: VirtualLoop, seed: int, swaps: list[tuple[object, str, object]
     ]
     former = [(module, name, getattr(module, name)) for module, name, _ in swaps]
     collecting = gc.isenabled()
+    gc.collect()  # the run before, or it would stay frozen for as long as there are runs
     gc.disable()  # it would end coroutines of dead processes at a moment of its own
     gc.freeze()
     for module, name, replacement in swaps:
