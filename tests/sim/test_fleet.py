@@ -39,12 +39,12 @@ from wisp.engines.emulated import HARDWARE, hardware
 from wisp.sim import serving
 from wisp.sim.fleet import check_live, run_live
 from wisp.sim.live import Clock, Sockets, Wire
-from wisp.sim.report import Engine, Report
+from wisp.sim.report import Engine, Report, report
 from wisp.sim.request import Request
 from wisp.sim.scenario import Kit, Scenario, SloClass
 from wisp.sim.serving import verifier
 from wisp.sim.sim_device import Generation, SimDevice
-from wisp.sim.simulate import Fleet, scripts_of
+from wisp.sim.simulate import Fleet, Simulation, scripts_of
 from wisp.sim.systems import system
 from wisp.sim.timeline import Timeline
 
@@ -177,6 +177,21 @@ def test_devices_come_go_and_vanish(quick: Scenario, server: Child, monkeypatch:
     assert found.completed == found.arrived - found.failed
 
 
+def test_requests_that_come_by_themselves_each_have_a_device(
+    quick: Scenario, server: Child, tmp_path: Path
+) -> None:
+    """Twelve of them at once, and one that comes after the run: live, they are the simulator's own."""
+    path = tmp_path / "arrivals.jsonl"
+    path.write_text('{"at_s": 0.2, "prompt_tokens": 30}\n' * 12 + '{"at_s": 9999, "prompt_tokens": 30}\n')
+    scenario = msgspec.structs.replace(quick, devices_n=1, arrivals=str(path))
+    found = play(scenario, OURS, server)
+    simulation = Simulation(scenario, system(OURS), 1)
+    simulation.run()
+    assert found.arrived == report(simulation).arrived == 12
+    assert found.devices == 12
+    served_and_exact(found)
+
+
 def test_a_full_verifier_is_asked_again_later(quick: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that are refused count as missed, and their devices wait as they are told: beyond the window."""
     monkeypatch.setattr(serving, "MOST_SESSIONS", 3)
@@ -220,7 +235,7 @@ def test_a_verifier_that_dies_ends_the_run(quick: Scenario) -> None:
 
 @pytest.mark.parametrize(
     ("change", "of"),
-    [({"arrivals_per_s": 2.0}, "wisp"), ({"domain": "code"}, "wisp"), ({}, "central-speculative")],
+    [({"domain": "code"}, "wisp"), ({}, "central-speculative")],
 )
 def test_options_of_the_simulator_alone_are_refused_by_name(
     change: dict[str, object], of: str, quick: Scenario

@@ -42,7 +42,7 @@ from wisp.sim.report_table import table
 from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.serving import cpu_s, verifier
 from wisp.sim.sim_verifier import VerifierCounts
-from wisp.sim.simulate import Fleet, Simulation, quantile, scripts_of
+from wisp.sim.simulate import Fleet, Simulation, most_devices, quantile, scripts_of
 from wisp.sim.systems import System, system
 from wisp.sim.timeline import Timeline
 
@@ -79,8 +79,7 @@ async def run_live(
     scenario = _as_served(await _greeted(url, api_key), scenario, url)
     scripts = scripts_of(scenario)  # takes seconds, in which no ping would be answered
     sockets = Sockets(url, api_key)
-    most = max(n for _, n in scenario.population or ((0.0, scenario.devices_n),))
-    welcome = await sockets.connect(most)
+    welcome = await sockets.connect(max(1, most_devices(scenario, seed)))
     gc.collect()
     gc.freeze()  # a collection that went through all positions would hold the loop up
     env = Timeline()
@@ -144,10 +143,6 @@ async def _greeted(url: str, api_key: str | None) -> Welcome:
 
 def check_live(scenario: Scenario, of: System) -> None:
     """Raises ConfigError for a scenario or system that only the simulator has."""
-    if scenario.open:
-        raise ConfigError(
-            "a live fleet has devices that wait for their answers; arrivals are for the simulator"
-        )
     if of.beside:
         raise ConfigError(
             f"system {of.name} drafts on the verifier's accelerator: only the simulator has that"

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import gc
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -76,7 +77,7 @@ class Fleet:
         """Have devices come and go as the scenario says."""
         s = self.scenario
         if s.open:
-            self._next_arrival(self._arrivals())
+            self._next_arrival(arrivals(s, self.seed))
             return
         for at, n in s.population or ((0.0, s.devices_n),):
             self.env.after(at, functools.partial(self._population, n))
@@ -149,17 +150,6 @@ class Fleet:
         self.requests.append(request)
         device.start(request)
 
-    def _arrivals(self) -> Iterator[tuple[float, int, SloClass]]:
-        """Of an open loop: second, tokens of the prompt, class."""
-        s, source = self.scenario, random.Random(f"{self.seed}/arrivals")
-        if s.arrivals:
-            yield from recorded_arrivals(Path(s.arrivals), s.slo[0])
-            return
-        at = 0.0
-        while True:
-            at += gap_s(source, s.arrivals_per_s, s.arrivals_cv)
-            yield at, source.randint(*s.prompt_tokens), pick(source, s.slo, [c.share for c in s.slo])
-
     def _next_arrival(self, arrivals: Iterator[tuple[float, int, SloClass]]) -> None:
         """Wait for the next arrival; each comes from a device that is free, or from a new one. Its kind is that of the
         arrival, so that it is the same under every system."""
@@ -187,6 +177,27 @@ class Fleet:
             self.env.after(pause, lambda: self._ask(device))
         else:
             self._ask(device)
+
+
+def arrivals(s: Scenario, seed: int) -> Iterator[tuple[float, int, SloClass]]:
+    """Of an open loop, until its drain ends: second, tokens of the prompt, class."""
+    end = s.warmup_s + s.window_s + s.drain_s
+    coming = recorded_arrivals(Path(s.arrivals), s.slo[0]) if s.arrivals else _at_random(s, seed)
+    return itertools.takewhile(lambda arrival: arrival[0] <= end, coming)
+
+
+def _at_random(s: Scenario, seed: int) -> Iterator[tuple[float, int, SloClass]]:
+    source, at = random.Random(f"{seed}/arrivals"), 0.0
+    while True:
+        at += gap_s(source, s.arrivals_per_s, s.arrivals_cv)
+        yield at, source.randint(*s.prompt_tokens), pick(source, s.slo, [c.share for c in s.slo])
+
+
+def most_devices(s: Scenario, seed: int) -> int:
+    """Devices that a fleet cannot exceed: in an open loop one for each arrival, as if no answer ended."""
+    if s.open:
+        return sum(1 for _ in arrivals(s, seed))
+    return max(n for _, n in s.population or ((0.0, s.devices_n),))
 
 
 class Simulation(Fleet):
