@@ -26,7 +26,8 @@ BINARY, MASKED = 0x82, 0x80
 
 class Said(msgspec.Struct):
     """What came of a request. error: its code, of an answer that is none or ends with one. retry_s: of Retry-After.
-    first_s, last_s: when the first and the last piece of text came, since the request was sent."""
+    first_s, last_s: when the first and the last piece of text came, since the request was sent. head_s: from the
+    beginning of a connection that was made for it until it was sent; 0 over one that was there."""
 
     status: int = 0
     text: str = ""
@@ -34,6 +35,7 @@ class Said(msgspec.Struct):
     error: str = ""
     about: str = ""
     retry_s: float = 0.0
+    head_s: float = 0.0
     first_s: float = 0.0
     last_s: float = 0.0
     left: bool = False
@@ -47,14 +49,12 @@ class Line:
         self.key = key
         self._small = small
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._opened = 0.0
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Raises OSError."""
         if self._streams is None:
             limit = SMALL_BUFFER if self._small else 1 << 16
             self._streams = await asyncio.open_connection("127.0.0.1", self.port, limit=limit)
-            self._opened = time.monotonic()
             if self._small:
                 sock: socket.socket = self._streams[1].get_extra_info("socket")
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
@@ -64,11 +64,6 @@ class Line:
         if self._streams is not None:
             self._streams[1].transport.abort()
             self._streams = None
-
-    @property
-    def age_s(self) -> float:
-        """Seconds since it was made."""
-        return time.monotonic() - self._opened
 
     async def complete(
         self,
@@ -85,6 +80,7 @@ class Line:
         """
         said = Said()
         try:
+            made, asked = self._streams is None, time.monotonic()
             reader, writer = await self.connect()
             began = time.monotonic()
             body = {"prompt": job.prompt, "seed": job.seed, "max_tokens": job.max_tokens, "stream": stream}
@@ -94,6 +90,7 @@ class Line:
                 f"content-type: application/json\r\n{headers}content-length: {len(data)}\r\n\r\n".encode()
                 + data
             )
+            said.head_s = time.monotonic() - asked if made else 0.0
             head = await _head(reader, said)
             if said.status != 200 or not stream:
                 _take(said, await reader.readexactly(int(head.get("content-length", "0"))))

@@ -115,7 +115,6 @@ async def answered(
     while True:
         began = time.monotonic()
         wait_s = chance.uniform(*AGAIN_S)
-        late = line.age_s > HEAD_S / 2  # its process may take it for one that never speaks
         try:
             async with asyncio.timeout(PATIENCE_S):
                 said = await line.complete(job, stream=stream, leave_after=leave_after, pause_s=pause_s)
@@ -132,6 +131,7 @@ async def answered(
             tally.left += said.left
             tally.tokens += job.max_tokens if not said.left else 0
             break
+        late = said.head_s > HEAD_S / 2  # this client was: it was taken for one that never speaks
         again = said.status in (429, 503) or (said.status == 408 and late)
         if again or (said.status and door.troubled(began)):
             tally.refused[f"{said.status} {said.error}"] += 1

@@ -20,6 +20,7 @@ from wisp.api.tools.events import Call, Event, Text, Tool
 from wisp.api.tools.families import PARSERS
 from wisp.core.errors import RequestError
 from wisp.core.protocol.constraints import Grammar
+from wisp.engines.grammar_trial import Trials
 from wisp.engines.grammars import Grammars
 from wisp.engines.special import Special, SpecialTokens
 
@@ -211,3 +212,20 @@ def test_a_schema_that_would_take_long_to_compile_is_a_400_that_says_what_it_has
         prepare(parse_chat(body, {}), target, parser="hermes")
     assert (refused.value.status, refused.value.code) == (400, "invalid_grammar")
     assert refused.value.param == ("tool_choice" if forced else "response_format")
+
+
+def test_where_no_process_can_be_had_for_a_grammar_the_server_is_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none() -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr("wisp.engines.grammars.TRIALS", Trials())
+    monkeypatch.setattr("wisp.engines.grammar_trial._started", none)
+    body = {"messages": [{"role": "user", "content": "x"}], "guided_regex": "a+"}
+    tokenizer = Marked((), "")
+    target = Target("m", tokenizer, 4000, "", Grammars(tokenizer))
+    with pytest.raises(RequestError, match="no more processes") as refused:
+        prepare(parse_chat(body, {}), target)
+    assert (refused.value.status, refused.value.code) == (503, "overloaded")
+    assert refused.value.retry_after

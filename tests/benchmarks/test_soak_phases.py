@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks.soak import parties
 from benchmarks.soak.faults import DEATHS, KINDS
+from benchmarks.soak.http import Line
 from benchmarks.soak.measure import Life, least_squares, quantile
 from benchmarks.soak.overload import Outcome, arrivals
 from benchmarks.soak.parties import Tally
+from benchmarks.soak.stack import Door
 from benchmarks.soak.texts import HashDraft, flaw, hashed
+from waiting import run
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Slice
 from wisp.engines.emulated import EmulatedTarget, hardware
@@ -49,6 +56,42 @@ def test_a_wrong_text_is_counted_and_told() -> None:
     tally.judge(job, (*job.tokens[:3], *job.tokens[2:]), whole=True, who="a device")
     assert (tally.lost, tally.doubled, tally.wrong) == (0, 1, 0)
     assert tally.findings[0].startswith("a device: doubled")
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_request_that_came_in_time_is_not_said_to_have_been_late(
+    late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A 408 is no fault of the server's only where this client held back its request, over a connection just made."""
+    monkeypatch.setattr(parties, "HEAD_S", 0.0 if late else 600.0)
+    monkeypatch.setattr(parties, "AGAIN_S", (0.0, 0.0))
+    job, tally = hashed(random.Random(1), 8), Tally()
+    requests, handlers = 0, set[asyncio.Task[Any] | None]()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal requests
+        handlers.add(asyncio.current_task())
+        with contextlib.closing(writer), contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(int(head.split(b"content-length: ")[1].split(b"\r\n")[0]))
+                requests += 1
+                said = {"choices": [{"text": job.text, "finish_reason": "length"}]}
+                body = json.dumps({"error": {"code": "request_timeout"}} if requests == 1 else said)
+                status = "408 Request Timeout" if requests == 1 else "200 OK"
+                writer.write(f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
+
+    async def scenario() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            door = Door("router")
+            door.port = server.sockets[0].getsockname()[1]
+            line = Line(door.port, "key")
+            await parties.answered(line, door, job, tally, random.Random(1))
+            line.close()
+            await asyncio.gather(*filter(None, handlers))
+
+    run(scenario())
+    assert (tally.lost, tally.refused["408 request_timeout"], requests) == ((0, 1, 2) if late else (1, 0, 1))
 
 
 def test_the_emulated_target_says_what_a_job_expects_and_a_device_drafts() -> None:

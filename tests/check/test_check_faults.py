@@ -17,13 +17,14 @@ import pytest
 from typer.testing import CliRunner
 
 import planted
+from wisp.check import faults
 from wisp.check.faults.check import Report, check, source_hash
 from wisp.check.faults.engine import HashTarget, Text
 from wisp.check.faults.loop import Restless, VirtualLoop
 from wisp.check.faults.nodes import RouterProcess
 from wisp.check.faults.plan import FAULTS, Event, Plan, plan_of, with_events
 from wisp.check.faults.shrink import Case, alike, read_case, shrink, write_case
-from wisp.check.faults.world import Found, World, run_plan
+from wisp.check.faults.world import Found, Outcome, World, run_plan
 from wisp.cli import app
 from wisp.core.errors import ConfigError
 from wisp.core.protocol.sampling import Sampling
@@ -205,6 +206,32 @@ def test_the_command_replays_a_file(tmp_path: Path) -> None:
     outcome = json.loads(ended.stdout)
     assert outcome["found"] is None
     assert outcome["seed"] == 2
+
+
+def test_a_file_that_is_no_plan_of_the_seed_that_failed_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that is stays as it is: it took long to make it short."""
+    found, runs = Found("token 5 is wrong", 30.0), list[Plan]()
+    plan = with_events(plan_of(3), plan_of(3).events[:5])
+
+    def run(tried: Plan) -> Outcome:
+        runs.append(tried)
+        return Outcome(tried.seed, {}, {}, {}, 0, 0, 0, 0.0, "", found)
+
+    monkeypatch.setattr(faults, "check", lambda *_, **__: Report(3, seeds=1, violations={3: found.what}))
+    monkeypatch.setattr(faults, "run_plan", run)
+    monkeypatch.setattr(faults, "shrink", lambda *_: plan)
+    out, report = tmp_path / "case.json", tmp_path / "report.json"
+    for there in ("not json", msgspec.json.encode(Case(plan_of(4), "")).decode()):
+        out.write_text(there)
+        args = {"first": 3, "seeds": 1, "minutes": 0, "jobs": 1, "resume": report, "out": out}
+        assert faults.run_check(**args, as_json=True) == 1  # type: ignore[arg-type]
+        assert read_case(out) == plan
+    before, runs[:] = out.stat().st_mtime_ns, []
+    assert faults.run_check(**args, as_json=True) == 1  # type: ignore[arg-type]
+    assert runs == [plan]
+    assert out.stat().st_mtime_ns == before
 
 
 # --- the parts

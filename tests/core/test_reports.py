@@ -121,6 +121,32 @@ def test_the_length_and_the_duration_of_answers_are_learnt(rig: Rig) -> None:
     assert rig.verifier.answers.seconds == pytest.approx(0.51)
 
 
+def test_answers_that_another_verifier_began_are_not_learnt_from(rig: Rig) -> None:
+    """Neither their first token nor all of their time was here."""
+    rig.receive(opening(committed=TEXT[:30], draft=TEXT[30:33], max_tokens=34))
+    rig.settle()
+    assert rig.verdict().finish == "length"
+    rig.receive(opening("session-2", max_tokens=40), connection=2)
+    rig.settle()
+    rig.lose(2)
+    elsewhere = opening("session-2", epoch=1, round=9, committed=TEXT[:38], draft=TEXT[38:39])
+    rig.receive(elsewhere, connection=2)
+    rig.settle()
+    assert rig.verdict(2).finish == "length"
+    answers = rig.verifier.answers
+    assert (answers.tokens, answers.seconds, answers.waited_s) == (200.0, 10.0, 0.0)  # before the first
+
+
+def test_an_answer_whose_edge_came_back_is_learnt_from(rig: Rig) -> None:
+    rig.receive(opening(max_tokens=4))
+    rig.settle()
+    rig.lose()
+    rig.receive(opening(epoch=1, round=9, committed=TEXT[:1], draft=TEXT[1:3], max_tokens=4))
+    rig.settle()
+    assert rig.verdict().finish == "length"
+    assert rig.verifier.answers.tokens == 4.0
+
+
 def test_kv_that_is_computed_again_does_not_count_as_rows_of_drafts(rig: Rig) -> None:
     """A session that had begun elsewhere: its 25 committed tokens are in two steps, of which one has no prompt."""
     rig.receive(opening(committed=TEXT[:25], draft=TEXT[25:28]))

@@ -435,6 +435,42 @@ def test_a_shared_prefix_is_copied_and_a_follow_up_turn_reuses_its_slot() -> Non
     assert rig.verdicts(2)[0].tokens == toy_text([*system, 41, *answer, 43], SAMPLING, 1)
 
 
+def test_no_prefix_is_copied_for_a_session_that_waits_for_kv_after_all() -> None:
+    rig = Rig(slots=3, slot_tokens=64, kv_tokens=64, step_tokens=64, batching="wisp")
+    prompts = [5] * 40, [5] * 30 + [8] * 4
+    rig.receive(opening(prompt=prompts[0], serve=True, max_tokens=9), connection=0)
+    rig.steps(2)
+    rig.receive(opening("session-2", prompt=prompts[1], serve=True, max_tokens=9), connection=1)
+    rig.settle()
+    for run in rig.runs:
+        assert {copy.target for copy in run.copies} <= {s.slot for s in run.slices}
+    for connection, prompt in enumerate(prompts):
+        assert rig.text(connection) == toy_text(prompt, SAMPLING, 9)
+
+
+def test_a_copy_stays_that_another_one_reads() -> None:
+    """Its own session loses its KV to the one that has its prefix from there."""
+    rig = Rig(slots=3, slot_tokens=64, kv_tokens=64, step_tokens=64, batching="wisp")
+    shared = [5] * 20
+    prompts = [[1], [*shared, 6], [2], [*shared, *range(30)], [*shared, 7, 8]]
+    rig.receive(opening("session-0", prompt=prompts[0], max_tokens=1), connection=0)
+    rig.steps(1)
+    going = opening("session-1", prompt=prompts[1], serve=True, max_tokens=30, slo=Slo(300.0, 20.0))
+    rig.receive(going, connection=1)
+    rig.receive(opening("session-2", prompt=prompts[2], max_tokens=1), connection=2)
+    rig.steps(2)  # the first and the third slot have leftovers now
+    for i, ttft_ms in ((3, 200.0), (4, 300.0)):  # the first one to get a slot, and one that fits
+        slo = Slo(ttft_ms, 20.0)
+        rig.receive(opening(f"session-{i}", prompt=prompts[i], serve=True, max_tokens=5, slo=slo), i)
+    rig.steps(1)
+    run = rig.runs[-1]
+    assert run.copies == [Copy(1, 0, 20), Copy(0, 2, 20)]
+    assert sorted(s.slot for s in run.slices) == [1, 2]
+    rig.settle()
+    for connection, most in ((1, 30), (3, 5), (4, 5)):
+        assert rig.text(connection) == toy_text(prompts[connection], SAMPLING, most)
+
+
 def test_prefixes_are_shared_within_one_salt_only() -> None:
     """The API key may belong to an edge that serves several customers."""
     rig = Rig(slots=3)

@@ -37,17 +37,18 @@ class LostLink(VerifierLink):
 
 
 class Failing:
-    """Tokenizers that cannot be had at first. `then` is called at each attempt that fails."""
+    """Tokenizers that cannot be had at first. `then` is called at each attempt that fails with `error`."""
 
-    def __init__(self, fails: int, then: Callable[[], None]) -> None:
+    def __init__(self, fails: int, then: Callable[[], None], error: RequestError | None = None) -> None:
         self.fails = fails
         self.then = then
+        self.error = error or UnavailableError("all connection attempts failed")
 
     async def get(self, fingerprint: str) -> Tokenizer:
         if self.fails:
             self.fails -= 1
             self.then()
-            raise UnavailableError("all connection attempts failed")
+            raise self.error
         return BYTES
 
 
@@ -90,3 +91,18 @@ def test_a_tokenizer_that_is_not_to_be_had_is_an_error(monkeypatch: pytest.Monke
         edge.close()
 
     asyncio.run(scenario())
+
+
+def test_a_tokenizer_that_will_not_do_is_not_fetched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NOTICE_S", 600.0)
+    attempts: list[None] = []
+
+    async def scenario() -> None:
+        tokenizers = Failing(1000, lambda: attempts.append(None), RequestError(502, "it is damaged"))
+        edge = EdgeBackend(LostLink(), tokenizers, None, Policies("fixed:1"))
+        with pytest.raises(RequestError, match="it is damaged"):
+            await edge.target()
+        edge.close()
+
+    asyncio.run(scenario())
+    assert len(attempts) == 1

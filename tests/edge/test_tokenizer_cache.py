@@ -83,8 +83,9 @@ def test_another_tokenizer_than_the_one_asked_for_is_not_used_and_not_kept(
 
 def test_a_damaged_answer_is_not_kept(original: LlamaTokenizer, folder: Path) -> None:
     for damaged in (b"", b"GGUF", original.blob()[:2000]):
-        with pytest.raises(RequestError):
+        with pytest.raises(RequestError) as error:
             asyncio.run(Fetched(damaged).get(original.fingerprint))
+        assert error.value.retry_after is None  # it would be the same again
         assert files(folder) == []
 
 
@@ -150,19 +151,22 @@ def test_others_may_read_what_lies_in_a_shared_cache(original: LlamaTokenizer, f
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "why"),
+    ("status", "body", "why", "again"),
     [
-        ("200 OK", b"<html>Sign in to this network</html>", "HTTP 200, and not from a WISP verifier"),
-        ("403 Forbidden", b"<html>No</html>", "HTTP 403, and not from a WISP verifier"),
-        ("302 Found\r\nlocation: http://portal.example/", b"", "redirected to http://portal.example/"),
-        ("404 Not Found", b'{"error": {"message": "another vocabulary"}}', "another vocabulary"),
-        ("404 Not Found", b'{"error": "nothing"}', "no WISP at this path"),
+        ("200 OK", b"<html>Sign in to this network</html>", "HTTP 200, and not from a WISP verifier", False),
+        ("403 Forbidden", b"<html>No</html>", "HTTP 403, and not from a WISP verifier", False),
+        ("302 Found\r\nlocation: http://portal.example/", b"", "redirected to http://portal.example/", False),
+        ("404 Not Found", b'{"error": {"message": "another vocabulary"}}', "another vocabulary", True),
+        ("404 Not Found", b'{"error": "nothing"}', "no WISP at this path", True),
+        ("503 Unavailable", b'{"error": {"message": "shutting down"}}', "shutting down", True),
     ],
-    ids=["sign-in page", "proxy", "redirect", "paper", "another server"],
+    ids=["sign-in page", "proxy", "redirect", "paper", "another server", "its end"],
 )
 def test_an_answer_that_is_no_tokenizer_is_told_for_what_it_is(
-    status: str, body: bytes, why: str, folder: Path
+    status: str, body: bytes, why: str, again: bool, folder: Path
 ) -> None:
+    """And whether another attempt may help: a verifier may just be taking this one's place."""
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         head = f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
@@ -176,6 +180,7 @@ def test_an_answer_that_is_no_tokenizer_is_told_for_what_it_is(
             with pytest.raises(RequestError, match=why) as error:
                 await TokenizerCache(url).get("1" * 64)
             assert (error.value.status, error.value.code) == (502, "tokenizer_unavailable")
+            assert (error.value.retry_after is not None) == again
 
     asyncio.run(scenario())
     assert files(folder) == []
@@ -194,6 +199,7 @@ def test_a_verifier_that_does_not_answer_is_named() -> None:
     with pytest.raises(RequestError, match=NOWHERE) as error:
         asyncio.run(TokenizerCache(NOWHERE).get("1" * 64))
     assert (error.value.status, error.value.code) == (502, "tokenizer_unavailable")
+    assert error.value.retry_after
 
 
 def test_a_tokenizer_in_hugging_faces_format_will_do_as_well(original: LlamaTokenizer, folder: Path) -> None:
@@ -238,7 +244,7 @@ def test_an_answer_without_an_end_is_not_taken_in(monkeypatch: pytest.MonkeyPatc
             port = server.sockets[0].getsockname()[1]
             with pytest.raises(RequestError, match=f"more than {1 << 20} bytes") as refused:
                 await TokenizerCache(f"http://127.0.0.1:{port}").get("a" * 64)
-            assert refused.value.status == 502
+            assert (refused.value.status, refused.value.retry_after) == (502, None)
 
     asyncio.run(scenario())
     assert taken == 1

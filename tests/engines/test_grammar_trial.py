@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from wisp.core.errors import GrammarError
+from wisp.core.errors import GrammarBusyError, GrammarError
 from wisp.core.protocol.constraints import MOST_SOURCE, Grammar
 from wisp.engines import grammar_trial
 from wisp.engines.grammar_trial import IDLE, Trials, Words
@@ -175,6 +176,40 @@ def test_a_worker_that_was_killed_is_replaced() -> None:
         assert other.pid != worker.pid
     finally:
         trials.close()
+
+
+def test_where_no_process_can_be_had_the_grammar_is_not_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> subprocess.Popen[bytes]:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(grammar_trial, "_started", none)
+    with pytest.raises(GrammarBusyError, match=r"no process .*temporarily unavailable.*try again"):
+        Trials().run(BYTES, Grammar("regex", "a"))
+
+
+def test_a_worker_that_says_nothing_is_ended_with_all_that_it_has_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes no processor time, and its child holds the pipe."""
+    stuck: list[subprocess.Popen[bytes]] = []
+
+    def started() -> subprocess.Popen[bytes]:
+        worker = subprocess.Popen(
+            ["sh", "-c", "sleep 100000 & wait"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        stuck.append(worker)
+        return worker
+
+    monkeypatch.setattr(grammar_trial, "_started", started)
+    trials = Trials(wall_s=0.05)
+    with pytest.raises(GrammarBusyError, match="no process"):
+        trials.run(BYTES, Grammar("regex", "a"))
+    [worker] = stuck
+    assert worker.returncode == -signal.SIGKILL
+    assert not trials._idle
 
 
 def test_one_that_takes_long_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wisp.core.errors import GrammarError
+from wisp.core.errors import GrammarBusyError, GrammarError
 from wisp.core.protocol.constraints import Grammar
 from wisp.core.protocol.edits import Bits, Matcher
 from wisp.engines.base import Tokenizer
@@ -198,7 +198,7 @@ def test_large_grammars_are_forgotten_sooner_and_no_key_holds_too_much(
 
     monkeypatch.setattr("wisp.engines.grammar_trial.Trials.run", lambda *_: 1000)
     monkeypatch.setattr("wisp.engines.grammars.KEPT_BYTES", 2500)
-    monkeypatch.setattr("wisp.engines.grammars.MOST_HELD", 2500)
+    monkeypatch.setattr("wisp.engines.grammars.MOST_BYTES", 6000)
     grammars = Grammars(PlainTokenizer())
     for i in range(1, 6):
         grammars.compile(large(i), "a")
@@ -206,12 +206,47 @@ def test_large_grammars_are_forgotten_sooner_and_no_key_holds_too_much(
     living = [large(i) for i in (6, 7, 8)]
     for grammar in living:
         grammars.compile(grammar, "b")
-    with pytest.raises(GrammarError, match=r"3 different grammars.* try again when some have ended"):
+    with pytest.raises(GrammarBusyError, match=r"3 different grammars.* try again when some have ended"):
         grammars.compile(large(9), "b")
     grammars.compile(living[0], "b")  # which is held already
     grammars.compile(large(9), "c")
     del living[1:], grammar
     grammars.compile(large(9), "b")
+
+
+def test_grammars_of_all_keys_are_bounded_and_some_memory_is_left_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("wisp.engines.grammar_trial.Trials.run", lambda *_: 1000)
+    monkeypatch.setattr("wisp.engines.grammars.MOST_BYTES", 8100)  # eight of them
+    grammars = Grammars(PlainTokenizer())
+    for key in ("old", "new"):
+        for i in range(1, 4):
+            grammars.compile(regex(i), key)
+    living: list[Grammar] = []
+    counts: list[int] = []
+
+    def compile_all(key: str) -> None:
+        for i in range(1, 9):
+            grammar = regex(i)
+            grammars.compile(grammar, key)
+            living.append(grammar)
+
+    for key in ("greedy", "late", "last"):
+        with pytest.raises(GrammarBusyError):
+            compile_all(key)
+        counts.append(len(living) - sum(counts))
+    assert counts == [5, 2, 1]  # one more than what is left free
+    kept = {key: [i for i in range(1, 9) if grammars.ready(regex(i), key)] for key in ("old", "new")}
+    assert kept == {"old": [], "new": []}
+    living.clear()
+    grammars.compile(regex(1), "late")
+    for i in range(5, 9):
+        grammars.compile(regex(i), "old")
+    held = sum(
+        grammars.ready(regex(i), key) for i in range(1, 9) for key in ("old", "greedy", "late", "last")
+    )
+    assert held == 8
 
 
 def test_control_tokens_are_no_text_but_can_be_named(tokenizer: LlamaTokenizer) -> None:

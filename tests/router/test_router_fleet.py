@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import itertools
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import msgspec
@@ -27,7 +29,7 @@ from wisp.router.fleet import Fleet, Replica
 from wisp.router.launch import Running
 from wisp.router.ray_launcher import RayLauncher
 from wisp.router.replica import ReplicaSpec, listen_above
-from wisp.router.thin import _load
+from wisp.router.thin import RouterTokenizers, _load
 from wisp.server.app import Settings
 from wisp.server.control import MOVE_PATH, Report
 
@@ -62,6 +64,24 @@ def test_a_front_reads_hugging_faces_tokenizers(tmp_path: Path) -> None:
     assert _load(theirs.blob()).fingerprint == theirs.fingerprint
     with pytest.raises(ModelError):
         _load(b"{}")
+
+
+@pytest.mark.parametrize("blob", [b"no gzip", gzip.compress(b"{}"), gzip.compress(b"x" * 999)[:-9]])
+def test_what_is_no_tokenizer_is_an_error_with_words_and_not_kept(blob: bytes) -> None:
+    given = [blob, gzip.compress(PlainTokenizer().blob())]
+
+    async def tokenizer(fingerprint: str) -> bytes:
+        return given.pop(0)
+
+    async def scenario() -> None:
+        fleet = SimpleNamespace(fleet=SimpleNamespace(tokenizer=tokenizer))
+        tokenizers = RouterTokenizers(fleet)  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match="the tokenizer that a replica gave is of no use") as error:
+            await tokenizers.get("f" * 64)
+        assert (error.value.status, error.value.code) == (502, "tokenizer_unavailable")
+        assert (await tokenizers.get("f" * 64)).fingerprint == PlainTokenizer().fingerprint
+
+    asyncio.run(scenario())
 
 
 class Pretended:

@@ -11,7 +11,7 @@ import pytest
 
 from waiting import run
 from wisp.api.prepare import AT_ONCE
-from wisp.core.errors import GrammarError
+from wisp.core.errors import GrammarBusyError, GrammarError
 from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.edits import Matcher
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
@@ -39,6 +39,8 @@ class Slow(Grammars):
         self.compiled.append(grammar.source)
         if grammar.source == "broken":
             raise RuntimeError("a bug")
+        if grammar.source == "busy":
+            raise GrammarBusyError("no process to try this grammar in")
         super().compile(grammar, key)
 
     def matcher(self, grammar: Grammar) -> Matcher:
@@ -129,6 +131,18 @@ def test_a_grammar_that_cannot_be_compiled_is_refused_with_its_reason() -> None:
         peer.open("our-own-bug", Grammar("regex", "broken"))
         assert "log" in (await peer.refused()).message
         assert host.n_sessions == 0
+
+    with_host(scenario)
+
+
+def test_a_grammar_that_is_not_to_blame_may_be_tried_again() -> None:
+    async def scenario(host: VerifierHost, grammars: Slow) -> None:
+        grammars.go.set()
+        peer = Peer(host)
+        peer.open("the-session", Grammar("regex", "busy"))
+        refused = await peer.refused()
+        assert (refused.code, refused.fatal, refused.retry_after) == ("overloaded", True, 1.0)
+        assert "no process" in refused.message
 
     with_host(scenario)
 

@@ -108,8 +108,8 @@ def test_a_population_comes_and_goes() -> None:
 def test_no_more_sessions_run_at_once_than_there_are_slots() -> None:
     simulation = ran(SMALL, "central,slots=3", trace=True)
     assert simulation.shared.trace is not None
-    steps = [e for e in simulation.shared.trace if e[0] == "step"]
-    assert max(sessions for _, _, _, sessions, _ in steps) == 3
+    steps = [e for e in simulation.shared.trace if e.what == "step"]
+    assert max(e.sessions for e in steps) == 3
 
 
 def test_users_of_each_class_are_counted_apart() -> None:

@@ -22,7 +22,7 @@ from wisp.api.fields import refuse
 from wisp.api.reader import Reading
 from wisp.api.render import render
 from wisp.api.requests import GenerationRequest, Prompt
-from wisp.core.errors import GrammarError
+from wisp.core.errors import GrammarBusyError, GrammarError, RequestError
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import INVALID_GRAMMAR
 from wisp.engines.base import Check, Tokenizer, unasked
@@ -90,12 +90,17 @@ def prepare(
 
 
 def _compile(sampling: Sampling, ask: GenerationRequest, target: Target, key: str) -> None:
-    """Compile the grammar where that can be done here, so that a bad one is refused by the parameter it came from."""
+    """Compile the grammar where that can be done here, so that a bad one is refused by the parameter it came from.
+
+    Raises RequestError 400, or 503 where the grammar is not to blame.
+    """
     constraints = sampling.constraints
     if constraints is None or constraints.grammar is None or target.grammars is None:
         return
     try:
         target.grammars.compile(constraints.grammar, key)
+    except GrammarBusyError as error:
+        raise RequestError(503, str(error), code="overloaded", type="server_error", retry_after=1.0) from None
     except GrammarError as error:
         param = "tool_choice" if ask.use.forced else ask.asked.param if ask.asked is not None else "tools"
         refuse(param, str(error), INVALID_GRAMMAR)

@@ -7,6 +7,7 @@ WispError
 │   ├── EngineDeadError  it will not run again in this process
 │   └── StepLostError    a step before this one failed
 ├── GrammarError         a grammar that cannot be compiled, or asks for more work than is allowed
+│   └── GrammarBusyError there is no memory or no process to compile it now
 ├── InternalError        a bug in WISP, after which this process cannot go on
 ├── ProtocolError        the peer sent a message that the protocol does not allow
 ├── RequestError         a request that cannot be served (carries an OpenAI error object)
@@ -44,6 +45,10 @@ class StepLostError(EngineError):
 
 class GrammarError(WispError):
     """A grammar that cannot be compiled, or asks for more work than is allowed. The message names the part."""
+
+
+class GrammarBusyError(GrammarError):
+    """There is no memory or no process to compile a grammar now. The grammar may be right: try again."""
 
 
 class InternalError(WispError):

@@ -64,7 +64,7 @@ class Link(Protocol):
 
 
 class Tokenizers(Protocol):
-    """Tokenizers by fingerprint."""
+    """Tokenizers by fingerprint. An error with `retry_after` may be over by then; others stay."""
 
     async def get(self, fingerprint: str) -> Tokenizer: ...
 
@@ -119,10 +119,10 @@ class EdgeBackend:
         while True:
             try:
                 return await self.tokenizers.get(welcome.fingerprint)
-            except RequestError:
+            except RequestError as error:
                 if self.link.welcome is not welcome:
                     return None
-                if time.monotonic() > deadline:
+                if error.retry_after is None or time.monotonic() > deadline:
                     raise
             await asyncio.sleep(AGAIN_S)
 

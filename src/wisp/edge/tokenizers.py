@@ -32,6 +32,7 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _GGUF, _JSON = b"GGUF", b"{"  # the first bytes of a tokenizer from a verifier
 TOKENIZER_PATH = "/v1/tokenizers"
 MOST_BYTES = 128 << 20  # of a tokenizer: several times the largest there are
+AGAIN_S = 1.0  # after a failure that may be over by then
 
 
 class TokenizerCache:
@@ -45,10 +46,10 @@ class TokenizerCache:
         self._warned = False
 
     async def get(self, fingerprint: str) -> Tokenizer:
-        """The tokenizer of the vocabulary with this fingerprint. Raises RequestError if it cannot be had."""
+        """The tokenizer of the vocabulary with this fingerprint. Raises RequestError if it cannot be had; with
+        `retry_after` if that may be different soon."""
         if not _FINGERPRINT.fullmatch(fingerprint):  # it becomes a file's name
-            message = "the verifier's vocabulary fingerprint is not a SHA-256; update the verifier"
-            raise RequestError(502, message, code="tokenizer_unavailable", type="server_error")
+            raise _unavailable("the verifier's vocabulary fingerprint is not a SHA-256; update the verifier")
         async with self._lock:
             if fingerprint not in self._loaded:
                 kept = await asyncio.to_thread(self._from_disk, fingerprint)
@@ -97,13 +98,14 @@ class TokenizerCache:
             ):
                 blob = await _content(response)
         except Exception as error:  # a wrong proxy in the environment raises errors of many kinds
-            raise _unavailable(
-                f"cannot fetch the target's tokenizer from {url}: {reason(error, url)}"
-            ) from None
+            why = f"cannot fetch the target's tokenizer from {url}: {reason(error, url)}"
+            raise _unavailable(why, again=isinstance(error, httpx.TransportError)) from None
         if not response.is_success or not blob.startswith((_GGUF, _JSON)):
-            own = error_in(blob)
-            why = own.message if own else stranger(response.status_code, response.headers.get("location"))
-            raise _unavailable(f"cannot fetch the target's tokenizer from {url}: {why}")
+            status, own = response.status_code, error_in(blob)
+            why = own.message if own else stranger(status, response.headers.get("location"))
+            # 404: a verifier of another vocabulary, which has taken the place of ours
+            again = status == 404 or status >= 500
+            raise _unavailable(f"cannot fetch the target's tokenizer from {url}: {why}", again=again)
         return blob
 
 
@@ -117,8 +119,11 @@ async def _content(response: httpx.Response) -> bytes:
     return bytes(blob)
 
 
-def _unavailable(message: str) -> RequestError:
-    return RequestError(502, message, code="tokenizer_unavailable", type="server_error")
+def _unavailable(message: str, *, again: bool = False) -> RequestError:
+    retry_after = AGAIN_S if again else None
+    return RequestError(
+        502, message, code="tokenizer_unavailable", type="server_error", retry_after=retry_after
+    )
 
 
 def _read(blob: bytes, fingerprint: str) -> Tokenizer:

@@ -8,12 +8,19 @@ from typing import Protocol
 
 import numpy as np
 
-from wisp.core.errors import GrammarError
+from wisp.core.errors import GrammarBusyError, GrammarError
 from wisp.core.protocol.constraints import Grammar
 from wisp.core.protocol.edits import Edit, Matcher, Matchers, Tracker
 from wisp.core.protocol.reasoning import ReasoningEnd
 from wisp.core.protocol.sampling import Sampling, gumbels, target_token
-from wisp.core.protocol.step import INVALID_GRAMMAR, Slice, SliceResult, TokenLogprob, TopLogprob
+from wisp.core.protocol.step import (
+    ENGINE_ERROR,
+    INVALID_GRAMMAR,
+    Slice,
+    SliceResult,
+    TokenLogprob,
+    TopLogprob,
+)
 
 _SURE = 40.0  # more than noise ever adds: what an engine without logits says, if it may
 _GREEDY = Sampling()
@@ -70,6 +77,11 @@ class SlotTrackers:
         return tracker.edits(work.past, work.position, work.tokens[len(work.tokens) - work.n_draft :])
 
 
+def code_of(error: GrammarError) -> str:
+    """For the result of a slice: what was busy may be tried again."""
+    return ENGINE_ERROR if isinstance(error, GrammarBusyError) else INVALID_GRAMMAR
+
+
 def agreeing(
     s: Slice, text: Callable[[int, int], int], seed: int, constraints: SlotTrackers, n_vocab: int
 ) -> SliceResult:
@@ -93,7 +105,7 @@ def agreeing(
             if i == s.n_draft or token != s.tokens[first + i]:
                 break
     except GrammarError as error:
-        return SliceResult(s.session, error=str(error), code=INVALID_GRAMMAR)
+        return SliceResult(s.session, error=str(error), code=code_of(error))
     logprobs: list[TokenLogprob] = []
     if s.logprobs is not None:
         logprobs = [TokenLogprob(t, 0.0, [TopLogprob(t, 0.0)][: s.logprobs]) for t in tokens]

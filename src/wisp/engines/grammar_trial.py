@@ -8,8 +8,9 @@ of automata, as of `multipleOf` and of expressions that have to hold together. N
 
 What the child has compiled is compiled here, too: a compiled grammar cannot be sent. Workers have a vocabulary of the
 same ids, but of all texts only single bytes, so that they stay small; what longer tokens add to the work is within
-llguidance's own limits. Where there is no fork (Windows) nothing is tried, and nothing bounded; without /proc (macOS)
-time is bounded, and memory is not.
+llguidance's own limits. A worker that says nothing for long is ended with its child: that is the machine's trouble and
+not the grammar's. Where there is no fork (Windows) nothing is tried, and nothing bounded; without /proc (macOS) time is
+bounded, and memory is not.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from typing import IO, TypeVar
 
 import msgspec
 
-from wisp.core.errors import GrammarError
+from wisp.core.errors import GrammarBusyError, GrammarError
 from wisp.core.protocol.constraints import Grammar
 from wisp.engines.grammar_library import NO_TEXT, compiled, vocabulary
 
 CPU_S = 2.0  # of a core
+WALL_S = 60.0  # for CPU_S on a machine where others want the core as well
 MOST_BYTES = 40 << 20  # 1,500 optional properties take 9 MB
 IDLE = 2  # workers that are kept: 40 MB each
 
@@ -70,14 +73,15 @@ def words(tokens: list[bytes], ends: frozenset[int]) -> Words:
 class Trials:
     """Workers, each of which tries one grammar at a time: as many as threads ask at once. From any thread."""
 
-    def __init__(self, cpu_s: float = CPU_S, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, cpu_s: float = CPU_S, most_bytes: int = MOST_BYTES, wall_s: float = WALL_S) -> None:
         self._limits = cpu_s, most_bytes
+        self._wall_s = wall_s
         self._lock = threading.Lock()
         self._idle: list[subprocess.Popen[bytes]] = []
 
     def run(self, words: Words, grammar: Grammar) -> int:
         """Try a grammar. Returns the bytes that it takes once compiled. Raises GrammarError, also where it would take
-        too much time or memory."""
+        too much time or memory; GrammarBusyError where no worker says anything."""
         if not hasattr(os, "fork"):
             return 0
         job = _Job(words, grammar, *self._limits)
@@ -86,13 +90,14 @@ class Trials:
         verdict = None
         if worker is not None:
             with contextlib.suppress(OSError):  # an idle worker may have been killed: another one is started
-                verdict = _asked(worker, job)
+                verdict = self._asked(worker, job)
         if worker is None or verdict is None:
             try:
                 worker = _started()
-                verdict = _asked(worker, job)
+                verdict = self._asked(worker, job)
             except OSError as error:
-                raise GrammarError(f"no process to try this grammar in: {error}") from None
+                message = f"no process to try this grammar in: {error}; try again"
+                raise GrammarBusyError(message) from None
         with self._lock:
             keep = len(self._idle) < IDLE
             if keep:
@@ -102,6 +107,16 @@ class Trials:
         if verdict.problem:
             raise GrammarError(verdict.problem)
         return verdict.size
+
+    def _asked(self, worker: subprocess.Popen[bytes], job: _Job) -> _Verdict:
+        """Raises OSError where the worker cannot answer, or does not in time; then it is ended."""
+        try:
+            with _within(self._wall_s, worker):
+                _write(worker.stdin, job)
+                return _read(worker.stdout, _Verdict)
+        except BaseException:
+            _end(worker)
+            raise
 
     def close(self) -> None:
         """End the idle workers."""
@@ -121,22 +136,32 @@ def _started() -> subprocess.Popen[bytes]:
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C is for this process; the end of the pipe ends the worker
+        # Ctrl-C is for this process; the end of the pipe ends the worker. And it is killed with its child (`_kill`).
+        start_new_session=True,
     )
 
 
-def _asked(worker: subprocess.Popen[bytes], job: _Job) -> _Verdict:
-    """Raises OSError where the worker cannot answer; then it is ended."""
+@contextlib.contextmanager
+def _within(seconds: float, worker: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kill the worker after that time: its pipes, which this process may be waiting at, end with it."""
+    clock = threading.Timer(seconds, _kill, [worker])
+    clock.daemon = True
+    clock.start()
     try:
-        _write(worker.stdin, job)
-        return _read(worker.stdout, _Verdict)
-    except BaseException:
-        _end(worker)
-        raise
+        yield
+    finally:
+        clock.cancel()
+        clock.join()  # no kill comes after the worker's end, when its number may be another's
+
+
+def _kill(worker: subprocess.Popen[bytes]) -> None:
+    """With its child, which may be what is stuck, and which has the pipes as well."""
+    with contextlib.suppress(OSError):
+        os.killpg(worker.pid, signal.SIGKILL)
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:
-    worker.kill()
+    _kill(worker)
     for pipe in (worker.stdin, worker.stdout):
         with contextlib.suppress(OSError):  # what could not be written
             pipe.close()  # type: ignore[union-attr]

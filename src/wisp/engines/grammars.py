@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from wisp.core.errors import GrammarError
+from wisp.core.errors import GrammarBusyError, GrammarError
 from wisp.core.protocol.constraints import Grammar
 from wisp.core.protocol.edits import Bits, Matcher
 from wisp.core.protocol.reasoning import ReasoningEnd
@@ -33,7 +33,7 @@ QUICK_S = 0.25  # of a core: a grammar that compiles faster may be compiled anew
 KEPT = 64  # compiled grammars of a key
 KEPT_BYTES = 256 << 20  # that these take, as far as compiling shows
 KEYS = 64  # keys with their grammars
-MOST_HELD = 1 << 30  # bytes of all different grammars that living sessions of a key have
+MOST_BYTES = 2 << 30  # of all. Those of one key's living sessions may take as much as those of all leave free
 MOST_ENDS = 16  # of reasoning that are remembered; models have one or two
 NO_END = "this model has no end of sequence, so that no text of a grammar could come to an end"
 _Name = tuple[str, str]  # kind and source
@@ -98,7 +98,8 @@ class Grammars:
         wait for its turn, or lose it. `key`: whose it is, so that nobody can tell by the time what others ask for.
         Takes up to seconds, and lets other threads run meanwhile.
 
-        Raises GrammarError, which names the keyword or the place that cannot be compiled.
+        Raises GrammarError, which names the keyword or the place that cannot be compiled; GrammarBusyError where that
+        is not the grammar's fault.
         """
         if grammar.after:
             self.end(grammar.after)
@@ -120,6 +121,7 @@ class Grammars:
             )
             keys = self._by_key
             _forget(keys, lambda: len(keys) > KEYS, lambda k: not any(c.asked for c in k.values()))
+            self._forget_unused(sum(_size(k.values()) for k in keys.values()) - MOST_BYTES)
 
     def ready(self, grammar: Grammar, key: str) -> bool:
         """Has it been compiled for this key, and its `after` looked up? If so it stays, as after `compile`."""
@@ -157,14 +159,27 @@ class Grammars:
                 kept.move_to_end(_name(grammar))
             return compiled
 
+    def _forget_unused(self, too_much: int) -> None:
+        """Of so many bytes, if there are any: of the key that compiled longest ago first."""
+        for kept in self._by_key.values():
+            for name in list(kept):
+                if too_much <= 0:
+                    return
+                if not kept[name].asked:
+                    too_much -= kept.pop(name).size
+
     def _check_held(self, key: str) -> None:
-        """Raises GrammarError for one too many of a key: its sessions would fill the memory."""
+        """Raises GrammarBusyError where sessions of this key hold as much memory as all leave free.
+
+        So one key alone may have half of it, two a third each, and some is always left for one that has none.
+        """
         with self._lock:
-            held = [c for c in self._by_key.get(key, OrderedDict()).values() if c.asked]
-        if _size(held) > MOST_HELD:
-            raise GrammarError(
-                f"the open sessions of this key have {len(held)} different grammars, of more than "
-                f"{MOST_HELD >> 20} MiB; try again when some have ended"
+            held = {k: [c for c in kept.values() if c.asked] for k, kept in self._by_key.items()}
+        own = held.get(key, [])
+        if _size(own) > MOST_BYTES - sum(map(_size, held.values())):
+            raise GrammarBusyError(
+                f"the open sessions of this key have {len(own)} different grammars, of {_size(own) >> 20} MiB, "
+                "and no more than that is free; try again when some have ended"
             )
 
     def _check_named(self, source: str) -> None:

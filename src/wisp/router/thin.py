@@ -11,6 +11,7 @@ import asyncio
 import gzip
 import ssl
 import time
+import zlib
 from collections.abc import AsyncIterator
 
 import httpx
@@ -21,7 +22,7 @@ from wisp.api.keys import on_behalf
 from wisp.core.draft.drafter import busy_error
 from wisp.core.draft.patience import BEAT_S, Patience
 from wisp.core.draft.policies import Policies
-from wisp.core.errors import ProtocolError, RequestError, UnavailableError
+from wisp.core.errors import ProtocolError, RequestError, UnavailableError, WispError
 from wisp.core.protocol.messages import Cancel, Draft, Message, Open, Redirect, Refused, Verdict, Welcome
 from wisp.core.verify.admission import Refusal
 from wisp.edge.backend import EdgeBackend
@@ -185,10 +186,21 @@ class RouterTokenizers:
             return self._blobs[fingerprint]
 
     async def get(self, fingerprint: str) -> Tokenizer:
+        """Raises UnavailableError, and RequestError where a replica gave what is no tokenizer."""
         if fingerprint not in self._loaded:
-            data = gzip.decompress(await self.blob(fingerprint))
-            self._loaded[fingerprint] = await asyncio.to_thread(_load, data)
+            blob = await self.blob(fingerprint)
+            try:
+                self._loaded[fingerprint] = await asyncio.to_thread(_unpacked, blob)
+            except (OSError, EOFError, zlib.error, WispError) as error:
+                self._blobs.pop(fingerprint, None)  # the next replica may have a better one
+                message = f"the tokenizer that a replica gave is of no use: {error}"
+                raise RequestError(502, message, code="tokenizer_unavailable", type="server_error") from None
         return self._loaded[fingerprint]
+
+
+def _unpacked(blob: bytes) -> Tokenizer:
+    """Raises OSError, EOFError or zlib.error for what is not whole, WispError for what is no tokenizer."""
+    return _load(gzip.decompress(blob))
 
 
 def _load(data: bytes) -> Tokenizer:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from wisp.api.prepare import PromptWork
-from wisp.core.errors import GrammarError
+from wisp.core.errors import GrammarBusyError, GrammarError
 from wisp.core.protocol.constraints import Grammar
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused
 from wisp.core.protocol.step import INVALID_GRAMMAR
@@ -109,13 +109,15 @@ class Compiling:
         self._refuse(connection, Refused(message.session, "overloaded", why, 1.0, fatal, message.round))
 
     async def _compile(self, connection: int, session: str, key: str, grammar: Grammar) -> None:
-        problem = ""
+        problem, code, retry_after = "", INVALID_GRAMMAR, 0.0
         try:
             await self._work.run(
                 key, lambda: self._admit(key), lambda check: self._grammars.compile(grammar, key)
             )
         except Refusal:
             pass  # which the verifier says once more, and counts
+        except GrammarBusyError as error:
+            problem, code, retry_after = str(error), "overloaded", 1.0
         except GrammarError as error:
             problem = str(error)
         except Exception:  # sessions must hear of it
@@ -124,7 +126,7 @@ class Compiling:
         first, *rest = self._pop(connection, session).messages
         if problem:
             for message in (first, *rest):
-                refused = Refused(session, INVALID_GRAMMAR, problem, 0.0, True, message.round)
+                refused = Refused(session, code, problem, retry_after, True, message.round)
                 self._refuse(connection, refused)
             return
         self._take(connection, first)

@@ -16,17 +16,17 @@ def chrome_trace(simulation: Simulation) -> str:
         {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}}
         for pid, name in ((0, "verifier"), (1, "devices drafting"), (2, "devices waiting"))
     ]
-    for what, at, ms, who, tokens in simulation.shared.trace or ():
-        step = what == "step"
+    for e in simulation.shared.trace or ():
+        sessions = {"sessions": e.sessions} if e.what == "step" else {}
         events.append(
             {
-                "name": what,
+                "name": e.what,
                 "ph": "X",
-                "ts": round(at * 1e6),
-                "dur": round(ms * 1e3),
-                "pid": {"step": 0, "draft": 1}.get(what, 2),
-                "tid": 0 if step else who,
-                "args": {"sessions": who, "tokens": tokens} if step else {"tokens": tokens},
+                "ts": round(e.at * 1e6),
+                "dur": round(e.ms * 1e3),
+                "pid": {"step": 0, "draft": 1}.get(e.what, 2),
+                "tid": e.device,
+                "args": sessions | {"tokens": e.tokens},
             }
         )
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})

@@ -252,7 +252,7 @@ class SimDevice:
             request.ended = seen
         if self.shared.trace is not None:
             since = generation.waiting_since
-            self.shared.trace.append(Event("wait", since, (now - since) * 1e3, self.index, drafted))
+            self.shared.trace.append(Event("wait", since, (now - since) * 1e3, drafted, device=self.index))
         generation.waiting_since = now
 
     # --- the loop of an edge: verdicts first, then the draft engine
@@ -335,7 +335,7 @@ class SimDevice:
             generation.prompt_read = True
         self.drafted_ms += ms
         if self.shared.trace is not None:
-            self.shared.trace.append(Event("draft", self.env.now, ms, self.index, guesses + 1))
+            self.shared.trace.append(Event("draft", self.env.now, ms, guesses + 1, device=self.index))
         proposal = generation.script.propose(len(drafter.committed), guesses) or NOTHING
         self._step = (generation, proposal, ms)
         self.env.after(ms / 1e3, self._drafted)

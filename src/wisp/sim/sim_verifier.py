@@ -26,13 +26,14 @@ MAX_DRAFT = 32
 
 
 class Event(NamedTuple):
-    """An interval of a trace: a step, a draft step, or a wait for a verdict. who: slices of a step, or the device."""
+    """An interval of a trace: a step of so many sessions, or a device's draft step or wait for a verdict."""
 
     what: str
     at: float  # seconds
     ms: float
-    who: int
     tokens: int
+    sessions: int = 0
+    device: int = 0  # its number
 
 
 @dataclass(slots=True)
@@ -140,7 +141,7 @@ class SimVerifier:
             note(ms - alone(n, n * (start + n), start, 1))
         counts.evicted = self.verifier.evicted
         if self.trace is not None:
-            self.trace.append(Event("step", self.env.now, ms, len(slices), load.new))
+            self.trace.append(Event("step", self.env.now, ms, load.new, sessions=len(slices)))
         host_s = host_s_of(profile, len(slices))
         if self.verifier.in_flight.depth == 1:
             done = StepDone(results, ms)

@@ -31,6 +31,7 @@ from wisp.check.faults.check import Report, check
 from wisp.check.faults.plan import plan_of
 from wisp.check.faults.shrink import read_case, shrink, write_case
 from wisp.check.faults.world import run_plan
+from wisp.core.errors import ConfigError
 from wisp.outputs import writable
 from wisp.progress import progress_bar
 
@@ -49,8 +50,8 @@ def run_check(
 ) -> int:
     """Check, print, and return the exit status: 0 if nothing was found. `resume`: see `check`.
 
-    The first plan that fails is made shorter and written to `out` (default: a file named after its seed), unless an
-    earlier part has done so.
+    The first plan that fails is made shorter and written to `out` (default: a file named after its seed), unless that
+    is there from an earlier part and still fails.
     """
     for path in (out, resume):
         if path is not None:
@@ -61,7 +62,7 @@ def run_check(
     if report.violations:
         seed = min(report.violations)
         written = out or Path(f"faults-{seed}.json")
-        if resume is None or not written.exists():
+        if resume is None or not _fails(written, seed):
             plan = plan_of(seed)
             found = run_plan(plan).found
             assert found is not None, "the same seed gives the same run"
@@ -72,6 +73,15 @@ def run_check(
     else:
         _show(report, written)
     return 0 if report.passed else 1
+
+
+def _fails(path: Path, seed: int) -> bool:
+    """Does the file have a plan of this seed that fails?"""
+    try:
+        plan = read_case(path)
+    except ConfigError:
+        return False
+    return plan.seed == seed and run_plan(plan).found is not None
 
 
 def replay(path: Path, *, as_json: bool) -> int:

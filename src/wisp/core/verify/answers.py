@@ -28,7 +28,7 @@ class Answers:
         self._committed += committed
 
     def ended(self, tokens: int, seconds: float, waited_s: float) -> None:
-        """An answer is complete."""
+        """An answer is complete, all of it from this verifier."""
         self._n += 1
         rate = max(RATE, 1.0 / self._n)
         self.tokens += rate * (tokens - self.tokens)

@@ -246,11 +246,6 @@ class CostModel:
         """Median relative error of recent predictions."""
         return self._median
 
-    @property
-    def variances(self) -> Vector:
-        """Variances of the coefficients. Always bounded."""
-        return np.array([line[i] for i, line in enumerate(self._p)])
-
     def token_ms(self, load: Load) -> float:
         """Milliseconds that one more token adds to a step of this load."""
         now = self.now

@@ -122,6 +122,7 @@ class Planner:
         for handle in plan.lost:
             index.sessions[handle].relax(now)
         grants = plan.grants if preempts else self._that_fit(now, plan.grants)
+        self._copies = self._live_copies()
         if not grants and self.in_flight.steps:
             self._withdraw_copies()
         self._make_room(sum([g.tokens for g in grants]))
@@ -272,6 +273,19 @@ class Planner:
             if session.progress.reused is None:
                 session.progress.reused = min(assigned.start, session.progress.n_prompt)
             session.candidate = None
+
+    def _live_copies(self) -> list[Copy]:
+        """Without those whose target lost its KV after all, unless another copy reads it."""
+        if not self._copies:
+            return []
+        live = {slot.index for slot in self.kv.slots if slot.tokens}
+        kept = []
+        for copy in reversed(self._copies):
+            if copy.target in live:
+                live.discard(copy.target)
+                live.add(copy.source)
+                kept.append(copy)
+        return kept[::-1]
 
     def _withdraw_copies(self) -> None:
         """No step takes them along now, and steps in flight may need the KV that they take up. Their sessions get slots

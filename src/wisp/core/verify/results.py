@@ -100,8 +100,9 @@ class Results:
         more = not slice_.sample or (s.round.serve and not finish)
         self._settle(now, s, cached=min(fed, len(s.progress.chain)), more=more)
         if finish:
-            opened = s.targets.opened
-            self.answers.ended(s.n_committed, now - opened, min(s.targets.first_at, now) - opened)
+            if not s.progress.elsewhere:  # otherwise its tokens and times are not of one verifier
+                opened = s.targets.opened
+                self.answers.ended(s.n_committed, now - opened, min(s.targets.first_at, now) - opened)
             if s.flight.slices:
                 self._doom(s)
             elif s.state is not ENDED:

@@ -42,10 +42,11 @@ class Parameters(msgspec.Struct, frozen=True):
 class Progress:
     """Prompt and committed tokens. `entries` are the log probabilities of the last tokens, as far as asked for.
 
-    reused: tokens of the prompt whose KV was there when the session first got a slot; None before
+    reused:    tokens of the prompt whose KV was there when the session first got a slot; None before
+    elsewhere: another verifier has committed some of the tokens
     """
 
-    __slots__ = ("chain", "entries", "logprobs", "n_prompt", "reused")
+    __slots__ = ("chain", "elsewhere", "entries", "logprobs", "n_prompt", "reused")
 
     def __init__(self, open_: Open) -> None:
         self.n_prompt = len(open_.prompt)
@@ -53,6 +54,7 @@ class Progress:
         self.logprobs = open_.logprobs  # None, or how many alternatives to report
         self.entries: list[TokenLogprob] = []
         self.reused: int | None = None
+        self.elsewhere = bool(open_.committed)
 
     @property
     def committed(self) -> int:
@@ -92,6 +94,7 @@ class Progress:
         if longer:
             self.chain = _chain(open_)
             self.entries = []
+            self.elsewhere = True
         if open_.logprobs != self.logprobs:
             self.logprobs, self.entries = open_.logprobs, []
         return longer

@@ -23,7 +23,6 @@ import numpy as np
 from wisp.core.errors import EngineError, GrammarError, ModelError
 from wisp.core.protocol.step import (
     ENGINE_ERROR,
-    INVALID_GRAMMAR,
     NO_TOKEN,
     NOT_FINITE,
     Copy,
@@ -31,7 +30,7 @@ from wisp.core.protocol.step import (
     SliceResult,
 )
 from wisp.engines.base import EngineInfo, StepQueue
-from wisp.engines.constraining import SlotTrackers
+from wisp.engines.constraining import SlotTrackers, code_of
 from wisp.engines.identity import engine_digest, gguf_digest
 from wisp.engines.in_order import OneAtATime
 from wisp.engines.llama import selfcheck
@@ -283,7 +282,7 @@ class LlamaTarget:
             try:
                 edits = self.constraints.edits(work)
             except GrammarError as why:
-                error, code = str(why), INVALID_GRAMMAR
+                error, code = str(why), code_of(why)
         run = Run(work, self._tap, edits)
         if error:
             run.fail(error, code)

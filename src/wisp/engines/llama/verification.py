@@ -15,7 +15,6 @@ from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import log_probability, target_token
 from wisp.core.protocol.step import (
     ENGINE_ERROR,
-    INVALID_GRAMMAR,
     NO_TOKEN,
     NOT_FINITE,
     Slice,
@@ -23,6 +22,7 @@ from wisp.core.protocol.step import (
     TokenLogprob,
     TopLogprob,
 )
+from wisp.engines.constraining import code_of
 from wisp.engines.llama.context import Logits, Tokens
 
 Tap = Callable[[int, int, Logits], None]  # (slot, place, logits) of a sampled row; the logits are only lent
@@ -80,7 +80,7 @@ class Run:
         try:
             edit = next(self._edits) if self._edits is not None else None
         except GrammarError as error:
-            self.fail(str(error), INVALID_GRAMMAR)
+            self.fail(str(error), code_of(error))
             return
         token = target_token(row, work.sampling, work.position + step, edit)
         self.tokens.append(token)

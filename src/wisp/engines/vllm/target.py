@@ -27,7 +27,6 @@ from wisp.core.protocol.edits import Edit
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import (
     ENGINE_ERROR,
-    INVALID_GRAMMAR,
     NO_TOKEN,
     NOT_FINITE,
     Copy,
@@ -36,7 +35,7 @@ from wisp.core.protocol.step import (
 )
 from wisp.engines import exactness
 from wisp.engines.base import EngineInfo, StepQueue
-from wisp.engines.constraining import SlotTrackers
+from wisp.engines.constraining import SlotTrackers, code_of
 from wisp.engines.identity import engine_digest, folder_digest
 from wisp.engines.in_order import OneAtATime
 from wisp.engines.slots import check_copy, slice_problem
@@ -395,7 +394,7 @@ class VllmTarget:
         try:
             task.edits = list(self.constraints.edits(task.work) or ())
         except GrammarError as error:
-            self._fail(task, str(error), INVALID_GRAMMAR)
+            self._fail(task, str(error), code_of(error))
 
     def _problem(self, work: Slice) -> str:
         """What is wrong with a slice, in words, or ""."""
