@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from benchmarks.experiments.page import scenario_of
 from benchmarks.pages import Data, table
 from tools.tiny.text import story
 from wisp.api.process import event_loop_factory
@@ -31,7 +32,7 @@ from wisp.sim.plan.estimate import reached
 from wisp.sim.plots import OWN, picture
 from wisp.sim.report import Report, report
 from wisp.sim.runs import Runs
-from wisp.sim.scenario import Kit, Scenario, SloClass, load_scenario
+from wisp.sim.scenario import Kit, Scenario, SloClass
 from wisp.sim.serving import verifier
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import system
@@ -52,7 +53,7 @@ def run(quick: bool, runs: Runs) -> Data:
 
 
 def _emulated(quick: bool, load: float) -> dict[str, Any]:
-    scenario = load_scenario("a100-qwen3-32b").at_rate(RATE)
+    scenario = scenario_of("a100-qwen3-32b", RATE)
     scenario = scenario.brief(2.0, 4.0, 15.0) if quick else scenario.brief(20.0, 40.0, 30.0)
     most = bound(scenario, ideal=False).devices * reached("wisp", RATE)
     n = 12 if quick else round(load * most)
