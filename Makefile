@@ -86,8 +86,9 @@ test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, its ker
 	TRITON_INTERPRET=1 $(WITH_VLLM) -m pytest tests/engines/test_vllm_fused.py tests/engines/test_vllm_runner_v2.py
 	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest -m "not modelless and not extended and not prometheus" tests/system --ignore tests/system/test_replicas.py
 
-test-choice: $(VLLM)/.ready  ## the kernels that choose tokens on a GPU: a hundred thousand rows in Triton's interpreter, and built for a GPU
-	TRITON_INTERPRET=1 $(WITH_VLLM) -m pytest -m "" tests/engines/test_vllm_fused.py
+test-choice: $(VLLM)/.ready  ## the kernels that choose tokens on a GPU: a hundred thousand rows in Triton's interpreter, and built for a GPU; goes on where it stopped
+	mkdir -p build
+	TRITON_INTERPRET=1 WISP_TEST_PARTS=build/choice.txt $(WITH_VLLM) -m pytest -m "" tests/engines/test_vllm_fused.py
 	$(WITH_VLLM) -m pytest -m "" tests/engines/test_vllm_choosing.py tests/engines/test_vllm_kernels.py
 
 bench-vllm: $(VLLM)/.ready  ## what our scheduling costs beside vLLM's own

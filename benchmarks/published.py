@@ -22,7 +22,7 @@ BANDWIDTH, ARITHMETIC = 2039e9, 312e12  # of one A100-80GB: bytes and dense fp16
 PS = (*(1.0 + 0.05 * i for i in range(61)), math.inf)
 CLOSE = 0.005  # errors so much larger than the least one still count as a fit
 OUR_SHARE = 0.5
-BEFORE = 1.3  # p of our profiles, a guess
+BEFORE = 1.3  # p, a guess, of profiles before these measurements were looked at; pages name it
 PROMPT = 2048  # tokens of the prompt whose prefill was timed
 
 

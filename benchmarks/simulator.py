@@ -23,7 +23,7 @@ from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import system
 
-SCENARIO, RATE = "a100-qwen3-32b", 8.0
+SCENARIO, RATE = "a100-qwen3-32b@1.3", 8.0
 SYSTEMS = ("wisp", "paper", "central")
 DEVICES = (10, 100, 500, 2000)
 CARRIED = 100  # devices that the verifier carries with ease

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.experiments.page import Cell, interval, of_bound, ratio, search_all
+from benchmarks.experiments.page import Cell, interval, of_bound, ratio, scenario_of, search_all
 from benchmarks.pages import Data, table
 from wisp.sim.capacity import Capacity
 from wisp.sim.plots import OWN, picture
@@ -31,7 +31,7 @@ ACCEPTANCES = (0.6, 0.7, 0.8, 0.9)
 
 def trouble(quick: bool) -> dict[str, Scenario]:
     """What goes wrong, at 12 tokens/s."""
-    plain = load_scenario("a100-qwen3-32b").at_rate(12.0)
+    plain = scenario_of("a100-qwen3-32b", 12.0)
     if quick:
         return {"loss of packets": load_scenario("jitter-loss").at_rate(20.0)}
     return {
@@ -51,9 +51,7 @@ def run(quick: bool, runs: Runs) -> Data:
     rates = (20.0,) if quick else RATES
     parts = list(WITHOUT)[: 2 if quick else None]
     without = {
-        (spec, r): _cell(load_scenario("a100-qwen3-32b").at_rate(r), spec, quick)
-        for r in rates
-        for spec in parts
+        (spec, r): _cell(scenario_of("a100-qwen3-32b", r), spec, quick) for r in rates for spec in parts
     }
     wrong = {
         (name, s): _cell(scenario, s, quick)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.experiments.page import Cell, of_bound, ratio, search_all
+from benchmarks.experiments.page import Cell, of_bound, ratio, scenario_of, search_all
 from benchmarks.pages import Data, table
 from benchmarks.published import (
     BEFORE,
@@ -28,7 +28,6 @@ from wisp.sim.capacity import Capacity
 from wisp.sim.fluid import bound
 from wisp.sim.plots import picture
 from wisp.sim.runs import Runs
-from wisp.sim.scenario import load_scenario
 
 MAIN = "a100-qwen3-32b"
 RATES = (8.0, 12.0, 16.0, 20.0)
@@ -61,7 +60,7 @@ def run(quick: bool, runs: Runs) -> Data:
 
 
 def _cell(overlap: float, policy: str, rate: float, quick: bool) -> Cell:
-    scenario = load_scenario(MAIN).at_rate(rate)
+    scenario = scenario_of(MAIN, rate)
     brief = (8.0, 8.0, 15.0) if quick else (200.0 / rate, 20.0, 40.0)
     return Cell(
         msgspec.structs.replace(scenario.brief(*brief), overlap=overlap), policy, grain=0.2 if quick else 0.06
@@ -70,7 +69,7 @@ def _cell(overlap: float, policy: str, rate: float, quick: bool) -> Cell:
 
 def _bounds(overlap: float, rate: float) -> Data:
     """The fluid bounds: devices of a perfect scheduler, with drafts and without."""
-    scenario = msgspec.structs.replace(load_scenario(MAIN).at_rate(rate), overlap=overlap)
+    scenario = msgspec.structs.replace(scenario_of(MAIN, rate), overlap=overlap)
     ours, central = bound(scenario).devices, bound(scenario, central=True).devices
     return {"overlap": overlap, "rate": rate, "wisp": ours, "central": central}
 
@@ -225,7 +224,7 @@ def _said(data: Data) -> str:
     of = next(p for p in data["shipped"] if p["name"] == MAIN)
     least, likeliest, most = of["measured"]
     allowed = f"{_span(least, most)}, and {likeliest:g} is likeliest"
-    return f"The profile has p = {of['overlap']:g}. Measurements allow {allowed}."
+    return f"Measurements allow {allowed}: the profile has p = {of['overlap']:g}. It had {BEFORE:g}."
 
 
 def _found(data: Data) -> str:

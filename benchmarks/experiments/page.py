@@ -14,7 +14,14 @@ from benchmarks.pages import Data, render, write_data
 from wisp import __version__
 from wisp.sim.capacity import GRAIN, Capacity, capacity
 from wisp.sim.runs import Runs
-from wisp.sim.scenario import Scenario
+from wisp.sim.scenario import Scenario, load_scenario
+
+OVERLAP = 1.3  # of memory and arithmetic, with which the pages' figures were made
+
+
+def scenario_of(target: str, rate: float) -> Scenario:
+    """Of one of the targets that ship, at this rate, on its hardware as the pages have it."""
+    return load_scenario(f"{target}@{OVERLAP:g}").at_rate(rate)
 
 
 class Cell(msgspec.Struct, frozen=True):

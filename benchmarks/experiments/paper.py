@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import msgspec
 
-from benchmarks.experiments.page import ratio
+from benchmarks.experiments.page import ratio, scenario_of
 from benchmarks.experiments.readings import NAMED
 from benchmarks.pages import Data, table
 from wisp.core.draft.policies import Confidence, Predicted
@@ -22,7 +22,7 @@ from wisp.sim.paper import PAPER, RATES
 from wisp.sim.report import Report, report
 from wisp.sim.report_table import number
 from wisp.sim.runs import Job, Runs
-from wisp.sim.scenario import Scenario, load_scenario
+from wisp.sim.scenario import Scenario
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import system
 
@@ -154,7 +154,7 @@ def search(cell: Cell) -> Data:
 
 
 def _scenario(cell: Cell) -> Scenario:
-    scenario = load_scenario(MAIN).at_rate(cell.rate)
+    scenario = scenario_of(MAIN, cell.rate)
     if cell.quick:
         return scenario.brief(8.0, 8.0, 15.0)
     answer_s = scenario.answer_s

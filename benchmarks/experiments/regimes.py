@@ -7,12 +7,12 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.experiments.page import Cell, of_bound, ratio, search_all
+from benchmarks.experiments.page import Cell, of_bound, ratio, scenario_of, search_all
 from benchmarks.pages import Data, table
 from wisp.sim.capacity import Capacity
 from wisp.sim.plots import picture
 from wisp.sim.runs import Runs
-from wisp.sim.scenario import Kit, Scenario, load_scenario
+from wisp.sim.scenario import Kit
 
 RATES = (4.0, 8.0, 12.0, 18.0, 25.0)
 SPEEDS = ("20", "60", "130")
@@ -44,7 +44,7 @@ def run(quick: bool, runs: Runs) -> Data:
 
 
 def _cell(policy: str, rate: float, speed: str, rtt_ms: float, context: str, quick: bool) -> Cell:
-    scenario: Scenario = load_scenario("a100-qwen3-32b").at_rate(rate)
+    scenario = scenario_of("a100-qwen3-32b", rate)
     kit = Kit(speed, rtt_ms) if policy != "central" else Kit("100", 20.0)
     scenario = msgspec.structs.replace(scenario, devices=(kit,), prompt_tokens=CONTEXTS[context])
     answer_s = 200.0 / rate

@@ -13,7 +13,7 @@ from statistics import geometric_mean
 
 import msgspec
 
-from benchmarks.experiments.page import Cell, interval, of_bound, ratio, search_all
+from benchmarks.experiments.page import Cell, interval, of_bound, ratio, scenario_of, search_all
 from benchmarks.pages import Data, table
 from wisp.core.verify.cost import Load
 from wisp.sim.capacity import Capacity
@@ -22,7 +22,7 @@ from wisp.sim.paper import PAPER, RATES, cap, paper_capacity
 from wisp.sim.plots import picture
 from wisp.sim.report_table import number
 from wisp.sim.runs import Runs
-from wisp.sim.scenario import Scenario, load_scenario
+from wisp.sim.scenario import Scenario
 
 MAIN = "a100-qwen3-32b"
 MAIN_RATES = (8.0, 12.0, 16.0, 20.0)
@@ -63,7 +63,7 @@ def run(quick: bool, runs: Runs) -> Data:
 
 
 def _main(policy: str, rate: float, quick: bool) -> Cell:
-    scenario = load_scenario(MAIN).at_rate(rate)
+    scenario = scenario_of(MAIN, rate)
     if quick:
         return Cell(scenario.brief(8.0, 8.0, 15.0), policy, grain=0.2)
     tuned = policy not in ("wisp", "paper", "central")
@@ -72,13 +72,13 @@ def _main(policy: str, rate: float, quick: bool) -> Cell:
 
 def _paper(target: str, policy: str, rate: float) -> Cell:
     answer_s = 200.0 / rate
-    scenario = load_scenario(target).at_rate(rate)
+    scenario = scenario_of(target, rate)
     brief = scenario.brief(1.25 * answer_s, 30.0, min(60.0, 1.2 * answer_s))
     return Cell(brief, policy, grain=0.06)
 
 
 def _overlap(policy: str, overlap: float, rate: float) -> Cell:
-    scenario = load_scenario(MAIN).at_rate(rate).brief(20.0, 40.0, 40.0)
+    scenario = scenario_of(MAIN, rate).brief(20.0, 40.0, 40.0)
     return Cell(msgspec.structs.replace(scenario, overlap=overlap), policy, grain=0.04)
 
 
@@ -87,7 +87,7 @@ def _overlap(policy: str, overlap: float, rate: float) -> Cell:
 
 def _predictions() -> Data:
     """The sessions in a step that explain the paper's centralised row, and what that makes of its other rows."""
-    scenario = load_scenario(MAIN).at_rate(RATES[-1])
+    scenario = scenario_of(MAIN, RATES[-1])
     target = cap(MAIN, "central")
     sessions = min(
         range(1, 257), key=lambda n: abs(math.log(_throughput(scenario, n, drafts=False) / target))

@@ -146,11 +146,11 @@ def run(*arguments: str) -> str:
 def test_an_emulated_a100_is_profiled_to_what_the_paper_s_line_does(tmp_path: Path) -> None:
     out = tmp_path / "new" / "cost.json"
     told = json.loads(
-        run("profile", "--target", "a100-qwen3-32b", "--engine", "emulated", "--out", str(out), "--json")
+        run("profile", "--target", "a100-qwen3-32b@1.3", "--engine", "emulated", "--out", str(out), "--json")
     )
     profile = msgspec.json.decode(out.read_bytes(), type=CostProfile)
     assert told["fit"] == json.loads(out.read_text())["fit"]
-    assert (profile.engine, profile.model) == ("emulated", "a100-qwen3-32b")
+    assert (profile.engine, profile.model) == ("emulated", "a100-qwen3-32b@1.3")
     assert 0.02 < profile.line.mape <= 0.049
     assert profile.line.r2 > 0.98
     assert profile.fit.mape < 0.6 * profile.line.mape  # the knee is worth it
@@ -160,7 +160,7 @@ def test_an_emulated_a100_is_profiled_to_what_the_paper_s_line_does(tmp_path: Pa
     assert timed == profile.steps["fitted"] + apart
     assert str(tmp_path) not in out.read_text()
     coefficients, model = read_cost(out)
-    assert (coefficients, model) == (profile.coefficients, "a100-qwen3-32b")
+    assert (coefficients, model) == (profile.coefficients, "a100-qwen3-32b@1.3")
     assert 35 < coefficients.step < 42  # 65.6 GB of weights at 1.7 TB/s
 
 

@@ -24,7 +24,7 @@ from wisp.sim.runs import Job, Runs, key, remembered, run
 from wisp.sim.scenario import load_scenario
 from wisp.sim.systems import system
 
-SCENARIO = load_scenario("a100-qwen3-32b").at_rate(16.0)
+SCENARIO = load_scenario("a100-qwen3-32b@1.3").at_rate(16.0)
 SMALL = SCENARIO.with_devices(3).brief(2.0, 6.0, 30.0)
 TIGHT = """
 title = "tiny"
@@ -161,7 +161,7 @@ def test_no_number_of_devices_is_measured_twice(blank: Report) -> None:
 def test_caps_follow_from_the_papers_baselines() -> None:
     assert cap("a100-qwen3-32b", "central") == pytest.approx(324, rel=0.01)
     assert cap("a100-qwen3-32b", "sled") == pytest.approx(166, rel=0.02)
-    assert cap("a100-qwen3-14b", "sled") == 276.38
+    assert cap("a100-qwen3-14b", "sled") == cap("a100-qwen3-14b@1.3", "sled") == 276.38
     for name in ("central", "sled"):
         published = PAPER["a100-qwen3-32b"][name].capacity
         for rate, n in zip(RATES, published, strict=True):

@@ -108,11 +108,11 @@ def _misses(scenario: Scenario, spec: str) -> bool:
 
 @pytest.mark.parametrize("spec", ["wisp", "paper", "central", "sled"])
 def test_no_system_gets_past_the_bound_with_waiting(spec: str) -> None:
-    brief = load_scenario("a100-qwen3-32b").at_rate(20.0).brief(15.0, 30.0, 30.0)
+    brief = load_scenario("a100-qwen3-32b@1.3").at_rate(20.0).brief(15.0, 30.0, 30.0)
     most = bound(brief, central=spec == "central").waiting / 0.9  # a tenth might be served not at all
     assert _misses(brief.with_devices(round(1.1 * most)), spec)
 
 
 def test_the_central_bound_can_nearly_be_reached() -> None:
-    brief = load_scenario("a100-qwen3-32b").at_rate(20.0).brief(15.0, 30.0, 30.0)
+    brief = load_scenario("a100-qwen3-32b@1.3").at_rate(20.0).brief(15.0, 30.0, 30.0)
     assert not _misses(brief.with_devices(round(0.7 * bound(brief, central=True).devices)), "central")

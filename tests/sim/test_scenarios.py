@@ -195,6 +195,16 @@ def test_paths_are_relative_to_the_scenario_or_else_to_the_current_folder(
         load_scenario(written(beside, PLAIN.replace("a100-qwen3-32b", "own.toml") + SLO))
 
 
+def test_a_scenario_of_a_machine_with_another_overlap_has_a_name() -> None:
+    plain, other = load_scenario("a100-qwen3-32b"), load_scenario("a100-qwen3-32b@1.3")
+    assert (plain.profile.overlap, other.profile.overlap) == (2.2, 1.3)
+    assert msgspec.structs.replace(other, hardware=plain.hardware) == plain
+    assert load_scenario("mixed").profile.overlap == 1.3  # as its published figures were made
+    assert load_scenario("mixed@4").profile.overlap == 4.0
+    with pytest.raises(ConfigError, match=r"a100-qwen3-32b@x: hardware = .* after @ goes an overlap"):
+        load_scenario("a100-qwen3-32b@x")
+
+
 # --- open loops have no number of devices
 
 

@@ -59,6 +59,7 @@ def measured(path: Path, slots: int = 0, kv_tokens: int = 0) -> Measured:
         head_dim=1,
         bandwidth=1.0,
         tflops=1.0,
+        overlap=1.3,  # estimates of plans are those that were searched for with it
         kv_tokens=kv_tokens,
         slots=slots,
         slot_tokens=kv_tokens // slots,

@@ -15,6 +15,7 @@ from wisp.progress import progress_bar
 from wisp.sim.capacity import Capacity, capacity
 from wisp.sim.page import RunPage, row_s
 from wisp.sim.plan import plan
+from wisp.sim.plan.advice import overlap_told
 from wisp.sim.plan.estimate import Estimate
 from wisp.sim.report import report
 from wisp.sim.report_table import number, table
@@ -124,10 +125,10 @@ def run_capacity(
     if as_json:
         print(json.dumps(msgspec.to_builtins(found)))
     else:
-        Console().print(_shown(found))
+        Console().print(_shown(found, overlap_told(scenario.profile)))
 
 
-def _shown(c: Capacity) -> Table:
+def _shown(c: Capacity, overlap: str) -> Table:
     rate = f", {c.rate:g} tokens/s" if c.rate else ""
     title = f"{c.scenario}{rate}: {c.system}"
     out = Table(title=title, min_width=len(title), show_header=False)
@@ -141,6 +142,8 @@ def _shown(c: Capacity) -> Table:
     )
     out.add_row("fluid bound, and our share", f"{c.bound:g}, {c.fraction:.0%}")
     out.add_row("  waiting for a first token counted", f"{c.bound_waiting:g}, {c.fraction_waiting:.0%}")
+    if overlap:
+        out.add_row("overlap of a step's reading and arithmetic", overlap)
     if c.variant != c.system:
         out.add_row("tuned to", c.variant)
     if c.about:

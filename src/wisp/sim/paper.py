@@ -41,7 +41,9 @@ PAPER: dict[str, dict[str, PaperRow]] = {
 
 
 def cap(hardware: str, system: str) -> float:
-    """Tokens per second that the paper's `system` ("central" or "sled") carries. Raises ConfigError."""
+    """Tokens per second that the paper's `system` ("central" or "sled") carries, whatever the profile's overlap. Raises
+    ConfigError."""
+    hardware = hardware.partition("@")[0]
     if hardware not in PAPER:
         raise ConfigError(f"the paper has no row for {hardware}; it has {', '.join(PAPER)}")
     row = PAPER[hardware][system]
@@ -55,7 +57,7 @@ def cap(hardware: str, system: str) -> float:
 
 def paper_capacity(hardware: str, system: str, rate: float) -> int:
     """Devices at `rate` by the cap; never more than the sessions that the centralised rows stop at."""
-    row = PAPER.get(hardware, {}).get("central")
+    row = PAPER.get(hardware.partition("@")[0], {}).get("central")
     devices = cap(hardware, system) / rate
     if system == "central" and row is not None and row.capacity:
         devices = min(devices, row.capacity[0])

@@ -289,10 +289,12 @@ def recorded_arrivals(path: Path, usual: SloClass) -> Iterator[tuple[float, int,
 
 
 def load_scenario(name: str) -> Scenario:
-    """A scenario that ships, by name, or from a file. Raises ConfigError."""
-    path = SHIPPED / f"{name}.toml"
+    """A scenario that ships, by name, or from a file. NAME@P is one that ships, with an overlap of P on its hardware.
+    Raises ConfigError."""
+    of, at, overlap = name.partition("@")
+    path = SHIPPED / f"{of}.toml"
     if not path.is_file():
-        path = Path(name)
+        path, at = Path(name), ""
     if not path.is_file():
         shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.toml")))
         raise ConfigError(f"unknown scenario {name!r}; choose one of {shipped}, or give a TOML file")
@@ -302,6 +304,8 @@ def load_scenario(name: str) -> Scenario:
         raise ConfigError(f"the scenario {name}: {_explained(str(error))}") from None
     except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the scenario {name}: {error}") from None
+    if at:
+        found = msgspec.structs.replace(found, hardware=f"{found.hardware.partition('@')[0]}@{overlap}")
     return _located(found, name, path.parent)
 
 

@@ -5,7 +5,7 @@ Clocks, threads, sockets and chance are the simulation's, so a run is a function
 again, and made shorter.
 
     loop      processes in virtual time, that freeze and die
-    network   connections that stall and break
+    lines     connections that stall and break; network: all of them; sockets: their ends for the product's code
     engine    a target whose text shows any slip, and drafters for it
     nodes     verifiers, routers, edges
     users     ask, and check each token

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from wisp.check.faults.network import LOST, Line
+from wisp.check.faults.lines import LOST, Line
 from wisp.check.faults.nodes import EdgeProcess, Process, RouterProcess, VerifierProcess
 from wisp.check.faults.peers import hostile_peer, old_peer
 from wisp.check.faults.plan import Event

@@ -19,7 +19,7 @@ from wisp.api.keys import Keyring, _digest
 from wisp.api.process import Listen
 from wisp.check.faults.engine import HashDraft, HashTarget, tokenizer
 from wisp.check.faults.loop import Life
-from wisp.check.faults.network import Listener
+from wisp.check.faults.sockets import Listener
 from wisp.core.draft.policies import Ahead
 from wisp.core.errors import RequestError, UnavailableError
 from wisp.core.route.placement import Placement

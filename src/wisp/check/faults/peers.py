@@ -17,7 +17,7 @@ import msgspec
 from websockets.exceptions import WebSocketException
 
 from wisp.check.faults.engine import EOS, N_VOCAB, Text, tokenizer
-from wisp.check.faults.network import VirtualConnect, VirtualSocket
+from wisp.check.faults.sockets import VirtualConnect, VirtualSocket
 from wisp.check.faults.users import some_prompt, some_tokens
 from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.messages import (

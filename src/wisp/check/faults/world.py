@@ -24,11 +24,12 @@ from wisp.api.backend import Backend
 from wisp.check.faults.engine import digest_of
 from wisp.check.faults.faults import heal, inject
 from wisp.check.faults.loop import Life, NoThread, Restless, VirtualLoop, present_life, virtual
-from wisp.check.faults.network import Network, VirtualClient, VirtualConnect
+from wisp.check.faults.network import Network
 from wisp.check.faults.nodes import EdgeProcess, Process, RouterProcess, TimedEngine, VerifierProcess
 from wisp.check.faults.oracles import Oracles, VerifierWatch, Violation
 from wisp.check.faults.peers import old_server
 from wisp.check.faults.plan import STORM_S, Event, Plan
+from wisp.check.faults.sockets import VirtualClient, VirtualConnect
 from wisp.check.faults.users import Ask, some_tokens
 from wisp.core.draft.policies import Policies
 from wisp.core.verify.admission import KeyLimits

@@ -1,10 +1,12 @@
 """The verifier's vLLM engine: WISP decides who takes part in a step, vLLM runs it.
 
-    target.py     TargetEngine: slots, slices, and the loop that turns them into vLLM steps
+    target.py     TargetEngine, and the thread that all of it runs in
+    stepping.py   slices become steps of vLLM
+    slots.py      what slots hold, and which of it has KV
     scheduler.py  a subclass of vLLM's scheduler that schedules exactly the parts of the step at hand
     worker.py     hooks in vLLM's worker: which tokens go in, which rows come out, what is chosen there
-    runner_v1.py  where these hooks are in Model Runner V1
-    runner_v2.py  and in V2
+    runner_v1.py  these hooks in Model Runner V1, and the inputs that they make for it
+    runner_v2.py  the same for V2
     choosing.py   what the target says along the parts of a step: by `core.protocol.sampling` on a CPU, otherwise for
                   many rows at once, by torch or by the next two; `editing.py` has the constraints for torch
     kernels/      the same in Triton

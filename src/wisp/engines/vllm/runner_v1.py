@@ -1,4 +1,9 @@
-"""The hooks in vLLM's Model Runner V1: they write into the arrays that it makes its inputs from."""
+"""The hooks in vLLM's Model Runner V1: they make its inputs themselves.
+
+V1 keeps tokens, lengths and blocks of each sequence in arrays of its own, and makes a step's inputs of them, along with
+what its sampler, its drafts and recurrent layers need. Here a step's `Batch` has all of that already: the inputs are
+made in NumPy and written where V1's own method leaves them, and the rest is left out.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -16,14 +23,9 @@ from wisp.engines.vllm.worker import Hooks, Table, sampled_rows
 
 
 def hooks_in(runner: Any) -> HooksV1 | None:
-    """Put them in; None for a runner that is not the one known."""
-    return HooksV1(runner) if isinstance(runner, GPUModelRunner) else None
-
-
-class _Request:
-    """What the runner is told of every sequence: nothing is ever to be withheld from sampling."""
-
-    num_tokens = 0
+    """Put them in; None for a runner that is not the one known, or splits sequences over devices."""
+    known = isinstance(runner, GPUModelRunner) and runner.dcp_world_size == 1
+    return HooksV1(runner) if known else None
 
 
 class HooksV1(Hooks):
@@ -32,10 +34,8 @@ class HooksV1(Hooks):
     def __init__(self, runner: Any) -> None:
         self._batches = runner.input_batch.block_table.block_tables  # of those in the batch, by group
         super().__init__(runner, [Table(b.block_table.np.shape, b.block_size) for b in self._batches])
-        self._prepare: Callable[..., Any] = runner._prepare_inputs
         self._determine: Callable[..., Any] = runner._determine_batch_execution_and_padding
         self._names = [str(slot) for slot in range(runner.input_batch.max_num_reqs)]
-        runner.requests = dict.fromkeys(self._names, _Request())
         runner.input_batch.num_prompt_tokens[:] = 1  # whatever begins is a prompt, and nothing else
         runner._update_states = self.update_states
         runner._prepare_inputs = self.prepare_inputs
@@ -55,23 +55,34 @@ class HooksV1(Hooks):
         names = [self._names[slot] for slot in batch.slots.tolist()]
         rows._req_ids, rows.req_id_to_index = names, dict(zip(names, range(n), strict=True))
         rows.num_computed_tokens_cpu[:n] = batch.starts
-        ends = batch.starts + batch.counts
-        for table, own in zip(self._batches, self.tables, strict=True):
-            blocks = own.rows(batch.slots, int(ends.max()))
-            table.block_table.np[:n, : blocks.shape[1]] = blocks
-        width = rows.token_ids_cpu.shape[1]
-        first = np.arange(n) * width + ends - np.cumsum(batch.counts)
-        rows.token_ids_cpu.reshape(-1)[np.repeat(first, batch.counts) + np.arange(len(batch.tokens))] = (
-            batch.tokens
-        )
 
-    def prepare_inputs(self, scheduler_output: Any, counts: Any) -> Any:
-        """vLLM's, with the rows that need logits in place of the last row of each sequence."""
-        prepared = self._prepare(scheduler_output, counts)
-        if self.batch is None:  # a dummy run
-            return prepared
-        rows = sampled_rows(counts, self.batch.wanted)
-        return torch.from_numpy(rows).to(self.runner.device, non_blocking=True), None, 1
+    def prepare_inputs(self, scheduler_output: Any, counts: Any) -> tuple[torch.Tensor, None, int]:
+        """(Indices of the rows that need logits, no drafts of vLLM's, most rows that it would sample of a sequence)."""
+        batch, runner = self.batch, self.runner
+        assert batch is not None
+        n, total = len(batch.slots), len(batch.tokens)
+        ends = batch.starts + batch.counts
+        begins, lengths = runner.query_start_loc.np, runner.optimistic_seq_lens_cpu.numpy()
+        begins[0] = 0
+        np.cumsum(batch.counts, out=begins[1 : n + 1])
+        begins[n + 1 :] = total
+        lengths[:n], lengths[n:] = ends, 0
+        runner.input_ids.np[:total] = batch.tokens
+        of = np.repeat(np.arange(n), batch.counts)
+        positions = np.arange(total) + (batch.starts - begins[:n])[of]
+        runner.query_start_loc.copy_to_gpu()
+        runner.seq_lens.copy_(runner.optimistic_seq_lens_cpu, non_blocking=True)
+        runner.input_ids.copy_to_gpu(total)
+        async_tensor_h2d(positions, out=runner.positions[:total])
+        longest = int(ends.max())
+        for table, own in zip(self._batches, self.tables, strict=True):
+            rows = own.rows(batch.slots, longest)
+            table.block_table.np[:n, : rows.shape[1]] = rows
+            table.block_table.copy_to_gpu(n)
+            table.slot_mapping.np[:total] = own.places(rows, of, positions)
+            table.slot_mapping.np[total:] = PAD_SLOT_ID
+            table.slot_mapping.copy_to_gpu()
+        return async_tensor_h2d(sampled_rows(counts, batch.wanted), device=runner.device), None, 1
 
     def determine_graph(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's, counted. (Dummy runs, which make the graphs, come before the hooks.)"""

@@ -162,8 +162,7 @@ class HooksV2(Hooks):
             rows = own.rows(batch.slots, longest)
             async_tensor_h2d(rows, out=table[:n, : rows.shape[1]])
             table[n:sequences].zero_()
-            places = rows[self._of, self._positions // own.size].astype(np.int64)
-            async_tensor_h2d(places * own.size + self._positions % own.size, out=mappings[group, :total])
+            async_tensor_h2d(own.places(rows, self._of, self._positions), out=mappings[group, :total])
         mappings[:, total:].fill_(PAD_SLOT_ID)
         return tuple(table[:sequences] for table in blocks.input_block_tables), mappings[:, :padded]
 

@@ -120,6 +120,13 @@ class Table:
         """Of these slots, as far as `tokens` tokens reach."""
         return self.all[slots, : -(-tokens // self.size)]
 
+    def places(
+        self, rows: npt.NDArray[np.int32], of: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Where in the KV cache tokens go: `of` says which of the rows each is of, `positions` its place there."""
+        blocks = rows[of, positions // self.size].astype(np.int64)
+        return blocks * self.size + positions % self.size
+
 
 def sampled_rows(counts: Any, wanted: Any) -> npt.NDArray[np.int64]:
     """Indices of the last `wanted` rows of each of the sequences, which have `counts` rows each.

@@ -70,7 +70,10 @@ def load_suite(path: Path | None = None) -> list[Cell]:
 
 def cells_of(scenarios: Iterable[str], folder: Path = Path()) -> list[Cell]:
     """Each of these scenarios as it is. Raises ConfigError."""
-    return _distinct([Cell(Path(name).stem, _loaded(name, folder)) for name in scenarios], "the comparison")
+    return _distinct(
+        [Cell(Path(name).name.removesuffix(".toml"), _loaded(name, folder)) for name in scenarios],
+        "the comparison",
+    )
 
 
 def _distinct(cells: list[Cell], where: str) -> list[Cell]:

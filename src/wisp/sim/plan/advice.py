@@ -159,15 +159,22 @@ def assumed(scenario: Scenario) -> tuple[str, ...]:
 
 
 def _overlap(profile: Hardware) -> tuple[str, ...]:
-    """The overlaps that measurements allow, if the profile's is not the likeliest. More overlap: drafts gain less."""
-    if profile.overlap_measured is None or profile.overlap == profile.overlap_measured[1]:
+    """The overlap, and those that measurements allow. More overlap: drafts gain less."""
+    if profile.overlap_measured is None:
         return ()
-    least, likeliest, most = profile.overlap_measured
     return (
-        f"a step's reading and arithmetic overlap with p = {profile.overlap:g}, where measurements allow {least:g} to "
-        f"{most:g}, likeliest {likeliest:g}: with more overlap both ways carry more, and WISP's lead is smaller "
-        "(docs/results/overlap.md)",
+        f"a step's reading and arithmetic overlap with p = {overlap_told(profile)}: with more overlap both ways carry "
+        "more, and WISP's lead is smaller (docs/results/overlap.md)",
     )
+
+
+def overlap_told(profile: Hardware) -> str:
+    """A profile's overlap beside those that measurements allow; "" if none are known."""
+    if profile.overlap_measured is None:
+        return ""
+    least, likeliest, most = profile.overlap_measured
+    which = "the likeliest" if profile.overlap == likeliest else f"where {likeliest:g} is likeliest"
+    return f"{profile.overlap:g}, {which}; measurements allow {least:g} to {most:g}"
 
 
 def commands(scenario: Scenario, verdict: Verdict, wisp: Estimate, central: Estimate) -> tuple[str, ...]:

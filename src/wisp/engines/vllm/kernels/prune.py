@@ -46,6 +46,22 @@ def _kth(values, k):
     return float_of(low)
 
 
+@triton.jit
+def _asked(t, live, view_of, chooses_of, k_of, p_of, reach_of, wanted_of, row_of, edit_of, key_of, scale_of):
+    """Of the tasks `t`: (view, is a token to be chosen?, alternatives wanted, k, p, reach, row, edit, key, scale)."""
+    v = tl.load(view_of + t, mask=live, other=0)
+    chooses = tl.load(chooses_of + t, mask=live, other=0) > 0
+    wanted = tl.load(wanted_of + t, mask=live, other=0)
+    k = tl.load(k_of + t, mask=live, other=0)
+    p = tl.load(p_of + t, mask=live, other=1.0)
+    reach = tl.load(reach_of + t, mask=live, other=0)
+    row = tl.load(row_of + v, mask=live, other=0).to(tl.int64)
+    edit = tl.load(edit_of + v, mask=live, other=-1)
+    key = tl.load(key_of + v, mask=live, other=0).to(tl.uint64, bitcast=True)
+    scale = tl.load(scale_of + v, mask=live, other=1.0)
+    return v, chooses, wanted, k, p, reach, row, edit, key, scale
+
+
 @triton.jit(do_not_specialize=["tasks"])
 def gather_kernel(logits, stride, edited, size, tasks, view_of, chooses_of, k_of, p_of, reach_of, wanted_of,
             row_of, edit_of, key_of, scale_of, peaks, peak_ids, tempered, tops, groups,
@@ -58,16 +74,9 @@ def gather_kernel(logits, stride, edited, size, tasks, view_of, chooses_of, k_of
     t = tl.program_id(0) * R + tl.arange(0, R)
     split = tl.program_id(1)
     live = t < tasks
-    v = tl.load(view_of + t, mask=live, other=0)
-    chooses = tl.load(chooses_of + t, mask=live, other=0) > 0
-    wanted = tl.load(wanted_of + t, mask=live, other=0)
-    k = tl.load(k_of + t, mask=live, other=0)
-    p = tl.load(p_of + t, mask=live, other=1.0)
-    reach = tl.load(reach_of + t, mask=live, other=0)
-    row = tl.load(row_of + v, mask=live, other=0).to(tl.int64)
-    edit = tl.load(edit_of + v, mask=live, other=-1)
-    key = tl.load(key_of + v, mask=live, other=0).to(tl.uint64, bitcast=True)
-    scale = tl.load(scale_of + v, mask=live, other=1.0)
+    v, chooses, wanted, k, p, reach, row, edit, key, scale = _asked(
+        t, live, view_of, chooses_of, k_of, p_of, reach_of, wanted_of, row_of, edit_of, key_of, scale_of
+    )
     parts, heads, peak, first = peaks_of(peaks, peak_ids, v, live, S)
     total = merged(heads, tl.load(tempered + parts, mask=live[:, None], other=0.0), peak, scale / OCTAVE)
 
@@ -140,17 +149,10 @@ def select_kernel(logits, stride, edited, size, tasks, view_of, chooses_of, k_of
     probabilities, the likeliest first."""
     t = tl.program_id(0) * R + tl.arange(0, R)
     live = t < tasks
-    v = tl.load(view_of + t, mask=live, other=0)
-    chooses = tl.load(chooses_of + t, mask=live, other=0) > 0
-    wanted = tl.load(wanted_of + t, mask=live, other=0)
-    k = tl.load(k_of + t, mask=live, other=0)
-    p = tl.load(p_of + t, mask=live, other=1.0)
-    reach = tl.load(reach_of + t, mask=live, other=0)
-    row = tl.load(row_of + v, mask=live, other=0).to(tl.int64)
-    edit = tl.load(edit_of + v, mask=live, other=-1)
-    key = tl.load(key_of + v, mask=live, other=0).to(tl.uint64, bitcast=True)
+    v, chooses, wanted, k, p, reach, row, edit, key, scale = _asked(
+        t, live, view_of, chooses_of, k_of, p_of, reach_of, wanted_of, row_of, edit_of, key_of, scale_of
+    )
     temperature = tl.load(temperature_of + v, mask=live, other=1.0)
-    scale = tl.load(scale_of + v, mask=live, other=1.0)
     parts, heads, peak, _first = peaks_of(peaks, peak_ids, v, live, S)
     count = tl.load(counts + v, mask=live, other=0)
     few = count <= MOST
