@@ -246,7 +246,7 @@ def test_the_last_round_received_may_still_wait() -> None:
     made = session()
     made.round.number = 3
     assert made.round.last_received == 3
-    made.round.inbox = Draft("session-1", 4, 0, [])
+    made.round.wait(Draft("session-1", 4, 0, []))
     assert made.round.last_received == 4
     made.round.clear()
     assert made.round.last_received == 3

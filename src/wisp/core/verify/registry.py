@@ -35,7 +35,7 @@ class Registry:
     def take(self, now: float, session: Session, round_: int, base: int, tokens: list[int]) -> Verdict | None:
         """Have a draft verified, or answer it at once."""
         if session.state in IN_ENGINE:  # resumed while its step runs
-            session.round.inbox = Draft(session.id, round_, base, tokens, serve=session.round.serve)
+            session.round.inbox = [Draft(session.id, round_, base, tokens, serve=session.round.serve)]
             return None
         taken = session.intake(round_, base, tokens, now)
         if isinstance(taken, Pending):
@@ -78,7 +78,8 @@ class Registry:
             session.go(LOST)
         session.connection = -1
         session.since = now
-        session.round.pending = session.round.inbox = None
+        session.round.pending = None
+        session.round.inbox = []
         session.round.serve = False
         self.index.put(session)
 

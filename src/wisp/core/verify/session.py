@@ -119,7 +119,9 @@ class Round:
         self.number = -1  # of the last round answered, or being answered
         self.heard = len(open_.committed)  # generated tokens that the edge has, or that were sent to it
         self.pending: Pending | None = None  # to be verified
-        self.inbox: Draft | None = None  # arrived during the step
+        self.inbox: list[
+            Draft
+        ] = []  # cannot be taken yet; at most two, of which the second continues the first
         self.verdict: Verdict | None = None  # the last one, for duplicates
         self.serve = open_.serve  # server mode: decode without drafts until the next one comes
         self.price = 0.0  # congestion price in the last verdict: committed tokens per draft token
@@ -127,11 +129,24 @@ class Round:
     @property
     def last_received(self) -> int:
         """Number of the last round that came from the edge."""
-        return self.inbox.round if self.inbox is not None else self.number
+        return self.inbox[-1].round if self.inbox else self.number
+
+    def wait(self, draft: Draft) -> None:
+        """`draft` cannot be taken yet. It replaces those that wait, but for one that it continues: both verified at
+        once, the rows behind the first would be worth computing only if the first is right."""
+        self.inbox = [d for d in self.inbox[:1] if self._continues(d, draft)]
+        self.inbox.append(draft)
+
+    def _continues(self, waiting: Draft, draft: Draft) -> bool:
+        rest = waiting.tokens[max(0, draft.base - waiting.base) :]
+        apart = bool(rest) or self.price > 0.0
+        later = waiting.round < draft.round and waiting.base <= draft.base
+        return apart and later and len(rest) < len(draft.tokens) and draft.tokens[: len(rest)] == rest
 
     def clear(self) -> None:
         """Forget what is under way: the edge begins anew."""
-        self.pending = self.inbox = self.verdict = None
+        self.pending = self.verdict = None
+        self.inbox = []
 
 
 class Flight:

@@ -197,11 +197,11 @@ class Verifier:
         if state in IN_ENGINE:
             session.go(DRAFT)
             current.serve = draft.serve
-            current.inbox = draft
+            current.wait(draft)
             return None
         current.serve = draft.serve
         if state is READY and session.extends(draft):
-            current.inbox = draft  # drafted ahead: it waits for the verdict on the draft that it continues
+            current.wait(draft)  # drafted ahead: it waits for the verdict on the draft that it continues
             return None
         return self.registry.take(now, session, draft.round, draft.base, draft.tokens)
 
