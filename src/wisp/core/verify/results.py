@@ -159,7 +159,7 @@ class Results:
             if i and s.state is READY and s.extends(draft):
                 s.round.inbox = [draft]
                 return
-            answer = self.registry.take(now, s, draft.round, draft.base, draft.tokens)
+            answer = self.registry.take(now, s, draft)
             if answer is not None:
                 actions.append(Send(s.connection, answer))
 
