@@ -92,6 +92,7 @@ class EdgeBackend:
         self.ahead = ahead
         self.times = RoundTimes()  # of the last session; the next one starts from them
         self.sessions = 0  # live ones
+        self.branches_sent = self.branches_taken = 0  # of sessions that have ended
         self.why = "" if drafter is not None else "no_drafter"  # of the last session (`edge.rounds`)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draft")
 
@@ -209,6 +210,8 @@ class _Session:
                 actions = await self._step(drafter)
         finally:
             self._end()
+            backend.branches_sent += drafter.branches.sent
+            backend.branches_taken += drafter.branches.taken
 
     async def _step(self, drafter: Drafter) -> list[Action]:
         """Wait for the next thing to happen. Returns what follows from it."""
