@@ -180,6 +180,21 @@ def test_a_branch_that_came_too_late_is_sent_as_the_next_draft() -> None:
     assert (again.round, again.base, again.tokens) == (3, 2, [32, 33])
 
 
+def test_branches_alone_are_of_no_use_where_all_of_the_draft_is_right() -> None:
+    made = opened(Fixed(1), ahead=Ahead(), max_branches=4)
+    made.proposed(110.0, 11, Signal(0.1), 5.0, (), 31)
+    sent: list[Action] = []
+    for _ in range(9):  # along the chain there is nothing to propose
+        if not made.wants_token(110.0):
+            break
+        token = made.context()[-1] + 1 if made.branches.growing else None
+        sent += made.proposed(110.0, token, Signal(0.9), 5.0)
+    (alone,) = [message for message in sent if isinstance(message, Draft)]
+    assert (alone.tokens, alone.branches) == ([11], [Branch(0, 31, [32])])
+    made.verdict(200.0, Verdict("s", 1, 1, 1, [11, 12]))
+    assert (made.phase, made.rounds.flights, made.context()[-1]) == (Phase.DRAFTING, [], 12)
+
+
 def test_a_lost_bet_without_a_branch_begins_anew() -> None:
     made, _ = branching()
     made.verdict(200.0, Verdict("s", 1, 1, 0, [77]))

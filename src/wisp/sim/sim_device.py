@@ -343,16 +343,19 @@ class SimDevice:
         if not generation.prompt_read:
             ms += ms * len(drafter.task.prompt) / READ_AHEAD
             generation.prompt_read = True
-        other = None
+        proposal, other = NOTHING, None
         if self.shared.branches:
             if (branch := drafter.branches.growing) is not None:  # as if its first token were the target's
                 base, guesses = base + branch.at + 1, len(branch.tokens) - 1
             ms += ms * self._reread(generation) / READ_AHEAD
-            other = script.other(base, guesses)
+        proposal = script.propose(base, guesses) or NOTHING
+        if self.shared.branches:
+            second = script.second(base, guesses)
+            other = proposal[0] if second is None else second  # itself: another that is wrong where it counts
         self.drafted_ms += ms
         if self.shared.trace is not None:
             self.shared.trace.append(Event("draft", self.env.now, ms, self.index, guesses + 1))
-        self._step = (generation, script.propose(base, guesses) or NOTHING, ms, other)
+        self._step = (generation, proposal, ms, other)
         self.env.after(ms / 1e3, self._drafted)
 
     def _reread(self, generation: Generation) -> int:

@@ -32,7 +32,6 @@ from wisp.core.errors import ConfigError
 # less than 0.3, and of more. Measured with Qwen2.5-Coder 0.5B and 1.5B along 48 of the recorded texts: 269 and 374
 # positions, greedy and at T = 0.7.
 UNSURE, SECOND_UNSURE, SECOND_SURE = 0.3, 0.38, 0.61
-WRONG = (1 << 31) - 1  # a token that no target says
 DEPTH, RECENT = 2, 0.8  # where slopes are taken
 _OTHER_DEPTH, _OTHER_RECENT = 8, 0.55
 
@@ -161,14 +160,14 @@ class Script:
         path, depth = library.off[self.positions[at]], end - at - 1
         return path[depth] if depth < len(path) else None
 
-    def other(self, base: int, guesses: int) -> int:
-        """The drafter's second choice in the place of that proposal: the target's token, or WRONG."""
+    def second(self, base: int, guesses: int) -> int | None:
+        """The target's token in the place of that proposal, if it is the drafter's second choice."""
         end = base + guesses
         if end < len(self.tokens) and self.positions[end] in self.library.seconds:
             departures = self._departures
             if departures[bisect_left(departures, base)] == end:
                 return self.tokens[end]
-        return WRONG
+        return None
 
 
 class Scripts:

@@ -245,6 +245,7 @@ class Drafter:
         phase = self.phase
         if phase is not DRAFTING and phase is not IN_FLIGHT:
             return []  # a broken connection came first
+        self._goes_on_ms = -1.0
         policy, chain, branch = self.policy, self.chain, self.branches.growing
         assert policy is not None
         if other is not None and self._ends(other):
