@@ -62,6 +62,12 @@ class NotingDrafter(Drafter):
 
     story: Story
 
+    def connected(
+        self, now_ms: float, max_draft: int, digest: str = "", max_branches: int = 0
+    ) -> list[Action]:
+        """Without branches: a trace has no second choices, so that a replay cannot have them."""
+        return super().connected(now_ms, max_draft, digest)
+
     def proposed(
         self,
         now_ms: float,
@@ -69,9 +75,10 @@ class NotingDrafter(Drafter):
         signal: Signal,
         took_ms: float = 0.0,
         then: Sequence[int] = (),
+        other: int | None = None,
     ) -> list[Action]:
         self.story.events.append(Proposed(now_ms, token, took_ms, signal))
-        return self.noted(super().proposed(now_ms, token, signal, took_ms, then))
+        return self.noted(super().proposed(now_ms, token, signal, took_ms, then, other))
 
     def verdict(self, now_ms: float, verdict: Verdict, arrived_ms: float | None = None) -> list[Action]:
         self.story.events.append(Heard(now_ms, verdict, now_ms if arrived_ms is None else arrived_ms))

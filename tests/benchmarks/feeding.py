@@ -80,7 +80,9 @@ class FullDrafter(NotingDrafter):
         self.story.events.append(Asked(now_ms, wants))
         return wants
 
-    def connected(self, now_ms: float, max_draft: int, digest: str = "") -> list[Action]:
+    def connected(
+        self, now_ms: float, max_draft: int, digest: str = "", max_branches: int = 0
+    ) -> list[Action]:
         self.story.events.append(Connected(now_ms, max_draft))
         return self.noted(super().connected(now_ms, max_draft, digest))
 

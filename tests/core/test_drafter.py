@@ -63,11 +63,16 @@ def drafter(
 
 
 def opened(
-    policy: DraftingPolicy, *, max_draft: int = 16, max_tokens: int = 40, ahead: Ahead | None = None
+    policy: DraftingPolicy,
+    *,
+    max_draft: int = 16,
+    max_tokens: int = 40,
+    ahead: Ahead | None = None,
+    max_branches: int = 0,
 ) -> Drafter:
     """The prompt is read and the first token, 10, is committed: drafting begins."""
     made = drafter(policy, max_tokens=max_tokens, ahead=ahead)
-    made.connected(0.0, max_draft)
+    made.connected(0.0, max_draft, "", max_branches)
     actions = made.verdict(100.0, Verdict("s", 0, 0, 0, [10]))
     assert actions == [Committed([10])]
     assert made.phase is Phase.DRAFTING

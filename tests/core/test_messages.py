@@ -16,6 +16,7 @@ from wisp.core.protocol.messages import (
     DIGESTS_SINCE,
     FRAME_EXTRA,
     VERSION,
+    Branch,
     Cancel,
     Draft,
     Hello,
@@ -40,7 +41,9 @@ from wisp.core.protocol.step import TokenLogprob, TopLogprob
 GOLDEN: dict[str, Message] = {
     "95a568656c6c6f01a26162a163c3": Hello(1, "ab", "c", True),
     "93a87265646972656374a173a53a38313031": Redirect("s", ":8101"),
-    "96a56472616674a873657373696f6e3107" + "02" + "920304" + "c3": Draft("session1", 7, 2, [3, 4], True),
+    "97a56472616674a873657373696f6e3107" + "02" + "920304" + "c3" + "9193" + "0105" + "9106": Draft(
+        "session1", 7, 2, [3, 4], True, [Branch(1, 5, [6])]
+    ),
     "92a663616e63656ca873657373696f6e31": Cancel("session1"),
     "97a772656675736564a173a163a16dcb3ff0000000000000c207": Refused("s", "c", "m", 1.0, False, 7),
 }
@@ -53,8 +56,8 @@ GOLDEN |= {
     "000902910398919207cbbfe0000000000000cb3ff0000000000000cbbff0000000000000cb3ff8000000000000929201"
     "029103920405910693a57265676578a2612b920809040291069107c2c30392cb3ff0000000000000cb40000000000000"
     "00a23a31a66f662d6f6e65a16492cb3fe0000000000000cb3ff0000000000000d937" + TRACE.encode().hex(): OPEN,
-    "9da777656c636f6d6501a16da1660a91024008a96c6c616d612e637070a56578616374cb404e000000000000a164cd1000": Welcome(
-        1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0, "d", 4096
+    "9ea777656c636f6d6501a16da1660a91024008a96c6c616d612e637070a56578616374cb404e000000000000a164cd100004": Welcome(
+        1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0, "d", 4096, 4
     ),
 }
 UNCONSTRAINED_OPEN = (
@@ -63,6 +66,10 @@ UNCONSTRAINED_OPEN = (
 )
 EARLIER: dict[str, Message] = {  # frames of releases with fewer fields
     "94a568656c6c6f01a26162a163": Hello(1, "ab", "c"),
+    "96a56472616674a873657373696f6e3107" + "02" + "920304" + "c3": Draft("session1", 7, 2, [3, 4], True),
+    "9da777656c636f6d6501a16da1660a91024008a96c6c616d612e637070a56578616374cb404e000000000000a164cd1000": Welcome(
+        1, "m", "f", 10, [2], 64, 8, "llama.cpp", "exact", 60.0, "d", 4096
+    ),
     "96a772656675736564a173a163a16dcb3ff0000000000000c2": Refused("s", "c", "m", 1.0, False),
     UNCONSTRAINED_OPEN: msgspec.structs.replace(
         OPEN, sampling=Sampling(0.5, 1, 0.25, 0.0, 9, 2, (3,)), device=None, trace=""
@@ -219,6 +226,7 @@ def test_an_error_repeats_a_peers_words_in_part_and_as_one_printable_line(
         {"context": 0},
         {"context": 1 << 62},
         {"max_draft": -1},
+        {"max_branches": -1},
         {"max_frame": 0},
         {"park_s": float("nan")},
         {"park_s": -1.0},

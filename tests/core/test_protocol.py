@@ -65,6 +65,7 @@ class Edge:
         ahead = Ahead(energy=0.0) if number % 2 else None
         self.drafter = Drafter(f"session-{number}", self.task, policy, EOS_SET, ahead=ahead)
         self.accuracy = accuracy
+        self.max_branches = number % 3
         self.connection: int | None = None
         self.out: deque[Message] = deque()
         self.text: list[int] = []
@@ -80,7 +81,7 @@ class Edge:
                     assert [e.token for e in action.logprobs] == action.tokens
                 assert action.from_draft <= action.accepted <= action.drafted
             elif isinstance(action, Reopen):
-                self.act(self.drafter.connected(0.0, 8))
+                self.act(self.drafter.connected(0.0, 8, "", self.max_branches))
             else:
                 self.out.append(action)
 
@@ -90,9 +91,11 @@ class Edge:
             token: int | None = toy_token(
                 context, sampling, position, edit_afresh(context, sampling, position)
             )
+            other = self.random.choice([None, self.random.randrange(N_VOCAB)])
             if self.random.random() > self.accuracy:
-                token = self.random.choice([None, self.random.randrange(N_VOCAB)])
-            self.act(self.drafter.proposed(0.0, token, Signal()))
+                token, other = self.random.choice([None, self.random.randrange(N_VOCAB)]), token
+            signal = Signal(confidence=self.random.random())
+            self.act(self.drafter.proposed(0.0, token, signal, 0.0, (), other))
 
     def hear(self, message: ServerMessage) -> None:
         if isinstance(message, Refused):
@@ -148,7 +151,7 @@ class Fleet(RuleBasedStateMachine):
             edge = self.edges[i]
             self.connections += 1
             edge.connection = self.connections
-            edge.act(edge.drafter.connected(0.0, 8))
+            edge.act(edge.drafter.connected(0.0, 8, "", edge.max_branches))
 
     @rule(i=st.integers(0, 4), times=st.integers(1, 9))
     def draft(self, i: int, times: int) -> None:

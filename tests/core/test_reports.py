@@ -240,7 +240,7 @@ def test_a_lost_session_forgets_its_draft_and_its_mode(rig: Rig) -> None:
     assert (session.connection, session.round.pending, session.round.inbox, session.round.serve) == (
         -1,
         None,
-        None,
+        [],
         False,
     )
     assert not rig.dispatch()

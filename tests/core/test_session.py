@@ -203,16 +203,16 @@ def test_a_new_session_waits_for_its_edge_and_holds_nothing() -> None:
 
 def test_a_draft_is_never_longer_than_what_may_still_be_accepted() -> None:
     made = session(7)
-    taken = made.intake(1, 7, [1, 2, 3, 4], 3.0)
+    taken = made.intake(Draft("session-1", 1, 7, [1, 2, 3, 4]), 3.0)
     assert taken == Pending(1, 7, 0, [1, 2], 3.0)  # and the third is the target's own
-    assert session(9).intake(1, 9, [1, 2], 3.0) == Pending(1, 9, 0, [], 3.0)
+    assert session(9).intake(Draft("session-1", 1, 9, [1, 2]), 3.0) == Pending(1, 9, 0, [], 3.0)
 
 
 def test_what_is_committed_of_a_draft_is_not_verified_again() -> None:
-    assert session(2).intake(1, 0, [10, 11, 12], 3.0) == Pending(1, 0, 2, [12], 3.0)
-    assert session(2).intake(1, 1, [11, 12], 3.0) == Pending(1, 1, 1, [12], 3.0)
+    assert session(2).intake(Draft("session-1", 1, 0, [10, 11, 12]), 3.0) == Pending(1, 0, 2, [12], 3.0)
+    assert session(2).intake(Draft("session-1", 1, 1, [11, 12]), 3.0) == Pending(1, 1, 1, [12], 3.0)
     for draft, head in (([10, 11], 2), ([10], 1), ([10, 9, 12], 1), ([], 0)):
-        answer = session(2).intake(3, 0, draft, 3.0)
+        answer = session(2).intake(Draft("session-1", 3, 0, draft), 3.0)
         assert isinstance(answer, Verdict)
         assert (answer.round, answer.base, answer.accepted, answer.tokens) == (3, 0, head, [10, 11])
 
@@ -246,7 +246,7 @@ def test_the_last_round_received_may_still_wait() -> None:
     made = session()
     made.round.number = 3
     assert made.round.last_received == 3
-    made.round.inbox = Draft("session-1", 4, 0, [])
+    made.round.wait(Draft("session-1", 4, 0, []))
     assert made.round.last_received == 4
     made.round.clear()
     assert made.round.last_received == 3

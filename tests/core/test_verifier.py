@@ -158,6 +158,44 @@ def test_a_draft_sent_ahead_waits_for_the_verdict_on_the_one_before(rig: Rig) ->
     assert rig.silent
 
 
+def test_two_drafts_that_arrive_during_a_step_are_verified_one_after_the_other(rig: Rig) -> None:
+    rig.receive(opening())
+    assert rig.dispatch()
+    rig.receive(Draft(ID, 1, 0, TEXT[:3]))
+    rig.receive(Draft(ID, 2, 0, TEXT[:6]))
+    rig.finish()
+    assert rig.verdict().tokens == TEXT[:1]
+    rig.steps(1)
+    verdict = rig.verdict()
+    assert (verdict.round, verdict.tokens, rig.runs[-1].slices[0].n_draft) == (1, TEXT[:4], 2)
+    rig.steps(1)
+    verdict = rig.verdict()
+    assert (verdict.round, verdict.tokens, rig.runs[-1].slices[0].n_draft) == (2, TEXT[:7], 2)
+
+
+def test_of_drafts_that_arrive_during_a_step_another_guess_replaces_all(rig: Rig) -> None:
+    rig.receive(opening())
+    assert rig.dispatch()
+    for round_, tokens in enumerate((TEXT[:2], TEXT[:4], [TEXT[0], TEXT[1] + 1]), 1):
+        rig.receive(Draft(ID, round_, 0, tokens))
+    rig.finish()
+    assert rig.verdict().tokens == TEXT[:1]
+    rig.steps(1)
+    assert (rig.verdict().round, rig.runs[-1].slices[0].n_draft) == (3, 1)
+    assert not rig.dispatch()
+
+
+def test_both_drafts_that_arrive_during_a_step_may_be_wrong(rig: Rig) -> None:
+    rig.receive(opening())
+    assert rig.dispatch()
+    wrong = [TEXT[0] + 1, TEXT[1]]
+    rig.receive(Draft(ID, 1, 0, wrong))
+    rig.receive(Draft(ID, 2, 0, wrong + TEXT[2:4]))
+    rig.finish()
+    assert [rig.verdict().round for _ in range(3)] == [0, 1, 2]
+    assert not rig.dispatch()
+
+
 def test_a_draft_sent_ahead_behind_a_wrong_one_costs_no_step(rig: Rig) -> None:
     rig.receive(opening())
     rig.settle()

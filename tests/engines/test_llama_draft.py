@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from wisp.core.protocol.sampling import Sampling
@@ -48,6 +49,14 @@ def test_proposals_chain_at_one_row_each(drafter: LlamaDraft) -> None:
     for _ in range(5):
         context.append(said(drafter, "a", context).token)
         assert cost(drafter, "a", context) == 1
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, seed=12)])
+def test_the_second_choice_is_what_is_said_without_the_first(drafter: LlamaDraft, sampling: Sampling) -> None:
+    first = said(drafter, "a", PROMPT, sampling)
+    barred = msgspec.structs.replace(sampling, min_tokens=1, ends=(first.token,))
+    without = said(drafter, "a", PROMPT, barred)
+    assert first.other == without.token != first.token
 
 
 def test_the_same_noise_is_used_as_the_target_uses(drafter: LlamaDraft, tiny_draft: Path) -> None:

@@ -16,6 +16,7 @@ from wisp.core.draft.policies import Fixed
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ConfigError, ProtocolError, RequestError
 from wisp.core.protocol.messages import (
+    Branch,
     Cancel,
     Draft,
     Hello,
@@ -41,7 +42,7 @@ EDGE_MESSAGES: tuple[Message, ...] = (
     OPEN,
     Open("session3", 2, [1] * 30, Sampling(), 9, 1, [2] * 5, [3] * 4, True),
     Draft("session1", 7, 2, [3, 4], True),
-    Draft("session2", 1, 0, [9] * 12),
+    Draft("session2", 1, 0, [9] * 12, branches=[Branch(2, 5, [7, 8]), Branch(12, 1, [])]),
     Cancel("session1"),
 )  # fmt: skip
 WELCOME = Welcome(1, "m", "f" * 64, 300, [256], 512, 8, "llama.cpp", "exact", 60.0, "d", 1 << 20)

@@ -92,6 +92,7 @@ class EdgeBackend:
         self.ahead = ahead
         self.times = RoundTimes()  # of the last session; the next one starts from them
         self.sessions = 0  # live ones
+        self.branches_sent = self.branches_taken = 0  # of sessions that have ended
         self.why = "" if drafter is not None else "no_drafter"  # of the last session (`edge.rounds`)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draft")
 
@@ -191,7 +192,7 @@ class _Session:
         self._move(HOME, self.home)
         self.backend.sessions += 1
         try:
-            actions = drafter.connected(_now_ms(), welcome.max_draft, welcome.digest)
+            actions = drafter.connected(_now_ms(), welcome.max_draft, welcome.digest, welcome.max_branches)
             if policy is not None and ahead is None:  # the draft model reads the prompt while the target does
                 self.warm = asyncio.create_task(self.backend.warm(self.drafts, g.prompt))
             while True:
@@ -209,6 +210,8 @@ class _Session:
                 actions = await self._step(drafter)
         finally:
             self._end()
+            backend.branches_sent += drafter.branches.sent
+            backend.branches_taken += drafter.branches.taken
 
     async def _step(self, drafter: Drafter) -> list[Action]:
         """Wait for the next thing to happen. Returns what follows from it."""
@@ -220,7 +223,8 @@ class _Session:
             self.rounds.proposed(now - started, drafter.position, proposal)
             if proposal is None:
                 return drafter.proposed(now, None, Signal(), now - started)
-            return drafter.proposed(now, proposal.token, proposal.signal, now - started, proposal.then)
+            p = proposal
+            return drafter.proposed(now, p.token, p.signal, now - started, p.then, p.other)
         where, event, arrived = await self._event()
         step = self._take(where, event)
         if isinstance(step, Go):
@@ -235,7 +239,7 @@ class _Session:
             return drafter.refused(step)
         if isinstance(step, Welcome):
             drafter.lost()
-            return drafter.connected(_now_ms(), step.max_draft, step.digest)
+            return drafter.connected(_now_ms(), step.max_draft, step.digest, step.max_branches)
         if isinstance(step, Home):
             drafter.lost()
             self._move(HOME, self.home)

@@ -66,6 +66,8 @@ class RoundLog:
         if isinstance(message, Open):  # whatever was in flight is lost
             self._sent.clear()
             self._opening = message.round
+        elif message.round in self._sent:  # once more, with branches
+            return
         self._sent[message.round] = (now_ms, self._drafting_ms, bool(self._sent))
         self._drafting_ms = 0.0
 

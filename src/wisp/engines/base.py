@@ -105,11 +105,12 @@ class OwnThread(Protocol):
 
 class Proposal(msgspec.Struct, frozen=True, array_like=True):
     """A drafted token and the statistics a drafting policy decides by. `then`: tokens that follow it for certain, as
-    constraints leave no others."""
+    constraints leave no others. `other`: the second choice in its place, if the engine has one."""
 
     token: int
     signal: Signal
     then: tuple[int, ...] = ()
+    other: int | None = None
 
 
 class DraftEngine(Protocol):

@@ -23,8 +23,8 @@ from wisp import __version__
 from wisp.api import tracing
 from wisp.api.pages.recorder import THIN, Recorder
 from wisp.core.errors import EngineDeadError, InternalError
-from wisp.core.protocol.messages import VERSION as PROTOCOL
 from wisp.core.protocol.messages import (
+    MAX_BRANCHES,
     Cancel,
     Draft,
     Hello,
@@ -35,6 +35,7 @@ from wisp.core.protocol.messages import (
     check_hello,
     frame_limit,
 )
+from wisp.core.protocol.messages import VERSION as PROTOCOL
 from wisp.core.protocol.slo import Slo
 from wisp.core.verify.admission import Admission, KeyLimits, Refusal
 from wisp.core.verify.batching import batching_policy
@@ -200,6 +201,7 @@ class VerifierHost:
             self.limits.park_s,
             self.limits.digest,
             frame_limit(self.limits.slot_tokens),
+            MAX_BRANCHES,
         )
 
     # --- connections

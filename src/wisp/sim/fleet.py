@@ -86,6 +86,7 @@ async def run_live(
     broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     clock = sockets.clock = Clock(env, lambda error: None if broken.done() else broken.set_exception(error))
     fleet = Fleet(scenario, of, seed, env, sockets, scripts, n_vocab=welcome.n_vocab)
+    fleet.shared.branches = min(fleet.shared.branches, welcome.max_branches)
     pings: list[float] = []
     probe = asyncio.create_task(sockets.probe(pings))
     try:

@@ -22,6 +22,7 @@ from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Committed
+from wisp.core.verify.kv import common_prefix
 from wisp.sim.devices import Device, Link
 from wisp.sim.request import Request
 from wisp.sim.sim_verifier import MAX_DRAFT, Event
@@ -79,6 +80,7 @@ class Shared:
 
     ended:   is told of each request that is over, and of its device
     retries: how often a refused request is sent again after Retry-After
+    branches: most branches of a draft
     trace:   collects events, if there is one
     """
 
@@ -88,13 +90,17 @@ class Shared:
     ended: Callable[[SimDevice, Request], None]
     ahead: Ahead | None = None
     retries: int = 0
+    branches: int = 0
     counts: DraftCounts = field(default_factory=DraftCounts)
     trace: list[Event] | None = None
 
 
 @dataclass(slots=True)
 class Generation:
-    """An answer in the making. sent_*: the last draft; waiting_since: the later of that and the last verdict, s."""
+    """An answer in the making. sent_*: the last draft; waiting_since: the later of that and the last verdict, s.
+
+    read_base, read: what the draft model read last: so many committed tokens, and guesses
+    """
 
     request: Request
     script: Script
@@ -102,6 +108,8 @@ class Generation:
     prompt_read: bool = False  # by the draft model
     sent_round: int = -1
     sent_tokens: int = 0
+    read_base: int = 0
+    read: list[int] = field(default_factory=list)
     waiting_since: float = 0.0
 
     def mistakes(self) -> int:
@@ -113,9 +121,9 @@ class Generation:
         return differing + max(0, len(committed) - len(script))
 
 
-# A draft step that is running: for what, its proposal (known at its start, told at its end) and its milliseconds. A
-# plain tuple: there are several for each token of a run, and a NamedTuple took 3 % of its time.
-DraftStep = tuple[Generation, tuple[int | None, Signal], float]
+# A draft step that is running: for what, its proposal (known at its start, told at its end), its milliseconds, and the
+# second choice. A plain tuple: there are several for each token of a run, and a NamedTuple took 3 % of its time.
+DraftStep = tuple[Generation, tuple[int | None, Signal], float, int | None]
 NOTHING: tuple[int | None, Signal] = (None, Signal())
 
 
@@ -200,7 +208,8 @@ class SimDevice:
     # --- the link
 
     def _open(self, generation: Generation) -> None:
-        self._carry_out(generation, generation.drafter.connected(self.env.now * 1e3, MAX_DRAFT))
+        connected = generation.drafter.connected(self.env.now * 1e3, MAX_DRAFT, "", self.shared.branches)
+        self._carry_out(generation, connected)
 
     def _carry_out(self, generation: Generation, actions: list[Action]) -> None:
         for action in actions:
@@ -328,21 +337,39 @@ class SimDevice:
         self.seen.wrong += generation.mistakes()
 
     def _draft(self, generation: Generation) -> None:
-        drafter, guesses = generation.drafter, len(generation.drafter.chain.tokens)
+        drafter, script = generation.drafter, generation.script
+        base, guesses = len(drafter.committed), len(drafter.chain.tokens)
         ms = self.profile.draft_ms(self.drafted_ms / 1e3)
         if not generation.prompt_read:
             ms += ms * len(drafter.task.prompt) / READ_AHEAD
             generation.prompt_read = True
+        proposal, other = NOTHING, None
+        if self.shared.branches:
+            if (branch := drafter.branches.growing) is not None:  # as if its first token were the target's
+                base, guesses = base + branch.at + 1, len(branch.tokens) - 1
+            ms += ms * self._reread(generation) / READ_AHEAD
+        proposal = script.propose(base, guesses) or NOTHING
+        if self.shared.branches:
+            second = script.second(base, guesses)
+            other = proposal[0] if second is None else second  # itself: another that is wrong where it counts
         self.drafted_ms += ms
         if self.shared.trace is not None:
             self.shared.trace.append(Event("draft", self.env.now, ms, guesses + 1, device=self.index))
-        proposal = generation.script.propose(len(drafter.committed), guesses) or NOTHING
-        self._step = (generation, proposal, ms)
+        self._step = (generation, proposal, ms, other)
         self.env.after(ms / 1e3, self._drafted)
+
+    def _reread(self, generation: Generation) -> int:
+        """Tokens that the draft model reads before the last one: those it had read, and left for another branch."""
+        drafter = generation.drafter
+        base, read, guesses = generation.read_base, generation.read, drafter.guesses
+        text = drafter.committed[base:] + guesses
+        generation.read_base, generation.read = len(drafter.committed), guesses[:]
+        known = common_prefix(read, text)
+        return max(0, min(len(read), len(text) - 1) - known)
 
     def _drafted(self) -> None:
         assert self._step is not None
-        drafted_for, (token, signal), ms = self._step
+        drafted_for, (token, signal), ms, other = self._step
         self._step = None
         self.shared.counts.draft_steps += 1
         self.shared.counts.drafting_ms += ms
@@ -351,7 +378,7 @@ class SimDevice:
             return
         if drafted_for is generation:
             now, drafter = self.env.now * 1e3, generation.drafter
-            actions = drafter.proposed(now, token, signal, ms)
+            actions = drafter.proposed(now, token, signal, ms, (), other)
             if actions:
                 self._carry_out(generation, actions)
             if not self._inbox:

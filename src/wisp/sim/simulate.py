@@ -18,6 +18,7 @@ from wisp.calibrate.hardware import profiled
 from wisp.calibrate.traces.scripts import Recorded, Scripts, library
 from wisp.core.draft.policies import Ahead, Policies
 from wisp.core.errors import ProtocolError
+from wisp.core.protocol.messages import MAX_BRANCHES
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.cost import Coefficients
 from wisp.engines.emulated import EmulatedTarget, Hardware
@@ -64,6 +65,7 @@ class Fleet:
             self._ended,
             Ahead() if system.ahead else None,
             scenario.retries,
+            branches=MAX_BRANCHES if system.branches else 0,
             trace=trace,
         )
         self.source = random.Random(seed)

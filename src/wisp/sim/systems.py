@@ -9,6 +9,7 @@ from wisp.core.errors import ConfigError
 
 class System(msgspec.Struct, frozen=True):
     """drafting: a drafting policy, or "" for devices that never draft; beside: the drafter runs beside the target;
+    branches: devices that draft ahead do so for other outcomes, too;
     slots: sessions whose KV the server holds at once (0: as many as the hardware profile says); others wait;
     step_tokens: most tokens of a step, chunks of prompts included (0: the profile's)."""
 
@@ -22,6 +23,7 @@ class System(msgspec.Struct, frozen=True):
     slots: int = 0
     step_tokens: int = 0
     depth: int = 1
+    branches: bool = True
     about: str = ""
 
 
@@ -33,6 +35,7 @@ CHANGEABLE = (
     "drafting",
     "batching",
     "ahead",
+    "branches",
     "server_mode",
     "admission",
     "beside",

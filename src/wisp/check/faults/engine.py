@@ -228,12 +228,13 @@ class HashDraft:
         chance = self._rng.random()
         if chance < 0.02:
             return None
-        if chance > self._right:
-            return Proposal(self._rng.randrange(N_VOCAB), Signal(confidence=0.4))
         state = begun(self._salt)
         for token in context:
             state = read(state, token)
-        return Proposal(says(state, sampling, position, edit), Signal(confidence=0.9))
+        right, guess = says(state, sampling, position, edit), self._rng.randrange(N_VOCAB)
+        if chance > self._right:
+            return Proposal(guess, Signal(confidence=0.4), other=right if guess % 2 else None)
+        return Proposal(right, Signal(confidence=0.9), other=guess)
 
     def forget(self, session: str) -> None:
         """Nothing is kept."""

@@ -22,6 +22,7 @@ from wisp.check.faults.users import some_prompt, some_tokens
 from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.messages import (
     VERSION,
+    Branch,
     Cancel,
     Draft,
     Hello,
@@ -296,12 +297,25 @@ async def _absurd_drafts(peer: Peer, socket: VirtualSocket, welcome: Welcome) ->
         tokens = rng.choice(
             ([], some_tokens(rng, 4), some_tokens(rng, 30), [N_VOCAB], [-1], [1] * 65, [EOS, EOS])
         )
-        await socket.send(encode(Draft(name, round_, base, tokens, rng.random() < 0.3)))
+        await socket.send(
+            encode(Draft(name, round_, base, tokens, rng.random() < 0.3, _absurd_branches(rng)))
+        )
         if rng.random() < 0.5:
             await asyncio.sleep(rng.uniform(0.0, 0.05))
     if rng.random() < 0.5:
         await socket.send(encode(Cancel(name)))
         await socket.send(encode(Draft(name, 99, 0, [1])))
+
+
+def _absurd_branches(rng: random.Random) -> list[Branch]:
+    """None, for the most part; or ones that begin anywhere and go on with anything."""
+    branches = []
+    for _ in range(rng.choice((0, 0, 0, 1, 2, 4, 5, 200))):
+        accepted = rng.choice((0, 0, 1, 2, 3, -1, 30, 1 << 62))
+        token = rng.choice((*some_tokens(rng, 2), EOS, -1, N_VOCAB, 1 << 40))
+        tokens = rng.choice(([], some_tokens(rng, 4), some_tokens(rng, 4), [EOS, 1], [N_VOCAB], [1] * 64))
+        branches.append(Branch(accepted, token, tokens))
+    return branches
 
 
 async def _epochs(peer: Peer, socket: VirtualSocket, welcome: Welcome) -> None:

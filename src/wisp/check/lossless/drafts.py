@@ -33,8 +33,13 @@ class Chosen:
 
     name = "testing"
 
-    def __init__(self, choose: Callable[[int], int | None], confidence: float) -> None:
-        self._choose, self._signal = choose, Signal(confidence=confidence)
+    def __init__(
+        self,
+        choose: Callable[[int], int | None],
+        confidence: float,
+        second: Callable[[int], int | None] = lambda position: None,
+    ) -> None:
+        self._choose, self._signal, self._second = choose, Signal(confidence=confidence), second
 
     def propose(
         self,
@@ -45,7 +50,7 @@ class Chosen:
         edit: Edit | None = None,
     ) -> Proposal | None:
         token = self._choose(position)
-        return None if token is None else Proposal(token, self._signal)
+        return None if token is None else Proposal(token, self._signal, other=self._second(position))
 
     def forget(self, session: str) -> None:
         """Nothing is kept."""
@@ -80,13 +85,16 @@ class Drafts:
             token = random_token(position)
             return token if token != right(position) else (token + 1) % self.n_vocab
 
-        choices: dict[str, tuple[Callable[[int], int | None], float]] = {
-            "random": (random_token, 0.5),
-            "empty": (lambda position: None, 0.0),
-            "wrong": (wrong, 0.5),
-            "oracle": (right, 1.0),  # ends of all sorts fall inside its drafts
-        }
-        return Chosen(*choices[kind]) if kind in choices else None
+        match kind:
+            case "random":
+                return Chosen(random_token, 0.5, right)
+            case "empty":
+                return Chosen(lambda position: None, 0.0)
+            case "wrong":  # but for its second choice, so its branches are right
+                return Chosen(wrong, 0.5, right)
+            case "oracle":  # ends of all sorts fall inside its drafts
+                return Chosen(right, 1.0, random_token)
+        return None
 
     def close(self) -> None:
         for engine in self.shared.values():

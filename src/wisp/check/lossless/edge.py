@@ -21,6 +21,7 @@ from wisp.core.draft.policies import Ahead
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.protocol.messages import (
+    MAX_BRANCHES,
     Cancel,
     Draft,
     Message,
@@ -110,6 +111,12 @@ class _Sent(msgspec.Struct, frozen=True):
     shift: int
     drafted: int
 
+    def again(self, message: Draft) -> bool:
+        """Is it in this frame?"""
+        own = message.tokens
+        same = self.round == message.round and self.base == message.base and not self.shift
+        return same and self.tokens[: len(own)] == own
+
 
 class ChaosSession:
     """One session of one case."""
@@ -148,7 +155,7 @@ class ChaosSession:
 
     def connect(self) -> None:
         if not self.over and self.drafter.phase is not Phase.DONE:
-            self._carry_out(self.drafter.connected(self._now_ms, MAX_DRAFT))
+            self._carry_out(self.drafter.connected(self._now_ms, MAX_DRAFT, "", MAX_BRANCHES))
 
     @property
     def _now_ms(self) -> float:
@@ -212,6 +219,8 @@ class ChaosSession:
 
     def _end(self, finish: str, *, whole: bool = True, problem: str = "") -> None:
         self.over = True
+        self.counts["branches_sent"] += self.drafter.branches.sent
+        self.counts["branches_taken"] += self.drafter.branches.taken
         self.link.sessions.pop(self.id, None)
         if self.engine is not None:
             self.engine.forget(self.id)
@@ -238,7 +247,7 @@ class ChaosSession:
             actions = self.drafter.proposed(self._now_ms, None, Signal(), 10.0)
         else:
             self.counts["certain_tokens"] += p.signal.certain + len(p.then)
-            actions = self.drafter.proposed(self._now_ms, p.token, p.signal, 10.0, p.then)
+            actions = self.drafter.proposed(self._now_ms, p.token, p.signal, 10.0, p.then, p.other)
         drafting = self.drafter.phase is Phase.DRAFTING
         if drafting and not actions and self.rng.random() < self.chaos.meddle:
             self._extra(self.drafter.chain.tokens, round_=-1)  # sent before it is complete
@@ -255,6 +264,13 @@ class ChaosSession:
         is_open = isinstance(message, Open)
         own = message.draft if isinstance(message, Open) else message.tokens
         base = len(self.drafter.committed)
+        last = self._sent.get(self._wire)
+        if (
+            isinstance(message, Draft) and last is not None and last.again(message)
+        ):  # once more, with branches
+            self._last = message = msgspec.structs.replace(message, round=self._wire, tokens=last.tokens)
+            self.link.send(message)
+            return
         draft = own + self._beyond(base, own)
         if is_open and not own and not base and self.engine and self.rng.random() < self.chaos.ride:
             draft = self._first_draft()

@@ -11,6 +11,7 @@ class Flight(msgspec.Struct):
     """A draft on its way: `drafted` tokens sent at `sent_ms`, with the verdict expected at `due_ms`.
 
     alone: no other draft was in flight when it was sent, so that its time is that of a round
+    base:  committed tokens that it builds on
     """
 
     round: int
@@ -18,6 +19,7 @@ class Flight(msgspec.Struct):
     sent_ms: float
     due_ms: float
     alone: bool = True
+    base: int = 0
 
 
 class Chain:
@@ -25,26 +27,29 @@ class Chain:
 
     odds:   the policy's judgement of each
     p:      their probabilities alone, as policies read them
+    others: the drafter's second choice in the place of each, if it has one
     dry:    there is nothing more to propose until the next verdict
     ended:  the last one is an end of sequence, which nothing follows
     wasted: tokens that were guessed and never sent, in all
     """
 
-    __slots__ = ("dry", "ended", "odds", "p", "sent", "tokens", "wasted")
+    __slots__ = ("dry", "ended", "odds", "others", "p", "sent", "tokens", "wasted")
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.odds: list[Odds] = []
         self.p: list[float] = []
+        self.others: list[int | None] = []
         self.sent = 0
         self.dry = self.ended = False
         self.wasted = 0
 
-    def add(self, token: int, odds: Odds, *, ends: bool) -> None:
+    def add(self, token: int, odds: Odds, *, ends: bool, other: int | None = None) -> None:
         """Guess `token`; nothing follows it if it `ends` the text."""
         self.tokens.append(token)
         self.odds.append(odds)
         self.p.append(odds.p)
+        self.others.append(other)
         self.ended = ends
 
     def agreed(self, new: list[int]) -> int:
@@ -70,10 +75,18 @@ class Chain:
         if not right:
             gone = n
             self.wasted += max(0, n - answered)
-        del tokens[:gone], self.odds[:gone], self.p[:gone]
+        del tokens[:gone], self.odds[:gone], self.p[:gone], self.others[:gone]
         self.sent = max(0, self.sent - gone)
         self.ended = self.ended and n > gone
         return right
+
+    def follow(
+        self, tokens: list[int], odds: list[Odds], others: list[int | None], sent: int, *, ended: bool
+    ) -> None:
+        """These are the guesses from now on."""
+        self.tokens, self.odds, self.others, self.sent = tokens, odds, others, sent
+        self.p = [each.p for each in odds]
+        self.ended, self.dry = ended, False
 
 
 class Rounds:

@@ -8,7 +8,8 @@ the making, or was drafted ahead. A verdict that agrees moves along the chain; a
 
 A draft made ahead may be sent before the verdict that it bets on (`Ahead.send`). It restates the chain, with the
 tokens in flight and the guess at the verdict's own token. If all of that was right, the verifier has the next draft as
-soon as its step ends, without a round trip in between. Otherwise the draft costs the verifier one comparison.
+soon as its step ends, without a round trip in between. Otherwise the draft costs the verifier one comparison, unless
+one of its branches (`branches`) is right: what the device drafted, in time to spare, for other outcomes.
 
 Prompt and committed tokens are kept here. When a connection or a verifier is lost, `connected` opens the session again
 from them, and the text goes on where it was, but never with another model than the one that began it.
@@ -18,15 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum, auto
+from math import prod
 
 import msgspec
 
+from wisp.core.draft.branches import Branches, Guess
 from wisp.core.draft.chain import Chain, Flight, Rounds
 from wisp.core.draft.policies import CERTAIN, Ahead, DraftingPolicy, View
 from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ProtocolError, RequestError
-from wisp.core.protocol.messages import MODEL_CHANGED, Device, Draft, Open, Refused, Verdict
+from wisp.core.protocol.messages import MODEL_CHANGED, Branch, Device, Draft, Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
 from wisp.core.protocol.step import INVALID_GRAMMAR, Committed
@@ -96,17 +99,17 @@ class Opening:
     """The last Open, and the verifier that it went to.
 
     digest:    of the session's model; "" while any model will do
-    max_draft: most tokens in one draft for this verifier
+    max_draft, max_branches: most tokens and branches in one draft for this verifier
     round:     of the Open itself
     reopened:  refusals in a row that were answered by another Open, without a new token
     """
 
-    __slots__ = ("digest", "epoch", "max_draft", "reopened", "round")
+    __slots__ = ("digest", "epoch", "max_branches", "max_draft", "reopened", "round")
 
     def __init__(self, digest: str) -> None:
         self.digest = digest
         self.epoch = self.round = -1
-        self.max_draft = self.reopened = 0
+        self.max_draft = self.max_branches = self.reopened = 0
 
 
 class Drafter:
@@ -115,14 +118,14 @@ class Drafter:
     The host calls `connected`, `lost`, `verdict` and `refused` as these happen, and, while `wants_token`,
     asks its draft engine for a token after `context` and hands it to `proposed`. Times are milliseconds.
 
-    committed: the text so far; chain: guesses beyond it
+    committed: the text so far; chain: guesses beyond it; branches: others
     opening:   the verifier, as of the last Open; rounds: what it was asked
     times:     measurements of speed
     """
 
     __slots__ = (
-        "_goes_on_ms", "_warm", "ahead", "chain", "committed", "eos", "opening", "phase", "policy", "rounds", "session",
-        "task", "times",
+        "_goes_on_ms", "_warm", "ahead", "branches", "chain", "committed", "eos", "opening", "phase", "policy",
+        "rounds", "session", "task", "times",
     )  # fmt: skip
 
     def __init__(
@@ -143,6 +146,7 @@ class Drafter:
         self.phase = DETACHED
         self.committed: list[int] = []
         self.chain = Chain()
+        self.branches = Branches()
         self.opening = Opening(task.digest)
         self.rounds = Rounds(serve=policy is None)
         self.times = times or RoundTimes()
@@ -152,11 +156,17 @@ class Drafter:
     @property
     def position(self) -> int:
         """Index, among the generated tokens, of the token to draft next."""
-        return len(self.committed) + len(self.chain.tokens)
+        return len(self.committed) + len(self.guesses)
+
+    @property
+    def guesses(self) -> list[int]:
+        """What the next drafted token follows, beyond the committed tokens."""
+        branch, tokens = self.branches.growing, self.chain.tokens
+        return tokens if branch is None else tokens[: branch.at] + branch.tokens
 
     def context(self) -> list[int]:
         """What the next drafted token follows."""
-        return self.task.prompt + self.committed + self.chain.tokens
+        return self.task.prompt + self.committed + self.guesses
 
     def wants_token(self, now_ms: float) -> bool:
         """Is it the draft engine's turn?"""
@@ -165,19 +175,18 @@ class Drafter:
             return phase is DRAFTING
         if self._goes_on_ms == now_ms:  # found just now, and nothing has happened since
             return True
-        ahead, policy, chain = self.ahead, self.policy, self.chain
-        if ahead is None or policy is None or chain.dry or self.rounds.serve or chain.ended:
+        if self.ahead is None or self.policy is None or self.rounds.serve:
             return False
-        if len(self.committed) + len(chain.tokens) >= self.task.max_tokens - 1:
-            return False
-        return ahead.worth(self._view(now_ms), self.times.price if policy.priced else 0.0)
+        return self._goes_on(self._view(now_ms))
 
     # --- events
 
-    def connected(self, now_ms: float, max_draft: int, digest: str = "") -> list[Action]:
+    def connected(
+        self, now_ms: float, max_draft: int, digest: str = "", max_branches: int = 0
+    ) -> list[Action]:
         """There is a verifier, and it takes drafts of up to `max_draft` tokens: open the session, or open it again.
 
-        digest: of its model. Raises RequestError if the session has another model.
+        max_branches: of one draft. digest: of its model. Raises RequestError if the session has another model.
         """
         if self.phase is DONE:
             return []
@@ -189,6 +198,8 @@ class Drafter:
         rounds.serve = serve = self.policy is None
         rounds.began_ms = now_ms
         opening.digest, opening.max_draft, opening.round = digest, max_draft, rounds.number
+        opening.max_branches = max_branches
+        chain.wasted += self.branches.clear()
         opening.epoch += 1
         chain.sent = max(0, min(chain.sent or len(chain.tokens), self._most()))
         chain.dry = False
@@ -226,16 +237,23 @@ class Drafter:
         signal: Signal,
         took_ms: float = 0.0,
         then: Sequence[int] = (),
+        other: int | None = None,
     ) -> list[Action]:
         """The draft engine, in `took_ms`, proposes `token` after `context` (None: it has nothing to propose), and
-        `then` what follows for certain.
+        `then` what follows for certain. other: its second choice in the place of `token`, if it has one.
         """
         phase = self.phase
         if phase is not DRAFTING and phase is not IN_FLIGHT:
             return []  # a broken connection came first
-        policy, chain = self.policy, self.chain
+        self._goes_on_ms = -1.0
+        policy, chain, branch = self.policy, self.chain, self.branches.growing
         assert policy is not None
-        if token is None:
+        if other is not None and self._ends(other):
+            other = None  # nothing follows it
+        if branch is not None:
+            self.branches.growing = None
+            self._grown(now_ms, branch, token, signal, took_ms, other)
+        elif token is None:
             chain.dry = True
         else:
             if self._warm:
@@ -243,12 +261,35 @@ class Drafter:
                     self.times.drafted(took_ms)
             elif not signal.certain:
                 self._warm = True  # the first step reads the prompt
-            chain.add(token, policy.judge(signal, chain.p), ends=self._ends(token))
+            chain.add(token, policy.judge(signal, chain.p), ends=self._ends(token), other=other)
             for certain in then:
                 if chain.ended or self.position >= self.task.max_tokens - 1:
                     break
                 chain.add(certain, CERTAIN, ends=self._ends(certain))
         return self._send_ahead(now_ms) if phase is IN_FLIGHT else self._go_on(now_ms, self._view(now_ms))
+
+    def _grown(
+        self,
+        now_ms: float,
+        branch: Guess,
+        token: int | None,
+        signal: Signal,
+        took_ms: float,
+        other: int | None,
+    ) -> None:
+        """`branch` has another token, or nothing to follow."""
+        policy = self.policy
+        assert policy is not None
+        if branch not in self.branches.guesses:
+            self.branches.guesses.append(branch)
+        if token is None:
+            branch.full = True
+            return
+        self.times.drafted(took_ms)
+        before = [*self.chain.p[: branch.at], 1.0, *branch.p]
+        branch.add(token, policy.judge(signal, before), other, ends=self._ends(token))
+        branch.worth = policy.take(View(now_ms, branch.p, 0, 0, 0.0, self.times))
+        branch.full = branch.ended or branch.worth < len(branch.p)
 
     def _ends(self, token: int) -> bool:
         """Does nothing follow it?"""
@@ -263,7 +304,7 @@ class Drafter:
         phase, chain, rounds = self.phase, self.chain, self.rounds
         if phase is DONE:
             return []
-        self._goes_on_ms = -1.0
+        self._goes_on_ms, self.branches.growing = -1.0, None
         new = self._new_tokens(verdict)
         self.times.price = verdict.price
         flight = rounds.landed(verdict.round) if phase is IN_FLIGHT else None
@@ -287,8 +328,9 @@ class Drafter:
         if new:
             self.opening.reopened = 0
             self.committed += new
-            if not chain.settle(new, chain.sent if flight is None else drafted):
-                rounds.flights = []  # no draft that builds on a wrong guess is of any use
+            self._settle(new, flight, drafted)
+        if flight is not None or new:
+            chain.wasted += self.branches.clear()
         if not rounds.flights:
             chain.sent = 0
         if verdict.finish:
@@ -304,6 +346,27 @@ class Drafter:
         if phase is SERVED and self.policy is not None:
             return deliver + self._start_round(now_ms)
         return deliver
+
+    def _settle(self, new: list[int], flight: Flight | None, drafted: int) -> None:
+        """Go along the chain with the committed tokens `new`, or along the branch that they follow."""
+        chain, rounds = self.chain, self.rounds
+        n = chain.agreed(new)
+        if chain.settle(new, chain.sent if flight is None else drafted):
+            if self.branches.guesses and not chain.sent:
+                rounds.flights = []  # what is with the verifier was for other outcomes
+            return
+        branch = self.branches.following(n, new) if flight is not None else None
+        if branch is not None:
+            gone = len(new) - n  # tokens of the branch
+            tokens, odds, others = branch.tokens[gone:], branch.odds[gone - 1 :], branch.others[gone - 1 :]
+            chain.follow(tokens, odds, others, max(0, branch.sent - (gone - 1)), ended=branch.ended)
+            branch.sent = len(branch.p)  # none of it is wasted
+            self.branches.taken += 1
+        if chain.sent and rounds.flights:
+            next_up = rounds.flights[0]
+            next_up.drafted = len(self.committed) - next_up.base + chain.sent
+        else:
+            rounds.flights = []  # no draft that builds on a wrong guess is of any use
 
     def refused(self, refused: Refused) -> list[Action]:
         """The verifier refuses. Some refusals are mended by opening again; the others raise RequestError.
@@ -357,7 +420,7 @@ class Drafter:
             return []
         return [self._send(now_ms, policy.take(view))]
 
-    def _send(self, now_ms: float, most: int) -> Draft:
+    def _send(self, now_ms: float, most: int, branches: list[Branch] | None = None) -> Draft:
         chain, rounds = self.chain, self.rounds
         rounds.number += 1
         tokens = chain.tokens
@@ -365,35 +428,85 @@ class Drafter:
         chain.dry = False
         self.phase = IN_FLIGHT
         rounds.flights.append(self._flight(now_ms, sent))
-        return Draft(self.session, rounds.number, len(self.committed), tokens[:sent], rounds.serve)
+        return Draft(
+            self.session, rounds.number, len(self.committed), tokens[:sent], rounds.serve, branches or []
+        )
+
+    def _goes_on(self, view: View, *, along_chain: bool | None = None) -> bool:
+        """Is another token worth drafting while a draft is in flight? The one that is likelier to be of use comes
+        next: the chain's, or that of a branch.
+
+        along_chain: is the chain's? None: to be found out
+        """
+        ahead, policy, branches, chain = self.ahead, self.policy, self.branches, self.chain
+        flights = self.rounds.flights
+        assert ahead is not None
+        assert policy is not None
+        branches.growing = None
+        room = self.task.max_tokens - len(self.committed) - 1
+        if along_chain is None:
+            open_end = not (chain.dry or chain.ended) and len(chain.tokens) < room
+            along_chain = open_end and ahead.worth(view, self.times.price if policy.priced else 0.0)
+        most = self.opening.max_branches
+        if not (most and ahead.send and flights) or self.rounds.number == self.opening.round:
+            return along_chain
+        first, longest = flights[0], min(ahead.longest, self.opening.max_draft)
+        verified = first.base + first.drafted - len(self.committed)
+        best = branches.best(chain, verified, self.times.second.value, most, room, longest)
+        if best is None or not ahead.pays(best.right, 1, view, first.due_ms):
+            return along_chain
+        if not along_chain or best.right > prod(chain.p):
+            branches.growing = best
+        return True
 
     def _send_ahead(self, now_ms: float) -> list[Action]:
-        """Send the draft made ahead before the verdict is here, if it is complete, or if time runs out."""
-        chain = self.chain
+        """Send the draft made ahead before the verdict is here, if it is complete, or if time runs out. Branches go
+        with it, or with the same draft once more."""
+        rounds, ahead, chain, policy = self.rounds, self.ahead, self.chain, self.policy
+        flights = rounds.flights
+        if not flights or ahead is None or not ahead.send or rounds.serve:
+            return []
+        assert policy is not None
+        times, due_ms, opening, alone = self.times, flights[0].due_ms, rounds.number == 0, len(flights) == 1
+        last_call = due_ms - times.line.value - 0.5 * times.wait.deviation
+        late = times.wait.n > 0 and now_ms + times.draft.value > last_call and not opening
         n, sent = len(chain.tokens), chain.sent
         first = sent + 1  # the one before it guesses the verdict's own token
-        if n <= first:
+        if alone and n > first:
+            view = View(now_ms, chain.p, sent, first, due_ms, times, opening)
+            full = chain.dry or chain.ended or len(self.committed) + n >= self.task.max_tokens - 1
+            complete = late or full or not policy.more(view)
+            if not complete and ahead.worth(view, times.price if policy.priced else 0.0):
+                self._goes_on(view, along_chain=True)
+                self._goes_on_ms = now_ms
+                return []
+            n = policy.take(view)
+            if n > 0:
+                return [self._send(now_ms, first + n, self.branches.to_send())]
+        if not self.branches.guesses:
             return []
-        rounds, ahead = self.rounds, self.ahead
-        flights = rounds.flights
-        if len(flights) != 1 or ahead is None or not ahead.send or rounds.serve:
-            return []
-        times, policy, due_ms, opening = self.times, self.policy, flights[0].due_ms, rounds.number == 0
-        assert policy is not None
-        view, wait = View(now_ms, chain.p, sent, first, due_ms, times, opening), times.wait
-        last_call = due_ms - times.line.value - 0.5 * wait.deviation
-        late = wait.n > 0 and now_ms + times.draft.value > last_call and not opening
-        full = chain.dry or chain.ended or len(self.committed) + n >= self.task.max_tokens - 1
-        complete = late or full or not policy.more(view)
-        if not complete and ahead.worth(view, times.price if policy.priced else 0.0):
+        goes_on = self._goes_on(self._view(now_ms))
+        if goes_on:
             self._goes_on_ms = now_ms
+        if goes_on and not late and (alone or self.branches.growing is not None):
+            return []  # there is more to send soon
+        return self._send_branches(now_ms)
+
+    def _send_branches(self, now_ms: float) -> list[Draft]:
+        """Send branches, without a guess at the verdict's own token, or with the draft made ahead once more."""
+        chain, rounds, base = self.chain, self.rounds, len(self.committed)
+        last = rounds.flights[-1]
+        if last.base != base or not (branches := self.branches.to_send()):
             return []
-        n = policy.take(view)
-        return [self._send(now_ms, first + n)] if n > 0 else []
+        if len(rounds.flights) == 1:
+            return [self._send(now_ms, chain.sent, branches)]
+        return [Draft(self.session, last.round, base, chain.tokens[: chain.sent], rounds.serve, branches)]
 
     def _flight(self, now_ms: float, drafted: int) -> Flight:
         due_ms = now_ms + self.times.wait_ms(drafted)
-        return Flight(self.rounds.number, drafted, now_ms, due_ms, not self.rounds.flights)
+        return Flight(
+            self.rounds.number, drafted, now_ms, due_ms, not self.rounds.flights, len(self.committed)
+        )
 
     def _view(self, now_ms: float) -> View:
         chain, rounds = self.chain, self.rounds
@@ -426,6 +539,8 @@ class Drafter:
         agreed = chain.agreed(new)
         seen = min(len(new), len(chain.tokens), agreed + 1)
         times.acceptance.add_each(agreed, seen)
+        if agreed < seen and (other := chain.others[agreed]) is not None:
+            times.second.add(float(new[agreed] == other))
         self.policy.observe(chain.odds[:seen], agreed)
 
     def _new_tokens(self, verdict: Verdict) -> list[int]:

@@ -272,14 +272,22 @@ class Ahead(msgspec.Struct, frozen=True):
         steps, beyond = 1, len(p) - sent
         if not beyond:  # the next guess is of the verdict's own token: only one beyond it is of use
             right, steps = right * a, 2
-        if beyond >= self.longest or right * a < self.energy:
+        if beyond >= self.longest:
             return False
         if price and beyond > 1 and prod(p[sent + 1 :]) * a <= price:
             return False  # it would not be sent
-        wait = times.wait
+        return self.pays(right, steps, view, view.due_ms)
+
+    def pays(self, right: float, steps: int, view: View, due_ms: float) -> bool:
+        """Is another draft token worth its time, if it takes `steps` draft steps, those before it are right with the
+        chance `right`, and a verdict is expected at `due_ms`?"""
+        times, wait = view.times, view.times.wait
+        a = times.acceptance.value
+        if right * a < self.energy:
+            return False
         if view.opening or wait.n == 0:
             return True  # reading the prompt takes the target longer than a draft step
-        d, left, unsure = times.draft.value, view.due_ms - view.now_ms, 0.25 * wait.deviation
+        d, left, unsure = times.draft.value, due_ms - view.now_ms, 0.25 * wait.deviation
         left = left + unsure if left > 0.0 else unsure
         late = steps * d - left
         if late <= 0.0:

@@ -6,6 +6,7 @@ With them a drafting policy weighs one more draft token against the time that it
 from __future__ import annotations
 
 TYPICAL = 0.8  # acceptance, before anything is known of it
+LIKELY = 0.5  # a correction is the drafter's second choice, before anything is known of it
 LEAST_MS = 1e-3  # the shortest time of a round
 SAME = 1e-3  # relative difference up to which two times of a draft step count as the same
 
@@ -87,7 +88,7 @@ class RoundTimes:
 
     __slots__ = (
         "_best", "_best_draft", "_best_of", "_time_ms", "_tokens",
-        "acceptance", "draft", "line", "measured", "price", "queue", "served", "verify", "wait",
+        "acceptance", "draft", "line", "measured", "price", "queue", "second", "served", "verify", "wait",
     )  # fmt: skip
 
     def __init__(self, draft_ms: float = 0.0) -> None:
@@ -99,6 +100,7 @@ class RoundTimes:
         self.line = Mean(0.0, 0.15)  # the way there and back
         self.served = Mean(0.0, 0.15)  # between tokens that the verifier decodes by itself
         self.acceptance = Mean(TYPICAL, 0.03, prior=10)  # of a draft token whose predecessors were accepted
+        self.second = Mean(LIKELY, 0.03, prior=10)  # a correction is the drafter's second choice
         self.price = 0.0  # of a draft token, as of the last verdict
         self._tokens = self._time_ms = 0.0
         self.measured = 0.0  # tokens per millisecond of these, if they are enough to go by
@@ -112,7 +114,7 @@ class RoundTimes:
         times = RoundTimes.__new__(RoundTimes)
         times.draft, times.wait, times.verify = self.draft.copy(), self.wait.copy(), self.verify.copy()
         times.queue, times.line, times.served = self.queue.copy(), self.line.copy(), self.served.copy()
-        times.acceptance, times.price = self.acceptance.copy(), self.price
+        times.acceptance, times.second, times.price = self.acceptance.copy(), self.second.copy(), self.price
         times._timed(0.2 * self._tokens, 0.2 * self._time_ms)
         times._best_of, times._best_draft, times._best = self._best_of, self._best_draft, self._best
         return times

@@ -33,6 +33,7 @@ REFUSAL_HEADER = "x-wisp-error"  # in an HTTP refusal by a WISP server (and not 
 DIGESTS_SINCE = "0.2.0"  # the first release whose peers send digests
 # Bytes of the longest frame that an edge takes: enough for a million tokens, too little to exhaust its memory.
 MAX_FRAME = 4 << 20
+MAX_BRANCHES = 4  # of one draft; simulated edges sent 1.1 on average
 TOKEN_BYTES = 5  # of the longest token id
 MOST_IDS = 1 << 31  # of a vocabulary or a context: no peer has more
 FRAME_EXTRA = 1 << 18  # bytes of an Open besides prompt and committed tokens, amply
@@ -108,14 +109,27 @@ class Open(Message, frozen=True, tag="open"):
     trace: Trace = ""
 
 
+class Branch(msgspec.Struct, frozen=True, array_like=True):
+    """`tokens` are a guess at what follows if the draft turns out otherwise: its first `accepted` tokens are right, and
+    then comes `token`."""
+
+    accepted: int
+    token: int
+    tokens: list[int]
+
+
 class Draft(Message, frozen=True, tag="draft"):
-    """`tokens` are a guess at what follows the first `base` generated tokens; drafts in flight are repeated in it."""
+    """`tokens` are a guess at what follows the first `base` generated tokens; drafts in flight are repeated in it.
+
+    branches: for other outcomes; at most `Welcome.max_branches`
+    """
 
     session: SessionId
     round: int
     base: int
     tokens: list[int]
     serve: bool = False
+    branches: list[Branch] = []
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
@@ -145,6 +159,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     park_s: float = 0.0  # how long a session outlives its connection
     digest: str = ""
     max_frame: int = MAX_FRAME  # bytes of the longest frame that the verifier takes
+    max_branches: int = 0  # most branches of one draft; 0: the verifier knows none
 
 
 class Verdict(Message, frozen=True, tag="verdict"):
@@ -266,7 +281,11 @@ def check_welcome(welcome: Welcome) -> None:
         )
         raise ProtocolError("version_mismatch", f"{message}; install WISP {DIGESTS_SINCE} or later there")
     w = welcome
-    fits = 1 <= w.n_vocab <= MOST_IDS and all(0 <= end < w.n_vocab for end in w.eos)
+    fits = (
+        1 <= w.n_vocab <= MOST_IDS
+        and 0 <= w.max_branches <= MOST_IDS
+        and all(0 <= end < w.n_vocab for end in w.eos)
+    )
     counts = 1 <= w.context <= MOST_IDS and 0 <= w.max_draft <= MOST_IDS and w.max_frame >= 1
     if not (fits and counts and 0.0 <= w.park_s < math.inf and w.model.isprintable()):
         raise ProtocolError("malformed", "the verifier's welcome has limits that no verifier has")

@@ -129,13 +129,7 @@ class InFlight:
     def _follows(self, s: Session) -> bool:
         """Is it known, before its slice in flight is back, what the session may run next?"""
         last = s.flight.last
-        if (
-            last is None
-            or s.state is not RUNNING
-            or s.flight.void
-            or last.n_draft
-            or s.round.inbox is not None
-        ):
+        if last is None or s.state is not RUNNING or s.flight.void or last.n_draft or s.round.inbox:
             return False
         if not last.sample:
             return True  # the next chunk of its prompt
@@ -149,7 +143,7 @@ class InFlight:
         if last is None or s.state is not RUNNING:
             return False
         ends = last.sample and not last.n_draft and s.remaining <= s.flight.tokens
-        goes_on = current.serve or self.wants_drafting or current.inbox is not None or not last.sample
+        goes_on = current.serve or self.wants_drafting or bool(current.inbox) or not last.sample
         return goes_on and not ends
 
     def _newest(self, sessions: Mapping[int, Session]) -> Iterator[Session]:

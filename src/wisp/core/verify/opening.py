@@ -1,9 +1,9 @@
-"""What a verifier takes from an edge: the limits of an Open, and of token ids in any message."""
+"""What a verifier takes from an edge: the limits of an Open, of a Draft, and of token ids in any message."""
 
 from __future__ import annotations
 
 from wisp.core.errors import ProtocolError
-from wisp.core.protocol.messages import Open, check_digest
+from wisp.core.protocol.messages import MAX_BRANCHES, Draft, Open, check_digest
 from wisp.core.protocol.slo import LONGEST_MS
 from wisp.core.verify.events import Limits
 
@@ -36,6 +36,18 @@ def check_open(limits: Limits, o: Open) -> None:
     check_tokens(limits, "prompt", o.prompt, limits.slot_tokens)
     check_tokens(limits, "committed", o.committed, limits.slot_tokens)
     check_tokens(limits, "draft", o.draft, limits.max_draft)
+
+
+def check_draft(limits: Limits, draft: Draft) -> None:
+    """Raises ProtocolError for a draft, or branches of it, that this verifier does not take."""
+    check_tokens(limits, "draft", draft.tokens, limits.max_draft)
+    if len(draft.branches) > MAX_BRANCHES:
+        message = f"a draft has {len(draft.branches)} branches; at most {MAX_BRANCHES} are taken"
+        raise ProtocolError("oversized", message)
+    for branch in draft.branches:
+        if not 0 <= branch.accepted <= len(draft.tokens):
+            raise ProtocolError("malformed", "a branch begins inside of its draft, or at its end")
+        check_tokens(limits, "a branch", [branch.token, *branch.tokens], limits.max_draft)
 
 
 def check_tokens(limits: Limits, what: str, tokens: list[int], most: int) -> None:

@@ -32,12 +32,12 @@ class Registry:
         self.by_id: dict[str, Session] = {}
         self.by_connection: dict[int, set[int]] = {}  # handles
 
-    def take(self, now: float, session: Session, round_: int, base: int, tokens: list[int]) -> Verdict | None:
+    def take(self, now: float, session: Session, draft: Draft) -> Verdict | None:
         """Have a draft verified, or answer it at once."""
         if session.state in IN_ENGINE:  # resumed while its step runs
-            session.round.inbox = Draft(session.id, round_, base, tokens, serve=session.round.serve)
+            session.round.inbox = [draft]
             return None
-        taken = session.intake(round_, base, tokens, now)
+        taken = session.intake(draft, now)
         if isinstance(taken, Pending):
             session.round.pending, answer = taken, None
         else:
@@ -78,7 +78,8 @@ class Registry:
             session.go(LOST)
         session.connection = -1
         session.since = now
-        session.round.pending = session.round.inbox = None
+        session.round.pending = None
+        session.round.inbox = []
         session.round.serve = False
         self.index.put(session)
 

@@ -112,7 +112,7 @@ class Results:
             actions.append(Send(connection, verdict))
         elif finish and not doomed:
             actions.append(Ended(s.id, "expired"))
-        if s.round.inbox is not None and s.state is not ENDED:
+        if s.round.inbox and s.state is not ENDED:
             self._next(now, s, actions)
 
     def _doom(self, s: Session) -> None:
@@ -153,9 +153,14 @@ class Results:
     def _next(self, now: float, s: Session, actions: list[Action]) -> None:
         if s.flight.slices:
             return
-        draft, s.round.inbox = s.round.inbox, None
-        if draft is not None and s.state in (READY, WAITING):
-            answer = self.registry.take(now, s, draft.round, draft.base, draft.tokens)
+        waiting, s.round.inbox = s.round.inbox, []
+        for i, draft in enumerate(waiting):
+            if s.state not in (READY, WAITING):
+                return
+            if i and s.state is READY and s.extends(draft):
+                s.round.inbox = [draft]
+                return
+            answer = self.registry.take(now, s, draft)
             if answer is not None:
                 actions.append(Send(s.connection, answer))
 

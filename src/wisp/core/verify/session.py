@@ -122,7 +122,9 @@ class Round:
         self.number = -1  # of the last round answered, or being answered
         self.heard = len(open_.committed)  # generated tokens that the edge has, or that were sent to it
         self.pending: Pending | None = None  # to be verified
-        self.inbox: Draft | None = None  # arrived during the step
+        self.inbox: list[
+            Draft
+        ] = []  # cannot be taken yet; at most two, of which the second continues the first
         self.verdict: Verdict | None = None  # the last one, for duplicates
         self.serve = open_.serve  # server mode: decode without drafts until the next one comes
         self.price = 0.0  # congestion price in the last verdict: committed tokens per draft token
@@ -130,11 +132,24 @@ class Round:
     @property
     def last_received(self) -> int:
         """Number of the last round that came from the edge."""
-        return self.inbox.round if self.inbox is not None else self.number
+        return self.inbox[-1].round if self.inbox else self.number
+
+    def wait(self, draft: Draft) -> None:
+        """`draft` cannot be taken yet. It replaces those that wait, but for one that it continues: both verified at
+        once, the rows behind the first would be worth computing only if the first is right."""
+        self.inbox = [d for d in self.inbox[:1] if self._continues(d, draft)]
+        self.inbox.append(draft)
+
+    def _continues(self, waiting: Draft, draft: Draft) -> bool:
+        rest = waiting.tokens[max(0, draft.base - waiting.base) :]
+        apart = bool(rest) or self.price > 0.0
+        later = waiting.round < draft.round and waiting.base <= draft.base
+        return apart and later and len(rest) < _reach(draft) and draft.tokens[: len(rest)] == rest
 
     def clear(self) -> None:
         """Forget what is under way: the edge begins anew."""
-        self.pending = self.inbox = self.verdict = None
+        self.pending = self.verdict = None
+        self.inbox = []
 
 
 class Flight:
@@ -254,14 +269,17 @@ class Session:
         """When the next token must leave the verifier; inf without an SLO."""
         return self.targets.due(self.progress.committed)
 
-    def intake(self, round_: int, base: int, tokens: list[int], now: float) -> Pending | Verdict:
+    def intake(self, draft: Draft, now: float) -> Pending | Verdict:
         """Compare a draft with the committed tokens: something to verify, or an answer at once.
 
-        Draft tokens that are committed already are skipped. A draft that disagrees with them, or adds nothing, is
-        answered with what was committed since `base`.
+        Draft tokens that are committed already are skipped. A draft that disagrees with them goes on along the branch
+        that agrees. Without one, or if it adds nothing, it is answered with what was committed since its `base`.
         """
+        round_, base, tokens = draft.round, draft.base, draft.tokens
         known = self.progress.tokens_from(base)
         head = common_prefix(known, tokens)
+        if draft.branches and head < len(known) and (branch := _branch(draft, known)) is not None:
+            tokens, head = branch, len(known)
         self.round.number = round_
         if known and (head < len(known) or head == len(tokens)):
             return self.answer(round_, base, head)
@@ -289,7 +307,7 @@ class Session:
             return False
         known = self.progress.tokens_from(draft.base)
         end = len(known) + len(pending.draft)
-        return len(draft.tokens) > end and draft.tokens[:end] == known + pending.draft
+        return _reach(draft) > end and draft.tokens[:end] == known + pending.draft
 
     def answer(
         self,
@@ -324,6 +342,22 @@ class Session:
         self.round.heard = len(open_.committed)
         self.round.serve = open_.serve
         self.round.clear()
+
+
+def _reach(draft: Draft) -> int:
+    """The tokens of a draft, and one more where it has branches for the end of another one."""
+    return len(draft.tokens) + bool(draft.branches)
+
+
+def _branch(draft: Draft, known: list[int]) -> list[int] | None:
+    """The draft along its first branch that agrees with the `known` tokens and goes beyond them."""
+    for branch in draft.branches:
+        at = branch.accepted
+        if at < len(known) and branch.token == known[at]:
+            tokens = [*draft.tokens[:at], branch.token, *branch.tokens]
+            if len(tokens) > len(known) and tokens[: len(known)] == known:
+                return tokens
+    return None
 
 
 def _conflict() -> ProtocolError:

@@ -34,7 +34,7 @@ from wisp.core.verify.events import (
     WakeAt,
 )
 from wisp.core.verify.in_flight import InFlight
-from wisp.core.verify.opening import check_open, check_tokens
+from wisp.core.verify.opening import check_draft, check_open
 from wisp.core.verify.places import gives_way, keeps_place
 from wisp.core.verify.planner import Planner, SessionIndex
 from wisp.core.verify.registry import Registry
@@ -145,7 +145,8 @@ class Verifier:
         else:
             self._resume(session, connection, key, open_)
         self._by_connection.setdefault(connection, set()).add(session.handle)
-        return self.registry.take(now, session, open_.round, len(open_.committed), open_.draft)
+        draft = Draft(session.id, open_.round, len(open_.committed), open_.draft, open_.serve)
+        return self.registry.take(now, session, draft)
 
     def _check_slo(self, now: float, newcomer: Session) -> None:
         """Raises Refusal if the SLO of `newcomer`, or of the others with it, could not be met."""
@@ -182,7 +183,7 @@ class Verifier:
 
     def _draft(self, now: float, connection: int, draft: Draft) -> Verdict | None:
         session = self.registry.owned(connection, draft.session)
-        check_tokens(self.limits, "draft", draft.tokens, self.limits.max_draft)
+        check_draft(self.limits, draft)
         current = session.round
         if draft.round <= current.number:
             if current.verdict is not None and draft.round == current.verdict.round:
@@ -197,13 +198,13 @@ class Verifier:
         if state in IN_ENGINE:
             session.go(DRAFT)
             current.serve = draft.serve
-            current.inbox = draft
+            current.wait(draft)
             return None
         current.serve = draft.serve
         if state is READY and session.extends(draft):
-            current.inbox = draft  # drafted ahead: it waits for the verdict on the draft that it continues
+            current.wait(draft)  # drafted ahead: it waits for the verdict on the draft that it continues
             return None
-        return self.registry.take(now, session, draft.round, draft.base, draft.tokens)
+        return self.registry.take(now, session, draft)
 
     def _cancel(self, connection: int, cancel: Cancel) -> list[Action]:
         session = self._by_id.get(cancel.session)

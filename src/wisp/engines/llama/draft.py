@@ -116,7 +116,11 @@ class LlamaDraft:
         self._held[slot] = tokens
         if edit is None:
             token = target_token(logits, sampling, position)
-            return Proposal(token, signal(logits, token, sampling, position))
+            return Proposal(
+                token,
+                signal(logits, token, sampling, position),
+                other=_other(logits, token, sampling, position),
+            )
         return _constrained(logits, sampling, position, edit)
 
     @property
@@ -186,6 +190,14 @@ class LlamaDraft:
             raise
         row: Logits = logits[0]
         return row
+
+
+def _other(logits: Logits, token: int, sampling: Sampling, position: int) -> int:
+    """The token that the model would have said instead of `token`."""
+    best, logits[token] = logits[token], -np.inf
+    other = target_token(logits, sampling, position)
+    logits[token] = best
+    return other
 
 
 def _constrained(logits: Logits, sampling: Sampling, position: int, edit: Edit) -> Proposal | None:
