@@ -39,7 +39,7 @@ WITHOUT: tuple[tuple[str, ModuleType, float], ...] = (
     ("URGENT", wisp, 1000.0),  # no lateness makes a token worth more
     ("MOST", wisp, 20.0),  # urgency without a bound
     ("FLOOR", wisp, 1e-3),  # sessions far ahead weigh nothing
-    ("FIRST", wisp, 0.1),  # first tokens weigh as others do
+    ("FIRST", wisp, 1.0),  # answers that have not begun are like others
 )
 
 

@@ -144,15 +144,6 @@ def test_drafts_of_sessions_ahead_become_shorter_as_newcomers_wait_for_the_end_o
     assert sum(granted(*late, limits=often).values()) > 0.9 * sum(granted(*late, limits=seldom).values())
 
 
-def test_first_tokens_go_first_while_everybody_keeps_pace() -> None:
-    """Not so the prompt of a session that has begun, and lost its KV: its user has text to read."""
-    sessions = [going(i, 1.0, n_draft=0) for i in range(60)]
-    newcomer = prompt(100, 150, 2.9)
-    assert granted(*sessions, newcomer)[100] == 150
-    begun = msgspec.structs.replace(newcomer, first=False)
-    assert 100 not in granted(*sessions, begun)
-
-
 def test_rows_of_a_prompt_are_cheap_up_to_the_knee_whatever_the_last_step_was() -> None:
     """Beyond the knee a row takes time, and the prompt is cut there rather than read in one long step."""
     cost = CostModel(Coefficients(step=40.0, token=0.001, beyond=0.4, knee=100))

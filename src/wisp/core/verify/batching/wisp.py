@@ -11,9 +11,9 @@ their users are left out first. Prompts do not enter the rate: all of them are r
 The best rate solves worth(rate) = rate x time(rate): Dinkelbach's iteration (1967), from the last step's rate. This is
 the max-weight rule (Tassiulas and Ephremides 1992), which keeps all queues bounded whenever any policy can.
 
-A first token weighs at least FIRST, and is owed by the time that its prompt can be read. A prompt opens the way to an
-answer, whose worth is shared by all the rows that it takes, those of the prompt and its own. Rows of a prompt delay all
-others, whose urgency grows by e^(delay / (URGENT x pace)), up to the delay at which that costs what they are worth.
+A prompt is owed by the time that it can be read. It opens the way to an answer, whose worth is shared by all the rows
+that it takes, those of the prompt and its own. Rows of a prompt delay all others, whose urgency grows by
+e^(delay / (URGENT x pace)), and are read up to the delay at which that costs what they are worth.
 
 Whoever comes during a step waits for half of it on average. So a row of a draft costs the delay of newcomers, too. They
 weigh as one that is due, so it is drafts of sessions ahead of their users that become shorter.
@@ -31,7 +31,7 @@ from wisp.core.verify.cost import Load
 URGENT = 7.0  # tokens owed that make the next one e times as urgent
 MOST = 2.0  # the logarithm of the most urgency: beyond that, throughput alone counts
 FLOOR = 0.1  # weight of a token of a session far ahead; one that is due weighs 1 more
-FIRST = 0.3  # the same of a first token: its user sees nothing yet
+FIRST = 2.5  # times the worth of an answer that has not begun: its user sees nothing yet
 PACE_S = 0.1  # time of a token where no target says it
 LEAST_MS = 1e-3  # fixed cost of a step: some cost models say 0
 NOTHING_MS = 1e-9
@@ -61,14 +61,13 @@ class Wisp:
         self.continuous = Continuous()
         self._rate = 0.0  # of the last step: worth per millisecond
         self._rows = 0  # of the last step
-        self._wait = 0.0  # what newcomers lose by a millisecond more of the step, in worth
+        self._wait = 0.0  # worth that newcomers lose by each millisecond of a step
         self._ms = 0.0  # of the last step, as predicted
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
-        cost = limits.cost.now
         if all([c.edge_drafting for c in candidates]):  # noqa: C419 - a list is faster
             # No step for edges that are drafting, unless their tokens are due.
-            lead_s = 2.0 * cost.ms(Load(1, 0, 0, 1)) / 1e3
+            lead_s = 2.0 * limits.cost.ms(Load(1, 0, 0, 1)) / 1e3
             soonest = min([c.due for c in candidates], default=math.inf) - lead_s
             if soonest > now:
                 return Plan([], soonest if soonest < math.inf else None)
@@ -87,10 +86,8 @@ class Wisp:
     def _offers(
         self, now: float, candidates: Sequence[Candidate], limits: StepLimits
     ) -> tuple[list[_Offer], list[_Prompt], float]:
-        """Drafts and decodes with their weights and costs, prompts with the worth of a row, and the urgency of all
-        drafts and decodes together."""
-        exp, inf, cost, step_s = math.exp, math.inf, limits.cost.now, self._ms / 1e3
-        by = now + step_s
+        """Drafts and decodes with weights and costs, prompts with the worth of a row, the urgency of all the former."""
+        exp, inf, cost, by = math.exp, math.inf, limits.cost.now, now + self._ms / 1e3
         attention, cached, slice_ = cost.attention, cost.cached, cost.slice
         read_s = (cost.token + cost.beyond) / 1e3
         token = cost.token + (cost.beyond if cost.knee and self._rows > cost.knee else 0.0)
@@ -102,11 +99,12 @@ class Wisp:
             end = by + new * read_s if c.kind is PREFILL else by
             owed = (end - (c.due if c.due < inf else c.since + scale_s)) / scale_s
             urgency = exp(owed if owed < MOST else MOST)
-            weight = (FIRST if c.first else FLOOR) + urgency
+            weight = FLOOR + urgency
             hurry += 1.0 / scale_s
             if c.kind is PREFILL:
                 answer = min(c.remaining, limits.answer_tokens)
-                prompts.append((weight * answer / (new + answer), c))
+                worth = weight * (FIRST if c.first else 1.0)
+                prompts.append((worth * answer / (new + answer), c))
             else:
                 n = c.n_draft
                 row_ms = token + attention * (before + new)
@@ -114,7 +112,7 @@ class Wisp:
                 all_urgency += urgency
                 offers.append((weight, base_ms, row_ms, new - n, n, c.acceptance, c))
         # Within the time of an answer each session is followed by another, which waits for half of a step.
-        waiting = 0.5 * step_s / max(limits.answer_s, step_s, NOTHING_MS)
+        waiting = 0.5 * self._ms / max(1e3 * limits.answer_s, self._ms, NOTHING_MS)
         self._wait = waiting * hurry * limits.answer_tokens / 1e3
         return offers, prompts, all_urgency
 
