@@ -40,8 +40,6 @@ WITHOUT: tuple[tuple[str, ModuleType, float], ...] = (
     ("MOST", wisp, 20.0),  # urgency without a bound
     ("FLOOR", wisp, 1e-3),  # sessions far ahead weigh nothing
     ("FIRST", wisp, 1.0),  # answers that have not begun are like others
-    ("HOPELESS", wisp, 1e9),  # no pace is given up
-    ("SPARE", wisp, 0.0),  # an SLO is given up without the reserve
 )
 
 

@@ -246,3 +246,27 @@ def test_three_prompts_of_which_no_two_fit_are_read_one_after_another() -> None:
     rig = Rig(slots=3, slot_tokens=96, kv_tokens=96, step_tokens=12, batching="wisp")
     urgent = Asked(60, 2, Slo(400.0, 60.0), "a", 0)
     serve(rig, [urgent, Asked(58, 23, None, "a", 0), Asked(52, 24, None, "a", 0)])
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_session_that_waits_for_kv_past_all_hope_loses_its_slo_as_others_do(slots: int) -> None:
+    """It waits for a slot, or has one and is not resident: the policy does not see it."""
+    rig = Rig(slots=slots, slot_tokens=64, kv_tokens=64, step_tokens=64, batching="wisp")
+    rig.receive(Open("session-going", 0, [1] * 40, Sampling(), 20, ignore_eos=True, slo=Slo(1e3, 20.0)))
+    rig.steps(1)
+    rig.receive(
+        Open("session-waiting", 0, [2] * 40, Sampling(), 20, ignore_eos=True, slo=Slo(100.0, 500.0)), 2
+    )
+    rig.now += 0.03  # the one that is going is late, and keeps its KV
+    rig.dispatch()
+    going, waiting = rig.verifier.sessions.values()
+    assert going.cached
+    assert not waiting.cached
+    assert not waiting.targets.slo_lost
+    rig.finish()
+    rig.now += 0.1
+    rig.dispatch()
+    assert not waiting.cached
+    assert waiting.targets.slo_lost
+    assert waiting.due > rig.now
+    assert not going.targets.slo_lost

@@ -44,6 +44,27 @@ def test_a_lost_slo_leaves_twice_the_time_from_then_on() -> None:
     assert waiting.due(0) == pytest.approx(21.0)  # the first token has its whole target again
 
 
+def test_an_slo_is_hopeless_once_its_own_times_are_over_and_not_before() -> None:
+    """Due times are earlier: they have a reserve."""
+    made = targets()
+    assert not made.hopeless(10.99, 0, 50)
+    assert made.hopeless(11.01, 0, 50)
+    made.first_at = 11.0
+    assert made.due(5) < 14.0
+    assert not made.hopeless(15.79, 5, 44)  # all 49 tokens, were they here now, would have taken 4.8 s
+    assert made.hopeless(15.81, 5, 44)
+    made.relax(15.81, 5)
+    assert not made.hopeless(99.0, 5, 44)  # it is lost once
+
+
+def test_without_a_target_nothing_is_hopeless() -> None:
+    assert not Targets(None, 10.0, begun=False).hopeless(99.0, 0, 50)
+    assert not targets(ttft_ms=0.0).hopeless(99.0, 0, 50)
+    only_first = targets(tpot_ms=0.0)
+    only_first.first_at = 11.0
+    assert not only_first.hopeless(99.0, 5, 1)
+
+
 @pytest.mark.parametrize(("n_draft", "expected"), [(0, 1.0), (1, 1.5), (2, 1.75), (3, 1.875)])
 def test_a_draft_is_expected_to_be_right_up_to_some_token(n_draft: int, expected: float) -> None:
     speed = Speed(0.0)

@@ -134,6 +134,16 @@ def test_a_first_token_waits_for_no_draft_of_sessions_ahead() -> None:
     assert beside[1] == alone[1] > 1
 
 
+def test_drafts_of_sessions_ahead_become_shorter_as_newcomers_wait_for_the_end_of_their_step() -> None:
+    """The shorter answers are, the more often somebody comes. Sessions that are late keep their drafts."""
+    often, seldom = (msgspec.structs.replace(LIMITS, answer_s=s) for s in (2.0, 1e6))
+    ahead = [going(i, 3.0, n_draft=12) for i in range(30)]
+    late = [going(i, -2.0, n_draft=12) for i in range(30)]
+    assert sum(granted(*ahead, limits=often).values()) < 0.8 * sum(granted(*ahead, limits=seldom).values())
+    assert granted(*ahead, limits=often).keys() == set(range(30))
+    assert sum(granted(*late, limits=often).values()) > 0.9 * sum(granted(*late, limits=seldom).values())
+
+
 def test_rows_of_a_prompt_are_cheap_up_to_the_knee_whatever_the_last_step_was() -> None:
     """Beyond the knee a row takes time, and the prompt is cut there rather than read in one long step."""
     cost = CostModel(Coefficients(step=40.0, token=0.001, beyond=0.4, knee=100))
@@ -149,29 +159,6 @@ def test_the_order_of_candidates_does_not_matter() -> None:
     for seed in range(5):
         random.Random(seed).shuffle(sessions)
         assert settled(*sessions)[0] == plan
-
-
-def test_a_session_whose_slo_is_lost_is_told_once_and_goes_on() -> None:
-    hopeless = going(1, -60.0)
-    policy = batching_policy("wisp")
-    plan = policy.plan(NOW, [hopeless, going(2, 0.1)], LIMITS)
-    assert plan.lost == [1]
-    assert 1 in {g.session for g in plan.grants}
-    lost = msgspec.structs.replace(hopeless, slo_lost=True)
-    assert policy.plan(NOW, [lost], LIMITS).lost == []
-
-
-def test_an_slo_that_the_reserve_of_its_due_times_still_keeps_is_not_given_up() -> None:
-    """Ten seconds after the start, due times are 0.4 s ahead of the target, however little is left to generate."""
-    ending = msgspec.structs.replace(going(1, -0.3), opened=NOW - 10.3, remaining=2)
-    policy = batching_policy("wisp")
-    assert policy.plan(NOW, [ending], LIMITS).lost == []
-    later = msgspec.structs.replace(ending, due=NOW - 0.6)
-    assert policy.plan(NOW, [later], LIMITS).lost == [1]
-    first = msgspec.structs.replace(prompt(2, 100, -0.1), opened=NOW - 2.9)
-    assert policy.plan(NOW, [first], LIMITS).lost == []
-    later = msgspec.structs.replace(first, due=NOW - 0.2)
-    assert policy.plan(NOW, [later], LIMITS).lost == [2]
 
 
 def test_a_prompt_leaves_no_session_out() -> None:

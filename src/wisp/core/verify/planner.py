@@ -102,10 +102,11 @@ class Planner:
 
     def step(self, now: float) -> tuple[Run | None, float | None]:
         """The step to run now, or None and the time to ask again."""
-        index = self.index
         self.kv.reserved = self.in_flight.rows
         self._assign_slots(now)
         candidates, free_kv, preempts = self._candidates(), math.inf, self.policy.preempts
+        if self.policy.gives_up:
+            self._give_up(now, candidates)
         if preempts:
             candidates = self._residents(now, candidates)
         else:
@@ -117,10 +118,9 @@ class Planner:
             self.cost,
             free_kv,
             self.answers.tokens,
+            self.answers.seconds,
         )
         plan = self.policy.plan(now, candidates, limits)
-        for handle in plan.lost:
-            index.sessions[handle].relax(now)
         grants = plan.grants if preempts else self._that_fit(now, plan.grants)
         self._copies = self._live_copies()
         if not grants and self.in_flight.steps:
@@ -150,6 +150,15 @@ class Planner:
         if self.in_flight.steps:
             candidates += [candidate_of(s) for s in self.in_flight.following(self.index.sessions)]
         return candidates
+
+    def _give_up(self, now: float, candidates: list[Candidate]) -> None:
+        """Sessions whose SLO is missed whatever happens, with or without KV, are due at half their pace from now on."""
+        index = self.index
+        late = [index.sessions[c.session] for c in candidates if now > c.due]
+        late += [s for s in index.ready.values() if s.slot is None and now > s.due]
+        for s in late:
+            if s.targets.hopeless(now, s.progress.committed, s.remaining):
+                s.relax(now)
 
     def _not_in_flight(self, handles: list[int]) -> list[int]:
         """Those whose slots the engine will not touch any more."""

@@ -41,6 +41,15 @@ class Targets:
             return self.first_at + committed * self.tpot_s if slo.tpot_ms else math.inf
         return self.opened + slo.ttft_ms / 1e3 * TTFT_SHARE if slo.ttft_ms else math.inf
 
+    def hopeless(self, now: float, committed: int, remaining: int) -> bool:
+        """Is the SLO missed whatever happens, even if all of the `remaining` tokens came now?"""
+        slo = self.slo
+        if slo is None or self.slo_lost:
+            return False
+        if self.first_at == math.inf:
+            return 0.0 < slo.ttft_ms < (now - self.opened) * 1e3
+        return 0.0 < slo.tpot_ms * (committed + remaining - 1) < (now - self.first_at) * 1e3
+
     def drop(self) -> None:
         """Forget an infeasible SLO: the session is served best-effort."""
         self.slo, self.tpot_s, self.slo_lost = None, 0.0, True

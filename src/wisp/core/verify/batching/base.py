@@ -70,7 +70,7 @@ class StepLimits(msgspec.Struct, frozen=True):
     shares:         tokens served so far per API key; the least served key goes first
     cost:           predicts the step time
     free_kv:        KV tokens available to this step; inf if every candidate fits
-    answer_tokens:  tokens of an answer, smoothed
+    answer_tokens:  tokens of an answer, smoothed; answer_s: its seconds, likewise
     """
 
     tokens: int
@@ -79,6 +79,7 @@ class StepLimits(msgspec.Struct, frozen=True):
     cost: CostModel = CostModel()
     free_kv: float = math.inf
     answer_tokens: float = 200.0
+    answer_s: float = 10.0
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False):
@@ -89,26 +90,24 @@ class Grant(msgspec.Struct, frozen=True, gc=False):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Run `grants` now. Without grants, ask again at `wake_at` (None: at the next event).
-
-    lost: sessions whose SLO can no longer be met; from now on they are served at twice their TPOT target
-    """
+    """Run `grants` now. Without grants, ask again at `wake_at` (None: at the next event)."""
 
     grants: list[Grant] = []
     wake_at: float | None = None
-    lost: list[int] = []
 
 
 class BatchingPolicy(Protocol):
     """Chooses the next step.
 
     wants_drafting: also offer sessions whose edge is still drafting
+    gives_up:       a session whose SLO is missed whatever happens is due at half its pace from then on
     preempts:       sessions far ahead of their TPOT target lose KV to urgent ones (`core.verify.preemption`)
     price:          what one more draft token costs other sessions, in committed tokens; 0 if the policy has none
     """
 
     name: str
     wants_drafting: bool
+    gives_up: bool
     preempts: bool
     price: float
 

@@ -37,6 +37,7 @@ class Paper:
 
     name = "paper"
     wants_drafting = False
+    gives_up = False
     preempts = False
     price = 0.0
 

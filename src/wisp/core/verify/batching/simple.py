@@ -21,6 +21,7 @@ class Continuous:
 
     name = "continuous"
     wants_drafting = False
+    gives_up = False
     preempts = False
     price = 0.0
 
@@ -53,6 +54,7 @@ class Fcfs:
 
     name = "fcfs"
     wants_drafting = False
+    gives_up = False
     preempts = False
     price = 0.0
 

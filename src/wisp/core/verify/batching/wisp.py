@@ -14,6 +14,9 @@ the max-weight rule (Tassiulas and Ephremides 1992), which keeps all queues boun
 A prompt is owed by the time that it can be read. It opens the way to an answer, whose worth is shared by all the rows
 that it takes, those of the prompt and its own. Rows of a prompt delay all others, whose urgency grows by
 e^(delay / (URGENT x pace)), and are read up to the delay at which that costs what they are worth.
+
+Whoever comes during a step waits for half of it on average. So a row of a draft costs the delay of newcomers, too. They
+weigh as one that is due, so it is drafts of sessions ahead of their users that become shorter.
 """
 
 from __future__ import annotations
@@ -29,9 +32,6 @@ URGENT = 7.0  # tokens owed that make the next one e times as urgent
 MOST = 2.0  # the logarithm of the most urgency: beyond that, throughput alone counts
 FLOOR = 0.1  # weight of a token of a session far ahead; one that is due weighs 1 more
 FIRST = 2.5  # times the worth of an answer that has not begun: its user sees nothing yet
-HOPELESS = 0.25  # a lateness of this share of an answer's remaining time cannot be made up for
-
-SPARE = 0.04  # share of the time since the start that due times keep in reserve (1 - TPOT_SHARE of a session)
 PACE_S = 0.1  # time of a token where no target says it
 LEAST_MS = 1e-3  # fixed cost of a step: some cost models say 0
 NOTHING_MS = 1e-9
@@ -43,6 +43,9 @@ _Offer = tuple[float, float, float, int, int, float, Candidate]
 _Prompt = tuple[float, Candidate]  # worth of a row, candidate
 # What takes part: worth per ms (the densest are granted first), session, tokens, candidate.
 _Choice = tuple[float, int, int, Candidate]
+_Taken = tuple[
+    list[_Choice], float, float, float
+]  # and its worth, the milliseconds that it adds, expected tokens
 
 
 class Wisp:
@@ -50,6 +53,7 @@ class Wisp:
 
     name = "wisp"
     wants_drafting = True
+    gives_up = True
 
     def __init__(self, *, preempts: bool = True) -> None:
         self.preempts = preempts
@@ -57,17 +61,16 @@ class Wisp:
         self.continuous = Continuous()
         self._rate = 0.0  # of the last step: worth per millisecond
         self._rows = 0  # of the last step
+        self._wait = 0.0  # worth that newcomers lose by each millisecond of a step
         self._ms = 0.0  # of the last step, as predicted
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
-        cost = limits.cost.now
-        lost = [c.session for c in candidates if now > c.due and _is_lost(now, c)]
         if all([c.edge_drafting for c in candidates]):  # noqa: C419 - a list is faster
             # No step for edges that are drafting, unless their tokens are due.
-            lead_s = 2.0 * cost.ms(Load(1, 0, 0, 1)) / 1e3
+            lead_s = 2.0 * limits.cost.ms(Load(1, 0, 0, 1)) / 1e3
             soonest = min([c.due for c in candidates], default=math.inf) - lead_s
             if soonest > now:
-                return Plan([], soonest if soonest < math.inf else None, lost)
+                return Plan([], soonest if soonest < math.inf else None)
             candidates = [c for c in candidates if c.due - lead_s <= now]
         offers, prompts, urgency = self._offers(now, candidates, limits)
         prompts.sort(key=lambda p: (-p[0], limits.shares.get(p[1].key, 0.0), p[1].opened, p[1].session))
@@ -78,26 +81,26 @@ class Wisp:
         else:
             grants = _packed(choices, limits)
         self._rows = sum([g.tokens for g in grants])
-        return Plan(grants, None if grants else now + PACE_S, lost)
+        return Plan(grants, None if grants else now + PACE_S)
 
     def _offers(
         self, now: float, candidates: Sequence[Candidate], limits: StepLimits
     ) -> tuple[list[_Offer], list[_Prompt], float]:
-        """Drafts and decodes with their weights and costs, prompts with the worth of a row, and the urgency of all
-        drafts and decodes together."""
+        """Drafts and decodes with weights and costs, prompts with the worth of a row, the urgency of all the former."""
         exp, inf, cost, by = math.exp, math.inf, limits.cost.now, now + self._ms / 1e3
         attention, cached, slice_ = cost.attention, cost.cached, cost.slice
         read_s = (cost.token + cost.beyond) / 1e3
         token = cost.token + (cost.beyond if cost.knee and self._rows > cost.knee else 0.0)
         offers: list[_Offer] = []
         prompts: list[_Prompt] = []
-        all_urgency = 0.0
+        all_urgency = hurry = 0.0
         for c in candidates:
             scale_s, new, before = URGENT * (c.tpot_s or PACE_S), c.new, c.cached
             end = by + new * read_s if c.kind is PREFILL else by
             owed = (end - (c.due if c.due < inf else c.since + scale_s)) / scale_s
             urgency = exp(owed if owed < MOST else MOST)
             weight = FLOOR + urgency
+            hurry += 1.0 / scale_s
             if c.kind is PREFILL:
                 answer = min(c.remaining, limits.answer_tokens)
                 worth = weight * (FIRST if c.first else 1.0)
@@ -108,13 +111,16 @@ class Wisp:
                 base_ms = row_ms * (new - n) + cached * before + slice_
                 all_urgency += urgency
                 offers.append((weight, base_ms, row_ms, new - n, n, c.acceptance, c))
+        # Within the time of an answer each session is followed by another, which waits for half of a step.
+        waiting = 0.5 * self._ms / max(1e3 * limits.answer_s, self._ms, NOTHING_MS)
+        self._wait = waiting * hurry * limits.answer_tokens / 1e3
         return offers, prompts, all_urgency
 
     def _chosen(self, offers: list[_Offer], read: list[_Choice], limits: StepLimits) -> list[_Choice]:
         """What takes part at the best rate, found on the way. No prompt waits for drafts that are not soon due."""
         step_ms, least = max(limits.cost.now.step, LEAST_MS), (FLOOR + 1.0) / 2.0 if read else 0.0
         for _ in range(2):
-            choices, worth, ms, tokens = _at(self._rate, offers, least)
+            choices, worth, ms, tokens = _at(self._rate, offers, least, self._wait)
             self._rate = worth / (step_ms + ms)
         self._ms = step_ms + ms
         self.price = min(1.0, tokens / self._ms * limits.cost.token_ms(Load(self._rows)))
@@ -156,15 +162,15 @@ def _read(offers: list[_Offer], prompts: list[_Prompt], urgency: float, limits: 
     return choices
 
 
-def _at(rate: float, offers: list[_Offer], least: float) -> tuple[list[_Choice], float, float, float]:
-    """What takes part at this rate, with drafts from the weight `least` on; what they are worth, the milliseconds that
-    they add, and their expected tokens."""
+def _at(rate: float, offers: list[_Offer], least: float, wait: float) -> _Taken:
+    """What takes part at this rate, with drafts from the weight `least` on that are worth `wait` more for each of their
+    milliseconds."""
     choices: list[_Choice] = []
     worth = ms = tokens = 0.0
     for weight, base_ms, row_ms, base, n, acceptance, c in offers:
         gain, added_ms, cut = weight * base, base_ms, 0
         if n and weight >= least:
-            next_, price = weight * acceptance, rate * row_ms
+            next_, price = weight * acceptance, (rate + wait) * row_ms
             while cut < n and next_ >= price:
                 gain += next_
                 added_ms += row_ms
@@ -176,12 +182,6 @@ def _at(rate: float, offers: list[_Offer], least: float) -> tuple[list[_Choice],
             tokens += gain / weight
             choices.append((gain / (added_ms + NOTHING_MS), c.session, base + cut, c))
     return choices, worth, ms, tokens
-
-
-def _is_lost(now: float, c: Candidate) -> bool:
-    """Is an overdue session unable to keep its SLO?"""
-    left_s = 0.0 if c.first else HOPELESS * c.remaining * c.tpot_s
-    return not c.slo_lost and now - c.due > SPARE * (c.due - c.opened) + left_s
 
 
 def _packed(choices: list[_Choice], limits: StepLimits) -> list[Grant]:
