@@ -52,6 +52,7 @@ class Rig:
         slo_admission: bool = False,
         digest: str = "",
         depth: int = 1,
+        history_tokens: int = 0,
     ) -> None:
         self.engine = ToyEngine(slots)
         self.queue = OneAtATime(self.engine, depth)
@@ -66,6 +67,7 @@ class Rig:
             slo_admission=slo_admission,
             digest=digest,
             depth=depth,
+            history_tokens=history_tokens,
         )
         self.verifier = Verifier(self.limits, batching_policy(batching), Admission(max_sessions, limits))
         self.now = 0.0

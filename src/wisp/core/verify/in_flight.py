@@ -122,6 +122,14 @@ class InFlight:
         newest_s = cost.ms(self.steps[-1].load) / 1e3
         return self._host_s * (ready + following) >= (newest_s - self._host_s) * staying
 
+    def loss(self, cost: CostModel) -> float:
+        """Tokens lost where one session is not decoded ahead: either it takes no part in a step, or all wait for one to be
+        back (`_pays`)."""
+        if self.depth == 1 or not self.steps:
+            return 0.0
+        load = self.steps[-1].load
+        return min(1.0, self._host_s * load.slices / (cost.ms(load) / 1e3 + 1e-9))
+
     def following(self, sessions: Mapping[int, Session]) -> Iterator[Session]:
         """Sessions in flight that can take part in the next step, too."""
         return (s for s in self._newest(sessions) if self._follows(s))
@@ -134,6 +142,7 @@ class InFlight:
             or s.state is not RUNNING
             or s.flight.void
             or last.n_draft
+            or s.flight.waits
             or s.round.inbox is not None
         ):
             return False
