@@ -134,6 +134,9 @@ def edge(
             drafter, fingerprint = load_drafter(
                 draft, slots=slots, threads=threads, offline=offline, progress=progress, options=engine
             )
+    if history_tokens is None:  # a model is right more often where texts do not repeat as a whole
+        without_model = drafter is not None and drafter.name.startswith("ngram")
+        history_tokens = HISTORY_TOKENS if without_model else 0
 
     async def run() -> None:
         device = EdgeApp(
@@ -145,7 +148,7 @@ def edge(
             policies=policies,
             ahead=Ahead(energy) if ahead else None,
             give_up_s=give_up_s,
-            history_tokens=HISTORY_TOKENS if history_tokens is None else history_tokens,
+            history_tokens=history_tokens,
             options=options,
         )
         await run_app(device.asgi, listen, device.drain, keyed=bool(keys))

@@ -71,7 +71,7 @@ HISTORY_TOKENS = 1 << 18
 HistoryTokens = Annotated[
     int | None,
     typer.Option(
-        help=f"Tokens of texts remembered, for drafts without a model ({HISTORY_TOKENS}; emulated: 0); 0: none.",
+        help=f"Tokens of texts kept, to draft from; 0: none ({HISTORY_TOKENS}; 0: emulated, or an edge's model).",
         min=0,
         max=1 << 28,
         show_default=False,

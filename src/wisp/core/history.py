@@ -4,8 +4,8 @@ A *text* is what one session has read and said: its prompt and its answer. An in
 where it was said last. The tokens that followed there are the guess at what follows now. How far the two places agree
 backwards is the *match*: the longer it is, the more of the guess comes true.
 
-Whoever must not learn of another's texts has a history of their own: nobody's guess is made of another customer's words. All of them
-together hold a bounded number of tokens. The history that was used least recently goes first.
+Whoever must not learn of another's texts has a history of their own, so that nobody's guess is made of another
+customer's words. All histories together hold a bounded number of tokens. The one used least recently goes first.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class History:
         self.acceptance = Acceptance()
         self.held = 0
         self._texts: dict[int, array[int]] = {}  # oldest first
-        self._index: dict[int, int] = {}  # hash of GRAM tokens -> the place behind them where they were said last
+        self._index: dict[
+            int, int
+        ] = {}  # hash of GRAM tokens -> the place behind them where they were said last
 
     def extend(self, name: int, tokens: array[int], known: int) -> None:
         """The text `name` is now `tokens`. The first `known` of them are nothing new: it had them, or another has."""
@@ -80,7 +82,8 @@ class History:
             self._index.update(zip(_hashes(text, first), places, strict=True))
 
     def find(self, name: int, tokens: array[int], most: int) -> Match | None:
-        """Up to `most` tokens that may follow the text `name`, which is `tokens`. None if its last GRAM tokens are new."""
+        """Up to `most` tokens that may follow the text `name`, which is `tokens` or ends in them. None if its last GRAM
+        tokens are new here."""
         n = len(tokens)
         place = self._index.get(hash(tuple(tokens[-GRAM:])), -1) if n >= GRAM else -1
         said, at = self._texts.get(place >> _AT), place & _MASK

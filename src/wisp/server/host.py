@@ -110,9 +110,10 @@ class VerifierHost:
         look_s: float = LOOK_S,
         patience: Callable[[Run, CostModel], float] = patience_s,
     ) -> None:
-        """`depth`: steps in flight at a time. `history_tokens`: see `Limits`. `cost`: what the cost model starts from; None: it learns from the first
-        step on. `died` is called once this verifier cannot go on, after its sessions have heard of it. Every `look_s`
-        seconds somebody looks whether the oldest step has taken longer than `patience` gives it. Raises ConfigError.
+        """`depth`: steps in flight at a time. `history_tokens`: see `Limits`. `cost`: what the cost model starts from;
+        None: it learns from the first step on. `died` is called once this verifier cannot go on, after its sessions
+        have heard of it. Every `look_s` seconds somebody looks whether the oldest step has taken longer than `patience`
+        gives it. Raises ConfigError.
         """
         info = engine.info
         self.info = info

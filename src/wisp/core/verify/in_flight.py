@@ -122,13 +122,12 @@ class InFlight:
         newest_s = cost.ms(self.steps[-1].load) / 1e3
         return self._host_s * (ready + following) >= (newest_s - self._host_s) * staying
 
-    def loss(self, cost: CostModel) -> float:
-        """Tokens lost where one session is not decoded ahead: either it takes no part in a step, or all wait for one to be
-        back (`_pays`)."""
-        if self.depth == 1 or not self.steps:
+    def loss(self, load: Load, cost: CostModel) -> float:
+        """Tokens lost where a session of a step like `load` is not decoded ahead: it takes no part in the next one, or
+        all wait for the results of one (`_pays`)."""
+        if self.depth == 1 or not load.slices:
             return 0.0
-        load = self.steps[-1].load
-        return min(1.0, self._host_s * load.slices / (cost.ms(load) / 1e3 + 1e-9))
+        return min(1.0, self._host_s * 1e3 * load.slices / cost.ms(load))
 
     def following(self, sessions: Mapping[int, Session]) -> Iterator[Session]:
         """Sessions in flight that can take part in the next step, too."""

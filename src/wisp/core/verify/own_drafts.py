@@ -55,7 +55,7 @@ class OwnDrafts:
             if chance <= price:
                 break
             n += 1
-            gain += chance if n > chosen else 0.0
+            gain += chance - price if n > chosen else 0.0
             if token in self._eos and not s.params.ignore_eos:
                 break  # nothing follows it
         if gain <= self.least * (1 + chosen):

@@ -98,7 +98,7 @@ class Progress:
         longer = len(open_.committed) > len(mine)
         if longer:
             self.chain = _chain(open_)
-            self.entries = []
+            self.entries, self.match = [], None
         if open_.logprobs != self.logprobs:
             self.logprobs, self.entries = open_.logprobs, []
         return longer
@@ -133,7 +133,9 @@ class Round:
         self.number = -1  # of the last round answered, or being answered
         self.heard = len(open_.committed)  # generated tokens that the edge has, or that were sent to it
         self.pending: Pending | None = None  # to be verified
-        self.own: OwnDraft | None = None  # to be verified where none is pending; belongs to the session's candidate
+        self.own: OwnDraft | None = (
+            None  # to be verified where none is pending; belongs to the session's candidate
+        )
         self.inbox: Draft | None = None  # arrived during the step
         self.verdict: Verdict | None = None  # the last one, for duplicates
         self.serve = open_.serve  # server mode: decode without drafts until the next one comes
@@ -169,7 +171,7 @@ class Flight:
         self.tokens += slice_.sample
         self.last: Slice | None = slice_
         self.step = step
-        self.own = own
+        self.own: OwnDraft | None = own
         self.waits = False
 
     def back(self, slice_: Slice) -> bool:
@@ -188,8 +190,7 @@ class Flight:
     def clear(self) -> None:
         """Nothing will come back."""
         self.slices = self.void = self.kv = self.tokens = 0
-        self.last, self.step = None, -1
-        self.own: OwnDraft | None = None
+        self.last, self.step, self.own = None, -1, None
         self.waits = False
 
 

@@ -35,8 +35,8 @@ from wisp.core.verify.events import (
 )
 from wisp.core.verify.in_flight import InFlight
 from wisp.core.verify.opening import check_open, check_tokens
-from wisp.core.verify.places import gives_way, keeps_place
 from wisp.core.verify.own_drafts import OwnDrafts
+from wisp.core.verify.places import gives_way, keeps_place
 from wisp.core.verify.planner import Planner, SessionIndex
 from wisp.core.verify.registry import Registry
 from wisp.core.verify.results import NO_ENDS, Results
