@@ -60,6 +60,7 @@ class Served(msgspec.Struct):
     drafted_a_token: float
     accepted: float
     tpot_ms: float | None
+    tokens_per_s: float
 
 
 class Edge(msgspec.Struct):
@@ -108,7 +109,8 @@ class _Replay:
         self.left = deque(enumerate(traces))
         self.salted = history == "own"
         self.paces: list[float] = []
-        self.slices = self.tokens = 0
+        self.slices = self.tokens = self.busy_tokens = 0
+        self.full_s = 0.0  # so long there were as many sessions as that
         for connection in range(at_a_time):
             self._next(connection)
         while self.env.step():
@@ -116,6 +118,7 @@ class _Replay:
 
     def _next(self, connection: int) -> None:
         if not self.left:
+            self.full_s = self.full_s or self.env.now
             return
         number, trace = self.left.popleft()
         said, began = trace.target.tolist(), [0.0]
@@ -124,6 +127,8 @@ class _Replay:
             assert isinstance(message, Verdict), message
             base, n, now = message.base, len(message.tokens), self.env.now
             assert message.tokens == said[base : base + n], "a wrong token"
+            if not self.full_s:
+                self.busy_tokens += n
             if base:
                 self.slices, self.tokens = self.slices + 1, self.tokens + n
             else:
@@ -146,16 +151,18 @@ def served(texts: str, traces: Sequence[Trace], of: str, at_a_time: int, depth: 
     """`history`: "none", "own" or "all"."""
     slices = tokens = proposed = accepted = 0
     paces: list[float] = []
+    busy_tokens, full_s = 0, 0.0
     for seed in SEEDS:
         replay = _Replay(shuffled(traces, seed), of, at_a_time, depth, history)
         own = replay.verifier.verifier.own_drafts
         slices, tokens = slices + replay.slices, tokens + replay.tokens
         proposed, accepted = proposed + own.proposed, accepted + own.accepted
         paces += replay.paces
+        busy_tokens, full_s = busy_tokens + replay.busy_tokens, full_s + replay.full_s
     pace = None if history == "own" else round(sum(paces) / len(paces), 2)
     return Served(
         texts, of, at_a_time, depth, history, round(tokens / slices, 3), round(proposed / tokens, 3),
-        _share(accepted, proposed), pace,
+        _share(accepted, proposed), pace, round(busy_tokens / full_s, 1),
     )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ from wisp.core.verify.kv import Sharers
 from wisp.core.verify.session import OwnDraft, Session
 
 MOST = 16  # tokens of a draft
+DEAR = 0.3  # a price from which none is made: it would be 1 % more tokens/s at most, and each answer 1 to 3 % slower
+PRICE_RATE = 0.05  # its smoothing, per step
 
 
 class OwnDrafts:
@@ -33,22 +35,29 @@ class OwnDrafts:
         self.proposed = self.accepted = 0
         self._policy = policy
         self._eos = limits.eos
-        self.least = 0.0  # tokens that a draft must be expected to gain, as its session is not decoded ahead
+        self._least = 0.0  # tokens that a draft must gain: what is lost as its session is not decoded ahead
+        self._price = 0.0  # smoothed: a step with a prompt in it says little of the next
         self._revoked: set[str] = set()
+
+    def step(self, loss: float) -> None:
+        """A step is about to be planned. loss: see `InFlight.loss`."""
+        self._least = loss
+        self._price += PRICE_RATE * (self._policy.price - self._price)
 
     def find(self, s: Session, chosen: int = 0) -> OwnDraft | None:
         """What to propose behind the chain of `s`, where that is worth its rows.
 
         chosen: tokens behind the chain that steps in flight are choosing. They are no gain of the draft.
         """
-        history = self.histories.of(s.params.sharers) if self.on else None
+        price = self._policy.price
+        history = self.histories.of(s.params.sharers) if self.on and self._price < DEAR else None
         if history is None:
             return None
         match = history.find(s.handle, s.progress.chain, min(MOST, s.remaining - 1))
         s.progress.match = match
         if match is None:
             return None
-        acceptance, price, length = history.acceptance, self._policy.price, match.length
+        acceptance, length = history.acceptance, match.length
         chance, gain, n = 1.0, 0.0, 0
         for token in match.tokens:
             chance *= acceptance.of(length + n)
@@ -58,7 +67,7 @@ class OwnDrafts:
             gain += chance - price if n > chosen else 0.0
             if token in self._eos and not s.params.ignore_eos:
                 break  # nothing follows it
-        if gain <= self.least * (1 + chosen):
+        if gain <= self._least * (1 + chosen):
             return None
         return OwnDraft(match.tokens[:n], acceptance.of(length))
 
