@@ -41,7 +41,7 @@ from wisp.sim.sim_verifier import SimVerifier
 from wisp.sim.timeline import Timeline
 
 PROFILES = ("a100-qwen3-32b", "h200-qwen3-8b")
-AT_A_TIME = (8, 64)
+AT_A_TIME = (8, 32, 64)
 TOKENS = VOCABULARY = 1 << 18
 SEEDS = (1, 2)  # orders of the sessions
 

@@ -18,6 +18,7 @@ from wisp.core.protocol.messages import (
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.verify.admission import Admission, KeyLimits
 from wisp.core.verify.batching import batching_policy
+from wisp.core.verify.cost import Coefficients, CostModel
 from wisp.core.verify.events import (
     EdgeLost,
     Ended,
@@ -53,6 +54,7 @@ class Rig:
         digest: str = "",
         depth: int = 1,
         history_tokens: int = 0,
+        cost: Coefficients | None = None,
     ) -> None:
         self.engine = ToyEngine(slots)
         self.queue = OneAtATime(self.engine, depth)
@@ -69,7 +71,9 @@ class Rig:
             depth=depth,
             history_tokens=history_tokens,
         )
-        self.verifier = Verifier(self.limits, batching_policy(batching), Admission(max_sessions, limits))
+        self.verifier = Verifier(
+            self.limits, batching_policy(batching), Admission(max_sessions, limits), CostModel(cost)
+        )
         self.now = 0.0
         self.sent: dict[int, deque[ServerMessage]] = {}
         self.host_ms = 1e3 if depth > 1 else 0.0  # so much that the next step is planned at once

@@ -14,6 +14,7 @@ from wisp.core.protocol.messages import Cancel, Draft, Open
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
 from wisp.core.verify.admission import KeyLimits
+from wisp.core.verify.cost import Coefficients
 from wisp.core.verify.events import KeyLimitsChanged
 from wisp.core.verify.own_drafts import MOST
 
@@ -111,6 +112,14 @@ def test_a_dear_row_needs_a_likelier_token() -> None:
     assert made.verifier.own_drafts.find(next(iter(made.verifier.sessions.values()))) is None
     made.settle()
     assert made.text() == TEXT[:8]
+
+
+def test_where_rows_cost_as_much_as_steps_nothing_is_proposed() -> None:
+    made = rig(cost=Coefficients(step=0.1, token=10.0))
+    made.receive(serving("session-1"))
+    made.settle()
+    assert made.text() == TEXT
+    assert drafted(made) == 0
 
 
 def test_a_late_edge_gets_one_and_loses_nothing() -> None:

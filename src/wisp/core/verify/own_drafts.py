@@ -20,7 +20,7 @@ from wisp.core.verify.events import Limits
 from wisp.core.verify.kv import Sharers
 from wisp.core.verify.session import OwnDraft, Session
 
-MOST = 16  # tokens of a draft
+MOST = 16  # tokens of a draft, at most
 DEAR = 0.3  # a price from which none is made: it would be 1 % more tokens/s at most, and each answer 1 to 3 % slower
 PRICE_RATE = 0.05  # its smoothing, per step
 
@@ -35,12 +35,15 @@ class OwnDrafts:
         self.proposed = self.accepted = 0
         self._policy = policy
         self._eos = limits.eos
+        self._rows = limits.step_tokens * 3 // 4  # a quarter may be for prompts
+        self._most = 0  # tokens of a draft, so that those of all sessions fit into a step
         self._least = 0.0  # tokens that a draft must gain: what is lost as its session is not decoded ahead
         self._price = 0.0  # smoothed: a step with a prompt in it says little of the next
         self._revoked: set[str] = set()
 
-    def step(self, loss: float) -> None:
-        """A step is about to be planned. loss: see `InFlight.loss`."""
+    def step(self, sessions: int, loss: float) -> None:
+        """A step is about to be planned, for at most so many sessions. loss: see `InFlight.loss`."""
+        self._most = min(MOST, self._rows // max(1, sessions) - 1)
         self._least = loss
         self._price += PRICE_RATE * (self._policy.price - self._price)
 
@@ -51,9 +54,9 @@ class OwnDrafts:
         """
         price = self._policy.price
         history = self.histories.of(s.params.sharers) if self.on and self._price < DEAR else None
-        if history is None:
+        if history is None or self._most <= 0:
             return None
-        match = history.find(s.handle, s.progress.chain, min(MOST, s.remaining - 1))
+        match = history.find(s.handle, s.progress.chain, min(self._most, s.remaining - 1))
         s.progress.match = match
         if match is None:
             return None

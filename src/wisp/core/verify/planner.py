@@ -107,7 +107,7 @@ class Planner:
         """The step to run now, or None and the time to ask again."""
         index = self.index
         self.kv.reserved = self.in_flight.rows
-        self.own_drafts.step(self.in_flight.loss(self.load, self.cost))
+        self.own_drafts.step(len(index.sessions), self.in_flight.loss(self.load, self.cost))
         self._assign_slots(now)
         candidates, free_kv, preempts = self._candidates(), math.inf, self.policy.preempts
         if preempts:
