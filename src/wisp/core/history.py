@@ -64,9 +64,8 @@ class History:
         self.acceptance = Acceptance()
         self.held = 0
         self._texts: dict[int, array[int]] = {}  # oldest first
-        self._index: dict[
-            int, int
-        ] = {}  # hash of GRAM tokens -> the place behind them where they were said last
+        # Hash of GRAM tokens -> the place behind them, where they were said last
+        self._index: dict[int, int] = {}
 
     def extend(self, name: int, tokens: array[int], known: int) -> None:
         """The text `name` is now `tokens`. The first `known` of them are nothing new: it had them, or another has."""
