@@ -39,6 +39,7 @@ class Read:
     name = "paper"
     wants_drafting = False
     preempts = False
+    gives_up = False
     price = 0.0
 
     def __init__(
@@ -92,6 +93,7 @@ class Few:
 
     def __init__(self, policy: BatchingPolicy) -> None:
         self.policy = policy
+        self.gives_up = policy.gives_up
         self.name = policy.name
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
