@@ -22,7 +22,7 @@ WITHOUT = {
     "wisp,batching=continuous": "continuous batching instead of our own",
     "wisp,batching=wisp:keep": "no preemption",
     "wisp,batching=paper": "the paper's scheduler instead of our own",
-    "wisp,admission=no": "no SLO admission",
+    "wisp,admission=yes": "with SLO admission, where those who are refused ask again and count each time",
 }
 RATES = (4.0, 8.0, 16.0)
 SYSTEMS = ("wisp", "central")

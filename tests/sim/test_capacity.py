@@ -138,6 +138,12 @@ def test_central_may_cap_what_runs_at_once() -> None:
     assert all(20 < c < 60 for c in caps[:-1])
 
 
+def test_nobody_is_refused_in_a_search_unless_that_is_asked_for() -> None:
+    for policy in ("wisp", "wisp,ahead=no", "central-wisp"):
+        assert [v.admission for v in variants(policy, SCENARIO)] == [False]
+    assert [v.admission for v in variants("wisp,admission=yes", SCENARIO)] == [True]
+
+
 def test_central_may_read_prompts_in_smaller_chunks_where_decodes_leave_room() -> None:
     def sizes(rate: float) -> set[int]:
         return {v.step_tokens for v in variants("central", SCENARIO.at_rate(rate))}

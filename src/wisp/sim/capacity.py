@@ -87,7 +87,11 @@ def variants(policy: str, scenario: Scenario) -> list[System]:
         return [system(spec) for spec in (*caps, "central", *smaller)]
     if policy == "central-speculative":
         return [system(f"central-speculative,drafting=fixed:{k}") for k in (2, 1, 3, 4)]
-    return [system(policy)]
+    of = system(policy)
+    if of.admission and "admission=" not in policy:
+        # The search asks how many can be served. Who is refused asks again, and would count each time.
+        return [system(f"{policy},admission=no")]
+    return [of]
 
 
 def chunks(devices: float) -> list[int]:
