@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -48,6 +49,18 @@ def test_steps_are_measured_and_their_profile_can_be_emulated(tmp_path: Path) ->
     assert hardware(str(tmp_path / "qwen3-8b.toml")).layers == SHAPES["tiny"].layers
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Of PyTorch: several split the sums of a few rows, and of many rows not."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_with_fixed_shapes_every_bit_is_kept(tmp_path: Path) -> None:
     bits.run("qwen3-8b", tmp_path, tiny=True)
     found = json.loads((tmp_path / "bits.json").read_text())["figures"]

@@ -65,8 +65,10 @@ def common_engine(folder: Path) -> Any:
 def without_triton() -> None:
     """vLLM's CPU build refuses Model Runner V2 where Triton has no CPU backend. Our hooks use none of V2's kernels."""
     import vllm.config.vllm
+    import vllm.v1.worker.gpu_worker
 
-    vllm.config.vllm.HAS_TRITON = True
+    for module in (vllm.config.vllm, vllm.v1.worker.gpu_worker):  # 0.32 asks in the first, 0.33 in the second
+        module.HAS_TRITON = True
 
 
 def close_common() -> None:
