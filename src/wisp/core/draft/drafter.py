@@ -492,7 +492,7 @@ class Drafter:
             return []  # there is more to send soon
         return self._send_branches(now_ms)
 
-    def _send_branches(self, now_ms: float) -> list[Draft]:
+    def _send_branches(self, now_ms: float) -> list[Action]:
         """Send branches, without a guess at the verdict's own token, or with the draft made ahead once more."""
         chain, rounds, base = self.chain, self.rounds, len(self.committed)
         last = rounds.flights[-1]
