@@ -59,7 +59,7 @@ INPUTS_PER_HONEST = 400  # for each of three kinds of honest session
 KNOCK_S = 0.2
 FLAT_KB = 12 << 10  # that a server may grow by after its first tenth
 CURVE = 40  # points of the memory's curve
-# Each of glibc's arenas keeps free memory of its own, 25 MB in all after 350,000 frames. With one, what grows is in use.
+# Each of glibc's arenas keeps free memory of its own: 25 MB in all after 350,000 frames. With one, what grows is in use
 ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 WAIT_S = 900.0  # for anything that comes within seconds on a quiet machine
 PATHS = {
