@@ -34,6 +34,12 @@ REGISTRY, STATES, RESULTS = "wisp.core.verify.registry", "wisp.core.verify.state
 DRAFTER, ITINERARY = "wisp.core.draft.drafter", "wisp.core.draft.itinerary"
 PLANNER = "wisp.core.verify.planner"
 FLEET, ROUTER, BACKEND, LINK = "wisp.router.fleet", "wisp.router.host", "wisp.edge.backend", "wisp.edge.link"
+HOST, PLACES, IN_FLIGHT, CHAIN = (
+    "wisp.server.host",
+    "wisp.core.verify.places",
+    "wisp.core.verify.in_flight",
+    "wisp.core.draft.chain",
+)
 
 _ORPHANS_REST = "\n        E.CANCEL: S.DOOMED,\n        E.FINISHED: S.ENDED,\n    },\n    S.DOOMED"
 MOST_SEEDS = 150  # in which each must be found
@@ -57,6 +63,30 @@ DEFECTS: dict[str, Defect] = {
         VERIFIER,
         '        else:\n            actions.append(Ended(session.id, "expired"))\n        self.registry.stop(session)',
         "        self.registry.stop(session)",
+    ),
+    "keys_of_lost_connections_stay": Defect(
+        "verifier", HOST, "        self._keys.pop(connection, None)\n", ""
+    ),
+    "doomed_in_a_lost_step_stays": Defect(
+        "verifier",
+        RESULTS,
+        """            s.round.pending = None
+        if state is ENDED:
+            self.registry.end(s)
+        else:
+            self.index.put(s)
+
+    def _fail(""",
+        """            s.round.pending = None
+        self.index.put(s)
+
+    def _fail(""",
+    ),
+    "wait_outlives_its_step": Defect(
+        "verifier",
+        IN_FLIGHT,
+        "        self._ended, self.waiting = now, False\n",
+        "        self._ended = now\n",
     ),
     # session
     "resumed_in_step_keeps_result": Defect(
@@ -90,6 +120,12 @@ DEFECTS: dict[str, Defect] = {
         "(needed, self._keepers(idle, grants)) or ():\n            self._lose_kv(handle)",
         "(needed, self._keepers(idle, grants)) or ():\n            pass",
     ),
+    "orphans_are_silent": Defect(
+        "KV",
+        PLACES,
+        "return session.state is PARKED or (",
+        "return session.connection < 0 or (",
+    ),
     "copies_wait_in_the_books": Defect(
         "KV",
         PLANNER,
@@ -112,7 +148,25 @@ DEFECTS: dict[str, Defect] = {
     "drafts_said_on_the_way_are_lost": Defect(
         "drafter", ITINERARY, "            self._since.append(message)", "            self._since = []"
     ),
+    "served_before_the_loss": Defect(
+        "drafter",
+        DRAFTER,
+        "        rounds.serve = serve = self.policy is None\n",
+        "        serve = self.policy is None\n",
+    ),
+    "replaced_drafts_are_waited_for": Defect(
+        "drafter",
+        CHAIN,
+        "                del self.flights[: i + 1]\n",
+        "                del self.flights[i]\n",
+    ),
     # what carries out what the drafter decides
+    "home_is_still_listened_to": Defect(
+        "edge",
+        BACKEND,
+        "        self.link.unlisten(self.id)\n        self.link = link\n",
+        "        if self.link is not self.home:\n            self.link.unlisten(self.id)\n        self.link = link\n",
+    ),
     "departure_is_not_reported": Defect(
         "edge",
         BACKEND,
@@ -127,6 +181,12 @@ DEFECTS: dict[str, Defect] = {
     ),
     # router
     "gone_replica_is_remembered": Defect("router", FLEET, "            self._placement.gone(r.name)\n", ""),
+    "placements_at_the_dead_count": Defect(
+        "router",
+        ROUTER,
+        "        self._recent = {name: placed for name, placed in self._recent.items() if name in up}\n",
+        "",
+    ),
     "reports_of_the_dead_count": Defect(
         "router",
         ROUTER,
