@@ -31,7 +31,7 @@ def test_a_page_says_what_failed_and_is_made_anew_from_its_data(
     assert "`python -m benchmarks suite --quick`" in page
     assert "A quick run" in page
     assert f"**{1 - len(data['failing'])} of 1 cells pass.**" in page
-    assert "| two-devices | a100-qwen3-32b; 6, 16 tokens/s; 2 devices; prompts 60 to 200;" in page
+    assert "| two-devices | a100-qwen3-32b@1.3; 6, 16 tokens/s; 2 devices; prompts 60 to 200;" in page
     assert "central-wisp" in page
     assert page == remade("suite", tmp_path)
     found = read(tmp_path / "suite.json")

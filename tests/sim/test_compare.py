@@ -28,7 +28,7 @@ from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import system
 
-SMALL = load_scenario("a100-qwen3-32b").at_rate(16.0).with_devices(3)
+SMALL = load_scenario("a100-qwen3-32b@1.3").at_rate(16.0).with_devices(3)
 BRIEF = Extent((1, 2), 3, (9,), 2, True)
 TWO = """
 [[cells]]
