@@ -34,7 +34,8 @@ def server() -> CollectorRegistry:
 
 
 def edge() -> CollectorRegistry:
-    backend: Any = SimpleNamespace(sessions=0, link=SimpleNamespace(welcome=None, reconnects=0))
+    link = SimpleNamespace(welcome=None, reconnects=0)
+    backend: Any = SimpleNamespace(sessions=0, branches_sent=0, branches_taken=0, link=link)
     return EdgeMetrics(backend).registry
 
 

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from wisp.core.protocol.constraints import Constraints, Grammar
-from wisp.core.protocol.messages import EdgeMessage, ServerMessage
+from wisp.core.protocol.messages import Branch, EdgeMessage, ServerMessage
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
 from wisp.core.protocol.step import TokenLogprob
@@ -18,6 +18,7 @@ from wisp.core.protocol.step import TokenLogprob
 PAGE = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
 STRUCTS = (
     *get_args(EdgeMessage), *get_args(ServerMessage), Sampling, Constraints, Grammar, Slo, TokenLogprob,
+    Branch,
 )  # fmt: skip
 
 

@@ -51,6 +51,7 @@ PROMISED = (
     "most_queued",
     "mixed_steps",
     "decoded_for_absent_edges",
+    "branches_taken",
     "stale_verdicts",
     "duplicates_answered",
     "overlapping_drafts",
