@@ -38,6 +38,7 @@ class Read:
 
     name = "paper"
     wants_drafting = False
+    gives_up = False
     preempts = False
     gives_up = False
     price = 0.0
@@ -88,6 +89,7 @@ class Few:
     """A policy with at most AT_MOST sequences in a step."""
 
     wants_drafting = False
+    gives_up = False
     preempts = False
     price = 0.0
 
