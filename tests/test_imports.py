@@ -23,7 +23,8 @@ SOURCE = Path(wisp.__file__).parent
 CORE = {
     "core.protocol": {"core.errors"},
     "core.draft": {"core.protocol", "core.errors"},
-    "core.verify": {"core.protocol", "core.errors"},
+    "core.history": set[str](),
+    "core.verify": {"core.protocol", "core.history", "core.errors"},
     "core.route": {"core.verify", "core.errors"},
     "core.errors": set[str](),
 }

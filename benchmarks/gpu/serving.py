@@ -21,11 +21,14 @@ START_S = 300.0  # loading, graphs and the self-test; the part that this is has 
 def run(target: str, slots: int, depth: int, out: Path, *, tiny: bool) -> None:
     """Raises RuntimeError if one of them does not come up, or a request fails."""
     verifier, edge = _port(), _port()
-    serve = ("serve", "--engine", "vllm", "--target", target, "--slots", str(slots), "--offline")
+    # Requests repeat few prompts, and answers to them would be drafted from each other.
+    alike = ("--history-tokens", "0")
+    serve = ("serve", "--engine", "vllm", "--target", target, "--slots", str(slots), "--offline", *alike)
     size = ("--context", "512" if tiny else "2048", "--depth", str(depth), "--port", str(verifier))
     with _process(out / f"serve-{depth}.log", (*serve, *size), verifier):
         found = {"served": requests.loads(f"http://127.0.0.1:{verifier}", slots, tiny=tiny)}
-        drafts = ("edge", "--draft", "ngram", "--server", f"http://127.0.0.1:{verifier}", "--port", str(edge))
+        to = ("--server", f"http://127.0.0.1:{verifier}", "--port", str(edge))
+        drafts = ("edge", "--draft", "ngram", *alike, *to)
         with _process(out / f"edge-{depth}.log", drafts, edge):
             found["drafted by n-grams"] = requests.loads(f"http://127.0.0.1:{edge}", slots, tiny=tiny)
     write(out, f"depth-{depth}", found)

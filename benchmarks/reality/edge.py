@@ -124,5 +124,5 @@ class Edge:
 def verifier(target: str = "tiny-target") -> contextlib.AbstractContextManager[Child]:
     """`wisp serve` in exact mode, as a child process, until the context is left."""
     words = ["-m", "wisp.cli", "serve", "--target", target, "--mode", "exact", "--threads", "1"]
-    words += ["--slots", "4", "--context", "1024", "--port"]
+    words += ["--slots", "4", "--context", "1024", "--history-tokens", "0", "--port"]
     return serving("verifier", lambda port, _: [*words, str(port)])

@@ -18,6 +18,7 @@ from wisp.core.protocol.messages import (
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.verify.admission import Admission, KeyLimits
 from wisp.core.verify.batching import batching_policy
+from wisp.core.verify.cost import Coefficients, CostModel
 from wisp.core.verify.events import (
     EdgeLost,
     Ended,
@@ -52,6 +53,8 @@ class Rig:
         slo_admission: bool = False,
         digest: str = "",
         depth: int = 1,
+        history_tokens: int = 0,
+        cost: Coefficients | None = None,
     ) -> None:
         self.engine = ToyEngine(slots)
         self.queue = OneAtATime(self.engine, depth)
@@ -66,8 +69,11 @@ class Rig:
             slo_admission=slo_admission,
             digest=digest,
             depth=depth,
+            history_tokens=history_tokens,
         )
-        self.verifier = Verifier(self.limits, batching_policy(batching), Admission(max_sessions, limits))
+        self.verifier = Verifier(
+            self.limits, batching_policy(batching), Admission(max_sessions, limits), CostModel(cost)
+        )
         self.now = 0.0
         self.sent: dict[int, deque[ServerMessage]] = {}
         self.host_ms = 1e3 if depth > 1 else 0.0  # so much that the next step is planned at once

@@ -124,7 +124,9 @@ def _start(
     ports = free_ports(2)
     context = str(512 + max_tokens)
     serve = ["-m", "wisp.cli", "serve", "--target", target, "--engine", engine, "--port", str(ports[0])]
-    server = children.start("verifier", [*serve, "--slots", "4", "--context", context, *common], ports[0])
+    # The target alone is asked the same again: no draft must come of the first answer.
+    size = ["--slots", "4", "--context", context, "--history-tokens", "0"]
+    server = children.start("verifier", [*serve, *size, *common], ports[0])
     with console.status("loading the target and checking that it does what it promises..."):
         health = server.wait_healthy(client, _LOAD_S)
     address = ["--server", server.url, "--port", str(ports[1]), "--give-up-s", "5"]

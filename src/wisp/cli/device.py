@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from wisp.cli.options import (
+    HISTORY_TOKENS,
     AllowedHosts,
     BatchRows,
     CorsOrigins,
@@ -19,6 +20,7 @@ from wisp.cli.options import (
     Drafting,
     FlashAttention,
     GpuLayers,
+    HistoryTokens,
     HttpKeepAlive,
     Json,
     KvType,
@@ -49,6 +51,7 @@ def edge(
         float, typer.Option(help="Least chance of use for a token drafted ahead.", min=0, max=1)
     ] = 0.1,
     slots: Annotated[int, typer.Option(help="Sessions whose context the drafter holds at once.", min=1)] = 8,
+    history_tokens: HistoryTokens = None,
     predictor: PredictorFile = None,
     server: Server = "http://127.0.0.1:8100",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -131,6 +134,9 @@ def edge(
             drafter, fingerprint = load_drafter(
                 draft, slots=slots, threads=threads, offline=offline, progress=progress, options=engine
             )
+    if history_tokens is None:  # a model is right more often where texts do not repeat as a whole
+        without_model = drafter is not None and drafter.name.startswith("ngram")
+        history_tokens = HISTORY_TOKENS if without_model else 0
 
     async def run() -> None:
         device = EdgeApp(
@@ -142,6 +148,7 @@ def edge(
             policies=policies,
             ahead=Ahead(energy) if ahead else None,
             give_up_s=give_up_s,
+            history_tokens=history_tokens,
             options=options,
         )
         await run_app(device.asgi, listen, device.drain, keyed=bool(keys))

@@ -12,7 +12,7 @@ PANELS = {
         "http_keep_alive_s", "keep_alive_s", "give_up_s",
     ),
     "API": ("slo_classes", "served_model_name", "tool_parser"),
-    "Scheduling": ("batching", "depth", "cost", "max_sessions", "park_s", "slo_admission"),
+    "Scheduling": ("batching", "depth", "history_tokens", "cost", "max_sessions", "park_s", "slo_admission"),
     "Engine": (
         "slots", "context", "threads", "kv_type", "gpu_layers", "flash_attention", "tensor_split", "batch_rows",
         "tensor_parallel", "gpu_memory", "runner", "quantization", "prefix_caching",

@@ -67,6 +67,16 @@ HttpKeepAlive = Annotated[
     float,
     typer.Option(help="Seconds that an idle HTTP connection is kept for its next request.", min=1, max=86400),
 ]
+HISTORY_TOKENS = 1 << 18
+HistoryTokens = Annotated[
+    int | None,
+    typer.Option(
+        help=f"Tokens of texts kept, to draft from; 0: none ({HISTORY_TOKENS}; 0: emulated, or an edge's model).",
+        min=0,
+        max=1 << 28,
+        show_default=False,
+    ),
+]
 Server = Annotated[str, typer.Option(help="Address of the verifier.")]
 Model = Annotated[str, typer.Option(help="A catalogue name, a path, or hf:user/repo/file.gguf.")]
 Draft = Annotated[str, typer.Option(help="A model as for --target, ngram, ngram+MODEL, or none.")]

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wisp.cli.options import (
+    HISTORY_TOKENS,
     AllowedHosts,
     BatchRows,
     CorsOrigins,
     FlashAttention,
     GpuLayers,
+    HistoryTokens,
     HttpKeepAlive,
     KvType,
     LogFormat,
@@ -57,6 +59,7 @@ def serve(
             help="Steps given to the engine at a time; 2: it need not wait for the host.", min=1, max=2
         ),
     ] = 1,
+    history_tokens: HistoryTokens = None,
     cost: Annotated[
         Path | None, typer.Option(help="Cost profile to start from, written by `wisp profile --target`.")
     ] = None,
@@ -190,11 +193,14 @@ def serve(
     listen.try_port()
     with RichProgress() as progress:
         fetch_target(target, engine=engine, offline=offline, progress=progress)
+    if history_tokens is None:
+        # Without a model, texts repeat a few traces again and again, or nothing at all.
+        history_tokens = 0 if engine in ("emulated", "null") else HISTORY_TOKENS
     settings = Settings(
         served_name(target), batching, max_sessions, park_s, drain_s, event_log, start,
         read_slo_classes(slo_classes) if slo_classes else {},
         slo_admission if forecast is None else forecast,
-        model_names(served_model_name), parser_name(tool_parser), depth,
+        model_names(served_model_name), parser_name(tool_parser), depth, history_tokens,
     )  # fmt: skip
     of_engine: dict[str, Any] = {
         "engine": engine,

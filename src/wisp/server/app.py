@@ -70,6 +70,7 @@ class Settings(msgspec.Struct, frozen=True):
     aliases: tuple[str, ...] = ()
     tool_parser: str = ""
     depth: int = 1
+    history_tokens: int = 0
 
     def api_options(self) -> ApiOptions:
         """Of the OpenAI surface."""
@@ -181,6 +182,7 @@ class ServerApp:
                 model=s.model,
                 batching=s.batching,
                 depth=s.depth,
+                history_tokens=s.history_tokens,
                 cost=s.cost,
                 park_s=s.park_s,
                 slo_admission=s.slo_admission,

@@ -100,6 +100,7 @@ class VerifierHost:
         model: str,
         batching: str = "wisp",
         depth: int = 1,
+        history_tokens: int = 0,
         cost: Coefficients | None = None,
         park_s: float = 60.0,
         slo_admission: bool = True,
@@ -109,9 +110,10 @@ class VerifierHost:
         look_s: float = LOOK_S,
         patience: Callable[[Run, CostModel], float] = patience_s,
     ) -> None:
-        """`depth`: steps in flight at a time. `cost`: what the cost model starts from; None: it learns from the first
-        step on. `died` is called once this verifier cannot go on, after its sessions have heard of it. Every `look_s`
-        seconds somebody looks whether the oldest step has taken longer than `patience` gives it. Raises ConfigError.
+        """`depth`: steps in flight at a time. `history_tokens`: see `Limits`. `cost`: what the cost model starts from;
+        None: it learns from the first step on. `died` is called once this verifier cannot go on, after its sessions
+        have heard of it. Every `look_s` seconds somebody looks whether the oldest step has taken longer than `patience`
+        gives it. Raises ConfigError.
         """
         info = engine.info
         self.info = info
@@ -128,6 +130,7 @@ class VerifierHost:
             slo_admission=slo_admission,
             digest=info.digest,
             depth=depth,
+            history_tokens=history_tokens,
         )
         self.limits = limits
         self.verifier = Verifier(limits, batching_policy(batching), admission, CostModel(cost))

@@ -87,6 +87,8 @@ class Metrics:
         r.gauge("cost_model_relative_error", text, lambda: v.cost.error)
         text = "Multiplier that makes a prediction a p90 upper bound."
         r.gauge("cost_model_margin", text, lambda: v.cost.margin)
+        text = "Tokens of past and present texts, for drafts of the verifier's own."
+        r.gauge("history_tokens", text, lambda: v.own_drafts.histories.held)
         text = "Congestion price: what one more draft token costs other sessions, in committed tokens."
         r.gauge("draft_token_price", text, lambda: v.policy.price)
 
@@ -222,10 +224,11 @@ class Metrics:
 
 
 class _KeyUsage(Collector):
-    """Usage per API key, read from admission when asked."""
+    """Usage per API key and in all, read from the verifier when asked."""
 
     def __init__(self, verifier: Verifier) -> None:
         self._usage = verifier.admission.usage
+        self._own = verifier.own_drafts
 
     def collect(self) -> Iterable[Metric]:
         family = CounterMetricFamily
@@ -239,4 +242,10 @@ class _KeyUsage(Collector):
             requests.add_metric([key, "admitted"], usage.requests)
             requests.add_metric([key, "refused"], usage.refused)
         computed = family("wisp:prompt_tokens", "Prompt tokens computed (reused ones are not).", prompt)
-        return [tokens, requests, computed, family("wisp:generation_tokens", "Tokens committed.", output)]
+        committed = family("wisp:generation_tokens", "Tokens committed.", output)
+        drafts, accepted = "Draft tokens of the verifier's own verified.", "The same accepted."
+        return [
+            tokens, requests, computed, committed,
+            family("wisp:own_draft_tokens", drafts, self._own.proposed),
+            family("wisp:own_draft_tokens_accepted", accepted, self._own.accepted),
+        ]  # fmt: skip

@@ -32,6 +32,7 @@ def serve_arguments(scenario: Scenario, of: System, port: int, folder: Path) -> 
     flags = {
         "batching": of.batching,
         "depth": str(of.depth),
+        "history-tokens": "0",  # as in the simulator: scripts repeat a few traces again and again
         "max-sessions": str(MOST_SESSIONS),
         "drain-s": "0",
         "log-level": "warning",

@@ -73,6 +73,7 @@ class SimVerifier:
         drafter_ms: float = 0.0,
         slo_admission: bool = False,
         depth: int = 1,
+        history_tokens: int = 0,
         trace: list[Event] | None = None,
         row_s: float = 0.0,
     ) -> None:
@@ -81,7 +82,7 @@ class SimVerifier:
         info = engine.info
         limits = Limits(
             info.n_vocab, info.eos, info.slots, info.slot_tokens, info.kv_tokens, info.step_tokens, MAX_DRAFT,
-            slo_admission=slo_admission, depth=depth,
+            slo_admission=slo_admission, depth=depth, history_tokens=history_tokens,
         )  # fmt: skip
         self.env = env
         self.engine = engine

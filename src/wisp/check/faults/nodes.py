@@ -178,6 +178,7 @@ class VerifierProcess(Process):
             slo_admission=s.slo_admission,
             died=self._died,
             depth=shape.depth,
+            history_tokens=shape.history_tokens,
             look_s=0.5,
             patience=lambda step, cost: PATIENCE_S,
         )
@@ -402,5 +403,6 @@ class EdgeProcess(Process):
         self.link = VerifierLink(f"http://{self._home}", self.key, give_up_s=world.shape.give_up_s)
         ahead = Ahead(energy=0.02) if world.net.chance(f"ahead {self.name}").random() < 0.6 else None
         policies = world.policies(self._kind or "fixed:1")
-        self.backend = EdgeBackend(self.link, None, self.draft, policies, ahead=ahead)  # type: ignore[arg-type]
+        history = world.shape.history_tokens
+        self.backend = EdgeBackend(self.link, None, self.draft, policies, ahead, history)  # type: ignore[arg-type]
         self.link.start()

@@ -236,6 +236,7 @@ class VerifierWatch:
         slots = set()
         for work in run.slices:
             s = v.sessions[work.session]
+            seen["own draft verified"] += work.n_draft > 0 and s.flight.own is not None
             seen["prefix reused"] += bool(s.progress.reused) and not s.round.heard
             if work.start and content.get(work.slot) != s.params.sharers:
                 self.fail(f"KV of {content.get(work.slot)} is used for {s.params.sharers}")

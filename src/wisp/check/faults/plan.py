@@ -82,6 +82,7 @@ class Shape(msgspec.Struct, frozen=True):
     limits: dict[str, KeyLimits]
     balanced: bool = False
     depth: int = 1
+    history_tokens: int = 0
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True):
@@ -136,7 +137,11 @@ def shape_of(rng: random.Random) -> Shape:
 def plan_of(seed: int, faults: int = 100) -> Plan:
     """A run by chance."""
     rng = random.Random(f"plan {seed}")
-    shape = msgspec.structs.replace(shape_of(rng), depth=random.Random(f"depth {seed}").randint(1, 2))
+    shape = msgspec.structs.replace(
+        shape_of(rng),
+        depth=random.Random(f"depth {seed}").randint(1, 2),
+        history_tokens=random.Random(f"history {seed}").choice((0, 300, 1 << 14)),
+    )
     swarm = _swarm(rng)
     events = [
         Event(

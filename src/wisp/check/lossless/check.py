@@ -59,6 +59,7 @@ PROMISED = (
     "cancelled",
     "silences",
     "certain_tokens",
+    "own_draft_tokens_accepted",
     "reasoning_ended_inside_draft",
 )
 PROMISED_AHEAD = ("steps_ahead", "decoded_ahead")  # unless there is one step in flight at a time

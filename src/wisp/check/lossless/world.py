@@ -117,6 +117,7 @@ class ChaosServer:
             max_draft=MAX_DRAFT,
             park_s=PARK_S,
             depth=self._depth or self.rng.choice((1, 2)),
+            history_tokens=self.rng.choice((0, 300, 1 << 14)),
         )
         self._queue = OneAtATime(_Half(self.engine, self._first_slot, self._fails), limits.depth)
         self._free_at = 0.0
@@ -214,9 +215,13 @@ class _CountingLoop(VerifierLoop):
         self._counts = counts
 
     def _handle(self, event: InEvent) -> list[Action]:
+        own = self.verifier.own_drafts
+        proposed, accepted = own.proposed, own.accepted
         slots = {h: s.slot for h, s in self.verifier.sessions.items()}
         drafting = set(self.verifier.index.drafting)
         actions = super()._handle(event)
+        self._counts["own_draft_tokens"] += own.proposed - proposed
+        self._counts["own_draft_tokens_accepted"] += own.accepted - accepted
         for handle, s in self.verifier.sessions.items():
             had = slots.get(handle)
             self._counts["evictions"] += had is not None and s.slot is None

@@ -20,6 +20,7 @@ class Limits(msgspec.Struct, frozen=True, rename={"slo_admission": "forecast"}):
     slo_admission: refuse sessions whose SLO could not be met
     digest:        of the engine (see `messages.Welcome`); "" if there is only one
     depth:         steps that the engine may have at a time (`in_flight`)
+    history_tokens: of past and present texts, for drafts of its own (`own_drafts`); 0: it makes none
     """
 
     n_vocab: int
@@ -34,6 +35,7 @@ class Limits(msgspec.Struct, frozen=True, rename={"slo_admission": "forecast"}):
     slo_admission: bool = False
     digest: str = ""
     depth: int = 1
+    history_tokens: int = 0
 
 
 # --- events

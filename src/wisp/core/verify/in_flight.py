@@ -122,6 +122,13 @@ class InFlight:
         newest_s = cost.ms(self.steps[-1].load) / 1e3
         return self._host_s * (ready + following) >= (newest_s - self._host_s) * staying
 
+    def loss(self, load: Load, cost: CostModel) -> float:
+        """Tokens lost where a session of a step like `load` is not decoded ahead: it takes no part in the next one, or
+        all wait for the results of one (`_pays`)."""
+        if self.depth == 1 or not load.slices:
+            return 0.0
+        return min(1.0, self._host_s * 1e3 * load.slices / cost.ms(load))
+
     def following(self, sessions: Mapping[int, Session]) -> Iterator[Session]:
         """Sessions in flight that can take part in the next step, too."""
         return (s for s in self._newest(sessions) if self._follows(s))
@@ -134,6 +141,7 @@ class InFlight:
             or s.state is not RUNNING
             or s.flight.void
             or last.n_draft
+            or s.flight.waits
             or s.round.inbox is not None
         ):
             return False

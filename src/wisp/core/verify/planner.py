@@ -20,9 +20,10 @@ from wisp.core.verify.cost import CostModel, Load, load_of
 from wisp.core.verify.events import Limits, Run
 from wisp.core.verify.in_flight import InFlight
 from wisp.core.verify.kv import KvPool
+from wisp.core.verify.own_drafts import OwnDrafts
 from wisp.core.verify.places import is_silent
 from wisp.core.verify.preemption import Claims, is_urgent, residents, slot_victims
-from wisp.core.verify.session import Session
+from wisp.core.verify.session import Session, expected
 from wisp.core.verify.states import DRAFT, PARKED, PICKED, READY, WAITING
 
 PREFILL, VERIFY, DECODE = Kind
@@ -87,6 +88,7 @@ class Planner:
         index: SessionIndex,
         in_flight: InFlight,
         answers: Answers,
+        own_drafts: OwnDrafts,
     ) -> None:
         self.limits = limits
         self.policy = policy
@@ -95,6 +97,7 @@ class Planner:
         self.index = index
         self.in_flight = in_flight
         self.answers = answers
+        self.own_drafts = own_drafts
         self.kv = KvPool(limits.slots, limits.slot_tokens, limits.kv_tokens)
         self.load = Load()  # of the last step
         self.evicted = 0  # times that a session lost its KV to another
@@ -104,6 +107,7 @@ class Planner:
         """The step to run now, or None and the time to ask again."""
         index = self.index
         self.kv.reserved = self.in_flight.rows
+        self.own_drafts.step(len(index.sessions), self.in_flight.loss(self.load, self.cost))
         self._assign_slots(now)
         candidates, free_kv, preempts = self._candidates(), math.inf, self.policy.preempts
         if preempts:
@@ -143,9 +147,12 @@ class Planner:
 
     def _candidates(self) -> list[Candidate]:
         """The candidates of all sessions that have a slot."""
-        candidates = [s.candidate or candidate_of(s) for s in self.index.ready.values() if s.slot is not None]
+        own = self.own_drafts
+        candidates = [
+            s.candidate or candidate_of(s, own) for s in self.index.ready.values() if s.slot is not None
+        ]
         if self.policy.wants_drafting:
-            candidates += [s.candidate or candidate_of(s) for s in self.index.drafting.values()]
+            candidates += [s.candidate or candidate_of(s, own) for s in self.index.drafting.values()]
         if self.in_flight.steps:
             candidates += [candidate_of(s) for s in self.in_flight.following(self.index.sessions)]
         return candidates
@@ -322,15 +329,17 @@ class Planner:
         s.go(PICKED)
         self.index.put(s)
         self.kv.touch(now, slot)
-        start, after = s.cached + flight.kv, -1
+        start, after, own = s.cached + flight.kv, -1, None
         position = len(chain) - s.progress.n_prompt + flight.tokens
         if flight.tokens:  # decode after a token that is still to be chosen
             tokens, n_draft, last, after = [0], 0, True, flight.step
         else:
-            tokens, n_draft, pending = chain[start : start + grant.tokens].tolist(), 0, s.round.pending
+            tokens, n_draft, round_ = chain[start : start + grant.tokens].tolist(), 0, s.round
             last = start + len(tokens) == len(chain)
-            if last and pending is not None:
-                draft = pending.draft[: grant.tokens - len(tokens)]
+            if last:
+                own = round_.own
+                draft = own.tokens if own is not None else round_.pending.draft if round_.pending else []
+                draft = draft[: grant.tokens - len(tokens)]
                 tokens, n_draft = tokens + draft, len(draft)
         sampling, constraints = s.params.sampling, s.params.sampling.constraints
         past: list[int] = []
@@ -340,7 +349,7 @@ class Planner:
         slice_ = Slice(
             s.handle, slot, start, tokens, n_draft, last, position, sampling, s.progress.logprobs, past, after
         )
-        flight.add(self.in_flight.number, slice_)
+        flight.add(self.in_flight.number, slice_, own)
         return slice_
 
 
@@ -350,8 +359,11 @@ def _needed_at(s: Session) -> float:
     return due if due < math.inf else s.since + PATIENCE_S
 
 
-def candidate_of(s: Session) -> Candidate:
-    """What a session could run next, after its slices in flight. Kept with the session until `SessionIndex.put`."""
+def candidate_of(s: Session, own_drafts: OwnDrafts | None = None) -> Candidate:
+    """What a session could run next, after its slices in flight. Kept with the session until `SessionIndex.put`.
+
+    own_drafts: where it has no draft, one of these.
+    """
     progress, targets, speed, flight = s.progress, s.targets, s.speed, s.flight
     cached, length = s.cached + flight.kv, len(progress.chain) + flight.tokens
     pending = None if flight.tokens else s.round.pending
@@ -359,6 +371,12 @@ def candidate_of(s: Session) -> Candidate:
     due = targets.due(committed)
     n_draft = len(pending.draft) if pending else 0
     missing, first = length - cached, targets.first_at == math.inf
+    acceptance, own = speed.acceptance, None
+    if own_drafts is not None and not n_draft and missing <= SHORT and not flight.slices:
+        own = own_drafts.find(s)
+        if own is not None:
+            n_draft, acceptance = len(own.tokens), own.acceptance
+    s.round.own = own
     kind = PREFILL if missing > SHORT else VERIFY if n_draft else DECODE
     since = pending.since if pending else s.since
     remaining = s.params.max_tokens - committed
@@ -367,7 +385,7 @@ def candidate_of(s: Session) -> Candidate:
     # By position: with names, a struct of this many fields takes seven times as long to make.
     s.candidate = candidate = Candidate(
         s.handle, kind, missing + n_draft, cached, n_draft, since, targets.opened, s.key, due, targets.tpot_s,
-        speed.expected(n_draft) if n_draft else 1.0, remaining, drafting, first, lag_s,
-        targets.slo_lost, speed.acceptance,
+        expected(acceptance, n_draft) if n_draft else 1.0, remaining, drafting, first, lag_s,
+        targets.slo_lost, acceptance,
     )  # fmt: skip
     return candidate

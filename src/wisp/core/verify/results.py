@@ -33,6 +33,7 @@ class Results:
         self.planner = planner
         self.in_flight = in_flight
         self.policy, self.limits, self.answers = planner.policy, planner.limits, planner.answers
+        self.own_drafts = planner.own_drafts
         self.admission, self.index, self.kv = registry.admission, registry.index, registry.kv
         self.sessions = self.index.sessions
 
@@ -76,20 +77,28 @@ class Results:
             return
         tokens, finish = self._cut(s, result.tokens) if slice_.sample else ([], "")
         s.progress.append(tokens, result.logprobs)
+        if slice_.sample:
+            self.own_drafts.committed(s, tokens)
         fed = slice_.start + len(slice_.tokens) - slice_.n_draft + result.accepted
         n_prompt, start = s.progress.n_prompt, slice_.start
         prompt_tokens = min(fed, n_prompt) - start if start < n_prompt else 0
         self.admission.served(now, s.key, prompt_tokens, len(tokens))
         verdict = None
         if slice_.sample:
+            n_draft, accepted = slice_.n_draft, result.accepted
+            if s.flight.own is not None and slice_ is s.flight.last:
+                self.own_drafts.verified(n_draft, accepted)
+                n_draft = accepted = 0
+            elif s.flight.slices:
+                s.flight.waits = self.own_drafts.find(s, chosen=1) is not None
             current = s.round
             round_, base, since, agreed = current.number, current.heard, s.since, 0
             # Nothing is pending in server mode, or if the edge resumed during the step with a new draft.
             if (pending := current.pending) is not None:
                 round_, base, since = pending.round, pending.base, pending.since
-                agreed = pending.head + min(result.accepted, len(tokens))
+                agreed = pending.head + min(accepted, len(tokens))
                 current.pending = None
-            s.verified(now, slice_.n_draft, result.accepted)
+            s.verified(now, n_draft, accepted)
             if not prompt_tokens:
                 self.answers.verified(slice_.n_draft + 1, len(tokens))  # without KV that is computed again
             current.price = self.policy.price

@@ -10,9 +10,12 @@ flight     what steps in flight will add
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 
 from wisp.core.errors import ProtocolError
+from wisp.core.history import Match
 from wisp.core.protocol.messages import Draft, Open, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Slice, TokenLogprob
@@ -43,9 +46,11 @@ class Progress:
     """Prompt and committed tokens. `entries` are the log probabilities of the last tokens, as far as asked for.
 
     reused: tokens of the prompt whose KV was there when the session first got a slot; None before
+    known:  tokens of the chain that the history has (`own_drafts`); -1 before the first
+    match:  what the history says of the tokens after these; None if it says nothing, or was not asked
     """
 
-    __slots__ = ("chain", "entries", "logprobs", "n_prompt", "reused")
+    __slots__ = ("chain", "entries", "known", "logprobs", "match", "n_prompt", "reused")
 
     def __init__(self, open_: Open) -> None:
         self.n_prompt = len(open_.prompt)
@@ -53,6 +58,8 @@ class Progress:
         self.logprobs = open_.logprobs  # None, or how many alternatives to report
         self.entries: list[TokenLogprob] = []
         self.reused: int | None = None
+        self.known = -1
+        self.match: Match | None = None
 
     @property
     def committed(self) -> int:
@@ -91,7 +98,7 @@ class Progress:
         longer = len(open_.committed) > len(mine)
         if longer:
             self.chain = _chain(open_)
-            self.entries = []
+            self.entries, self.match = [], None
         if open_.logprobs != self.logprobs:
             self.logprobs, self.entries = open_.logprobs, []
         return longer
@@ -110,15 +117,25 @@ class Pending(msgspec.Struct, frozen=True):
     since: float
 
 
+class OwnDraft(NamedTuple):
+    """A draft of the verifier's own (`own_drafts`): one token or more. acceptance: of the first, as estimated."""
+
+    tokens: list[int]
+    acceptance: float
+
+
 class Round:
     """What verifier and edge owe each other."""
 
-    __slots__ = ("heard", "inbox", "number", "pending", "price", "serve", "verdict")
+    __slots__ = ("heard", "inbox", "number", "own", "pending", "price", "serve", "verdict")
 
     def __init__(self, open_: Open) -> None:
         self.number = -1  # of the last round answered, or being answered
         self.heard = len(open_.committed)  # generated tokens that the edge has, or that were sent to it
         self.pending: Pending | None = None  # to be verified
+        self.own: OwnDraft | None = (
+            None  # to be verified where none is pending; belongs to the session's candidate
+        )
         self.inbox: Draft | None = None  # arrived during the step
         self.verdict: Verdict | None = None  # the last one, for duplicates
         self.serve = open_.serve  # server mode: decode without drafts until the next one comes
@@ -139,20 +156,23 @@ class Flight:
 
     slices: its slices in them. void: so many of these, the oldest, are to be dropped
     kv:     tokens that they feed. tokens: that they commit, but for drafts
-    last:   the newest of them, in step number `step`
+    last:   the newest of them, in step number `step`. own: the draft in it, if that is the verifier's own
+    waits:  the session's next draft is better made when all of them are back
     """
 
-    __slots__ = ("kv", "last", "slices", "step", "tokens", "void")
+    __slots__ = ("kv", "last", "own", "slices", "step", "tokens", "void", "waits")
 
     def __init__(self) -> None:
         self.clear()
 
-    def add(self, step: int, slice_: Slice) -> None:
+    def add(self, step: int, slice_: Slice, own: OwnDraft | None = None) -> None:
         self.slices += 1
         self.kv += len(slice_.tokens)
         self.tokens += slice_.sample
         self.last: Slice | None = slice_
         self.step = step
+        self.own: OwnDraft | None = own
+        self.waits = False
 
     def back(self, slice_: Slice) -> bool:
         """The oldest one, `slice_`, is back. Returns whether it is to be dropped."""
@@ -170,7 +190,8 @@ class Flight:
     def clear(self) -> None:
         """Nothing will come back."""
         self.slices = self.void = self.kv = self.tokens = 0
-        self.last, self.step = None, -1
+        self.last, self.step, self.own = None, -1, None
+        self.waits = False
 
 
 class Speed:
@@ -182,14 +203,6 @@ class Speed:
         self.acceptance = ACCEPTANCE  # of a draft token whose predecessors were accepted
         self.answered_at = now  # when the last verdict left
 
-    def expected(self, n_draft: int) -> float:
-        """Expected number of tokens that a draft of this length commits, the target's own included."""
-        if not n_draft:
-            return 1.0
-        a = self.acceptance
-        missed: float = a ** (n_draft + 1)
-        return (1.0 - missed) / (1.0 - a)
-
     def verified(self, now: float, n_draft: int, accepted: int) -> None:
         self.answered_at = now
         if not n_draft:
@@ -198,6 +211,12 @@ class Speed:
         for i in range(min(accepted + 1, n_draft)):
             acceptance += ACCEPTANCE_RATE * ((ACCEPTANCE_MOST if i < accepted else 0.0) - acceptance)
         self.acceptance = acceptance
+
+
+def expected(acceptance: float, n_draft: int) -> float:
+    """Expected number of tokens that a draft of this length commits, the target's own included."""
+    missed: float = acceptance ** (n_draft + 1)
+    return (1.0 - missed) / (1.0 - acceptance)
 
 
 class Session:

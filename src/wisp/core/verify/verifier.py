@@ -35,6 +35,7 @@ from wisp.core.verify.events import (
 )
 from wisp.core.verify.in_flight import InFlight
 from wisp.core.verify.opening import check_open, check_tokens
+from wisp.core.verify.own_drafts import OwnDrafts
 from wisp.core.verify.places import gives_way, keeps_place
 from wisp.core.verify.planner import Planner, SessionIndex
 from wisp.core.verify.registry import Registry
@@ -59,7 +60,10 @@ class Verifier:
         self.index = SessionIndex()
         self.sessions = self.index.sessions
         self.in_flight = InFlight(limits.depth, wants_drafting=policy.wants_drafting)
-        self.planner = Planner(limits, policy, admission, self.cost, self.index, self.in_flight, self.answers)
+        self.own_drafts = OwnDrafts(limits, policy)
+        self.planner = Planner(
+            limits, policy, admission, self.cost, self.index, self.in_flight, self.answers, self.own_drafts
+        )
         self.kv = self.planner.kv
         self.registry = Registry(limits, self.index, self.kv, admission, self.slo_admission)
         self.results = Results(self.registry, self.planner, self.in_flight)
@@ -97,6 +101,7 @@ class Verifier:
         if isinstance(event, Tick):
             return self._tick(now)
         if isinstance(event, KeyLimitsChanged):
+            self.own_drafts.limits_changed(self.admission.limits, event.limits)
             self.admission.set_limits(event.limits)
             return []
         for handle in sorted(self._by_connection.pop(event.connection, ())):
