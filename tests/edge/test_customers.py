@@ -149,3 +149,15 @@ def test_without_keys_there_is_nobody_to_tell_apart() -> None:
     edge = Edge(Keyring())
     assert [edge.ask(ANONYMOUS) for _ in range(9)] == [None] * 9
     assert {generation.salt for generation in edge.backend.asked} == {""}
+
+
+def test_the_salts_of_revoked_keys_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(KEYS)
+    keys = Keyring(path)
+    customers = Customers(Answers(), keys)
+    bob = customers.salt("bob")
+    path.write_text(KEYS.replace("[keys.bob]", "[keys.bobby]"))
+    assert keys.reload()
+    assert customers.limits_changed() == [bob]
+    assert customers.limits_changed() == []

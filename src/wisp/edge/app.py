@@ -45,12 +45,17 @@ class EdgeApp:
         policies: Policies,
         ahead: Ahead | None = None,
         give_up_s: float = 30.0,
+        history_tokens: int = 0,
         options: ApiOptions = _DEFAULTS,
     ) -> None:
-        """`fingerprint`: of the draft model's vocabulary; "" if none is loaded."""
+        """`fingerprint`: of the draft model's vocabulary; "" if none is loaded. `history_tokens`: of past answers, for
+        drafts; 0: none are kept.
+        """
         self.keys = keys
         self.link = VerifierLink(server, api_key, fingerprint=fingerprint, give_up_s=give_up_s)
-        self.backend = EdgeBackend(self.link, TokenizerCache(server, api_key), drafter, policies, ahead)
+        self.backend = EdgeBackend(
+            self.link, TokenizerCache(server, api_key), drafter, policies, ahead, history_tokens
+        )
         self.customers = Customers(self.backend, keys)
         self.metrics = EdgeMetrics(self.backend)
         self.status = StatusStream(self._snapshot)
@@ -78,7 +83,7 @@ class EdgeApp:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self.link.start()
-        watch = asyncio.create_task(self.keys.watch(self.customers.limits_changed))
+        watch = asyncio.create_task(self.keys.watch(self._keys_changed))
         try:
             yield
         finally:
@@ -86,6 +91,10 @@ class EdgeApp:
             self.status.close()
             await self.link.close()
             self.backend.close()
+
+    def _keys_changed(self) -> None:
+        for salt in self.customers.limits_changed():
+            self.backend.forget_customer(salt)
 
     def _authorize(self, request: Request) -> str:
         return self.keys.authorize(request.headers.get("authorization"))

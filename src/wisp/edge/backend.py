@@ -38,6 +38,7 @@ from wisp.engines.base import DraftEngine, Proposal, Tokenizer
 from wisp.engines.constrained_draft import ConstrainedDraft
 from wisp.engines.grammar_library import available
 from wisp.engines.grammars import Grammars
+from wisp.engines.remembering import Remembering
 
 log = logging.getLogger("wisp.edge")
 
@@ -73,6 +74,7 @@ class EdgeBackend:
     """`api.backend.Backend` that drafts here and verifies there.
 
     `drafter` None: never draft. `policies` makes a drafting policy for each session. `ahead` None: never draft ahead.
+    `history_tokens`: of past answers, which are asked before the drafter; 0: none are kept.
     """
 
     def __init__(
@@ -82,9 +84,13 @@ class EdgeBackend:
         drafter: DraftEngine | None,
         policies: Policies,
         ahead: Ahead | None = None,
+        history_tokens: int = 0,
     ) -> None:
         self.link = link
         self.tokenizers = tokenizers
+        self.history: Remembering | None = None
+        if drafter is not None and history_tokens:
+            drafter = self.history = Remembering(drafter, history_tokens)
         self.drafter = ConstrainedDraft(drafter) if drafter is not None else None
         self.grammars: Grammars | None = None  # of the target's vocabulary
         self._fingerprint = ""  # of that vocabulary
@@ -149,10 +155,17 @@ class EdgeBackend:
             log.exception("the drafter failed; this round goes without a draft")
             return None
 
-    def forget(self, session: str) -> None:
-        """Free the draft engine's memory of a session, after its present work."""
+    def forget(self, session: str, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        """Free the draft engine's memory of a session, after its present work. The text may help with others."""
         if self.drafter is not None:
             self._thread.submit(self.drafter.forget, session)
+        if self.history is not None:
+            self._thread.submit(self.history.said, session, prompt, answer)
+
+    def forget_customer(self, salt: str) -> None:
+        """Nothing that was said under this salt may be used any more."""
+        if self.history is not None:
+            self._thread.submit(self.history.drop, salt)
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -180,6 +193,7 @@ class _Session:
         self.rounds = RoundLog(_now_ms(), self.times, off=off, span=self.span)
         self.may_draft = not off
         self.warm: asyncio.Task[object] | None = None
+        self.answer: list[int] = []
 
     async def run(self) -> AsyncIterator[Committed]:
         welcome = await self.home.connected()
@@ -198,6 +212,7 @@ class _Session:
                 for action in actions:
                     if isinstance(action, Committed):
                         self.finished = bool(action.finish)
+                        self.answer += action.tokens
                         yield self.rounds.told(action) if g.extras.rounds else action
                     elif isinstance(action, Reopen):
                         self._reopen(action.after_s)
@@ -306,7 +321,7 @@ class _Session:
         if self.warm is not None:
             self.warm.cancel()
         self.link.unlisten(self.id)
-        self.backend.forget(self.drafts)
+        self.backend.forget(self.drafts, self.generation.prompt, self.answer)
         self.rounds.over()
         self.span.end(time.monotonic(), {"wisp.session": self.id})
         self.backend.sessions -= 1

@@ -74,8 +74,11 @@ class Customers:
             return ""
         return hashlib.blake2b(key.encode(), key=self._secret, digest_size=16).hexdigest()
 
-    def limits_changed(self) -> None:
+    def limits_changed(self) -> list[str]:
+        """The keys are others now. Returns the salts of those that were revoked."""
+        revoked = self._admission.limits.keys() - self._keys.limits.keys()
         self._admission.set_limits(self._keys.limits)
+        return [self.salt(key) for key in sorted(revoked)]
 
 
 def _told(refusal: Refusal) -> RequestError:
