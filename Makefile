@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-choice test-clients test-replicas test-prometheus test-wheel test-deploy \
 	check format lock check-lossless docs clean fuzz soak mutants audit \
-	bench bench-suite bench-constraints bench-overhead bench-policy bench-constants bench-simulator bench-drafting bench-vllm bench-ahead bench-step bench-depth bench-overlap bench-logprobs
+	bench bench-suite bench-constraints bench-overhead bench-policy bench-constants bench-simulator bench-drafting bench-history bench-vllm bench-ahead bench-step bench-depth bench-overlap bench-logprobs
 
 setup: $(VENV)/.ready
 
@@ -180,6 +180,9 @@ bench: setup  ## every experiment: pages, data and plots, in two processes; `rea
 
 bench-overlap: setup  ## the main comparison over the range of overlap that published measurements allow; ten minutes
 	$(BENCH) experiments overlap --out docs/results --jobs 2
+
+bench-history: setup  ## drafts without a model, from earlier texts: the shipped traces as sessions of one key; a minute and a half of CPU
+	$(BENCH) history --out docs/results/history.json
 
 bench-suite: setup  ## all systems over the suite that decides about scheduling; hours, and it goes on where it stopped
 	$(BENCH) suite --out docs/results --jobs 2

@@ -71,6 +71,14 @@ def depth(
 
 
 @app.command()
+def history(traces: Traces = Path("data/traces"), json: Json = False, out: Figures = None) -> None:
+    """Drafts without a model, from earlier texts: recorded texts as sessions of one key."""
+    from benchmarks.history import run_bench_history
+
+    run_bench_history(traces, out, as_json=json)
+
+
+@app.command()
 def constraints(
     pair: Annotated[str, typer.Option(help="Whose vocabulary, and who answers.")] = "qwen2.5-coder",
     before: Annotated[
