@@ -10,9 +10,10 @@ from unittest.mock import patch
 
 from wisp.api.backend import Generation
 from wisp.children import Child, serving
-from wisp.core.draft.drafter import Action, Drafter
+from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.policies import Ahead, Policies
 from wisp.core.draft.signals import Signal
+from wisp.core.draft.task import Action
 from wisp.core.protocol.messages import Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Committed

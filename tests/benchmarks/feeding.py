@@ -10,9 +10,9 @@ import msgspec
 
 from benchmarks.reality.edge import Heard, NotingDrafter, Proposed, Story
 from wisp.calibrate.traces.format import Trace
-from wisp.core.draft.drafter import Action
 from wisp.core.draft.policies import Ahead, Policies
 from wisp.core.draft.round_times import RoundTimes
+from wisp.core.draft.task import Action
 from wisp.core.protocol.messages import Draft, Open, Verdict
 from wisp.core.protocol.step import Committed
 from wisp.sim.devices import Device, Link, Server

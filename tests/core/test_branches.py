@@ -8,9 +8,10 @@ from rig import SAMPLING, Rig
 from test_drafter import Bold, opened
 from test_verifier import ID, PROMPT, TEXT, WRONG, opening
 from toy import N_VOCAB
-from wisp.core.draft.drafter import Action, Drafter, Phase, Task
+from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.policies import Ahead, Fixed
 from wisp.core.draft.signals import Signal
+from wisp.core.draft.task import Action, Phase, Task
 from wisp.core.protocol.messages import MAX_BRANCHES, Branch, Draft, Open, Refused, Verdict
 from wisp.core.protocol.step import Committed
 

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisp.core.draft.drafter import Drafter, Task
+from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.policies import CERTAIN, Fixed, Odds
 from wisp.core.draft.signals import Signal
+from wisp.core.draft.task import Task
 from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.edits import Bits, Edit, Tracker

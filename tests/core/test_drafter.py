@@ -6,18 +6,11 @@ from collections.abc import Iterable
 
 import pytest
 
-from wisp.core.draft.drafter import (
-    LONGEST_WAIT_S,
-    MAX_REOPENINGS,
-    REOPEN,
-    Action,
-    Drafter,
-    Phase,
-    Reopen,
-    Task,
-)
+from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.policies import Ahead, DraftingPolicy, Fixed, Odds, View
+from wisp.core.draft.refusals import LONGEST_WAIT_S, MAX_REOPENINGS, REOPEN
 from wisp.core.draft.signals import Signal
+from wisp.core.draft.task import Action, Phase, Reopen, Task
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.protocol.messages import Draft, Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling

@@ -18,9 +18,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from rig import Rig
 from toy import EOS, N_VOCAB, edit_afresh, toy_text, toy_token
-from wisp.core.draft.drafter import Action, Drafter, Phase, Reopen, Task
+from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.policies import Ahead, Fixed, View
 from wisp.core.draft.signals import Signal
+from wisp.core.draft.task import Action, Phase, Reopen, Task
 from wisp.core.errors import RequestError
 from wisp.core.protocol.constraints import Constraints
 from wisp.core.protocol.messages import Cancel, Message, Refused, ServerMessage, Verdict

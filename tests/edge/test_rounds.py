@@ -12,9 +12,10 @@ from waiting import run
 from wisp.api.backend import Generation
 from wisp.api.extras import Extras
 from wisp.api.origins import origin
-from wisp.core.draft.drafter import Drafter, Task
+from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.policies import Fixed
 from wisp.core.draft.signals import Signal
+from wisp.core.draft.task import Task
 from wisp.core.protocol.messages import Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Committed, Round

@@ -11,9 +11,10 @@ import msgspec
 
 from fuzz.base import FuzzTarget, Reader, must, sane
 from messages import OPEN
-from wisp.core.draft.drafter import Action, Drafter, Reopen, Task
+from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.policies import Fixed
 from wisp.core.draft.signals import Signal
+from wisp.core.draft.task import Action, Reopen, Task
 from wisp.core.errors import ConfigError, ProtocolError, RequestError
 from wisp.core.protocol.messages import (
     Branch,

@@ -8,7 +8,7 @@ from typing import Protocol
 import msgspec
 
 from wisp.api.extras import Extras
-from wisp.core.draft.drafter import Task
+from wisp.core.draft.task import Task
 from wisp.core.protocol.step import Committed
 from wisp.engines.base import Tokenizer
 from wisp.engines.constraining import Compiler

@@ -23,12 +23,13 @@ from msgspec.structs import replace
 
 from wisp.api import tracing
 from wisp.api.backend import Committed, Generation, Target
-from wisp.core.draft.drafter import Action, Drafter, Phase, Reopen
+from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.itinerary import HOME, Go, Home, Itinerary, Send, Step
 from wisp.core.draft.patience import Patience
 from wisp.core.draft.policies import Ahead, Policies
 from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.signals import Signal
+from wisp.core.draft.task import Action, Phase, Reopen
 from wisp.core.errors import ProtocolError, RequestError, UnavailableError
 from wisp.core.protocol.messages import Cancel, Message, Refused, Verdict, Welcome
 from wisp.core.protocol.sampling import Sampling

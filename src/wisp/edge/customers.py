@@ -17,7 +17,7 @@ import msgspec
 from wisp.api.backend import Backend, Committed, Generation, Target
 from wisp.api.keys import Keyring
 from wisp.api.sse import close
-from wisp.core.draft.drafter import busy_error
+from wisp.core.draft.refusals import busy_error
 from wisp.core.errors import RequestError
 from wisp.core.verify.admission import Admission, Refusal
 

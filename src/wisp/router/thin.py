@@ -19,9 +19,9 @@ import httpx
 from wisp.api.backend import Committed, Generation, Target
 from wisp.api.errors import shutting_down
 from wisp.api.keys import on_behalf
-from wisp.core.draft.drafter import busy_error
 from wisp.core.draft.patience import BEAT_S, Patience
 from wisp.core.draft.policies import Policies
+from wisp.core.draft.refusals import busy_error
 from wisp.core.errors import ProtocolError, RequestError, UnavailableError, WispError
 from wisp.core.protocol.messages import Cancel, Draft, Message, Open, Redirect, Refused, Verdict, Welcome
 from wisp.core.verify.admission import Refusal

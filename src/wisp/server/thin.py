@@ -14,9 +14,11 @@ import msgspec
 
 from wisp.api.backend import Committed, Generation, Target
 from wisp.api.errors import shutting_down
-from wisp.core.draft.drafter import Drafter, Reopen, busy_error
+from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.policies import Fixed
+from wisp.core.draft.refusals import busy_error
 from wisp.core.draft.signals import Signal
+from wisp.core.draft.task import Reopen
 from wisp.core.errors import UnavailableError
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.verify.admission import Refusal

@@ -12,10 +12,11 @@ import random
 from dataclasses import dataclass, field
 
 from wisp.calibrate.traces.format import Trace, as_signal
-from wisp.core.draft.drafter import Action, Drafter, Phase, Task
+from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.policies import Ahead, Policies
 from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.signals import Signal
+from wisp.core.draft.task import Action, Phase, Task
 from wisp.core.protocol.messages import Draft, Open, Verdict
 from wisp.core.protocol.step import Committed
 from wisp.sim.devices import Device, Link, Server

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from wisp.calibrate.traces.scripts import Script, Scripts
-from wisp.core.draft.drafter import DONE, Action, Drafter, Task
+from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.policies import Ahead, Policies
 from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.signals import Signal
+from wisp.core.draft.task import DONE, Action, Task
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling

@@ -16,9 +16,10 @@ import msgspec
 from wisp.api.text import TextStream
 from wisp.check.lossless.judge import Case, Outcome
 from wisp.check.lossless.world import MAX_DRAFT, Chaos, ChaosServer
-from wisp.core.draft.drafter import Action, Drafter, Phase, Reopen, Task
+from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.policies import Ahead
 from wisp.core.draft.signals import Signal
+from wisp.core.draft.task import Action, Phase, Reopen, Task
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.protocol.messages import (
     MAX_BRANCHES,

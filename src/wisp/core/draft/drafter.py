@@ -18,98 +18,18 @@ from them, and the text goes on where it was, but never with another model than 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum, auto
 from math import prod
-
-import msgspec
 
 from wisp.core.draft.branches import Branches, Guess
 from wisp.core.draft.chain import Chain, Flight, Rounds
 from wisp.core.draft.policies import CERTAIN, Ahead, DraftingPolicy, View
+from wisp.core.draft.refusals import BUSY, MAX_REOPENINGS, REOPEN, busy_error, model_changed, wait_s
 from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.signals import Signal
+from wisp.core.draft.task import DETACHED, DONE, DRAFTING, IN_FLIGHT, SERVED, Action, Opening, Reopen, Task
 from wisp.core.errors import ProtocolError, RequestError
-from wisp.core.protocol.messages import MODEL_CHANGED, Branch, Device, Draft, Open, Refused, Verdict
-from wisp.core.protocol.sampling import Sampling
-from wisp.core.protocol.slo import Slo
+from wisp.core.protocol.messages import Branch, Device, Draft, Open, Refused, Verdict
 from wisp.core.protocol.step import INVALID_GRAMMAR, Committed
-
-REOPEN = frozenset({"unknown_session", "unknown_base", "out_of_turn", "engine_error", "stale_epoch"})
-BUSY = {"overloaded": 429, "rate_limit_exceeded": 429, "shutting_down": 503}  # and the HTTP status for each
-MAX_REOPENINGS = 5  # in a row without a new token
-LONGEST_WAIT_S = 60.0  # before a session is opened again, whatever the verifier says
-
-
-def busy_error(code: str, message: str, retry_after: float) -> RequestError:
-    """The client's error for a temporary refusal; `code` is one of BUSY."""
-    kind = "rate_limit_error" if code == "rate_limit_exceeded" else "server_error"
-    return RequestError(BUSY[code], message, code=code, type=kind, retry_after=max(1.0, _wait_s(retry_after)))
-
-
-def _wait_s(retry_after: float) -> float:
-    """A wait that a verifier asks for, if it can be waited for: it may be any number, or none."""
-    return min(max(0.0, retry_after), LONGEST_WAIT_S)
-
-
-def model_changed() -> RequestError:
-    """The client's error when the verifier's model is not the one that wrote the committed tokens."""
-    return RequestError(502, MODEL_CHANGED, code="model_changed", type="server_error")
-
-
-class Phase(Enum):
-    """State of a session on the edge."""
-
-    DETACHED = auto()  # no connection
-    DRAFTING = auto()  # building a draft
-    IN_FLIGHT = auto()  # a draft awaits its verdict
-    SERVED = auto()  # the verifier decodes by itself
-    DONE = auto()
-
-
-DETACHED, DRAFTING, IN_FLIGHT, SERVED, DONE = Phase  # as globals: a look-up through the class takes longer
-
-
-class Reopen(msgspec.Struct, frozen=True):
-    """Call `connected` again: at once on this connection, or after `after_s`."""
-
-    after_s: float
-
-
-Action = Open | Draft | Committed | Reopen
-
-
-class Task(msgspec.Struct, frozen=True):
-    """A text to generate. Prompt and `max_tokens` together fit the context. `salt`, `trace`: see `messages.Open`.
-
-    digest: of the model for which the prompt was encoded; "" for that of the first verifier.
-    """
-
-    prompt: list[int]
-    sampling: Sampling
-    max_tokens: int
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    slo: Slo | None = None
-    salt: str = ""
-    digest: str = ""
-    trace: str = ""
-
-
-class Opening:
-    """The last Open, and the verifier that it went to.
-
-    digest:    of the session's model; "" while any model will do
-    max_draft, max_branches: most tokens and branches in one draft for this verifier
-    round:     of the Open itself
-    reopened:  refusals in a row that were answered by another Open, without a new token
-    """
-
-    __slots__ = ("digest", "epoch", "max_branches", "max_draft", "reopened", "round")
-
-    def __init__(self, digest: str) -> None:
-        self.digest = digest
-        self.epoch = self.round = -1
-        self.max_draft = self.max_branches = self.reopened = 0
 
 
 class Drafter:
@@ -380,11 +300,11 @@ class Drafter:
         if refused.code in REOPEN and opening.reopened < MAX_REOPENINGS:
             opening.reopened += 1
             self.lost()
-            return [Reopen(_wait_s(refused.retry_after))]
+            return [Reopen(wait_s(refused.retry_after))]
         busy = refused.code in BUSY
         if busy and self.committed:  # this session was admitted before, by a verifier that has gone: insist
             self.lost()
-            return [Reopen(max(0.1, _wait_s(refused.retry_after)))]
+            return [Reopen(max(0.1, wait_s(refused.retry_after)))]
         self.phase = DONE
         if busy:
             raise busy_error(refused.code, refused.message, refused.retry_after)

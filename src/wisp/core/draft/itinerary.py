@@ -19,8 +19,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from wisp.core.draft.drafter import model_changed
 from wisp.core.draft.patience import Patience
+from wisp.core.draft.refusals import model_changed
 from wisp.core.errors import RequestError, UnavailableError
 from wisp.core.protocol.messages import (
     Cancel,
