@@ -205,11 +205,13 @@ class Drafter:
         if token is None:
             branch.full = True
             return
-        self.times.drafted(took_ms)
+        if not signal.certain:  # otherwise no model was asked
+            self.times.drafted(took_ms)
         before = [*self.chain.p[: branch.at], 1.0, *branch.p]
         branch.add(token, policy.judge(signal, before), other, ends=self._ends(token))
-        branch.worth = policy.take(View(now_ms, branch.p, 0, 0, 0.0, self.times))
-        branch.full = branch.ended or branch.worth < len(branch.p)
+        drafted = len(branch.p)
+        branch.worth = min(drafted, policy.take(View(now_ms, branch.p, 0, 0, 0.0, self.times)))
+        branch.full = branch.ended or branch.worth < drafted
 
     def _ends(self, token: int) -> bool:
         """Does nothing follow it?"""
