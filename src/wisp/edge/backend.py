@@ -236,7 +236,7 @@ class _Session:
                 self.drafts, drafter.context(), drafter.position, self.generation.sampling
             )
             now = _now_ms()
-            self.rounds.proposed(now - started, drafter.position, proposal)
+            self.rounds.proposed(now - started, proposal)
             if proposal is None:
                 return drafter.proposed(now, None, Signal(), now - started)
             p = proposal
