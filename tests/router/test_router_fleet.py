@@ -66,7 +66,11 @@ def test_a_front_reads_hugging_faces_tokenizers(tmp_path: Path) -> None:
         _load(b"{}")
 
 
-@pytest.mark.parametrize("blob", [b"no gzip", gzip.compress(b"{}"), gzip.compress(b"x" * 999)[:-9]])
+@pytest.mark.parametrize(
+    "blob",
+    [b"no gzip", gzip.compress(b"{}"), gzip.compress(b"x" * 999)[:-9]],
+    ids=["no gzip", "no tokenizer", "cut off"],
+)
 def test_what_is_no_tokenizer_is_an_error_with_words_and_not_kept(blob: bytes) -> None:
     given = [blob, gzip.compress(PlainTokenizer().blob())]
 
