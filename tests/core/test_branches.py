@@ -196,6 +196,38 @@ def test_branches_alone_are_of_no_use_where_all_of_the_draft_is_right() -> None:
     assert (made.phase, made.rounds.flights, made.context()[-1]) == (Phase.DRAFTING, [], 12)
 
 
+def drafted_late(tokens: int) -> tuple[Drafter, list[Draft]]:
+    """The verdict is about due, so that each token of a branch leaves at once."""
+    made = opened(Fixed(4), ahead=Ahead(), max_branches=1)
+    sent: list[Action] = []
+    for token in (11, 12, 13, 14):
+        sent += made.proposed(110.0, token, Signal(0.9), 5.0)
+    made.verdict(200.0, Verdict("s", 1, 1, 4, [11, 12, 13, 14, 15]))
+    for token in (16, 17, 18, 19):
+        made.proposed(200.0, token, Signal(0.1 if token == 16 else 0.9), 5.0, (), token + 20)
+    sent = []
+    for _ in range(tokens):
+        assert made.wants_token(270.0)
+        assert made.branches.growing is not None
+        sent += made.proposed(270.0, made.context()[-1] + 1, Signal(0.9), 5.0)
+    return made, [message for message in sent if isinstance(message, Draft)]
+
+
+def test_a_branch_that_is_shorter_than_a_fixed_draft_is_sent_again_as_it_grows() -> None:
+    made, sent = drafted_late(2)
+    assert [message.branches for message in sent] == [[Branch(0, 36, [37])], [Branch(0, 36, [37, 38])]]
+    made.verdict(300.0, Verdict("s", 2, 6, 0, [36]))
+    assert (made.chain.tokens, made.chain.sent) == ([37, 38], 2)
+
+
+def test_what_is_certain_in_a_branch_says_nothing_of_the_time_of_a_draft_step() -> None:
+    made, _ = drafted_late(1)
+    before = made.times.draft.value
+    assert made.wants_token(270.0)
+    made.proposed(270.0, 38, Signal(1.0, certain=True), 0.01)
+    assert made.times.draft.value == before
+
+
 def test_a_lost_bet_without_a_branch_begins_anew() -> None:
     made, _ = branching()
     made.verdict(200.0, Verdict("s", 1, 1, 0, [77]))

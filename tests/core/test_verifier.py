@@ -185,6 +185,29 @@ def test_of_drafts_that_arrive_during_a_step_another_guess_replaces_all(rig: Rig
     assert not rig.dispatch()
 
 
+def test_a_duplicate_of_a_draft_that_waits_does_not_replace_the_one_behind_it(rig: Rig) -> None:
+    rig.receive(opening())
+    assert rig.dispatch()
+    for round_ in (1, 2, 1):
+        rig.receive(Draft(ID, round_, 0, TEXT[: 3 * round_]))
+    rig.finish()
+    rig.settle()
+    assert [rig.verdict().round for _ in range(3)] == [0, 1, 2]
+    assert rig.silent
+
+
+def test_another_guess_replaces_the_draft_that_waits_for_a_step_and_the_one_behind_it(rig: Rig) -> None:
+    rig.receive(opening())
+    rig.settle()
+    assert rig.verdict().round == 0
+    for round_, tokens in enumerate((TEXT[1:3], TEXT[1:6], [TEXT[1], TEXT[2] + 1]), 1):
+        rig.receive(Draft(ID, round_, 1, tokens))
+    rig.settle()
+    assert (rig.verdict().round, rig.silent) == (3, True)
+    rig.receive(Draft(ID, 3, 1, TEXT[1:3]))
+    assert rig.verdict().round == 3  # a duplicate
+
+
 def test_both_drafts_that_arrive_during_a_step_may_be_wrong(rig: Rig) -> None:
     rig.receive(opening())
     assert rig.dispatch()

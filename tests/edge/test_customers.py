@@ -151,7 +151,7 @@ def test_without_keys_there_is_nobody_to_tell_apart() -> None:
     assert {generation.salt for generation in edge.backend.asked} == {""}
 
 
-def test_the_salts_of_revoked_keys_are_named(tmp_path: Path) -> None:
+def test_the_salts_of_revoked_and_of_new_keys_are_named(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(KEYS)
     keys = Keyring(path)
@@ -159,5 +159,9 @@ def test_the_salts_of_revoked_keys_are_named(tmp_path: Path) -> None:
     bob = customers.salt("bob")
     path.write_text(KEYS.replace("[keys.bob]", "[keys.bobby]"))
     assert keys.reload()
-    assert customers.limits_changed() == [bob]
-    assert customers.limits_changed() == []
+    bobby = customers.salt("bobby")
+    assert customers.limits_changed() == ([bob], [bobby])
+    assert customers.limits_changed() == ([], [])
+    path.write_text(KEYS)
+    assert keys.reload()
+    assert customers.limits_changed() == ([bobby], [bob])

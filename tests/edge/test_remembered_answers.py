@@ -59,8 +59,13 @@ def test_the_next_answer_is_drafted_from_the_last(history_tokens: int) -> None:
                 assert await answer(edge) == TRUTH
                 assert await proposed(edge) == (TRUTH[-1] if history_tokens else None)
                 assert await proposed(edge, "salt") is None
-                edge.forget_customer("")
+                edge.customers_changed([""], [])
                 assert await proposed(edge) is None
+                assert await answer(edge) == TRUTH
+                assert await proposed(edge) is None, "its last sessions may still be under way"
+                edge.customers_changed([], [""])
+                assert await answer(edge) == TRUTH
+                assert await proposed(edge) == (TRUTH[-1] if history_tokens else None)
             finally:
                 await link.close()
                 edge.close()

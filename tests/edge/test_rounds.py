@@ -13,7 +13,7 @@ from wisp.api.backend import Generation
 from wisp.api.extras import Extras
 from wisp.api.origins import origin
 from wisp.core.draft.drafter import Drafter
-from wisp.core.draft.policies import Fixed
+from wisp.core.draft.policies import Ahead, Fixed
 from wisp.core.draft.signals import Signal
 from wisp.core.draft.task import Task
 from wisp.core.protocol.messages import Verdict
@@ -84,10 +84,10 @@ def asked(price: float = 0.0, *, dry: bool = False, serve: bool = False, draft: 
     log.verdict(10.0, first, drafter)
     drafter.verdict(10.0, first)
     for token in draft:
-        log.proposed(3.0, drafter.position, Proposal(token, Signal()))
+        log.proposed(3.0, Proposal(token, Signal()))
         actions = drafter.proposed(13.0, token, Signal(), 3.0)
     if not draft:
-        log.proposed(3.0, drafter.position, None if dry else Proposal(5, Signal()))
+        log.proposed(3.0, None if dry else Proposal(5, Signal()))
         actions = drafter.proposed(13.0, None, Signal(), 3.0)
     drafter.rounds.serve = serve
     for action in actions:
@@ -121,18 +121,69 @@ def test_a_round_without_a_draft_has_a_reason(given: dict[str, Any], why: str) -
     assert why in WHY
 
 
+class Followed:
+    """A drafting session whose every proposal and verdict is recorded."""
+
+    def __init__(self, max_branches: int = 0) -> None:
+        self.drafter = Drafter("session1", Task([1], Sampling(), 20), Fixed(4), frozenset(), ahead=Ahead())
+        self.log = RoundLog(0.0, self.drafter.times, off="")
+        self.drafter.connected(0.0, 8, "", max_branches)
+        self.verdict(Verdict("session1", 0, 0, 0, [5]))
+
+    def proposed(
+        self, token: int, signal: Signal, then: tuple[int, ...] = (), other: int | None = None
+    ) -> None:
+        self.log.proposed(1.0, Proposal(token, signal, then, other))
+        self.drafter.proposed(10.0, token, signal, 1.0, then, other)
+
+    def verdict(self, verdict: Verdict) -> Committed:
+        """What the user is told of it."""
+        self.log.verdict(20.0, verdict, self.drafter)
+        (committed,) = (a for a in self.drafter.verdict(20.0, verdict) if isinstance(a, Committed))
+        return self.log.told(committed)
+
+
 def test_draft_tokens_that_a_grammar_left_no_choice_for_are_told_and_cost_no_step() -> None:
-    drafter = Drafter("session1", Task([1], Sampling(), 20), Fixed(8), frozenset())
-    log = RoundLog(0.0, drafter.times, off="")
-    log.proposed(1.0, 0, Proposal(5, Signal(), (6, 7)))  # one guess, and two that follow for certain
-    log.proposed(1.0, 3, Proposal(8, Signal(certain=True), (9,)))  # none but this, and then none but that
-    log.verdict(10.0, Verdict("session1", 0, 0, 4, [5, 6, 7, 8, 3]), drafter)
-    item = log.told(Committed([5, 6, 7, 8, 3], drafted=5, accepted=4, from_draft=4))
+    made = Followed()
+    made.proposed(6, Signal(0.9), (7, 8))  # one guess, and two that follow for certain
+    made.proposed(9, Signal(1.0, certain=True))  # none but this
+    item = made.verdict(Verdict("session1", 1, 1, 4, [6, 7, 8, 9, 3]))
     assert item.round is not None
     assert (item.round.forced, item.round.steps) == ([1, 2, 3], 1)
-    assert [origin(item, i) for i in range(5)] == ["draft", "forced", "forced", "forced", "correction"]
-    log.proposed(1.0, 5, Proposal(8, Signal()))  # the next one is a guess again
-    log.verdict(20.0, Verdict("session1", 1, 5, 1, [8, 2]), drafter)
-    item = log.told(Committed([8, 2], drafted=1, accepted=1, from_draft=1))
+    assert [origin(item, i) for i in range(5)] == ["draft", "forced", "forced", "forced", "bonus"]
+    for token in (8, 7, 6, 5):  # the next ones are guesses again
+        made.proposed(token, Signal(0.9))
+    item = made.verdict(Verdict("session1", 2, 6, 1, [8, 2]))
     assert item.round is not None
     assert item.round.forced == []
+
+
+def branching() -> Followed:
+    """The third token of the chain was forced, and the second of the branch."""
+    made = Followed(max_branches=1)
+    made.proposed(6, Signal(0.5), other=26)
+    made.proposed(7, Signal(0.9))
+    made.proposed(8, Signal(1.0, certain=True))
+    made.proposed(9, Signal(0.9))
+    drafter = made.drafter
+    while drafter.wants_token(10.0):
+        at = drafter.branches.growing
+        if at is None or len(at.tokens) > 2:  # there is nothing to propose
+            drafter.proposed(10.0, None, Signal(), 1.0)
+        else:
+            made.proposed(26 + len(at.tokens), Signal(1.0, certain=len(at.tokens) == 1))
+    return made
+
+
+def test_what_was_forced_in_a_branch_is_not_told_of_the_chain() -> None:
+    item = branching().verdict(Verdict("session1", 1, 1, 4, [6, 7, 8, 9, 3]))
+    assert item.round is not None
+    assert item.round.forced == [2]
+
+
+def test_what_was_forced_in_a_branch_is_told_where_the_text_goes_along_it() -> None:
+    made = branching()
+    made.verdict(Verdict("session1", 1, 1, 0, [26]))
+    item = made.verdict(Verdict("session1", 2, 1, 3, [26, 27, 28, 3]))
+    assert item.round is not None
+    assert (item.from_draft, item.round.forced) == (2, [0])

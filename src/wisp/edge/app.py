@@ -93,8 +93,8 @@ class EdgeApp:
             self.backend.close()
 
     def _keys_changed(self) -> None:
-        for salt in self.customers.limits_changed():
-            self.backend.forget_customer(salt)
+        revoked, new = self.customers.limits_changed()
+        self.backend.customers_changed(revoked, new)
 
     def _authorize(self, request: Request) -> str:
         return self.keys.authorize(request.headers.get("authorization"))

@@ -164,10 +164,14 @@ class EdgeBackend:
         if self.history is not None:
             self._thread.submit(self.history.said, session, prompt, answer)
 
-    def forget_customer(self, salt: str) -> None:
-        """Nothing that was said under this salt may be used any more."""
+    def customers_changed(self, revoked: Sequence[str], new: Sequence[str]) -> None:
+        """Nothing that was said under the salts `revoked` may be used any more. The salts `new` may be known: a key can
+        be revoked, and come back."""
         if self.history is not None:
-            self._thread.submit(self.history.drop, salt)
+            for salt in revoked:
+                self._thread.submit(self.history.drop, salt)
+            for salt in new:
+                self._thread.submit(self.history.allow, salt)
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -236,7 +240,7 @@ class _Session:
                 self.drafts, drafter.context(), drafter.position, self.generation.sampling
             )
             now = _now_ms()
-            self.rounds.proposed(now - started, drafter.position, proposal)
+            self.rounds.proposed(now - started, proposal)
             if proposal is None:
                 return drafter.proposed(now, None, Signal(), now - started)
             p = proposal

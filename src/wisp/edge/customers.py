@@ -74,11 +74,12 @@ class Customers:
             return ""
         return hashlib.blake2b(key.encode(), key=self._secret, digest_size=16).hexdigest()
 
-    def limits_changed(self) -> list[str]:
-        """The keys are others now. Returns the salts of those that were revoked."""
-        revoked = self._admission.limits.keys() - self._keys.limits.keys()
+    def limits_changed(self) -> tuple[list[str], list[str]]:
+        """The keys are others now. Returns the salts of those that were revoked, and of those that are new."""
+        before, after = self._admission.limits.keys(), self._keys.limits.keys()
+        revoked, new = sorted(before - after), sorted(after - before)
         self._admission.set_limits(self._keys.limits)
-        return [self.salt(key) for key in sorted(revoked)]
+        return [self.salt(key) for key in revoked], [self.salt(key) for key in new]
 
 
 def _told(refusal: Refusal) -> RequestError:

@@ -20,8 +20,9 @@ class EdgeMetrics:
         r.gauge("verifier_connected", text, lambda: backend.link.welcome is not None)
         text = "Connections lost since the start."
         r.gauge("verifier_connections_lost", text, lambda: backend.link.reconnects)
-        r.gauge("branches_sent", "Branches of drafts since the start.", lambda: backend.branches_sent)
-        text = "Branches that texts went along since the start."
+        text = "Branches that sessions, now ended, have sent since the start."
+        r.gauge("branches_sent", text, lambda: backend.branches_sent)
+        text = "Branches that the texts of sessions, now ended, went along since the start."
         r.gauge("branches_taken", text, lambda: backend.branches_taken)
         text = "From the request to the first token."
         self.ttft = r.histogram("time_to_first_token_seconds", text, SECONDS)

@@ -44,21 +44,18 @@ class RoundLog:
         self._began = self._heard = now_ms
         self._steps = 0  # since the last round
         self._dry = False
-        self._forced: set[int] = set()  # places, in the answer, of tokens that a grammar left no choice for
-        self._committed = 0
+        self._forced: list[
+            int
+        ] = []  # places, in the last verdict's new tokens, that a grammar left no choice for
         self._drafting_ms = 0.0  # since the last draft was sent
         self._sent: dict[int, tuple[float, float, bool]] = {}  # by round: when, drafting before it, ahead
         self._opening = 0  # the round of the last Open
         self._round: Round | None = None
 
-    def proposed(self, took_ms: float, position: int, proposal: Proposal | None) -> None:
-        """The drafter was asked for the token at `position`."""
+    def proposed(self, took_ms: float, proposal: Proposal | None) -> None:
+        """The drafter was asked for a token."""
         self._dry = proposal is None
-        self._forced = {at for at in self._forced if at < position}
-        certain = proposal is not None and proposal.signal.certain
-        self._steps += not certain  # otherwise the model was not asked
-        if proposal is not None:
-            self._forced.update(range(position + (not certain), position + 1 + len(proposal.then)))
+        self._steps += not (proposal is not None and proposal.signal.certain)  # then no model was asked
         self._drafting_ms += took_ms
 
     def sent(self, now_ms: float, message: Open | Draft) -> None:
@@ -79,6 +76,9 @@ class RoundLog:
         flights = [f for f in drafter.rounds.flights if f.round == verdict.round]
         drafted = flights[0].drafted if flights else 0  # tokens of earlier drafts included
         why = self._off or self._reason(known is not None, drafted, verdict, drafter)
+        chain, known_here = drafter.chain, len(drafter.committed) - verdict.base
+        agreed = chain.agreed(verdict.tokens[max(0, known_here) :])
+        self._forced = [i for i, odds in enumerate(chain.odds[:agreed]) if odds.certain]
         self._rounds += 1
         self._whys[why] += bool(why)
         waited = max(0.0, arrived_ms - sent)
@@ -145,11 +145,10 @@ class RoundLog:
     def told(self, committed: Committed) -> Committed:
         """The same, with the round that it came of. Of a draft sent ahead, it counts what was not settled before."""
         found, self._round = self._round, None
-        base, self._committed = self._committed, self._committed + len(committed.tokens)
         if found is None:
             return committed
         drafted, accepted = committed.drafted, committed.accepted
-        forced = [i for i in range(committed.from_draft) if base + i in self._forced]
+        forced = [i for i in self._forced if i < committed.from_draft]
         return replace(committed, round=replace(found, drafted=drafted, accepted=accepted, forced=forced))
 
     def _reason(self, asked: bool, drafted: int, verdict: Verdict, drafter: Drafter) -> str:

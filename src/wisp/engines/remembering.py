@@ -60,6 +60,10 @@ class Remembering:
         self._dropped.add(salt)
         self._histories.drop((salt,))
 
+    def allow(self, salt: str) -> None:
+        """Keep texts of this salt from now on, even if it was dropped."""
+        self._dropped.discard(salt)
+
     def forget(self, session: str) -> None:
         """The session is over."""
         self.engine.forget(session)

@@ -266,9 +266,8 @@ class ChaosSession:
         own = message.draft if isinstance(message, Open) else message.tokens
         base = len(self.drafter.committed)
         last = self._sent.get(self._wire)
-        if (
-            isinstance(message, Draft) and last is not None and last.again(message)
-        ):  # once more, with branches
+        if isinstance(message, Draft) and last is not None and last.again(message):
+            # Once more, with branches: under the number and with the tokens that it had on the wire.
             self._last = message = msgspec.structs.replace(message, round=self._wire, tokens=last.tokens)
             self.link.send(message)
             return

@@ -3,8 +3,8 @@
     in flight    a b c          the bet: all of it is accepted     -> chain          a b c d e f
                                 b is rejected, the target says B   -> branch (1, B)  x y
 
-A branch begins with the drafter's second choice in the place of a token, and goes on as the drafter would. It is sent
-with the draft made ahead, and the verifier goes on along it if the step turns out so.
+A branch begins with the drafter's second choice in the place of a token, and goes on with what the drafter proposes
+behind it. It is sent with the draft made ahead. If the target says these tokens, the verifier goes on along the branch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Guess:
 
     chance:  that the draft in flight turns out so
     odds, p: the policy's judgement of the tokens behind the first; others: second choices in their places
-    full:    no more of it is worth drafting; ended: its last token ends the text
-    worth:   tokens behind the first that are worth verifying; sent: those that the verifier has
+    full:    it is not drafted any further; ended: its last token ends the text
+    worth:   how many tokens behind the first are worth verifying; sent: how many the verifier has
     """
 
     __slots__ = ("at", "chance", "ended", "full", "odds", "others", "p", "sent", "tokens", "worth")
@@ -56,7 +56,8 @@ class Branches:
     """The branches of the draft in flight.
 
     growing: the one that the draft engine is at; None: it is at the chain
-    sent, taken: branches that were sent, and that the text went along, in all
+    sent:    branches that were sent, in all
+    taken:   branches that the text went along, in all: sent ones, and ones that were still here
     """
 
     __slots__ = ("growing", "guesses", "sent", "taken")
@@ -67,7 +68,7 @@ class Branches:
         self.sent = self.taken = 0
 
     def clear(self) -> int:
-        """The draft is not in flight any more. Returns the tokens that were drafted and never sent."""
+        """The draft is not in flight any more. Returns how many tokens were drafted and never sent."""
         unsent = sum([len(guess.p) - guess.sent for guess in self.guesses])
         self.guesses, self.growing = [], None
         return unsent

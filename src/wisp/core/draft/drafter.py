@@ -169,7 +169,7 @@ class Drafter:
         policy, chain, branch = self.policy, self.chain, self.branches.growing
         assert policy is not None
         if other is not None and self._ends(other):
-            other = None  # nothing follows it
+            other = None  # nothing follows it, so a branch could not go on
         if branch is not None:
             self.branches.growing = None
             self._grown(now_ms, branch, token, signal, took_ms, other)
@@ -205,11 +205,13 @@ class Drafter:
         if token is None:
             branch.full = True
             return
-        self.times.drafted(took_ms)
+        if not signal.certain:  # otherwise no model was asked
+            self.times.drafted(took_ms)
         before = [*self.chain.p[: branch.at], 1.0, *branch.p]
         branch.add(token, policy.judge(signal, before), other, ends=self._ends(token))
-        branch.worth = policy.take(View(now_ms, branch.p, 0, 0, 0.0, self.times))
-        branch.full = branch.ended or branch.worth < len(branch.p)
+        drafted = len(branch.p)
+        branch.worth = min(drafted, policy.take(View(now_ms, branch.p, 0, 0, 0.0, self.times)))
+        branch.full = branch.ended or branch.worth < drafted
 
     def _ends(self, token: int) -> bool:
         """Does nothing follow it?"""
@@ -273,7 +275,7 @@ class Drafter:
         n = chain.agreed(new)
         if chain.settle(new, chain.sent if flight is None else drafted):
             if self.branches.guesses and not chain.sent:
-                rounds.flights = []  # what is with the verifier was for other outcomes
+                rounds.flights = []  # the verifier has branches only, and they are for other outcomes
             return
         branch = self.branches.following(n, new) if flight is not None else None
         if branch is not None:
@@ -354,9 +356,9 @@ class Drafter:
 
     def _goes_on(self, view: View, *, along_chain: bool | None = None) -> bool:
         """Is another token worth drafting while a draft is in flight? The one that is likelier to be of use comes
-        next: the chain's, or that of a branch.
+        next: the chain's, or that of a branch (`branches.growing`).
 
-        along_chain: is the chain's? None: to be found out
+        along_chain: is the chain's next token worth it? None: not known yet
         """
         ahead, policy, branches, chain = self.ahead, self.policy, self.branches, self.chain
         flights = self.rounds.flights
@@ -413,7 +415,7 @@ class Drafter:
         return self._send_branches(now_ms)
 
     def _send_branches(self, now_ms: float) -> list[Action]:
-        """Send branches, without a guess at the verdict's own token, or with the draft made ahead once more."""
+        """Send branches: with the draft made ahead, once more, or with the tokens in flight alone."""
         chain, rounds, base = self.chain, self.rounds, len(self.committed)
         last = rounds.flights[-1]
         if last.base != base or not (branches := self.branches.to_send()):

@@ -91,7 +91,7 @@ class Plain:
     priced = False
 
     def judge(self, signal: Signal, p: Sequence[float]) -> Odds:
-        return Odds(signal.confidence, 0.0)
+        return CERTAIN if signal.certain else Odds(signal.confidence, 0.0)
 
     def serve(self, view: View) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""What an edge makes of a verifier's refusal: which are mended by opening again, and what the client is told."""
+"""What an edge does about a verifier's refusal: which ones it answers by opening again, and what the client is told."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def busy_error(code: str, message: str, retry_after: float) -> RequestError:
 
 
 def wait_s(retry_after: float) -> float:
-    """A wait that a verifier asks for, if it can be waited for: it may be any number, or none."""
+    """The wait that a verifier asks for, within bounds: a peer may send any number."""
     return min(max(0.0, retry_after), LONGEST_WAIT_S)
 
 

@@ -33,7 +33,7 @@ REFUSAL_HEADER = "x-wisp-error"  # in an HTTP refusal by a WISP server (and not 
 DIGESTS_SINCE = "0.2.0"  # the first release whose peers send digests
 # Bytes of the longest frame that an edge takes: enough for a million tokens, too little to exhaust its memory.
 MAX_FRAME = 4 << 20
-MAX_BRANCHES = 4  # of one draft; simulated edges sent 1.1 on average
+MAX_BRANCHES = 4  # in one draft, at most; simulated edges sent 1.1 on average
 TOKEN_BYTES = 5  # of the longest token id
 MOST_IDS = 1 << 31  # of a vocabulary or a context: no peer has more
 FRAME_EXTRA = 1 << 18  # bytes of an Open besides prompt and committed tokens, amply
@@ -110,8 +110,8 @@ class Open(Message, frozen=True, tag="open"):
 
 
 class Branch(msgspec.Struct, frozen=True, array_like=True):
-    """`tokens` are a guess at what follows if the draft turns out otherwise: its first `accepted` tokens are right, and
-    then comes `token`."""
+    """A guess at another outcome of a draft: its first `accepted` tokens are right, then comes `token`, and then
+    `tokens`."""
 
     accepted: int
     token: int
@@ -121,7 +121,7 @@ class Branch(msgspec.Struct, frozen=True, array_like=True):
 class Draft(Message, frozen=True, tag="draft"):
     """`tokens` are a guess at what follows the first `base` generated tokens; drafts in flight are repeated in it.
 
-    branches: for other outcomes; at most `Welcome.max_branches`
+    branches: for other outcomes of the draft before it; at most `Welcome.max_branches`
     """
 
     session: SessionId

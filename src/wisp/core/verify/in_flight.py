@@ -123,8 +123,8 @@ class InFlight:
         return self._host_s * (ready + following) >= (newest_s - self._host_s) * staying
 
     def loss(self, load: Load, cost: CostModel) -> float:
-        """Tokens lost where a session of a step like `load` is not decoded ahead: it takes no part in the next one, or
-        all wait for the results of one (`_pays`)."""
+        """Tokens lost where a session of a step like `load` is not decoded ahead (`_pays`). It misses the next step, so
+        one token. Or that step waits for the results, and each of its sessions loses a host time."""
         if self.depth == 1 or not load.slices:
             return 0.0
         return min(1.0, self._host_s * 1e3 * load.slices / cost.ms(load))

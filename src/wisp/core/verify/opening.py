@@ -46,7 +46,10 @@ def check_draft(limits: Limits, draft: Draft) -> None:
         raise ProtocolError("oversized", message)
     for branch in draft.branches:
         if not 0 <= branch.accepted <= len(draft.tokens):
-            raise ProtocolError("malformed", "a branch begins inside of its draft, or at its end")
+            n = len(draft.tokens)
+            raise ProtocolError(
+                "malformed", f"a branch begins behind token {branch.accepted} of a draft of {n} tokens"
+            )
         check_tokens(limits, "a branch", [branch.token, *branch.tokens], limits.max_draft)
 
 

@@ -137,9 +137,8 @@ class Round:
         self.heard = len(open_.committed)  # generated tokens that the edge has, or that were sent to it
         self.pending: Pending | None = None  # to be verified
         self.own: OwnDraft | None = None  # verified where none is pending; belongs to the session's candidate
-        self.inbox: list[
-            Draft
-        ] = []  # not to be taken yet; at most two, of which the second continues the first
+        # Drafts that cannot be taken yet: at most two, of which the second continues the first.
+        self.inbox: list[Draft] = []
         self.verdict: Verdict | None = None  # the last one, for duplicates
         self.serve = open_.serve  # server mode: decode without drafts until the next one comes
         self.price = 0.0  # congestion price in the last verdict: committed tokens per draft token
@@ -150,8 +149,8 @@ class Round:
         return self.inbox[-1].round if self.inbox else self.number
 
     def wait(self, draft: Draft) -> None:
-        """`draft` cannot be taken yet. It replaces those that wait, but for one that it continues: both verified at
-        once, the rows behind the first would be worth computing only if the first is right."""
+        """`draft` cannot be taken yet. It replaces those that wait, but not one that it continues: that one is verified
+        alone, and the rows of `draft` are computed only if it is right."""
         self.inbox = [d for d in self.inbox[:1] if self._continues(d, draft)]
         self.inbox.append(draft)
 
@@ -362,7 +361,8 @@ class Session:
 
 
 def _reach(draft: Draft) -> int:
-    """The tokens of a draft, and one more where it has branches for the end of another one."""
+    """Length of a draft, as it is compared with the draft before it: branches count for one token, so that a draft
+    that adds nothing else waits for that verdict, too."""
     return len(draft.tokens) + bool(draft.branches)
 
 

@@ -196,6 +196,8 @@ class Verifier:
             if draft.round == current.number:
                 return None  # a duplicate of the draft under verification: its verdict will come
             raise ProtocolError("out_of_turn", f"round {draft.round} is over; the last was {current.number}")
+        if draft.round < current.last_received:
+            return None  # a duplicate of a draft that waits, or that was replaced
         if not 0 <= draft.base <= session.n_committed:
             message = f"base {draft.base}, but {session.n_committed} tokens are committed here; open the session again"
             raise ProtocolError("unknown_base", message)
@@ -209,6 +211,7 @@ class Verifier:
         if state is READY and session.extends(draft):
             current.wait(draft)  # drafted ahead: it waits for the verdict on the draft that it continues
             return None
+        current.inbox = []  # what waits continues a draft that is replaced now
         return self.registry.take(now, session, draft)
 
     def _cancel(self, connection: int, cancel: Cancel) -> list[Action]:
