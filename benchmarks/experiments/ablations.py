@@ -79,7 +79,13 @@ def _capacity(row: dict[str, object]) -> Capacity:
 def figures(data: Data) -> Data:
     whole = {c["rate"]: c["capacity"] for c in data["without"] if c["spec"] == "wisp"}
     parts = (
-        (f"{row['rate']:g}", WITHOUT.get(row["spec"], row["spec"]), interval(c), ratio(c.capacity, whole[c.rate]), of_bound(c))
+        (
+            f"{row['rate']:g}",
+            WITHOUT.get(row["spec"], row["spec"]),
+            interval(c),
+            ratio(c.capacity, whole[c.rate]),
+            of_bound(c),
+        )
         for row, c in ((row, _capacity(row)) for row in data["without"])
     )
     by: dict[str, dict[str, Capacity]] = {}
