@@ -1,6 +1,6 @@
 """`python -m benchmarks history`: drafts without a model from earlier texts, on the recorded texts of a real model.
 
-Server: the shipped traces are sessions of one key, in an order by chance, some at a time, which the verifier decodes by
+Server: the shipped traces are sessions of one key, in random order, some at a time, which the verifier decodes by
 itself. Tokens are the recorded ones, and the live verifier decides; the time of a step is that of an emulated
 accelerator. Without a history, with one of all texts, and with one for each session (its prompt and its own words).
 
@@ -48,8 +48,8 @@ SEEDS = (1, 2)  # orders of the sessions
 
 class Served(msgspec.Struct):
     """Sessions that the verifier decodes, `at_a_time`. tokens_a_slice: committed by a slice behind the first token;
-    drafted_a_token, accepted: of the verifier's own drafts; tpot_ms: mean of the sessions. Sessions with a history of
-    their own share no prefixes, either: their pace compares with nothing."""
+    drafted_a_token, accepted: of the verifier's own drafts; tpot_ms: mean of the sessions, None where each has its own
+    history: such sessions share no prefixes either, so that their pace cannot be compared with the others'."""
 
     texts: str
     hardware: str
@@ -221,7 +221,7 @@ def edge(texts: str, traces: Sequence[Trace], name: str) -> Edge:
 
 
 def shuffled(traces: Sequence[Trace], seed: int) -> list[Trace]:
-    """In an order by chance."""
+    """In random order."""
     order = list(traces)
     random.Random(seed).shuffle(order)
     return order

@@ -24,6 +24,7 @@ WITHOUT = {
     "wisp,batching=paper": "the paper's scheduler instead of our own",
     "wisp,admission=yes": "with SLO admission, where those who are refused ask again and count each time",
 }
+NAMES = WITHOUT | {"wisp,admission=no": "no SLO admission"}  # in figures of searches that still refused
 RATES = (4.0, 8.0, 16.0)
 SYSTEMS = ("wisp", "central")
 ACCEPTANCES = (0.6, 0.7, 0.8, 0.9)
@@ -79,7 +80,13 @@ def _capacity(row: dict[str, object]) -> Capacity:
 def figures(data: Data) -> Data:
     whole = {c["rate"]: c["capacity"] for c in data["without"] if c["spec"] == "wisp"}
     parts = (
-        (f"{row['rate']:g}", WITHOUT.get(row["spec"], row["spec"]), interval(c), ratio(c.capacity, whole[c.rate]), of_bound(c))
+        (
+            f"{row['rate']:g}",
+            NAMES[row["spec"]],
+            interval(c),
+            ratio(c.capacity, whole[c.rate]),
+            of_bound(c),
+        )
         for row, c in ((row, _capacity(row)) for row in data["without"])
     )
     by: dict[str, dict[str, Capacity]] = {}
@@ -109,6 +116,6 @@ def draw(data: Data, path: Path) -> None:
     with picture(path, 1, len(rates), figsize=size, sharey=True, squeeze=False) as axes:
         for axis, rate in zip(axes[0], rates, strict=True):
             of = [c for c in data["without"] if c["rate"] == rate][::-1]
-            axis.barh([WITHOUT[c["spec"]] for c in of], [c["capacity"] for c in of], color=OWN)
+            axis.barh([NAMES[c["spec"]] for c in of], [c["capacity"] for c in of], color=OWN)
             axis.axvline(of[-1]["bound"], color="black", lw=0.9, ls="--")
             axis.set_title(f"devices at {rate:g} tokens/s; dashed: fluid bound", fontsize=9)

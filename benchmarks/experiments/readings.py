@@ -40,7 +40,6 @@ class Read:
     wants_drafting = False
     gives_up = False
     preempts = False
-    gives_up = False
     price = 0.0
 
     def __init__(
@@ -89,7 +88,6 @@ class Few:
     """A policy with at most AT_MOST sequences in a step."""
 
     wants_drafting = False
-    gives_up = False
     preempts = False
     price = 0.0
 

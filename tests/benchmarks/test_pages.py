@@ -24,6 +24,13 @@ def test_a_committed_page_is_what_its_data_make(name: str) -> None:
     assert (RESULTS / f"{name}.md").read_text() == remade(name, RESULTS)
 
 
+@pytest.mark.parametrize("name", ["ablations", "bursts", "overlap", "paper", "reality", "regimes", "table"])
+def test_the_picture_of_a_committed_page_can_be_drawn_again(name: str, tmp_path: Path) -> None:
+    data = msgspec.json.decode((RESULTS / f"{name}.json").read_bytes())
+    import_module(SOURCES[name]).draw(data, tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 1000
+
+
 def test_a_quick_run_says_so() -> None:
     data = {
         "command": "python -m benchmarks experiments regimes --quick",

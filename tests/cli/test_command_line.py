@@ -12,9 +12,12 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from wisp.cli import app
+from wisp.cli.device import usual_history
 from wisp.cli.help import PANEL_OF, PANELS, SERVERS
 from wisp.core.errors import ConfigError
 from wisp.core.verify.batching import batching_policy
+from wisp.engines.both import NgramThenModel
+from wisp.engines.ngram import NgramDraft
 from wisp.router import command as router
 from wisp.sim import commands, fleet
 from wisp.sim.systems import system
@@ -101,6 +104,12 @@ def test_a_version_in_the_environment_is_not_asked_for() -> None:
 
 
 # --- names of earlier releases
+
+
+def test_only_an_edge_without_a_model_keeps_earlier_answers_by_default() -> None:
+    assert usual_history(NgramDraft().name) > 0
+    for name in ("qwen3-0.6b", NgramThenModel(NgramDraft(), NgramDraft()).name, "none"):
+        assert usual_history(name) == 0
 
 
 def test_log_json_is_a_format_now() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from wisp.core.history import GRAM, LONGEST, Acceptance, Histories, History, Match
+from wisp.core.history import EACH, GRAM, LONGEST, Acceptance, Histories, History, Match
 
 
 def text(tokens: Sequence[int]) -> array[int]:
@@ -120,18 +120,26 @@ def test_histories_are_apart() -> None:
 
 
 def test_the_history_used_least_recently_goes_for_want_of_room_then_old_texts() -> None:
-    histories = Histories[str](30)
+    histories = Histories[str](30 + 2 * EACH)
     for name, whose in enumerate(("a", "b", "c"), 1):
         histories.extend(whose, name, text(range(10)), 0)
     histories.extend("a", 1, text(range(12)), 10)
     assert (histories.held, set(histories)) == (22, {"a", "c"})
-    for name in range(4, 9):
+    for name in range(4, 10):
         histories.extend("c", name, text(range(100 * name, 100 * name + 10)), 0)
-    assert (histories.held, set(histories)) == (30, {"c"})
+    assert (histories.held, set(histories)) == (50, {"c"})
     last = histories.of("c")
     assert last is not None
-    assert last.find(99, text([800, 801, 802]), 1) is not None
-    assert last.find(99, text([500, 501, 502]), 1) is None
+    assert last.find(99, text([900, 901, 902]), 1) is not None
+    assert last.find(99, text([400, 401, 402]), 1) is None
+
+
+def test_many_tiny_histories_take_room_as_well() -> None:
+    """Whoever asks with a new salt each time cannot fill the memory with histories of hardly any tokens."""
+    histories = Histories[int](1200)
+    for whose in range(500):
+        histories.extend(whose, whose, text([1, 2, 3]), 0)
+    assert set(histories) == set(range(500 - 1212 // (EACH + 3), 500))
 
 
 def test_a_text_larger_than_all_the_room_is_not_kept() -> None:

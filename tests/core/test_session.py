@@ -57,6 +57,14 @@ def test_an_slo_is_hopeless_once_its_own_times_are_over_and_not_before() -> None
     assert not made.hopeless(99.0, 5, 44)  # it is lost once
 
 
+def test_a_lost_first_token_hurries_no_answer_that_has_no_pace() -> None:
+    only_first = targets(tpot_ms=0.0)
+    only_first.relax(11.5, 0)
+    assert 11.5 < only_first.due(0) < math.inf
+    only_first.first_at = 12.0
+    assert only_first.due(1) == math.inf
+
+
 def test_without_a_target_nothing_is_hopeless() -> None:
     assert not Targets(None, 10.0, begun=False).hopeless(99.0, 0, 50)
     assert not targets(ttft_ms=0.0).hopeless(99.0, 0, 50)

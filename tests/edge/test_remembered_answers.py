@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 
 from test_redirects import TOKENS, TRUTH, FakeVerifier, NoTokenizers, answer
 from waiting import run
+from wisp.api.backend import Generation
 from wisp.core.draft.policies import Policies
 from wisp.core.protocol.edits import Edit
+from wisp.core.protocol.messages import Welcome
 from wisp.core.protocol.sampling import Sampling
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import VerifierLink
-from wisp.engines.base import Proposal
+from wisp.engines.base import Proposal, Tokenizer
+from wisp.engines.null import ByteTokenizer
 
 
 class Speechless:
@@ -36,6 +40,20 @@ class Speechless:
 
     def close(self) -> None:
         pass
+
+
+class AnyVocabulary(VerifierLink):
+    """To a verifier whose vocabulary changes when the test says so."""
+
+    vocabulary = "first"
+
+    async def connected(self) -> Welcome:
+        return msgspec.structs.replace(await super().connected(), fingerprint=self.vocabulary)
+
+
+class Tokenizers:
+    async def get(self, fingerprint: str) -> Tokenizer:
+        return ByteTokenizer()
 
 
 async def proposed(edge: EdgeBackend, salt: str = "") -> int | None:
@@ -66,6 +84,37 @@ def test_the_next_answer_is_drafted_from_the_last(history_tokens: int) -> None:
                 edge.customers_changed([], [""])
                 assert await answer(edge) == TRUTH
                 assert await proposed(edge) == (TRUTH[-1] if history_tokens else None)
+            finally:
+                await link.close()
+                edge.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+def test_what_was_said_in_another_vocabulary_is_forgotten(under_way: bool) -> None:
+    """A verifier of another model has taken the place of the first. Ids that it does not have, it would refuse."""
+
+    async def scenario() -> None:
+        verifier = FakeVerifier()
+        async with verifier.listening() as url:
+            link = AnyVocabulary(url)
+            edge = EdgeBackend(link, Tokenizers(), Speechless(), Policies("fixed:2"), history_tokens=1000)
+            link.start()
+            try:
+                await edge.target()
+                generation = edge.generate(Generation([1, 2, 3], Sampling(seed=7), TOKENS))
+                said = list((await anext(generation)).tokens)
+                if not under_way:
+                    said += [token async for item in generation for token in item.tokens]
+                    assert await proposed(edge) == TRUTH[-1]
+                link.vocabulary = "another"
+                await edge.target()
+                said += [token async for item in generation for token in item.tokens]
+                assert said == TRUTH
+                assert await proposed(edge) is None
+                assert await answer(edge) == TRUTH
+                assert await proposed(edge) == TRUTH[-1]
             finally:
                 await link.close()
                 edge.close()

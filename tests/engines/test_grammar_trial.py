@@ -212,6 +212,24 @@ def test_a_worker_that_says_nothing_is_ended_with_all_that_it_has_made(
     assert not trials._idle
 
 
+def test_nobody_waits_twice_for_workers_that_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers: list[subprocess.Popen[bytes]] = []
+    start = grammar_trial._started
+
+    def started() -> subprocess.Popen[bytes]:
+        workers.append(start())
+        return workers[-1]
+
+    monkeypatch.setattr(grammar_trial, "_started", started)
+    trials = Trials()
+    trials.run(BYTES, Grammar("regex", "a"))
+    os.kill(workers[0].pid, signal.SIGSTOP)  # idle, and it does not wake up
+    monkeypatch.setattr(trials, "_wall_s", 0.05)
+    with pytest.raises(GrammarBusyError, match="it said nothing"):
+        trials.run(BYTES, Grammar("regex", "a"))
+    assert len(workers) == 1
+
+
 def test_one_that_takes_long_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker is busy until it is told to go on; others are tried meanwhile, and a few workers stay."""
     started, begun, trials = grammar_trial._started, threading.Event(), Trials()

@@ -90,6 +90,15 @@ def test_what_a_revoked_customer_has_said_is_gone_and_stays_so() -> None:
     assert ask(drafter, "two/new", ANSWER[:20]) == ANSWER[20]
 
 
+def test_what_was_said_in_another_vocabulary_is_forgotten_and_what_comes_is_kept() -> None:
+    drafter = learnt(Fallback(), "one")
+    drafter.clear()
+    assert ask(drafter, "one/new", ANSWER[:20]) == 7
+    for n in range(8):
+        drafter.said(f"one/{n}", PROMPT, ANSWER)
+    assert ask(drafter, "one/new", ANSWER[:20]) == ANSWER[20]
+
+
 def test_where_the_history_is_unsure_the_drafter_is_asked_first() -> None:
     drafter = Remembering(Fallback(), 10_000)
     for n in range(8):

@@ -256,6 +256,18 @@ def test_a_server_of_ones_own_has_the_scenarios_hardware_as_it_is_changed(
     assert changed == msgspec.structs.replace(hardware(quick.hardware), overlap=3.0, step_tokens=128)
 
 
+def test_a_profile_without_measurements_of_its_overlap_can_be_changed_too(
+    tmp_path: Path, quick: Scenario
+) -> None:
+    lines = Path(quick.hardware).read_text().splitlines()
+    own = tmp_path / "own.toml"
+    own.write_text("\n".join(line for line in lines if not line.startswith("overlap")))
+    scenario = msgspec.structs.replace(quick, hardware=str(own), overlap=3.0)
+    arguments = serving.serve_arguments(scenario, system("central"), 1, tmp_path)
+    changed = hardware(arguments[arguments.index("--target") + 1])
+    assert changed == msgspec.structs.replace(hardware(str(own)), overlap=3.0)
+
+
 # --- where a router sends a session (`core.draft.itinerary`), and what its device is told of it
 
 WELCOME = Welcome(VERSION, "m", "f", 1000, [999], 512, 64, digest="d1")

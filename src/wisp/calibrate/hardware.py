@@ -59,7 +59,7 @@ def measured(path: Path, slots: int = 0, kv_tokens: int = 0) -> Measured:
         head_dim=1,
         bandwidth=1.0,
         tflops=1.0,
-        overlap=1.3,  # estimates of plans are those that were searched for with it
+        overlap=1.3,  # for `sim.plan.estimate.reached` alone, whose shares are of 1.3: steps are as measured
         kv_tokens=kv_tokens,
         slots=slots,
         slot_tokens=kv_tokens // slots,

@@ -134,9 +134,8 @@ def edge(
             drafter, fingerprint = load_drafter(
                 draft, slots=slots, threads=threads, offline=offline, progress=progress, options=engine
             )
-    if history_tokens is None:  # a model is right more often where texts do not repeat as a whole
-        without_model = drafter is not None and drafter.name.startswith("ngram")
-        history_tokens = HISTORY_TOKENS if without_model else 0
+    if history_tokens is None:
+        history_tokens = usual_history(drafter.name if drafter is not None else "none")
 
     async def run() -> None:
         device = EdgeApp(
@@ -155,6 +154,12 @@ def edge(
 
     with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
         runner.run(run())
+
+
+def usual_history(drafter: str) -> int:
+    """Tokens of earlier answers, for n-grams alone. Where texts do not repeat as a whole, a model, which `ngram+MODEL`
+    has, too, is right more often."""
+    return HISTORY_TOKENS if drafter == "ngram" else 0
 
 
 def generate(

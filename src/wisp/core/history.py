@@ -5,7 +5,8 @@ where it was said last. The tokens that followed there are the guess at what fol
 backwards is the *match*: the longer it is, the more of the guess comes true.
 
 Whoever must not learn of another's texts has a history of their own, so that nobody's guess is made of another
-customer's words. All histories together hold a bounded number of tokens. The one used least recently goes first.
+customer's words. All histories together hold a bounded number of tokens, and the more histories there are, the fewer.
+The one that was extended least recently goes first.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ LONGEST = 16  # tokens; a longer match says no more
 HALF = 4.0  # tokens of a match behind which half of the guesses come true, before any was seen; as on recorded texts
 MOST = 0.98  # the largest estimate of an acceptance
 RATE = 0.04  # smoothing of an acceptance, per token
+EACH = 12  # tokens that take the memory of a history beside its tokens: 1.3 KB. Else many tiny ones took 142 MB, not 30
 
 K = TypeVar("K", bound=Hashable)
 _AT = 32  # bits of a place that count tokens; those above name the text
@@ -111,12 +113,12 @@ class History:
 
 
 class Histories(Generic[K]):
-    """A history for each of those whose texts are kept apart; `most` tokens in all."""
+    """A history for each of those whose texts are kept apart; `most` tokens in all, and EACH fewer for each but one."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.held = 0  # tokens
-        self._known: dict[K, History] = {}  # least recently used first
+        self._known: dict[K, History] = {}  # least recently extended first
 
     def __iter__(self) -> Iterator[K]:
         return iter(self._known)
@@ -133,7 +135,7 @@ class Histories(Generic[K]):
         before = history.held
         history.extend(name, tokens, known)
         self.held += history.held - before
-        while self.held > self.most:
+        while self.held + EACH * (len(histories) - 1) > self.most:
             oldest = next(iter(histories))
             if oldest == whose:
                 before = history.held

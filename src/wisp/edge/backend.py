@@ -94,7 +94,7 @@ class EdgeBackend:
             drafter = self.history = Remembering(drafter, history_tokens)
         self.drafter = ConstrainedDraft(drafter) if drafter is not None else None
         self.grammars: Grammars | None = None  # of the target's vocabulary
-        self._fingerprint = ""  # of that vocabulary
+        self.vocabulary = ""  # its fingerprint
         self.policies = policies
         self.ahead = ahead
         self.times = RoundTimes()  # of the last session; the next one starts from them
@@ -114,8 +114,10 @@ class EdgeBackend:
             welcome = await self.link.connected()
             if (tokenizer := await self._tokenizer(welcome)) is not None:
                 break
-        if self._fingerprint != welcome.fingerprint:
-            self._fingerprint = welcome.fingerprint
+        if self.vocabulary != welcome.fingerprint:
+            self.vocabulary = welcome.fingerprint
+            if self.history is not None:  # ids of other words, or of none: a verifier would refuse these
+                self._thread.submit(self.history.clear)
             self.grammars = Grammars(tokenizer) if available() else None
             if self.drafter is not None:
                 self.drafter.matchers = self.grammars
@@ -200,6 +202,7 @@ class _Session:
         self.may_draft = not off
         self.warm: asyncio.Task[object] | None = None
         self.answer: list[int] = []
+        self.vocabulary = backend.vocabulary  # of prompt and answer
 
     async def run(self) -> AsyncIterator[Committed]:
         welcome = await self.home.connected()
@@ -330,7 +333,8 @@ class _Session:
         if self.warm is not None:
             self.warm.cancel()
         self.link.unlisten(self.id)
-        self.backend.forget(self.drafts, self.generation.prompt, self.answer)
+        said = self.answer if self.vocabulary == self.backend.vocabulary else []
+        self.backend.forget(self.drafts, self.generation.prompt, said)
         self.rounds.over()
         self.span.end(time.monotonic(), {"wisp.session": self.id})
         self.backend.sessions -= 1

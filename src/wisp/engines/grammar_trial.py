@@ -84,20 +84,10 @@ class Trials:
         too much time or memory; GrammarBusyError where no worker says anything."""
         if not hasattr(os, "fork"):
             return 0
-        job = _Job(words, grammar, *self._limits)
-        with self._lock:
-            worker = self._idle.pop() if self._idle else None
-        verdict = None
-        if worker is not None:
-            with contextlib.suppress(OSError):  # an idle worker may have been killed: another one is started
-                verdict = self._asked(worker, job)
-        if worker is None or verdict is None:
-            try:
-                worker = _started()
-                verdict = self._asked(worker, job)
-            except OSError as error:
-                message = f"no process to try this grammar in: {error}; try again"
-                raise GrammarBusyError(message) from None
+        try:
+            worker, verdict = self._tried(_Job(words, grammar, *self._limits))
+        except OSError as error:
+            raise GrammarBusyError(f"no process to try this grammar in: {error}; try again") from None
         with self._lock:
             keep = len(self._idle) < IDLE
             if keep:
@@ -108,14 +98,31 @@ class Trials:
             raise GrammarError(verdict.problem)
         return verdict.size
 
+    def _tried(self, job: _Job) -> tuple[subprocess.Popen[bytes], _Verdict]:
+        """By which worker, and what it says. Raises OSError."""
+        with self._lock:
+            worker = self._idle.pop() if self._idle else None
+        if worker is not None:
+            try:
+                return worker, self._asked(worker, job)
+            except TimeoutError:  # a second one would have the caller wait as long again
+                raise
+            except OSError:
+                pass  # an idle worker may have been killed: another one is started
+        worker = _started()
+        return worker, self._asked(worker, job)
+
     def _asked(self, worker: subprocess.Popen[bytes], job: _Job) -> _Verdict:
-        """Raises OSError where the worker cannot answer, or does not in time; then it is ended."""
+        """Raises OSError where the worker cannot answer, TimeoutError where it does not in time; then it is ended."""
+        late = threading.Event()
         try:
-            with _within(self._wall_s, worker):
+            with _within(self._wall_s, worker, late):
                 _write(worker.stdin, job)
                 return _read(worker.stdout, _Verdict)
-        except BaseException:
+        except BaseException as error:
             _end(worker)
+            if late.is_set() and isinstance(error, OSError):
+                raise TimeoutError(f"it said nothing for {self._wall_s:g} s") from None
             raise
 
     def close(self) -> None:
@@ -142,9 +149,14 @@ def _started() -> subprocess.Popen[bytes]:
 
 
 @contextlib.contextmanager
-def _within(seconds: float, worker: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Kill the worker after that time: its pipes, which this process may be waiting at, end with it."""
-    clock = threading.Timer(seconds, _kill, [worker])
+def _within(seconds: float, worker: subprocess.Popen[bytes], late: threading.Event) -> Iterator[None]:
+    """Kill the worker after that time: its pipes, which this process may be waiting at, end with it. `late` says so."""
+
+    def end() -> None:
+        late.set()
+        _kill(worker)
+
+    clock = threading.Timer(seconds, end)
     clock.daemon = True
     clock.start()
     try:

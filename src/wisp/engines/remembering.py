@@ -55,6 +55,10 @@ class Remembering:
         self._texts += 1
         self._histories.extend(salt, self._texts, text, 0)
 
+    def clear(self) -> None:
+        """Forget all texts: ids mean other words from now on."""
+        self._histories = Histories[str](self._histories.most)
+
     def drop(self, salt: str) -> None:
         """Forget all texts of this salt, and keep no more of them: its last sessions may still be under way."""
         self._dropped.add(salt)

@@ -75,7 +75,8 @@ def _written(profile: Hardware, of: System, folder: Path) -> str:
     path = folder / "hardware.toml"
     # A field's JSON is TOML, too: strings, numbers and lists of them.
     fields = msgspec.to_builtins(changed).items()
-    path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in fields))
+    told = [f"{name} = {json.dumps(value)}\n" for name, value in fields if value is not None]
+    path.write_text("".join(told))
     return str(path)
 
 

@@ -351,8 +351,9 @@ class SimDevice:
             ms += ms * self._reread(generation) / READ_AHEAD
         proposal = script.propose(base, guesses) or NOTHING
         if self.shared.branches:
+            # Where the second choice is wrong, the proposal stands for it: it is not what replaces the proposal either.
             second = script.second(base, guesses)
-            other = proposal[0] if second is None else second  # itself: another that is wrong where it counts
+            other = proposal[0] if second is None else second
         self.drafted_ms += ms
         if self.shared.trace is not None:
             self.shared.trace.append(Event("draft", self.env.now, ms, guesses + 1, device=self.index))
@@ -360,7 +361,7 @@ class SimDevice:
         self.env.after(ms / 1e3, self._drafted)
 
     def _reread(self, generation: Generation) -> int:
-        """Tokens that the draft model reads before the last one: those it had read, and left for another branch."""
+        """Tokens that the draft model has to read again before the last one, as it was at another branch since."""
         drafter = generation.drafter
         base, read, guesses = generation.read_base, generation.read, drafter.guesses
         text = drafter.committed[base:] + guesses

@@ -35,7 +35,7 @@ class Targets:
         slo = self.slo
         if slo is None:
             return math.inf
-        if self.slo_lost:
+        if self.slo_lost and (self.tpot_s or self.first_at == math.inf):
             return self.relaxed_from + committed * RELAXED * self.tpot_s
         if self.first_at < math.inf:
             return self.first_at + committed * self.tpot_s if slo.tpot_ms else math.inf

@@ -19,8 +19,9 @@ from wisp.sim.scenario import Scenario
 TOLERANCES = (0.01, 0.1)
 # Shares that capacity searches reached with these tolerances: `capacity_at_1_percent` and `capacity`, in
 # docs/results/capacity.json, the first rows of the experiment `table`. With drafts: of a good schedule (`bound`, not
-# `ideal`), at any rate. Centrally: of the bound, by tokens/s. Steps had an overlap of 1.3 in these searches. With 2.2
-# and a tolerance of 0.1, others reached as much with drafts, and LATER centrally (docs/results/overlap.json, one seed).
+# `ideal`), at any rate. Centrally: of the bound, by tokens/s. Steps had an overlap of 1.3 in these searches.
+# Searches with 2.2, at a tolerance of 0.1, reached the same with drafts, and LATER centrally
+# (docs/results/overlap.json, one seed).
 WISP = (0.89, 0.98)
 CENTRAL = {8.0: (0.922, 1.01), 12.0: (0.89, 1.041), 16.0: (0.752, 0.774), 20.0: (0.762, 0.813)}
 LATER = {8.0: 1.026, 12.0: 0.96, 16.0: 0.948, 20.0: 0.768}

@@ -43,9 +43,8 @@ _Offer = tuple[float, float, float, int, int, float, Candidate]
 _Prompt = tuple[float, Candidate]  # worth of a row, candidate
 # What takes part: worth per ms (the densest are granted first), session, tokens, candidate.
 _Choice = tuple[float, int, int, Candidate]
-_Taken = tuple[
-    list[_Choice], float, float, float
-]  # and its worth, the milliseconds that it adds, expected tokens
+# All that takes part, its worth, the milliseconds that it adds, its expected tokens.
+_Taken = tuple[list[_Choice], float, float, float]
 
 
 class Wisp:
