@@ -23,6 +23,7 @@ from wisp.core.protocol.sampling import (
     keys,
     log_probability,
     reach,
+    second_choice,
     target_token,
     uniforms,
     verify,
@@ -285,3 +286,19 @@ def test_out_of_range_parameters_are_named() -> None:
     assert Sampling(temperature=float("nan")).problem() is not None
     assert Sampling(top_p=0.0).problem() is not None
     assert Sampling(0.7, 40, 0.9, 0.1, 5).problem() is None
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.7, seed=3), Sampling(temperature=1.0, top_p=0.9, seed=4)]
+)
+def test_a_second_choice_is_what_would_be_said_without_the_first(sampling: Sampling) -> None:
+    """Nearly always: it looks at the likeliest ids only, and prunes none of them."""
+    right = 0
+    for position in range(200):
+        logits = np.random.default_rng(position).normal(0.0, 4.0, 2000).astype(np.float32)
+        token = target_token(logits, sampling, position)
+        other = second_choice(logits, token, sampling, position)
+        assert other != token
+        logits[token] = -np.inf
+        right += other == target_token(logits, sampling, position)
+    assert right >= (200 if sampling.greedy else 180)

@@ -52,6 +52,7 @@ COLDEST = 1e-5
 _NEAR = 10.0  # ids this close to the maximum are looked at first; any value is exact, this one is fast
 _BLOCK = 16384  # ids whose weights are computed at a time, within the processor's cache
 _GROUP = 128  # ids whose largest logit bounds what can be among the largest of all
+_FEW = 64  # ids among which a second choice is guessed
 
 OCTAVE = 1 << 24  # distances from the largest logit are counted in parts of a factor of two
 FAR = 41 * OCTAVE  # and end here, where weights are 0
@@ -211,6 +212,18 @@ def target_token(logits: FloatArray, sampling: Sampling, position: int, edit: Ed
         return _gumbel_max(single, sampling, position)
     scores = single[ids] / np.float64(sampling.temperature)
     return int(ids[np.argmax(scores + gumbels(sampling.seed, position, ids))])
+
+
+def second_choice(logits: FloatArray, token: int, sampling: Sampling, position: int) -> int:
+    """A guess at what `target_token` would say if it could not say `token`: over the _FEW likeliest ids, all of them
+    kept. The exact answer takes as long as `target_token` itself."""
+    single = logits.astype(np.float32, copy=False)
+    ids = _largest(single, min(_FEW, single.size))
+    ids = ids[ids != token]
+    scores = single[ids].astype(np.float64)
+    if not sampling.greedy:
+        scores = scores / sampling.temperature + gumbels(sampling.seed, position, ids)
+    return int(ids[np.argmax(scores)])
 
 
 def _gumbel_max(logits: npt.NDArray[np.float32], s: Sampling, position: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from wisp.core.draft.signals import signal
 from wisp.core.errors import EngineError, ModelError
 from wisp.core.protocol.edits import Edit
-from wisp.core.protocol.sampling import Sampling, target_token
+from wisp.core.protocol.sampling import Sampling, second_choice, target_token
 from wisp.core.verify.kv import common_prefix
 from wisp.engines.base import Proposal
 from wisp.engines.llama.context import Context, Logits, Tokens, physical_cores
@@ -119,7 +119,7 @@ class LlamaDraft:
             return Proposal(
                 token,
                 signal(logits, token, sampling, position),
-                other=_other(logits, token, sampling, position),
+                other=second_choice(logits, token, sampling, position),
             )
         return _constrained(logits, sampling, position, edit)
 
@@ -190,14 +190,6 @@ class LlamaDraft:
             raise
         row: Logits = logits[0]
         return row
-
-
-def _other(logits: Logits, token: int, sampling: Sampling, position: int) -> int:
-    """The token that the model would have said instead of `token`."""
-    best, logits[token] = logits[token], -np.inf
-    other = target_token(logits, sampling, position)
-    logits[token] = best
-    return other
 
 
 def _constrained(logits: Logits, sampling: Sampling, position: int, edit: Edit) -> Proposal | None:
