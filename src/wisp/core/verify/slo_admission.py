@@ -21,7 +21,7 @@ from wisp.core.verify.session import Session
 from wisp.core.verify.states import PARKED, WAITING
 from wisp.core.verify.targets import RELAXED
 
-PROMISED = 0.97  # share of the engine's time that is promised; the rest is for chance and the host
+PROMISED = 0.96  # share of the engine's time that is promised; the rest is for chance and the host
 MOST_A_ROUND = 8.0  # tokens that a session could commit per step with the best of drafts
 LONGEST_S = 20.0  # longest Retry-After, before it is spread by up to half
 FRESH_S = 0.1  # age up to which the sessions' states are not read again: thousands of them take milliseconds
