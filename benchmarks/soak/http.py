@@ -27,7 +27,7 @@ BINARY, MASKED = 0x82, 0x80
 class Said(msgspec.Struct):
     """What came of a request. error: its code, of an answer that is none or ends with one. retry_s: of Retry-After.
     first_s, last_s: when the first and the last piece of text came, since the request was sent. head_s: from the
-    beginning of a connection that was made for it until it was sent; 0 over one that was there."""
+    beginning of its connection until it was sent, if it is the first there; otherwise 0."""
 
     status: int = 0
     text: str = ""
@@ -49,10 +49,14 @@ class Line:
         self.key = key
         self._small = small
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._silent_since: float | None = (
+            None  # the beginning of a connection over which nothing was sent yet
+        )
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Raises OSError."""
         if self._streams is None:
+            self._silent_since = time.monotonic()
             limit = SMALL_BUFFER if self._small else 1 << 16
             self._streams = await asyncio.open_connection("127.0.0.1", self.port, limit=limit)
             if self._small:
@@ -80,7 +84,6 @@ class Line:
         """
         said = Said()
         try:
-            made, asked = self._streams is None, time.monotonic()
             reader, writer = await self.connect()
             began = time.monotonic()
             body = {"prompt": job.prompt, "seed": job.seed, "max_tokens": job.max_tokens, "stream": stream}
@@ -90,7 +93,9 @@ class Line:
                 f"content-type: application/json\r\n{headers}content-length: {len(data)}\r\n\r\n".encode()
                 + data
             )
-            said.head_s = time.monotonic() - asked if made else 0.0
+            if self._silent_since is not None:
+                said.head_s = time.monotonic() - self._silent_since
+            self._silent_since = None
             head = await _head(reader, said)
             if said.status != 200 or not stream:
                 _take(said, await reader.readexactly(int(head.get("content-length", "0"))))

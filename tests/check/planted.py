@@ -67,21 +67,6 @@ DEFECTS: dict[str, Defect] = {
     "keys_of_lost_connections_stay": Defect(
         "verifier", HOST, "        self._keys.pop(connection, None)\n", ""
     ),
-    "doomed_in_a_lost_step_stays": Defect(
-        "verifier",
-        RESULTS,
-        """            s.round.pending = None
-        if state is ENDED:
-            self.registry.end(s)
-        else:
-            self.index.put(s)
-
-    def _fail(""",
-        """            s.round.pending = None
-        self.index.put(s)
-
-    def _fail(""",
-    ),
     "wait_outlives_its_step": Defect(
         "verifier",
         IN_FLIGHT,
