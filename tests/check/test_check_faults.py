@@ -81,8 +81,7 @@ def test_a_few_runs_find_nothing_and_bring_about_all_that_was_promised() -> None
 @pytest.mark.extended
 def test_many_runs_find_nothing() -> None:
     report = check(1000, 300, minutes=0, jobs=2)
-    # Open: an edge with branches ends one answer with an error (docs/guarantees.md).
-    assert report.violations.keys() <= {1106}, report.violations
+    assert report.passed, report.violations
     assert report.by_situation["edge knows more in a step"] > 0
     assert report.by_situation["steps lost with another"] > 0
 

@@ -352,6 +352,33 @@ def test_an_old_verdict_after_reopening_settles_nothing() -> None:
     assert made.phase is Phase.DRAFTING
 
 
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        Verdict("s", 0, 3, 0, [14]),  # the one before it was missed
+        Verdict("s", 0, 0, 0, [77]),  # of a verifier that was not quite the same
+    ],
+    ids=["gap", "contradiction"],
+)
+@pytest.mark.parametrize("serve", [False, True], ids=["drafting", "served"])
+def test_an_old_verdict_that_does_not_fit_is_of_no_use(verdict: Verdict, serve: bool) -> None:
+    """A session that comes back to a verifier on the same connection hears what that one said meanwhile."""
+    made = drafter(None) if serve else opened(Fixed(2))
+    if serve:
+        made.connected(0.0, 16)
+        made.verdict(100.0, Verdict("s", 0, 0, 0, [10]))
+    else:
+        propose(made, 11, 12)
+    made.lost()
+    (again,) = made.connected(500.0, 16)
+    assert isinstance(again, Open)
+    assert made.verdict(510.0, verdict) == []
+    phase = Phase.SERVED if serve else Phase.IN_FLIGHT
+    assert (made.committed, made.phase) == ([10], phase)
+    made.verdict(520.0, Verdict("s", again.round, 1, 0, [13]))
+    assert made.committed == [10, 13]
+
+
 # --- server mode
 
 

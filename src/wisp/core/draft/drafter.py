@@ -226,8 +226,10 @@ class Drafter:
         phase, chain, rounds = self.phase, self.chain, self.rounds
         if phase is DONE:
             return []
-        self._goes_on_ms, self.branches.growing = -1.0, None
         new = self._new_tokens(verdict)
+        if new is None:
+            return []
+        self._goes_on_ms, self.branches.growing = -1.0, None
         self.times.price = verdict.price
         flight = rounds.landed(verdict.round) if phase is IN_FLIGHT else None
         before = len(verdict.tokens) - len(new)  # of the draft, settled earlier
@@ -465,7 +467,12 @@ class Drafter:
             times.second.add(float(new[agreed] == other))
         self.policy.observe(chain.odds[:seen], agreed)
 
-    def _new_tokens(self, verdict: Verdict) -> list[int]:
+    def _new_tokens(self, verdict: Verdict) -> list[int] | None:
+        """The tokens of `verdict` beyond the text; None if it was given before the last Open, and does not fit.
+
+        A session that comes back to a verifier, on the same connection, may have missed some of its verdicts, and
+        then hear the next ones. An Open that is answered fits: it says what the edge has.
+        """
         base, tokens, n = verdict.base, verdict.tokens, len(self.committed)
         if base + len(tokens) > self.task.max_tokens:
             raise ProtocolError("conflict", "the verifier writes more than it was asked for")
@@ -473,6 +480,8 @@ class Drafter:
             return tokens
         known = self.committed[base:]
         overlap = min(len(known), len(tokens))
-        if not 0 <= base <= n or known[:overlap] != tokens[:overlap]:
-            raise ProtocolError("conflict", "the verifier contradicts what it committed before")
-        return tokens[overlap:]
+        if 0 <= base <= n and known[:overlap] == tokens[:overlap]:
+            return tokens[overlap:]
+        if 0 <= verdict.round < self.opening.round:
+            return None
+        raise ProtocolError("conflict", "the verifier contradicts what it committed before")
