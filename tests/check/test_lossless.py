@@ -82,9 +82,7 @@ def test_eighty_cases_are_the_references_own_and_all_that_is_promised_happens(be
     assert (report.cases, report.identical, report.ties, report.mismatches) == (80, 80, 0, 0)
     assert report.tokens > 2000
     rare = {"outlived_parking", "failed_steps", "restarts", "edges_ahead", "duplicates_answered"}
-    rare.add(
-        "reasoning_ended_inside_draft"
-    )  # with branches not in 100 cases; tests/core has drafts like that
+    rare.add("reasoning_ended_inside_draft")  # comes about in one of a hundred cases
     assert not [name for name in PROMISED if not report.counts.get(name) and name not in rare]
 
 
