@@ -337,6 +337,12 @@ def test_another_verifier_may_take_shorter_drafts() -> None:
     assert made.context()[-1] == 14  # still guessed
 
 
+def test_a_verifier_to_which_a_router_sends_the_session_may_take_shorter_drafts() -> None:
+    made = opened(Fixed(4))
+    made.moved(2, 0)
+    assert only_draft(propose(made, 11, 12)).tokens == [11, 12]
+
+
 def test_an_old_verdict_after_reopening_settles_nothing() -> None:
     made = opened(Fixed(2))
     propose(made, 11, 12)

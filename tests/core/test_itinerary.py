@@ -10,7 +10,7 @@ import pytest
 from wisp.core.draft.itinerary import BOUNCE_S, HOME, MAX_LOSSES, Go, Home, Itinerary, Send
 from wisp.core.draft.patience import Patience
 from wisp.core.errors import RequestError, UnavailableError
-from wisp.core.protocol.messages import VERSION, Cancel, Draft, Open, Redirect, Refused, Verdict, Welcome
+from wisp.core.protocol.messages import VERSION, Branch, Cancel, Draft, Open, Redirect, Refused, Verdict, Welcome
 from wisp.core.protocol.sampling import Sampling
 
 ME = "session-1"
@@ -58,9 +58,28 @@ def test_a_redirect_is_followed_and_what_was_said_is_repeated_there() -> None:
     assert made.heard(HOME, Redirect(ME, "a:1"), 0.0) == Go("a:1")
     assert made.at == "a:1"
     assert made.say(draft(2)) == []  # nothing before the Open
-    assert made.heard("a:1", WELCOME, 0.0) == Send([OPEN, draft(1), draft(2)])
+    assert made.heard("a:1", WELCOME, 0.0) == Send([OPEN, draft(1), draft(2)], WELCOME)
     assert made.say(draft(3)) == [draft(3)]
     assert made.heard("a:1", verdict(), 0.0) == verdict()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        Draft(ME, 1, 1, [7, 8, 9]),
+        Draft(ME, 1, 1, [7], branches=[Branch(1, 5, [6, 7])]),
+        Draft(ME, 1, 1, [7], branches=[Branch(1, 5, []), Branch(0, 6, [])]),
+    ],
+    ids=["tokens", "a long branch", "branches"],
+)
+def test_a_session_is_opened_anew_where_its_drafts_are_more_than_is_taken(said: Draft) -> None:
+    made, narrow = itinerary(), msgspec.structs.replace(WELCOME, max_draft=2, max_branches=1)
+    made.say(OPEN)
+    made.say(said)
+    made.heard(HOME, Redirect(ME, "a:1"), 0.0)
+    assert made.heard("a:1", narrow, 0.0) == narrow
+    again = msgspec.structs.replace(OPEN, epoch=1)
+    assert made.say(again) == [again]
 
 
 def test_a_routers_refusal_of_a_draft_behind_the_open_is_ignored() -> None:
@@ -108,7 +127,7 @@ def test_the_router_is_told_which_verifier_never_answered() -> None:
     assert isinstance(said, Open)
     assert said.avoid == "a:1"
     assert made.heard(HOME, Redirect(ME, "b:1"), 1.0) == Go("b:1")
-    assert made.heard("b:1", WELCOME, 1.0) == Send([said])
+    assert made.heard("b:1", WELCOME, 1.0) == Send([said], WELCOME)
 
 
 def test_a_verdict_ends_what_is_to_be_avoided() -> None:
@@ -178,7 +197,7 @@ def test_an_open_said_under_way_replaces_the_one_before() -> None:
     made.say(draft(1))
     again = Open(ME, 1, [1, 2, 3], Sampling(), 20, round=2, digest="d1")
     assert made.say(again) == []
-    assert made.heard("a:1", WELCOME, 0.0) == Send([again])
+    assert made.heard("a:1", WELCOME, 0.0) == Send([again], WELCOME)
 
 
 def test_trips_in_vain_wait_longer_each_time_and_a_verdict_ends_that() -> None:

@@ -269,6 +269,7 @@ class _Session:
             if step.after_s is not None:
                 self._reopen(step.after_s)
         elif isinstance(step, Send):
+            drafter.moved(step.welcome.max_draft, step.welcome.max_branches)
             self._send(step.messages)
         return []
 

@@ -284,6 +284,9 @@ class Sockets:
         elif isinstance(step, Home):
             why = "its verifier is gone; open it again"
             self.senders[index](Refused(itinerary.session, "unknown_session", why, step.after_s or 0.0))
+        elif isinstance(step, Welcome):
+            why = "another verifier serves it; open it again"
+            self.senders[index](Refused(itinerary.session, "unknown_session", why))
         elif isinstance(step, Verdict | Refused):
             self.senders[index](step)
 

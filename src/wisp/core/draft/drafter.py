@@ -145,6 +145,10 @@ class Drafter:
         )
         return [open_]
 
+    def moved(self, max_draft: int, max_branches: int) -> None:
+        """The session was opened at another verifier than `connected` told of, which takes this much."""
+        self.opening.max_draft, self.opening.max_branches = max_draft, max_branches
+
     def lost(self) -> None:
         if self.phase is not DONE:
             self.phase = DETACHED

@@ -42,9 +42,10 @@ Said = Open | Draft | Cancel
 
 
 class Send(msgspec.Struct, frozen=True):
-    """Send these messages to `Itinerary.at`."""
+    """Send these messages to `Itinerary.at`. Its `welcome` says what it takes from now on."""
 
     messages: list[Said]
+    welcome: Welcome
 
 
 class Go(msgspec.Struct, frozen=True):
@@ -152,7 +153,9 @@ class Itinerary:
         if opening.digest and welcome.digest != opening.digest:
             raise model_changed()
         self._opening = None
-        return Send([opening, *self._since])
+        if not _takes(welcome, opening, self._since):
+            return welcome
+        return Send([opening, *self._since], welcome)
 
     def _come_home(self, now_s: float, why: str, *, refused: bool) -> Home:
         """The verifier at `at` is lost, full, shut down or out of reach: ask the router again."""
@@ -178,3 +181,11 @@ class Itinerary:
             return UnavailableError(f"{message}; is that port open to this device?")
         message = f"{self._trips} verifiers in a row were lost over this request; it is not tried again"
         return RequestError(502, message, code="verifiers_lost", type="server_error")
+
+
+def _takes(welcome: Welcome, opening: Open, since: list[Draft]) -> bool:
+    """Are all drafts within this verifier's limits? They were made for those of home."""
+    drafts = [opening.draft, *(d.tokens for d in since)]
+    drafts += [[b.token, *b.tokens] for d in since for b in d.branches]
+    branches = max((len(d.branches) for d in since), default=0)
+    return max(map(len, drafts)) <= welcome.max_draft and branches <= welcome.max_branches
