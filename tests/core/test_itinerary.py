@@ -10,7 +10,17 @@ import pytest
 from wisp.core.draft.itinerary import BOUNCE_S, HOME, MAX_LOSSES, Go, Home, Itinerary, Send
 from wisp.core.draft.patience import Patience
 from wisp.core.errors import RequestError, UnavailableError
-from wisp.core.protocol.messages import VERSION, Branch, Cancel, Draft, Open, Redirect, Refused, Verdict, Welcome
+from wisp.core.protocol.messages import (
+    VERSION,
+    Branch,
+    Cancel,
+    Draft,
+    Open,
+    Redirect,
+    Refused,
+    Verdict,
+    Welcome,
+)
 from wisp.core.protocol.sampling import Sampling
 
 ME = "session-1"
