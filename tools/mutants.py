@@ -30,7 +30,9 @@ from tools.mutant_tests import TESTS, Reach, Record, Runner, annotated, changed_
 FOLDER = Path("build/mutants")
 MUTATED = "src/wisp/core/verify"
 # KV, sessions and the verifier, with the parts that have files of their own.
-PARTS = ("kv", "opening", "registry", "results", "session", "states", "targets", "verifier")
+PARTS = (
+    "kv", "opening", "progress", "registry", "results", "rounds", "session", "states", "targets", "verifier",
+)  # fmt: skip
 KINDS = tuple(f"{part}*.py" for part in PARTS)
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 BATCH = 50  # mutants

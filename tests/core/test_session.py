@@ -12,7 +12,9 @@ from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
 from wisp.core.protocol.step import Slice, TokenLogprob
 from wisp.core.verify.planner import candidate_of
-from wisp.core.verify.session import Flight, Pending, Progress, Session, Speed, expected
+from wisp.core.verify.progress import Progress
+from wisp.core.verify.rounds import Pending
+from wisp.core.verify.session import Flight, Session, Speed, expected
 from wisp.core.verify.states import State
 from wisp.core.verify.targets import RELAXED, TPOT_SHARE, TTFT_SHARE, Targets
 

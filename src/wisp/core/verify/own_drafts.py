@@ -18,7 +18,8 @@ from wisp.core.verify.admission import KeyLimits
 from wisp.core.verify.batching import BatchingPolicy
 from wisp.core.verify.events import Limits
 from wisp.core.verify.kv import Sharers
-from wisp.core.verify.session import OwnDraft, Session
+from wisp.core.verify.rounds import OwnDraft
+from wisp.core.verify.session import Session
 
 MOST = 16  # tokens of a draft, at most
 DEAR = 0.3  # a price from which none is made: it would be 1 % more tokens/s at most, and each answer 1 to 3 % slower

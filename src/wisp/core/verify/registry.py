@@ -8,7 +8,8 @@ from wisp.core.verify.admission import Admission
 from wisp.core.verify.events import Action, Ended, Limits
 from wisp.core.verify.kv import KvPool
 from wisp.core.verify.planner import SessionIndex
-from wisp.core.verify.session import Pending, Session
+from wisp.core.verify.rounds import Pending
+from wisp.core.verify.session import Session
 from wisp.core.verify.slo_admission import SloAdmission
 from wisp.core.verify.states import CANCEL, DOOMED, DRAFT, ENDED, IN_ENGINE, LOST, READY, VERDICT
 

@@ -1,26 +1,25 @@
 """A session on the verifier: its state (`states`), and the values that it consists of.
 
 params     what was asked for; never changes
-targets    the SLO and its due times
-progress   prompt and committed tokens
-round      what verifier and edge owe each other
+targets    the SLO and its due times (`targets`)
+progress   prompt and committed tokens (`progress`)
+round      what verifier and edge owe each other (`rounds`)
 speed      measurements of past rounds
 flight     what steps in flight will add
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import msgspec
 
 from wisp.core.errors import ProtocolError
-from wisp.core.history import Match
 from wisp.core.protocol.messages import Draft, Open, Verdict
 from wisp.core.protocol.sampling import Sampling
-from wisp.core.protocol.step import Slice, TokenLogprob
+from wisp.core.protocol.step import Slice
 from wisp.core.verify.batching import Candidate
-from wisp.core.verify.kv import Sharers, Tokens, common_prefix, packed
+from wisp.core.verify.kv import Sharers, common_prefix
+from wisp.core.verify.progress import Progress, conflict
+from wisp.core.verify.rounds import OwnDraft, Pending, Round, fitting_branch, reach
 from wisp.core.verify.states import TRANSITIONS, Event, State
 from wisp.core.verify.targets import Targets
 
@@ -40,130 +39,6 @@ class Parameters(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, key: str, open_: Open) -> Parameters:
         return cls(open_.sampling, open_.max_tokens, open_.ignore_eos, (key, open_.salt))
-
-
-class Progress:
-    """Prompt and committed tokens. `entries` are the log probabilities of the last tokens, as far as asked for.
-
-    reused:    tokens of the prompt whose KV was there when the session first got a slot; None before
-    elsewhere: another verifier has committed some of the tokens
-    known:     tokens of the chain that the history has (`own_drafts`); -1 before the first
-    match:     what the history says of the tokens after these; None if it says nothing, or was not asked
-    """
-
-    __slots__ = ("chain", "elsewhere", "entries", "known", "logprobs", "match", "n_prompt", "reused")
-
-    def __init__(self, open_: Open) -> None:
-        self.n_prompt = len(open_.prompt)
-        self.chain = _chain(open_)  # prompt + committed
-        self.logprobs = open_.logprobs  # None, or how many alternatives to report
-        self.entries: list[TokenLogprob] = []
-        self.reused: int | None = None
-        self.elsewhere = bool(open_.committed)
-        self.known = -1
-        self.match: Match | None = None
-
-    @property
-    def committed(self) -> int:
-        return len(self.chain) - self.n_prompt
-
-    def append(self, tokens: list[int], logprobs: list[TokenLogprob]) -> None:
-        """Commit `tokens`, with their log probabilities if the step computed any."""
-        self.chain.fromlist(tokens)
-        if self.logprobs is None:
-            return
-        if len(logprobs) < len(tokens):
-            self.entries = []  # entries must belong to the last tokens
-        else:
-            self.entries += logprobs[: len(tokens)]
-
-    def tokens_from(self, base: int) -> list[int]:
-        return self.chain[self.n_prompt + base :].tolist()
-
-    def entries_from(self, base: int) -> list[TokenLogprob]:
-        """The log probabilities of `tokens_from(base)`: one each, or none if some are unknown."""
-        n = self.committed - base
-        return self.entries[-n:] if 0 < n <= len(self.entries) else []
-
-    def adopt(self, open_: Open) -> bool:
-        """Take over the edge's tokens if it has more of them. Returns whether the chain changed.
-
-        Raises ProtocolError("conflict") if neither of the two histories is a prefix of the other, or the prompts
-        differ.
-        """
-        if self.n_prompt != len(open_.prompt) or self.chain[: self.n_prompt] != packed(open_.prompt):
-            raise _conflict()
-        mine = self.tokens_from(0)
-        shared = common_prefix(mine, open_.committed)
-        if shared < min(len(mine), len(open_.committed)):
-            raise ProtocolError("conflict", f"two histories of this session differ at token {shared}")
-        longer = len(open_.committed) > len(mine)
-        if longer:
-            self.chain = _chain(open_)
-            self.entries, self.match = [], None
-            self.elsewhere = True
-        if open_.logprobs != self.logprobs:
-            self.logprobs, self.entries = open_.logprobs, []
-        return longer
-
-
-class Pending(msgspec.Struct, frozen=True):
-    """A draft to verify. `draft` continues the committed tokens; `head` draft tokens before it were committed already.
-
-    base: generated tokens before the draft. since: time at which it arrived.
-    """
-
-    round: int
-    base: int
-    head: int
-    draft: list[int]
-    since: float
-
-
-class OwnDraft(NamedTuple):
-    """A draft of the verifier's own (`own_drafts`): one token or more. acceptance: of the first, as estimated."""
-
-    tokens: list[int]
-    acceptance: float
-
-
-class Round:
-    """What verifier and edge owe each other."""
-
-    __slots__ = ("heard", "inbox", "number", "own", "pending", "price", "serve", "verdict")
-
-    def __init__(self, open_: Open) -> None:
-        self.number = -1  # of the last round answered, or being answered
-        self.heard = len(open_.committed)  # generated tokens that the edge has, or that were sent to it
-        self.pending: Pending | None = None  # to be verified
-        self.own: OwnDraft | None = None  # verified where none is pending; belongs to the session's candidate
-        # Drafts that cannot be taken yet: at most two, of which the second continues the first.
-        self.inbox: list[Draft] = []
-        self.verdict: Verdict | None = None  # the last one, for duplicates
-        self.serve = open_.serve  # server mode: decode without drafts until the next one comes
-        self.price = 0.0  # congestion price in the last verdict: committed tokens per draft token
-
-    @property
-    def last_received(self) -> int:
-        """Number of the last round that came from the edge."""
-        return self.inbox[-1].round if self.inbox else self.number
-
-    def wait(self, draft: Draft) -> None:
-        """`draft` cannot be taken yet. It replaces those that wait, but not one that it continues: that one is verified
-        alone, and the rows of `draft` are computed only if it is right."""
-        self.inbox = [d for d in self.inbox[:1] if self._continues(d, draft)]
-        self.inbox.append(draft)
-
-    def _continues(self, waiting: Draft, draft: Draft) -> bool:
-        rest = waiting.tokens[max(0, draft.base - waiting.base) :]
-        apart = bool(rest) or self.price > 0.0
-        later = waiting.round < draft.round and waiting.base <= draft.base
-        return apart and later and len(rest) < _reach(draft) and draft.tokens[: len(rest)] == rest
-
-    def clear(self) -> None:
-        """Forget what is under way: the edge begins anew."""
-        self.pending = self.verdict = None
-        self.inbox = []
 
 
 class Flight:
@@ -294,7 +169,7 @@ class Session:
         round_, base, tokens = draft.round, draft.base, draft.tokens
         known = self.progress.tokens_from(base)
         head = common_prefix(known, tokens)
-        if draft.branches and head < len(known) and (branch := _branch(draft, known)) is not None:
+        if draft.branches and head < len(known) and (branch := fitting_branch(draft, known)) is not None:
             tokens, head = branch, len(known)
         self.round.number = round_
         if known and (head < len(known) or head == len(tokens)):
@@ -323,7 +198,7 @@ class Session:
             return False
         known = self.progress.tokens_from(draft.base)
         end = len(known) + len(pending.draft)
-        return _reach(draft) > end and draft.tokens[:end] == known + pending.draft
+        return reach(draft) > end and draft.tokens[:end] == known + pending.draft
 
     def answer(
         self,
@@ -352,36 +227,9 @@ class Session:
         Raises ProtocolError("conflict") otherwise, and if prompt or parameters differ.
         """
         if self.params != Parameters.of(self.key, open_):
-            raise _conflict()
+            raise conflict()
         if self.progress.adopt(open_):
             self.flight.drop()  # these slices began at the end of a shorter chain
         self.round.heard = len(open_.committed)
         self.round.serve = open_.serve
         self.round.clear()
-
-
-def _reach(draft: Draft) -> int:
-    """Length of a draft, as it is compared with the draft before it: branches count for one token, so that a draft
-    that adds nothing else waits for that verdict, too."""
-    return len(draft.tokens) + bool(draft.branches)
-
-
-def _branch(draft: Draft, known: list[int]) -> list[int] | None:
-    """The draft along its first branch that agrees with the `known` tokens and goes beyond them."""
-    for branch in draft.branches:
-        at = branch.accepted
-        if at < len(known) and branch.token == known[at]:
-            tokens = [*draft.tokens[:at], branch.token, *branch.tokens]
-            if len(tokens) > len(known) and tokens[: len(known)] == known:
-                return tokens
-    return None
-
-
-def _conflict() -> ProtocolError:
-    return ProtocolError("conflict", "a session is resumed with the prompt and parameters it was opened with")
-
-
-def _chain(open_: Open) -> Tokens[int]:
-    chain = packed(open_.prompt)
-    chain.fromlist(open_.committed)
-    return chain
