@@ -31,7 +31,7 @@ FOLDER = Path("build/mutants")
 MUTATED = "src/wisp/core/verify"
 # KV, sessions and the verifier, with the parts that have files of their own.
 PARTS = (
-    "kv", "opening", "progress", "registry", "results", "rounds", "session", "states", "targets", "verifier",
+    "index", "kv", "opening", "progress", "registry", "results", "rounds", "session", "states", "targets", "verifier",
 )  # fmt: skip
 KINDS = tuple(f"{part}*.py" for part in PARTS)
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")

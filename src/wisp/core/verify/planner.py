@@ -19,12 +19,13 @@ from wisp.core.verify.batching import BatchingPolicy, Candidate, Grant, Kind, St
 from wisp.core.verify.cost import CostModel, Load, load_of
 from wisp.core.verify.events import Limits, Run
 from wisp.core.verify.in_flight import InFlight
+from wisp.core.verify.index import SessionIndex
 from wisp.core.verify.kv import KvPool
 from wisp.core.verify.own_drafts import OwnDrafts
 from wisp.core.verify.places import is_silent
 from wisp.core.verify.preemption import Claims, is_urgent, residents, slot_victims
 from wisp.core.verify.session import Session, expected
-from wisp.core.verify.states import DRAFT, PARKED, PICKED, READY, WAITING
+from wisp.core.verify.states import DRAFT, PICKED, WAITING
 
 PREFILL, VERIFY, DECODE = Kind
 PATIENCE_S = 1.0  # a session without SLO queues for a slot as if it were due this long after it became ready
@@ -37,43 +38,6 @@ def kind_of(s: Slice) -> int:
     if not s.sample or len(s.tokens) - s.n_draft > SHORT:
         return 2
     return 0 if s.n_draft else 1
-
-
-class SessionIndex:
-    """All sessions by handle, and buckets of those that wait."""
-
-    def __init__(self) -> None:
-        self.sessions: dict[int, Session] = {}
-        self.ready: dict[int, Session] = {}  # for the engine
-        self.drafting: dict[int, Session] = {}  # for a draft of their edge; these have KV
-        self.parked: dict[int, Session] = {}  # for an edge to come back; oldest first
-
-    def put(self, s: Session) -> None:
-        """Move a session to the bucket of its state and forget its candidate. In the same bucket it keeps its place."""
-        state, bucket = s.state, None
-        if state is READY:
-            bucket = self.ready
-        elif state is WAITING:
-            if s.slot is not None and s.connection >= 0:
-                bucket = self.drafting
-        elif state is PARKED:
-            bucket = self.parked
-        s.candidate = None
-        if bucket is not s.bucket:
-            self._take_out(s)
-            if bucket is not None:
-                bucket[s.handle] = s
-            s.bucket = bucket
-
-    def remove(self, s: Session) -> None:
-        """The session has ended."""
-        self._take_out(s)
-        s.bucket = None
-        del self.sessions[s.handle]
-
-    def _take_out(self, s: Session) -> None:
-        if s.bucket is not None:
-            del s.bucket[s.handle]
 
 
 class Planner:

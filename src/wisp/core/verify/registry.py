@@ -6,8 +6,8 @@ from wisp.core.errors import ProtocolError
 from wisp.core.protocol.messages import Draft, Verdict
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.events import Action, Ended, Limits
+from wisp.core.verify.index import SessionIndex
 from wisp.core.verify.kv import KvPool
-from wisp.core.verify.planner import SessionIndex
 from wisp.core.verify.rounds import Pending
 from wisp.core.verify.session import Session
 from wisp.core.verify.slo_admission import SloAdmission

@@ -34,10 +34,11 @@ from wisp.core.verify.events import (
     WakeAt,
 )
 from wisp.core.verify.in_flight import InFlight
+from wisp.core.verify.index import SessionIndex
 from wisp.core.verify.opening import check_draft, check_open
 from wisp.core.verify.own_drafts import OwnDrafts
 from wisp.core.verify.places import gives_way, keeps_place
-from wisp.core.verify.planner import Planner, SessionIndex
+from wisp.core.verify.planner import Planner
 from wisp.core.verify.registry import Registry
 from wisp.core.verify.results import NO_ENDS, Results
 from wisp.core.verify.session import Session
