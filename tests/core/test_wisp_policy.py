@@ -205,3 +205,18 @@ def test_an_edge_that_drafts_is_waited_for_until_its_token_is_due() -> None:
     assert plan.wake_at is not None
     assert NOW < plan.wake_at < NOW + 9.0
     assert policy.plan(plan.wake_at, [away], LIMITS).grants
+
+
+def test_a_step_for_one_absent_edge_takes_others_along() -> None:
+    """Its fixed cost is spent anyway."""
+    away = [msgspec.structs.replace(going(i, i / 4, n_draft=0), edge_drafting=True) for i in range(20)]
+    assert granted(*away).keys() == set(range(20))
+
+
+def test_a_prompt_does_not_wait_for_sessions_that_can_make_up_for_it() -> None:
+    def read(*ahead_s: float) -> int:
+        busy = [going(i, ahead_s[i % len(ahead_s)], n_draft=0) for i in range(60)]
+        return granted(*busy, prompt(100, 800, 2.0)).get(100, 0)
+
+    assert read(0.8) == 800
+    assert read(0.8, 0.0) == read(0.0) == 0

@@ -13,7 +13,8 @@ the max-weight rule (Tassiulas and Ephremides 1992), which keeps all queues boun
 
 A prompt is owed by the time that it can be read. It opens the way to an answer, whose worth is shared by all the rows
 that it takes, those of the prompt and its own. Rows of a prompt delay all others, whose urgency grows by
-e^(delay / (URGENT x pace)), and are read up to the delay at which that costs what they are worth.
+e^(delay / (URGENT x pace)), and are read up to the delay at which that costs what they are worth. Where sessions are
+ahead of their users on average, they can make up for a delay: it costs less by their mean urgency.
 
 Whoever comes during a step waits for half of it on average. So a row of a draft costs the delay of newcomers, too. They
 weigh as one that is due, so it is drafts of sessions ahead of their users that become shorter.
@@ -65,12 +66,10 @@ class Wisp:
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
         if all([c.edge_drafting for c in candidates]):  # noqa: C419 - a list is faster
-            # No step for edges that are drafting, unless their tokens are due.
-            lead_s = 2.0 * limits.cost.ms(Load(1, 0, 0, 1)) / 1e3
-            soonest = min([c.due for c in candidates], default=math.inf) - lead_s
+            # No step for edges that are drafting, while all are well ahead of their users.
+            soonest = min([c.due - URGENT * (c.tpot_s or PACE_S) for c in candidates], default=math.inf)
             if soonest > now:
                 return Plan([], soonest if soonest < math.inf else None)
-            candidates = [c for c in candidates if c.due - lead_s <= now]
         offers, prompts, urgency = self._offers(now, candidates, limits)
         prompts.sort(key=lambda p: (-p[0], limits.shares.get(p[1].key, 0.0), p[1].opened, p[1].session))
         choices = self._chosen(offers, _read(offers, prompts, urgency, limits), limits)
@@ -130,6 +129,7 @@ def _read(offers: list[_Offer], prompts: list[_Prompt], urgency: float, limits: 
     """The rows of prompts to read, those that are worth most first."""
     cost = limits.cost.now
     rows, knee = sum([o[3] for o in offers]), cost.knee or math.inf
+    urgency *= min(1.0, urgency / max(1, len(offers)))  # those ahead of their users make up for a delay
     loss = urgency / (max(cost.step, LEAST_MS) + sum([o[1] for o in offers]))  # of others, per ms
     delay_ms, left, free_kv = 0.0, limits.tokens, limits.free_kv
     if free_kv < math.inf:
