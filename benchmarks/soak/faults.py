@@ -118,11 +118,19 @@ class Trouble:
             for look in looks:
                 look.cancel()
             await asyncio.gather(*looks, return_exceptions=True)
-            try:
-                async with asyncio.timeout(PATIENCE_S):
-                    await get(port, "/health")
-            except (OSError, EOFError) as error:
-                self.tally.find(f"after descriptors ran out, /health of port {port}: {error!r}")
+            if not await self._answers(port):
+                self.tally.find(f"after descriptors ran out, port {port} does not answer /health")
+
+    async def _answers(self, port: int) -> bool:
+        """Wait for an answer: a connection made as descriptors are there again may be closed with those before it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                while True:
+                    with contextlib.suppress(OSError, EOFError):
+                        await get(port, "/health")
+                        return True
+                    await asyncio.sleep(LOOK_S)
+        return False
 
     async def full_disk(self) -> None:
         """Verifiers cannot write files any more. They say so, and serve on without an event log until they are started
