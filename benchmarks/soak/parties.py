@@ -131,7 +131,7 @@ async def answered(
             tally.left += said.left
             tally.tokens += job.max_tokens if not said.left else 0
             break
-        late = said.head_s > HEAD_S / 2  # this client was: it was taken for one that never speaks
+        late = said.head_s > HEAD_S  # this client was: it was taken for one that never speaks
         again = said.status in (429, 503) or (said.status == 408 and late)
         if again or (said.status and door.troubled(began)):
             tally.refused[f"{said.status} {said.error}"] += 1

@@ -89,9 +89,11 @@ class Stack:
         await self.start_edge()
 
     async def start_router(self) -> None:
-        """Returns when both verifiers are up."""
+        """Returns when both verifiers are up, and the edge is connected, if there is one."""
         self._begin("router", self._serve, self.router.port)
         await self.wait_up()
+        if "edge" in self.processes:
+            await self._healthy("edge", self.edge.port)
 
     async def start_edge(self) -> None:
         self._begin("edge", self._edge, self.edge.port, {"WISP_API_KEY": "edge"})

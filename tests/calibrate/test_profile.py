@@ -192,6 +192,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         "{}": "look at 'step'",
         '{"step": 1, "token": 1, "speed": 3}': "look at 'speed'",
         '{"step": -1, "token": 1}': "must not be negative",
+        '{"step": 1e300, "token": 1}': "nor above",
+        '{"step": 0, "token": 0}': "a step must take time",
         '{"format": "wisp.cost.v9"}': "this release reads wisp.cost.v1",
         '{"format": "wisp.cost.v1"}': "no cost profile",
     }.items():

@@ -2,9 +2,10 @@
 
     python tests/check/planted.py NAME SEEDS      run `check-faults` on it: seeds to detection, as JSON
     python tests/check/planted.py NAME SEEDS FILE and write the plan, made shorter, that shows it
-    WISP_PLANTED=NAME python -m pytest ...        with `tests/check` on PYTHONPATH: run other tests on it
+    PLANTED=NAME python -m pytest ...             with `tests/check` on PYTHONPATH: run other tests on it
 
-The second goes through `sitecustomize.py` beside this file.
+The last goes through `sitecustomize.py` beside this file, also in the processes that tests start: these keep nothing
+of the environment whose name begins with WISP_.
 """
 
 from __future__ import annotations
@@ -72,6 +73,9 @@ DEFECTS: dict[str, Defect] = {
         IN_FLIGHT,
         "        self._ended, self.waiting = now, False\n",
         "        self._ended = now\n",
+    ),
+    "ended_sessions_count_in_slo_admission": Defect(
+        "verifier", REGISTRY, "        self.slo_admission.left(session)\n", ""
     ),
     # session
     "resumed_in_step_keeps_result": Defect(
@@ -183,6 +187,9 @@ DEFECTS: dict[str, Defect] = {
         ROUTER,
         "        while recent and recent[0][0] < now - SETTLE_S:",
         "        while recent and recent[0][0] < now - 1e9:",
+    ),
+    "looks_are_kept": Defect(
+        "router", ROUTER, "            task.add_done_callback(self._looks.discard)\n", ""
     ),
     "edges_are_not_let_go": Defect(
         "router",

@@ -1,8 +1,8 @@
-"""Plants the defect that WISP_PLANTED names in every Python process that has this folder on PYTHONPATH (`planted`)."""
+"""Plants the defect that PLANTED names in every Python process that has this folder on PYTHONPATH (`planted`)."""
 
 import os
 
-if name := os.environ.get("WISP_PLANTED"):
+if name := os.environ.get("PLANTED"):
     import planted
 
     planted.plant(name)

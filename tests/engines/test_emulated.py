@@ -205,6 +205,7 @@ def test_a_profile_of_one_s_own_and_what_may_be_wrong_with_it(tmp_path: Path) ->
     assert tokenizer.encode("aé", add_bos=True, parse_special=False) == [97, 0xC3, 0xA9]
     for wrong, said in {
         "bandwidth = 0": "bandwidth must be more than 0",
+        "bandwidth = inf": "bandwidth must be more than 0, and finite",
         "speed = 9": "unknown field `speed`",
         "graphs = [4, 2]": "graphs must be in ascending order",
         "overlap_measured = [2.0, 1.0, 3.0]": "three rising numbers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import stat
 import threading
@@ -163,6 +164,15 @@ def test_a_log_of_a_policy_that_is_gone_says_which_release_replays_it() -> None:
     header = LogHeader("0.1.0", "null", "m", limits, "laxity", None, 8, {})
     with pytest.raises(ConfigError, match=r"0\.1\.0 with batching policy 'laxity'"):
         header.verifier()
+
+
+@pytest.mark.parametrize(
+    "damaged", [Coefficients(slice=1e300), Coefficients(step=-1.0), Coefficients(token=math.nan)]
+)
+def test_a_log_with_coefficients_that_no_engine_has_is_refused(damaged: Coefficients) -> None:
+    limits = Limits(100, frozenset(), 2, 64, 128, 64)
+    with pytest.raises(ConfigError, match="damaged: coefficients must not be negative"):
+        LogHeader("0.2.0", "null", "m", limits, "wisp", damaged, 8, {}).verifier()
 
 
 # --- any other exception

@@ -40,6 +40,7 @@ warmup_s = 2.0
 window_s = 4.0
 drain_s = 40.0
 """
+LONG = "a" * 300  # no file has a name of so many bytes
 SLO = "[[slo]]\nrate = 8.0\n"
 
 
@@ -113,6 +114,9 @@ def quiet() -> Scenario:
         ('hardware = "a1000"\n' + SLO, 'hardware = "a1000": unknown hardware profile'),
         ('arrivals = "gone.jsonl"\n' + SLO, 'arrivals = "gone.jsonl": there is no such file'),
         ('traces = "elsewhere"\n' + SLO, 'traces = "elsewhere": there is no such file'),
+        (f'hardware = "{LONG}"\n' + SLO, "unknown hardware profile"),
+        (f'arrivals = "{LONG}"\n' + SLO, "there is no such file"),
+        (f'traces = "{LONG}"\n' + SLO, "there is no such file"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_name(lines: str, says: str, tmp_path: Path) -> None:
@@ -122,6 +126,11 @@ def test_a_value_that_cannot_be_is_refused_by_name(lines: str, says: str, tmp_pa
     with pytest.raises(ConfigError, match=says) as raised:
         load_scenario(name)
     assert str(raised.value).startswith(f"the scenario {name}: ")
+
+
+def test_a_name_that_no_file_can_have_is_of_no_scenario() -> None:
+    with pytest.raises(ConfigError, match="unknown scenario"):
+        load_scenario(LONG)
 
 
 def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:

@@ -167,8 +167,8 @@ def hardware(name: str) -> Hardware:
     except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the hardware profile {path.name}: {error}") from None
     for field in _POSITIVE:
-        if not getattr(profile, field) > 0:
-            raise ConfigError(f"the hardware profile {path.name}: {field} must be more than 0")
+        if not 0 < getattr(profile, field) < math.inf:
+            raise ConfigError(f"the hardware profile {path.name}: {field} must be more than 0, and finite")
     measured = profile.overlap_measured
     if measured is not None and not 0 < measured[0] <= measured[1] <= measured[2]:
         raise ConfigError(f"the hardware profile {path.name}: overlap_measured must be three rising numbers")

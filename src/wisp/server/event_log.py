@@ -49,13 +49,16 @@ class LogHeader(msgspec.Struct, frozen=True, array_like=True, tag="header"):
     key_limits: dict[str, KeyLimits]
 
     def verifier(self) -> Verifier:
-        """As it was when the run began. Raises ConfigError for a policy that this release does not have."""
+        """As it was when the run began. Raises ConfigError for a policy that this release does not have, and for
+        coefficients that no engine has."""
         old = self.wisp.startswith("0.1.")
         if old and self.policy in GONE:
             raise ConfigError(
                 f"this event log is of wisp {self.wisp} with batching policy {self.policy!r}, which max-weight batching"
                 f" has replaced since: it replays to the same actions only with wisp {self.wisp}"
             )
+        if self.cost is not None and (problem := self.cost.problem()):
+            raise ConfigError(f"this event log is damaged: {problem}")
         policy = RENAMED.get(self.policy, self.policy) if old else self.policy
         admission = Admission(self.max_sessions, dict(self.key_limits))
         return Verifier(self.limits, batching_policy(policy), admission, CostModel(self.cost))

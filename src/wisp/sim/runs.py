@@ -146,7 +146,7 @@ def _files(scenario: Scenario) -> list[bytes]:
     named = [Path(scenario.hardware)]
     if scenario.arrivals:
         named.append(arrivals_file(Path(scenario.arrivals)))
-    return [path.read_bytes() for path in named if path.is_file()]
+    return [path.read_bytes() for path in named if os.path.isfile(path)]
 
 
 def _unnamed(system: System) -> System:

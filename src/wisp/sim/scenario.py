@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -258,7 +259,7 @@ class Arrival(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def arrivals_file(path: Path) -> Path:
     """`path`, or the one of that name beside the scenarios that ship."""
-    return path if path.is_file() else SHIPPED / path
+    return path if os.path.isfile(path) else SHIPPED / path
 
 
 def recorded_arrivals(path: Path, usual: SloClass) -> Iterator[tuple[float, int, SloClass]]:
@@ -292,10 +293,10 @@ def load_scenario(name: str) -> Scenario:
     """A scenario that ships, by name, or from a file. NAME@P is one that ships, with an overlap of P on its hardware.
     Raises ConfigError."""
     of, at, overlap = name.partition("@")
-    path = SHIPPED / f"{of}.toml"
-    if not path.is_file():
+    path = SHIPPED / f"{of}.toml"  # `os.path` says no, too, where a name is too long for the system
+    if not os.path.isfile(path):
         path, at = Path(name), ""
-    if not path.is_file():
+    if not os.path.isfile(path):
         shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.toml")))
         raise ConfigError(f"unknown scenario {name!r}; choose one of {shipped}, or give a TOML file")
     try:
@@ -329,22 +330,22 @@ def _located(scenario: Scenario, name: str, folder: Path) -> Scenario:
 
     def there(field: str) -> Path:
         path = Path(getattr(scenario, field))
-        return folder / path if (folder / path).exists() else path
+        return folder / path if os.path.exists(folder / path) else path
 
     def wrong(field: str, what: str) -> ConfigError:
         return ConfigError(f'the scenario {name}: {field} = "{getattr(scenario, field)}": {what}')
 
     nowhere = "there is no such file, neither beside the scenario nor in the current folder"
     arrivals, traces, hardware_file = there("arrivals"), there("traces"), there("hardware")
-    if scenario.arrivals and not arrivals_file(arrivals).is_file():
+    if scenario.arrivals and not os.path.isfile(arrivals_file(arrivals)):
         raise wrong("arrivals", nowhere)
-    if traces != DEFAULT and not trace_folder(traces).exists():
+    if traces != DEFAULT and not os.path.exists(trace_folder(traces)):
         raise wrong("traces", nowhere)
     found = msgspec.structs.replace(
         scenario,
         arrivals=str(arrivals) if scenario.arrivals else "",
         traces=str(traces),
-        hardware=str(hardware_file) if hardware_file.is_file() else scenario.hardware,
+        hardware=str(hardware_file) if os.path.isfile(hardware_file) else scenario.hardware,
     )
     try:
         profile = found.profile

@@ -102,8 +102,8 @@ def read_cost(path: Path) -> tuple[Coefficients, str]:
         raise ConfigError(
             f"{path} is no cost profile, as `wisp profile --target` writes it: {error}"
         ) from None
-    if min(c.step, c.token, c.cached, c.attention, c.beyond, c.knee, c.slice) < 0 or c.step + c.token <= 0:
-        raise ConfigError(f"{path}: coefficients must not be negative, and a step must take time")
+    if problem := c.problem():
+        raise ConfigError(f"{path}: {problem}")
     return c, model
 
 

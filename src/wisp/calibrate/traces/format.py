@@ -115,7 +115,7 @@ class TraceSet:
     def load(cls, path: str | Path) -> TraceSet:
         """From a file, or from the *.npz files of a folder in order of name. Raises ConfigError."""
         path = Path(path)
-        files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+        files = sorted(path.glob("*.npz")) if os.path.isdir(path) else [path]
         if not files:
             raise ConfigError(f"{path} has no traces (*.npz); record some with `wisp trace`")
         traces: list[Trace] = []
@@ -164,7 +164,7 @@ def trace_folder(path: Path) -> Path:
     what ships."""
     if path == DEFAULT and not path.exists():
         path = shipped_traces()
-    if path.is_dir() and not any(path.glob("*.npz")):
+    if os.path.isdir(path) and not any(path.glob("*.npz")):
         inside = [p for p in sorted(path.iterdir()) if p.is_dir() and any(p.glob("*.npz"))]
         if inside:
             return inside[0]

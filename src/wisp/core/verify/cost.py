@@ -30,6 +30,7 @@ from wisp.core.protocol.step import Slice
 Vector = npt.NDArray[np.float64]
 FORGET_FAST = 0.93
 LEAST_MS = 1e-3  # shortest step time: the least that can be measured, and never a division by 0
+MOST_MS = 1e9  # longest step time that is learnt from, and the largest coefficient
 
 
 class Load(msgspec.Struct, frozen=True, gc=False):
@@ -82,6 +83,13 @@ class Coefficients(msgspec.Struct, frozen=True):
     beyond: float = 0.0
     knee: int = 0
     slice: float = 0.0
+
+    def problem(self) -> str:
+        """Why no engine can have these coefficients, which come from a file; "" if one can."""
+        all_of_them = (self.step, self.token, self.cached, self.attention, self.beyond, self.knee, self.slice)
+        if not all(0 <= value <= MOST_MS for value in all_of_them):  # nor is NaN
+            return f"coefficients must not be negative, nor above {MOST_MS:g}"
+        return "" if self.step + self.token > 0 else "a step must take time"
 
     def ms(self, load: Load) -> float:
         """Predicted step time in ms, at least LEAST_MS."""
@@ -253,7 +261,7 @@ class CostModel:
 
     def observe(self, load: Load, ms: float) -> None:
         """A step took `ms`: record the error of the prediction, then learn."""
-        if not LEAST_MS <= ms < 1e9 or load.new <= 0:
+        if not LEAST_MS <= ms < MOST_MS or load.new <= 0:
             return
         self.steps += 1
         ratio = ms / self.ms(load)

@@ -39,7 +39,7 @@ class Model:
         vocab_only: bool = False,
     ) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             raise ModelError(f"no model file at {self.path}; fetch one with `wisp pull`, or check the path")
         self._api = api()
         lib, ffi = self._api.lib, self._api.ffi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def _distinct(cells: list[Cell], where: str) -> list[Cell]:
 
 def _loaded(name: str, folder: Path) -> Scenario:
     beside = folder / name
-    return load_scenario(str(beside) if beside.is_file() else name)
+    return load_scenario(str(beside) if os.path.isfile(beside) else name)
 
 
 def _chosen(chosen: Chosen, folder: Path) -> list[Cell]:
