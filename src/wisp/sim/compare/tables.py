@@ -94,7 +94,7 @@ def difference(c: Criterion) -> str:
 
     text = f"{name} {shown(c.system)}{unit}, central {shown(c.central)}{unit}"
     if c.excess is not None:
-        text += (
-            f"; beyond the limit by {shown(c.excess.mean)} ({shown(c.excess.low)} to {shown(c.excess.high)})"
-        )
+        text += f"; beyond the limit by {shown(c.excess.mean)}"
+        if c.excess.low is not None:  # more than one seed
+            text += f" ({shown(c.excess.low)} to {shown(c.excess.high)})"
     return text
