@@ -82,7 +82,7 @@ test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, its ker
 	$(WITH_VLLM) -m pytest tests/engines/test_vllm_*.py \
 		tests/engines/test_target_engines.py tests/engines/test_hf_tokenizer.py tests/engines/test_exactness.py tests/benchmarks/test_gpu.py
 	WISP_TEST_RUNNER=v2 $(WITH_VLLM) -m pytest tests/engines/test_vllm_target.py tests/engines/test_vllm_fleet.py \
-		tests/engines/test_vllm_not_finite.py
+		tests/engines/test_vllm_not_finite.py tests/engines/test_vllm_depth.py
 	TRITON_INTERPRET=1 $(WITH_VLLM) -m pytest tests/engines/test_vllm_fused.py tests/engines/test_vllm_runner_v2.py
 	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest -m "not modelless and not extended and not prometheus" tests/system --ignore tests/system/test_replicas.py
 

@@ -45,7 +45,7 @@ def run(out: Path, *, tiny: bool) -> None:
     device = "cuda" if cuda else "cpu"
     size = 128 if tiny else 151936
     dtype = torch.bfloat16 if cuda else torch.float32
-    if choosing._way(str(torch.empty(0, device=device).device), dtype, size) is choosing.answers:
+    if choosing._way(str(torch.empty(0, device=device).device), dtype, size) is choosing.begin:
         write(out, "choice", {"skipped": f"Triton builds no kernels for {device}"})
         return
     wrong, checked = 0, 0
@@ -57,8 +57,11 @@ def run(out: Path, *, tiny: bool) -> None:
             parts = _parts(n, size, sampling, logprobs)
             asked = rows.rows_of(parts, size)
             if n == sizes[0]:
-                said = choosing.choose(logits, parts, here=False)
-                by_rule = choosing.choose(logits.float().cpu(), parts, here=True)
+                choice = choosing.choose(logits, parts, here=False)
+                by_rule = choosing.choose(logits.float().cpu(), parts, here=True).chosen()
+                if cuda:
+                    torch.cuda.synchronize()
+                said = choice.chosen()
                 wrong += sum(a.tokens != b.tokens for a, b in zip(said, by_rule, strict=True))
                 checked += n
             ours = _median_ms(lambda logits=logits, asked=asked: fused.answers(logits, asked), cuda=cuda)  # type: ignore[misc]

@@ -163,6 +163,8 @@ class Ours:
         self._watch()
 
     def _watch(self) -> None:
+        from wisp.engines.vllm import worker
+
         core, watch = self.engine.started.core, self.watch
         runner = core.model_executor.driver_worker.worker.model_runner
         watch.on(LEFT_OUT, runner, "_model_forward")
@@ -171,8 +173,9 @@ class Ours:
         watch.on("inputs", runner, "_prepare_inputs")
         watch.on("attention metadata", runner, "_build_attention_metadata", "_get_slot_mappings")
         watch.on("tokens back", runner, "sample_tokens")
-        watch.on("scheduling", core.scheduler, "schedule")
-        watch.on("the rest of a step", core, "step")
+        watch.on("tokens back", worker.Answers, "get_output")
+        watch.on("scheduling", core.scheduler, "step")
+        watch.on("the rest of a step", self.engine.started, "launch")
         watch.on("slices", self.engine, "run")
         self._leave_out_the_choice()
 
@@ -180,7 +183,7 @@ class Ours:
         """On a CPU, `choose` asks the rule itself, row by row; here it is to do what it does with a device."""
         from wisp.engines.vllm import choosing, worker
 
-        choosing.answers = self.watch.timed(LEFT_OUT, choosing.answers)
+        choosing.begin = self.watch.timed(LEFT_OUT, choosing.begin)
         choosing._way.cache_clear()
         here = functools.partial(choosing.choose, here=False)
         setattr(worker, "choose", lambda logits, parts, **_: here(logits, parts))  # noqa: B010

@@ -83,7 +83,7 @@ def test_a_device_accepts_and_reports_what_the_cpu_does() -> None:
         parts.append(Part(draft, True, position, sampling, [None, 0, 3][n % 3], n == 4))
         parts.append(Part([], False, 0, sampling))  # prefill: no rows
         first += n + 1
-    one, other = (choose(rows, parts, here=here) for here in (True, False))
+    one, other = (choose(rows, parts, here=here).chosen() for here in (True, False))
     for part, a, b in zip(parts, one, other, strict=True):
         assert a.tokens == b.tokens
         for x, y in zip(a.logprobs, b.logprobs, strict=True):
@@ -95,7 +95,8 @@ def test_a_device_accepts_and_reports_what_the_cpu_does() -> None:
         assert a.tokens[:-1] == part.draft[: max(0, len(a.tokens) - 1)]
         assert bool(a.tokens) == part.sample
     assert {len(c.tokens) for c in one} >= {0, 1, 2, 3}
-    assert [c.tokens for c in choose(rows[:0], [Part([], False, 0, Sampling())] * 2, here=False)] == [[], []]
+    nothing = choose(rows[:0], [Part([], False, 0, Sampling())] * 2, here=False)
+    assert [c.tokens for c in nothing.chosen()] == [[], []]
 
 
 @pytest.mark.parametrize("spread", [0.0, 3.0])

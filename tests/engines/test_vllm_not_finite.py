@@ -65,7 +65,7 @@ def test_rows_behind_a_rejected_draft_token_may_be_anything(here: bool) -> None:
     logits[1, 2] = logits[5, 2] = torch.nan
     greedy = Sampling()
     wrong, right = Part([2], True, 0, greedy), Part([4], True, 0, greedy)
-    rejected, fine, lost = choose(logits, [wrong, right, right], here=here)
+    rejected, fine, lost = choose(logits, [wrong, right, right], here=here).chosen()
     assert (rejected.finite, rejected.tokens) == (True, [4])
     assert (fine.finite, fine.tokens) == (True, [4, 4])
     assert (lost.finite, lost.tokens) == (False, [4])

@@ -74,6 +74,7 @@ def batch(starts: list[int], counts: list[int], blocks: list[list[int]]) -> Batc
         np.ones(len(starts), np.int64),
         [Part([], True)] * len(starts),
         [(i, 0, (ids,)) for i, ids in enumerate(blocks)],
+        np.full(len(starts), -1),
     )
 
 

@@ -25,12 +25,12 @@ class Owner(NullTarget):
 def test_steps_run_in_the_engines_own_thread_where_it_has_one() -> None:
     seen: list[threading.Thread] = []
     engine = Owner()
-    _started(engine, lambda: seen.append(threading.current_thread()))()
+    _started(engine, lambda: seen.append(threading.current_thread()), "engine")()
     assert seen == [engine.own]
     engine.pool.shutdown()
 
 
 def test_steps_of_others_run_in_a_thread_of_the_servers() -> None:
     seen: list[str] = []
-    _started(NullTarget(slots=1), lambda: seen.append(threading.current_thread().name))()
+    _started(NullTarget(slots=1), lambda: seen.append(threading.current_thread().name), "engine")()
     assert seen == ["engine"]

@@ -60,8 +60,9 @@ def test_a_folder_of_the_hub_split_over_two_workers(fleet: Fleet, folder: Path) 
 
 
 def test_replicas_of_it_behind_a_router(fleet: Fleet, folder: Path) -> None:
-    """The router reads the hub's kind of tokenizer, and engine options reach the replicas."""
-    flags = ("--replicas", "2", "--gpu-memory", "0.8")
+    """The router reads the hub's kind of tokenizer, and engine options reach the replicas, which have two steps in
+    flight."""
+    flags = ("--replicas", "2", "--gpu-memory", "0.8", "--depth", "2")
     router = fleet.serve(*flags, target=str(folder), ready=False)
     eventually(lambda: router.health() == 200, START_S)
     edge = fleet.edge(router.url)

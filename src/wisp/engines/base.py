@@ -96,7 +96,8 @@ class TargetEngine(Protocol):
 
 @runtime_checkable
 class OwnThread(Protocol):
-    """An engine that works in a thread of its own, to which each call from another one has to change."""
+    """An engine that works in a thread of its own, to which each call from another one has to change; or its queue, as
+    far as `submit` is concerned."""
 
     def occupy(self, main: Callable[[], None]) -> Callable[[], None]:
         """Run `main` in that thread, where calls change nothing. Returns a function that waits for its end."""

@@ -84,7 +84,7 @@ class InOrder:
         step, token = self._chosen.get(s.slot, (-1, 0))
         if step != s.after:
             return None
-        return msgspec.structs.replace(s, tokens=[token, *s.tokens[1:]])
+        return msgspec.structs.replace(s, tokens=[token, *s.tokens[1:]], after=-1)
 
 
 class OneAtATime:

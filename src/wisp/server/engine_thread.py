@@ -2,7 +2,8 @@
 
 One thread collects what steps gave; an engine that runs one at a time runs them there. An engine that has a thread of
 its own anyway (vLLM) collects in that one, so that no step changes threads twice. With several steps in flight another
-thread submits them, since the engine's host then works on one step while the device runs the one before.
+thread submits them, since the engine's host then works on one step while the device runs the one before; it is that
+thread then that an engine may have of its own.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ class EngineThread:
         # With host_ms, and why the engine did not take it.
         self._in_flight: queue.SimpleQueue[tuple[Run, float, Exception | None] | None] = queue.SimpleQueue()
         self._planned: queue.SimpleQueue[tuple[Run, float] | None] | None = None  # with the time of planning
-        self._waits = [_started(engine, self._collect)]  # for the ends of the threads
         if depth > 1:
             self._planned = queue.SimpleQueue()
-            thread = threading.Thread(target=self._submit, name="engine-host", daemon=True)
-            thread.start()
-            self._waits.append(thread.join)
+            self._waits = [  # for the ends of the threads
+                _started(self._queue, self._submit, "engine-host"),
+                _started(None, self._collect, "engine"),
+            ]
+        else:
+            self._waits = [_started(engine, self._collect, "engine")]
 
     def submit(self, step: Run, planned: float) -> None:
         """Start a step, which was planned at `planned` by the loop's clock. At most `depth` are under way at a time."""
@@ -107,10 +110,10 @@ class EngineThread:
             return StepDone([], took_ms, error=str(error) or repr(error), step=step.step)
 
 
-def _started(engine: TargetEngine, main: Callable[[], None]) -> Callable[[], None]:
-    """Runs `main` in the engine's thread, or in a new one. Returns a function that waits for its end."""
-    if isinstance(engine, OwnThread):
-        return engine.occupy(main)
-    thread = threading.Thread(target=main, name="engine", daemon=True)
+def _started(owner: object, main: Callable[[], None], name: str) -> Callable[[], None]:
+    """Runs `main` in the thread of its `owner`, or in a new one. Returns a function that waits for its end."""
+    if isinstance(owner, OwnThread):
+        return owner.occupy(main)
+    thread = threading.Thread(target=main, name=name, daemon=True)
     thread.start()
     return thread.join

@@ -14,7 +14,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,32 +40,51 @@ from wisp.engines.vllm.rows import Rows, Said, accepted, rows_of
 
 log = logging.getLogger("wisp.vllm")
 
+Begin = Callable[[torch.Tensor, Rows], tuple[torch.Tensor, Callable[[], Said]]]
 ROWS = 32  # at a time: 4 to 8 bytes * vocabulary * a dozen temporaries each
 # Whatever the noise, an id so far below the largest cannot win: the likeliest one's own is at least -log(log(2^33)).
 _HOPELESS = int((_GUMBEL_MAX + 3.2) * np.log2(np.e) * OCTAVE)
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> list[Chosen]:
+class Choice(NamedTuple):
+    """Choices of a step that a device may still have to make.
+
+    tokens: [rows] the target's token at each row, where the logits are; on the CPU 0 behind the last one said of a part
+    chosen: tells all, once the device is done
+    """
+
+    tokens: torch.Tensor
+    chosen: Callable[[], list[Chosen]]
+
+
+def choose(logits: torch.Tensor, parts: Sequence[Part], *, here: bool) -> Choice:
     """The target's tokens along each part; `logits` [rows of all parts in order, vocabulary].
 
     here: by the rule itself, on the CPU; otherwise by its counterpart for devices, all rows at once
     """
     if here:
-        return list(_by_rule(logits, parts))
+        chosen = list(_by_rule(logits, parts))
+        padded = [c.tokens + [0] * (p.rows - len(c.tokens)) for c, p in zip(chosen, parts, strict=True)]
+        return Choice(torch.tensor([token for tokens in padded for token in tokens]), lambda: chosen)
     rows = rows_of(parts, logits.shape[1])
     if not rows.key.size:
-        return [Chosen([], []) for _ in parts]
-    way = _way(str(logits.device), logits.dtype, logits.shape[1])
-    return list(_chosen(logits, parts, rows, way(logits[: rows.key.size], rows)))
+        return Choice(logits.new_zeros(0), lambda: [Chosen([], []) for _ in parts])
+    begin = _way(str(logits.device), logits.dtype, logits.shape[1])
+    tokens, said = begin(logits[: rows.key.size], rows)
+    seen = [
+        logits[first : first + part.rows].float().cpu().numpy().copy() if part.observed else None
+        for part, first in zip(parts, rows.first.tolist(), strict=True)
+    ]
+    return Choice(tokens, lambda: list(_chosen(parts, rows, said(), seen)))
 
 
 @functools.cache
-def _way(device: str, dtype: torch.dtype, size: int) -> Callable[[torch.Tensor, Rows], Said]:
+def _way(device: str, dtype: torch.dtype, size: int) -> Begin:
     """How logits of `size` ids are chosen from on a device: by the kernels, if they can be built there. They are
     built now, so that no step has to wait for that."""
     if device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
-        return answers
+        return begin
     try:
         from wisp.engines.vllm import fused
 
@@ -77,8 +96,8 @@ def _way(device: str, dtype: torch.dtype, size: int) -> Callable[[torch.Tensor, 
         log.warning(
             "tokens are chosen by torch, which is slower: Triton does not work on %s (%s)", device, error
         )
-        return answers
-    return fused.answers
+        return begin
+    return fused.begin
 
 
 def _by_rule(logits: torch.Tensor, parts: Sequence[Part]) -> Iterator[Chosen]:
@@ -108,25 +127,31 @@ def _by_rule(logits: torch.Tensor, parts: Sequence[Part]) -> Iterator[Chosen]:
         yield Chosen(tokens, entries, seen, sound)
 
 
-def _chosen(logits: torch.Tensor, parts: Sequence[Part], rows: Rows, said: Said) -> Iterator[Chosen]:
-    """The answers, part by part."""
-    for part, first, n, sound in zip(parts, rows.first.tolist(), said.said, said.sound, strict=True):
+def _chosen(parts: Sequence[Part], rows: Rows, said: Said, seen: Sequence[Any]) -> Iterator[Chosen]:
+    """The answers, part by part, with the logits that were to be `seen`."""
+    for part, first, n, sound, logits in zip(
+        parts, rows.first.tolist(), said.said, said.sound, seen, strict=True
+    ):
         span = range(first, first + n)
         entries: list[TokenLogprob] = []
         if part.logprobs is not None:
             for row in span:
                 tops = map(TopLogprob, *said.others[row]) if row in said.others else ()
                 entries.append(TokenLogprob(said.tokens[row], said.own[row], list(tops)))
-        seen = logits[first : first + part.rows].float().cpu().numpy().copy() if part.observed else None
-        yield Chosen(said.tokens[first : first + n], entries, seen, sound)
+        yield Chosen(said.tokens[first : first + n], entries, logits, sound)
 
 
 # -- by torch
 
 
 def answers(logits: torch.Tensor, rows: Rows) -> Said:
-    """What the target says at each row of `logits` [rows, vocabulary], which stay as they are. All that is asked goes
-    there at once, and all that is said comes back at once."""
+    """What the target says at each row of `logits` [rows, vocabulary]."""
+    return begin(logits, rows)[1]()
+
+
+def begin(logits: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, Callable[[], Said]]:
+    """The tokens on the device, and a function that tells what the target says at each row of `logits`, which stay as
+    they are. All that is asked goes there at once, and all that is said comes back at once. It waits for the device."""
     columns: list[npt.NDArray[Any]] = [
         rows.key.view(np.int64),
         rows.temperature.view(np.int64),
@@ -140,7 +165,8 @@ def answers(logits: torch.Tensor, rows: Rows) -> Said:
         for first in range(0, rows.key.size, ROWS)
     ]
     width = max(1, int(rows.logprobs.max()))
-    back = torch.cat(found).cpu().numpy()
+    there = torch.cat(found)
+    back = there.cpu().numpy()
     values = back.view(np.float64)
     tokens, finite = back[:, 0], back[:, 1] != 0
     said, sound = accepted(rows, tokens, finite)
@@ -149,7 +175,8 @@ def answers(logits: torch.Tensor, rows: Rows) -> Said:
         row: (back[row, 3 : 3 + n].tolist(), values[row, 3 + width : 3 + width + n].tolist())
         for row, n in zip(asked, rows.logprobs[asked].tolist(), strict=True)
     }
-    return Said(tokens.tolist(), said, sound, values[:, 2].tolist(), others)
+    all_said = Said(tokens.tolist(), said, sound, values[:, 2].tolist(), others)
+    return there[:, 0], lambda: all_said
 
 
 def _some(

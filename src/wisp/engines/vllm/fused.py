@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,8 +45,16 @@ TILE = Tile(1, 1024, 16)
 
 
 def answers(logits: torch.Tensor, rows: Rows, tile: Tile = TILE) -> Said:
-    """What the target says at each row of `logits` [rows or more, vocabulary], which stay as they are. One upload, and
-    one copy back, which is waited for."""
+    """What the target says at each row of `logits` [rows or more, vocabulary], waited for."""
+    _, said = begin(logits, rows, tile)
+    if logits.device.type == "cuda":
+        torch.cuda.current_stream(logits.device).synchronize()
+    return said()
+
+
+def begin(logits: torch.Tensor, rows: Rows, tile: Tile = TILE) -> tuple[torch.Tensor, Callable[[], Said]]:
+    """The tokens on the device, and a function that tells what the target says at each row of `logits` [rows or more,
+    vocabulary], once the device is done. The logits stay as they are. One upload, and one copy back."""
     size = logits.shape[1]
     asked = rows.logprobs >= 0
     views = _views(rows, asked)
@@ -103,7 +111,8 @@ def answers(logits: torch.Tensor, rows: Rows, tile: Tile = TILE) -> Said:
         peaks, peak_ids, plain, drawn, bad, chosen, tokens, own, said, sound,
         P=triton.next_power_of_2(int(rows.length.max(initial=1))), S=tile.stretches,
     )  # fmt: skip
-    return _said(_back(out).split(sizes), rows, task_of, n, parts, width)
+    back = _back(out)
+    return tokens, lambda: _said(back.split(sizes), rows, task_of, n, parts, width)
 
 
 class _Views(NamedTuple):
@@ -222,13 +231,11 @@ def _edited(logits: torch.Tensor, rows: Rows, size: int) -> torch.Tensor:
 
 
 def _back(out: torch.Tensor) -> torch.Tensor:
-    """On the CPU, by one copy."""
+    """On the CPU, by one copy, which the device may still have to make."""
     if out.device.type != "cuda":
         return out.cpu()
     near = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
-    near.copy_(out, non_blocking=True)
-    torch.cuda.current_stream(out.device).synchronize()
-    return near
+    return near.copy_(out, non_blocking=True)
 
 
 def _said(

@@ -61,6 +61,9 @@ class Batch(NamedTuple):
     wanted: int64 [n]; how many of its last rows need logits
     parts:  how they are chosen from
     blocks: (slot, how many blocks of it are known already, those that follow)
+    open:   int64 [n]; which of its tokens is the one that the step before chose for its slot, and is on the device; -1:
+            none, all are known
+    keep:   leave what is chosen on the device: the next step may begin with it
     """
 
     slots: npt.NDArray[np.int64]
@@ -70,6 +73,8 @@ class Batch(NamedTuple):
     wanted: npt.NDArray[np.int64]
     parts: list[Part]
     blocks: list[tuple[int, int, Blocks]]
+    open: npt.NDArray[np.int64]
+    keep: bool = False
 
     def __repr__(self) -> str:
         """Without the tokens, as above."""
@@ -87,6 +92,8 @@ class Batch(NamedTuple):
             self.wanted[order],
             [self.parts[i] for i in order],
             self.blocks,
+            self.open[order],
+            self.keep,
         )
 
 

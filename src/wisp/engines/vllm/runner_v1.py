@@ -3,6 +3,9 @@
 V1 keeps tokens, lengths and blocks of each sequence in arrays of its own, and makes a step's inputs of them, along with
 what its sampler, its drafts and recurrent layers need. Here a step's `Batch` has all of that already: the inputs are
 made in NumPy and written where V1's own method leaves them, and the rest is left out.
+
+V1's host memory is the same in each step, and copies from it may wait on the device for the step before. So V1 waits,
+before it prepares a step, for an event behind the copies of the last one (`synchronize_input_prep`).
 """
 
 from __future__ import annotations
@@ -21,10 +24,12 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from wisp.engines.vllm.parts import Batch
 from wisp.engines.vllm.worker import Hooks, Table, sampled_rows
 
+EVENT = "prepare_inputs_event"
+
 
 def hooks_in(runner: Any) -> HooksV1 | None:
     """Put them in; None for a runner that is not the one known, or splits sequences over devices."""
-    known = isinstance(runner, GPUModelRunner) and runner.dcp_world_size == 1
+    known = isinstance(runner, GPUModelRunner) and runner.dcp_world_size == 1 and hasattr(runner, EVENT)
     return HooksV1(runner) if known else None
 
 
@@ -36,6 +41,8 @@ class HooksV1(Hooks):
         super().__init__(runner, [Table(b.block_table.np.shape, b.block_size) for b in self._batches])
         self._determine: Callable[..., Any] = runner._determine_batch_execution_and_padding
         self._names = [str(slot) for slot in range(runner.input_batch.max_num_reqs)]
+        if runner.device.type == "cuda":
+            setattr(runner, EVENT, torch.cuda.Event())
         runner.input_batch.num_prompt_tokens[:] = 1  # whatever begins is a prompt, and nothing else
         runner._update_states = self.update_states
         runner._prepare_inputs = self.prepare_inputs
@@ -73,6 +80,7 @@ class HooksV1(Hooks):
         runner.query_start_loc.copy_to_gpu()
         runner.seq_lens.copy_(runner.optimistic_seq_lens_cpu, non_blocking=True)
         runner.input_ids.copy_to_gpu(total)
+        self.fill(runner.input_ids.gpu, begins)
         async_tensor_h2d(positions, out=runner.positions[:total])
         longest = int(ends.max())
         for table, own in zip(self._batches, self.tables, strict=True):
@@ -98,11 +106,7 @@ class HooksV1(Hooks):
         runner.kv_connector_output = None
         if state is None:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        output = self.choose(state.logits)
-        # A step that chose nothing has not waited for the device, whose copies of its inputs may not be made yet;
-        # the next step writes into the same memory.
-        runner._sync_device()
-        return output
+        return self.choose(state.logits)
 
 
 def _order(batch: Batch, threshold: int) -> npt.NDArray[np.int64] | None:

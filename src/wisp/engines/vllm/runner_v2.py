@@ -3,6 +3,7 @@
 V2 keeps tokens, drafts and lengths of each sequence on the device, and has Triton kernels make a step's inputs of them.
 Here a step's `Batch` has all of that already, on the host: the inputs are made in NumPy, and copied to where V2's
 kernels would have written them, so that CUDA graphs find them there. No kernel of V2's and none of its records is used.
+Each copy has host memory of its own, so that a step can be prepared while copies of the one before are still to come.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ class HooksV2(Hooks):
         lengths = np.zeros(self.runner.max_num_reqs, np.int32)
         lengths[:n] = batch.starts + batch.counts
         async_tensor_h2d(batch.tokens.astype(np.int32), out=buffers.input_ids[:total])
+        self.fill(buffers.input_ids, begins)
         async_tensor_h2d(self._positions, out=buffers.positions[:total])
         async_tensor_h2d(begins, out=buffers.query_start_loc)
         async_tensor_h2d(lengths, out=buffers.seq_lens)
@@ -174,10 +176,7 @@ class HooksV2(Hooks):
         if state is None:
             return EMPTY_MODEL_RUNNER_OUTPUT
         logits = runner.model.compute_logits(state.hidden_states[state.input_batch.logits_indices])
-        output = self.choose(logits)
-        if runner.device.type != "cpu":
-            torch.accelerator.synchronize()  # a step that chose nothing has not waited for the device
-        return output
+        return self.choose(logits)
 
 
 def _order(batch: Batch) -> npt.NDArray[np.int64] | None:

@@ -9,8 +9,7 @@ blocks.
     fits(sequence, end, firm)  are its blocks enough, with none to be hashed? Most steps stay in the blocks there are
     grow(sequence, ...)        blocks for more; False if there are none
     close(sequence)            give its blocks back; they stay in the prefix cache until someone needs the room
-    batch                      the next step's; the engine's own step is schedule -> workers -> update_from_output,
-                               which fills `chosen`
+    step(batch)                what the workers are told of a step
 """
 
 from __future__ import annotations
@@ -21,10 +20,9 @@ from typing import Any
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 
-from wisp.engines.vllm.parts import Batch, Blocks, Chosen
+from wisp.engines.vllm.parts import Batch, Blocks
 
 
 class Held:
@@ -61,16 +59,12 @@ class StepScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.hasher: Callable[[Request], list[Any]] | None = None
-        self.batch: Batch | None = None
-        self.chosen: list[Chosen] = []
         self.steps = 0
         self.rows = 0  # fed so far
         self._opened = 0
         self._sequences: set[Held] = set()
         self._names = [str(slot) for slot in range(self.max_num_running_reqs)]
         self._news: list[tuple[int, int, Blocks]] = []  # blocks that the workers are to be told of
-
-    # -- the target's side
 
     def open(self, slot: int, tokens: list[int], salt: str) -> tuple[Held, int]:
         """A new sequence that begins with `tokens`; how many of them the prefix cache holds (never all).
@@ -121,13 +115,13 @@ class StepScheduler(Scheduler):
         return True
 
     def close(self, sequence: Held) -> None:
-        """Give back its blocks. Not while it has a part in the next step."""
+        """Give back its blocks. Steps that have been launched may use them: what others write there comes later."""
         self._sequences.discard(sequence)
         self.kv_cache_manager.free(sequence.request)
 
     def reset(self) -> None:
         """Forget every sequence and the prefix cache: after a step that failed, blocks hold anything."""
-        self.batch, self._news = None, []
+        self._news = []
         for sequence in list(self._sequences):
             self.close(sequence)
         self.kv_cache_manager.reset_prefix_cache()
@@ -137,14 +131,8 @@ class StepScheduler(Scheduler):
         news, self._news = self._news, []
         return news
 
-    # -- the engine's side
-
-    def has_requests(self) -> bool:
-        return self.batch is not None
-
-    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        batch, self.batch = self.batch, None
-        assert batch is not None
+    def step(self, batch: Batch) -> SchedulerOutput:
+        """What the workers are told of a step."""
         self.steps += 1
         self.rows += len(batch.tokens)
         names = self._names
@@ -164,9 +152,3 @@ class StepScheduler(Scheduler):
         )
         output.wisp_batch = batch  # pickled along with the rest
         return output
-
-    def update_from_output(
-        self, scheduler_output: SchedulerOutput, model_runner_output: Any
-    ) -> dict[int, EngineCoreOutputs]:
-        self.chosen = model_runner_output.wisp_chosen
-        return {}

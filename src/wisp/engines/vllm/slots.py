@@ -20,24 +20,39 @@ from wisp.engines.slots import check_copy
 
 if TYPE_CHECKING:
     from wisp.engines.vllm.scheduler import Held, StepScheduler
+    from wisp.engines.vllm.stepping import Task
+
+NOTHING = (-2, 0)  # of `Slot.last`: no step has this number
 
 
 class Slot:
-    """`tokens` are held; the first `computed` of them have KV, in the blocks of `sequence` (None: no blocks).
+    """`tokens` are held; the first `computed` of them have KV, in the blocks of `sequence` (None: no blocks), or will
+    have it once all steps that were launched have run.
 
+    known:    so many of its tokens are decided; behind them is a draft, or what a step in flight chooses
+    life:     how often it was begun anew
+    newest:   the newest task that builds on what it holds, until its results are there
+    last:     (step, the last token that this step chose)
+    broken:   its last slice failed, and nothing was begun in it since
     anchor:   it can be cut back to here or further on; before that, blocks are shared or dropped
     salt:     sequences of one salt may share blocks
     used:     when it last took part, in steps
     sampling: the parameters that were last found to be in order
     """
 
-    __slots__ = ("anchor", "computed", "index", "salt", "sampling", "sequence", "tokens", "used")
+    __slots__ = (
+        "anchor", "broken", "computed", "index", "known", "last", "life", "newest", "salt", "sampling", "sequence",
+        "tokens", "used",
+    )  # fmt: skip
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.tokens: list[int] = []
         self.sequence: Held | None = None
-        self.computed = self.anchor = self.used = 0
+        self.computed = self.anchor = self.used = self.known = self.life = 0
+        self.newest: Task | None = None
+        self.last = NOTHING
+        self.broken = False
         self.salt = ""
         self.sampling: Sampling | None = None
 
@@ -50,15 +65,19 @@ class Slots:
         self.scheduler = scheduler
 
     def held(self, slot: int) -> int:
-        """Tokens that `slot` holds."""
-        return len(self.all[slot].tokens)
+        """Tokens that `slot` holds, whatever steps in flight say."""
+        return self.all[slot].known
+
+    def is_broken(self, slot: int) -> bool:
+        """See Slot."""
+        return 0 <= slot < len(self.all) and self.all[slot].broken
 
     def copy(self, copy: Copy) -> None:
         """`target` holds what `source` holds, up to `copy.tokens`; its blocks are looked up when it is next fed."""
         check_copy(copy, self.held, slots=len(self.all))
         source, target = self.all[copy.source], self.all[copy.target]
-        self.drop_blocks(target)
-        target.tokens, target.salt = source.tokens[: copy.tokens], source.salt
+        self.empty(target)
+        target.tokens, target.known, target.salt = source.tokens[: copy.tokens], copy.tokens, source.salt
 
     def begin(self, slot: Slot, firm: int) -> None:
         """A new sequence for what it holds, of which the first `firm` tokens are no guesses. What the prefix cache
@@ -71,7 +90,7 @@ class Slots:
         if tokens >= len(slot.tokens):
             return
         del slot.tokens[tokens:]
-        slot.computed = min(slot.computed, tokens)
+        slot.computed, slot.known = min(slot.computed, tokens), min(slot.known, tokens)
         if slot.sequence is None:
             return
         if tokens < slot.anchor:
@@ -98,10 +117,13 @@ class Slots:
     def empty(self, slot: Slot) -> None:
         """It holds nothing."""
         self.drop_blocks(slot)
-        slot.tokens = []
+        slot.tokens, slot.known, slot.newest, slot.last = [], 0, None, NOTHING
+        slot.broken = False
+        slot.life += 1
 
     def clear(self) -> None:
         """None holds anything, and the prefix cache is empty."""
         self.scheduler.reset()
         for slot in self.all:
-            slot.tokens, slot.sequence, slot.computed, slot.anchor = [], None, 0, 0
+            slot.sequence = None
+            self.empty(slot)

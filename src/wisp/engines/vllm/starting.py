@@ -11,6 +11,7 @@ import gc
 import importlib.metadata
 import logging
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,6 +21,7 @@ from packaging.version import Version
 from wisp.core.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
+    from wisp.engines.vllm.parts import Chosen
     from wisp.engines.vllm.scheduler import StepScheduler
 
 log = logging.getLogger("wisp.vllm")
@@ -147,8 +149,18 @@ class Started:
         whole = (blocks - config.scheduler_config.max_num_seqs) * self.scheduler.block_size
         return int(max(whole, config.model_config.max_model_len))
 
-    def step(self) -> None:
-        self.core.step()
+    def launch(self, told: Any) -> Callable[[], list[Chosen]]:
+        """Let the workers begin with a step of which they are `told`. Returns a function that waits for its answers."""
+        executor = self.core.model_executor
+        run = executor.execute_model(told, non_block=True)
+        chosen = executor.sample_tokens(None, non_block=True)
+
+        def answers() -> list[Chosen]:
+            run.result()
+            found: list[Chosen] = chosen.result().wisp_chosen
+            return found
+
+        return answers
 
     def close(self) -> None:
         """End the workers and free the model."""

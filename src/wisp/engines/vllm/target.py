@@ -2,6 +2,7 @@
 
     slots.py     what slots hold, and which of it has KV
     stepping.py  slices become steps of vLLM, mostly one
+    queue.py     a step is launched while the one before it runs
 
 vLLM wants all of its calls from the thread that loaded it, so it has a thread of its own.
 """
@@ -24,6 +25,8 @@ from wisp.engines.identity import engine_digest, folder_digest
 from wisp.engines.in_order import OneAtATime
 from wisp.engines.vllm import selftest
 from wisp.engines.vllm.models import fetched
+from wisp.engines.vllm.parts import Chosen
+from wisp.engines.vllm.queue import DEAD, VllmQueue, failure
 from wisp.engines.vllm.slots import Slots
 from wisp.engines.vllm.starting import RUNNERS, Started, Wanted
 from wisp.engines.vllm.stepping import Steps, Task
@@ -56,7 +59,9 @@ class VllmTarget:
             raise
         try:
             self._slots = Slots(wanted.slots, self._started.scheduler)
-            self._steps = Steps(self._started, self._slots, wanted.slot_tokens, self.constraints)
+            self._steps = Steps(
+                self._started, self._slots, wanted.slot_tokens, self.constraints, self._launch
+            )
             self._info = self._describe(name, frozenset(eos))
             self._info = msgspec.structs.replace(self._info, flip_gap=selftest.check(self))
             if wanted.exact:
@@ -93,8 +98,11 @@ class VllmTarget:
         return [(t.result(), t.chosen.logits if t.chosen else None) for t in tasks]
 
     def queue(self, depth: int) -> StepQueue:
-        """Steps run one at a time."""
-        return OneAtATime(self, depth)
+        """Of a depth above 1: a step is launched while the one before it runs. No other calls meanwhile."""
+        if depth == 1:
+            return OneAtATime(self)
+        own = None if self._started.device == "cpu" else self
+        return VllmQueue(self._steps, self._slots, depth, lambda: self._started.dead, own)
 
     def copy(self, copy: Copy) -> None:
         """`target` holds what `source` holds, up to `copy.tokens`; its blocks are looked up when it is next fed."""
@@ -128,6 +136,17 @@ class VllmTarget:
             return function()
         return self._thread.submit(function).result()
 
+    def _launch(self, told: Any) -> Callable[[], list[Chosen]]:
+        """See Started.launch. From another thread it waits for nothing."""
+        if threading.current_thread() is self._own:
+            return self._started.launch(told)
+        launched = self._thread.submit(self._started.launch, told)
+
+        def answers() -> list[Chosen]:
+            return launched.result()()
+
+        return answers
+
     def _tasks(self, batch: Sequence[Slice], *, observed: bool) -> list[Task]:
         try:
             return self._steps.run(batch, observed=observed)
@@ -136,11 +155,11 @@ class VllmTarget:
         except Exception as error:
             self._require_life()
             self._slots.clear()
-            raise EngineError(f"vLLM failed: {str(error).strip() or repr(error)}") from error
+            raise failure(error) from error
 
     def _require_life(self) -> None:
         if self._started.dead:
-            raise EngineDeadError("a worker process of vLLM has died; start the verifier again")
+            raise EngineDeadError(DEAD)
 
     def _describe(self, name: str, eos: frozenset[int]) -> EngineInfo:
         started = self._started

@@ -7,6 +7,9 @@
     what is chosen `core.protocol.sampling` at each of these rows, up to the first that disagrees with the draft:
                    the same rule as everywhere in WISP, so the text depends on target, prompt, parameters and seed alone
 
+A step is launched, and its answers come back when somebody asks for them: meanwhile the next one may be launched. The
+token that it needs of this one stays on the device, in `Hooks.last`.
+
 vLLM's own sampler, rejection sampler and proposers are never called. Where the three places are in each version of the
 model runner is in `runner_v1.py` and `runner_v2.py`.
 """
@@ -15,13 +18,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from wisp.engines.vllm.choosing import choose
 from wisp.engines.vllm.parts import Batch, Chosen
@@ -61,11 +65,14 @@ class Hooks(ABC):
     batch:  of the step at hand, in the order in which the attention wants it
     order:  of that batch in the one that was given, None: the same
     tables: of each group of layers
+    last:   on the device, int64 [slots]: the first token that was chosen for each slot, in the last step that chose one
+            for it and was to `keep` it
     graphs: steps so far by the mode of their CUDA graph
     """
 
     def __init__(self, runner: Any, tables: list[Table]) -> None:
         self.runner = runner
+        self.last = torch.zeros(len(tables[0].all), dtype=torch.int64, device=runner.device)
         self.batch: Batch | None = None
         self.order: npt.NDArray[np.int64] | None = None
         self.tables = tables
@@ -91,17 +98,71 @@ class Hooks(ABC):
         self.batch = batch if order is None else batch.ordered(order)
         return self.batch
 
-    def choose(self, logits: torch.Tensor | None) -> ModelRunnerOutput:
+    def fill(self, tokens: torch.Tensor, begins: npt.NDArray[Any]) -> None:
+        """Put what the step before has chosen among this step's tokens; a sequence's are there from `begins` on."""
+        batch = self.batch
+        assert batch is not None
+        some = np.flatnonzero(batch.open >= 0)
+        if some.size:
+            at, of = self._there(begins[some] + batch.open[some], batch.slots[some])
+            tokens[at] = self.last[of].to(tokens.dtype)
+
+    def choose(self, logits: torch.Tensor | None) -> Answers:
         """The target's choices along each part, in the order in which they were given."""
-        assert self.batch is not None
+        batch, order = self.batch, self.order
+        assert batch is not None
+        if logits is None:  # another rank has them, and this one's answers are not read
+            if batch.keep:
+                raise RuntimeError("a worker is not given the logits, and cannot have two steps in flight")
+            return Answers(list, self.mark())
+        choice = choose(logits, batch.parts, here=logits.device.type == "cpu")
+        if batch.keep:
+            # Of logits that are not finite the token may be none, and nobody is told what comes of it.
+            self._keep(batch, choice.tokens.clamp(0, logits.shape[1] - 1))
+        if order is None:
+            return Answers(choice.chosen, self.mark())
+        back = np.argsort(order)
+
+        def ordered() -> list[Chosen]:
+            chosen = choice.chosen()
+            return [chosen[i] for i in back]
+
+        return Answers(ordered, self.mark())
+
+    def _keep(self, batch: Batch, tokens: torch.Tensor) -> None:
+        """The first of each part; `tokens` has one for each row."""
+        some = np.flatnonzero(batch.wanted)
+        if some.size:
+            of, at = self._there(batch.slots[some], (np.cumsum(batch.wanted) - batch.wanted)[some])
+            self.last[of] = tokens[at].to(torch.int64)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """What to wait for until the device has done all that it was told so far; None where that is the case now."""
+        device = self.runner.device
+        if device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            return event
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        return None
+
+    def _there(self, *rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        return async_tensor_h2d(np.stack(rows), device=self.runner.device)
+
+
+class Answers(AsyncModelRunnerOutput):
+    """A step's answers: `chosen` tells them once the device is `done`."""
+
+    def __init__(self, chosen: Callable[[], list[Chosen]], done: torch.cuda.Event | None) -> None:
+        self._chosen, self._done = chosen, done
+
+    def get_output(self) -> ModelRunnerOutput:
+        """Waits for them, in any thread."""
+        if self._done is not None:
+            self._done.synchronize()
         output = ModelRunnerOutput([], {})
-        # Where only one rank is given the logits, the others' answers are not read.
-        chosen: list[Chosen] = []
-        if logits is not None:
-            chosen = choose(logits, self.batch.parts, here=logits.device.type == "cpu")
-            if self.order is not None:
-                chosen = [chosen[i] for i in np.argsort(self.order)]
-        output.wisp_chosen = chosen
+        output.wisp_chosen = self._chosen()
         return output
 
 
