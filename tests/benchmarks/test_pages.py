@@ -39,7 +39,10 @@ def test_a_quick_run_says_so() -> None:
         "cells": [],
     }
     page = render("regimes", data, {"more": 0, "fewer": 0, "map": table(("a", "b"), [("1", "2")])})
-    assert "**A quick run: short windows, few requests, in most pages few cells. A single figure means little.**" in page
+    assert (
+        "**A quick run: short windows, few requests, in most pages few cells. A single figure means little.**"
+        in page
+    )
     assert page.endswith("\n\n| a | b |\n|---|---|\n| 1 | 2 |\n")
 
 
