@@ -702,10 +702,10 @@ async def _play(url: str, traces: Path, meanwhile: Callable[[], None], window_s:
 def all_right(runs: list[Report]) -> bool:
     """Every device got every token, and each the target's own."""
     found = [(f.mismatches, f.failed, f.refused, f.unfinished) for f in runs]
-    # How many answers fall into the windows is up to the machine.
-    enough = sum(f.completed for f in runs) == sum(f.arrived for f in runs) >= len(runs)
     assert found == [(0, 0, 0, 0)] * len(runs)  # says which
-    return enough
+    # How many answers fall into the windows, if any, is up to the machine; tokens are checked outside of them, too.
+    assert [f.completed for f in runs] == [f.arrived for f in runs]
+    return sum(f.tokens_checked for f in runs) > 0
 
 
 def test_a_fleet_of_devices_outlives_a_replica(fleet: Fleet, recorded: Path) -> None:
