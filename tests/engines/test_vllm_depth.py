@@ -375,10 +375,8 @@ def test_slices_after_a_failed_slice_fail_alone(engine: Any) -> None:
 
 def test_a_token_enters_the_prefix_cache_once_it_is_decided(engine: Any) -> None:
     """Not as what is there in its place before: blocks are found by their tokens."""
-    queue, prompt = (
-        engine.queue(2),
-        [i % 256 for i in range(31)],
-    )  # with the first of its answer a block is full
+    queue = engine.queue(2)
+    prompt = [i % 256 for i in range(31)]  # with the first of its answer a block is full
     said = reference(prompt, GREEDY, 4)
     queue.submit(Run([], [Slice(1, 0, 0, prompt)], 1))
     for step in (2, 3, 4):
