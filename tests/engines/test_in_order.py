@@ -6,16 +6,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from slices import PROMPT, SAMPLING, check_slices_after_a_failed_slice_fail_alone, first, follower
 from wisp.core.errors import EngineError
-from wisp.core.protocol.sampling import Sampling
-from wisp.core.protocol.step import Copy, Slice, SliceResult
+from wisp.core.protocol.step import Slice, SliceResult
 from wisp.core.verify.events import Run
 from wisp.engines.base import StepQueue
 from wisp.engines.emulated import EmulatedTarget, VirtualClock, hardware
 from wisp.engines.in_order import GONE, LOST, OneAtATime
 
-PROMPT = [5, 6, 7]
-SAMPLING = Sampling(seed=3)
 Make = Callable[[EmulatedTarget, VirtualClock], StepQueue]
 
 
@@ -29,15 +27,6 @@ def one_at_a_time(engine: EmulatedTarget, clock: VirtualClock) -> StepQueue:
 
 def device(engine: EmulatedTarget, clock: VirtualClock) -> StepQueue:
     return engine.queue(2)
-
-
-def first(slot: int = 0, tokens: list[int] = PROMPT, start: int = 0) -> Slice:
-    return Slice(slot, slot, start, tokens, sampling=SAMPLING)
-
-
-def follower(step: int, position: int, slot: int = 0) -> Slice:
-    start = len(PROMPT) + position - 1
-    return Slice(slot, slot, start, [0], 0, True, position, SAMPLING, after=step)
 
 
 @pytest.fixture
@@ -79,18 +68,7 @@ def test_a_failed_step_takes_along_those_planned_before_it_was_known(make: Make,
 
 @pytest.mark.parametrize("make", [one_at_a_time, device])
 def test_slices_after_a_failed_slice_fail_alone(make: Make, clock: VirtualClock) -> None:
-    queue = make(target(clock), clock)
-    queue.submit(Run([], [first(0, start=9), first(1)], 1))  # nothing to start from
-    copied = Slice(2, 2, 3, [8], 0, True, 1, SAMPLING)
-    queue.submit(Run([Copy(0, 2, 3)], [follower(1, 1, 0), follower(1, 1, 1), copied], 2))
-    failed, fine = queue.collect().results
-    assert "holds 0 tokens" in failed.error
-    assert not fine.error
-    gone, goes_on, gone_too = queue.collect().results
-    assert gone.error == gone_too.error == GONE
-    assert goes_on.tokens
-    queue.submit(Run([], [first(0), first(2)], 3))  # both slots are begun anew
-    assert not any(r.error for r in queue.collect().results)
+    check_slices_after_a_failed_slice_fail_alone(make(target(clock), clock))
 
 
 @pytest.mark.parametrize("make", [one_at_a_time, device])

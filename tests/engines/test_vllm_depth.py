@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from slices import PROMPT, SAMPLING
+from slices import PROMPT, SAMPLING, check_slices_after_a_failed_slice_fail_alone, first, follower
 from vllm_rig import BLOCK_BYTES, GREEDY, Device, engine_of, prompts, reference, steps_of, with_vllm
 from wisp.core.errors import EngineError, StepLostError
 from wisp.core.protocol.messages import Cancel, Draft, Open, Verdict
@@ -322,14 +322,6 @@ def test_each_of_two_workers_keeps_what_was_chosen(hf_folder: Path, monkeypatch:
         queue.collect()
 
 
-def first(slot: int = 0, tokens: list[int] = PROMPT, start: int = 0) -> Slice:
-    return Slice(slot, slot, start, tokens, sampling=SAMPLING)
-
-
-def follower(step: int, position: int, slot: int = 0) -> Slice:
-    return Slice(slot, slot, len(PROMPT) + position - 1, [0], 0, True, position, SAMPLING, after=step)
-
-
 def test_a_token_that_came_back_in_time_is_taken_from_the_host(engine: Any) -> None:
     queue, said = engine.queue(2), reference(PROMPT, SAMPLING, 3)
     queue.submit(Run([], [first()], 1))
@@ -359,18 +351,7 @@ def test_what_is_not_decided_is_not_built_on(engine: Any) -> None:
 
 
 def test_slices_after_a_failed_slice_fail_alone(engine: Any) -> None:
-    queue = engine.queue(2)
-    queue.submit(Run([], [first(0, start=9), first(1)], 1))  # nothing to start from
-    copied = Slice(2, 2, 3, [8], 0, True, 1, SAMPLING)
-    queue.submit(Run([Copy(0, 2, 3)], [follower(1, 1, 0), follower(1, 1, 1), copied], 2))
-    failed, fine = queue.collect().results
-    assert "holds 0 tokens" in failed.error
-    assert not fine.error
-    gone, goes_on, gone_too = queue.collect().results
-    assert gone.error == gone_too.error == GONE
-    assert goes_on.tokens
-    queue.submit(Run([], [first(0), first(2)], 3))  # both slots are begun anew
-    assert not any(r.error for r in queue.collect().results)
+    check_slices_after_a_failed_slice_fail_alone(engine.queue(2))
 
 
 def test_a_token_enters_the_prefix_cache_once_it_is_decided(engine: Any) -> None:
