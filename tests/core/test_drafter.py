@@ -421,6 +421,23 @@ def test_unasked_verdicts_measure_the_way_back() -> None:
     assert made.times.serve_ms == pytest.approx(20.0)
 
 
+def test_an_edge_that_takes_drafts_for_dear_learns_from_tokens_that_came_without() -> None:
+    """It sends nothing, the verifier decodes for it in the step that is running, and its empty draft comes too late."""
+    made = drafter(Fixed(0), max_tokens=100)
+    made.connected(0.0, 16)
+    for i in range(10):
+        made.times.verify.add(i % 2 * 3, 100.0 + i % 2 * 90.0)
+        made.times.wait.add(0.0)
+    assert made.times.verify.slope > 20.0
+    draft = only_draft(made.verdict(100.0, Verdict("s", 0, 0, 0, [10])))
+    for i in range(60):
+        now, token = 200.0 + 100.0 * i, [11 + i]
+        made.verdict(now, Verdict("s", draft.round - 1, draft.base, 0, token, engine_ms=100.0 + i % 4 * 60))
+        draft = only_draft(made.verdict(now, Verdict("s", draft.round, draft.base, 0, token)))
+    assert made.times.verify.slope < 3.0
+    assert made.times.wait.value == pytest.approx(100.0, rel=0.01)
+
+
 def served_then_drafting() -> Drafter:
     policy = Scripted(2)
     policy.serving = True

@@ -253,6 +253,8 @@ class Drafter:
             rounds.began_ms = now_ms
         elif not rounds.serve:
             rounds.unasked += len(new)
+            if new:
+                self.times.verify.add(0.0, verdict.engine_ms)  # a step without a draft of ours
         if new:
             self.opening.reopened = 0
             self.committed += new
@@ -462,6 +464,8 @@ class Drafter:
             waited = arrived_ms - flight.sent_ms if flight.alone else None
             if new:
                 times.verdict(drafted, waited, verdict.queue_ms, verdict.engine_ms)
+            elif waited is not None:
+                times.wait.add(waited)  # the verifier has decoded all of it by itself
             times.round(drafted, len(new) + rounds.unasked, now_ms - rounds.began_ms)
         rounds.unasked = 0
         agreed = chain.agreed(new)

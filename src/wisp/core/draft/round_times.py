@@ -9,6 +9,7 @@ TYPICAL = 0.8  # acceptance, before anything is known of it
 # Share of corrections that are the drafter's second choice, before any was seen: 0.51 of 643.
 LIKELY = 0.5
 LEAST_MS = 1e-3  # the shortest time of a round
+SURE = 4.0  # a slope counts from two standard errors on, whose square is so many variances
 SAME = 1e-3  # relative difference up to which two times of a draft step count as the same
 
 
@@ -55,14 +56,15 @@ class Mean:
 
 
 class Line:
-    """y = a + b x by exponentially weighted least squares, b never negative."""
+    """y = a + b x by exponentially weighted least squares. b is never negative, and 0 where it may be chance: steps take
+    longer for others' prompts, too, and an edge that takes this for the cost of its drafts would stop drafting."""
 
-    __slots__ = ("forgetting", "n", "slope", "x", "xx", "xy", "y")
+    __slots__ = ("forgetting", "n", "slope", "x", "xx", "xy", "y", "yy")
 
     def __init__(self, forgetting: float = 0.97) -> None:
         self.forgetting = forgetting
-        self.n = self.x = self.y = self.xx = self.xy = 0.0
-        self.slope = 0.0  # b, shrunk towards 0 while the x seen so far hardly differ
+        self.n = self.x = self.y = self.xx = self.xy = self.yy = 0.0
+        self.slope = 0.0  # b, less what may be chance
 
     def add(self, x: float, y: float) -> None:
         f = self.forgetting
@@ -71,12 +73,19 @@ class Line:
         self.y = sy = f * self.y + y
         self.xx = xx = f * self.xx + x * x
         self.xy = xy = f * self.xy + x * y
-        self.slope = max(0.0, (xy - sx * sy / n) / (xx - sx * sx / n + 1.0))
+        self.yy = yy = f * self.yy + y * y
+        self.slope = 0.0
+        rising = xy - sx * sy / n
+        if rising > 0.0 and n > 3.0:  # fewer points always lie near some line
+            spread = xx - sx * sx / n + 1.0
+            b = rising / spread
+            variance = max(0.0, yy - sy * sy / n - b * rising) / ((n - 3.0) * spread)  # of b
+            self.slope = max(0.0, b - SURE * variance / b)
 
     def copy(self) -> Line:
         other = Line(self.forgetting)
-        other.n, other.x, other.y, other.xx, other.xy = self.n, self.x, self.y, self.xx, self.xy
-        other.slope = self.slope
+        other.n, other.x, other.y = self.n, self.x, self.y
+        other.xx, other.xy, other.yy, other.slope = self.xx, self.xy, self.yy, self.slope
         return other
 
     @property
