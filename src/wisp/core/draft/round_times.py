@@ -56,8 +56,8 @@ class Mean:
 
 
 class Line:
-    """y = a + b x by exponentially weighted least squares. b is never negative, and 0 where it may be chance: steps take
-    longer for others' prompts, too, and an edge that takes this for the cost of its drafts would stop drafting."""
+    """y = a + b x by exponentially weighted least squares. b is never negative, and 0 where it may be chance: steps are
+    long for others' prompts, too, and an edge that takes this for the cost of its drafts would stop drafting."""
 
     __slots__ = ("forgetting", "n", "slope", "x", "xx", "xy", "y", "yy")
 
