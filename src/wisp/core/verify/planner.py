@@ -125,7 +125,12 @@ class Planner:
     def _give_up(self, now: float, candidates: list[Candidate]) -> None:
         """Sessions whose SLO is missed whatever happens, with or without KV, are due at half their pace from now on."""
         index = self.index
-        late = [index.sessions[c.session] for c in candidates if now > c.due]
+        # No closer look at those that are late by less than all of their remaining tokens take.
+        late = [
+            index.sessions[c.session]
+            for c in candidates
+            if now - c.due > 0.0 and (c.first or now - c.due > (c.remaining - 1) * c.tpot_s)
+        ]
         late += [s for s in index.ready.values() if s.slot is None and now > s.due]
         for s in late:
             if s.targets.hopeless(now, s.progress.committed, s.remaining):
