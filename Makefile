@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-choice test-clients test-replicas test-prometheus test-wheel test-deploy \
+.PHONY: setup demo test test-all coverage test-busy test-ui test-vllm test-vllm-next test-choice test-clients test-replicas test-prometheus test-wheel test-deploy \
 	check format lock check-lossless docs clean fuzz soak mutants audit \
 	bench bench-suite bench-constraints bench-overhead bench-policy bench-constants bench-simulator bench-drafting bench-history bench-vllm bench-ahead bench-step bench-depth bench-overlap bench-logprobs
 
@@ -85,6 +85,20 @@ test-vllm: $(VLLM)/.ready  ## the vLLM engine on the CPU: its own tests, its ker
 		tests/engines/test_vllm_not_finite.py tests/engines/test_vllm_depth.py
 	TRITON_INTERPRET=1 $(WITH_VLLM) -m pytest tests/engines/test_vllm_fused.py tests/engines/test_vllm_runner_v2.py
 	WISP_TEST_ENGINE=vllm $(WITH_VLLM) -m pytest -m "not modelless and not extended and not prometheus" tests/system --ignore tests/system/test_replicas.py
+
+NEXT := $(VLLM)/next
+$(NEXT)/.ready: $(VLLM)/.ready requirements/vllm-next.txt tools/vllm_next.py
+	rm -rf $(NEXT) build/vllm-next
+	$(VLLM)/bin/pip download --quiet --disable-pip-version-check --no-deps --require-hashes --dest build/vllm-next -r requirements/vllm-next.txt
+	$(VLLM)/bin/python -m tools.vllm_next build/vllm-next $(NEXT)
+	rm -r build/vllm-next
+	@touch $@
+
+test-vllm-next: $(NEXT)/.ready  ## the vLLM engine on the next vLLM: its Python over the CPU build's compiled parts, on both runners
+	for runner in v1 v2; do \
+		PYTHONPATH=$(CURDIR)/$(NEXT) WISP_TEST_RUNNER=$$runner $(WITH_VLLM) -m pytest tests/engines/test_vllm_target.py \
+			tests/engines/test_vllm_fleet.py tests/engines/test_vllm_not_finite.py tests/engines/test_vllm_depth.py || exit 1; \
+	done
 
 test-choice: $(VLLM)/.ready  ## the kernels that choose tokens on a GPU: a hundred thousand rows in Triton's interpreter, and built for a GPU; goes on where it stopped
 	mkdir -p build

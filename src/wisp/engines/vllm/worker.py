@@ -165,6 +165,9 @@ class Answers(AsyncModelRunnerOutput):
         output.wisp_chosen = self._chosen()
         return output
 
+    def get_kv_connector_output(self) -> None:
+        """There is no connector; vLLM 0.33 asks."""
+
 
 class Table:
     """The blocks of every slot, of one group of layers: int32 [slots, blocks of the longest sequence]."""
