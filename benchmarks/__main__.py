@@ -179,13 +179,14 @@ def suite(
     out: Annotated[
         Path, typer.Option(help="Folder for page and figures; goes on with the figures there.")
     ] = Path("docs/results"),
+    systems: Annotated[str, typer.Option(help="By comma; default: those of `wisp sim compare`.")] = "",
     jobs: Jobs = 2,
     json: Json = False,
 ) -> None:
     """All systems over the suite of scenarios that ships: `wisp sim compare`, as a page. Takes hours."""
     from benchmarks.suite import run_suite
 
-    run_suite(out, quick=quick, jobs=jobs, as_json=json)
+    run_suite(out, quick=quick, systems=systems, jobs=jobs, as_json=json)
 
 
 @app.command()

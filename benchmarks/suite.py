@@ -23,14 +23,16 @@ from wisp.sim.report_table import number
 from wisp.sim.scenario import Scenario
 
 
-def run_suite(out: Path, *, quick: bool, jobs: int, as_json: bool) -> None:
-    """Compare, going on with what is there, and write figures and page into the folder `out`. Raises ConfigError."""
+def run_suite(out: Path, *, quick: bool, systems: str = "", jobs: int, as_json: bool) -> None:
+    """Compare, going on with what is there, and write figures and page into the folder `out`. systems: by comma; "" for
+    the usual ones. Raises ConfigError."""
     path = out / "suite.json"
     writable(path)
-    systems = specs_of(QUICK_SYSTEMS if quick else SYSTEMS)
-    found = compare(load_suite(), systems, quick=quick, out=path, jobs=jobs)
+    specs = specs_of(systems or (QUICK_SYSTEMS if quick else SYSTEMS))
+    found = compare(load_suite(), specs, quick=quick, out=path, jobs=jobs)
+    chosen = f" --systems {systems}" if systems else ""
     head = {
-        "command": f"python -m benchmarks suite{' --quick' if quick else ''}",
+        "command": f"python -m benchmarks suite{' --quick' if quick else ''}{chosen}",
         "date": datetime.date.today().isoformat(),
     }
     text = as_text(head | msgspec.to_builtins(found))
