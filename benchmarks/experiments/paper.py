@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 from unittest.mock import patch
 
 import msgspec
@@ -192,7 +193,9 @@ def _padded(job: Job) -> Report:
         """The profile; `load` is that of the step under way, padded."""
 
         load = Load()
-        noisy = profile.noisy
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(profile, name)
 
         def step_ms(self, load: Load) -> float:
             return profile.step_ms(self.load)

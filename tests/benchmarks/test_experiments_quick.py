@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks.experiments import EXPERIMENTS, run_experiments, table
+from benchmarks.experiments import EXPERIMENTS, paper, run_experiments, table
 from benchmarks.experiments.bursts import spikes
 from benchmarks.pages import render
 from wisp.core.errors import ConfigError
@@ -99,6 +99,17 @@ def test_an_unknown_experiment_is_refused_before_any_is_run(tmp_path: Path) -> N
 
 def test_the_spikes_of_the_shipped_scenario() -> None:
     assert [n for _, _, n in spikes(load_scenario("bursts"))] == [110, 155, 215]
+
+
+def test_padded_steps_take_longer() -> None:
+    setup = paper.Setup("", "sled,drafting=fixed:4")
+    small = load_scenario("a100-qwen3-32b").at_rate(8.0).with_devices(8).brief(2.0, 10.0, 20.0)
+    reports = []
+    for padded in (False, True):
+        here = paper._Here(msgspec.structs.replace(setup, padded=padded))
+        reports += here.reports([Job(small, system(setup.spec), 1)])
+    plain, longest = (report.tpot_ms.median or 0.0 for report in reports)
+    assert longest > plain > 0.0
 
 
 def test_the_papers_wisp_row_is_predicted_from_its_centralised_row() -> None:
