@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -11,7 +14,8 @@ from wisp.core.protocol.messages import Draft, Open, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
 from wisp.core.protocol.step import Slice, TokenLogprob
-from wisp.core.verify.planner import candidate_of
+from wisp.core.verify.index import SessionIndex
+from wisp.core.verify.planner import Planner, candidate_of
 from wisp.core.verify.progress import Progress
 from wisp.core.verify.rounds import Pending
 from wisp.core.verify.session import Flight, Session, Speed, expected
@@ -65,6 +69,30 @@ def test_a_lost_first_token_hurries_no_answer_that_has_no_pace() -> None:
     assert 11.5 < only_first.due(0) < math.inf
     only_first.first_at = 12.0
     assert only_first.due(1) == math.inf
+
+
+def test_all_that_are_hopeless_are_given_up_and_no_others() -> None:
+    """The planner looks closer at some of those that are late only."""
+    source, given_up = random.Random(1), 0
+    for handle in range(2000):
+        slo = Slo(source.choice([0.0, 500.0]), source.choice([0.0, 100.0]))
+        open_ = Open("s", 0, [1] * 3, Sampling(), source.choice([5, 100]), round=0, slo=slo)
+        session, index = Session(handle, "", 1, open_, 10.0), SessionIndex()
+        session.state = State.READY
+        session.slot = source.choice([None, 0])
+        if source.random() < 0.7:
+            session.targets.first_at = 10.0 + source.uniform(0.0, 0.5)
+            session.progress.append([7] * source.randint(1, session.params.max_tokens - 1), [])
+        index.sessions[handle] = session
+        index.put(session)
+        now = 10.0 + source.uniform(0.0, 1.3 * max(1.0, 0.1 * session.params.max_tokens))
+        hopeless = session.targets.hopeless(now, session.progress.committed, session.remaining)
+        planner = cast(Planner, SimpleNamespace(index=index))
+        candidates = [candidate_of(session)] if session.slot is not None else []
+        Planner._give_up(planner, now, candidates)
+        assert session.targets.slo_lost == hopeless
+        given_up += hopeless
+    assert 100 < given_up < 1900
 
 
 def test_without_a_target_nothing_is_hopeless() -> None:

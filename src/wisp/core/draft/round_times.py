@@ -9,7 +9,7 @@ TYPICAL = 0.8  # acceptance, before anything is known of it
 # Share of corrections that are the drafter's second choice, before any was seen: 0.51 of 643.
 LIKELY = 0.5
 LEAST_MS = 1e-3  # the shortest time of a round
-SURE = 4.0  # a slope counts from two standard errors on, whose square is so many variances
+SURE = 4.0  # squared standard errors from which on a slope counts
 SAME = 1e-3  # relative difference up to which two times of a draft step count as the same
 
 
