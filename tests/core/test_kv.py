@@ -293,7 +293,7 @@ def test_kv_that_just_suffices_costs_nobody_anything() -> None:
 def test_the_slot_used_longest_ago_is_taken_first() -> None:
     pool = Pool(2, 100, 200)
     first, second = held(pool, 1, [1] * 9, 0.0), held(pool, 2, [2] * 9, 1.0)
-    pool.touch(2.0, first)
+    pool.grow(2.0, first, [])
     taken = pool.acquire(3.0, 3, "", [3, 3], lambda session: True)
     assert taken is not None
     assert (taken.slot, taken.evicted) == (second, 2)

@@ -26,18 +26,17 @@ class SessionIndex:
         elif state is PARKED:
             bucket = self.parked
         s.candidate = None
-        if bucket is not s.bucket:
-            self._take_out(s)
+        before = s.bucket
+        if bucket is not before:
+            if before is not None:
+                del before[s.handle]
             if bucket is not None:
                 bucket[s.handle] = s
             s.bucket = bucket
 
     def remove(self, s: Session) -> None:
         """The session has ended."""
-        self._take_out(s)
-        s.bucket = None
-        del self.sessions[s.handle]
-
-    def _take_out(self, s: Session) -> None:
         if s.bucket is not None:
             del s.bucket[s.handle]
+            s.bucket = None
+        del self.sessions[s.handle]

@@ -173,9 +173,6 @@ class KvPool:
             self.held += len(tokens)
             held.tokens += tokens
 
-    def touch(self, now: float, slot: int) -> None:
-        self.slots[slot].used = now
-
     def release(self, slot: int, *, keep: bool) -> None:
         """The owner has ended. `keep`: keep the tokens for a follow-up turn."""
         free = self.slots[slot]

@@ -25,7 +25,7 @@ from wisp.core.verify.own_drafts import OwnDrafts
 from wisp.core.verify.places import is_silent
 from wisp.core.verify.preemption import Claims, is_urgent, residents, slot_victims
 from wisp.core.verify.session import Session, expected
-from wisp.core.verify.states import DRAFT, PICKED, WAITING
+from wisp.core.verify.states import PICKED, WAITING
 
 PREFILL, VERIFY, DECODE = Kind
 PATIENCE_S = 1.0  # a session without SLO queues for a slot as if it were due this long after it became ready
@@ -96,7 +96,7 @@ class Planner:
         self._make_room(sum([g.tokens for g in grants]))
         if not grants:
             return None, plan.wake_at
-        slices = [self._slice(now, grant) for grant in grants]
+        slices = [self._slice(grant) for grant in grants]
         self.load = load_of(slices)
         copies, self._copies = self._copies, []
         return Run(copies, slices, self.in_flight.number, self.in_flight.epoch), None
@@ -311,28 +311,25 @@ class Planner:
 
     # --- slices
 
-    def _slice(self, now: float, grant: Grant) -> Slice:
+    def _slice(self, grant: Grant) -> Slice:
         """A session's share of the step: the next tokens of its chain and, if they reach its end, the draft."""
         s = self.index.sessions[grant.session]
         slot, chain, flight = s.slot, s.progress.chain, s.flight
         assert slot is not None
-        if s.state is WAITING:  # decode for an edge that is still drafting
-            s.go(DRAFT)
         s.go(PICKED)
         self.index.put(s)
-        self.kv.touch(now, slot)
         start, after, own = s.cached + flight.kv, -1, None
         position = len(chain) - s.progress.n_prompt + flight.tokens
         if flight.tokens:  # decode after a token that is still to be chosen
             tokens, n_draft, last, after = [0], 0, True, flight.step
         else:
-            tokens, n_draft, round_ = chain[start : start + grant.tokens].tolist(), 0, s.round
+            tokens, n_draft = chain[start : start + grant.tokens].tolist(), 0
             last = start + len(tokens) == len(chain)
-            if last:
-                own = round_.own
-                draft = own.tokens if own is not None else round_.pending.draft if round_.pending else []
-                draft = draft[: grant.tokens - len(tokens)]
-                tokens, n_draft = tokens + draft, len(draft)
+            if last and (room := grant.tokens - len(tokens)):
+                own, pending = s.round.own, s.round.pending
+                draft = (own.tokens if own is not None else pending.draft if pending else [])[:room]
+                tokens += draft
+                n_draft = len(draft)
         sampling, constraints = s.params.sampling, s.params.sampling.constraints
         past: list[int] = []
         if constraints is not None and last and constraints.choosing:

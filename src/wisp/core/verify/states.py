@@ -1,6 +1,7 @@
 """The states of a session on the verifier, and the transitions between them: a table.
 
     READY --picked--> RUNNING --verdict--> WAITING --draft--> READY ...
+                              |                    `-picked-> RUNNING  (decoded while its edge drafts)
                               `--more----> READY   (rest of a prompt, server mode, a draft already here)
 
 READY means "can run"; a READY session may still have no KV slot. A RUNNING one has a slice in a step in flight, or in
@@ -67,6 +68,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         E.FINISHED: S.ENDED,
     },
     S.WAITING: {
+        E.PICKED: S.RUNNING,  # decoded while its edge is drafting
         E.DRAFT: S.READY,
         E.LOST: S.PARKED,
         E.RESUMED: S.WAITING,

@@ -42,7 +42,7 @@ PREFILL = Kind.PREFILL
 # token, rows without the draft, draft tokens, acceptance, candidate.
 _Offer = tuple[float, float, float, int, int, float, Candidate]
 _Prompt = tuple[float, Candidate]  # worth of a row, candidate
-# What takes part: worth per ms (the densest are granted first), session, tokens, candidate.
+# What takes part, so that it sorts the densest first: minus worth per ms, session, tokens, candidate.
 _Choice = tuple[float, int, int, Candidate]
 # All that takes part, its worth, the milliseconds that it adds, its expected tokens.
 _Taken = tuple[list[_Choice], float, float, float]
@@ -154,10 +154,10 @@ def _read(offers: list[_Offer], prompts: list[_Prompt], urgency: float, limits: 
             break
         free_kv -= c.new
         left -= read
-        choices.append((worth / row_ms, c.session, read, c))
+        choices.append((-worth / row_ms, c.session, read, c))
     if prompts and not (choices or offers):  # the one that has most goes on, and others lose their KV for it
         c = max([c for _, c in prompts], key=lambda c: c.cached)
-        choices.append((1.0, c.session, min(c.new, left), c))
+        choices.append((-1.0, c.session, min(c.new, left), c))
     return choices
 
 
@@ -179,7 +179,7 @@ def _at(rate: float, offers: list[_Offer], least: float, wait: float) -> _Taken:
             worth += gain
             ms += added_ms
             tokens += gain / weight
-            choices.append((gain / (added_ms + NOTHING_MS), c.session, base + cut, c))
+            choices.append((-gain / (added_ms + NOTHING_MS), c.session, base + cut, c))
     return choices, worth, ms, tokens
 
 
@@ -187,7 +187,7 @@ def _packed(choices: list[_Choice], limits: StepLimits) -> list[Grant]:
     """The densest choices, as many as fit into the step."""
     grants: list[Grant] = []
     left = limits.tokens
-    for _, session, tokens, c in sorted(choices, key=lambda choice: (-choice[0], choice[1])):
+    for _, session, tokens, c in sorted(choices):
         if len(grants) == limits.slices:
             break
         if tokens > left and grants:
