@@ -129,7 +129,7 @@ class Planner:
         late = [
             index.sessions[c.session]
             for c in candidates
-            if now - c.due > 0.0 and (c.first or now - c.due > (c.remaining - 1) * c.tpot_s)
+            if c.due < now and (c.first or now - c.due > (c.remaining - 1) * c.tpot_s)
         ]
         late += [s for s in index.ready.values() if s.slot is None and now > s.due]
         for s in late:

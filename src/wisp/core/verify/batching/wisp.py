@@ -93,22 +93,23 @@ class Wisp:
         prompts: list[_Prompt] = []
         all_urgency = hurry = 0.0
         for c in candidates:
-            scale_s, new, before = URGENT * (c.tpot_s or PACE_S), c.new, c.cached
-            end = by + new * read_s if c.kind is PREFILL else by
-            owed = (end - (c.due if c.due < inf else c.since + scale_s)) / scale_s
-            urgency = exp(owed if owed < MOST else MOST)
-            weight = FLOOR + urgency
+            scale_s, new = URGENT * (c.tpot_s or PACE_S), c.new
+            due = c.due if c.due < inf else c.since + scale_s
             hurry += 1.0 / scale_s
             if c.kind is PREFILL:
+                owed = (by + new * read_s - due) / scale_s
+                weight = FLOOR + exp(owed if owed < MOST else MOST)
                 answer = min(c.remaining, limits.answer_tokens)
                 worth = weight * (FIRST if c.first else 1.0)
                 prompts.append((worth * answer / (new + answer), c))
             else:
-                n = c.n_draft
+                owed = (by - due) / scale_s
+                urgency = exp(owed if owed < MOST else MOST)
+                all_urgency += urgency
+                n, before = c.n_draft, c.cached
                 row_ms = token + attention * (before + new)
                 base_ms = row_ms * (new - n) + cached * before + slice_
-                all_urgency += urgency
-                offers.append((weight, base_ms, row_ms, new - n, n, c.acceptance, c))
+                offers.append((FLOOR + urgency, base_ms, row_ms, new - n, n, c.acceptance, c))
         # Within the time of an answer each session is followed by another, which waits for half of a step.
         waiting = 0.5 * self._ms / max(1e3 * limits.answer_s, self._ms, NOTHING_MS)
         self._wait = waiting * hurry * limits.answer_tokens / 1e3
