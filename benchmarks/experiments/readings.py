@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from wisp.core.verify.batching import BatchingPolicy, Candidate, Grant, Kind, Plan, StepLimits
+from wisp.core.verify.batching import BatchingPolicy, Candidate, Grant, Kind, Plan, StepLimits, Unpriced
 from wisp.core.verify.batching.paper import Paper, deadline
 from wisp.core.verify.batching.simple import Fcfs
 from wisp.core.verify.cost import Load
@@ -27,7 +27,7 @@ def each_round(w: Candidate) -> float:
     return w.due + w.lag_s + (w.expected_tokens - 1.0) * w.tpot_s
 
 
-class Read:
+class Read(Unpriced):
     """The scheduler with one sentence read otherwise.
 
     due:       the deadline of a request
@@ -40,7 +40,6 @@ class Read:
     wants_drafting = False
     gives_up = False
     preempts = False
-    price = 0.0
 
     def __init__(
         self,
@@ -84,12 +83,11 @@ class Read:
         return Plan(grants)
 
 
-class Few:
+class Few(Unpriced):
     """A policy with at most AT_MOST sequences in a step."""
 
     wants_drafting = False
     preempts = False
-    price = 0.0
 
     def __init__(self, policy: BatchingPolicy) -> None:
         self.policy = policy

@@ -101,7 +101,7 @@ class Results:
             s.verified(now, n_draft, accepted)
             if not prompt_tokens:
                 self.answers.verified(slice_.n_draft + 1, len(tokens))  # without KV that is computed again
-            current.price = self.policy.price
+            current.price = self.policy.price_of(now, s.due, s.targets.tpot_s)
             queue_ms = (begun - since) * 1e3
             verdict = s.answer(round_, base, agreed, finish=finish, queue_ms=queue_ms, engine_ms=engine_ms)
         doomed = s.state is DOOMED

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from wisp.core.errors import ConfigError
-from wisp.core.verify.batching.base import BatchingPolicy, Candidate, Grant, Kind, Plan, StepLimits
+from wisp.core.verify.batching.base import (
+    BatchingPolicy,
+    Candidate,
+    Grant,
+    Kind,
+    Plan,
+    StepLimits,
+    Unpriced,
+)
 from wisp.core.verify.batching.paper import Paper
 from wisp.core.verify.batching.simple import Continuous, Fcfs
 from wisp.core.verify.batching.wisp import Wisp
@@ -37,5 +45,6 @@ __all__ = [
     "Kind",
     "Plan",
     "StepLimits",
+    "Unpriced",
     "batching_policy",
 ]

@@ -103,6 +103,7 @@ class BatchingPolicy(Protocol):
     gives_up:       a session whose SLO is missed whatever happens is due at half its pace from then on
     preempts:       sessions far ahead of their TPOT target lose KV to urgent ones (`core.verify.preemption`)
     price:          what one more draft token costs other sessions, in committed tokens; 0 if the policy has none
+    price_of:       the same in tokens of one session, by when its next one is due: less if it is late, more if ahead
     """
 
     name: str
@@ -112,3 +113,14 @@ class BatchingPolicy(Protocol):
     price: float
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan: ...
+
+    def price_of(self, now: float, due: float, tpot_s: float) -> float: ...
+
+
+class Unpriced:
+    """A policy without a price: no edge needs to care how full steps are."""
+
+    price = 0.0
+
+    def price_of(self, now: float, due: float, tpot_s: float) -> float:
+        return 0.0

@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from operator import itemgetter
 
-from wisp.core.verify.batching.base import Candidate, Grant, Kind, Plan, StepLimits
+from wisp.core.verify.batching.base import Candidate, Grant, Kind, Plan, StepLimits, Unpriced
 from wisp.core.verify.cost import Load
 
 
@@ -32,14 +32,13 @@ def deadline(w: Candidate) -> float:
     return w.due + max(0.0, w.lag_s + (w.expected_tokens - 1.0) * w.tpot_s)
 
 
-class Paper:
+class Paper(Unpriced):
     """Urgent requests by deadline, then the rest by density, as long as the step ends by every deadline in it."""
 
     name = "paper"
     wants_drafting = False
     gives_up = False
     preempts = False
-    price = 0.0
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
         cost, scale = limits.cost, limits.cost.margin / 1e3

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from heapq import nsmallest
 from operator import attrgetter
 
-from wisp.core.verify.batching.base import Candidate, Grant, Kind, Plan, StepLimits
+from wisp.core.verify.batching.base import Candidate, Grant, Kind, Plan, StepLimits, Unpriced
 
 _arrival = attrgetter("since", "session")
 
 
-class Continuous:
+class Continuous(Unpriced):
     """Continuous batching with chunked prefill, as in centralised serving.
 
     Every session that can commit a token takes part in every step, longest wait first. The rest of the step's tokens
@@ -23,7 +23,6 @@ class Continuous:
     wants_drafting = False
     gives_up = False
     preempts = False
-    price = 0.0
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
         prefill = Kind.PREFILL
@@ -49,14 +48,13 @@ class Continuous:
         return Plan(grants)
 
 
-class Fcfs:
+class Fcfs(Unpriced):
     """First come first served, as in SLED: whole requests in order of arrival until the step is full."""
 
     name = "fcfs"
     wants_drafting = False
     gives_up = False
     preempts = False
-    price = 0.0
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
         grants: list[Grant] = []

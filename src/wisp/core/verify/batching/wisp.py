@@ -16,8 +16,9 @@ that it takes, those of the prompt and its own. Rows of a prompt delay all other
 e^(delay / (URGENT x pace)), and are read up to the delay at which that costs what they are worth. Where sessions are
 ahead of their users on average, they can make up for a delay: it costs less by their mean urgency.
 
-Whoever comes during a step waits for half of it on average. So a row of a draft costs the delay of newcomers, too. They
-weigh as one that is due, so it is drafts of sessions ahead of their users that become shorter.
+Whoever comes during a step waits for half of it on average. So a row of a draft costs the delay of newcomers, who weigh
+as one that is due: drafts of sessions ahead of their users become shorter. Edges are told what a row is worth in tokens
+of their own session, so that those that are late draft more than those that are ahead.
 """
 
 from __future__ import annotations
@@ -27,14 +28,13 @@ from collections.abc import Sequence
 
 from wisp.core.verify.batching.base import Candidate, Grant, Kind, Plan, StepLimits
 from wisp.core.verify.batching.simple import Continuous
-from wisp.core.verify.cost import Load
+from wisp.core.verify.cost import LEAST_MS, Load
 
 URGENT = 7.0  # tokens owed that make the next one e times as urgent
 MOST = 2.0  # the logarithm of the most urgency: beyond that, throughput alone counts
 FLOOR = 0.1  # weight of a token of a session far ahead; one that is due weighs 1 more
 FIRST = 2.5  # times the worth of an answer that has not begun: its user sees nothing yet
 PACE_S = 0.1  # time of a token where no target says it
-LEAST_MS = 1e-3  # fixed cost of a step: some cost models say 0
 NOTHING_MS = 1e-9
 
 PREFILL = Kind.PREFILL
@@ -42,27 +42,24 @@ PREFILL = Kind.PREFILL
 # token, rows without the draft, draft tokens, acceptance, candidate.
 _Offer = tuple[float, float, float, int, int, float, Candidate]
 _Prompt = tuple[float, Candidate]  # worth of a row, candidate
+_Work = tuple[list[_Offer], list[_Prompt], float]
 # What takes part, so that it sorts the densest first: minus worth per ms, session, tokens, candidate.
 _Choice = tuple[float, int, int, Candidate]
-# All that takes part, its worth, the milliseconds that it adds, its expected tokens.
-_Taken = tuple[list[_Choice], float, float, float]
 
 
 class Wisp:
-    """Max-weight batching. `price`: what one more draft token costs other sessions, in committed tokens."""
+    """Max-weight batching."""
 
     name = "wisp"
-    wants_drafting = True
-    gives_up = True
+    wants_drafting = gives_up = True
 
     def __init__(self, *, preempts: bool = True) -> None:
         self.preempts = preempts
         self.price = 0.0
         self.continuous = Continuous()
-        self._rate = 0.0  # of the last step: worth per millisecond
-        self._rows = 0  # of the last step
+        self._rate, self._rows = 0.0, 0  # of the last step: worth per millisecond, rows
         self._wait = 0.0  # worth that newcomers lose by each millisecond of a step
-        self._ms = 0.0  # of the last step, as predicted
+        self._ms = self._row = 0.0  # of the last step, as predicted, and the worth of one more row in it
 
     def plan(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> Plan:
         if all([c.edge_drafting for c in candidates]):  # noqa: C419 - a list is faster
@@ -72,19 +69,20 @@ class Wisp:
                 return Plan([], soonest if soonest < math.inf else None)
         offers, prompts, urgency = self._offers(now, candidates, limits)
         prompts.sort(key=lambda p: (-p[0], limits.shares.get(p[1].key, 0.0), p[1].opened, p[1].session))
-        choices = self._chosen(offers, _read(offers, prompts, urgency, limits), limits)
+        grants = _packed(self._chosen(offers, _read(offers, prompts, urgency, limits), limits), limits)
         if min([c.due for c in candidates]) == math.inf:
-            present = [c for c in candidates if not c.edge_drafting]
-            grants = self.continuous.plan(now, present, limits).grants
-        else:
-            grants = _packed(choices, limits)
+            grants = self.continuous.plan(now, [c for c in candidates if not c.edge_drafting], limits).grants
         self._rows = sum([g.tokens for g in grants])
         return Plan(grants, None if grants else now + PACE_S)
 
-    def _offers(
-        self, now: float, candidates: Sequence[Candidate], limits: StepLimits
-    ) -> tuple[list[_Offer], list[_Prompt], float]:
-        """Drafts and decodes with weights and costs, prompts with the worth of a row, the urgency of all the former."""
+    def price_of(self, now: float, due: float, tpot_s: float) -> float:
+        """The worth of a row, in tokens of this session: where a draft is cut, its edge had better stopped."""
+        scale_s = URGENT * (tpot_s or PACE_S)
+        owed = (now + self._ms / 1e3 - (due if due < math.inf else now + scale_s)) / scale_s
+        return min(1.0, self._row / (FLOOR + math.exp(min(owed, MOST))))
+
+    def _offers(self, now: float, candidates: Sequence[Candidate], limits: StepLimits) -> _Work:
+        """Drafts and decodes with weights and costs, prompts with the worth of a row, the urgency of the former."""
         exp, inf, cost, by = math.exp, math.inf, limits.cost.now, now + self._ms / 1e3
         attention, cached, slice_ = cost.attention, cost.cached, cost.slice
         read_s = (cost.token + cost.beyond) / 1e3
@@ -122,7 +120,8 @@ class Wisp:
             choices, worth, ms, tokens = _at(self._rate, offers, least, self._wait)
             self._rate = worth / (step_ms + ms)
         self._ms = step_ms + ms
-        self.price = min(1.0, tokens / self._ms * limits.cost.token_ms(Load(self._rows)))
+        row_ms = limits.cost.token_ms(Load(self._rows))
+        self.price, self._row = min(1.0, tokens / self._ms * row_ms), self._rate * row_ms
         return choices + read
 
 
@@ -162,9 +161,10 @@ def _read(offers: list[_Offer], prompts: list[_Prompt], urgency: float, limits: 
     return choices
 
 
-def _at(rate: float, offers: list[_Offer], least: float, wait: float) -> _Taken:
-    """What takes part at this rate, with drafts from the weight `least` on that are worth `wait` more for each of their
-    milliseconds."""
+def _at(
+    rate: float, offers: list[_Offer], least: float, wait: float
+) -> tuple[list[_Choice], float, float, float]:
+    """What takes part, its worth, ms and expected tokens. Drafts weigh `least`, and their ms cost `wait` more."""
     choices: list[_Choice] = []
     worth = ms = tokens = 0.0
     for weight, base_ms, row_ms, base, n, acceptance, c in offers:
