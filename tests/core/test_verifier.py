@@ -723,6 +723,16 @@ def test_an_event_log_replays_to_identical_actions(rig: Rig) -> None:
     assert sum(isinstance(a, Send) for a in actions) == sum(map(len, rig.sent.values())) + rig.lost
 
 
+def test_a_verdict_has_the_price_of_its_own_session() -> None:
+    rig = Rig(batching="wisp")
+    for connection, tpot_ms in ((1, 1.0), (2, 1000.0)):  # steps take 10 ms: 1 is late, 2 ahead
+        slo = Slo(ttft_ms=5000.0, tpot_ms=tpot_ms)
+        rig.receive(opening(f"session-{connection}", serve=True, max_tokens=10, slo=slo), connection)
+    rig.settle()
+    late, ahead = (rig.verdicts(connection)[-2].price for connection in (1, 2))
+    assert 0.0 < late < ahead
+
+
 # --- the table
 
 

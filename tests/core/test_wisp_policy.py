@@ -3,6 +3,7 @@ in test_policies."""
 
 from __future__ import annotations
 
+import math
 import random
 
 import msgspec
@@ -84,6 +85,32 @@ def test_a_draft_ends_where_its_next_token_is_worth_less_than_its_row() -> None:
     """A late session's token is worth more, so its draft is longer."""
     found = granted(going(0, -0.5, n_draft=12), *(going(1 + i, 0.6, n_draft=12) for i in range(30)))
     assert found[0] > max(tokens for session, tokens in found.items() if session)
+
+
+@pytest.mark.parametrize("n", [5, 40, 200])
+def test_edges_are_told_to_draft_about_as_far_as_drafts_are_granted(n: int) -> None:
+    policy = batching_policy("wisp")
+    everybody = [going(i, -0.6 + 0.01 * (i % 150), n_draft=16) for i in range(n)]
+    # No newcomers, whose delay drafts are charged with as well.
+    limits = msgspec.structs.replace(LIMITS, tokens=10_000, answer_tokens=0.0)
+    for _ in range(20):
+        plan = policy.plan(NOW, everybody, limits)
+    tokens = {g.session: g.tokens - 1 for g in plan.grants}
+    for c in everybody:
+        price = policy.price_of(NOW, c.due, c.tpot_s)
+        worth_sending = sum(c.acceptance**k > price for k in range(1, 17))
+        assert abs(tokens.get(c.session, 0) - worth_sending) <= 1
+
+
+def test_a_draft_token_is_cheaper_for_a_session_that_is_later() -> None:
+    policy = batching_policy("wisp")
+    for _ in range(3):
+        policy.plan(NOW, [going(i, 0.0) for i in range(5)], LIMITS)
+    prices = [policy.price_of(NOW, NOW + ahead_s, 0.125) for ahead_s in (-1.0, -0.2, 0.0, 1.0, 5.0)]
+    assert 0.0 < prices[0] < prices[1] < prices[2] < prices[3] < prices[4] <= 1.0
+    assert policy.price == pytest.approx(prices[2], rel=0.02)  # all are due now
+    without_slo = policy.price_of(NOW, math.inf, 0.0)
+    assert prices[2] < without_slo < prices[4]  # due in 0.7 s
 
 
 def test_the_price_rises_from_about_nothing_to_the_worth_of_a_row() -> None:

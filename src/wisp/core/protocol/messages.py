@@ -168,7 +168,7 @@ class Verdict(Message, frozen=True, tag="verdict"):
     finish:   "" (goes on), "stop" (end of sequence) or "length"
     logprobs: one entry per token if asked for
     queue_ms, engine_ms: time in the queue and in the engine
-    price:    congestion price: what one more draft token costs others, in committed tokens (0 at low load)
+    price:    congestion price: what one more draft token costs others, in tokens of this session (near 0 at low load)
     cached:   tokens of the prompt that were not read for this session, as their KV was there
     """
 

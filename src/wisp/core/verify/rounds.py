@@ -48,7 +48,7 @@ class Round:
         self.inbox: list[Draft] = []
         self.verdict: Verdict | None = None  # the last one, for duplicates
         self.serve = open_.serve  # server mode: decode without drafts until the next one comes
-        self.price = 0.0  # congestion price in the last verdict: committed tokens per draft token
+        self.price = 0.0  # congestion price in the last verdict: tokens of this session per draft token
 
     @property
     def last_received(self) -> int:
