@@ -32,7 +32,7 @@ CELLS = (
     "bursts-cv3-0.8",
     "sampled-29-14",
 )
-SEEDS = (31,)
+SEEDS = (31, 32, 33)
 REQUESTS = 50
 # Constant, where it is, and a value at which it does nothing.
 WITHOUT: tuple[tuple[str, ModuleType, float], ...] = (
