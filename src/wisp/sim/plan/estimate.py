@@ -7,7 +7,6 @@ off.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -17,14 +16,18 @@ from wisp.sim.fluid import Bound, bound, demand_of
 from wisp.sim.scenario import Scenario
 
 TOLERANCES = (0.01, 0.1)
-# Shares that capacity searches reached with these tolerances: `capacity_at_1_percent` and `capacity`, in
-# docs/results/capacity.json, the first rows of the experiment `table`. With drafts: of a good schedule (`bound`, not
-# `ideal`), at any rate. Centrally: of the bound, by tokens/s. Steps had an overlap of 1.3 in these searches.
-# Searches with 2.2, at a tolerance of 0.1, reached the same with drafts, and LATER centrally
+# Shares that capacity searches reached with these tolerances, by tokens/s: `capacity_at_1_percent` and `capacity` in
+# docs/results/table.json. With drafts they are of a good schedule (`bound`, not `ideal`), centrally of the bound. Steps
+# had an overlap of 1.3 in these searches. LATER is what searches with 2.2 reached, at a tolerance of 0.1
 # (docs/results/overlap.json, one seed).
-WISP = (0.89, 0.98)
-CENTRAL = {8.0: (0.922, 1.01), 12.0: (0.89, 1.041), 16.0: (0.752, 0.774), 20.0: (0.762, 0.813)}
-LATER = {8.0: 1.026, 12.0: 0.96, 16.0: 0.948, 20.0: 0.768}
+REACHED = {
+    "wisp": {8.0: (0.969, 1.002), 12.0: (0.967, 1.053), 16.0: (0.875, 1.063), 20.0: (0.792, 1.087)},
+    "central": {8.0: (0.922, 1.01), 12.0: (0.973, 1.096), 16.0: (0.774, 0.842), 20.0: (0.763, 0.813)},
+}
+LATER = {
+    "wisp": {8.0: 1.033, 12.0: 1.026, 16.0: 1.058, 20.0: 1.137},
+    "central": {8.0: 1.026, 12.0: 0.96, 16.0: 0.948, 20.0: 0.768},
+}
 OVERLAPS = (1.3, 2.2)
 USUAL_WAIT_S, USUAL_OUTPUT = 3.0, 200.0  # TTFT target and tokens of an answer there
 # Prompts come in lumps. A larger share of them in the tokens of a step than usual takes this many times the difference
@@ -100,14 +103,10 @@ def _lumpiness(name: str, scenario: Scenario, limit: Bound) -> float:
 def reached(name: str, rate: float, tolerance: float = 0.1, overlap: float = OVERLAPS[0]) -> float:
     """Share that a system reached, interpolated: linear in the rate and in the overlap, constant beyond those searched,
     and linear in the logarithm of the tolerance."""
-    by_tolerance: Sequence[float] = WISP
-    more = 1.0
-    if name == "central":
-        by_tolerance = [
-            float(np.interp(rate, list(CENTRAL), [r[i] for r in CENTRAL.values()])) for i in (0, 1)
-        ]
-        later = float(np.interp(rate, list(LATER), list(LATER.values())))
-        more = float(np.interp(overlap, OVERLAPS, (1.0, later / by_tolerance[1])))
+    shares, later = REACHED[name], LATER[name]
+    by_tolerance = [float(np.interp(rate, list(shares), [r[i] for r in shares.values()])) for i in (0, 1)]
+    then = float(np.interp(rate, list(later), list(later.values())))
+    more = float(np.interp(overlap, OVERLAPS, (1.0, then / by_tolerance[1])))
     return more * float(np.interp(math.log(tolerance), np.log(TOLERANCES), by_tolerance))
 
 
