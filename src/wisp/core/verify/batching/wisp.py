@@ -76,7 +76,7 @@ class Wisp:
         return Plan(grants, None if grants else now + PACE_S)
 
     def price_of(self, now: float, due: float, tpot_s: float) -> float:
-        """The worth of a row, in tokens of this session: where a draft is cut, its edge had better stopped."""
+        """The worth of a row in tokens of such a session. Its draft is cut where a token is worth less."""
         scale_s = URGENT * (tpot_s or PACE_S)
         owed = (now + self._ms / 1e3 - (due if due < math.inf else now + scale_s)) / scale_s
         return min(1.0, self._row / (FLOOR + math.exp(min(owed, MOST))))
@@ -164,7 +164,7 @@ def _read(offers: list[_Offer], prompts: list[_Prompt], urgency: float, limits: 
 def _at(
     rate: float, offers: list[_Offer], least: float, wait: float
 ) -> tuple[list[_Choice], float, float, float]:
-    """What takes part, its worth, ms and expected tokens. Drafts weigh `least`, and their ms cost `wait` more."""
+    """What takes part, its worth, ms and expected tokens. Drafts weigh `least` or more; their ms cost `wait` more."""
     choices: list[_Choice] = []
     worth = ms = tokens = 0.0
     for weight, base_ms, row_ms, base, n, acceptance, c in offers:
