@@ -8,6 +8,7 @@ experiment `reality`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import selectors
 from collections.abc import Callable, Iterator
@@ -16,14 +17,17 @@ from pathlib import Path
 import msgspec
 import pytest
 from typer.testing import CliRunner
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.typing import Subprotocol
 
 from waiting import PATIENCE_S
 from wisp.api.process import event_loop_factory
 from wisp.children import Child
 from wisp.cli import app
 from wisp.core.draft.itinerary import HOME
-from wisp.core.errors import ConfigError, UnavailableError
+from wisp.core.errors import ConfigError, ProtocolError, UnavailableError
 from wisp.core.protocol.messages import (
+    SUBPROTOCOL,
     VERSION,
     Draft,
     Message,
@@ -32,6 +36,7 @@ from wisp.core.protocol.messages import (
     Refused,
     Verdict,
     Welcome,
+    encode,
 )
 from wisp.core.protocol.sampling import Sampling
 from wisp.edge.link import LOST
@@ -475,3 +480,55 @@ def test_policies_need_servers_of_their_own(quick: Scenario, tmp_path: Path) -> 
     )
     assert isinstance(result.exception, ConfigError)
     assert "leave out --server" in str(result.exception)
+
+
+def test_a_fleet_ends_while_a_verifier_has_not_answered_its_handshake() -> None:
+    """A redirection under way when the run ends: nothing is raised, and the connection is closed."""
+
+    async def run() -> None:
+        arrived, gone = asyncio.Event(), asyncio.Event()
+
+        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            arrived.set()
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            writer.close()
+            gone.set()
+
+        async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            sockets = Sockets("http://127.0.0.1:9")
+            sockets._wires[0] = {}
+            async with asyncio.timeout(PATIENCE_S):
+                sockets._follow(0, f":{port}")
+                await arrived.wait()
+                await sockets.close()
+                await gone.wait()
+
+    asyncio.run(run())
+
+
+def test_a_fleet_that_one_verifier_refuses_leaves_no_connection_open() -> None:
+    """The second of two connections gets no welcome: the first is closed, and the error says why."""
+
+    async def run() -> None:
+        opened: list[ServerConnection] = []
+
+        async def peer(connection: ServerConnection) -> None:
+            opened.append(connection)
+            await connection.recv()
+            await connection.send(
+                encode(WELCOME if len(opened) == 1 else Refused("", "overloaded", "full", 1.0))
+            )
+            await connection.wait_closed()
+
+        async with serve(peer, "127.0.0.1", 0, subprotocols=[Subprotocol(SUBPROTOCOL)]) as server:
+            port = next(iter(server.sockets)).getsockname()[1]
+            async with asyncio.timeout(PATIENCE_S):
+                with pytest.raises(ProtocolError, match="full"):
+                    await Sockets(f"http://127.0.0.1:{port}").connect(2)
+                for connection in opened:
+                    await connection.wait_closed()
+
+    asyncio.run(run())

@@ -158,9 +158,12 @@ class Sockets:
                 self._digests[index] = welcome.digest
                 return welcome
 
+        opening = [asyncio.ensure_future(one(i)) for i in range(devices)]
         try:
-            welcomes = await asyncio.gather(*(one(i) for i in range(devices)))
-        except UnavailableError:
+            welcomes = await asyncio.gather(*opening)
+        except BaseException:
+            for task in opening:
+                task.cancel()
             await self.close()
             raise
         return welcomes[0]
@@ -226,19 +229,26 @@ class Sockets:
     async def _wire(
         self, url: str, heard: Callable[[bytes], None], broken: Callable[[str], None]
     ) -> tuple[Wire, Welcome]:
+        """A connection, and the verifier's welcome. Whoever cancels it has no connection.
+
+        Raises UnavailableError, ConfigError or ProtocolError.
+        """
+        wire = Wire(url, self._headers, heard, broken)
+        try:
+            wire.welcome = await self._welcome(wire, url)
+        except BaseException:
+            wire.abort()
+            raise
+        self._all.append(wire)
+        return wire, wire.welcome
+
+    async def _welcome(self, wire: Wire, url: str) -> Welcome:
         parts = urlsplit(url)
         secure = parts.scheme == "wss"
-        loop = asyncio.get_running_loop()
-
-        def opened() -> Wire:
-            wire = Wire(url, self._headers, heard, broken)
-            self._all.append(wire)
-            return wire
-
         try:
             async with asyncio.timeout(HANDSHAKE_S):
-                _, wire = await loop.create_connection(
-                    opened,
+                await asyncio.get_running_loop().create_connection(
+                    lambda: wire,
                     parts.hostname or "",
                     parts.port or (443 if secure else 80),
                     ssl=ssl.create_default_context() if secure else None,
@@ -254,8 +264,7 @@ class Sockets:
         first = decode_server_message(frame)
         if not isinstance(first, Welcome):
             raise ProtocolError(getattr(first, "code", "malformed"), getattr(first, "message", "no welcome"))
-        wire.welcome = first
-        return wire, first
+        return first
 
     def _heard(self, index: int, address: str | None, frame: bytes) -> None:
         self.frames_in += 1
@@ -363,17 +372,19 @@ class Wire(asyncio.Protocol):
         self._flush()
 
     def close(self) -> None:
+        """Say goodbye, if there is a WebSocket to say it on."""
         if self.ended:
             return
-        self.ended = True
-        if self._transport is None or not self.ready.done():
+        if self._socket.state is not OPEN:
             self.abort()
-        else:
-            self._socket.send_close(1000)
-            self._flush()
+            return
+        self.ended = True
+        self._socket.send_close(1000)
+        self._flush()
 
     def abort(self) -> None:
         self.ended = True
+        self.ready.cancel()
         if self._transport is not None:
             self._transport.abort()
 
@@ -415,9 +426,11 @@ class Wire(asyncio.Protocol):
         if frame.opcode is Opcode.PONG:
             if self._pong is not None and not self._pong.done():
                 self._pong.set_result(None)
-        elif frame.opcode is Opcode.BINARY and not self.ready.done():
+        elif frame.opcode is not Opcode.BINARY or self.ended:
+            return
+        elif not self.ready.done():
             self.ready.set_result(bytes(frame.data))
-        elif frame.opcode is Opcode.BINARY:
+        else:
             self._heard(bytes(frame.data))  # a verifier does not fragment
 
     def _flush(self) -> None:
