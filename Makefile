@@ -157,7 +157,7 @@ $(AUDIT)/.ready $(MUTANTS)/.ready: .venv-%/.ready: requirements/%.txt
 audit: $(AUDIT)/.ready  ## known vulnerabilities of the pinned dependencies, and the list of them (SBOM); says so where it cannot ask
 	$(AUDIT)/bin/python -m tools.audit --bin $(AUDIT)/bin --requirements requirements/image.txt requirements/dev.txt --sbom build/wisp.cdx.json
 
-mutants: setup $(MUTANTS)/.ready  ## 500 mutants of core/verify, by SEED; twenty minutes of a core. MINUTES: stop then, and go on another time
+mutants: setup $(MUTANTS)/.ready  ## 500 mutants of core/verify, by SEED; ten minutes of a core. MINUTES: stop then, and go on another time
 	$(BIN)/python -m tools.mutants --with $(MUTANTS)/bin/python --seed $(SEED) --jobs $(JOBS) --minutes $(or $(MINUTES),0)
 
 CODE := src benchmarks tools tests

@@ -20,7 +20,7 @@ def check_lossless(
         typer.Option(help="exact or fast (default: llama.cpp's exact, vLLM's fast).", show_default=False),
     ] = None,
     cases: Annotated[
-        int | None, typer.Option(help="How many cases (default: 320 tiny, 12 otherwise).", min=1)
+        int | None, typer.Option(help="How many cases (default: 560 tiny, 12 otherwise).", min=1)
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random schedules.")] = 0,
     depth: Annotated[
