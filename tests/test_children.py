@@ -120,3 +120,43 @@ def test_children_do_not_inherit_settings_of_other_processes(monkeypatch: pytest
 
 def test_free_ports_are_different() -> None:
     assert len(set(free_ports(5))) == 5
+
+
+TOLD = """
+import asyncio, os, signal, sys
+import uvloop
+from wisp.children import Children, run_beside
+
+class Told(asyncio.Protocol):
+    def data_received(self, data):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+
+class Speaking(asyncio.Protocol):
+    def connection_made(self, transport):
+        transport.write(b"x")
+
+async def main():
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(Speaking, "127.0.0.1", 0)
+    await loop.create_connection(Told, *server.sockets[0].getsockname())
+    try:
+        await asyncio.Event().wait()
+    finally:
+        print("unwound", flush=True)
+
+factory = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}[sys.argv[1]]
+with Children(), asyncio.Runner(loop_factory=factory) as runner:
+    run_beside(runner, main())
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_signal_unwinds_an_event_loop_wherever_it_is(loop: str) -> None:
+    """uvloop takes an exception of a callback for the fault of the connection that it was called for."""
+    pytest.importorskip("uvloop")
+    found = subprocess.run(
+        [sys.executable, "-c", TOLD, loop], check=False, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert (found.returncode, found.stdout) == (128 + signal.SIGTERM, "unwound\n"), found.stderr

@@ -23,6 +23,7 @@ import msgspec
 from benchmarks.pages import Data, table
 from tools.tiny.text import story
 from wisp.api.process import event_loop_factory
+from wisp.children import run_beside
 from wisp.core.errors import UnavailableError
 from wisp.sim.compare.suite import load_suite
 from wisp.sim.differences import SHOWN, Difference, differences
@@ -90,7 +91,7 @@ def _tiny(quick: bool, folder: Path) -> dict[str, Any]:
 def _both(scenario: Scenario) -> dict[str, Any]:
     of = system("wisp")
     with verifier(scenario, of) as child, asyncio.Runner(loop_factory=event_loop_factory()) as runner:
-        live = runner.run(run_live(scenario, of, 1, child.url, child=child))
+        live = run_beside(runner, run_live(scenario, of, 1, child.url, child=child))
     simulated = _simulated(scenario)
     return {
         "about": _about(scenario),

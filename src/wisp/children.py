@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -12,15 +13,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import httpx
 
 from wisp.core.errors import WispError
+
+T = TypeVar("T")
 
 START_S = 180.0  # a large model on a slow disk
 STOP_S = 8.0  # between SIGTERM and SIGKILL
@@ -147,6 +150,30 @@ def serving(
         yield child
 
 
+def run_beside(runner: asyncio.Runner, work: Coroutine[Any, Any, T]) -> T:
+    """`runner.run(work)` among children: SIGTERM and SIGHUP cancel it, and then end this process.
+
+    The exception that they raise otherwise is lost where uvloop has called.
+    """
+    told: list[int] = []
+
+    async def main() -> T:
+        cancel, loop = cast("asyncio.Task[T]", asyncio.current_task()).cancel, asyncio.get_running_loop()
+
+        def leave(number: int, frame: FrameType | None) -> None:
+            told.append(number)
+            loop.call_soon_threadsafe(cancel)
+
+        with _told(leave):
+            return await work
+
+    try:
+        return runner.run(main())
+    finally:
+        if told:
+            raise SystemExit(128 + told[0])
+
+
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -164,13 +191,20 @@ def _environment() -> dict[str, str]:
 @contextlib.contextmanager
 def _termination_unwinds() -> Iterator[None]:
     """Turn SIGTERM and SIGHUP, which would end this process at once, into SystemExit."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
+    with _told(leave):
+        yield
+
+
+@contextlib.contextmanager
+def _told(leave: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGTERM and SIGHUP call `leave`, where this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     names = ("SIGTERM", "SIGHUP")  # the second is not everywhere
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.signal(number, leave) for number in numbers}

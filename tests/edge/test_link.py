@@ -10,16 +10,19 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
+from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from waiting import run
+from wisp.api.backend import Generation
+from wisp.core.draft.policies import Policies
 from wisp.core.errors import RequestError, UnavailableError
 from wisp.core.protocol.messages import (
     MAX_FRAME,
@@ -37,6 +40,7 @@ from wisp.core.protocol.messages import (
 from wisp.core.protocol.sampling import Sampling
 from wisp.edge import link as module
 from wisp.edge.answers import reason
+from wisp.edge.backend import EdgeBackend
 from wisp.edge.link import LOST, FromLink, VerifierLink
 
 WELCOME = Welcome(VERSION, "m", "f", 100, [1], 512, 64, digest="d1")
@@ -489,3 +493,77 @@ def test_a_refused_frame_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture
         run(scenario())
     said = [r.getMessage() for r in caplog.records if "refused a frame" in r.getMessage()]
     assert said == ["the verifier refused a frame: a b?[2J (odd)"]
+
+
+# --- cancelled in the turn in which what was waited for is there
+
+
+def test_a_link_that_is_closed_as_the_welcome_comes_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        closing: list[asyncio.Task[None]] = []
+        heard = ClientConnection.recv
+
+        async def recv(connection: ClientConnection, *args: Any, **options: Any) -> Any:
+            frame = await heard(connection, *args, **options)
+            if not closing:
+                closing.append(asyncio.ensure_future(link.close()))
+            return frame
+
+        monkeypatch.setattr(ClientConnection, "recv", recv)
+        async with Script(say(WELCOME)).listening() as url:
+            link = VerifierLink(url)
+            link.start()
+            while not closing:
+                await asyncio.sleep(0)
+            await closing[0]
+
+    run(scenario())
+
+
+async def turns(n: int) -> None:
+    """Let the event loop go round so often."""
+    for _ in range(n):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("later", range(4))
+def test_who_leaves_as_the_verifier_comes_back_has_left(later: int) -> None:
+    async def scenario() -> None:
+        link = VerifierLink("http://127.0.0.1:9")
+
+        async def client() -> None:
+            await link.connected()
+            await asyncio.Event().wait()
+
+        waiting = asyncio.ensure_future(client())
+        await turns(5)
+        link._gain(WELCOME)
+        await turns(later)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("later", range(4))
+def test_an_answer_whose_client_leaves_as_the_verifier_comes_back_is_over(later: int) -> None:
+    async def scenario() -> None:
+        link = VerifierLink("http://127.0.0.1:9")
+        link._gain(WELCOME)
+        edge = EdgeBackend(link, cast("Any", None), None, Policies("fixed:1"))
+        deltas = edge.generate(Generation([1, 2], Sampling(), 10, False, None, None, "", "d1"))
+        reading = asyncio.ensure_future(anext(deltas))
+        await turns(5)
+        link._lose()
+        await turns(5)
+        assert edge.sessions == 1
+        link._gain(WELCOME)
+        await turns(later)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert edge.sessions == 0
+        edge.close()
+
+    run(scenario())

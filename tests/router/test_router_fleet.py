@@ -405,3 +405,43 @@ def test_a_cluster_of_ray_needs_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
     with pytest.raises(ConfigError, match="--api-keys"):
         RayLauncher()
+
+
+def test_a_replica_that_is_given_up_as_soon_as_it_is_added_is_gone() -> None:
+    async def scenario(fleet: Fleet, launcher: PretendLauncher) -> None:
+        await until(lambda: len(fleet.up()) == 1)
+        await fleet.scale(2)
+        await fleet.drain("r2")
+        await until(lambda: [v.name for v in fleet.view()] == ["r1"])
+
+    with_fleet(PretendLauncher(), 1, scenario)
+
+
+def test_an_actor_whose_start_is_given_up_as_it_answers_is_killed() -> None:
+    class Ray:
+        exceptions = SimpleNamespace(RayError=ConnectionError)
+
+        def __init__(self) -> None:
+            self.killed: list[object] = []
+
+        def kill(self, actor: object) -> None:
+            self.killed.append(actor)
+
+    async def scenario() -> None:
+        answer = asyncio.get_running_loop().create_future()
+        actor = SimpleNamespace(where=SimpleNamespace(remote=lambda: answer))
+        launcher, ray = RayLauncher.__new__(RayLauncher), Ray()
+        launcher._ray, launcher._ip, launcher._actors = ray, "192.0.2.1", []
+        launcher._actor = SimpleNamespace(remote=lambda *_: actor)
+        starting = asyncio.ensure_future(launcher.start(SPEC))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        answer.set_result((":1", "http://192.0.2.1:1", 1))
+        for _ in range(2):  # the answer is there, and `start` has not gone on
+            await asyncio.sleep(0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert ray.killed == [actor]
+
+    asyncio.run(scenario())

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
-from wisp.core.protocol.messages import VERSION, Cancel, Open, Redirect, Refused, Welcome
+from wisp.core.errors import UnavailableError
+from wisp.core.protocol.messages import VERSION, Cancel, Hello, Open, Redirect, Refused, Welcome, encode
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.route.placement import Placement, ReplicaSize
 from wisp.core.verify.admission import Admission, KeyLimits, KeyUsage
 from wisp.router import host as module
 from wisp.router.host import RouterHost
 from wisp.router.metrics import RouterMetrics
+from wisp.server.sockets import SessionEndpoint
 
 ROOM = ReplicaSize(slots=8, kv_tokens=1 << 20, max_sessions=1000)
 LIMITS = {"limited": KeyLimits(sessions=1)}
@@ -185,5 +187,32 @@ def test_prefixes_draw_sessions_only_within_one_salt() -> None:
         edge.open("session-3", prompt=64, salt="b")
         addresses = [m.address for m in edge.heard]
         assert addresses[0] != addresses[1] == addresses[2]
+
+    with_front(scenario)
+
+
+def test_an_edge_that_says_hello_as_the_last_replica_goes_is_told_to_come_back_later() -> None:
+    async def scenario(router: RouterHost, fleet: PretendFleet, admission: Admission) -> None:
+        hello = encode(Hello(VERSION, client="for testing", redirects=True))
+        events: list[dict[str, Any]] = [{"type": "websocket.receive", "bytes": hello}]
+        events.append({"type": "websocket.connect"})
+        sent: list[dict[str, Any]] = []
+
+        def gone() -> Welcome:
+            raise UnavailableError("this router is without a replica")
+
+        async def receive() -> dict[str, Any]:
+            event = events.pop()
+            if not events:  # since the upgrade
+                router.welcome = gone  # type: ignore[method-assign]
+            return event
+
+        async def send(event: Any) -> None:
+            sent.append(event)
+
+        endpoint = SessionEndpoint(lambda: router, lambda authorization: "key")
+        await endpoint({"headers": [], "extensions": {}}, receive, send)
+        assert [event["type"] for event in sent] == ["websocket.accept", "websocket.close"]
+        assert sent[1]["code"] == 1012
 
     with_front(scenario)

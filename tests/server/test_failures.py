@@ -249,6 +249,38 @@ def test_a_step_that_does_not_end_ends_the_verifier() -> None:
         engine.let_go.set()
 
 
+def test_a_step_that_does_not_end_does_not_hold_up_a_stop_for_longer_than_its_patience() -> None:
+    engine = Hanging()
+
+    async def scenario(host: VerifierHost, ends: list[Exception]) -> None:
+        client = Client(host)
+        host.receive(client.connection, opening("session-1"))
+        while not engine.entered.is_set():
+            await asyncio.sleep(0)
+        await asyncio.to_thread(host.stop)
+        assert isinstance(ends[0], EngineDeadError)
+
+    try:
+        with_host(scenario, engine, look_s=0.01, patience=lambda step, cost: 0.1)
+    finally:
+        engine.let_go.set()
+
+
+def test_an_engine_that_cannot_be_closed_costs_no_line_of_the_event_log(tmp_path: Path) -> None:
+    class Unclosable(NullTarget):
+        def close(self) -> None:
+            raise RuntimeError("for testing")
+
+    async def scenario(host: VerifierHost, ends: list[Exception]) -> None:
+        assert isinstance(await Client(host).ask(opening("session-1")), Verdict)
+
+    with pytest.raises(RuntimeError, match="for testing"):
+        with_host(scenario, Unclosable(4), event_log=tmp_path / "bad.log")
+    with_host(scenario, NullTarget(4), event_log=tmp_path / "good.log")
+    bad, good = (len(read_runs(tmp_path / f"{name}.log")[0][1]) for name in ("bad", "good"))
+    assert bad == good > 0
+
+
 STEP = Run([], [Slice(1, 0, 0, [1] * 100)])
 
 

@@ -532,3 +532,53 @@ def test_a_fleet_that_one_verifier_refuses_leaves_no_connection_open() -> None:
                     await connection.wait_closed()
 
     asyncio.run(run())
+
+
+def test_a_connection_lost_before_the_run_ends_it() -> None:
+    async def run() -> None:
+        sockets = Sockets("http://127.0.0.1:9")
+        sockets.check()
+        sockets._broken(0, HOME, "no reason given")
+        with pytest.raises(UnavailableError, match="no reason given"):
+            sockets.check()
+
+    asyncio.run(run())
+
+
+def test_a_device_that_is_switched_off_while_it_follows_a_redirection_leaves_no_connection() -> None:
+    async def run() -> None:
+        opened: list[ServerConnection] = []
+
+        async def peer(connection: ServerConnection) -> None:
+            opened.append(connection)
+            await connection.recv()
+            sockets.lost(0)
+            await connection.send(encode(WELCOME))
+            await connection.wait_closed()
+
+        async with serve(peer, "127.0.0.1", 0, subprotocols=[Subprotocol(SUBPROTOCOL)]) as server:
+            port = next(iter(server.sockets)).getsockname()[1]
+            sockets = Sockets("http://127.0.0.1:9")
+            sockets._wires[0] = {}
+            async with asyncio.timeout(PATIENCE_S):
+                sockets._follow(0, f":{port}")
+                while not opened:
+                    await asyncio.sleep(0.01)
+                await opened[0].wait_closed()
+
+    asyncio.run(run())
+
+
+def test_a_probe_that_fails_ends_the_run_and_says_why(
+    quick: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def probe(sockets: Sockets, lags_ms: list[float]) -> None:
+        raise UnavailableError("no room for one more connection")
+
+    monkeypatch.setattr(Sockets, "probe", probe)
+    with (
+        verifier(quick, system("wisp")) as child,
+        asyncio.Runner() as runner,
+        pytest.raises(UnavailableError, match="no room for one more connection"),
+    ):
+        runner.run(run_live(quick, system("wisp"), 1, child.url))

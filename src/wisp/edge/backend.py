@@ -284,7 +284,8 @@ class _Session:
                 if not timeout:
                     raise self.home.gave_up()
             try:
-                return await asyncio.wait_for(self.events.get(), timeout)
+                async with asyncio.timeout(timeout):
+                    return await self.events.get()
             except TimeoutError:
                 continue
 

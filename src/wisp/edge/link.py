@@ -69,7 +69,8 @@ async def wait_for(
     if not left_s:
         raise gave_up()
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(change.wait(), left_s)
+        async with asyncio.timeout(left_s):
+            await change.wait()
 
 
 class VerifierLink:
@@ -212,7 +213,8 @@ class VerifierLink:
             close_timeout=1,
         ) as socket:
             await socket.send(encode(Hello(VERSION, self.fingerprint, f"wisp/{__version__}", True)))
-            first = decode_server_message(await asyncio.wait_for(socket.recv(decode=False), HANDSHAKE_S))
+            async with asyncio.timeout(HANDSHAKE_S):
+                first = decode_server_message(await socket.recv(decode=False))
             if not isinstance(first, Welcome):
                 raise ProtocolError(
                     getattr(first, "code", "malformed"), getattr(first, "message", "no welcome")

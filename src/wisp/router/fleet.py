@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import secrets
 import ssl
@@ -126,6 +127,7 @@ class Fleet:
             self._next += 1
             self.replicas[replica.name] = replica
             replica.life = asyncio.create_task(self._live(replica))
+            replica.life.add_done_callback(functools.partial(self._over, replica))
             new.append(replica)
         return new
 
@@ -162,7 +164,8 @@ class Fleet:
         replica.over.clear()
         await self._empty(replica)
         try:
-            await asyncio.wait_for(replica.over.wait(), self._drain_s + END_S)
+            async with asyncio.timeout(self._drain_s + END_S):
+                await replica.over.wait()
         except TimeoutError:
             self._kill(replica)
 
@@ -246,34 +249,35 @@ class Fleet:
 
     async def _live(self, r: Replica) -> None:
         wait = BACKOFF_S[0]
-        try:
-            while True:
-                began = time.monotonic()
-                try:
-                    r.was = await self._one_life(r)
-                except Exception as error:  # whatever it is, the others go on, and this one is tried again
-                    r.was = str(error) or repr(error)
-                    log.debug("replica %s", r.name, exc_info=error)
-                planned, r.planned = r.planned, False
-                r.over.set()
-                if not r.wanted:
-                    return
-                if self.welcome is None and all(other.was for other in self.replicas.values()):
-                    self._fail(r)
-                    return
-                if planned:
-                    log.info("replica %s: %s; starting it again", r.name, r.was)
-                    continue
-                r.restarts += 1
-                wait = BACKOFF_S[0] if time.monotonic() - began > STEADY_S else wait
-                log.warning("replica %s: %s; starting it again in %.1f s", r.name, r.was, wait)
-                await asyncio.sleep(wait)
-                wait = min(wait * 2, BACKOFF_S[1])
-        finally:
+        while True:
+            began = time.monotonic()
+            try:
+                r.was = await self._one_life(r)
+            except Exception as error:  # whatever it is, the others go on, and this one is tried again
+                r.was = str(error) or repr(error)
+                log.debug("replica %s", r.name, exc_info=error)
+            planned, r.planned = r.planned, False
             r.over.set()
             if not r.wanted:
-                self.replicas.pop(r.name, None)
-                self._changed()
+                return
+            if self.welcome is None and all(other.was for other in self.replicas.values()):
+                self._fail(r)
+                return
+            if planned:
+                log.info("replica %s: %s; starting it again", r.name, r.was)
+                continue
+            r.restarts += 1
+            wait = BACKOFF_S[0] if time.monotonic() - began > STEADY_S else wait
+            log.warning("replica %s: %s; starting it again in %.1f s", r.name, r.was, wait)
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, BACKOFF_S[1])
+
+    def _over(self, r: Replica, life: asyncio.Task[None]) -> None:
+        """Its life is over, if only before it began."""
+        r.over.set()
+        if not r.wanted:
+            self.replicas.pop(r.name, None)
+            self._changed()
 
     def _fail(self, r: Replica) -> None:
         if self.failed is None:

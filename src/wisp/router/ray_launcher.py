@@ -141,10 +141,10 @@ class RayLauncher:
             address, url, pid = where.result()
         except self._ray.exceptions.RayError as error:
             raise ConfigError(f"replica {spec.name} could not start: {_reason(error)}") from None
-        finally:
-            if not where.done():
-                where.cancel()
-                self._ray.kill(actor)
+        except BaseException:  # nobody else knows of it
+            where.cancel()
+            self._ray.kill(actor)
+            raise
         log.info("replica %s is process %d, at %s", spec.name, pid, url)
         return _ActorHandle(self._ray, actor, address, url)
 

@@ -7,6 +7,7 @@ drains and ends when that input does: so it does not outlive its router, and a r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import socket
@@ -104,7 +105,8 @@ def main() -> None:
 
         def watch() -> None:
             os.read(sys.stdin.fileno(), 1)  # nothing more is said: this is its end
-            loop.call_soon_threadsafe(over.set)
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                loop.call_soon_threadsafe(over.set)
 
         threading.Thread(target=watch, name="router", daemon=True).start()
 

@@ -57,7 +57,8 @@ class Crowd:
             with contextlib.suppress(Exception):
                 reason = "too many connections of this key"
                 close = {"type": "websocket.close", "code": 1013, "reason": reason}
-                await asyncio.wait_for(send(close), CLOSE_S)
+                async with asyncio.timeout(CLOSE_S):
+                    await send(close)
         finally:
             self._inside.discard(socket)
 

@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 
 import msgspec
 
@@ -22,6 +23,8 @@ from wisp.core.verify.events import Run, StepDone
 from wisp.engines.base import OwnThread, TargetEngine
 
 log = logging.getLogger("wisp.engine")
+
+STOP_LOOK_S = 0.5  # between two looks whether an engine hangs that is to end
 
 
 class EngineThread:
@@ -63,15 +66,27 @@ class EngineThread:
             self._queue.submit(step)
             self._in_flight.put((step, 0.0, None))
 
-    def stop(self, *, hung: bool = False) -> None:
-        """Finish the steps in progress, end the threads and close the engine. One that is `hung` is left alone: it ends
-        with the process."""
+    def stop(self, hung: Callable[[], bool] = lambda: False) -> None:
+        """Finish the steps in progress, end the threads and close the engine. Blocks.
+
+        An engine that is `hung`, or is found to be, is left alone: it ends with the process.
+        """
         (self._in_flight if self._planned is None else self._planned).put(None)
-        if hung:
-            return
-        for wait in self._waits:
-            wait()
-        self.engine.close()
+        closed: Future[None] = Future()
+        threading.Thread(target=self._close, args=(closed,), name="engine-end", daemon=True).start()
+        while not hung():
+            if wait((closed,), STOP_LOOK_S).done:
+                closed.result()
+                return
+
+    def _close(self, closed: Future[None]) -> None:
+        try:
+            for ended in self._waits:
+                ended()
+            self.engine.close()
+            closed.set_result(None)
+        except BaseException as error:
+            closed.set_exception(error)
 
     def _submit(self) -> None:
         assert self._planned is not None

@@ -186,6 +186,7 @@ class VerifierHost:
             self._give_up,
         )
         self._hangs = False  # the engine's thread is in a step, and will not come back
+        self._stopped = False
         self._look_s = look_s
         self._looks = self._loop.call_later(look_s, self._look)
 
@@ -344,12 +345,15 @@ class VerifierHost:
         self._died(error)
 
     def stop(self) -> None:
-        """End the engine thread (after its step) and free the engine. Blocks."""
+        """End the engine thread (after its step) and free the engine. Blocks, until the step is given up at most."""
         self._driver.stop()
-        self._looks.cancel()
-        self._engine.stop(hung=self._hangs)
-        if self._log:
-            self._log.close()
+        try:
+            self._engine.stop(lambda: self._hangs)
+        finally:
+            self._stopped = True
+            self._looks.cancel()
+            if self._log:
+                self._log.close()
 
     # --- events and actions
 
@@ -391,7 +395,8 @@ class VerifierHost:
 
     @vital
     def _look(self) -> None:
-        self._looks = self._loop.call_later(self._look_s, self._look)
+        if not self._stopped:
+            self._looks = self._loop.call_later(self._look_s, self._look)
         self._watch.look(self._look_s)
 
     def _give_up(self, waited_s: float) -> None:

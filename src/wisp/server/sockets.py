@@ -16,7 +16,7 @@ from typing import Protocol
 from starlette.types import Receive, Scope, Send
 
 from wisp.api.connections import FRAME_LIMIT
-from wisp.core.errors import ProtocolError, RequestError
+from wisp.core.errors import ProtocolError, RequestError, UnavailableError
 from wisp.core.protocol.messages import (
     REFUSAL_HEADER,
     SUBPROTOCOL,
@@ -158,19 +158,24 @@ class SessionSocket:
         await self._receive()  # websocket.connect
         await self._send({"type": "websocket.accept", "subprotocol": SUBPROTOCOL})
         try:
-            frame = await asyncio.wait_for(self._frame(), HELLO_TIMEOUT_S)
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                frame = await self._frame()
             if frame is None:
                 return None
             hello = decode_edge_message(frame)
             if not isinstance(hello, Hello):
                 raise ProtocolError("out_of_turn", "the first frame must be a hello")
             self.host.check(hello)
+            welcome = self.host.welcome()
+        except UnavailableError:  # since the upgrade
+            await self._send({"type": "websocket.close", "code": 1012, "reason": "come back later"})
+            return None
         except (ProtocolError, TimeoutError) as error:
             code = error.code if isinstance(error, ProtocolError) else "timeout"
             await self._bytes(encode(Refused("", code, str(error) or "no hello in time", fatal=True)))
             await self._send({"type": "websocket.close", "code": 4400, "reason": code})
             return None
-        await self._bytes(encode(self.host.welcome()))
+        await self._bytes(encode(welcome))
         return hello
 
     async def _frame(self) -> bytes | None:

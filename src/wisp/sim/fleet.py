@@ -27,7 +27,7 @@ from rich.console import Console
 from wisp.api.process import event_loop_factory
 from wisp.api.scrape import read_page
 from wisp.calibrate.traces.format import TraceSet, trace_folder
-from wisp.children import Child
+from wisp.children import Child, run_beside
 from wisp.core.errors import ConfigError, UnavailableError
 from wisp.core.protocol.messages import Cancel, Welcome
 from wisp.core.verify.batching import batching_policy
@@ -79,25 +79,36 @@ async def run_live(
     scenario = _as_served(await _greeted(url, api_key), scenario, url)
     scripts = scripts_of(scenario)  # takes seconds, in which no ping would be answered
     sockets = Sockets(url, api_key)
-    welcome = await sockets.connect(max(1, most_devices(scenario, seed)))
-    gc.collect()
-    gc.freeze()  # a collection that went through all positions would hold the loop up
-    env = Timeline()
-    broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    clock = sockets.clock = Clock(env, lambda error: None if broken.done() else broken.set_exception(error))
-    fleet = Fleet(scenario, of, seed, env, sockets, scripts, n_vocab=welcome.n_vocab)
-    fleet.shared.branches = min(fleet.shared.branches, welcome.max_branches)
-    pings: list[float] = []
-    probe = asyncio.create_task(sockets.probe(pings))
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(sockets.close)
+        welcome = await sockets.connect(max(1, most_devices(scenario, seed)))
+        sockets.check()
+        gc.collect()
+        gc.freeze()  # a collection that went through all positions would hold the loop up
+        stack.callback(gc.unfreeze)
+        env = Timeline()
+        broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        broken.add_done_callback(asyncio.Future.exception)  # marks it as seen, next to any other error
+        clock = Clock(env, lambda error: None if broken.done() else broken.set_exception(error))
+        stack.callback(clock.stop)
+        sockets.clock = clock
+        fleet = Fleet(scenario, of, seed, env, sockets, scripts, n_vocab=welcome.n_vocab)
+        stack.callback(_cancel, fleet, sockets)
+        fleet.shared.branches = min(fleet.shared.branches, welcome.max_branches)
+        pings: list[float] = []
+        probe = asyncio.create_task(sockets.probe(pings))
+        stack.callback(probe.cancel)
         fleet.begin()  # at second 0, however late this loop is
         clock.arm()
 
         async def until(second: float) -> None:
             while clock.now < second:
-                await asyncio.wait({broken, probe}, timeout=min(0.5, max(0.0, second - clock.now)))
-                if broken.done():
-                    broken.result()
+                left_s = min(0.5, max(0.0, second - clock.now))
+                ended, _ = await asyncio.wait(
+                    (broken, probe), timeout=left_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                for why in sorted(ended, key=lambda each: each is probe):
+                    why.result()
                 if child is not None:
                     child.check()
                 shown(clock.now, f"{sum(r.ended is not None for r in fleet.requests)} answers")
@@ -121,16 +132,13 @@ async def run_live(
         if not sockets.redirects:  # a router has no engine, and its replicas' counters end with them
             engine = Engine.between(a.engine, b.engine, b.wall - a.wall)
         return report(fleet, engine=engine, machine=_machine(a, b, clock.lags_ms, pings))
-    finally:
-        gc.unfreeze()
-        clock.stop()
-        if broken.done():
-            broken.exception()  # marks it as seen, next to any other error
-        probe.cancel()
-        for device in fleet.devices:
-            if device.generation is not None:
-                sockets.receive(device.index, Cancel(device.generation.drafter.session))
-        await sockets.close()
+
+
+def _cancel(fleet: Fleet, sockets: Sockets) -> None:
+    """Let go of what is under way at the end."""
+    for device in fleet.devices:
+        if device.generation is not None:
+            sockets.receive(device.index, Cancel(device.generation.drafter.session))
 
 
 async def _greeted(url: str, api_key: str | None) -> Welcome:
@@ -292,10 +300,11 @@ def _one(scenario: Scenario, of: System, seed: int, server: str, shown: Shown) -
         url = child.url if child else server
         try:
             with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
-                return runner.run(
+                return run_beside(
+                    runner,
                     run_live(
                         scenario, of, seed, url, api_key=None if child else key, child=child, shown=shown
-                    )
+                    ),
                 )
         except UnavailableError as error:
             if child is None:

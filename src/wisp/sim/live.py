@@ -146,6 +146,7 @@ class Sockets:
         self._all: list[Wire] = []
         self._following: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._problem = ""  # why the run is over, before it has begun
 
     async def connect(self, devices: int) -> Welcome:
         """Open the sockets. Returns the verifier's welcome. Raises UnavailableError, ConfigError or ProtocolError."""
@@ -223,7 +224,10 @@ class Sockets:
         heard = functools.partial(self._heard, index, address)
         broken = functools.partial(self._broken, index, address)
         wire, welcome = await self._wire(url, heard, broken)
-        self._wires.get(index, {})[address] = wire
+        if index not in self._wires:
+            wire.close()
+            raise UnavailableError("the device was switched off")
+        self._wires[index][address] = wire
         return welcome
 
     async def _wire(
@@ -327,13 +331,16 @@ class Sockets:
         if self.clock is not None and not self._closing:
             self.clock.happen(lambda: self._take(index, address, event))
 
+    def check(self) -> None:
+        """Raises UnavailableError where a connection to the verifier has ended."""
+        if self._problem:
+            raise UnavailableError(f"the verifier closed a connection: {self._problem}")
+
     def _ended(self, reason: str) -> None:
-        if not self._closing and self.clock is not None:
-
-            def fail() -> None:
-                raise UnavailableError(f"the verifier closed a connection: {reason}")
-
-            self.clock.happen(fail)
+        if not self._closing:
+            self._problem = reason
+            if self.clock is not None:
+                self.clock.happen(self.check)
 
 
 class Wire(asyncio.Protocol):
@@ -358,7 +365,9 @@ class Wire(asyncio.Protocol):
         self.ended = False  # the connection is gone, or about to be
 
     async def ping(self) -> None:
-        """Returns with the answer."""
+        """Returns with the answer. Raises UnavailableError once the connection is gone."""
+        if self._socket.state is not OPEN:
+            raise UnavailableError("the verifier closed a connection")
         self._pong = asyncio.get_running_loop().create_future()
         self._socket.send_ping(b"")
         self._flush()

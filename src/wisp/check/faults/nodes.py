@@ -103,7 +103,7 @@ class TimedEngine(EngineThread):
         self._free_at = max(now + self._host_s, self._free_at) + took
         self._loop.call_later(self._free_at - now, self._done, done)
 
-    def stop(self, *, hung: bool = False) -> None:
+    def stop(self, hung: Callable[[], bool] = lambda: False) -> None:
         self.engine.close()
 
 

@@ -164,9 +164,11 @@ class Started:
 
     def close(self) -> None:
         """End the workers and free the model."""
-        if not self.dead and self.device:
-            log.info("steps by CUDA graph: %s", self.graphs())
-        self.core.shutdown()
+        try:
+            if not self.dead and self.device:
+                log.info("steps by CUDA graph: %s", self.graphs())
+        finally:
+            self.core.shutdown()
 
     def _died(self) -> None:
         self.dead = True
