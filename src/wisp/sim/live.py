@@ -146,7 +146,7 @@ class Sockets:
         self._all: list[Wire] = []
         self._following: set[asyncio.Task[None]] = set()
         self._closing = False
-        self._problem = ""  # why the run is over, before it has begun
+        self._problem = ""  # why the run is over
 
     async def connect(self, devices: int) -> Welcome:
         """Open the sockets. Returns the verifier's welcome. Raises UnavailableError, ConfigError or ProtocolError."""
