@@ -51,7 +51,7 @@ def figures(data: Data) -> Data:
         "n": len(cells),
         "n_sampled": sum(c.sampled for c in cells),
         "n_carried": sum(c.verdicts["wisp"].carried for c in cells),
-        "fewest": min(c.requests for c in cells),
+        "fewest": min(c.compared for c in cells),
         "n_seeds": len(found.extent.seeds),
         "failures": list(_failures(cells)),
         "verdicts": _verdicts(cells),

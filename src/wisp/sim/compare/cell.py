@@ -67,6 +67,11 @@ class CellResult(msgspec.Struct, frozen=True):
         """Does WISP hold its promise here, in each form that was asked for?"""
         return all(v.passes for name, v in self.verdicts.items() if is_wisp(name))
 
+    @property
+    def compared(self) -> int:
+        """The fewest requests that central serving or WISP was asked. One that is far behind is asked for fewer."""
+        return min(found.requests for name, found in self.systems.items() if name == CENTRAL or is_wisp(name))
+
 
 def is_wisp(spec: str) -> bool:
     """Is it the product's own system, whatever is changed?"""

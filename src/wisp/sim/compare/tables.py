@@ -76,7 +76,7 @@ def summary(found: Comparison) -> Iterator[str]:
             if is_wisp(name):
                 for criterion in verdict.missed:
                     yield f"  {cell.name}: {name}: {difference(criterion)}"
-    few = min((cell.requests for cell in found.cells), default=0)
+    few = min((cell.compared for cell in found.cells), default=0)
     yield (
         f"{len(found.cells)} of {found.of} cells done, {len(found.extent.seeds)} seeds, "
         f"at least {few} requests a cell, {found.cpu_s:,.0f} s of CPU"
