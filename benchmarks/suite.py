@@ -57,7 +57,11 @@ def figures(data: Data) -> Data:
         "verdicts": _verdicts(cells),
         "all_systems": _all_systems(cells),
         "scenarios": table(("cell", "scenario"), ((c.name, described(c.scenario)) for c in cells)),
-        "over": {name: _over(cells, name) for name in cells[0].systems if name != "wisp"},
+        "over": {
+            name: (_over([c for c in cells if c.verdicts["wisp"].carried], name), _over(cells, name))
+            for name in cells[0].systems
+            if name != "wisp"
+        },
     }
 
 
@@ -111,13 +115,15 @@ def _all_systems(cells: list[CellResult]) -> str:
     return table(("cell", *names), rows)
 
 
-def _over(cells: list[CellResult], name: str) -> float:
+def _over(cells: list[CellResult], name: str) -> str:
     """Geometric mean over cells of the goodput of `wisp` over another system's, each at least a token per second."""
+    if not cells:
+        return "-"
 
     def goodput(cell: CellResult, of: str) -> float:
         return max(cell.systems[of].mean("goodput") or 0.0, 1.0)
 
-    return geometric_mean([goodput(cell, "wisp") / goodput(cell, name) for cell in cells])
+    return f"{geometric_mean([goodput(cell, 'wisp') / goodput(cell, name) for cell in cells]):.2f}"
 
 
 def described(s: Scenario) -> str:
