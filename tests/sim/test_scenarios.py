@@ -472,4 +472,4 @@ def test_scripts_are_there_before_any_device_connects(monkeypatch: pytest.Monkey
     monkeypatch.setattr(fleet, "scripts_of", lambda scenario: done.append("scripts"))
     with pytest.raises(UnavailableError):
         asyncio.run(fleet.run_live(load_one(), system("wisp"), 1, "http://127.0.0.1:9"))
-    assert done == ["connect 1", "close", "scripts", "connect 50"]
+    assert done == ["connect 1", "close", "scripts", "connect 50", "close"]
