@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import selectors
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -43,7 +43,7 @@ from wisp.edge.link import LOST
 from wisp.engines.emulated import HARDWARE, hardware
 from wisp.sim import serving
 from wisp.sim.fleet import check_live, run_live
-from wisp.sim.live import Clock, Sockets, Wire
+from wisp.sim.live import Clock, Sockets
 from wisp.sim.report import Engine, Report, report
 from wisp.sim.request import Request
 from wisp.sim.scenario import Kit, Scenario, SloClass
@@ -52,6 +52,7 @@ from wisp.sim.sim_device import Generation, SimDevice
 from wisp.sim.simulate import Fleet, Simulation, scripts_of
 from wisp.sim.systems import system
 from wisp.sim.timeline import Timeline
+from wisp.sim.wire import Wire
 
 DEVICES = 12
 OURS = "wisp,admission=no"  # who would be late here is served all the same
@@ -509,27 +510,36 @@ def test_a_fleet_ends_while_a_verifier_has_not_answered_its_handshake() -> None:
     asyncio.run(run())
 
 
+@contextlib.asynccontextmanager
+async def answering(
+    answer: Callable[[int], Message],
+) -> AsyncIterator[tuple[int, list[ServerConnection]]]:
+    """A verifier that says one thing to each connection's hello, by how many there are: its port, and these."""
+    opened: list[ServerConnection] = []
+
+    async def peer(connection: ServerConnection) -> None:
+        opened.append(connection)
+        await connection.recv()
+        await connection.send(encode(answer(len(opened))))
+        await connection.wait_closed()
+
+    async with (
+        serve(peer, "127.0.0.1", 0, subprotocols=[Subprotocol(SUBPROTOCOL)]) as server,
+        asyncio.timeout(PATIENCE_S),
+    ):
+        yield next(iter(server.sockets)).getsockname()[1], opened
+
+
 def test_a_fleet_that_one_verifier_refuses_leaves_no_connection_open() -> None:
     """The second of two connections gets no welcome: the first is closed, and the error says why."""
 
     async def run() -> None:
-        opened: list[ServerConnection] = []
-
-        async def peer(connection: ServerConnection) -> None:
-            opened.append(connection)
-            await connection.recv()
-            await connection.send(
-                encode(WELCOME if len(opened) == 1 else Refused("", "overloaded", "full", 1.0))
-            )
-            await connection.wait_closed()
-
-        async with serve(peer, "127.0.0.1", 0, subprotocols=[Subprotocol(SUBPROTOCOL)]) as server:
-            port = next(iter(server.sockets)).getsockname()[1]
-            async with asyncio.timeout(PATIENCE_S):
-                with pytest.raises(ProtocolError, match="full"):
-                    await Sockets(f"http://127.0.0.1:{port}").connect(2)
-                for connection in opened:
-                    await connection.wait_closed()
+        full = Refused("", "overloaded", "full", 1.0)
+        async with answering(lambda n: WELCOME if n == 1 else full) as (port, opened):
+            with pytest.raises(ProtocolError, match="full"):
+                await Sockets(f"http://127.0.0.1:{port}").connect(2)
+            for connection in opened:
+                await connection.wait_closed()
 
     asyncio.run(run())
 
@@ -547,24 +557,18 @@ def test_a_connection_lost_before_the_run_ends_it() -> None:
 
 def test_a_device_that_is_switched_off_while_it_follows_a_redirection_leaves_no_connection() -> None:
     async def run() -> None:
-        opened: list[ServerConnection] = []
+        sockets = Sockets("http://127.0.0.1:9")
+        sockets._wires[0] = {}
 
-        async def peer(connection: ServerConnection) -> None:
-            opened.append(connection)
-            await connection.recv()
+        def welcome(_: int) -> Message:
             sockets.lost(0)
-            await connection.send(encode(WELCOME))
-            await connection.wait_closed()
+            return WELCOME
 
-        async with serve(peer, "127.0.0.1", 0, subprotocols=[Subprotocol(SUBPROTOCOL)]) as server:
-            port = next(iter(server.sockets)).getsockname()[1]
-            sockets = Sockets("http://127.0.0.1:9")
-            sockets._wires[0] = {}
-            async with asyncio.timeout(PATIENCE_S):
-                sockets._follow(0, f":{port}")
-                while not opened:
-                    await asyncio.sleep(0.01)
-                await opened[0].wait_closed()
+        async with answering(welcome) as (port, opened):
+            sockets._follow(0, f":{port}")
+            while not opened:
+                await asyncio.sleep(0.01)
+            await opened[0].wait_closed()
 
     asyncio.run(run())
 
