@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from wisp.core.draft.patience import BEAT_S, Patience
 
 
@@ -75,3 +77,10 @@ def test_a_busy_machine_is_not_asleep() -> None:
     for now in range(2, 31, 2):  # every beat comes a whole beat late
         patience.beat(float(now))
     assert patience.left_s(30.0) == 0.0
+
+
+def test_a_rest_that_is_only_rounding_is_not_waited_for() -> None:
+    patience = Patience(0.3, 0.1)
+    for now in (math.nextafter(0.4, 0.0), 0.4 - 1e-9):
+        assert 0.1 + 0.3 - now > 0.0
+        assert patience.left_s(now) == 0.0

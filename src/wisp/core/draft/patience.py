@@ -8,6 +8,7 @@ from __future__ import annotations
 
 BEAT_S = 1.0  # between two beats
 _SLEPT_S = 3 * BEAT_S  # without a beat: not even a busy machine is as late as that
+_LEAST_S = 1e-3  # of a wait: event loops round to milliseconds, so a shorter one would end at once, again and again
 
 
 class Patience:
@@ -55,6 +56,6 @@ class Patience:
         `since`: time awake, as `beat` returns it, before which nothing counts.
         """
         left = max(self._lost, since) + self.give_up_s - self.beat(now)
-        if left > 0.0:
+        if left >= _LEAST_S:
             return left
         return 0.0 if self._tried >= self._sleeps else BEAT_S
