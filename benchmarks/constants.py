@@ -74,7 +74,7 @@ def measured(cell: str, changed_: str, seeds: Sequence[int], requests: int) -> R
     reports = [run(Job(scenario, system("wisp"), seed)) for seed in seeds]
 
     def mean(values: Sequence[float | None]) -> float:
-        return round(fmean(v or 0.0 for v in values), 4)
+        return round(fmean(v for v in values if v is not None), 4)  # a run without a first token has no TTFT
 
     return Row(
         cell,

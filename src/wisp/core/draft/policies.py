@@ -18,10 +18,10 @@ from wisp.core.draft.predictor import Calibration, Predictor, sigmoid
 from wisp.core.draft.round_times import Mean, RoundTimes
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ConfigError
+from wisp.core.protocol.messages import MAX_DRAFT
 
 STOPPING_IN_TIME = 1.1  # speed of `gain` over that of the best fixed length: 1.2 on average in replays
 LONGEST = 16  # tokens in one draft, unless told otherwise
-MOST = 64  # tokens in one draft, at most, for a user to ask for
 
 
 class Odds(msgspec.Struct, frozen=True, gc=False):
@@ -338,8 +338,10 @@ class Policies:
     def _tokens(self, argument: str, default: int) -> int:
         if not argument:
             return default
-        if not argument.isdecimal() or not 1 <= int(argument) <= MOST:
-            raise ConfigError(f"drafting policy {self.spec!r}: a draft has 1 to {MOST} tokens, e.g. fixed:4")
+        if not argument.isdecimal() or not 1 <= int(argument) <= MAX_DRAFT:
+            raise ConfigError(
+                f"drafting policy {self.spec!r}: a draft has 1 to {MAX_DRAFT} tokens, e.g. fixed:4"
+            )
         return int(argument)
 
     def _probability(self, argument: str) -> float | None:
