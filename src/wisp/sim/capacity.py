@@ -79,25 +79,27 @@ def variants(policy: str, scenario: Scenario) -> list[System]:
         fixed = [system(f"sled,drafting=fixed:{k}") for k in (3, 4, 2, 6, 8)]
         return [*fixed, *(system(f"sled,drafting=confidence:{p}") for p in (0.4, 0.6, 0.2))]
     if policy == "central":
-        # Requests beyond a cap wait within their TTFT target instead of slowing all others down; smaller chunks of
-        # prompts slow decodes down less.
-        most = bound(scenario, central=True).devices
-        caps = [f"central,slots={round(most * share)}" for share in (1.0, 0.93, 0.85) if most > 4]
-        smaller = [f"{of},step_tokens={n}" for n in chunks(most) for of in (*caps[:1], "central")]
-        return [system(spec) for spec in (*caps, "central", *smaller)]
+        return [system(f"central{limit}") for limit in _limits(scenario)]
     if policy == "central-speculative":
         drafts = [f"central-speculative,drafting=fixed:{k}" for k in (2, 1, 3, 4)]
-        most = limit_of(system(policy), scenario).devices
-        limits = [f"slots={round(most * share)}" for share in (1.0, 0.85) if most > 4]
-        limits += [f"step_tokens={n}" for n in chunks(most)]
-        return [
-            system(spec) for spec in (*drafts, *(f"{of},{limit}" for limit in limits for of in drafts[:2]))
-        ]
+        limited = [f"{of}{limit}" for limit in _limits(scenario) if limit for of in drafts[:2]]
+        return [system(spec) for spec in (*drafts, *limited)]
     of = system(policy)
     if of.admission and "admission=" not in policy:
         # The search asks how many can be served. Who is refused asks again, and would count each time.
         return [system(f"{policy},admission=no")]
     return [of]
+
+
+def _limits(scenario: Scenario) -> list[str]:
+    """What a central server may limit, as changes of a system.
+
+    Requests beyond a cap wait within their TTFT target instead of slowing all others down; smaller chunks of prompts
+    slow decodes down less.
+    """
+    most = bound(scenario, central=True).devices
+    caps = [f",slots={round(most * share)}" for share in (1.0, 0.93, 0.85) if most > 4]
+    return [*caps, "", *(f"{cap},step_tokens={n}" for n in chunks(most) for cap in (*caps[:1], ""))]
 
 
 def chunks(devices: float) -> list[int]:
