@@ -19,6 +19,7 @@ from wisp.api.scrape import Registry
 from wisp.api.slo import parse_slo
 from wisp.core.draft.stats import SpecStats
 from wisp.core.errors import ConfigError, RequestError
+from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
@@ -193,6 +194,51 @@ def test_admissions_are_counted_by_what_became_of_them() -> None:
         seen = {k: v for k, v in samples(host).items() if k.startswith("wisp:admission_total")}
         outcomes = {"admitted": 3, "resumed": 1, "stale_epoch": 1, "shutting_down": 1, refused.code: 1}
         assert seen == {f'wisp:admission_total{{outcome="{k}"}}': v for k, v in outcomes.items()}
+
+    with_host(scenario)
+
+
+def test_what_a_draining_verifier_refuses_is_counted() -> None:
+    async def scenario(host: VerifierHost) -> None:
+        client = Client(host)
+        host.draining = True
+        assert isinstance(await client.ask(opening("session-1")), Refused)
+        seen = samples(host)
+        assert seen['wisp:request_refused_total{code="shutting_down"}'] == 1
+        assert seen['wisp:admission_total{outcome="shutting_down"}'] == 1
+        assert host.recorder._now.refused == 1
+
+    with_host(scenario)
+
+
+def test_a_bad_grammar_is_one_refused_session_however_much_waits_behind_it() -> None:
+    async def scenario(host: VerifierHost) -> None:
+        client = Client(host)
+        bad = Sampling(constraints=Constraints(grammar=Grammar("regex", "(a")))
+        host.receive(client.connection, opening("session-1", sampling=bad))
+        for round_ in (1, 2):
+            host.receive(client.connection, Draft("session-1", round_, 0, [3]))
+        for _ in range(3):
+            assert isinstance(await client.inbox.get(), Refused)
+        seen = samples(host)
+        assert seen['wisp:request_refused_total{code="invalid_grammar"}'] == 3
+        assert seen['wisp:admission_total{outcome="invalid_grammar"}'] == 1
+        assert host.recorder._now.refused == 1
+
+    with_host(scenario)
+
+
+def test_what_is_too_much_behind_an_open_is_no_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wisp.server.compiling.MOST_MESSAGES", 1)
+
+    async def scenario(host: VerifierHost) -> None:
+        client = Client(host)
+        grammar = Sampling(constraints=Constraints(grammar=Grammar("regex", "[a-z]{9}")))
+        host.receive(client.connection, opening("session-1", sampling=grammar))
+        assert isinstance(await client.ask(Draft("session-1", 1, 0, [3])), Refused)
+        seen = samples(host)
+        assert seen['wisp:request_refused_total{code="overloaded"}'] == 1
+        assert 'wisp:admission_total{outcome="overloaded"}' not in seen
 
     with_host(scenario)
 

@@ -254,12 +254,16 @@ class VerifierHost:
         if not isinstance(message, Cancel):
             text = "this verifier is shutting down"
             refused = Refused(message.session, "shutting_down", text, 1.0, True, message.round)
+            self._refuse(connection, message, refused)
+
+    def _refuse(self, connection: int, message: Open | Draft, refused: Refused) -> None:
+        """Answer what the verifier is not to hear. A refused Open counts as a refused session, too."""
+        if self.failed is not None:  # counting may be what failed, and the edge should hear all the same
+            self._send(connection, refused)
+            return
+        if isinstance(message, Open):
             self.metrics.admission(refused.code)
             self.recorder.refused()
-            self._send(connection, refused)
-
-    def _refuse(self, connection: int, refused: Refused) -> None:
-        self.metrics.admission(refused.code)
         self.send(connection, refused)
 
     @vital
@@ -326,9 +330,7 @@ class VerifierHost:
     @vital
     def _send_away(self, s: Session) -> None:
         message = "this verifier is being drained; open the session again at the router"
-        refused = Refused(s.id, "shutting_down", message, fatal=True)
-        self.metrics.sent(self._loop.time(), refused)
-        self._send(s.connection, refused)
+        self.send(s.connection, Refused(s.id, "shutting_down", message, fatal=True))
         self._driver.feed(Received(s.connection, s.key, Cancel(s.id)))
 
     def fail(self, error: Exception) -> None:
