@@ -36,9 +36,9 @@ from wisp.core.protocol.messages import (
     Verdict,
     Welcome,
     check_verdict,
-    check_welcome,
     decode_server_message,
     encode,
+    welcome_from,
 )
 from wisp.edge.address import is_local, redirected_url, session_url
 from wisp.edge.answers import plain, reason, stranger
@@ -214,14 +214,9 @@ class VerifierLink:
         ) as socket:
             await socket.send(encode(Hello(VERSION, self.fingerprint, f"wisp/{__version__}", True)))
             async with asyncio.timeout(HANDSHAKE_S):
-                first = decode_server_message(await socket.recv(decode=False))
-            if not isinstance(first, Welcome):
-                raise ProtocolError(
-                    getattr(first, "code", "malformed"), getattr(first, "message", "no welcome")
-                )
-            check_welcome(first)
+                welcome = welcome_from(decode_server_message(await socket.recv(decode=False)))
             self._out = asyncio.Queue()
-            self._gain(first)
+            self._gain(welcome)
             writer = asyncio.create_task(self._write(socket))
             try:
                 async for frame in socket:
