@@ -26,6 +26,7 @@ from typing import Annotated, Any
 from urllib.parse import quote, unquote
 
 import msgspec
+from starlette.requests import Request
 
 from wisp.core.errors import ConfigError, RequestError
 from wisp.core.verify.admission import KeyLimits
@@ -115,6 +116,10 @@ class Keyring:
             if hmac.compare_digest(known, digest):
                 return name
         raise _unauthorized("this API key is not known here")
+
+    def caller(self, request: Request) -> str:
+        """The name of a request's key. Raises RequestError(401)."""
+        return self.authorize(request.headers.get("authorization"))
 
     def speaks_for(self, header: str | None) -> str | None:
         """The key that our router names in an Authorization header; None if it is not our router's."""

@@ -64,11 +64,11 @@ class EdgeApp:
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
                 *site_routes(PLAYGROUND),
-                *status_routes(self.status, self._authorize),
+                *status_routes(self.status, keys.caller),
                 *openai_routes(
                     self.customers,
                     options=options,
-                    authorize=self._authorize,
+                    authorize=keys.caller,
                     observer=self.metrics,
                 ),
             ],
@@ -95,9 +95,6 @@ class EdgeApp:
     def _keys_changed(self) -> None:
         revoked, new = self.customers.limits_changed()
         self.backend.customers_changed(revoked, new)
-
-    def _authorize(self, request: Request) -> str:
-        return self.keys.authorize(request.headers.get("authorization"))
 
     async def _snapshot(self, since: float) -> dict[str, Any]:
         return edge_status(self.backend, self.link.problem or "connecting", self.link.url)

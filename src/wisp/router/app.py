@@ -32,7 +32,8 @@ from wisp.api.errors import JsonResponse, error_response, exception_handlers, re
 from wisp.api.keys import Keyring
 from wisp.api.pages.site import FLEET, site_routes
 from wisp.api.pages.stream import StatusStream, admins_only, status_routes
-from wisp.api.routes import openai_routes
+from wisp.api.paths import REPLICAS_PATH, SESSION_PATH
+from wisp.api.routes import openai_routes, tokenizer_route
 from wisp.api.scrape import scraped
 from wisp.core.errors import RequestError, WispError
 from wisp.core.route.placement import Placement
@@ -79,19 +80,19 @@ class RouterApp:
             routes=[
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
-                Route("/v1/tokenizers/{fingerprint}", self._tokenizer),
+                tokenizer_route(keys.caller, self._tokenizer),
                 WebSocketRoute(
-                    "/v1/sessions", Crowd(SessionEndpoint(self._ready, keys.authorize), keys.authorize)
+                    SESSION_PATH, Crowd(SessionEndpoint(self._ready, keys.authorize), keys.authorize)
                 ),
-                Route("/v1/replicas", self._admin(self._list)),
-                Route("/v1/replicas/scale", self._admin(self._scale), methods=["POST"]),
-                Route("/v1/replicas/{name}/drain", self._admin(self._drain), methods=["POST"]),
-                Route("/v1/replicas/{name}/restart", self._admin(self._restart), methods=["POST"]),
+                Route(REPLICAS_PATH, self._admin(self._list)),
+                Route(f"{REPLICAS_PATH}/scale", self._admin(self._scale), methods=["POST"]),
+                Route(f"{REPLICAS_PATH}/{{name}}/drain", self._admin(self._drain), methods=["POST"]),
+                Route(f"{REPLICAS_PATH}/{{name}}/restart", self._admin(self._restart), methods=["POST"]),
                 *site_routes(FLEET),
                 *status_routes(self.status, admins_only(keys)),
                 *openai_routes(
                     self.backend,
-                    authorize=self._authorize,
+                    authorize=keys.caller,
                     observer=self.metrics,
                     options=spec.settings.api_options(),
                 ),
@@ -142,9 +143,6 @@ class RouterApp:
     async def _snapshot(self, since: float) -> dict[str, Any]:
         return await fleet_status(self.fleet, since, draining=self.host.draining)
 
-    def _authorize(self, request: Request) -> str:
-        return self.keys.authorize(request.headers.get("authorization"))
-
     async def _health(self, request: Request) -> Response:
         views = self.fleet.view()
         count = {"up": sum(v.state == "up" for v in views), "all": len(views)}
@@ -160,17 +158,11 @@ class RouterApp:
         welcome = self.fleet.welcome
         return scraped(request, self.metrics.registry, welcome.model if welcome else "", self.keys)
 
-    async def _tokenizer(self, request: Request) -> Response:
-        try:
-            self._authorize(request)
-            ours = self.host.welcome().fingerprint
-            if request.path_params["fingerprint"] != ours:
-                raise RequestError(404, f"this router's vocabulary is {ours}")
-            blob = await self.backend.tokenizers.blob(ours)
-        except RequestError as error:
-            return error_response(error, request_id(request))
-        headers = {"content-encoding": "gzip", "cache-control": "max-age=31536000, immutable"}
-        return Response(blob, media_type="application/octet-stream", headers=headers)
+    async def _tokenizer(self, fingerprint: str) -> bytes:
+        ours = self.host.welcome().fingerprint
+        if fingerprint != ours:
+            raise RequestError(404, f"this router's vocabulary is {ours}")
+        return await self.backend.tokenizers.blob(ours)
 
     # --- operators
 
@@ -179,7 +171,7 @@ class RouterApp:
 
         async def endpoint(request: Request) -> Response:
             try:
-                if not self.keys.is_admin(self._authorize(request)):
+                if not self.keys.is_admin(self.keys.caller(request)):
                     message = "this key may not manage replicas; give it `admin = true` in the key file"
                     raise RequestError(403, message, code="not_admin", type="permission_error")
                 await act(request)

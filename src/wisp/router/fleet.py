@@ -26,6 +26,7 @@ import httpx
 import msgspec
 
 from wisp.api.keys import on_behalf
+from wisp.api.paths import TOKENIZER_PATH
 from wisp.core.errors import ConfigError, RequestError, UnavailableError, WispError
 from wisp.core.protocol.messages import DIGESTS_SINCE, Welcome
 from wisp.core.route.placement import Placement, ReplicaSize
@@ -232,7 +233,7 @@ class Fleet:
         replica = next(iter(self.up()), None)
         if replica is None or replica.running is None:
             raise UnavailableError("no replica is up to give the tokenizer", retry_after=1.0)
-        url = f"{replica.running.url}/v1/tokenizers/{fingerprint}"
+        url = f"{replica.running.url}{TOKENIZER_PATH}/{fingerprint}"
         async with self._client.stream("GET", url, headers=_us(replica)) as response:
             response.raise_for_status()
             return b"".join([chunk async for chunk in response.aiter_raw()])

@@ -28,13 +28,14 @@ from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 
 from wisp.api.backend import Committed, Generation, Target
-from wisp.api.errors import JsonResponse, error_response, exception_handlers, request_id
+from wisp.api.errors import JsonResponse, exception_handlers
 from wisp.api.generating import ApiOptions
 from wisp.api.keys import Keyring
 from wisp.api.observe import RequestRecord
 from wisp.api.pages.site import FLEET, site_routes
 from wisp.api.pages.stream import StatusStream, admins_only, status_routes
-from wisp.api.routes import openai_routes
+from wisp.api.paths import SESSION_PATH
+from wisp.api.routes import openai_routes, tokenizer_route
 from wisp.api.scrape import scraped
 from wisp.core.errors import InternalError, RequestError, UnavailableError
 from wisp.core.protocol.slo import Slo
@@ -97,13 +98,11 @@ class ServerApp:
             routes=[
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
-                Route("/v1/tokenizers/{fingerprint}", self._tokenizer),
+                tokenizer_route(keys.caller, self._tokenizer),
                 WebSocketRoute(
-                    "/v1/sessions", Crowd(SessionEndpoint(self.host, keys.authorize), keys.authorize)
+                    SESSION_PATH, Crowd(SessionEndpoint(self.host, keys.authorize), keys.authorize)
                 ),
-                *openai_routes(
-                    backend, authorize=self._authorize, observer=self, options=settings.api_options()
-                ),
+                *openai_routes(backend, authorize=keys.caller, observer=self, options=settings.api_options()),
                 *site_routes(FLEET),
                 *status_routes(self.status, admins_only(keys)),
                 *(control_routes(self.host, keys, settings.drain_s) if keys.router else []),
@@ -218,9 +217,6 @@ class ServerApp:
 
     # --- endpoints
 
-    def _authorize(self, request: Request) -> str:
-        return self.keys.authorize(request.headers.get("authorization"))
-
     async def _snapshot(self, since: float) -> dict[str, Any]:
         if self._host is None:
             return loading_status(self.settings.model, str(self.failed or ""))
@@ -239,16 +235,11 @@ class ServerApp:
             return Response("", status_code=503)
         return scraped(request, self._host.metrics.registry, self.settings.model, self.keys)
 
-    async def _tokenizer(self, request: Request) -> Response:
-        try:
-            self._authorize(request)
-            host = self.host()
-            if request.path_params["fingerprint"] != host.tokenizer.fingerprint:
-                raise RequestError(404, f"this verifier's vocabulary is {host.tokenizer.fingerprint}")
-        except RequestError as error:
-            return error_response(error, request_id(request))
-        headers = {"content-encoding": "gzip", "cache-control": "max-age=31536000, immutable"}
-        return Response(self._blob, media_type="application/octet-stream", headers=headers)
+    async def _tokenizer(self, fingerprint: str) -> bytes:
+        ours = self.host().tokenizer.fingerprint
+        if fingerprint != ours:
+            raise RequestError(404, f"this verifier's vocabulary is {ours}")
+        return self._blob
 
 
 class _Late:
