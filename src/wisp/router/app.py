@@ -36,22 +36,15 @@ from wisp.api.paths import REPLICAS_PATH, SESSION_PATH
 from wisp.api.routes import openai_routes, tokenizer_route
 from wisp.api.scrape import scraped
 from wisp.core.errors import RequestError, WispError
-from wisp.core.route.placement import Placement
-from wisp.core.verify.admission import Admission
-from wisp.router.fleet import Fleet, Replica
-from wisp.router.host import RouterHost
+from wisp.router.fleet import Replica
 from wisp.router.launch import Launcher
-from wisp.router.metrics import RouterMetrics
 from wisp.router.replica import ReplicaSpec
+from wisp.router.routing import Routing
 from wisp.router.status import fleet_status
-from wisp.router.thin import RouterBackend
-from wisp.server.control import Report
 from wisp.server.crowd import Crowd
 from wisp.server.sockets import SessionEndpoint
 
 log = logging.getLogger("wisp.router")
-
-UNLIMITED = 1 << 40  # sessions: the placement knows when all replicas are full
 
 
 class RouterApp:
@@ -59,31 +52,18 @@ class RouterApp:
 
     def __init__(self, spec: ReplicaSpec, replicas: int, launcher: Launcher, keys: Keyring) -> None:
         """`spec` is that of every replica, but for its name and token; its address is the router's."""
-        tls = _tls(spec)
         self.keys = keys
         self._replicas = replicas
-        placement = Placement()
-        self.metrics = RouterMetrics(lambda: self.fleet)
-        self.fleet = Fleet(
-            launcher,
-            functools.partial(_named, spec),
-            placement,
-            tls,
-            drain_s=spec.settings.drain_s,
-            changed=self._changed,
-            heard=self._heard,
-        )
-        self.host = RouterHost(self.fleet, placement, Admission(UNLIMITED, keys.limits), self.metrics)
-        self.backend = RouterBackend(self.host, tls)
+        named = functools.partial(_named, spec)
+        self._routing = r = Routing(launcher, named, _tls(spec), keys, drain_s=spec.settings.drain_s)
+        self.metrics, self.fleet, self.host, self.backend = r.metrics, r.fleet, r.host, r.backend
         self.status = StatusStream(self._snapshot)
         self.asgi = Starlette(
             routes=[
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
                 tokenizer_route(keys.caller, self._tokenizer),
-                WebSocketRoute(
-                    SESSION_PATH, Crowd(SessionEndpoint(self._ready, keys.authorize), keys.authorize)
-                ),
+                WebSocketRoute(SESSION_PATH, Crowd(SessionEndpoint(r.ready, keys.authorize), keys.authorize)),
                 Route(REPLICAS_PATH, self._admin(self._list)),
                 Route(f"{REPLICAS_PATH}/scale", self._admin(self._scale), methods=["POST"]),
                 Route(f"{REPLICAS_PATH}/{{name}}/drain", self._admin(self._drain), methods=["POST"]),
@@ -115,7 +95,7 @@ class RouterApp:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self.fleet.add(self._replicas)
-        watch = asyncio.create_task(self.keys.watch(self._keys_changed))
+        watch = asyncio.create_task(self.keys.watch(self._routing.keys_changed))
         try:
             yield
         finally:
@@ -123,20 +103,6 @@ class RouterApp:
             self.status.close()
             await self.backend.close()
             await self.fleet.close()
-
-    def _keys_changed(self) -> None:
-        self.host.admission.set_limits(self.keys.limits)
-
-    def _changed(self) -> None:
-        self.host.changed()
-        self.backend.changed()
-
-    def _heard(self, replica: Replica, report: Report) -> None:
-        self.host.heard(replica, report)
-
-    def _ready(self) -> RouterHost:
-        self.host.welcome()  # raises UnavailableError
-        return self.host
 
     # --- endpoints
 
