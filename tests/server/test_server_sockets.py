@@ -109,7 +109,7 @@ def test_a_peer_that_does_not_read_is_let_go_and_its_sessions_are_parked() -> No
             wire.say(opening("session-1", epoch=asked, round=known + asked))
             await asyncio.sleep(0)
             assert asked * known < 4 * sockets.MAX_BACKLOG
-        assert host.n_connections == 0
+        assert host.n_edges == 0
         assert host.n_sessions == 1  # parked, for its edge may come back
         back = Wire()
         again = back.connect(endpoint_of(host))
@@ -163,7 +163,7 @@ def test_a_peer_that_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) 
         refused = await wire.hear()
         assert isinstance(refused, Refused)
         assert (refused.code, refused.fatal) == ("timeout", True)
-        assert host.n_connections == 0
+        assert host.n_edges == 0
 
     with_host(scenario)
 

@@ -147,13 +147,11 @@ class EventLog:
         self._on_loss()
 
 
-def read_events(path: Path) -> list[tuple[float, InEvent]]:
-    """The (now, event) pairs of an event log, in order; one that a crash cut short at the end is left out."""
-    return [(now, record) for now, record in _records(path) if not isinstance(record, LogHeader)]
-
-
 def read_runs(path: Path) -> list[tuple[LogHeader, list[tuple[float, InEvent]]]]:
-    """The runs in an event log. Raises ConfigError for one without headers, of an earlier release."""
+    """The runs in an event log, each with its (now, event) pairs in order. One that a crash cut short is left out.
+
+    Raises ConfigError for a log without headers, of an earlier release.
+    """
     runs: list[tuple[LogHeader, list[tuple[float, InEvent]]]] = []
     for now, record in _records(path):
         if isinstance(record, LogHeader):

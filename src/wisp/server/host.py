@@ -272,7 +272,7 @@ class VerifierHost:
         if not isinstance(message, Open):
             self._driver.feed(Received(connection, key, message))
             return
-        self.metrics.opened(self._loop.time(), message, key)
+        self.metrics.opened(self._loop.time(), message)
         known = self.verifier.knows(message.session)
         actions = self._driver.feed(Received(connection, key, message))
         sent = (a.message for a in actions if isinstance(a, Send))
@@ -300,11 +300,6 @@ class VerifierHost:
     @property
     def n_sessions(self) -> int:
         return len(self.verifier.sessions)
-
-    @property
-    def n_connections(self) -> int:
-        """Open connections, edges and thin clients together."""
-        return len(self._senders)
 
     @property
     def n_edges(self) -> int:
