@@ -19,6 +19,7 @@ from wisp.api.pages.site import PLAYGROUND, site_routes
 from wisp.api.pages.stream import StatusStream, status_routes
 from wisp.api.routes import openai_routes
 from wisp.api.scrape import scraped
+from wisp.core.draft.patience import GIVE_UP_S
 from wisp.core.draft.policies import Ahead, Policies
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.customers import Customers
@@ -44,7 +45,7 @@ class EdgeApp:
         fingerprint: str,
         policies: Policies,
         ahead: Ahead | None = None,
-        give_up_s: float = 30.0,
+        give_up_s: float = GIVE_UP_S,
         history_tokens: int = 0,
         options: ApiOptions = _DEFAULTS,
     ) -> None:

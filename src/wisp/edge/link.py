@@ -22,7 +22,7 @@ from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
 from wisp import __version__
-from wisp.core.draft.patience import BEAT_S, Patience
+from wisp.core.draft.patience import BEAT_S, GIVE_UP_S, Patience
 from wisp.core.errors import ConfigError, ProtocolError, RequestError, UnavailableError
 from wisp.core.protocol.messages import (
     MAX_FRAME,
@@ -82,7 +82,7 @@ class VerifierLink:
         api_key: str | None = None,
         *,
         fingerprint: str = "",
-        give_up_s: float = 30.0,
+        give_up_s: float = GIVE_UP_S,
         once: bool = False,
         tls: ssl.SSLContext | None = None,
     ) -> None:

@@ -33,6 +33,7 @@ from wisp.core.route.placement import Placement, ReplicaSize
 from wisp.router.launch import Launcher, Running
 from wisp.router.replica import ReplicaSpec
 from wisp.server.control import MOVE_PATH, REPORT_PATH, Report
+from wisp.server.defaults import MOST_REPLICAS
 
 log = logging.getLogger("wisp.router")
 
@@ -42,7 +43,6 @@ SILENT_S = 5.0  # without a report: nothing new goes there
 BACKOFF_S = (0.2, 30.0)  # first and longest wait before a replica that died is started again
 STEADY_S = 60.0  # one that lived so long may die without being waited for
 END_S = 15.0  # to end, beyond the time for a drain, before it is killed
-MOST = 64
 
 
 class State(Enum):
@@ -135,8 +135,10 @@ class Fleet:
     async def scale(self, count: int) -> None:
         """Have `count` replicas: start some (and return), or drain the youngest. Raises RequestError."""
         self._check_running()
-        if not 1 <= count <= MOST:
-            raise RequestError(400, f"the number of replicas must be from 1 to {MOST}", param="replicas")
+        if not 1 <= count <= MOST_REPLICAS:
+            raise RequestError(
+                400, f"the number of replicas must be from 1 to {MOST_REPLICAS}", param="replicas"
+            )
         wanted = [r for r in self.replicas.values() if r.wanted]
         if count > len(wanted):
             self.add(count - len(wanted))

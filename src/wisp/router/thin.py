@@ -20,7 +20,7 @@ from wisp.api.backend import Committed, Generation, Target
 from wisp.api.errors import refusal_error, shutting_down
 from wisp.api.keys import on_behalf
 from wisp.api.paths import REPLICAS_PATH
-from wisp.core.draft.patience import BEAT_S, Patience
+from wisp.core.draft.patience import BEAT_S, GIVE_UP_S, Patience
 from wisp.core.draft.policies import Policies
 from wisp.core.errors import ProtocolError, RequestError, UnavailableError, WispError
 from wisp.core.protocol.messages import Cancel, Draft, Message, Open, Redirect, Refused, Verdict, Welcome
@@ -31,8 +31,6 @@ from wisp.engines.base import Tokenizer
 from wisp.engines.build import read_tokenizer
 from wisp.engines.null import ByteTokenizer
 from wisp.router.host import RouterHost
-
-GIVE_UP_S = 30.0  # without any replica
 
 
 class LocalLink:

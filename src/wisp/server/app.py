@@ -44,6 +44,7 @@ from wisp.core.verify.cost import Coefficients
 from wisp.engines.base import TargetEngine, Tokenizer
 from wisp.server.control import control_routes
 from wisp.server.crowd import Crowd
+from wisp.server.defaults import DRAIN_S, MAX_SESSIONS, PARK_S
 from wisp.server.host import VerifierHost
 from wisp.server.sockets import SessionEndpoint
 from wisp.server.status import loading_status, verifier_status
@@ -61,9 +62,9 @@ class Settings(msgspec.Struct, frozen=True):
 
     model: str
     batching: str = "wisp"
-    max_sessions: int = 1024
-    park_s: float = 60.0
-    drain_s: float = 30.0
+    max_sessions: int = MAX_SESSIONS
+    park_s: float = PARK_S
+    drain_s: float = DRAIN_S
     event_log: Path | None = None
     cost: Coefficients | None = None
     slo_classes: dict[str, Slo] = {}

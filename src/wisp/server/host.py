@@ -58,6 +58,7 @@ from wisp.core.verify.states import State
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.base import TargetEngine, Tokenizer
 from wisp.server.compiling import Compiling
+from wisp.server.defaults import PARK_S
 from wisp.server.engine_thread import EngineThread
 from wisp.server.event_log import EventLog, LogHeader
 from wisp.server.metrics import Metrics
@@ -103,7 +104,7 @@ class VerifierHost:
         depth: int = 1,
         history_tokens: int = 0,
         cost: Coefficients | None = None,
-        park_s: float = 60.0,
+        park_s: float = PARK_S,
         slo_admission: bool = True,
         slo_classes: Mapping[str, Slo] = {},
         event_log: Path | None = None,
