@@ -46,7 +46,7 @@ from wisp.edge.answers import plain, reason, stranger
 log = logging.getLogger("wisp.link")
 
 BACKOFF_S = (0.05, 5.0)  # first and longest wait between attempts
-HANDSHAKE_S = 10.0
+HANDSHAKE_S = 10.0  # to connect, and as long again for the welcome
 IDLE_S = 30.0  # a link to a redirected address is kept this long after its last session
 # Faults of connections. Any other exception is a fault of this program, and is logged with its traceback
 EXPECTED = (OSError, EOFError, WebSocketException, ProtocolError, ImportError)

@@ -58,7 +58,21 @@ SWITCH_S = 0.0005
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What an operator decides. `model` is the name that clients use; `cost` what the cost model starts from."""
+    """What an operator decides.
+
+    model:          the name that clients use
+    batching:       the batching policy, by name (`core.verify.batching`)
+    max_sessions:   open at once; more are refused
+    park_s:         seconds that a session outlives its edge
+    drain_s:        seconds that sessions have to end, once the process is told to
+    event_log:      the file that records every event; None: none does
+    cost:           what the cost model starts from; None: it learns from the first step on
+    slo_classes:    SLOs by the names that requests may say
+    slo_admission:  refuse at once a request whose SLO could not be kept
+    aliases, tool_parser: see `ApiOptions`
+    depth:          steps given to the engine at a time
+    history_tokens: of past texts, kept for drafts of the verifier's own; 0: none are
+    """
 
     model: str
     batching: str = "wisp"

@@ -29,7 +29,7 @@ from wisp.core.verify.verifier import Verifier
 
 log = logging.getLogger("wisp.host")
 
-FLUSH_S = 1.0
+FLUSH_S = 1.0  # between two writes: as much may be missing after a crash
 FLUSH_BYTES = 1 << 16  # or sooner, once so much has come together
 MODE = 0o600  # prompts are for nobody else's eyes
 RENAMED = {"wisp": "paper"}  # policies of 0.1, by their names today
