@@ -36,6 +36,7 @@ from wisp.cli.options import (
     ToolParser,
 )
 from wisp.cli.renamed import LogJson
+from wisp.core.draft.patience import GIVE_UP_S
 
 
 def edge(
@@ -66,7 +67,7 @@ def edge(
     batch_rows: BatchRows = None,
     give_up_s: Annotated[
         float, typer.Option(help="Seconds without a verifier before answers fail.", min=0)
-    ] = 30.0,
+    ] = GIVE_UP_S,
     keep_alive_s: Annotated[
         float, typer.Option(help="Seconds between keep-alive comments in a stream.", min=0.1)
     ] = 10.0,

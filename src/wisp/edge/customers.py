@@ -15,10 +15,9 @@ from collections.abc import AsyncIterator, Callable
 import msgspec
 
 from wisp.api.backend import Backend, Committed, Generation, Target
+from wisp.api.errors import refusal_error
 from wisp.api.keys import Keyring
 from wisp.api.sse import close
-from wisp.core.draft.refusals import busy_error
-from wisp.core.errors import RequestError
 from wisp.core.verify.admission import Admission, Refusal
 
 NO_PLACES = 1 << 40  # sessions: the verifier says when it is full
@@ -48,7 +47,7 @@ class Customers:
             self._admission.ask(self._clock(), key)
         except Refusal as refusal:
             self._admission.turned_away(key)
-            raise _told(refusal) from None
+            raise refusal_error(refusal) from None
 
     async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         """Stream what the other commits. Raises RequestError 429 if the key's limits are used up."""
@@ -56,7 +55,7 @@ class Customers:
         try:
             admission.opened(self._clock(), key)
         except Refusal as refusal:
-            raise _told(refusal) from None
+            raise refusal_error(refusal) from None
         committed = self._backend.generate(msgspec.structs.replace(generation, salt=self.salt(key)))
         unread = len(generation.prompt)
         try:
@@ -80,7 +79,3 @@ class Customers:
         revoked, new = sorted(before - after), sorted(after - before)
         self._admission.set_limits(self._keys.limits)
         return [self.salt(key) for key in revoked], [self.salt(key) for key in new]
-
-
-def _told(refusal: Refusal) -> RequestError:
-    return busy_error(refusal.code, str(refusal), refusal.retry_after)

@@ -276,6 +276,14 @@ def check_hello(hello: Hello, fingerprint: str, model: str) -> None:
         )
 
 
+def welcome_from(first: ServerMessage) -> Welcome:
+    """The welcome, checked, that a verifier's first message has to be. Raises ProtocolError, with a refusal's code."""
+    if not isinstance(first, Welcome):
+        raise ProtocolError(getattr(first, "code", "malformed"), getattr(first, "message", "no welcome"))
+    check_welcome(first)
+    return first
+
+
 def check_welcome(welcome: Welcome) -> None:
     """Check that the verifier sent a digest, and limits that can be. Raises ProtocolError."""
     if not welcome.digest:
