@@ -98,7 +98,7 @@ def test_a_peer_that_does_not_read_is_let_go_and_its_sessions_are_parked() -> No
         assert isinstance(verdict, Verdict)
         known = len(verdict.tokens)
         while known < 1900:
-            wire.say(Draft("session-1", known, known, truth[known : known + 64]))
+            wire.say(Draft("session-1", known, known, truth[known : known + host.limits.max_draft]))
             verdict = await wire.hear()
             assert isinstance(verdict, Verdict)
             known += len(verdict.tokens)
