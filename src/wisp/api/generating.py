@@ -23,6 +23,7 @@ from wisp.api.backend import Backend, Target
 from wisp.api.body import Bodies, HeldBody, body_limit, parsed, read_body
 from wisp.api.errors import JsonResponse, error_response, model_not_found
 from wisp.api.exchange import RequestContext
+from wisp.api.naming import clients_words
 from wisp.api.observe import Observer
 from wisp.api.output import Delta, Output
 from wisp.api.prepare import Prepared, PromptWork, prepare
@@ -144,6 +145,13 @@ class Generating:
             body, lambda fields: self._parse(fields, headers, service.options.slo_classes), key
         )
         del body  # the answer may take long
+        with clients_words(ask.names):
+            return await self._answered(ask, held, exchange, stream)
+
+    async def _answered(
+        self, ask: GenerationRequest, held: HeldBody, exchange: RequestContext, stream: EventSender
+    ) -> Response:
+        service, key = self._service, exchange.key
         target = await self._target(ask, stream)
         name = service.name(ask.model, target)
         parser, trace = service.options.tool_parser, exchange.span.trace

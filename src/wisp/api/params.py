@@ -150,12 +150,29 @@ class Completion(Common, kw_only=True):
 
 def read(body: Json, type_: type[S], refused: dict[str, tuple[Any, ...]]) -> S:
     """The body as a struct. Raises RequestError 400 with `param`."""
+    check_refused(body, refused)
+    return convert({name: _whole(value) for name, value in body.items()}, type_)
+
+
+def check_refused(body: Json, refused: dict[str, tuple[Any, ...]]) -> None:
+    """Raises RequestError 400 where `body` has one of these parameters with a value that changes something."""
     for name, harmless in refused.items():
         value = body.get(name)
         if value is not None and not any(_same(value, h) for h in harmless):
             only = " or ".join(msgspec.json.encode(h).decode() for h in harmless)
             refuse(name, f"not supported{f' (only {only} is)' if only else ''}", "unsupported_parameter")
-    return convert({name: _whole(value) for name, value in body.items()}, type_)
+
+
+def passed_on(body: Json, own: frozenset[str], elsewhere: dict[str, str]) -> Json:
+    """The parameters of a chat in the body of another surface: all but its `own`, which it reads itself.
+
+    elsewhere: parameters of a chat that this surface says by another name. Raises RequestError 400 for these.
+    """
+    for name, told in elsewhere.items():
+        if body.get(name) is not None:
+            refuse(name, f"not taken here; say it as {told}", "unsupported_parameter")
+    names = Chat.__struct_fields__
+    return {name: body[name] for name in names if name not in own and body.get(name) is not None}
 
 
 def convert(value: Any, type_: type[S], path: str = "") -> S:
