@@ -42,7 +42,8 @@ def edge(
     draft: Annotated[
         str,
         typer.Option(
-            help="A model as for --target, ngram, ngram+MODEL, none; or auto: the best one on this device, else ngram."
+            help="A model as for --target, ngram, ngram+MODEL, none; or auto: the best one on this device, else ngram "
+            "(also where no verifier is there within 10 s of the start)."
         ),
     ] = "auto",
     drafting: Drafting = "gain",
@@ -126,9 +127,7 @@ def edge(
     api_key = os.environ.get("WISP_API_KEY")
     drafter: DraftEngine | None
     if draft == "auto":
-        drafter, fingerprint = find_drafter(
-            server, api_key, slots=slots, threads=threads, wait_s=give_up_s, options=engine
-        )
+        drafter, fingerprint = find_drafter(server, api_key, slots=slots, threads=threads, options=engine)
     else:
         with RichProgress() as progress:
             drafter, fingerprint = load_drafter(
