@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from wisp.api import responses
 from wisp.api.answers import answers
-from wisp.api.backend import Backend, Target
+from wisp.api.backend import Backend, Target, together
 from wisp.api.body import Bodies, HeldBody, body_limit, parsed, read_body
 from wisp.api.errors import JsonResponse, error_response, model_not_found
 from wisp.api.exchange import RequestContext
@@ -160,6 +160,15 @@ class Generating:
         prepared = await service.prompts.run(key, admit, work)
         held.release()
         exchange.prompt_tokens = prepared.prompt_tokens
+        with together(service.backend, prepared.generations) as generations:
+            prepared = msgspec.structs.replace(prepared, generations=generations)
+            return await self._generated(prepared, target, name, exchange, stream)
+
+    async def _generated(
+        self, prepared: Prepared, target: Target, name: str, exchange: RequestContext, stream: EventSender
+    ) -> Response:
+        service, ask = self._service, exchange.ask
+        assert ask is not None
         before = await echoes(service.backend, ask, prepared, target)
         exchange.outputs = outputs = [_output(ask, prepared, target) for _ in prepared.generations]
         head = responses.new_head(name, target)
