@@ -138,9 +138,52 @@ def test_a_strict_tool_constrains_calls_and_leaves_text_free(
 ) -> None:
     strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}  # type: ignore[dict-item]
     client.post(CHAT, json=chat(tools=[strict]))
-    assert "start: TEXT calls?" in grammar(backend).source
+    assert "start: text calls?" in grammar(backend).source
+    masks = Grammars(PlainTokenizer()).matcher(grammar(backend)).masks
+    for answer in ("a < b", "Sure. " + CALL, "<tool" + CALL):
+        assert len(masks(b"", answer.encode())) == len(answer) + 1
+    assert len(masks(b"", CALL.replace("1", '"1"').encode())) <= len(CALL)
     client.post(CHAT, json=chat(tools=[TOOL]))
     assert backend.asked[-1].sampling.constraints is None
+
+
+QWEN_XML = HERMES.replace("<tool_call>", "<tool_call><function=")
+ALLOWED: dict[str, Any] = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [OTHER]}}
+
+
+@pytest.mark.parametrize(
+    ("template", "calls", "lead"),
+    [
+        (HERMES, '<tool_call>\n{"name": "NAME", "arguments": {}}\n</tool_call>', "Sure. "),
+        (QWEN_XML, "<tool_call>\n<function=NAME>\n</function>\n</tool_call>", ""),
+    ],
+)
+def test_of_some_allowed_tools_no_other_is_called_and_text_is_free(
+    client: TestClient, backend: ScriptedBackend, template: str, calls: str, lead: str
+) -> None:
+    backend.tokenizer.chat_template = template
+    assert client.post(CHAT, json=chat(tools=[TOOL, OTHER], tool_choice=ALLOWED)).status_code == 200
+    assert '"f"' in prompt(backend)  # all are shown
+    grammars = Grammars(PlainTokenizer())
+
+    def may_say(answer: str) -> bool:
+        return len(grammars.matcher(grammar(backend)).masks(b"", answer.encode())) > len(answer)
+
+    assert may_say("Nothing to call: {}")
+    assert may_say(lead + calls.replace("NAME", "g"))
+    assert not may_say(lead + calls.replace("NAME", "f"))
+    assert may_say("<function=f>") == (template is HERMES)  # the other way in which a call begins
+    every = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [TOOL, OTHER]}}
+    client.post(CHAT, json=chat(tools=[TOOL, OTHER], tool_choice=every))
+    assert backend.asked[-1].sampling.constraints is None
+
+
+def test_some_allowed_tools_are_refused_where_calls_cannot_be_held_to_them(backend: ScriptedBackend) -> None:
+    client = TestClient(make_app(backend, tool_parser="harmony"))
+    body = chat(tools=[TOOL, OTHER], tool_choice=ALLOWED)
+    told = error(client.post(CHAT, json=body), 400)
+    assert (told["param"], told["code"]) == ("tool_choice", "unsupported_parameter")
+    assert "cannot be kept to some of the tools" in told["message"]
 
 
 def test_an_answer_may_be_a_call_or_as_its_format_says(client: TestClient, backend: ScriptedBackend) -> None:
@@ -449,6 +492,21 @@ def test_streamed_echoes_are_those_of_the_whole(scoring: TestClient) -> None:
         assert [t for c in mine if c["logprobs"] for t in c["logprobs"]["tokens"]] == choice["logprobs"][
             "tokens"
         ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_are_in_the_text_of_their_own_choice(stream: bool) -> None:
+    backend = Scoring()
+    backend.script = [committed("ab", "length", top=0)]
+    client = TestClient(make_app(backend))
+    body = text(prompt=["Hi", "Hello", ""], n=2, echo=True, max_tokens=2, logprobs=0, stream=stream)
+    answer = client.post(TEXT, json=body).text
+    chunks = events(answer)[:-1] if stream else [json.loads(answer)]
+    offsets: dict[int, list[int]] = {}
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        offsets.setdefault(choice["index"], []).extend((choice["logprobs"] or {}).get("text_offset", []))
+    assert offsets[0] == offsets[1] == [0, 0, 1, 2, 3]
+    assert offsets[2] == offsets[3] == [0, 0, 1, 2, 3, 4, 5, 6]
 
 
 def test_prompt_logprobs_are_listed_as_vllm_lists_them(scoring: TestClient) -> None:
