@@ -272,6 +272,17 @@ def test_errors_have_anthropics_shape(client: TestClient, fields: dict[str, Any]
     assert (body["type"], body["error"]["type"]) == ("error", "invalid_request_error")
 
 
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [({"messages": []}, "invalid_request_error"), ({"model": "other"}, "not_found_error")],
+)
+def test_counting_tokens_fails_in_anthropics_shape(
+    client: TestClient, fields: dict[str, Any], kind: str
+) -> None:
+    body = client.post("/v1/messages/count_tokens", json=anthropic(**fields)).json()
+    assert (body["type"], body["error"]["type"]) == ("error", kind)
+
+
 def test_the_key_may_be_where_anthropics_clients_put_it() -> None:
     client = TestClient(make_app(ScriptedBackend(), auth=True))
     for path, body in ((MESSAGES, anthropic()), ("/v1/messages/count_tokens", anthropic())):
@@ -314,10 +325,11 @@ def test_text_to_tokens_and_back(client: TestClient, backend: ScriptedBackend) -
         ("/tokenize", {"prompt": 5}),
         ("/detokenize", {"tokens": [999]}),
         ("/detokenize", {"tokens": "x"}),
+        ("/tokenize", {"prompt": "x", "model": 3}),
     ],
 )
 def test_tokens_refuse_by_name(client: TestClient, path: str, body: dict[str, Any]) -> None:
-    assert error(client.post(path, json=body), 400)["param"] in ("prompt", "tokens")
+    assert error(client.post(path, json=body), 400)["param"] in ("prompt", "tokens", "model")
 
 
 @pytest.mark.parametrize("tools", [5, "f", [5], ["f"], [None]])
