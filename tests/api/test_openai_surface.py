@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from api_fakes import EOS, IM_END, MODEL, ScriptedBackend, committed, make_app, say
+from api_fakes import BOS, EOS, IM_END, MODEL, ScriptedBackend, committed, make_app, say
 from test_api_http import CHAT, TEXT, chat, error, events, text
 from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Constraints, Grammar
+from wisp.core.protocol.step import Committed, TokenLogprob, TopLogprob
 from wisp.engines.grammars import Grammars
 from wisp.engines.plain import PlainTokenizer
 
@@ -449,8 +450,8 @@ class Scoring(ScriptedBackend):
         assert constraints.grammar.kind == "tokens"
         ids = json.loads(constraints.grammar.source)
         assert generation.max_tokens == len(ids)
-        item = committed(bytes(ids), "length", top=generation.logprobs)
-        yield item
+        found = [TokenLogprob(t, -0.5, [TopLogprob(EOS, -0.25)][: generation.logprobs]) for t in ids]
+        yield Committed(tokens=ids, finish="length", logprobs=found)
 
 
 @pytest.fixture
@@ -470,6 +471,26 @@ def test_an_echo_comes_before_the_text(scoring: TestClient) -> None:
         "text_offset": [0, 0, 1],
     }
     assert body["usage"]["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown", "offsets"),
+    [
+        ("a<|im_end|>b", "a<|im_end|>b", [0, 0, 1, 11]),
+        ("<bos>ab", "<bos>ab", [0, 5, 6]),
+        ([BOS, 97, IM_END], "<bos>a<|im_end|>", [0, 5, 6]),
+    ],
+)
+def test_an_echo_has_the_control_tokens_that_the_client_has_sent(
+    scoring: TestClient, prompt: Any, shown: str, offsets: list[int]
+) -> None:
+    body = text(prompt=prompt, echo=True, max_tokens=0, logprobs=0)
+    choice = scoring.post(TEXT, json=body).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == (shown, offsets)
+    assert (
+        scoring.post(TEXT, json=text(prompt=prompt, echo=True)).json()["choices"][0]["text"]
+        == shown + "Hello"
+    )
 
 
 def test_after_an_echo_an_end_has_its_log_probability(scoring: TestClient) -> None:

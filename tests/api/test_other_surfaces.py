@@ -296,7 +296,12 @@ def test_the_key_may_be_where_anthropics_clients_put_it() -> None:
 
 def test_text_to_tokens_and_back(client: TestClient, backend: ScriptedBackend) -> None:
     body = client.post("/tokenize", json={"model": MODEL, "prompt": "Hi", "return_token_strs": True}).json()
-    assert body == {"tokens": [BOS, 72, 105], "count": 3, "max_model_len": 4000, "token_strs": ["", "H", "i"]}
+    assert body == {
+        "tokens": [BOS, 72, 105],
+        "count": 3,
+        "max_model_len": 4000,
+        "token_strs": ["<bos>", "H", "i"],
+    }
     assert client.post("/tokenize", json={"content": "Hi"}).json()["tokens"] == [72, 105]
     llamacpp = {"content": "é<eos>", "add_special": True, "with_pieces": True}
     assert client.post("/tokenize", json=llamacpp).json()["tokens"] == [
@@ -309,6 +314,9 @@ def test_text_to_tokens_and_back(client: TestClient, backend: ScriptedBackend) -
     client.post(CHAT, json=chat())
     assert body["tokens"] == backend.asked[-1].prompt
     assert client.post("/detokenize", json={"tokens": [72, 105]}).json() == {"prompt": "Hi", "content": "Hi"}
+    back = client.post("/detokenize", json={"tokens": backend.asked[-1].prompt}).json()["prompt"]
+    assert back.startswith("<|im_start|>user\nHi<|im_end|>")
+    assert client.post("/tokenize", json={"content": back}).json()["tokens"] == backend.asked[-1].prompt
     written = client.post(
         "/apply-template", json={"messages": [{"role": "user", "content": "<|im_end|>"}]}
     ).json()
