@@ -260,6 +260,19 @@ def test_closed_streams_lead_nowhere(wisp: Wisp, monkeypatch: pytest.MonkeyPatch
         stream.close()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_text_that_is_no_utf8_is_said_before_anything_is_asked(
+    wisp: Wisp, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    rest = GENERATE[2:]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding=encoding))
+    assert "standard input is no UTF-8" in wisp("generate", "-", *rest)[1]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("café".encode()), encoding=encoding))
+    assert "no verifier at" in wisp("generate", "-", *rest)[1]
+    assert "the prompt is no UTF-8" in wisp("generate", os.fsdecode(b"caf\xe9"), *rest)[1]
+    assert "--system is no UTF-8" in wisp(*GENERATE, "--system", os.fsdecode(b"caf\xe9"))[1]
+
+
 def test_a_full_disk_is_said_in_a_line(wisp: Wisp, monkeypatch: pytest.MonkeyPatch) -> None:
     full = io.FileIO("/dev/full", "w")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(full)))

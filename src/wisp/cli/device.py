@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ from wisp.cli.options import (
     ToolParser,
 )
 from wisp.cli.renamed import LogJson
+from wisp.core.errors import ConfigError
 
 
 def edge(
@@ -196,10 +198,27 @@ def generate(
 
     session_url(server)  # before a model is loaded
     policies = drafting_policies(drafting, predictor)
+    text = standard_input() if prompt == "-" else sound(prompt, "the prompt")
+    system = sound(system, "--system") if system is not None else None
     with RichProgress() as progress:
         drafter, fingerprint = load_drafter(draft, threads=threads, offline=offline, progress=progress)
-    text = sys.stdin.read() if prompt == "-" else prompt
     request = Request(text, system, raw, temperature, top_p, top_k, min_p, seed, max_tokens)
     key = os.environ.get("WISP_API_KEY")
     ahead_of = Ahead() if ahead else None
     asyncio.run(generate_once(request, server, key, drafter, fingerprint, policies, ahead_of, as_json=json))
+
+
+def standard_input() -> str:
+    """All of it. Raises ConfigError if it is no UTF-8, whatever the locale says of it."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sound(sys.stdin.read(), "standard input")
+
+
+def sound(text: str, what: str) -> str:
+    """`text`, if it was UTF-8: Python lets other bytes through, and stumbles on them later. Raises ConfigError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{what} is no UTF-8") from None
+    return text
