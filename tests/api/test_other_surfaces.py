@@ -130,6 +130,25 @@ def test_a_response_that_is_cut_is_incomplete(client: TestClient, backend: Scrip
     assert backend.asked[-1].max_tokens == 3
 
 
+def test_a_stream_that_is_cut_tells_its_last_item_as_the_whole_has_it(
+    client: TestClient, backend: ScriptedBackend
+) -> None:
+    def statuses(*script: Any) -> list[str]:
+        """Of the items, as each is done and as the whole has it."""
+        backend.script = list(script)
+        body = {"input": "Hi", "tools": [FLAT], "stream": True}
+        events = named(client.post(RESPONSES, json=body).text)
+        assert events[-1]["type"] == "response.incomplete"
+        done = [e["item"] for e in events if e["type"] == "response.output_item.done"]
+        assert done == events[-1]["response"]["output"]
+        return [item["status"] for item in done]
+
+    assert statuses(committed("Hel", "length")) == ["incomplete"]
+    assert statuses(committed("<think>h", "length")) == ["incomplete"]
+    assert statuses(committed("Sure. " + CALL, "length")) == ["completed", "completed"]
+    assert statuses(committed(CALL + " and", "length")) == ["completed", "incomplete"]
+
+
 def test_formats_and_choices_of_a_response(client: TestClient, backend: ScriptedBackend) -> None:
     schema = {"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True}
     client.post(RESPONSES, json={"input": "Hi", "text": {"format": schema}})

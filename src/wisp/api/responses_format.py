@@ -56,11 +56,10 @@ class ResponsesFormat(Shape):
         return []
 
     def closing(self, index: int, finish: str, usage: Json, metrics: Json) -> list[Json]:
-        told = self._close()
         complete = finish != "length"
-        if not complete and self._items:
-            self._items[-1]["status"] = "incomplete"
-        response = self._response("completed" if complete else "incomplete") | {
+        status = "completed" if complete else "incomplete"
+        told = self._close(status)
+        response = self._response(status) | {
             "incomplete_details": None if complete else {"reason": "max_output_tokens"},
             "usage": {
                 "input_tokens": usage["prompt_tokens"],
@@ -109,13 +108,13 @@ class ResponsesFormat(Shape):
         self._items[-1]["content"] = [part]
         return [added, self._tell("response.content_part.added", **self._place(), part=dict(part))]
 
-    def _close(self) -> list[Json]:
-        """The item that grows is complete."""
+    def _close(self, status: str = "completed") -> list[Json]:
+        """The item that grows has ended."""
         if not self._open:
             return []
         self._open = False
         part, stem = self._part(), self._stem()
-        self._items[-1]["status"] = "completed"
+        self._items[-1]["status"] = status
         return [
             self._tell(f"{stem}.done", **self._place(), text=part["text"], **self._extra()),
             self._tell("response.content_part.done", **self._place(), part=dict(part)),
