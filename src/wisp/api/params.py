@@ -181,16 +181,21 @@ def convert(value: Any, type_: type[S], path: str = "") -> S:
         return msgspec.convert(value, type_, str_keys=True)
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `")
-    field = (
-        where.replace("key` in `", "").rstrip("`").removeprefix("$").removeprefix(".").removesuffix("[...]")
-    )
+    of_key = where.startswith("key` in `")
+    path_in = where.replace("key` in `", "").rstrip("`").removeprefix("$").removeprefix(".")
+    of_value = path_in.endswith("[...]")  # of an object; which one is not told
     inner = value
-    for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", field):
+    for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path_in.removesuffix("[...]")):
         inner = inner[int(index)] if index else inner.get(name) if isinstance(inner, dict) else None
     expected, got = _plain(message)
     shown = f"{inner}" if type(inner) in (int, float) and abs(inner) < 1e18 else got or kind(inner)
-    param = ".".join(part for part in (path, field.partition("[")[0]) if part) or "body"
-    return refuse(param, f"expected {expected}, got {shown}")
+    field, bracket, at = path_in.partition("[")
+    param = ".".join(part for part in (path, field) if part) or "body"
+    if of_key:  # all of which are strings in JSON
+        return refuse(param, f"expected {expected} as every key")
+    if of_value:
+        return refuse(param, f"expected {expected} as every value{f', got {got}' if got else ''}")
+    return refuse(param, f"expected {expected}, got {shown}{f' at {bracket}{at}' if bracket else ''}")
 
 
 _WORDS = {
@@ -200,6 +205,7 @@ _WORDS = {
     "str": "a string",
     "array": "a list",
     "object": "an object",
+    "null": "null",
 }
 _BOUND = {">=": "of at least", "<=": "of at most"}
 
