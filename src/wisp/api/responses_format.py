@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wisp.api.formats import call_id
+from wisp.api.formats import call_id, told_of
 from wisp.api.output import Delta
 from wisp.api.responses import Json
 from wisp.api.shape import Shape, Subject
@@ -29,6 +29,7 @@ class ResponsesFormat(Shape):
         self._items: list[Json] = []
         self._open = False
         self._sent = 0
+        self._told: list[Delta] = []  # with origins and rounds
 
     @classmethod
     def failed(cls, error: RequestError) -> bytes:
@@ -49,6 +50,8 @@ class ResponsesFormat(Shape):
         return [self._tell(f"response.{name}", response=response) for name in ("created", "in_progress")]
 
     def chunk(self, index: int, delta: Delta) -> list[Json]:
+        if delta.told:
+            self._told.append(delta)
         events: Sequence[Event] = [Text(delta.text)] if delta.text else delta.events
         return [told for event in events for told in self._of_event(event)]
 
@@ -71,6 +74,7 @@ class ResponsesFormat(Shape):
                 "total_tokens": usage["total_tokens"],
             },
             "metrics": metrics,
+            **told_of([self._told]),
         }
         return [*told, self._tell(f"response.{response['status']}", response=response)]
 

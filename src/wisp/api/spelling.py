@@ -36,12 +36,14 @@ def written(tokenizer: Tokenizer, token: int) -> bytes:
 def _control_tokens(tokenizer: Tokenizer) -> Mapping[int, str]:
     """Their names, by id."""
     key = (tokenizer.fingerprint, tokenizer.controls)
-    if key not in _NAMES:
+    names = _NAMES.get(key)
+    if names is None:
+        ids = {text: tokenizer.encode(text, add_bos=False, parse_special=True) for text in tokenizer.controls}
+        names = {found[0]: text for text, found in ids.items() if len(found) == 1}
         if len(_NAMES) >= 16:
             _NAMES.clear()
-        ids = {text: tokenizer.encode(text, add_bos=False, parse_special=True) for text in tokenizer.controls}
-        _NAMES[key] = {found[0]: text for text, found in ids.items() if len(found) == 1}
-    return _NAMES[key]
+        _NAMES[key] = names
+    return names
 
 
 def finite(logprob: float) -> float:
