@@ -13,7 +13,6 @@ second that the verifier committed (simulated ones include the few that are drop
 from __future__ import annotations
 
 import datetime
-import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wisp.children import ChildError
-from wisp.outputs import writable
+from wisp.outputs import toml_lines, writable
 from wisp.sim.fleet import run_once
 from wisp.sim.report import Report, report
 from wisp.sim.scenario import Scenario, load_scenario
@@ -77,9 +76,7 @@ def slower(scenario: Scenario, factor: float, folder: Path) -> Scenario:
         host_sequence_ms=p.host_sequence_ms * factor,
     )
     path = folder / "slower.toml"
-    # A field's JSON is TOML, too: strings, numbers and lists of them.
-    fields = msgspec.to_builtins(changed).items()
-    path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in fields))
+    path.write_text("\n".join(toml_lines(msgspec.to_builtins(changed))), "utf-8")
     return msgspec.structs.replace(scenario, hardware=str(path))
 
 

@@ -18,7 +18,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from wisp.outputs import writable
+from wisp.outputs import toml_lines, writable
 from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import system
@@ -61,9 +61,7 @@ def enlarged(scenario: Scenario, size: int, folder: Path) -> Scenario:
         step_tokens=p.step_tokens * size,
     )
     path = folder / f"times-{size}.toml"
-    # A field's JSON is TOML, too: strings, numbers and lists of them.
-    fields = msgspec.to_builtins(larger).items()
-    path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in fields))
+    path.write_text("\n".join(toml_lines(msgspec.to_builtins(larger))), "utf-8")
     return msgspec.structs.replace(scenario, hardware=str(path), kv_tokens=0, slots=0)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from benchmarks.pages import Data, render, table
+from wisp.core.errors import ConfigError
 from wisp.outputs import writable
 from wisp.sim.compare.cell import CENTRAL, CellResult, is_wisp
 from wisp.sim.compare.command import QUICK_SYSTEMS, SYSTEMS, compare, specs_of
@@ -29,6 +30,8 @@ def run_suite(out: Path, *, quick: bool, systems: str = "", jobs: int, as_json: 
     path = out / "suite.json"
     writable(path)
     specs = specs_of(systems or (QUICK_SYSTEMS if quick else SYSTEMS))
+    if "wisp" not in specs:
+        raise ConfigError("the page is about wisp: name it, as it is, in --systems")
     found = compare(load_suite(), specs, quick=quick, out=path, jobs=jobs)
     chosen = f" --systems {systems}" if systems else ""
     head = {

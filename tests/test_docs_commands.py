@@ -16,7 +16,6 @@ from wisp.cli import app
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_INLINE = re.compile(r"`(wisp [^`\n]+)`")
 APP: Any = get_command(app)
 USAGE: Any = typer.BadParameter.__bases__[0]  # typer has a click of its own
 _SETTING = re.compile(r"[A-Z_]+=\S*")

@@ -54,9 +54,9 @@ class Child:
         """An error with `what` happened, and the end of the log."""
         return ChildError(f"the {self.name} {what}. Its log ({self.log}) ends:\n{self.tail()}")
 
-    def tail(self, lines: int = 15) -> str:
-        """The last lines of the log, indented."""
-        text = self.log.read_text(errors="replace").splitlines()[-lines:]
+    def tail(self) -> str:
+        """The last 15 lines of the log, indented."""
+        text = self.log.read_text(errors="replace").splitlines()[-15:]
         return "\n".join(f"    {line}" for line in text) or "    (nothing was logged)"
 
     def wait_healthy(self, client: httpx.Client, timeout_s: float = START_S) -> dict[str, Any]:

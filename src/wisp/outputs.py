@@ -1,9 +1,12 @@
-"""Files and folders that a command writes once its work is done: looked at before the work begins."""
+"""What a command writes once its work is done: files and folders, looked at before the work begins; TOML."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from wisp.core.errors import ConfigError
 
@@ -30,3 +33,19 @@ def writable_folder(folder: Path) -> None:
         raise ConfigError(f"cannot write into {folder}: {error.strerror or error}") from None
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"cannot write into {folder}: this user may not")
+
+
+def toml_lines(fields: Mapping[str, Any]) -> list[str]:
+    """Lines of a TOML file for these fields: strings, numbers, lists of them and tables in one line; None is left out.
+
+    The JSON of a string, number or list is TOML, too, but for characters that JSON writes as two surrogates.
+    """
+    return [f"{name} = {_inline(value)}" for name, value in fields.items() if value is not None]
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(toml_lines(value))} }}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_inline, value))}]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -23,11 +23,12 @@ from wisp.calibrate.traces.prompts import Prompt
 from wisp.calibrate.traces.record import Recording, Settings
 from wisp.core.draft.policies import Ahead, Policies
 from wisp.core.draft.signals import Signal
+from wisp.core.protocol.messages import MAX_DRAFT
 from wisp.engines.base import DraftEngine
 from wisp.engines.build import read_predictor
 from wisp.engines.llama.draft import LlamaDraft
 from wisp.sim.devices import Device, Link, Server
-from wisp.sim.replay import MAX_DRAFT, Bench, replay
+from wisp.sim.replay import Bench, replay
 
 TINY = Path(wisp.engines.__file__).parent / "data"
 MAX_TOKENS = 40

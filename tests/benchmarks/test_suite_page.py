@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import suite
 from benchmarks.pages import remade
+from wisp.core.errors import ConfigError
 from wisp.sim.compare import command
 from wisp.sim.compare.cell import Extent
 from wisp.sim.compare.results import read
@@ -39,3 +40,9 @@ def test_a_page_says_what_failed_and_is_made_anew_from_its_data(
     monkeypatch.setattr(command, "measure", None)  # nothing is left to do
     suite.run_suite(tmp_path, quick=True, jobs=1, as_json=False)
     assert (tmp_path / "suite.md").read_text() == page
+
+
+def test_a_page_without_wisp_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    for systems in ("paper", "wisp,ahead=no"):
+        with pytest.raises(ConfigError, match="name it, as it is"):
+            suite.run_suite(tmp_path, quick=True, systems=systems, jobs=1, as_json=False)

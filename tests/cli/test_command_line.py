@@ -20,6 +20,7 @@ from wisp.engines.both import NgramThenModel
 from wisp.engines.ngram import NgramDraft
 from wisp.router import command as router
 from wisp.sim import commands, fleet
+from wisp.sim.compare import command as compared
 from wisp.sim.systems import system
 
 SMALL = """
@@ -186,6 +187,20 @@ def test_a_search_takes_the_old_name(small: str, monkeypatch: pytest.MonkeyPatch
     result = wisp("sim", "capacity", small, "--policy", "ours", "--jobs", "1")
     assert asked == ["wisp"]
     assert "`ours` is now called `wisp`" in result.stderr
+
+
+def test_systems_to_compare_take_the_old_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def noted(scenarios: list[str], *, systems: str, **more: object) -> int:
+        asked.append(systems)
+        return 0
+
+    monkeypatch.setattr(compared, "run_compare", noted)
+    result = wisp("sim", "compare", "--systems", "ours,ahead=no,paper")
+    assert asked == ["wisp,ahead=no,paper"]
+    assert "`ours` is now called `wisp`" in result.stderr
+    assert "note" not in wisp("sim", "compare").stderr
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_the_margin_holds_nine_times_out_of_ten() -> None:
 def test_the_covariance_stays_bounded_over_a_hundred_thousand_steps_of_the_same_kind() -> None:
     """Without new information, forgetting lets it grow, and one odd step could then change every coefficient."""
     source = random.Random(4)
-    model = CostModel(TRUTH, trust=0.3)
+    model = CostModel(TRUTH)
     load = Load().plus(5, 100)
     most = np.array([40.0, 0.3, 2e-4, 2e-5, 0.0, 1e-2]) ** 2
     for i in range(100_000):

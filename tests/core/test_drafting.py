@@ -94,9 +94,9 @@ def test_fixed_counts_unsent_tokens_only() -> None:
 
 
 @pytest.mark.parametrize("name", ["fixed", "gain"])
-@pytest.mark.parametrize("k", ["0", "-1", "65", "4.7", "nan", "inf", "many"])
-def test_lengths_are_1_to_64(name: str, k: str) -> None:
-    with pytest.raises(ConfigError, match="1 to 64"):
+@pytest.mark.parametrize("k", ["0", "-1", "33", "4.7", "nan", "inf", "many"])
+def test_lengths_are_1_to_32(name: str, k: str) -> None:
+    with pytest.raises(ConfigError, match="1 to 32"):
         Policies(f"{name}:{k}", read_predictor())
 
 
@@ -336,14 +336,14 @@ def test_arguments_reach_the_policy(spec: str, length: int) -> None:
         ("", "choose one of: fixed, confidence, predictor, gain"),
         ("best", "choose one of: fixed, confidence, predictor, gain"),
         ("Fixed:4", "choose one of"),
-        ("fixed:many", "1 to 64"),
-        ("fixed:0", "1 to 64 tokens, e.g. fixed:4"),
-        ("fixed:65", "1 to 64"),
+        ("fixed:many", "1 to 32"),
+        ("fixed:0", "1 to 32 tokens, e.g. fixed:4"),
+        ("fixed:33", "1 to 32"),
         ("confidence:2", "e.g. confidence:0.4"),
         ("confidence:x", "probability"),
         ("confidence:nan", "probability"),
         ("predictor:x", "probability"),
-        ("gain:x", "1 to 64"),
+        ("gain:x", "1 to 32"),
     ],
 )
 def test_a_bad_policy_is_refused_at_once_with_advice(spec: str, advice: str) -> None:

@@ -311,3 +311,17 @@ def test_of_slots_used_at_the_same_time_the_first_goes() -> None:
     placed = pool.acquire(1.0, 7, "", [8, 8], never)
     assert placed is not None
     assert placed.slot == 0
+
+
+def test_what_is_at_hand_is_what_a_session_would_get() -> None:
+    pool, system = Pool(3, 100, 300), list(range(20))
+    assert pool.at_hand(("", ""), packed(system)) == 0
+    pool.acquire(0.0, 1, "", [*system, 50], never)
+    pool.record(0.0, 0, [*system, 50])
+    for chain in ([*system, 60, 61], [*system, 50], [0, 1, 99], [7]):
+        at_hand = pool.at_hand(("", ""), packed(chain))
+        assigned = pool.acquire(1.0, 2, "", chain, never)
+        assert assigned is not None
+        assert assigned.start == at_hand
+        pool.release(assigned.slot, keep=False)
+    assert pool.at_hand(("other", ""), packed([*system, 60])) == 0

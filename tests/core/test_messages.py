@@ -24,6 +24,7 @@ from wisp.core.protocol.messages import (
     Open,
     Redirect,
     Refused,
+    ServerMessage,
     Verdict,
     Welcome,
     check_hello,
@@ -34,6 +35,7 @@ from wisp.core.protocol.messages import (
     encode,
     frame_limit,
     vocabulary_fingerprint,
+    welcome_from,
 )
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import TokenLogprob, TopLogprob
@@ -197,6 +199,21 @@ def test_a_verifier_must_say_which_weights_it_runs() -> None:
     with pytest.raises(ProtocolError, match=DIGESTS_SINCE) as refused:
         check_welcome(msgspec.structs.replace(WELCOME, digest=""))
     assert refused.value.code == "version_mismatch"
+
+
+@pytest.mark.parametrize(
+    ("first", "code"),
+    [
+        (Refused("", "overloaded", "full"), "overloaded"),
+        (Verdict("session-1", 0, 0, 0, [1]), "malformed"),
+        (msgspec.structs.replace(WELCOME, digest=""), "version_mismatch"),
+    ],
+)
+def test_a_verifier_begins_with_a_welcome_that_is_in_order(first: ServerMessage, code: str) -> None:
+    assert welcome_from(WELCOME) is WELCOME
+    with pytest.raises(ProtocolError) as refused:
+        welcome_from(first)
+    assert refused.value.code == code
 
 
 def test_the_longest_open_of_a_context_fits_its_frame() -> None:

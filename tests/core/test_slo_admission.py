@@ -87,6 +87,15 @@ def test_infeasible_slos_are_told_from_hard_ones() -> None:
     assert keepable(session(1, Slo(ttft_ms=1.0)), CostModel())  # nothing is known yet
 
 
+def test_a_prompt_whose_kv_is_there_needs_no_reading() -> None:
+    chat = session(1, Slo(ttft_ms=1000.0, tpot_ms=200.0), prompt=20_000, begun=False)
+    assert not keepable(chat, COST)
+    assert not admitted([session(2)], chat, SloAdmission(Answers()))
+    chat.progress.at_hand = 19_990
+    assert keepable(chat, COST)
+    assert admitted([session(2)], chat, SloAdmission(Answers()))
+
+
 def test_sessions_are_admitted_while_their_shares_of_the_engine_add_up_to_what_is_promised() -> None:
     """Without drafts. Each needs 130 rows for its prompt and 200 for its answer, in 200 x 62.5 ms and the time that
     others waited for their first token; all of them need a step of 40 ms every 62.5 ms."""

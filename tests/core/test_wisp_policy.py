@@ -247,3 +247,10 @@ def test_a_prompt_does_not_wait_for_sessions_that_can_make_up_for_it() -> None:
 
     assert read(0.8) == 800
     assert read(0.8, 0.0) == read(0.0) == 0
+
+
+def test_a_prompt_comes_while_others_are_thousands_of_tokens_ahead() -> None:
+    """Their urgency is about the smallest number that there is: its product with a row's time may be 0."""
+    for ahead_s in range(2_500, 2_700):
+        far = msgspec.structs.replace(going(1, float(ahead_s), 0), tpot_s=1.0)
+        assert granted(far, prompt(2, 100, 2.0))[2] == 100

@@ -100,6 +100,14 @@ def test_a_changed_file_is_taken_up_and_trouble_is_logged_once(
     path.write_text('[keys.a]\nsecret = "old"\n')
     ring = Keyring(path)
     changes: list[int] = []
+    looks: list[int] = []
+    reload = ring.reload
+
+    def counted() -> bool:
+        looks.append(1)
+        return reload()
+
+    monkeypatch.setattr(ring, "reload", counted)
 
     def write(text: str) -> None:
         path.write_text(text)
@@ -108,7 +116,8 @@ def test_a_changed_file_is_taken_up_and_trouble_is_logged_once(
         watch = asyncio.create_task(ring.watch(lambda: changes.append(1)))
         write("broken [")
         await until(lambda: "stay in force" in caplog.text)
-        await asyncio.sleep(0.1)
+        looks.clear()
+        await until(lambda: len(looks) > 3)
         assert caplog.text.count("stay in force") == 1
         assert ring.authorize("Bearer old") == "a"
         write('[keys.a]\nsecret = "newer"\n')

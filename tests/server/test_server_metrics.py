@@ -19,6 +19,7 @@ from wisp.api.scrape import Registry
 from wisp.api.slo import parse_slo
 from wisp.core.draft.stats import SpecStats
 from wisp.core.errors import ConfigError, RequestError
+from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.slo import Slo
@@ -28,7 +29,7 @@ from wisp.core.verify.events import StepDone
 from wisp.engines.emulated import EmulatedTarget, Hardware, hardware
 from wisp.engines.null import null_token
 from wisp.engines.plain import PlainTokenizer
-from wisp.server.event_log import read_events, read_runs
+from wisp.server.event_log import read_runs
 from wisp.server.host import VerifierHost
 
 COST = Coefficients(step=5.0, token=0.5)
@@ -197,6 +198,51 @@ def test_admissions_are_counted_by_what_became_of_them() -> None:
     with_host(scenario)
 
 
+def test_what_a_draining_verifier_refuses_is_counted() -> None:
+    async def scenario(host: VerifierHost) -> None:
+        client = Client(host)
+        host.draining = True
+        assert isinstance(await client.ask(opening("session-1")), Refused)
+        seen = samples(host)
+        assert seen['wisp:request_refused_total{code="shutting_down"}'] == 1
+        assert seen['wisp:admission_total{outcome="shutting_down"}'] == 1
+        assert host.recorder._now.refused == 1
+
+    with_host(scenario)
+
+
+def test_a_bad_grammar_is_one_refused_session_however_much_waits_behind_it() -> None:
+    async def scenario(host: VerifierHost) -> None:
+        client = Client(host)
+        bad = Sampling(constraints=Constraints(grammar=Grammar("regex", "(a")))
+        host.receive(client.connection, opening("session-1", sampling=bad))
+        for round_ in (1, 2):
+            host.receive(client.connection, Draft("session-1", round_, 0, [3]))
+        for _ in range(3):
+            assert isinstance(await client.inbox.get(), Refused)
+        seen = samples(host)
+        assert seen['wisp:request_refused_total{code="invalid_grammar"}'] == 3
+        assert seen['wisp:admission_total{outcome="invalid_grammar"}'] == 1
+        assert host.recorder._now.refused == 1
+
+    with_host(scenario)
+
+
+def test_what_is_too_much_behind_an_open_is_no_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wisp.server.compiling.MOST_MESSAGES", 1)
+
+    async def scenario(host: VerifierHost) -> None:
+        client = Client(host)
+        grammar = Sampling(constraints=Constraints(grammar=Grammar("regex", "[a-z]{9}")))
+        host.receive(client.connection, opening("session-1", sampling=grammar))
+        assert isinstance(await client.ask(Draft("session-1", 1, 0, [3])), Refused)
+        seen = samples(host)
+        assert seen['wisp:request_refused_total{code="overloaded"}'] == 1
+        assert 'wisp:admission_total{outcome="overloaded"}' not in seen
+
+    with_host(scenario)
+
+
 def test_kv_that_is_taken_from_a_session_is_counted() -> None:
     async def scenario(host: VerifierHost) -> None:
         clients = [Client(host) for _ in range(2)]
@@ -268,13 +314,12 @@ def test_the_event_log_is_readable_while_it_is_written_and_rebuilds_the_verifier
     async def scenario(host: VerifierHost) -> None:
         client = Client(host)
         await client.ask(opening("session-1"))
-        await until(lambda: any(isinstance(event, StepDone) for _, event in read_events(path)))
+        await until(lambda: any(isinstance(e, StepDone) for _, events in read_runs(path) for _, e in events))
 
     with_host(scenario, path)
     with_host(scenario, path)  # a second run goes behind the first
     runs = read_runs(path)
     assert len(runs) == 2
-    assert [e for _, events in runs for e in events] == read_events(path)
     header = runs[0][0]
     assert (header.model, header.engine, header.policy) == ("fast", "emulated", "continuous")
     verifier = header.verifier()
@@ -297,7 +342,7 @@ def test_a_log_that_cannot_be_written_or_read_is_named(tmp_path: Path) -> None:
         with_host(scenario, tmp_path / "nowhere" / "events.log")
     (tmp_path / "other").write_bytes(b"\x03\x00\x00\x00abcdef")
     with pytest.raises(ConfigError, match="not an event log"):
-        read_events(tmp_path / "other")
+        read_runs(tmp_path / "other")
 
 
 def test_a_histogram_is_one_that_prometheus_reads() -> None:

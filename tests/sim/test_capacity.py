@@ -152,6 +152,13 @@ def test_central_may_read_prompts_in_smaller_chunks_where_decodes_leave_room() -
     assert sizes(8.0) == {0, 256}  # 137 decodes would not fit into 128
 
 
+def test_a_drafter_beside_the_target_may_have_the_limits_of_central_serving() -> None:
+    found = variants("central-speculative", SCENARIO)
+    assert {v.slots > 0 for v in found} == {True, False}
+    assert {v.step_tokens for v in found} == {0, 256, 128}
+    assert len({v.drafting for v in found}) == 4
+
+
 def test_no_number_of_devices_is_measured_twice(blank: Report) -> None:
     runs = Made(blank, line)
     search = Search(SCENARIO, system("wisp"), (1, 2), runs, 0.1)

@@ -18,12 +18,12 @@ from wisp.sim.compare.command import SYSTEMS, compare, specs_of
 from wisp.sim.compare.figures import METRICS, Estimate, SystemFigures
 from wisp.sim.compare.results import read
 from wisp.sim.compare.sampler import FEWEST, LOADS, MOST, at_load, carried, sample
-from wisp.sim.compare.suite import Cell, load_suite, scenario_file
+from wisp.sim.compare.suite import Cell, load_suite, scenario_file, write_scenarios
 from wisp.sim.compare.tuning import best, grid
 from wisp.sim.compare.verdict import verdict
 from wisp.sim.fluid import bound
 from wisp.sim.report import Report, Spread
-from wisp.sim.runs import Job, run
+from wisp.sim.runs import Job, key, run
 from wisp.sim.scenario import Scenario, load_scenario
 from wisp.sim.simulate import Simulation
 from wisp.sim.systems import system
@@ -156,6 +156,22 @@ def test_a_suite_names_scenarios_and_changes_and_is_found_beside_them(tmp_path: 
         ('[[cells]]\nname = "a"\nscenario = "bursts"\nloads = [1]', "'a': loads are shares"),
         ('[[cells]]\nname = "a"\nscenario = "mixed"\nloads = [-1]', "'a': loads are shares"),
         ('[[cells]]\nname = "a"\nscenario = "mixed"\nload = 1', "unknown field `load`"),
+        (
+            '[[cells]]\nname = "a"\nscenario = "mixed"\nchange = { device_n = 3 }',
+            "'a'.*did you mean devices_n",
+        ),
+        (
+            '[[cells]]\nname = "a"\nscenario = "mixed"\nchange = { kv_tokens = 10 }',
+            "'a': a prompt and its answer may be",
+        ),
+        (
+            '[[cells]]\nname = "a"\nscenario = "mixed"\nchange = { hardware = "nosuch" }',
+            "'a': hardware = \"nosuch\"",
+        ),
+        (
+            '[[cells]]\nname = "a"\nscenario = "mixed"\nchange = { traces = "nowhere" }',
+            "'a': traces = \"nowhere\": there is no such file",
+        ),
     ],
 )
 def test_a_suite_that_cannot_be_is_refused_with_its_place(text: str, says: str, tmp_path: Path) -> None:
@@ -163,6 +179,20 @@ def test_a_suite_that_cannot_be_is_refused_with_its_place(text: str, says: str, 
     path.write_text(text)
     with pytest.raises(ConfigError, match=says):
         load_suite(path)
+
+
+def test_a_path_in_a_change_is_beside_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, tokens in (("elsewhere", 5), ("suite", 7)):
+        (tmp_path / folder).mkdir()
+        line = json.dumps({"at_s": 1.0, "prompt_tokens": tokens})
+        (tmp_path / folder / "arrivals.jsonl").write_text(line + "\n")
+    path = tmp_path / "suite" / "suite.toml"
+    path.write_text(
+        '[[cells]]\nname = "a"\nscenario = "a100-qwen3-32b"\nchange = { arrivals = "arrivals.jsonl" }\n'
+    )
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (cell,) = load_suite(path)
+    assert '"prompt_tokens": 7' in Path(cell.scenario.arrivals).read_text()
 
 
 def test_the_times_of_a_cell_are_such_that_enough_requests_arrive() -> None:
@@ -276,6 +306,13 @@ def test_a_system_that_serves_nobody_is_worse_unless_central_serves_nobody() -> 
     assert missed(none, none) == []
 
 
+def test_a_cell_in_which_nobody_is_served_in_time_says_nothing() -> None:
+    nobody, some = figures(attainment=[0.0] * 3), figures(attainment=[0.1] * 3)
+    assert verdict(nobody, nobody, 100.0).says_nothing
+    assert not verdict(nobody, some, 100.0).says_nothing
+    assert not verdict(some, nobody, 100.0).says_nothing
+
+
 # --- the command
 
 
@@ -322,6 +359,50 @@ def test_a_table_for_people_and_an_exit_code_on_request(suite: Path, monkeypatch
     assert failing.exit_code == 1
     assert "0 of 2 cells pass:" in failing.stdout
     assert "  one: wisp: TTFT" in failing.stdout
+
+
+def test_a_cell_that_says_nothing_is_no_pass(tmp_path: Path) -> None:
+    path = tmp_path / "suite.toml"
+    path.write_text(
+        TWO + "[[cells]]\n" + TWO.split("[[cells]]")[1].replace("one", "hopeless").replace("16.0", "500.0")
+    )
+    shown = wisp("--suite", str(path), "--quick", "--systems", "wisp", "--jobs", "1").stdout
+    assert "2 of 2 cells pass" in shown
+    assert "nothing is compared: hopeless" in shown
+
+
+def test_a_check_without_wisp_checks_nothing_and_is_refused(suite: Path) -> None:
+    result = wisp("--suite", str(suite), "--quick", "--systems", "sled", "--check")
+    assert isinstance(result.exception, ConfigError)
+    assert "--check is about wisp" in str(result.exception)
+
+
+def test_figures_of_other_cells_and_systems_are_not_overwritten(suite: Path, tmp_path: Path) -> None:
+    out, cells = tmp_path / "out.json", load_suite(suite)
+    compare(cells, ("central", "wisp"), quick=True, out=out)
+    before = out.read_bytes()
+    with pytest.raises(ConfigError, match=r"not compared now \(one\)"):
+        compare(cells[1:], ("central", "wisp"), quick=True, out=out)
+    with pytest.raises(ConfigError, match=r"not compared now \(wisp\)"):
+        compare(cells, ("central", "sled"), quick=True, out=out)
+    assert out.read_bytes() == before
+
+
+def test_an_error_of_a_cell_names_it(suite: Path) -> None:
+    late = msgspec.structs.replace(load_suite(suite)[0].scenario, population=((1e6, 1),))
+    with pytest.raises(ConfigError, match=r"the cell 'late': no request arrived"):
+        measure(Task(Cell("late", late), ("central",), BRIEF))
+
+
+def test_the_place_of_a_file_does_not_matter_and_its_contents_do(tmp_path: Path) -> None:
+    keys = []
+    for folder, tokens in (("a", 5), ("b", 5), ("c", 6)):
+        path = tmp_path / folder / "arrivals.jsonl"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"at_s": 1.0, "prompt_tokens": tokens}))
+        scenario = msgspec.structs.replace(SMALL, arrivals=str(path))
+        keys.append(key(Job(scenario, system("wisp"), 1)))
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_a_run_that_was_killed_goes_on_with_the_next_cell(
@@ -396,6 +477,14 @@ def test_every_cell_can_be_had_as_a_scenario_file(suite: Path, tmp_path: Path) -
         assert load_scenario(str(tmp_path / "cells" / f"{cell.name}.toml")) == cell.scenario
 
 
+def test_a_file_has_any_title_and_no_two_cells_have_the_same_file(tmp_path: Path) -> None:
+    scenario = msgspec.structs.replace(SMALL, title='caf\xe9 "\U0001f680" \\ \x7f')
+    write_scenarios([Cell("a b", scenario)], tmp_path)
+    assert load_scenario(str(tmp_path / "a-b.toml")) == scenario
+    with pytest.raises(ConfigError, match="a b, A-b would have files of the same name"):
+        write_scenarios([Cell("a b", scenario), Cell("A-b", scenario)], tmp_path)
+
+
 @pytest.mark.parametrize("index", range(3))
 def test_a_sampled_scenario_as_a_file_is_the_same(index: int, tmp_path: Path) -> None:
     path, scenario = tmp_path / "s.toml", sample(2, index)
@@ -406,6 +495,7 @@ def test_a_sampled_scenario_as_a_file_is_the_same(index: int, tmp_path: Path) ->
 def test_systems_by_comma_with_their_changes() -> None:
     assert specs_of("wisp,ahead=no,slots=9,paper") == ("central", "wisp,ahead=no,slots=9", "paper")
     assert specs_of("ours") == ("central", "wisp")
+    assert specs_of(" wisp, paper,") == ("central", "wisp", "paper")
     assert len(specs_of(SYSTEMS)) == 6
     with pytest.raises(ConfigError, match="tuned in each cell"):
         specs_of("central,slots=3")

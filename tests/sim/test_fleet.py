@@ -544,6 +544,16 @@ def test_a_fleet_that_one_verifier_refuses_leaves_no_connection_open() -> None:
     asyncio.run(run())
 
 
+def test_a_fleet_takes_no_welcome_that_an_edge_would_not_take() -> None:
+    async def run() -> None:
+        strange = msgspec.structs.replace(WELCOME, n_vocab=0)
+        async with answering(lambda n: strange) as (port, _):
+            with pytest.raises(ProtocolError, match="limits that no verifier has"):
+                await Sockets(f"http://127.0.0.1:{port}").connect(1)
+
+    asyncio.run(run())
+
+
 def test_a_connection_lost_before_the_run_ends_it() -> None:
     async def run() -> None:
         sockets = Sockets("http://127.0.0.1:9")

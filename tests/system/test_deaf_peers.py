@@ -161,7 +161,7 @@ def test_an_edge_that_does_not_read_is_let_go_and_its_session_expires(
             await deaf.greet(opening("session-1"))
             host = server.host()
             await until(lambda: host.n_sessions == 1)
-            await until(lambda: host.n_connections == 0)
+            await until(lambda: host.n_edges == 0)
             engine.gate.set()
             await until(lambda: host.n_sessions == 0)
             value = host.metrics.registry.get_sample_value
@@ -206,7 +206,7 @@ def test_a_flood_that_the_application_never_sees_is_not_kept(
             with contextlib.suppress(ConnectionError):
                 while True:
                     await deaf.say(flood)
-            await until(lambda: server.host().n_connections == 0)
+            await until(lambda: server.host().n_edges == 0)
 
     with_server(scenario, monkeypatch)
     assert why in caplog.text
@@ -225,7 +225,7 @@ def test_while_a_peer_reads_nothing_its_pings_are_not_read_either(monkeypatch: p
         with Raw(port) as deaf:
             await deaf.greet()
             flooding = asyncio.ensure_future(flood(deaf))
-            await until(lambda: server.host().n_connections == 0)
+            await until(lambda: server.host().n_edges == 0)
             await flooding
 
     watch = connections._Transport.watch

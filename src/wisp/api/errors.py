@@ -21,7 +21,9 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from wisp.core.draft.refusals import busy_error
 from wisp.core.errors import EngineError, ProtocolError, RequestError, UnavailableError
+from wisp.core.verify.admission import Refusal
 
 logger = logging.getLogger("wisp.api")
 
@@ -81,6 +83,11 @@ def to_request_error(exc: BaseException, id_: str) -> RequestError:
 def shutting_down() -> UnavailableError:
     """The answer to requests that a shutdown refuses or cuts off."""
     return UnavailableError("this server is shutting down", retry_after=2.0)
+
+
+def refusal_error(refusal: Refusal) -> RequestError:
+    """The client's error for a request that admission refuses for now."""
+    return busy_error(refusal.code, str(refusal), refusal.retry_after)
 
 
 class ToldOfTheEnd:

@@ -20,12 +20,13 @@ import hmac
 import logging
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, unquote
 
 import msgspec
+from starlette.requests import Request
 
 from wisp.core.errors import ConfigError, RequestError
 from wisp.core.verify.admission import KeyLimits
@@ -56,7 +57,7 @@ class Keyring:
         """
         self.path = path
         self.router = router
-        self._admins: set[str] = set()
+        self._admins: Set[str] = frozenset()
         self.limits: dict[str, KeyLimits] = {}
         self._fixed = _named(secrets or "")
         self._names: dict[str, str] = dict(self._fixed)
@@ -80,11 +81,17 @@ class Keyring:
         except (OSError, ValueError, RecursionError) as error:  # tomllib raises all of these
             raise ConfigError(f"cannot read the API keys in {self.path}: {error}") from None
         names, limits, admins = _parse(document, self.path)
+        self.replace(names, limits, admins)
+        self._stamp = stamp
+        return True
+
+    def replace(
+        self, names: dict[str, str], limits: dict[str, KeyLimits], admins: Set[str] = frozenset()
+    ) -> None:
+        """From now on there are these keys, and those of the environment. `names`: by `digest_of` their secrets."""
         self._names = self._fixed | names
         self.limits = limits
         self._admins = admins
-        self._stamp = stamp
-        return True
 
     async def watch(self, changed: Callable[[], None] = lambda: None) -> None:
         """Read the file again whenever it changes, for ever, and then call `changed`. Trouble is logged once."""
@@ -110,16 +117,20 @@ class Keyring:
         scheme, _, secret = (header or "").partition(" ")
         if scheme.lower() != "bearer" or not secret.strip():
             raise _unauthorized("no API key; send 'Authorization: Bearer KEY'")
-        digest = _digest(secret.strip())
+        digest = digest_of(secret.strip())
         for known, name in self._names.items():
             if hmac.compare_digest(known, digest):
                 return name
         raise _unauthorized("this API key is not known here")
 
+    def caller(self, request: Request) -> str:
+        """The name of a request's key. Raises RequestError(401)."""
+        return self.authorize(request.headers.get("authorization"))
+
     def speaks_for(self, header: str | None) -> str | None:
         """The key that our router names in an Authorization header; None if it is not our router's."""
         token, _, name = (header or "").removeprefix("Bearer ").partition("/")
-        if not self.router or not hmac.compare_digest(_digest(token), _digest(self.router)):
+        if not self.router or not hmac.compare_digest(digest_of(token), digest_of(self.router)):
             return None
         return unquote(name)
 
@@ -135,7 +146,9 @@ def on_behalf(token: str, name: str) -> str:
 
 def _named(secrets: str) -> dict[str, str]:
     """Names by digest: a key each, as prefixes are shared and turns are taken by key."""
-    found = dict.fromkeys(_digest(_sound(secret.strip())) for secret in secrets.split(",") if secret.strip())
+    found = dict.fromkeys(
+        digest_of(_sound(secret.strip())) for secret in secrets.split(",") if secret.strip()
+    )
     return {digest: f"default-{n}" if n > 1 else "default" for n, digest in enumerate(found, 1)}
 
 
@@ -148,7 +161,7 @@ def _sound(secret: str) -> str:
     return secret
 
 
-def _digest(secret: str) -> str:
+def digest_of(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
@@ -170,7 +183,7 @@ def _parse(document: dict[str, Any], path: Path) -> tuple[dict[str, str], dict[s
             raise ConfigError(f"{path}: [keys.{name}]: {error}") from None
         if not name.isprintable():
             raise ConfigError(f"{path}: {name!r} is no name for a key: it goes into logs")
-        digest = entry.sha256.lower() or (_digest(_sound(entry.secret)) if entry.secret else "")
+        digest = entry.sha256.lower() or (digest_of(_sound(entry.secret)) if entry.secret else "")
         if not digest or digest in names or (entry.secret and entry.sha256):
             raise ConfigError(f"{path}: [keys.{name}] needs a secret or a sha256 of its own")
         if not _SHA256.fullmatch(digest):

@@ -20,6 +20,7 @@ from wisp.api.fields import Fields
 from wisp.api.formats import ChatFormat, CompletionFormat
 from wisp.api.generating import ApiOptions, Authorize, Generating, Service, bearing
 from wisp.api.observe import Observer
+from wisp.api.paths import TOKENIZER_PATH
 from wisp.api.prepare import PromptWork
 from wisp.api.requests import parse_chat, parse_completion
 from wisp.api.responses import Json
@@ -58,6 +59,21 @@ def openai_routes(
         *_token_routes(service),
         *(Route(path, app, methods=["POST"], name=path) for path, app in endpoints),
     ]
+
+
+def tokenizer_route(authorize: Authorize, blob: Callable[[str], Awaitable[bytes]]) -> Route:
+    """The target's tokenizer, for edges. `blob` gives it, gzipped, for a fingerprint, or raises RequestError."""
+
+    async def endpoint(request: Request) -> Response:
+        try:
+            authorize(request)
+            content = await blob(request.path_params["fingerprint"])
+        except RequestError as error:
+            return error_response(error, request_id(request))
+        headers = {"content-encoding": "gzip", "cache-control": "max-age=31536000, immutable"}
+        return Response(content, media_type="application/octet-stream", headers=headers)
+
+    return Route(f"{TOKENIZER_PATH}/{{fingerprint}}", endpoint)
 
 
 def _token_routes(service: Service) -> list[Route]:

@@ -37,6 +37,7 @@ from wisp.cli.options import (
     ToolParser,
 )
 from wisp.cli.renamed import LogJson
+from wisp.core.draft.patience import GIVE_UP_S
 from wisp.core.errors import ConfigError
 
 
@@ -69,7 +70,7 @@ def edge(
     batch_rows: BatchRows = None,
     give_up_s: Annotated[
         float, typer.Option(help="Seconds without a verifier before answers fail.", min=0)
-    ] = 30.0,
+    ] = GIVE_UP_S,
     keep_alive_s: Annotated[
         float, typer.Option(help="Seconds between keep-alive comments in a stream.", min=0.1)
     ] = 10.0,

@@ -161,6 +161,7 @@ def compare(
         typer.Option(
             help="By comma, each with its changes: wisp,ahead=no,paper are two. Baselines are tuned in each cell; "
             "central is always there. Default: all but sled-confidence; with --quick central, central-wisp, wisp.",
+            callback=today,
         ),
     ] = "",
     quick: Annotated[

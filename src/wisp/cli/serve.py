@@ -31,6 +31,7 @@ from wisp.cli.options import (
 )
 from wisp.cli.renamed import Forecast, LogJson, today
 from wisp.core.errors import ConfigError
+from wisp.server.defaults import DRAIN_S, MAX_SESSIONS, MOST_REPLICAS, PARK_S
 
 if TYPE_CHECKING:
     from wisp.core.verify.cost import Coefficients
@@ -120,13 +121,13 @@ def serve(
     ] = True,
     max_sessions: Annotated[
         int, typer.Option(help="Open sessions before new ones are refused.", min=1)
-    ] = 1024,
-    park_s: Annotated[float, typer.Option(help="Seconds that a session outlives its edge.", min=0)] = 60.0,
+    ] = MAX_SESSIONS,
+    park_s: Annotated[float, typer.Option(help="Seconds that a session outlives its edge.", min=0)] = PARK_S,
     slo_admission: Annotated[
         bool, typer.Option(help="Refuse at once, with Retry-After, a request whose SLO could not be kept.")
     ] = True,
     forecast: Forecast = None,
-    drain_s: Annotated[float, typer.Option(help="Seconds to finish sessions on SIGTERM.", min=0)] = 30.0,
+    drain_s: Annotated[float, typer.Option(help="Seconds to finish sessions on SIGTERM.", min=0)] = DRAIN_S,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM key.")] = None,
     allowed_hosts: AllowedHosts = "",
@@ -137,7 +138,9 @@ def serve(
     event_log: Annotated[
         Path | None, typer.Option(help="Record every event, for replay. Holds prompts!")
     ] = None,
-    replicas: Annotated[int, typer.Option(help="Verifiers behind this address.", min=1, max=64)] = 1,
+    replicas: Annotated[
+        int, typer.Option(help="Verifiers behind this address.", min=1, max=MOST_REPLICAS)
+    ] = 1,
     launcher: Annotated[
         str | None, typer.Option(help="Where replicas run: local (on the ports above) or ray.")
     ] = None,

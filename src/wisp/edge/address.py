@@ -6,9 +6,8 @@ import ipaddress
 import re
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
+from wisp.api.paths import SESSION_PATH
 from wisp.core.errors import ConfigError, ProtocolError
-
-SESSION_PATH = "/v1/sessions"
 
 _SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
 _LABEL = re.compile(r"[A-Za-z0-9_-]{1,63}")

@@ -19,6 +19,7 @@ from wisp.api.pages.site import PLAYGROUND, site_routes
 from wisp.api.pages.stream import StatusStream, status_routes
 from wisp.api.routes import openai_routes
 from wisp.api.scrape import scraped
+from wisp.core.draft.patience import GIVE_UP_S
 from wisp.core.draft.policies import Ahead, Policies
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.customers import Customers
@@ -44,7 +45,7 @@ class EdgeApp:
         fingerprint: str,
         policies: Policies,
         ahead: Ahead | None = None,
-        give_up_s: float = 30.0,
+        give_up_s: float = GIVE_UP_S,
         history_tokens: int = 0,
         options: ApiOptions = _DEFAULTS,
     ) -> None:
@@ -64,11 +65,11 @@ class EdgeApp:
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
                 *site_routes(PLAYGROUND),
-                *status_routes(self.status, self._authorize),
+                *status_routes(self.status, keys.caller),
                 *openai_routes(
                     self.customers,
                     options=options,
-                    authorize=self._authorize,
+                    authorize=keys.caller,
                     observer=self.metrics,
                 ),
             ],
@@ -95,9 +96,6 @@ class EdgeApp:
     def _keys_changed(self) -> None:
         revoked, new = self.customers.limits_changed()
         self.backend.customers_changed(revoked, new)
-
-    def _authorize(self, request: Request) -> str:
-        return self.keys.authorize(request.headers.get("authorization"))
 
     async def _snapshot(self, since: float) -> dict[str, Any]:
         return edge_status(self.backend, self.link.problem or "connecting", self.link.url)

@@ -17,11 +17,10 @@ from contextlib import ExitStack, contextmanager
 import msgspec
 
 from wisp.api.backend import Backend, Committed, Generation, Target
+from wisp.api.errors import refusal_error
 from wisp.api.fields import refuse
 from wisp.api.keys import Keyring
 from wisp.api.sse import close
-from wisp.core.draft.refusals import busy_error
-from wisp.core.errors import RequestError
 from wisp.core.verify.admission import Admission, Refusal
 
 NO_PLACES = 1 << 40  # sessions: the verifier says when it is full
@@ -57,7 +56,7 @@ class Customers:
             self._admission.ask(self._clock(), key)
         except Refusal as refusal:
             self._admission.turned_away(key)
-            raise _told(refusal) from None
+            raise refusal_error(refusal) from None
 
     @contextmanager
     def together(self, generations: Sequence[Generation]) -> Iterator[list[Generation]]:
@@ -72,11 +71,11 @@ class Customers:
             self._look_for_room(key, size)
         except Refusal as refusal:
             self._admission.turned_away(key)
-            raise _told(refusal) from None
+            raise refusal_error(refusal) from None
         try:
             self._admission.opened(self._clock(), key)
         except Refusal as refusal:
-            raise _told(refusal) from None
+            raise refusal_error(refusal) from None
         party = secrets.token_hex(8)
         self._parties.add(party)
         self._sessions[key] += size
@@ -127,7 +126,3 @@ class Customers:
         revoked, new = sorted(before - after), sorted(after - before)
         self._admission.set_limits(self._keys.limits)
         return [self.salt(key) for key in revoked], [self.salt(key) for key in new]
-
-
-def _told(refusal: Refusal) -> RequestError:
-    return busy_error(refusal.code, str(refusal), refusal.retry_after)

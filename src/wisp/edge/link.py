@@ -22,7 +22,7 @@ from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
 from wisp import __version__
-from wisp.core.draft.patience import BEAT_S, Patience
+from wisp.core.draft.patience import BEAT_S, GIVE_UP_S, Patience
 from wisp.core.errors import ConfigError, ProtocolError, RequestError, UnavailableError
 from wisp.core.protocol.messages import (
     MAX_FRAME,
@@ -36,9 +36,9 @@ from wisp.core.protocol.messages import (
     Verdict,
     Welcome,
     check_verdict,
-    check_welcome,
     decode_server_message,
     encode,
+    welcome_from,
 )
 from wisp.edge.address import is_local, redirected_url, session_url
 from wisp.edge.answers import plain, reason, stranger
@@ -46,7 +46,7 @@ from wisp.edge.answers import plain, reason, stranger
 log = logging.getLogger("wisp.link")
 
 BACKOFF_S = (0.05, 5.0)  # first and longest wait between attempts
-HANDSHAKE_S = 10.0
+HANDSHAKE_S = 10.0  # to connect, and as long again for the welcome
 IDLE_S = 30.0  # a link to a redirected address is kept this long after its last session
 # Faults of connections. Any other exception is a fault of this program, and is logged with its traceback
 EXPECTED = (OSError, EOFError, WebSocketException, ProtocolError, ImportError)
@@ -82,7 +82,7 @@ class VerifierLink:
         api_key: str | None = None,
         *,
         fingerprint: str = "",
-        give_up_s: float = 30.0,
+        give_up_s: float = GIVE_UP_S,
         once: bool = False,
         tls: ssl.SSLContext | None = None,
     ) -> None:
@@ -214,14 +214,9 @@ class VerifierLink:
         ) as socket:
             await socket.send(encode(Hello(VERSION, self.fingerprint, f"wisp/{__version__}", True)))
             async with asyncio.timeout(HANDSHAKE_S):
-                first = decode_server_message(await socket.recv(decode=False))
-            if not isinstance(first, Welcome):
-                raise ProtocolError(
-                    getattr(first, "code", "malformed"), getattr(first, "message", "no welcome")
-                )
-            check_welcome(first)
+                welcome = welcome_from(decode_server_message(await socket.recv(decode=False)))
             self._out = asyncio.Queue()
-            self._gain(first)
+            self._gain(welcome)
             writer = asyncio.create_task(self._write(socket))
             try:
                 async for frame in socket:

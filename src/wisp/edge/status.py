@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from wisp import __version__
+from wisp.core.draft.policies import LONGEST
 from wisp.edge.backend import EdgeBackend
 from wisp.edge.rounds import WHY
 
@@ -13,7 +14,7 @@ from wisp.edge.rounds import WHY
 def edge_status(backend: EdgeBackend, problem: str, url: str = "") -> dict[str, Any]:
     """As things are now. problem: why there is no verifier. url: where it is looked for."""
     welcome, times, drafter = backend.link.welcome, backend.times, backend.drafter
-    serve_ms, best = times.serve_ms, times.best_speed(16)
+    serve_ms, best = times.serve_ms, times.best_speed(LONGEST)
     return {
         "kind": "edge",
         "version": __version__,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 
+from wisp.api.paths import TOKENIZER_PATH
 from wisp.core.errors import ConfigError, ModelError, RequestError, WispError
 from wisp.edge.address import http_url, is_local
 from wisp.edge.answers import error_in, reason, stranger
@@ -30,7 +31,6 @@ log = logging.getLogger("wisp.edge")
 _DIRECT: dict[str, httpx.AsyncBaseTransport | None] = {"http://": None, "https://": None, "all://": None}
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _GGUF, _JSON = b"GGUF", b"{"  # the first bytes of a tokenizer from a verifier
-TOKENIZER_PATH = "/v1/tokenizers"
 MOST_BYTES = 128 << 20  # of a tokenizer: several times the largest there are
 AGAIN_S = 1.0  # after a failure that may be over by then
 

@@ -11,17 +11,17 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from wisp.api.paths import REPLICAS_PATH
 from wisp.core.errors import ConfigError, RequestError
 from wisp.edge.address import http_url, is_local
 from wisp.edge.answers import error_in, reason, stranger
 
-PATH = "/v1/replicas"
 TIMEOUT_S = 600.0  # a drain waits for sessions that cannot move
 
 
 def ask(server: str, action: str = "", body: dict[str, object] | None = None) -> dict[str, Any]:
     """What the router at `server` answers to `action`. Raises WispError."""
-    url = http_url(server, f"{PATH}{action}")
+    url = http_url(server, f"{REPLICAS_PATH}{action}")
     key = os.environ.get("WISP_API_KEY", "").strip()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:

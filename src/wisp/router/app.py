@@ -32,25 +32,19 @@ from wisp.api.errors import JsonResponse, error_response, exception_handlers, re
 from wisp.api.keys import Keyring
 from wisp.api.pages.site import FLEET, site_routes
 from wisp.api.pages.stream import StatusStream, admins_only, status_routes
-from wisp.api.routes import openai_routes
+from wisp.api.paths import REPLICAS_PATH, SESSION_PATH
+from wisp.api.routes import openai_routes, tokenizer_route
 from wisp.api.scrape import scraped
 from wisp.core.errors import RequestError, WispError
-from wisp.core.route.placement import Placement
-from wisp.core.verify.admission import Admission
-from wisp.router.fleet import Fleet, Replica
-from wisp.router.host import RouterHost
+from wisp.router.fleet import Replica
 from wisp.router.launch import Launcher
-from wisp.router.metrics import RouterMetrics
 from wisp.router.replica import ReplicaSpec
+from wisp.router.routing import Routing
 from wisp.router.status import fleet_status
-from wisp.router.thin import RouterBackend
-from wisp.server.control import Report
 from wisp.server.crowd import Crowd
 from wisp.server.sockets import SessionEndpoint
 
 log = logging.getLogger("wisp.router")
-
-UNLIMITED = 1 << 40  # sessions: the placement knows when all replicas are full
 
 
 class RouterApp:
@@ -58,40 +52,27 @@ class RouterApp:
 
     def __init__(self, spec: ReplicaSpec, replicas: int, launcher: Launcher, keys: Keyring) -> None:
         """`spec` is that of every replica, but for its name and token; its address is the router's."""
-        tls = _tls(spec)
         self.keys = keys
         self._replicas = replicas
-        placement = Placement()
-        self.metrics = RouterMetrics(lambda: self.fleet)
-        self.fleet = Fleet(
-            launcher,
-            functools.partial(_named, spec),
-            placement,
-            tls,
-            drain_s=spec.settings.drain_s,
-            changed=self._changed,
-            heard=self._heard,
-        )
-        self.host = RouterHost(self.fleet, placement, Admission(UNLIMITED, keys.limits), self.metrics)
-        self.backend = RouterBackend(self.host, tls)
+        named = functools.partial(_named, spec)
+        self._routing = r = Routing(launcher, named, _tls(spec), keys, drain_s=spec.settings.drain_s)
+        self.metrics, self.fleet, self.host, self.backend = r.metrics, r.fleet, r.host, r.backend
         self.status = StatusStream(self._snapshot)
         self.asgi = Starlette(
             routes=[
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
-                Route("/v1/tokenizers/{fingerprint}", self._tokenizer),
-                WebSocketRoute(
-                    "/v1/sessions", Crowd(SessionEndpoint(self._ready, keys.authorize), keys.authorize)
-                ),
-                Route("/v1/replicas", self._admin(self._list)),
-                Route("/v1/replicas/scale", self._admin(self._scale), methods=["POST"]),
-                Route("/v1/replicas/{name}/drain", self._admin(self._drain), methods=["POST"]),
-                Route("/v1/replicas/{name}/restart", self._admin(self._restart), methods=["POST"]),
+                tokenizer_route(keys.caller, self._tokenizer),
+                WebSocketRoute(SESSION_PATH, Crowd(SessionEndpoint(r.ready, keys.authorize), keys.authorize)),
+                Route(REPLICAS_PATH, self._admin(self._list)),
+                Route(f"{REPLICAS_PATH}/scale", self._admin(self._scale), methods=["POST"]),
+                Route(f"{REPLICAS_PATH}/{{name}}/drain", self._admin(self._drain), methods=["POST"]),
+                Route(f"{REPLICAS_PATH}/{{name}}/restart", self._admin(self._restart), methods=["POST"]),
                 *site_routes(FLEET),
                 *status_routes(self.status, admins_only(keys)),
                 *openai_routes(
                     self.backend,
-                    authorize=self._authorize,
+                    authorize=keys.caller,
                     observer=self.metrics,
                     options=spec.settings.api_options(),
                 ),
@@ -114,7 +95,7 @@ class RouterApp:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self.fleet.add(self._replicas)
-        watch = asyncio.create_task(self.keys.watch(self._keys_changed))
+        watch = asyncio.create_task(self.keys.watch(self._routing.keys_changed))
         try:
             yield
         finally:
@@ -123,27 +104,10 @@ class RouterApp:
             await self.backend.close()
             await self.fleet.close()
 
-    def _keys_changed(self) -> None:
-        self.host.admission.set_limits(self.keys.limits)
-
-    def _changed(self) -> None:
-        self.host.changed()
-        self.backend.changed()
-
-    def _heard(self, replica: Replica, report: Report) -> None:
-        self.host.heard(replica, report)
-
-    def _ready(self) -> RouterHost:
-        self.host.welcome()  # raises UnavailableError
-        return self.host
-
     # --- endpoints
 
     async def _snapshot(self, since: float) -> dict[str, Any]:
         return await fleet_status(self.fleet, since, draining=self.host.draining)
-
-    def _authorize(self, request: Request) -> str:
-        return self.keys.authorize(request.headers.get("authorization"))
 
     async def _health(self, request: Request) -> Response:
         views = self.fleet.view()
@@ -160,17 +124,11 @@ class RouterApp:
         welcome = self.fleet.welcome
         return scraped(request, self.metrics.registry, welcome.model if welcome else "", self.keys)
 
-    async def _tokenizer(self, request: Request) -> Response:
-        try:
-            self._authorize(request)
-            ours = self.host.welcome().fingerprint
-            if request.path_params["fingerprint"] != ours:
-                raise RequestError(404, f"this router's vocabulary is {ours}")
-            blob = await self.backend.tokenizers.blob(ours)
-        except RequestError as error:
-            return error_response(error, request_id(request))
-        headers = {"content-encoding": "gzip", "cache-control": "max-age=31536000, immutable"}
-        return Response(blob, media_type="application/octet-stream", headers=headers)
+    async def _tokenizer(self, fingerprint: str) -> bytes:
+        ours = self.host.welcome().fingerprint
+        if fingerprint != ours:
+            raise RequestError(404, f"this router's vocabulary is {ours}")
+        return await self.backend.tokenizers.blob(ours)
 
     # --- operators
 
@@ -179,7 +137,7 @@ class RouterApp:
 
         async def endpoint(request: Request) -> Response:
             try:
-                if not self.keys.is_admin(self._authorize(request)):
+                if not self.keys.is_admin(self.keys.caller(request)):
                     message = "this key may not manage replicas; give it `admin = true` in the key file"
                     raise RequestError(403, message, code="not_admin", type="permission_error")
                 await act(request)

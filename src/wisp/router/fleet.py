@@ -26,12 +26,14 @@ import httpx
 import msgspec
 
 from wisp.api.keys import on_behalf
+from wisp.api.paths import TOKENIZER_PATH
 from wisp.core.errors import ConfigError, RequestError, UnavailableError, WispError
 from wisp.core.protocol.messages import DIGESTS_SINCE, Welcome
 from wisp.core.route.placement import Placement, ReplicaSize
 from wisp.router.launch import Launcher, Running
 from wisp.router.replica import ReplicaSpec
 from wisp.server.control import MOVE_PATH, REPORT_PATH, Report
+from wisp.server.defaults import MOST_REPLICAS
 
 log = logging.getLogger("wisp.router")
 
@@ -41,7 +43,6 @@ SILENT_S = 5.0  # without a report: nothing new goes there
 BACKOFF_S = (0.2, 30.0)  # first and longest wait before a replica that died is started again
 STEADY_S = 60.0  # one that lived so long may die without being waited for
 END_S = 15.0  # to end, beyond the time for a drain, before it is killed
-MOST = 64
 
 
 class State(Enum):
@@ -134,8 +135,10 @@ class Fleet:
     async def scale(self, count: int) -> None:
         """Have `count` replicas: start some (and return), or drain the youngest. Raises RequestError."""
         self._check_running()
-        if not 1 <= count <= MOST:
-            raise RequestError(400, f"the number of replicas must be from 1 to {MOST}", param="replicas")
+        if not 1 <= count <= MOST_REPLICAS:
+            raise RequestError(
+                400, f"the number of replicas must be from 1 to {MOST_REPLICAS}", param="replicas"
+            )
         wanted = [r for r in self.replicas.values() if r.wanted]
         if count > len(wanted):
             self.add(count - len(wanted))
@@ -232,7 +235,7 @@ class Fleet:
         replica = next(iter(self.up()), None)
         if replica is None or replica.running is None:
             raise UnavailableError("no replica is up to give the tokenizer", retry_after=1.0)
-        url = f"{replica.running.url}/v1/tokenizers/{fingerprint}"
+        url = f"{replica.running.url}{TOKENIZER_PATH}/{fingerprint}"
         async with self._client.stream("GET", url, headers=_us(replica)) as response:
             response.raise_for_status()
             return b"".join([chunk async for chunk in response.aiter_raw()])

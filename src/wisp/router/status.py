@@ -12,6 +12,7 @@ import msgspec
 from wisp import __version__
 from wisp.api.pages.recorder import MOST
 from wisp.api.pages.series import summed
+from wisp.api.paths import STATUS_PATH
 from wisp.router.fleet import Fleet, Replica
 
 Json = dict[str, Any]
@@ -40,7 +41,7 @@ async def fleet_status(fleet: Fleet, since: float, *, draining: bool) -> Json:
 
 async def _ask(fleet: Fleet, replica: Replica, since: float) -> Json | None:
     try:
-        page = await fleet.get(replica, f"/v1/status?since={since}")
+        page = await fleet.get(replica, f"{STATUS_PATH}?since={since}")
         status: Json = msgspec.json.decode(page)
     except (httpx.HTTPError, msgspec.MsgspecError):
         return None

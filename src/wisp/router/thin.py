@@ -17,11 +17,11 @@ from collections.abc import AsyncIterator
 import httpx
 
 from wisp.api.backend import Committed, Generation, Target
-from wisp.api.errors import shutting_down
+from wisp.api.errors import refusal_error, shutting_down
 from wisp.api.keys import on_behalf
-from wisp.core.draft.patience import BEAT_S, Patience
+from wisp.api.paths import REPLICAS_PATH
+from wisp.core.draft.patience import BEAT_S, GIVE_UP_S, Patience
 from wisp.core.draft.policies import Policies
-from wisp.core.draft.refusals import busy_error
 from wisp.core.errors import ProtocolError, RequestError, UnavailableError, WispError
 from wisp.core.protocol.messages import Cancel, Draft, Message, Open, Redirect, Refused, Verdict, Welcome
 from wisp.core.verify.admission import Refusal
@@ -31,8 +31,6 @@ from wisp.engines.base import Tokenizer
 from wisp.engines.build import read_tokenizer
 from wisp.engines.null import ByteTokenizer
 from wisp.router.host import RouterHost
-
-GIVE_UP_S = 30.0  # without any replica
 
 
 class LocalLink:
@@ -69,7 +67,7 @@ class LocalLink:
 
     def gave_up(self) -> UnavailableError:
         """The error of a session that has waited long enough."""
-        return UnavailableError(f"no replica is up since {GIVE_UP_S:g} s; see /v1/replicas and the log")
+        return UnavailableError(f"no replica is up since {GIVE_UP_S:g} s; see {REPLICAS_PATH} and the log")
 
     def listen(self, session: str, listener: Listener) -> None:
         """Pass messages for `session`, and the first replica's coming and the last one's going, to `listener`."""
@@ -142,7 +140,7 @@ class RouterBackend:
         try:
             self._host.admit(key)
         except Refusal as refusal:
-            raise busy_error(refusal.code, str(refusal), refusal.retry_after) from None
+            raise refusal_error(refusal) from None
 
     def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         return self._edge(generation.key).generate(generation)

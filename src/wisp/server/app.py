@@ -28,13 +28,14 @@ from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 
 from wisp.api.backend import Committed, Generation, Target
-from wisp.api.errors import JsonResponse, error_response, exception_handlers, request_id
+from wisp.api.errors import JsonResponse, exception_handlers
 from wisp.api.generating import ApiOptions
 from wisp.api.keys import Keyring
 from wisp.api.observe import RequestRecord
 from wisp.api.pages.site import FLEET, site_routes
 from wisp.api.pages.stream import StatusStream, admins_only, status_routes
-from wisp.api.routes import openai_routes
+from wisp.api.paths import SESSION_PATH
+from wisp.api.routes import openai_routes, tokenizer_route
 from wisp.api.scrape import scraped
 from wisp.core.errors import InternalError, RequestError, UnavailableError
 from wisp.core.protocol.slo import Slo
@@ -43,6 +44,7 @@ from wisp.core.verify.cost import Coefficients
 from wisp.engines.base import TargetEngine, Tokenizer
 from wisp.server.control import control_routes
 from wisp.server.crowd import Crowd
+from wisp.server.defaults import DRAIN_S, MAX_SESSIONS, PARK_S
 from wisp.server.host import VerifierHost
 from wisp.server.sockets import SessionEndpoint
 from wisp.server.status import loading_status, verifier_status
@@ -56,13 +58,27 @@ SWITCH_S = 0.0005
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What an operator decides. `model` is the name that clients use; `cost` what the cost model starts from."""
+    """What an operator decides.
+
+    model:          the name that clients use
+    batching:       the batching policy, by name (`core.verify.batching`)
+    max_sessions:   open at once; more are refused
+    park_s:         seconds that a session outlives its edge
+    drain_s:        seconds that sessions have to end, once the process is told to
+    event_log:      the file that records every event; None: none does
+    cost:           what the cost model starts from; None: it learns from the first step on
+    slo_classes:    SLOs by the names that requests may say
+    slo_admission:  refuse at once a request whose SLO could not be kept
+    aliases, tool_parser: see `ApiOptions`
+    depth:          steps given to the engine at a time
+    history_tokens: of past texts, kept for drafts of the verifier's own; 0: none are
+    """
 
     model: str
     batching: str = "wisp"
-    max_sessions: int = 1024
-    park_s: float = 60.0
-    drain_s: float = 30.0
+    max_sessions: int = MAX_SESSIONS
+    park_s: float = PARK_S
+    drain_s: float = DRAIN_S
     event_log: Path | None = None
     cost: Coefficients | None = None
     slo_classes: dict[str, Slo] = {}
@@ -97,13 +113,11 @@ class ServerApp:
             routes=[
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
-                Route("/v1/tokenizers/{fingerprint}", self._tokenizer),
+                tokenizer_route(keys.caller, self._tokenizer),
                 WebSocketRoute(
-                    "/v1/sessions", Crowd(SessionEndpoint(self.host, keys.authorize), keys.authorize)
+                    SESSION_PATH, Crowd(SessionEndpoint(self.host, keys.authorize), keys.authorize)
                 ),
-                *openai_routes(
-                    backend, authorize=self._authorize, observer=self, options=settings.api_options()
-                ),
+                *openai_routes(backend, authorize=keys.caller, observer=self, options=settings.api_options()),
                 *site_routes(FLEET),
                 *status_routes(self.status, admins_only(keys)),
                 *(control_routes(self.host, keys, settings.drain_s) if keys.router else []),
@@ -218,9 +232,6 @@ class ServerApp:
 
     # --- endpoints
 
-    def _authorize(self, request: Request) -> str:
-        return self.keys.authorize(request.headers.get("authorization"))
-
     async def _snapshot(self, since: float) -> dict[str, Any]:
         if self._host is None:
             return loading_status(self.settings.model, str(self.failed or ""))
@@ -239,16 +250,11 @@ class ServerApp:
             return Response("", status_code=503)
         return scraped(request, self._host.metrics.registry, self.settings.model, self.keys)
 
-    async def _tokenizer(self, request: Request) -> Response:
-        try:
-            self._authorize(request)
-            host = self.host()
-            if request.path_params["fingerprint"] != host.tokenizer.fingerprint:
-                raise RequestError(404, f"this verifier's vocabulary is {host.tokenizer.fingerprint}")
-        except RequestError as error:
-            return error_response(error, request_id(request))
-        headers = {"content-encoding": "gzip", "cache-control": "max-age=31536000, immutable"}
-        return Response(self._blob, media_type="application/octet-stream", headers=headers)
+    async def _tokenizer(self, fingerprint: str) -> bytes:
+        ours = self.host().tokenizer.fingerprint
+        if fingerprint != ours:
+            raise RequestError(404, f"this verifier's vocabulary is {ours}")
+        return self._blob
 
 
 class _Late:

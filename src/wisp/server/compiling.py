@@ -34,8 +34,8 @@ class Waiting:
 
 
 class Compiling:
-    """Messages on their way to the verifier. `take(connection, message)` hands one over, `refuse` answers it. Nothing
-    is compiled for a key that `admit` raises Refusal for.
+    """Messages on their way to the verifier. `take(connection, message)` hands one over, `refuse(connection, message,
+    answer)` answers it. Nothing is compiled for a key that `admit` raises Refusal for.
 
     Compilation is work on a request like that on its prompt, with the same threads' worth and shares per key.
     """
@@ -45,7 +45,7 @@ class Compiling:
         grammars: Compiler,
         admit: Callable[[str], object],
         take: Callable[[int, Open | Draft | Cancel], None],
-        refuse: Callable[[int, Refused], None],
+        refuse: Callable[[int, Open | Draft, Refused], None],
         *,
         most: int,
     ) -> None:
@@ -106,7 +106,8 @@ class Compiling:
 
     def _busy(self, connection: int, message: Open | Draft, why: str) -> None:
         fatal = isinstance(message, Open)
-        self._refuse(connection, Refused(message.session, "overloaded", why, 1.0, fatal, message.round))
+        refused = Refused(message.session, "overloaded", why, 1.0, fatal, message.round)
+        self._refuse(connection, message, refused)
 
     async def _compile(self, connection: int, session: str, key: str, grammar: Grammar) -> None:
         problem, code, retry_after = "", INVALID_GRAMMAR, 0.0
@@ -127,7 +128,7 @@ class Compiling:
         if problem:
             for message in (first, *rest):
                 refused = Refused(session, code, problem, retry_after, True, message.round)
-                self._refuse(connection, refused)
+                self._refuse(connection, message, refused)
             return
         self._take(connection, first)
         for message in rest:

@@ -29,7 +29,7 @@ from wisp.core.verify.verifier import Verifier
 
 log = logging.getLogger("wisp.host")
 
-FLUSH_S = 1.0
+FLUSH_S = 1.0  # between two writes: as much may be missing after a crash
 FLUSH_BYTES = 1 << 16  # or sooner, once so much has come together
 MODE = 0o600  # prompts are for nobody else's eyes
 RENAMED = {"wisp": "paper"}  # policies of 0.1, by their names today
@@ -147,13 +147,11 @@ class EventLog:
         self._on_loss()
 
 
-def read_events(path: Path) -> list[tuple[float, InEvent]]:
-    """The (now, event) pairs of an event log, in order; one that a crash cut short at the end is left out."""
-    return [(now, record) for now, record in _records(path) if not isinstance(record, LogHeader)]
-
-
 def read_runs(path: Path) -> list[tuple[LogHeader, list[tuple[float, InEvent]]]]:
-    """The runs in an event log. Raises ConfigError for one without headers, of an earlier release."""
+    """The runs in an event log, each with its (now, event) pairs in order. One that a crash cut short is left out.
+
+    Raises ConfigError for a log without headers, of an earlier release.
+    """
     runs: list[tuple[LogHeader, list[tuple[float, InEvent]]]] = []
     for now, record in _records(path):
         if isinstance(record, LogHeader):

@@ -58,6 +58,7 @@ from wisp.core.verify.states import State
 from wisp.core.verify.verifier import Verifier
 from wisp.engines.base import TargetEngine, Tokenizer
 from wisp.server.compiling import Compiling
+from wisp.server.defaults import PARK_S
 from wisp.server.engine_thread import EngineThread
 from wisp.server.event_log import EventLog, LogHeader
 from wisp.server.metrics import Metrics
@@ -103,7 +104,7 @@ class VerifierHost:
         depth: int = 1,
         history_tokens: int = 0,
         cost: Coefficients | None = None,
-        park_s: float = 60.0,
+        park_s: float = PARK_S,
         slo_admission: bool = True,
         slo_classes: Mapping[str, Slo] = {},
         event_log: Path | None = None,
@@ -254,12 +255,16 @@ class VerifierHost:
         if not isinstance(message, Cancel):
             text = "this verifier is shutting down"
             refused = Refused(message.session, "shutting_down", text, 1.0, True, message.round)
+            self._refuse(connection, message, refused)
+
+    def _refuse(self, connection: int, message: Open | Draft, refused: Refused) -> None:
+        """Answer what the verifier is not to hear. A refused Open counts as a refused session, too."""
+        if self.failed is not None:  # counting may be what failed, and the edge should hear all the same
+            self._send(connection, refused)
+            return
+        if isinstance(message, Open):
             self.metrics.admission(refused.code)
             self.recorder.refused()
-            self._send(connection, refused)
-
-    def _refuse(self, connection: int, refused: Refused) -> None:
-        self.metrics.admission(refused.code)
         self.send(connection, refused)
 
     @vital
@@ -268,7 +273,7 @@ class VerifierHost:
         if not isinstance(message, Open):
             self._driver.feed(Received(connection, key, message))
             return
-        self.metrics.opened(self._loop.time(), message, key)
+        self.metrics.opened(self._loop.time(), message)
         known = self.verifier.knows(message.session)
         actions = self._driver.feed(Received(connection, key, message))
         sent = (a.message for a in actions if isinstance(a, Send))
@@ -298,11 +303,6 @@ class VerifierHost:
         return len(self.verifier.sessions)
 
     @property
-    def n_connections(self) -> int:
-        """Open connections, edges and thin clients together."""
-        return len(self._senders)
-
-    @property
     def n_edges(self) -> int:
         """Open session sockets."""
         return len(self._sockets)
@@ -326,9 +326,7 @@ class VerifierHost:
     @vital
     def _send_away(self, s: Session) -> None:
         message = "this verifier is being drained; open the session again at the router"
-        refused = Refused(s.id, "shutting_down", message, fatal=True)
-        self.metrics.sent(self._loop.time(), refused)
-        self._send(s.connection, refused)
+        self.send(s.connection, Refused(s.id, "shutting_down", message, fatal=True))
         self._driver.feed(Received(s.connection, s.key, Cancel(s.id)))
 
     def fail(self, error: Exception) -> None:

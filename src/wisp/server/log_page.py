@@ -9,7 +9,7 @@ from wisp.api.pages.site import self_contained
 from wisp.core.errors import ConfigError
 from wisp.server.event_log import read_runs
 
-ROWS = 600
+ROWS = 600  # of the page, at most; a longer run has wider ones
 
 
 def write_log_page(log: Path, out: Path) -> int:

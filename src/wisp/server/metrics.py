@@ -126,7 +126,7 @@ class Metrics:
         text = "Draft tokens accepted, by their position in the draft."
         self.per_position = r.counter("spec_decode_num_accepted_tokens_per_pos", text, "position")
 
-    def opened(self, now: float, open_: Open, key: str) -> None:
+    def opened(self, now: float, open_: Open) -> None:
         self._seen.setdefault(open_.session, _Seen(now))
 
     def sent(self, now: float, message: Verdict | Refused) -> None:

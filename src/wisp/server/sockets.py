@@ -36,7 +36,7 @@ from wisp.core.protocol.messages import (
 log = logging.getLogger("wisp.sockets")
 
 MAX_BACKLOG = 8 << 20  # bytes not yet taken by the peer
-HELLO_TIMEOUT_S = 10.0
+HELLO_TIMEOUT_S = 10.0  # for a peer to say hello: one that does not holds a socket for nothing
 READ_RATE = 4 << 20  # bytes of Opens a second for a key: reading them takes a sixteenth of a core
 READ_BURST = 16 << 20  # bytes at once, so that many sessions may come back together
 LONGEST_WAIT_S = 10.0  # at a time: pings are not answered meanwhile, and must be within 20 s

@@ -13,10 +13,9 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from wisp.api.backend import Committed, Generation, Target
-from wisp.api.errors import shutting_down
+from wisp.api.errors import refusal_error, shutting_down
 from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.policies import Fixed
-from wisp.core.draft.refusals import busy_error
 from wisp.core.draft.signals import Signal
 from wisp.core.draft.task import Reopen
 from wisp.core.errors import UnavailableError
@@ -46,7 +45,7 @@ class ThinBackend:
         try:
             self.host.admit(key)
         except Refusal as refusal:
-            raise busy_error(refusal.code, str(refusal), refusal.retry_after) from None
+            raise refusal_error(refusal) from None
 
     async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         host = self.host

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from wisp.core.errors import ConfigError
+from wisp.core.verify.batching.simple import FOR_PROMPTS
 from wisp.sim.fluid import Bound, bound
 from wisp.sim.paper import cap, paper_capacity
 from wisp.sim.report import Report
@@ -32,7 +33,6 @@ GRAIN = 0.02  # a crossing is searched to one device or this share
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 MOST = 4096  # devices
 CHUNKS = (256, 128)  # tokens of a step that central serving may choose
-DECODES = 0.75  # of a step's tokens, the most that decodes get (`core.verify.batching.simple`)
 FEWEST = 100  # requests by which a number of devices is judged, if windows need be no more than
 LONGEST = 10.0  # times as long for it
 
@@ -79,14 +79,11 @@ def variants(policy: str, scenario: Scenario) -> list[System]:
         fixed = [system(f"sled,drafting=fixed:{k}") for k in (3, 4, 2, 6, 8)]
         return [*fixed, *(system(f"sled,drafting=confidence:{p}") for p in (0.4, 0.6, 0.2))]
     if policy == "central":
-        # Requests beyond a cap wait within their TTFT target instead of slowing all others down; smaller chunks of
-        # prompts slow decodes down less.
-        most = bound(scenario, central=True).devices
-        caps = [f"central,slots={round(most * share)}" for share in (1.0, 0.93, 0.85) if most > 4]
-        smaller = [f"{of},step_tokens={n}" for n in chunks(most) for of in (*caps[:1], "central")]
-        return [system(spec) for spec in (*caps, "central", *smaller)]
+        return [system(f"central{limit}") for limit in _limits(scenario)]
     if policy == "central-speculative":
-        return [system(f"central-speculative,drafting=fixed:{k}") for k in (2, 1, 3, 4)]
+        drafts = [f"central-speculative,drafting=fixed:{k}" for k in (2, 1, 3, 4)]
+        limited = [f"{of}{limit}" for limit in _limits(scenario) if limit for of in drafts[:2]]
+        return [system(spec) for spec in (*drafts, *limited)]
     of = system(policy)
     if of.admission and "admission=" not in policy:
         # The search asks how many can be served. Who is refused asks again, and would count each time.
@@ -94,9 +91,20 @@ def variants(policy: str, scenario: Scenario) -> list[System]:
     return [of]
 
 
+def _limits(scenario: Scenario) -> list[str]:
+    """What a central server may limit, as changes of a system.
+
+    Requests beyond a cap wait within their TTFT target instead of slowing all others down; smaller chunks of prompts
+    slow decodes down less.
+    """
+    most = bound(scenario, central=True).devices
+    caps = [f",slots={round(most * share)}" for share in (1.0, 0.93, 0.85) if most > 4]
+    return [*caps, "", *(f"{cap},step_tokens={n}" for n in chunks(most) for cap in (*caps[:1], ""))]
+
+
 def chunks(devices: float) -> list[int]:
     """Tokens of a step that leave room for so many decodes, fewer than a profile's own."""
-    return [n for n in CHUNKS if devices < DECODES * n]
+    return [n for n in CHUNKS if devices < n - n // FOR_PROMPTS]
 
 
 @dataclass

@@ -94,6 +94,7 @@ async def run_live(
         sockets.clock = clock
         fleet = Fleet(scenario, of, seed, env, sockets, scripts, n_vocab=welcome.n_vocab)
         stack.callback(_cancel, fleet, sockets)
+        fleet.shared.max_draft = welcome.max_draft
         fleet.shared.branches = min(fleet.shared.branches, welcome.max_branches)
         pings: list[float] = []
         probe = asyncio.create_task(sockets.probe(pings))

@@ -37,12 +37,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wisp.calibrate.traces.scripts import RECENT, Library, Script, Scripts, library
+from wisp.core.draft.policies import LONGEST
 from wisp.core.draft.predictor import sigmoid
 from wisp.core.verify.cost import Load
 from wisp.engines.emulated import Hardware
 from wisp.sim.scenario import Kit, Scenario, SloClass
 
-LONGEST = 16  # tokens in a draft
 THRESHOLDS = (0.97, *(round(0.95 - 0.05 * i, 2) for i in range(18)))
 POSITIONS = 12_000  # replayed for each threshold
 FINER = 0.96  # from one length of a step to the next that is tried

@@ -36,6 +36,7 @@ from wisp.core.protocol.messages import (
     Welcome,
     decode_server_message,
     encode,
+    welcome_from,
 )
 from wisp.edge.address import redirected_url, session_url
 from wisp.edge.link import HANDSHAKE_S, LOST, Lost
@@ -253,10 +254,7 @@ class Sockets:
             raise UnavailableError(f"no verifier at {url}: {str(error) or 'no answer'}") from None
         if wire.ended:  # in the same moment
             raise UnavailableError(f"the verifier at {url} went away")
-        first = decode_server_message(frame)
-        if not isinstance(first, Welcome):
-            raise ProtocolError(getattr(first, "code", "malformed"), getattr(first, "message", "no welcome"))
-        return first
+        return welcome_from(decode_server_message(frame))
 
     def _heard(self, index: int, address: str | None, frame: bytes) -> None:
         self.frames_in += 1

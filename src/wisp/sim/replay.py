@@ -17,11 +17,9 @@ from wisp.core.draft.policies import Ahead, Policies
 from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.signals import Signal
 from wisp.core.draft.task import Action, Phase, Task
-from wisp.core.protocol.messages import Draft, Open, Verdict
+from wisp.core.protocol.messages import MAX_DRAFT, Draft, Open, Verdict
 from wisp.core.protocol.step import Committed
 from wisp.sim.devices import Device, Link, Server
-
-MAX_DRAFT = 64
 
 
 @dataclass

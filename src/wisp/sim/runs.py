@@ -136,8 +136,9 @@ def _traces_hash(folder: str) -> str:
 
 def key(job: Job) -> str:
     """The name under which a run's report is remembered."""
-    data = msgspec.json.encode(msgspec.structs.replace(job, system=_unnamed(job.system)))
-    parts = (data, source_hash().encode(), _traces_hash(job.scenario.traces).encode(), *_files(job.scenario))
+    bare = msgspec.structs.replace(job, scenario=_placeless(job.scenario), system=_unnamed(job.system))
+    data, traces = msgspec.json.encode(bare), _traces_hash(job.scenario.traces)
+    parts = (data, source_hash().encode(), traces.encode(), *_files(job.scenario))
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
@@ -147,6 +148,12 @@ def _files(scenario: Scenario) -> list[bytes]:
     if scenario.arrivals:
         named.append(arrivals_file(Path(scenario.arrivals)))
     return [path.read_bytes() for path in named if os.path.isfile(path)]
+
+
+def _placeless(scenario: Scenario) -> Scenario:
+    """Without paths of files, since their contents count."""
+    hardware = "" if os.path.isfile(scenario.hardware) else scenario.hardware
+    return msgspec.structs.replace(scenario, arrivals="", traces="", hardware=hardware)
 
 
 def _unnamed(system: System) -> System:

@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -23,6 +23,7 @@ from wisp.sim.devices import Device, Link, device
 T = TypeVar("T")
 MOST_DEVICES = 100_000
 SHIPPED = Path(__file__).parent / "scenarios"
+PATHS = ("arrivals", "traces", "hardware")  # fields that may be paths
 
 
 class InvalidError(ConfigError, ValueError):
@@ -307,7 +308,17 @@ def load_scenario(name: str) -> Scenario:
         raise ConfigError(f"cannot read the scenario {name}: {error}") from None
     if at:
         found = msgspec.structs.replace(found, hardware=f"{found.hardware.partition('@')[0]}@{overlap}")
-    return _located(found, name, path.parent)
+    return _located(found, f"the scenario {name}", path.parent, PATHS)
+
+
+def changed(scenario: Scenario, change: dict[str, Any], where: str, folder: Path) -> Scenario:
+    """With other values, as a file has them. where: whose they are, for errors; folder: of their paths. Raises
+    ConfigError."""
+    try:
+        found = msgspec.convert(msgspec.to_builtins(scenario) | change, Scenario)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {_explained(str(error))}") from None
+    return _located(found, where, folder, [field for field in PATHS if field in change])
 
 
 def _explained(error: str) -> str:
@@ -325,15 +336,16 @@ def _explained(error: str) -> str:
     return f"{where}: {what}" if where else what
 
 
-def _located(scenario: Scenario, name: str, folder: Path) -> Scenario:
-    """With paths that are right from the current folder. Raises ConfigError for one that leads nowhere."""
+def _located(scenario: Scenario, where: str, folder: Path, fields: Sequence[str]) -> Scenario:
+    """With paths that are right from the current folder; those of `fields` are relative to `folder`. Raises ConfigError
+    for a path that leads nowhere, and for an engine that holds no session of this length."""
 
     def there(field: str) -> Path:
         path = Path(getattr(scenario, field))
-        return folder / path if os.path.exists(folder / path) else path
+        return folder / path if field in fields and os.path.exists(folder / path) else path
 
     def wrong(field: str, what: str) -> ConfigError:
-        return ConfigError(f'the scenario {name}: {field} = "{getattr(scenario, field)}": {what}')
+        return ConfigError(f'{where}: {field} = "{getattr(scenario, field)}": {what}')
 
     nowhere = "there is no such file, neither beside the scenario nor in the current folder"
     arrivals, traces, hardware_file = there("arrivals"), there("traces"), there("hardware")
@@ -354,7 +366,7 @@ def _located(scenario: Scenario, name: str, folder: Path) -> Scenario:
     fits = min(profile.slot_tokens, profile.kv_tokens)
     if found.longest > fits and not (found.arrivals or found.as_recorded):
         raise ConfigError(
-            f"the scenario {name}: a prompt and its answer may be {found.longest:,} tokens long, and the verifier "
+            f"{where}: a prompt and its answer may be {found.longest:,} tokens long, and the verifier "
             f"holds {fits:,} of a session: shorten prompt_tokens or output_tokens, or give it more kv_tokens"
         )
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +13,7 @@ from wisp.calibrate.hardware import Measured
 from wisp.children import Child, serving
 from wisp.core.errors import ConfigError
 from wisp.engines.emulated import Hardware
+from wisp.outputs import toml_lines
 from wisp.sim.scenario import Scenario
 from wisp.sim.simulate import first_guess
 from wisp.sim.systems import System
@@ -73,10 +73,7 @@ def _written(profile: Hardware, of: System, folder: Path) -> str:
     """The profile as changed, as a file."""
     changed = msgspec.structs.replace(profile, step_tokens=of.step_tokens or profile.step_tokens)
     path = folder / "hardware.toml"
-    # A field's JSON is TOML, too: strings, numbers and lists of them.
-    fields = msgspec.to_builtins(changed).items()
-    told = [f"{name} = {json.dumps(value)}\n" for name, value in fields if value is not None]
-    path.write_text("".join(told))
+    path.write_text("\n".join(toml_lines(msgspec.to_builtins(changed))), "utf-8")
     return str(path)
 
 

@@ -20,13 +20,13 @@ from wisp.core.draft.round_times import RoundTimes
 from wisp.core.draft.signals import Signal
 from wisp.core.draft.task import DONE, Action, Task
 from wisp.core.errors import ProtocolError, RequestError
-from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
+from wisp.core.protocol.messages import MAX_DRAFT, Cancel, Draft, Open, Refused, Verdict
 from wisp.core.protocol.sampling import Sampling
 from wisp.core.protocol.step import Committed
 from wisp.core.verify.kv import common_prefix
 from wisp.sim.devices import Device, Link
 from wisp.sim.request import Request
-from wisp.sim.sim_verifier import MAX_DRAFT, Event
+from wisp.sim.sim_verifier import Event
 from wisp.sim.timeline import Timeline
 
 READ_AHEAD = 20.0  # prompt tokens that a drafter reads in the time of one draft step
@@ -81,7 +81,7 @@ class Shared:
 
     ended:   is told of each request that is over, and of its device
     retries: how often a refused request is sent again after Retry-After
-    branches: most branches of a draft
+    max_draft, branches: most tokens and branches of a draft
     trace:   collects events, if there is one
     """
 
@@ -91,6 +91,7 @@ class Shared:
     ended: Callable[[SimDevice, Request], None]
     ahead: Ahead | None = None
     retries: int = 0
+    max_draft: int = MAX_DRAFT
     branches: int = 0
     counts: DraftCounts = field(default_factory=DraftCounts)
     trace: list[Event] | None = None
@@ -209,7 +210,8 @@ class SimDevice:
     # --- the link
 
     def _open(self, generation: Generation) -> None:
-        connected = generation.drafter.connected(self.env.now * 1e3, MAX_DRAFT, "", self.shared.branches)
+        shared = self.shared
+        connected = generation.drafter.connected(self.env.now * 1e3, shared.max_draft, "", shared.branches)
         self._carry_out(generation, connected)
 
     def _carry_out(self, generation: Generation, actions: list[Action]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from wisp.api.pages.recorder import Recorder
-from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
+from wisp.core.protocol.messages import MAX_DRAFT, Cancel, Draft, Open, Refused, Verdict
 from wisp.core.protocol.step import SliceResult
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
@@ -22,7 +22,6 @@ from wisp.sim.timeline import Timeline
 HOST_S = 2e-3  # the server's own work between steps of some 50 sequences: measured, on 2 slow cores
 # The same where the engine's share is known apart (`Hardware.host_ms`): for a step, and for each sequence in it.
 SERVER_S, SERVER_SEQUENCE_S = 0.3e-3, 0.02e-3
-MAX_DRAFT = 32
 
 
 class Event(NamedTuple):

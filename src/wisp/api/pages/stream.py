@@ -23,6 +23,7 @@ from starlette.routing import Route
 from wisp.api.errors import error_response, request_id, to_request_error
 from wisp.api.fields import refuse
 from wisp.api.keys import Keyring
+from wisp.api.paths import STATUS_PATH
 from wisp.api.sse import event
 from wisp.core.errors import RequestError, UnavailableError
 
@@ -141,7 +142,7 @@ def status_routes(stream: StatusStream, authorize: Callable[[Request], object]) 
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(body(), media_type="text/event-stream", headers=headers)
 
-    return [Route("/v1/status", whole), Route("/v1/status/events", events)]
+    return [Route(STATUS_PATH, whole), Route(f"{STATUS_PATH}/events", events)]
 
 
 def _since(request: Request) -> float:

@@ -120,7 +120,6 @@ class DeepSeek(Markup):
     openers = (SECTION, CALL)
     silent = (SECTION_END,)
     closers = ("}", "`", CALL_END)
-    _FENCE = re.compile(r"\s*```(?:json)?\s*")
 
     def call(self, text: str, ended: bool) -> tuple[list[Call], int]:
         at = 0

@@ -33,7 +33,7 @@ from wisp.outputs import writable
 from wisp.progress import progress_bar
 
 FORMAT = "wisp.cost.v1"
-KEPT_APART = 0.3
+KEPT_APART = 0.3  # share of the timed steps that the fit does not see: they say how good it is
 NOISY = 0.1  # spread of repeats from which a profile is not to be relied on
 REPEATS, QUICK_REPEATS = 5, 3
 

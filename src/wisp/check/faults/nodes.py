@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from wisp.api.keys import Keyring, _digest
+from wisp.api.keys import Keyring, digest_of
 from wisp.api.process import Listen
 from wisp.check.faults.engine import HashDraft, HashTarget, tokenizer
 from wisp.check.faults.loop import Life
 from wisp.check.faults.sockets import Listener
 from wisp.core.draft.policies import Ahead
 from wisp.core.errors import RequestError, UnavailableError
-from wisp.core.route.placement import Placement
 from wisp.core.verify.admission import Admission, KeyLimits
 from wisp.core.verify.events import Run, StepDone
 from wisp.edge.backend import EdgeBackend
@@ -30,11 +29,11 @@ from wisp.edge.link import VerifierLink
 from wisp.engines.base import TargetEngine
 from wisp.router.fleet import SERVING, Fleet, Replica
 from wisp.router.host import RouterHost
-from wisp.router.metrics import RouterMetrics
 from wisp.router.replica import ReplicaSpec
-from wisp.router.thin import LocalLink, RouterBackend
+from wisp.router.routing import Routing
+from wisp.router.thin import LocalLink
 from wisp.server.app import Settings
-from wisp.server.control import MOVE_PATH, REPORT_PATH, Report, report_of
+from wisp.server.control import MOVE_PATH, REPORT_PATH, report_of
 from wisp.server.crowd import Crowd
 from wisp.server.engine_thread import EngineThread
 from wisp.server.host import VerifierHost
@@ -58,8 +57,7 @@ class Keys(Keyring):
 
     def set(self, limits: dict[str, KeyLimits]) -> None:
         """From now on there are these keys, and no others."""
-        self._names = {_digest(name): name for name in limits}
-        self.limits = dict(limits)
+        self.replace({digest_of(name): name for name in limits}, dict(limits))
 
 
 class TimedEngine(EngineThread):
@@ -241,20 +239,9 @@ class RouterProcess(Process):
         world.net.listeners[address] = Listener(self.life, self.crowd, self._http)
 
     def _start(self) -> None:
-        placement = Placement()
-        self.metrics = RouterMetrics(lambda: self.fleet)
-        self.fleet = Fleet(
-            _Launcher(self),
-            self._spec,
-            placement,
-            None,
-            drain_s=self.world.shape.drain_s,
-            changed=self._changed,
-            heard=self._heard,
-        )
-        self.placement = placement
-        self.host = RouterHost(self.fleet, placement, Admission(1 << 40, self.keys.limits), self.metrics)
-        self.backend = RouterBackend(self.host, None)
+        drain_s = self.world.shape.drain_s
+        self.routing = r = Routing(_Launcher(self), self._spec, None, self.keys, drain_s=drain_s)
+        self.placement, self.fleet, self.host, self.backend = r.placement, r.fleet, r.host, r.backend
         self.fleet.add(self._replicas)
         self.world.loop.create_task(self._watch())
 
@@ -266,20 +253,12 @@ class RouterProcess(Process):
         settings = self.world.settings()
         return ReplicaSpec(replica.name, "hash", {}, settings, Listen(), replica.token)
 
-    def _changed(self) -> None:
-        self.host.changed()
-        self.backend.changed()
-
-    def _heard(self, replica: Replica, report: Report) -> None:
-        self.host.heard(replica, report)
-
     def _ready(self) -> RouterHost:
-        self.host.welcome()
-        return self.host
+        return self.routing.ready()  # which is made once the process runs
 
     def set_keys(self, limits: dict[str, KeyLimits]) -> None:
         self.keys.set(limits)
-        self.host.admission.set_limits(self.keys.limits)
+        self.routing.keys_changed()
 
     def link(self, key: str) -> LocalLink:
         """That of the router's own thin clients of a key."""

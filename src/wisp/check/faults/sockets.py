@@ -14,6 +14,7 @@ from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.frames import Close
 from websockets.http11 import Response
 
+from wisp.api.paths import SESSION_PATH
 from wisp.check.faults.lines import LOST, NORMAL, Line
 from wisp.check.faults.loop import Life, VirtualLoop
 
@@ -49,7 +50,7 @@ def serve(
     status: dict[str, Any] = {}
     scope = {
         "type": "websocket",
-        "path": "/v1/sessions",
+        "path": SESSION_PATH,
         "headers": [(k.lower().encode(), v.encode()) for k, v in headers],
         "extensions": {"websocket.http.response": {}},
     }

@@ -61,7 +61,7 @@ class Ask:
 
     def __init__(self, world: World, life: Life, name: str, number: int, former: list[int]) -> None:
         self.world, self.life, self.name = world, life, name
-        self._rng = rng = random.Random(f"ask {number}")
+        rng = random.Random(f"ask {number}")
         context = world.shape.slot_tokens
         self.prompt = former or some_prompt(rng, context - 8)
         self.sampling = some_sampling(rng)

@@ -15,7 +15,7 @@ import msgspec
 
 from wisp.api.text import TextStream
 from wisp.check.lossless.judge import Case, Outcome
-from wisp.check.lossless.world import MAX_DRAFT, Chaos, ChaosServer
+from wisp.check.lossless.world import Chaos, ChaosServer
 from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.policies import Ahead
 from wisp.core.draft.signals import Signal
@@ -23,6 +23,7 @@ from wisp.core.draft.task import Action, Phase, Reopen, Task
 from wisp.core.errors import ProtocolError, RequestError
 from wisp.core.protocol.messages import (
     MAX_BRANCHES,
+    MAX_DRAFT,
     Cancel,
     Draft,
     Message,

@@ -12,7 +12,16 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from wisp.core.errors import EngineError, StepLostError
-from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict, decode_edge_message, encode
+from wisp.core.protocol.messages import (
+    MAX_DRAFT,
+    Cancel,
+    Draft,
+    Open,
+    Refused,
+    Verdict,
+    decode_edge_message,
+    encode,
+)
 from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.core.verify.admission import Admission
 from wisp.core.verify.batching import batching_policy
@@ -25,7 +34,6 @@ from wisp.engines.in_order import OneAtATime
 from wisp.sim.timeline import Timeline
 
 PARK_S = 4.0
-MAX_DRAFT = 32
 HOST_MS = 5.0  # of each step: so early are steps planned while others run
 FAILURE = "a failure made for testing"
 

@@ -6,9 +6,10 @@ reports the sleep. It shows in a beat that comes far too late.
 
 from __future__ import annotations
 
+GIVE_UP_S = 30.0  # without a verifier, where nobody says otherwise
 BEAT_S = 1.0  # between two beats
 _SLEPT_S = 3 * BEAT_S  # without a beat: not even a busy machine is as late as that
-_LEAST_S = 1e-3  # of a wait: event loops round to milliseconds, so a shorter one would end at once, again and again
+_LEAST_S = 1e-3  # of a wait: event loops round to milliseconds, and a shorter one would end at once for ever
 
 
 class Patience:

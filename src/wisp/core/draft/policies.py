@@ -18,10 +18,13 @@ from wisp.core.draft.predictor import Calibration, Predictor, sigmoid
 from wisp.core.draft.round_times import Mean, RoundTimes
 from wisp.core.draft.signals import Signal
 from wisp.core.errors import ConfigError
+from wisp.core.protocol.messages import MAX_DRAFT
 
 STOPPING_IN_TIME = 1.1  # speed of `gain` over that of the best fixed length: 1.2 on average in replays
+# Times as fast as drafting: the verifier's own decoding, for a session to begin with it. A change costs a round trip.
+SWITCHING = 1.1
+UNSURE = 0.25  # mean deviations of the wait that a verdict may be late and a step ahead still costs nothing
 LONGEST = 16  # tokens in one draft, unless told otherwise
-MOST = 64  # tokens in one draft, at most, for a user to ask for
 
 
 class Odds(msgspec.Struct, frozen=True, gc=False):
@@ -245,8 +248,7 @@ class Gain:
             return self._serving
         promised = STOPPING_IN_TIME * times.best_speed(self.longest)
         served, drafted = 1.0 / serve_ms, max(times.measured, promised)
-        # Hysteresis: a change costs a round trip.
-        self._serving = served > drafted * (1.0 if self._serving else 1.1)
+        self._serving = served > drafted * (1.0 if self._serving else SWITCHING)
         return self._serving
 
 
@@ -287,7 +289,7 @@ class Ahead(msgspec.Struct, frozen=True):
             return False
         if view.opening or wait.n == 0:
             return True  # reading the prompt takes the target longer than a draft step
-        d, left, unsure = times.draft.value, due_ms - view.now_ms, 0.25 * wait.deviation
+        d, left, unsure = times.draft.value, due_ms - view.now_ms, UNSURE * wait.deviation
         left = left + unsure if left > 0.0 else unsure
         late = steps * d - left
         if late <= 0.0:
@@ -338,8 +340,10 @@ class Policies:
     def _tokens(self, argument: str, default: int) -> int:
         if not argument:
             return default
-        if not argument.isdecimal() or not 1 <= int(argument) <= MOST:
-            raise ConfigError(f"drafting policy {self.spec!r}: a draft has 1 to {MOST} tokens, e.g. fixed:4")
+        if not argument.isdecimal() or not 1 <= int(argument) <= MAX_DRAFT:
+            raise ConfigError(
+                f"drafting policy {self.spec!r}: a draft has 1 to {MAX_DRAFT} tokens, e.g. fixed:4"
+            )
         return int(argument)
 
     def _probability(self, argument: str) -> float | None:

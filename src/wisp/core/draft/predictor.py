@@ -119,17 +119,19 @@ class Predictor:
             raise ConfigError(f"the predictor file is damaged: {error!r}") from None
 
 
+TRUST = 30.0  # observations that the trained model (a = 1, b = 0) is worth at the start
+PAST = 0.995  # weight of the past after one more observation: half of it is gone after 138
+
+
 class Calibration:
     """Online Platt scaling with forgetting: p = sigmoid(a z + b). One for a device, shared by its sessions."""
 
-    __slots__ = ("_pa", "_paa", "_pab", "_pb", "_pbb", "a", "b", "forgetting")
+    __slots__ = ("_pa", "_paa", "_pab", "_pb", "_pbb", "a", "b")
 
-    def __init__(self, forgetting: float = 0.995, trust: float = 30.0) -> None:
-        """`trust`: the weight of the trained model (a = 1, b = 0) at the start, in observations."""
+    def __init__(self) -> None:
         self.a, self.b = 1.0, 0.0
-        self.forgetting = forgetting
         # Precision of (a, b): the prior, and what was observed.
-        self._pa, self._pb = 0.5 * trust, 0.15 * trust
+        self._pa, self._pb = 0.5 * TRUST, 0.15 * TRUST
         self._paa, self._pab, self._pbb = self._pa, 0.0, self._pb
 
     def probability(self, z: float) -> float:
@@ -140,7 +142,7 @@ class Calibration:
     def learn(self, z: float, accepted: bool) -> None:
         """One observed outcome: a Newton step of the log posterior."""
         p = self.probability(z)
-        a, b, f, pa, pb = self.a, self.b, self.forgetting, self._pa, self._pb
+        a, b, f, pa, pb = self.a, self.b, PAST, self._pa, self._pb
         w = p * (1 - p)
         if w < 1e-3:
             w = 1e-3

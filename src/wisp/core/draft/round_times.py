@@ -8,6 +8,17 @@ from __future__ import annotations
 TYPICAL = 0.8  # acceptance, before anything is known of it
 # Share of corrections that are the drafter's second choice, before any was seen: 0.51 of 643.
 LIKELY = 0.5
+# Weights of the newest measurement in a mean: of draft steps, of which there are many, of rounds, and of chances.
+STEP, ROUND, CHANCE = 0.1, 0.15, 0.03
+PRIOR = 10  # measurements that the typical chances are worth
+# Weight of the past after one more round, in sums: half of it is gone after 23 rounds.
+PAST = 0.97
+# The same after one more token that was not drafted: estimates return to typical values, and a draft step that was slow
+# is tried again at some time.
+UNSEEN, SLOW = 0.98, 0.998
+INHERITED = 0.2  # share of the measured speed's weight that a device's next session has
+FEW = 5.0  # tokens: of no more than these, no speed is measured
+HELD_UP = 2.0  # times the mean draft step: a longer one counts as this
 LEAST_MS = 1e-3  # the shortest time of a round
 SURE = 4.0  # squared standard errors from which on a slope counts
 SAME = 1e-3  # relative difference up to which two times of a draft step count as the same
@@ -59,15 +70,14 @@ class Line:
     """y = a + b x by exponentially weighted least squares. b is never negative, and 0 where it may be chance: steps are
     long for others' prompts, too, and an edge that takes this for the cost of its drafts would stop drafting."""
 
-    __slots__ = ("forgetting", "n", "slope", "x", "xx", "xy", "y", "yy")
+    __slots__ = ("n", "slope", "x", "xx", "xy", "y", "yy")
 
-    def __init__(self, forgetting: float = 0.97) -> None:
-        self.forgetting = forgetting
+    def __init__(self) -> None:
         self.n = self.x = self.y = self.xx = self.xy = self.yy = 0.0
         self.slope = 0.0  # b, less what may be chance
 
     def add(self, x: float, y: float) -> None:
-        f = self.forgetting
+        f = PAST
         self.n = n = f * self.n + 1
         self.x = sx = f * self.x + x
         self.y = sy = f * self.y + y
@@ -83,7 +93,7 @@ class Line:
             self.slope = max(0.0, b - SURE * variance / b)
 
     def copy(self) -> Line:
-        other = Line(self.forgetting)
+        other = Line()
         other.n, other.x, other.y = self.n, self.x, self.y
         other.xx, other.xy, other.yy, other.slope = self.xx, self.xy, self.yy, self.slope
         return other
@@ -101,16 +111,16 @@ class RoundTimes:
         "acceptance", "draft", "line", "measured", "price", "queue", "second", "served", "verify", "wait",
     )  # fmt: skip
 
-    def __init__(self, draft_ms: float = 0.0) -> None:
-        self.draft = Mean(draft_ms, 0.1)  # one draft step
+    def __init__(self) -> None:
+        self.draft = Mean(0.0, STEP)  # one draft step
         # From sending a draft to its verdict, without the part that grows with the draft
-        self.wait = Mean(0.0, 0.15)
+        self.wait = Mean(0.0, ROUND)
         self.verify = Line()  # engine time against draft tokens
-        self.queue = Mean(0.0, 0.15)
-        self.line = Mean(0.0, 0.15)  # the way there and back
-        self.served = Mean(0.0, 0.15)  # between tokens that the verifier decodes by itself
-        self.acceptance = Mean(TYPICAL, 0.03, prior=10)  # of a draft token whose predecessors were accepted
-        self.second = Mean(LIKELY, 0.03, prior=10)  # corrections that are the drafter's second choice
+        self.queue = Mean(0.0, ROUND)
+        self.line = Mean(0.0, ROUND)  # the way there and back
+        self.served = Mean(0.0, ROUND)  # between tokens that the verifier decodes by itself
+        self.acceptance = Mean(TYPICAL, CHANCE, PRIOR)  # of a draft token whose predecessors were accepted
+        self.second = Mean(LIKELY, CHANCE, PRIOR)  # corrections that are the drafter's second choice
         self.price = 0.0  # of a draft token, as of the last verdict
         self._tokens = self._time_ms = 0.0
         self.measured = 0.0  # tokens per millisecond of these, if they are enough to go by
@@ -125,7 +135,7 @@ class RoundTimes:
         times.draft, times.wait, times.verify = self.draft.copy(), self.wait.copy(), self.verify.copy()
         times.queue, times.line, times.served = self.queue.copy(), self.line.copy(), self.served.copy()
         times.acceptance, times.second, times.price = self.acceptance.copy(), self.second.copy(), self.price
-        times._timed(0.2 * self._tokens, 0.2 * self._time_ms)
+        times._timed(INHERITED * self._tokens, INHERITED * self._time_ms)
         times._best_of, times._best_draft, times._best = self._best_of, self._best_draft, self._best
         return times
 
@@ -138,12 +148,12 @@ class RoundTimes:
 
     def _timed(self, tokens: float, time_ms: float) -> None:
         self._tokens, self._time_ms = tokens, time_ms
-        self.measured = tokens / time_ms if tokens > 5.0 and time_ms > 0 else 0.0
+        self.measured = tokens / time_ms if tokens > FEW and time_ms > 0 else 0.0
 
     def drafted(self, took_ms: float) -> None:
         """A draft step took so long. A much longer one read a prompt or was held up: it counts as twice the mean."""
         draft = self.draft
-        most = 2.0 * draft.value
+        most = HELD_UP * draft.value
         draft.add(most if took_ms > most and draft.n else took_ms)
 
     def decoded(self, tokens: int, elapsed_ms: float) -> None:
@@ -153,17 +163,16 @@ class RoundTimes:
 
     def _forget(self, tokens: int) -> None:
         """Without drafts nothing is measured of them, so the estimates slowly return to typical values."""
-        keep = 0.98**tokens
+        keep = UNSEEN**tokens
         self.acceptance.value = TYPICAL + (self.acceptance.value - TYPICAL) * keep
         self._timed(keep * self._tokens, keep * self._time_ms)
-        self.draft.value *= 0.998**tokens  # so that drafting is tried again at some time
+        self.draft.value *= SLOW**tokens
 
     def round(self, drafted: int, tokens: int, elapsed_ms: float) -> None:
         """A round with `drafted` tokens committed `tokens` in `elapsed_ms`."""
         if not drafted:
             self._forget(tokens)
-        keep = 0.97
-        self._timed(keep * self._tokens + tokens, keep * self._time_ms + elapsed_ms)
+        self._timed(PAST * self._tokens + tokens, PAST * self._time_ms + elapsed_ms)
 
     def verdict(self, n_draft: int, waited_ms: float | None, queue_ms: float, engine_ms: float) -> None:
         """A draft of `n_draft` tokens was answered after `waited_ms`, queue and engine included.

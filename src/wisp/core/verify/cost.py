@@ -28,7 +28,19 @@ import numpy.typing as npt
 from wisp.core.protocol.step import Slice
 
 Vector = npt.NDArray[np.float64]
-FORGET_FAST = 0.93
+# Standard deviation of the coefficients at the start, as a fraction of each: of a profile, and of a guess.
+TRUST, GUESS = 0.3, 3.0
+# Weight of the past after one more step: half of it is gone after 69 steps, and after 10 where the machine has changed.
+FORGET, FORGET_FAST = 0.99, 0.93
+ENOUGH = 50  # steps after which a model without a profile is gone by
+WINDOW = 200  # last steps whose errors make the margin,
+LATELY = 64  # those that make the median error,
+LATEST = 24  # and those that tell noise from a machine that has changed
+AT_FIRST, EVERY = (
+    20,
+    5,
+)  # steps: errors are summed up after each of the first, then now and then, as that takes a while
+COVERED, MOST_MARGIN = 0.9, 2.0  # share of steps that take no longer than predicted x margin, and its most
 LEAST_MS = 1e-3  # shortest step time: the least that can be measured, and never a division by 0
 MOST_MS = 1e9  # longest step time that is learnt from, and the largest coefficient
 
@@ -199,25 +211,13 @@ def _coefficients(theta: Sequence[float] | Vector, knee: int) -> Coefficients:
 
 
 class CostModel:
-    """Coefficients that follow the measured step times.
+    """Coefficients that follow the measured step times, from a profile's or a guess."""
 
-    trust: standard deviation of the given coefficients, as a fraction of each
-    """
-
-    def __init__(
-        self,
-        coefficients: Coefficients | None = None,
-        *,
-        trust: float = 0.3,
-        forgetting: float = 0.99,
-        window: int = 200,
-    ) -> None:
+    def __init__(self, coefficients: Coefficients | None = None) -> None:
         start = coefficients or Coefficients()
-        if coefficients is None:
-            trust = 3.0
+        trust = TRUST if coefficients is not None else GUESS
         self.now = start
         self.knee = start.knee
-        self.forgetting = forgetting
         self.steps = 0  # observed steps
         self._given = coefficients is not None
         self._theta = [start.step, start.token, start.cached, start.attention, start.beyond, start.slice]
@@ -229,7 +229,7 @@ class CostModel:
             [(scale * trust) ** 2 if i == j else 0.0 for j in range(len(scales))]
             for i, scale in enumerate(scales)
         ]
-        self._errors: deque[float] = deque(maxlen=window)  # measured / predicted
+        self._errors: deque[float] = deque(maxlen=WINDOW)  # measured / predicted
         self._margin = 1.0
         self._median = 0.05  # of recent relative errors
         self._spread = 0.05  # of measured / predicted around its median
@@ -247,7 +247,7 @@ class CostModel:
     @property
     def informed(self) -> bool:
         """Is there a profile, or were enough steps observed?"""
-        return self._given or self.steps >= 50
+        return self._given or self.steps >= ENOUGH
 
     @property
     def error(self) -> float:
@@ -266,15 +266,15 @@ class CostModel:
         self.steps += 1
         ratio = ms / self.ms(load)
         self._errors.append(ratio)
-        if self.steps < 20 or self.steps % 5 == 0:
+        if self.steps < AT_FIRST or self.steps % EVERY == 0:
             self._summarise()
         self._learn(_row(load, self.knee), ms)
 
     def _summarise(self) -> None:
         ratios = list(self._errors)
-        self._margin = min(max(sorted(ratios)[int(0.9 * len(ratios))], 1.0), 2.0)
-        self._median = _median([abs(r - 1.0) for r in ratios[-64:]])
-        latest = ratios[-24:]
+        self._margin = min(max(sorted(ratios)[int(COVERED * len(ratios))], 1.0), MOST_MARGIN)
+        self._median = _median([abs(r - 1.0) for r in ratios[-LATELY:]])
+        latest = ratios[-LATEST:]
         middle = max(_median(latest), 1e-3)
         self._spread = _median([abs(r - middle) for r in latest]) / middle
         self._bias = abs(1.0 - 1.0 / middle)
@@ -292,7 +292,7 @@ class CostModel:
         # Larger errors count as three times the noise (Huber).
         most = 3.0 * max(noise, self._bias)
         error = max(-most, min(most, error))
-        keep = 1.0 / (FORGET_FAST if self._bias > 2.0 * noise else self.forgetting)
+        keep = 1.0 / (FORGET_FAST if self._bias > 2.0 * noise else FORGET)
         # No coefficient may become negative. One that would is fixed at 0, and the others share the error anew: their
         # corrections were meant for all of them together.
         p = self._p

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from wisp.core.protocol.messages import Cancel, Draft, Open, Refused, Verdict
+from wisp.core.protocol.messages import MAX_DRAFT, Cancel, Draft, Open, Refused, Verdict
 from wisp.core.protocol.step import Copy, Slice, SliceResult
 from wisp.core.verify.admission import KeyLimits
 
@@ -29,7 +29,7 @@ class Limits(msgspec.Struct, frozen=True, rename={"slo_admission": "forecast"}):
     slot_tokens: int
     kv_tokens: int
     step_tokens: int
-    max_draft: int = 64
+    max_draft: int = MAX_DRAFT
     park_s: float = 60.0
     idle_s: float = 1.0
     slo_admission: bool = False

@@ -106,6 +106,11 @@ class KvPool:
         victim.owner, victim.used = session, now
         return SlotAssignment(victim.index, start, copy_from, evicted)
 
+    def at_hand(self, key: Sharers, chain: Tokens[int]) -> int:
+        """How many of the tokens need not be computed if a session gets a slot now."""
+        _, shared = self._longest_prefix(key, chain[:-1])
+        return shared if shared >= COPY_FROM else 0
+
     def fit(self, new_tokens: int, keep: Callable[[int], bool]) -> list[int] | None:
         """Free KV for `new_tokens` more: leftovers first, then owners except those that `keep` names.
 

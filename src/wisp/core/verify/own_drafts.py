@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from wisp.core.history import Histories
 from wisp.core.verify.admission import KeyLimits
 from wisp.core.verify.batching import BatchingPolicy
+from wisp.core.verify.batching.simple import FOR_PROMPTS
 from wisp.core.verify.events import Limits
 from wisp.core.verify.kv import Sharers
 from wisp.core.verify.rounds import OwnDraft
@@ -36,7 +37,7 @@ class OwnDrafts:
         self.proposed = self.accepted = 0
         self._policy = policy
         self._eos = limits.eos
-        self._rows = limits.step_tokens * 3 // 4  # a quarter may be for prompts
+        self._rows = limits.step_tokens - limits.step_tokens // FOR_PROMPTS
         self._most = 0  # tokens of a draft, so that those of all sessions fit into a step
         self._least = 0.0  # tokens that a draft must gain: what is lost as its session is not decoded ahead
         self._price = 0.0  # smoothed: a step with a prompt in it says little of the next

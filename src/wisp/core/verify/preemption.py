@@ -77,7 +77,7 @@ class Claims(NamedTuple):
             return Claim.IDLE
         if _running(c):
             return Claim.REST if is_far_ahead(self.now, c, self.cost) else Claim.GOING
-        return Claim.URGENT if is_urgent(self.now, c, self.cost, EARLY_S) else Claim.REST
+        return Claim.URGENT if _cannot_wait(self.now, c, self.cost, EARLY_S) else Claim.REST
 
 
 class Residents(NamedTuple):
@@ -119,9 +119,9 @@ def slot_victims(now: float, candidates: Iterable[Candidate], cost: CostModel) -
     return [c.session for c in sorted(far, key=lambda c: (c.due, c.opened, c.session), reverse=True)]
 
 
-def is_urgent(now: float, c: Candidate, cost: CostModel, within_s: float = URGENT_S) -> bool:
-    """Must it have memory now? Always true of a session that has KV and goes on."""
-    return _running(c) or c.due - now < within_s + 2.0 * c.new * _token_s(cost)
+def is_urgent(now: float, c: Candidate, cost: CostModel) -> bool:
+    """Must it have a slot now? Always true of a session that has KV and goes on."""
+    return _running(c) or _cannot_wait(now, c, cost, URGENT_S)
 
 
 def is_far_ahead(now: float, c: Candidate, cost: CostModel) -> bool:
@@ -131,6 +131,10 @@ def is_far_ahead(now: float, c: Candidate, cost: CostModel) -> bool:
 
 def _running(c: Candidate) -> bool:
     return c.kind is not Kind.PREFILL and c.cached > 0
+
+
+def _cannot_wait(now: float, c: Candidate, cost: CostModel, within_s: float) -> bool:
+    return c.due - now < within_s + 2.0 * c.new * _token_s(cost)
 
 
 def _due(now: float, c: Candidate) -> float:

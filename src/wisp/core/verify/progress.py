@@ -12,19 +12,31 @@ from wisp.core.verify.kv import Tokens, common_prefix, packed
 class Progress:
     """Prompt and committed tokens. `entries` are the log probabilities of the last tokens, as far as asked for.
 
+    at_hand:   tokens of the prompt whose KV was there when the session was opened
     reused:    tokens of the prompt whose KV was there when the session first got a slot; None before
     elsewhere: another verifier has committed some of the tokens
     known:     tokens of the chain that the history has (`own_drafts`); -1 before the first
     match:     what the history says of the tokens after these; None if it says nothing, or was not asked
     """
 
-    __slots__ = ("chain", "elsewhere", "entries", "known", "logprobs", "match", "n_prompt", "reused")
+    __slots__ = (
+        "at_hand",
+        "chain",
+        "elsewhere",
+        "entries",
+        "known",
+        "logprobs",
+        "match",
+        "n_prompt",
+        "reused",
+    )
 
     def __init__(self, open_: Open) -> None:
         self.n_prompt = len(open_.prompt)
         self.chain = _chain(open_)  # prompt + committed
         self.logprobs = open_.logprobs  # None, or how many alternatives to report
         self.entries: list[TokenLogprob] = []
+        self.at_hand = 0
         self.reused: int | None = None
         self.elsewhere = bool(open_.committed)
         self.known = -1

@@ -86,12 +86,13 @@ class Demand:
         lost, slo = targets.slo_lost, targets.slo
         answer = min(s.params.max_tokens, self.answers.tokens)
         context = n_prompt + answer / 2.0
-        unread = 0 if lost or s.progress.committed else n_prompt
+        missing = n_prompt - s.progress.at_hand
+        unread = 0 if lost or s.progress.committed else missing
         if slo is None or not slo.tpot_ms:
             return _Share(context, unread)
         token_s = slo.tpot_ms / 1e3 * (RELAXED if lost else 1.0)
         whole_s = min(self.answers.waited_s, slo.ttft_ms / 1e3) + answer * token_s
-        prompt, tokens = n_prompt / whole_s, answer / whole_s
+        prompt, tokens = missing / whole_s, answer / whole_s
         pace = 0.0 if lost else 1.0 / token_s
         return _Share(context, unread, prompt, prompt * n_prompt, tokens, tokens * context, pace)
 
@@ -179,6 +180,7 @@ def keepable(newcomer: Session, cost: CostModel) -> bool:
     slo = newcomer.targets.slo
     if slo is None or not cost.informed:
         return True
-    prefill_ms = cost.ms(Load().plus(newcomer.progress.n_prompt, 0))
-    round_ms = cost.ms(Load().plus(1, newcomer.progress.n_prompt))
+    n_prompt, at_hand = newcomer.progress.n_prompt, newcomer.progress.at_hand
+    prefill_ms = cost.ms(Load().plus(n_prompt - at_hand, at_hand))
+    round_ms = cost.ms(Load().plus(1, n_prompt))
     return not (0.0 < slo.ttft_ms < prefill_ms or 0.0 < slo.tpot_ms < round_ms / MOST_A_ROUND)

@@ -139,6 +139,9 @@ class Verifier:
         session = self._by_id.get(open_.session)
         if session is None:
             session = Session(self._next_handle + 1, key, connection, open_, now)
+            session.progress.at_hand = min(
+                self.kv.at_hand(session.params.sharers, session.progress.chain), len(open_.prompt) - 1
+            )
             if not keepable(session, self.cost):
                 session.targets.drop()  # an infeasible SLO is served best-effort, and delays no feasible one
             elif self.limits.slo_admission and open_.slo is not None and not open_.committed:

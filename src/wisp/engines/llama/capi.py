@@ -144,9 +144,9 @@ class Log:
     def clear(self) -> None:
         self._lines.clear()
 
-    def tail(self, lines: int = 3) -> str:
-        """The last few lines on one line, to end an error message with; "" if there were none."""
-        return "; ".join(line.strip() for line in list(self._lines)[-lines:] if line.strip())
+    def tail(self) -> str:
+        """The last three lines on one line, to end an error message with; "" if there were none."""
+        return "; ".join(line.strip() for line in list(self._lines)[-3:] if line.strip())
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from wisp.engines.base import EngineInfo
 from wisp.engines.slots import NONSENSE
 
 _PROMPT, _NEW = 40, 12  # tokens
-_TOP = 16
-_FLOOR = 1e-3
+_TOP = 16  # likeliest ids of a row, whose distances are compared
+_FLOOR = 1e-3  # least gap, in logits: what was measured on so few rows may be none
 _SAMPLINGS = (Sampling(), Sampling(temperature=1.0, seed=1))
 
 

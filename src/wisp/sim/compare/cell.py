@@ -15,7 +15,7 @@ from wisp.sim.compare.suite import Cell
 from wisp.sim.compare.tuning import grid, tuned
 from wisp.sim.compare.verdict import Verdict, verdict
 from wisp.sim.runs import Job, key, remembered
-from wisp.sim.scenario import Scenario
+from wisp.sim.scenario import SHIPPED, Scenario
 from wisp.sim.systems import System, system
 
 CENTRAL = "central"
@@ -68,6 +68,11 @@ class CellResult(msgspec.Struct, frozen=True):
         return all(v.passes for name, v in self.verdicts.items() if is_wisp(name))
 
     @property
+    def says_nothing(self) -> bool:
+        """Was nobody served in time, neither by WISP nor by central serving?"""
+        return all(v.says_nothing for name, v in self.verdicts.items() if is_wisp(name))
+
+    @property
     def compared(self) -> int:
         """The fewest requests that central serving or WISP was asked. One that is far behind is asked for fewer."""
         return min(found.requests for name, found in self.systems.items() if name == CENTRAL or is_wisp(name))
@@ -93,7 +98,14 @@ def sized(scenario: Scenario, requests: int) -> Scenario:
 
 
 def measure(task: Task) -> CellResult:
-    """Do it. Raises ConfigError where no request arrives."""
+    """Do it. Raises ConfigError where no request arrives, and for a scenario that cannot be run."""
+    try:
+        return _measured(task)
+    except ConfigError as error:
+        raise ConfigError(f"the cell {task.cell.name!r}: {error}") from None
+
+
+def _measured(task: Task) -> CellResult:
     began = time.process_time()
     extent = task.extent
     brief, scenario = (sized(task.cell.scenario, n) for n in (extent.tuning_requests, extent.requests))
@@ -104,7 +116,7 @@ def measure(task: Task) -> CellResult:
         of = tuned(choices, brief, extent.tuning_seeds)
         systems[spec] = figures_of(scenario, of, extent.seeds)
     if systems[CENTRAL].mean("attainment") is None:
-        raise ConfigError(f"{task.cell.name}: no request arrived in its window of {scenario.window_s:g} s")
+        raise ConfigError(f"no request arrived in its window of {scenario.window_s:g} s")
     tpot_ms = min(c.slo.tpot_ms for c in scenario.slo)
     verdicts = {
         name: verdict(found, systems[CENTRAL], tpot_ms) for name, found in systems.items() if name != CENTRAL
@@ -112,7 +124,15 @@ def measure(task: Task) -> CellResult:
     requests = min(found.requests for found in systems.values())
     cpu_s = round(time.process_time() - began, 2)
     return CellResult(
-        task.cell.name, digest(task), task.cell.sampled, scenario, requests, cpu_s, systems, verdicts
+        task.cell.name, digest(task), task.cell.sampled, _named(scenario), requests, cpu_s, systems, verdicts
+    )
+
+
+def _named(scenario: Scenario) -> Scenario:
+    """With a file that ships by its name, as a scenario that ships has it."""
+    arrivals = Path(scenario.arrivals)
+    return (
+        msgspec.structs.replace(scenario, arrivals=arrivals.name) if arrivals.parent == SHIPPED else scenario
     )
 
 

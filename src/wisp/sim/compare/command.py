@@ -12,7 +12,7 @@ from rich.console import Console
 from wisp.core.errors import ConfigError
 from wisp.outputs import writable
 from wisp.progress import progress_bar
-from wisp.sim.compare.cell import CENTRAL, FULL, QUICK, CellResult, Extent, Task, digest, measure
+from wisp.sim.compare.cell import CENTRAL, FULL, QUICK, CellResult, Extent, Task, digest, is_wisp, measure
 from wisp.sim.compare.results import Comparison, comparison, read, write
 from wisp.sim.compare.suite import Cell, cells_of, load_suite, write_scenarios
 from wisp.sim.compare.tables import WIDTH, summary, table
@@ -43,10 +43,12 @@ def run_compare(
         write_scenarios(cells, scenario_files)
         Console(stderr=True, highlight=False).print(f"{len(cells)} scenarios written into {scenario_files}")
         return 0
+    specs = specs_of(systems or (QUICK_SYSTEMS if quick else SYSTEMS))
+    if check and not any(map(is_wisp, specs)):
+        raise ConfigError("--check is about wisp: name it in --systems")
     if out is not None:
         writable(out)
-    systems = systems or (QUICK_SYSTEMS if quick else SYSTEMS)
-    found = compare(cells, specs_of(systems), quick=quick, out=out, jobs=jobs)
+    found = compare(cells, specs, quick=quick, out=out, jobs=jobs)
     if as_json:
         sys.stdout.buffer.write(msgspec.json.encode(found) + b"\n")
     else:
@@ -61,7 +63,7 @@ def run_compare(
 def specs_of(systems: str) -> tuple[str, ...]:
     """Systems by comma, each with its changes: "central,wisp,ahead=no" are two. Central serving is always there."""
     specs: list[str] = []
-    for part in filter(None, systems.split(",")):
+    for part in filter(None, map(str.strip, systems.split(","))):
         if "=" in part and specs:
             specs[-1] += f",{part}"
         else:
@@ -83,7 +85,13 @@ def compare(
     if before is not None and before.quick != quick:
         kind = "quick" if before.quick else "full"
         raise ConfigError(f"{out} has the figures of a {kind} run: give another --out, or remove it")
-    kept = [c for c in before.cells if c.name in tasks] if before is not None else []
+    kept = before.cells if before is not None else []
+    others = {c.name for c in kept} - set(tasks) or {name for c in kept for name in c.systems} - set(systems)
+    if others:
+        raise ConfigError(
+            f"{out} has figures that are not compared now ({', '.join(sorted(others))}): "
+            "give another --out, or remove it"
+        )
     done = {c.name: c for c in kept if c.digest == digest(tasks[c.name])}
     todo = sorted((t for name, t in tasks.items() if name not in done), key=_load, reverse=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -12,9 +11,9 @@ from typing import Any
 import msgspec
 
 from wisp.core.errors import ConfigError
-from wisp.outputs import writable_folder
+from wisp.outputs import toml_lines, writable_folder
 from wisp.sim.compare.sampler import at_load, sample
-from wisp.sim.scenario import Scenario, load_scenario
+from wisp.sim.scenario import Scenario, changed, load_scenario
 
 SHIPPED_SUITE = Path(__file__).with_name("suite.toml")
 
@@ -91,12 +90,8 @@ def _loaded(name: str, folder: Path) -> Scenario:
 
 
 def _chosen(chosen: Chosen, folder: Path) -> list[Cell]:
-    base = msgspec.to_builtins(_loaded(chosen.scenario, folder))
     where = f"the cell {chosen.name!r}"
-    try:
-        scenario = msgspec.convert(base | chosen.change, Scenario)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {error}") from None
+    scenario = changed(_loaded(chosen.scenario, folder), chosen.change, where, folder)
     cells = []
     for share in chosen.loads:
         if not 0 < share <= 10 or scenario.population or scenario.arrivals:
@@ -116,24 +111,23 @@ def scenario_file(cell: Cell) -> str:
     """The cell's scenario as a TOML file."""
     fields = msgspec.to_builtins(cell.scenario)
     tables = {name: fields.pop(name) for name in ("slo", "devices")}
-    lines = [f"# Cell {cell.name} of a comparison.", *_lines(fields)]
+    lines = [f"# Cell {cell.name} of a comparison.", *toml_lines(fields)]
     for name, rows in tables.items():
         for row in rows:
-            lines += ["", f"[[{name}]]", *_lines(row)]
+            lines += ["", f"[[{name}]]", *toml_lines(row)]
     return "\n".join(lines) + "\n"
-
-
-def _lines(fields: dict[str, Any]) -> list[str]:
-    # A field's JSON is TOML, too: strings, numbers and lists of them.
-    return [f"{name} = {json.dumps(value)}" for name, value in fields.items()]
 
 
 def write_scenarios(cells: Sequence[Cell], folder: Path) -> None:
     """A scenario file for each cell. Raises ConfigError."""
+    names = [re.sub(r"[^\w.-]+", "-", cell.name) for cell in cells]
+    known = [name.casefold() for name in names]  # the same file on some systems
+    twice = [cell.name for cell, name in zip(cells, known, strict=True) if known.count(name) > 1]
+    if twice:
+        raise ConfigError(f"the cells {', '.join(twice)} would have files of the same name: rename one")
     writable_folder(folder)
     try:
-        for cell in cells:
-            name = re.sub(r"[^\w.-]+", "-", cell.name)
-            (folder / f"{name}.toml").write_text(scenario_file(cell))
+        for cell, name in zip(cells, names, strict=True):
+            (folder / f"{name}.toml").write_text(scenario_file(cell), "utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write into {folder}: {error.strerror or error}") from None

@@ -60,6 +60,8 @@ def row(found: SystemFigures) -> list[str]:
 
 def word(judged: Verdict) -> str:
     """A verdict in a few words."""
+    if judged.says_nothing:
+        return "nobody in time"
     if judged.passes:
         return "ok" if judged.carried else "ok, overload"
     return "worse: " + ", ".join(NAMES[c.metric][0] + ("" if c.clear else "?") for c in judged.missed)
@@ -68,9 +70,13 @@ def word(judged: Verdict) -> str:
 def summary(found: Comparison) -> Iterator[str]:
     """Lines about the cells in which `wisp` is worse than central serving, and about how much was run."""
     judged = [cell for cell in found.cells if any(is_wisp(name) for name in cell.verdicts)]
-    if judged:
-        passing = sum(cell.passes for cell in judged)
-        yield f"{passing} of {len(judged)} cells pass" + ":" * bool(found.failing)
+    telling = [cell for cell in judged if not cell.says_nothing]
+    if telling:
+        passing = sum(cell.passes for cell in telling)
+        yield f"{passing} of {len(telling)} cells pass" + ":" * bool(found.failing)
+    if len(telling) < len(judged):
+        empty = ", ".join(cell.name for cell in judged if cell.says_nothing)
+        yield f"Nobody was served in time by either system, so that nothing is compared: {empty}"
     for cell in judged:
         for name, verdict in cell.verdicts.items():
             if is_wisp(name):

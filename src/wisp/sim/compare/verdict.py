@@ -42,6 +42,11 @@ class Verdict(msgspec.Struct, frozen=True):
     criteria: list[Criterion]
 
     @property
+    def says_nothing(self) -> bool:
+        """Was nobody served in time, by either?"""
+        return not any(c.system or c.central for c in self.criteria if c.metric == "attainment")
+
+    @property
     def missed(self) -> list[Criterion]:
         return [c for c in self.criteria if not c.holds]
 

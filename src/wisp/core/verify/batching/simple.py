@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from wisp.core.verify.batching.base import Candidate, Grant, Kind, Plan, StepLimits, Unpriced
 
+FOR_PROMPTS = 4  # of a step's tokens one in so many, so that decoding cannot lock new sessions out
 _arrival = attrgetter("since", "session")
 
 
@@ -15,8 +16,8 @@ class Continuous(Unpriced):
     """Continuous batching with chunked prefill, as in centralised serving.
 
     Every session that can commit a token takes part in every step, longest wait first. The rest of the step's tokens
-    goes to prompts, in chunks, first come first served within the least served API key. A quarter of the step is
-    reserved for prompts, so that decoding cannot lock new sessions out.
+    goes to prompts, in chunks, first come first served within the least served API key. A share of the step
+    is reserved for prompts (FOR_PROMPTS).
     """
 
     name = "continuous"
@@ -32,7 +33,7 @@ class Continuous(Unpriced):
             [w for w in candidates if w.kind is prefill],
             key=lambda w: (limits.shares.get(w.key, 0.0), w.opened, w.session),
         )
-        reserved = min(limits.tokens // 4, sum(w.new for w in prompts))
+        reserved = min(limits.tokens // FOR_PROMPTS, sum(w.new for w in prompts))
         grants: list[Grant] = []
         left = limits.tokens
         for w in going:

@@ -145,7 +145,7 @@ def _read(offers: list[_Offer], prompts: list[_Prompt], urgency: float, limits: 
             if rows >= knee:
                 row_ms += cost.beyond
             n = min(wanted, int(knee - rows)) if rows < knee < math.inf else wanted
-            if loss > 0.0:
+            if loss * row_ms > 0.0:  # both may be tiny
                 most_ms = scale_ms * math.log(worth / (loss * row_ms)) - delay_ms
                 fits = n * row_ms <= most_ms
                 n = n if fits else max(0, int(most_ms / row_ms))
