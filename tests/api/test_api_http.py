@@ -441,6 +441,31 @@ def test_bad_messages_are_refused_where_they_are_bad(client: TestClient, param: 
     assert refused["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"logit_bias": {"abc": 1}}, "logit_bias: expected an integer as every key"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias: expected an integer of at least 0 as every key"),
+        ({"logit_bias": {"1": None}}, "logit_bias: expected a number as every value, got null"),
+        ({"logit_bias": {"1": "x"}}, "logit_bias: expected a number as every value, got a string"),
+        ({"logit_bias": [1]}, "logit_bias: expected an object, got a list"),
+        ({"stop": [1]}, "stop: expected a string, got 1 at [0]"),
+        ({"stop": ["a", []]}, "stop: expected a string, got a list at [1]"),
+        ({"stop": 5}, "stop: expected a string or a list, got 5"),
+        ({"bad_words": [None]}, "bad_words: expected a string, got null at [0]"),
+        ({"stop_token_ids": [1, -1]}, "stop_token_ids: expected an integer of at least 0, got -1 at [1]"),
+        (
+            {"stream_options": {"include_usage": 5}},
+            "stream_options.include_usage: expected true or false, got 5",
+        ),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_told_where_it_is(
+    client: TestClient, fields: dict[str, Any], message: str
+) -> None:
+    assert error(client.post(CHAT, json=chat(**fields)), 400)["message"] == message
+
+
 @pytest.mark.parametrize("name", ["x-slo-ttft-ms", "x-slo-tpot-ms"])
 @pytest.mark.parametrize("value", ["0", "-5", "nan", "inf", "soon", "1.1e9", "1e300"])
 def test_slo_headers_must_be_positive_and_no_more_than_a_verifier_takes(

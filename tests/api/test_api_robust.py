@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from api_fakes import MODEL, ByteTokenizer, Recorder, ScriptedBackend, committed, make_app
 from waiting import PATIENCE_S, until
+from wisp.api.backend import Target
 from wisp.api.body import SMALL_BODY_BYTES, parsed
 from wisp.api.errors import ToldOfTheEnd
 from wisp.core.errors import RequestError
@@ -246,6 +247,35 @@ def test_a_key_that_has_used_up_its_limits_has_no_body_parsed() -> None:
 
     answer = asyncio.run(call(Strict(), Recorder(), None, prompt=7))
     assert b"rate_limit_exceeded" in answer
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/apply-template", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_client_that_leaves_a_token_endpoint_is_no_error(
+    path: str, whole: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the middle of its body, or while there is no verifier."""
+
+    class Waiting(ScriptedBackend):
+        async def target(self) -> Target:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    parts = [{"type": "http.request", "body": b"{}" if whole else b"{", "more_body": not whole}]
+
+    async def receive() -> dict[str, Any]:
+        return parts.pop() if parts else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        """To nobody."""
+
+    scope = {
+        "type": "http", "method": "POST", "path": path, "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        asyncio.run(asyncio.wait_for(make_app(Waiting())(scope, receive, send), 60.0))
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def test_a_body_of_a_client_that_has_left_is_not_parsed() -> None:

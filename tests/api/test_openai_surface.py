@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from api_fakes import EOS, IM_END, MODEL, ScriptedBackend, committed, make_app, say
+from api_fakes import BOS, EOS, IM_END, MODEL, ScriptedBackend, committed, make_app, say
 from test_api_http import CHAT, TEXT, chat, error, events, text
 from wisp.core.errors import GrammarError
 from wisp.core.protocol.constraints import Constraints, Grammar
+from wisp.core.protocol.step import Committed, TokenLogprob, TopLogprob
 from wisp.engines.grammars import Grammars
 from wisp.engines.plain import PlainTokenizer
 
@@ -138,9 +139,52 @@ def test_a_strict_tool_constrains_calls_and_leaves_text_free(
 ) -> None:
     strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}  # type: ignore[dict-item]
     client.post(CHAT, json=chat(tools=[strict]))
-    assert "start: TEXT calls?" in grammar(backend).source
+    assert "start: text calls?" in grammar(backend).source
+    masks = Grammars(PlainTokenizer()).matcher(grammar(backend)).masks
+    for answer in ("a < b", "Sure. " + CALL, "<tool" + CALL):
+        assert len(masks(b"", answer.encode())) == len(answer) + 1
+    assert len(masks(b"", CALL.replace("1", '"1"').encode())) <= len(CALL)
     client.post(CHAT, json=chat(tools=[TOOL]))
     assert backend.asked[-1].sampling.constraints is None
+
+
+QWEN_XML = HERMES.replace("<tool_call>", "<tool_call><function=")
+ALLOWED: dict[str, Any] = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [OTHER]}}
+
+
+@pytest.mark.parametrize(
+    ("template", "calls", "lead"),
+    [
+        (HERMES, '<tool_call>\n{"name": "NAME", "arguments": {}}\n</tool_call>', "Sure. "),
+        (QWEN_XML, "<tool_call>\n<function=NAME>\n</function>\n</tool_call>", ""),
+    ],
+)
+def test_of_some_allowed_tools_no_other_is_called_and_text_is_free(
+    client: TestClient, backend: ScriptedBackend, template: str, calls: str, lead: str
+) -> None:
+    backend.tokenizer.chat_template = template
+    assert client.post(CHAT, json=chat(tools=[TOOL, OTHER], tool_choice=ALLOWED)).status_code == 200
+    assert '"f"' in prompt(backend)  # all are shown
+    grammars = Grammars(PlainTokenizer())
+
+    def may_say(answer: str) -> bool:
+        return len(grammars.matcher(grammar(backend)).masks(b"", answer.encode())) > len(answer)
+
+    assert may_say("Nothing to call: {}")
+    assert may_say(lead + calls.replace("NAME", "g"))
+    assert not may_say(lead + calls.replace("NAME", "f"))
+    assert may_say("<function=f>") == (template is HERMES)  # the other way in which a call begins
+    every = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [TOOL, OTHER]}}
+    client.post(CHAT, json=chat(tools=[TOOL, OTHER], tool_choice=every))
+    assert backend.asked[-1].sampling.constraints is None
+
+
+def test_some_allowed_tools_are_refused_where_calls_cannot_be_held_to_them(backend: ScriptedBackend) -> None:
+    client = TestClient(make_app(backend, tool_parser="harmony"))
+    body = chat(tools=[TOOL, OTHER], tool_choice=ALLOWED)
+    told = error(client.post(CHAT, json=body), 400)
+    assert (told["param"], told["code"]) == ("tool_choice", "unsupported_parameter")
+    assert "cannot be kept to some of the tools" in told["message"]
 
 
 def test_an_answer_may_be_a_call_or_as_its_format_says(client: TestClient, backend: ScriptedBackend) -> None:
@@ -406,8 +450,8 @@ class Scoring(ScriptedBackend):
         assert constraints.grammar.kind == "tokens"
         ids = json.loads(constraints.grammar.source)
         assert generation.max_tokens == len(ids)
-        item = committed(bytes(ids), "length", top=generation.logprobs)
-        yield item
+        found = [TokenLogprob(t, -0.5, [TopLogprob(EOS, -0.25)][: generation.logprobs]) for t in ids]
+        yield Committed(tokens=ids, finish="length", logprobs=found)
 
 
 @pytest.fixture
@@ -427,6 +471,26 @@ def test_an_echo_comes_before_the_text(scoring: TestClient) -> None:
         "text_offset": [0, 0, 1],
     }
     assert body["usage"]["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown", "offsets"),
+    [
+        ("a<|im_end|>b", "a<|im_end|>b", [0, 0, 1, 11]),
+        ("<bos>ab", "<bos>ab", [0, 5, 6]),
+        ([BOS, 97, IM_END], "<bos>a<|im_end|>", [0, 5, 6]),
+    ],
+)
+def test_an_echo_has_the_control_tokens_that_the_client_has_sent(
+    scoring: TestClient, prompt: Any, shown: str, offsets: list[int]
+) -> None:
+    body = text(prompt=prompt, echo=True, max_tokens=0, logprobs=0)
+    choice = scoring.post(TEXT, json=body).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == (shown, offsets)
+    assert (
+        scoring.post(TEXT, json=text(prompt=prompt, echo=True)).json()["choices"][0]["text"]
+        == shown + "Hello"
+    )
 
 
 def test_after_an_echo_an_end_has_its_log_probability(scoring: TestClient) -> None:
@@ -449,6 +513,21 @@ def test_streamed_echoes_are_those_of_the_whole(scoring: TestClient) -> None:
         assert [t for c in mine if c["logprobs"] for t in c["logprobs"]["tokens"]] == choice["logprobs"][
             "tokens"
         ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_are_in_the_text_of_their_own_choice(stream: bool) -> None:
+    backend = Scoring()
+    backend.script = [committed("ab", "length", top=0)]
+    client = TestClient(make_app(backend))
+    body = text(prompt=["Hi", "Hello", ""], n=2, echo=True, max_tokens=2, logprobs=0, stream=stream)
+    answer = client.post(TEXT, json=body).text
+    chunks = events(answer)[:-1] if stream else [json.loads(answer)]
+    offsets: dict[int, list[int]] = {}
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        offsets.setdefault(choice["index"], []).extend((choice["logprobs"] or {}).get("text_offset", []))
+    assert offsets[0] == offsets[1] == [0, 0, 1, 2, 3]
+    assert offsets[2] == offsets[3] == [0, 0, 1, 2, 3, 4, 5, 6]
 
 
 def test_prompt_logprobs_are_listed_as_vllm_lists_them(scoring: TestClient) -> None:

@@ -114,3 +114,22 @@ def test_errors_of_the_field_name_the_mistake(backend: ScriptedBackend, wisp: An
     error = ask(backend, wisp=wisp)["error"]
     assert error["param"] == param
     assert not backend.asked
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_other_surfaces_tell_at_the_end(backend: ScriptedBackend, path: str) -> None:
+    backend.script = [committed("abc", drafted=3, accepted=2, from_draft=2), committed("d", "stop")]
+    client = TestClient(make_app(backend), raise_server_exceptions=False)
+    body = {"input": "Hi", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+    del body["input" if path == "/v1/messages" else "messages"]
+    if path == "/v1/responses":
+        del body["max_tokens"]
+    whole = client.post(path, json=body | {"wisp": {"rounds": True}}).json()
+    assert [(t["text"], t["from"]) for t in whole["wisp"]["tokens"]] == [
+        ("a", "draft"), ("b", "draft"), ("c", "correction"), ("d", "server"),
+    ]  # fmt: skip
+    streamed = client.post(path, json=body | {"wisp": {"rounds": True}, "stream": True}).text
+    ends = [json.loads(line.removeprefix("data: ")) for line in streamed.split("\n") if '"wisp"' in line]
+    (end,) = ends
+    assert end.get("response", end)["wisp"] == whole["wisp"]
+    assert "wisp" not in client.post(path, json=body).json()

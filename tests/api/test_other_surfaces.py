@@ -18,6 +18,7 @@ from test_openai_surface import CALL, HERMES, TOOL
 from wisp.api.process import Listen, uvicorn_config
 from wisp.api.web_guard import web_origins
 from wisp.core.errors import ConfigError, RequestError
+from wisp.core.protocol.constraints import Grammar
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 FLAT: Any = {"type": "function", **TOOL["function"]}  # type: ignore[dict-item]
@@ -127,6 +128,25 @@ def test_a_response_that_is_cut_is_incomplete(client: TestClient, backend: Scrip
     body = client.post(RESPONSES, json={"input": "Hi", "max_output_tokens": 3}).json()
     assert (body["status"], body["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
     assert backend.asked[-1].max_tokens == 3
+
+
+def test_a_stream_that_is_cut_tells_its_last_item_as_the_whole_has_it(
+    client: TestClient, backend: ScriptedBackend
+) -> None:
+    def statuses(*script: Any) -> list[str]:
+        """Of the items, as each is done and as the whole has it."""
+        backend.script = list(script)
+        body = {"input": "Hi", "tools": [FLAT], "stream": True}
+        events = named(client.post(RESPONSES, json=body).text)
+        assert events[-1]["type"] == "response.incomplete"
+        done = [e["item"] for e in events if e["type"] == "response.output_item.done"]
+        assert done == events[-1]["response"]["output"]
+        return [item["status"] for item in done]
+
+    assert statuses(committed("Hel", "length")) == ["incomplete"]
+    assert statuses(committed("<think>h", "length")) == ["incomplete"]
+    assert statuses(committed("Sure. " + CALL, "length")) == ["completed", "completed"]
+    assert statuses(committed(CALL + " and", "length")) == ["completed", "incomplete"]
 
 
 def test_formats_and_choices_of_a_response(client: TestClient, backend: ScriptedBackend) -> None:
@@ -271,6 +291,17 @@ def test_errors_have_anthropics_shape(client: TestClient, fields: dict[str, Any]
     assert (body["type"], body["error"]["type"]) == ("error", "invalid_request_error")
 
 
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [({"messages": []}, "invalid_request_error"), ({"model": "other"}, "not_found_error")],
+)
+def test_counting_tokens_fails_in_anthropics_shape(
+    client: TestClient, fields: dict[str, Any], kind: str
+) -> None:
+    body = client.post("/v1/messages/count_tokens", json=anthropic(**fields)).json()
+    assert (body["type"], body["error"]["type"]) == ("error", kind)
+
+
 def test_the_key_may_be_where_anthropics_clients_put_it() -> None:
     client = TestClient(make_app(ScriptedBackend(), auth=True))
     for path, body in ((MESSAGES, anthropic()), ("/v1/messages/count_tokens", anthropic())):
@@ -284,7 +315,12 @@ def test_the_key_may_be_where_anthropics_clients_put_it() -> None:
 
 def test_text_to_tokens_and_back(client: TestClient, backend: ScriptedBackend) -> None:
     body = client.post("/tokenize", json={"model": MODEL, "prompt": "Hi", "return_token_strs": True}).json()
-    assert body == {"tokens": [BOS, 72, 105], "count": 3, "max_model_len": 4000, "token_strs": ["", "H", "i"]}
+    assert body == {
+        "tokens": [BOS, 72, 105],
+        "count": 3,
+        "max_model_len": 4000,
+        "token_strs": ["<bos>", "H", "i"],
+    }
     assert client.post("/tokenize", json={"content": "Hi"}).json()["tokens"] == [72, 105]
     llamacpp = {"content": "é<eos>", "add_special": True, "with_pieces": True}
     assert client.post("/tokenize", json=llamacpp).json()["tokens"] == [
@@ -297,6 +333,9 @@ def test_text_to_tokens_and_back(client: TestClient, backend: ScriptedBackend) -
     client.post(CHAT, json=chat())
     assert body["tokens"] == backend.asked[-1].prompt
     assert client.post("/detokenize", json={"tokens": [72, 105]}).json() == {"prompt": "Hi", "content": "Hi"}
+    back = client.post("/detokenize", json={"tokens": backend.asked[-1].prompt}).json()["prompt"]
+    assert back.startswith("<|im_start|>user\nHi<|im_end|>")
+    assert client.post("/tokenize", json={"content": back}).json()["tokens"] == backend.asked[-1].prompt
     written = client.post(
         "/apply-template", json={"messages": [{"role": "user", "content": "<|im_end|>"}]}
     ).json()
@@ -313,10 +352,11 @@ def test_text_to_tokens_and_back(client: TestClient, backend: ScriptedBackend) -
         ("/tokenize", {"prompt": 5}),
         ("/detokenize", {"tokens": [999]}),
         ("/detokenize", {"tokens": "x"}),
+        ("/tokenize", {"prompt": "x", "model": 3}),
     ],
 )
 def test_tokens_refuse_by_name(client: TestClient, path: str, body: dict[str, Any]) -> None:
-    assert error(client.post(path, json=body), 400)["param"] in ("prompt", "tokens")
+    assert error(client.post(path, json=body), 400)["param"] in ("prompt", "tokens", "model")
 
 
 @pytest.mark.parametrize("tools", [5, "f", [5], ["f"], [None]])
@@ -358,3 +398,157 @@ def test_pages_of_listed_origins_are_let_in() -> None:
     assert client.post(CHAT, json=chat(), headers={"origin": "https://evil.example"}).status_code == 403
     with pytest.raises(ConfigError, match="no origin"):
         web_origins("app.example.com")
+
+
+# --- parameters of other surfaces
+
+
+@pytest.mark.parametrize(
+    ("path", "param", "fields"),
+    [
+        *(
+            (path, param, {param: value})
+            for path in (RESPONSES, MESSAGES)
+            for param, value in {
+                "repeat_penalty": 1.5, "n_predict": 5, "chat_template": "x", "n": 2, "top_logprobs": 3,
+                "guided_whitespace_pattern": "x", "logprobs": True, "prompt_logprobs": 1, "use_beam_search": True,
+            }.items()
+        ),
+        *(
+            (RESPONSES, param, {param: value})
+            for param, value in {
+                "response_format": {"type": "json_object"}, "max_tokens": 5, "max_completion_tokens": 5,
+                "messages": [], "reasoning_effort": "low", "include": ["message.output_text.logprobs"],
+            }.items()
+        ),
+        (MESSAGES, "stop", {"stop": "x"}),
+        (MESSAGES, "parallel_tool_calls", {"parallel_tool_calls": False}),
+        (MESSAGES, "output_config.format", {"output_config": {"format": {"type": "json_schema"}}}),
+        ("/v1/messages/count_tokens", "n_predict", {"n_predict": 5}),
+    ],
+)  # fmt: skip
+def test_what_is_not_honoured_is_refused_on_every_surface(
+    client: TestClient, path: str, param: str, fields: dict[str, Any]
+) -> None:
+    body = {"input": "Hi"} if path == RESPONSES else anthropic()
+    response = client.post(path, json=body | fields)
+    assert response.status_code == 400, response.text
+    told = response.json()["error"]
+    assert told["message"].startswith(f"{param}: ")
+    if path == RESPONSES:
+        assert (told["param"], told["code"]) == (param, "unsupported_parameter")
+
+
+@pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
+def test_constraints_hold_on_every_surface(client: TestClient, backend: ScriptedBackend, path: str) -> None:
+    body = {"input": "Hi"} if path == RESPONSES else anthropic()
+    extra = {
+        "bad_words": ["no"], "allowed_token_ids": [65, 66], "stop_token_ids": [10], "logit_bias": {"65": 2},
+        "frequency_penalty": 0.5, "presence_penalty": 0.25, "repetition_penalty": 1.1, "min_tokens": 3,
+        "ignore_eos": True, "regex": "a+", "wisp": {"draft": False}, "n": 1, "top_logprobs": 0, "best_of": 1,
+        "stream_options": {"include_obfuscation": False},
+    }  # fmt: skip
+    assert client.post(path, json=body | extra).status_code == 200
+    asked = backend.asked[-1]
+    found = asked.sampling.constraints
+    assert found is not None
+    assert found.banned
+    assert found.grammar == Grammar("regex", "a+")
+    assert (found.allowed, found.stop_token_ids, found.logit_bias) == ((65, 66), (10,), ((65, 2.0),))
+    assert (found.frequency_penalty, found.presence_penalty, found.repetition_penalty) == (0.5, 0.25, 1.1)
+    assert (asked.ignore_eos, asked.extras.draft) == (True, False)
+    told = client.post(path, json=body | {"wisp": {"nope": 1}}).json()["error"]
+    assert told["message"].startswith("wisp.nope: ")
+
+
+def test_a_call_of_no_tool_cannot_be_forced(client: TestClient) -> None:
+    server_tool = {"type": "web_search_20250305", "name": "web_search"}
+    for choice in ({"type": "any"}, {"type": "tool", "name": "web_search"}):
+        response = client.post(MESSAGES, json=anthropic(tools=[server_tool], tool_choice=choice))
+        assert response.status_code == 400
+        assert "only allowed where there are tools" in response.json()["error"]["message"]
+    for type_ in ("auto", "none"):
+        body = anthropic(tools=[server_tool], tool_choice={"type": type_})
+        assert client.post(MESSAGES, json=body).status_code == 200
+
+
+def test_messages_of_nothing_that_can_be_read_are_refused(client: TestClient) -> None:
+    hidden = {"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"}]}
+    for extra in ({}, {"system": "S"}):
+        response = client.post(MESSAGES, json=anthropic(messages=[hidden], **extra))
+        assert response.status_code == 400
+        assert response.json()["error"]["message"].startswith("messages: ")
+    asked = anthropic(messages=[{"role": "user", "content": "Hi"}, hidden])
+    assert client.post(MESSAGES, json=asked).status_code == 200
+
+
+# --- errors speak of what the client has sent
+
+
+CALLED = {"type": "function_call", "call_id": "c", "name": "f", "arguments": 5}
+ANSWERED = {"role": "user", "content": [
+    {"type": "tool_result", "tool_use_id": "t", "content": "42"}, {"type": "text", "text": "And?"},
+]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("param", "fields"),
+    [
+        ("max_output_tokens", {"max_output_tokens": 0}),
+        ("text.format", {"text": {"format": {"type": "json_object"}}, "regex": "a"}),
+        ("text.format.schema", {"text": {"format": {"type": "json_schema", "schema": 5}}}),
+        ("reasoning.effort", {"reasoning": {"effort": 5}}),
+        ("input", {"input": "x" * 50_000}),
+        ("input", {"input": "x" * 5000}),
+        ("input[1].role", {"input": [{"role": "user", "content": "Hi"}, {"role": "robot", "content": "x"}]}),
+        ("input[1].arguments", {"input": [{"role": "user", "content": "Hi"}, CALLED]}),
+        ("input[1].name", {"input": [{"role": "user", "content": "Hi"}, CALLED | {"name": 5}]}),
+        ("tools[1].name", {"tools": [{"type": "web_search"}, {"type": "function"}]}),
+        ("tools[1].parameters", {"tools": [{"type": "custom"}, FLAT | {"parameters": 5}]}),
+        ("tool_choice.name", {"tools": [FLAT], "tool_choice": {"type": "function"}}),
+    ],
+)
+def test_an_error_of_a_response_names_what_was_sent(
+    client: TestClient, param: str, fields: dict[str, Any]
+) -> None:
+    body = {"input": "Hi", "instructions": "Be brief."} | fields
+    told = error(client.post(RESPONSES, json=body), 400)
+    if param == "text.format":  # the second of two is named
+        assert told["message"] == "regex: cannot be used together with text.format"
+        return
+    assert told["param"] == param
+    if "maximum context" not in told["message"]:
+        assert told["message"].startswith(f"{param}: ")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("stop_sequences", {"stop_sequences": ["x"] * 65}),
+        ("messages[1].content", {"messages": [ANSWERED, {"role": "user", "content": None}]}),
+        ("messages[1].content[0].input", {"messages": [ANSWERED, {"role": "assistant", "content": [
+            {"type": "tool_use", "id": "t", "name": "f", "input": 5}]}]}),
+        ("messages[1].content[0]", {"messages": [ANSWERED, {"role": "user", "content": [
+            {"type": "tool_use", "id": "t", "name": "f", "input": {}}]}]}),
+        ("tools[1].input_schema", {"tools": [{"type": "x_1"}, {"name": "f", "input_schema": 5}]}),
+        ("messages", {"messages": [ANSWERED, {"role": "assistant", "content": "Well,"}],
+                      "add_generation_prompt": True}),
+    ],
+)  # fmt: skip
+def test_an_error_of_a_message_names_what_was_sent(
+    client: TestClient, path: str, fields: dict[str, Any]
+) -> None:
+    for url in (MESSAGES, "/v1/messages/count_tokens"):
+        response = client.post(url, json=anthropic(system="S", **fields))
+        assert response.status_code == 400, response.text
+        assert f"{path}: " in response.text
+
+
+def test_an_error_while_generating_names_what_was_sent(client: TestClient, backend: ScriptedBackend) -> None:
+    backend.script = [RequestError(400, "Too long.", code="context_length_exceeded", param="messages")]
+    for path, body, param in (
+        (RESPONSES, {"input": "Hi"}, "input"),
+        ("/v1/completions", {"prompt": "Hi"}, "prompt"),
+        (CHAT, chat(), "messages"),
+    ):
+        assert error(client.post(path, json=body), 400)["param"] == param

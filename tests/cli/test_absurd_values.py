@@ -17,6 +17,7 @@ import typer.main
 
 from wisp import cli
 from wisp.api import process
+from wisp.cli.config import configure
 from wisp.core.errors import ConfigError
 from wisp.edge import link
 from wisp.engines.build import served_name
@@ -179,6 +180,17 @@ def test_an_option_that_wants_a_number_is_given_none(wisp: Wisp, command: str, o
         ("serve = 1", "not a command"),
         ("[replicas]\nserver = 1", "tables are named replicas.drain"),
         ("[serve]\napi_keys = 1", "--api-keys"),
+        ("[serve]\nslo_classes = 5", "[serve] --slo-classes takes a string or tables, not 5"),
+        ("[serve]\nslo_classes = []", "--slo-classes takes a string or tables, not a list"),
+        ("[edge]\ndraft = ['a', 'b']", "[edge] --draft takes a string, not a list"),
+        ("[edge]\nserver = {url = 'x'}", "--server takes a string, not a table"),
+        ("[edge]\nserved_model_name = [['a']]", "--served-model-name takes a string, not a list"),
+        ("[serve]\nport = true", "--port takes an integer, not true"),
+        ("[serve]\nport = 1.5", "--port takes an integer, not 1.5"),
+        ("[serve]\ndrain_s = false", "--drain-s takes a number, not false"),
+        ("[serve]\noffline = 1", "--offline takes true or false, not 1"),
+        ("[serve]\nhost = 2026-01-01", "--host takes a string, not 2026-01-01"),
+        ("[sim.run]\nplot = 5", "[sim.run] --plot takes a string, not 5"),
     ],
 )
 def test_a_configuration_of_the_wrong_types_is_explained(
@@ -189,6 +201,25 @@ def test_a_configuration_of_the_wrong_types_is_explained(
     status, said = wisp("--config", str(path), *SERVE[:5])
     assert status == 2
     assert advice in said
+
+
+def test_lists_in_a_configuration_are_what_a_comma_separates(tmp_path: Path) -> None:
+    path = tmp_path / "wisp.toml"
+    path.write_text(
+        "[edge]\nserved-model-name = ['fast', 'gpt-4o']\ncors_origins = []\ntensor_split = [3, 1.5]\nahead = false\n"
+        "[edge.slo_classes.fast]\ntpot_ms = 60\n[sim.compare]\nscenarios = ['mixed']\n[serve]\ngpu_layers = 3\n"
+    )
+    group = GET_COMMAND(cli.app)
+    context = typer.Context(group)
+    configure(context, path)
+    found = context.default_map
+    assert found is not None
+    assert found["edge"] == {
+        "served_model_name": "fast,gpt-4o", "cors_origins": "", "tensor_split": "3,1.5", "ahead": False,
+        "slo_classes": {"fast": {"tpot_ms": 60}},
+    }  # fmt: skip
+    assert found["sim"] == {"compare": {"scenarios": ["mixed"]}}
+    assert found["serve"] == {"gpu_layers": 3}
 
 
 def test_a_file_whose_name_is_no_utf8_is_served_under_a_name_that_is(wisp: Wisp, tmp_path: Path) -> None:
@@ -227,6 +258,19 @@ def test_closed_streams_lead_nowhere(wisp: Wisp, monkeypatch: pytest.MonkeyPatch
     assert wisp("generate", "-", *GENERATE[2:])[0] == 2
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.close()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_text_that_is_no_utf8_is_said_before_anything_is_asked(
+    wisp: Wisp, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    rest = GENERATE[2:]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding=encoding))
+    assert "standard input is no UTF-8" in wisp("generate", "-", *rest)[1]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("café".encode()), encoding=encoding))
+    assert "no verifier at" in wisp("generate", "-", *rest)[1]
+    assert "the prompt is no UTF-8" in wisp("generate", os.fsdecode(b"caf\xe9"), *rest)[1]
+    assert "--system is no UTF-8" in wisp(*GENERATE, "--system", os.fsdecode(b"caf\xe9"))[1]
 
 
 def test_a_full_disk_is_said_in_a_line(wisp: Wisp, monkeypatch: pytest.MonkeyPatch) -> None:

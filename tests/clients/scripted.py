@@ -46,7 +46,8 @@ def script(prompt: str, constraints: Constraints | None) -> str:
     """What to say."""
     grammar = constraints.grammar if constraints is not None else None
     answered = "<|im_start|>tool" in prompt or "Observation" in prompt
-    if grammar is not None and "\nstart: TEXT calls?" in grammar.source:  # strict tools: text is free
+    # strict tools: text is free
+    if grammar is not None and re.search(r"\nstart: (text|TEXT) calls\?", grammar.source):
         grammar = None
     if grammar is not None and "\nstart: calls" in grammar.source:
         names = _CALLED.findall(grammar.source)

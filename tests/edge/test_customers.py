@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
+from api_fakes import ScriptedBackend, committed, make_app
 from wisp.api.backend import Committed, Generation, Target
 from wisp.api.keys import ANONYMOUS, Keyring
 from wisp.core.errors import RequestError
@@ -165,3 +168,79 @@ def test_the_salts_of_revoked_and_of_new_keys_are_named(tmp_path: Path) -> None:
     path.write_text(KEYS)
     assert keys.reload()
     assert customers.limits_changed() == ([bobby], [bob])
+
+
+# --- several answers of one request
+
+LIMITS = """
+[keys.alice]
+secret = "alice-secret"
+{}
+"""
+TEXT = "/v1/completions"
+
+
+class Port:
+    """An edge's port, where all requests are alice's, at a time that is said."""
+
+    def __init__(self, folder: Path, limits: str) -> None:
+        path = folder / "keys.toml"
+        path.write_text(LIMITS.format(limits))
+        self.now = 0.0
+        self.backend = ScriptedBackend()
+        customers = Customers(self.backend, Keyring(path), lambda: self.now)
+        app = make_app(customers, auth=True)  # type: ignore[arg-type]
+        self._client = TestClient(app, headers={"authorization": "Bearer sk-secret"})
+
+    def ask(self, n: int = 1, **fields: Any) -> tuple[int, dict[str, Any]]:
+        """(status, error)"""
+        body = {"prompt": "Hi", "n": n, **fields}
+        response = self._client.post(TEXT, json=body)
+        return response.status_code, {} if response.status_code == 200 else response.json()["error"]
+
+
+def test_a_request_for_several_answers_is_one_request(tmp_path: Path) -> None:
+    port = Port(tmp_path, "requests_per_minute = 2")
+    assert port.ask(n=3) == (200, {})
+    assert port.ask(prompt=["Hi", "Ho"], n=2) == (200, {})
+    assert len(port.backend.asked) == 7
+    assert port.ask()[0] == 429
+    port.now = 30.0
+    assert port.ask(n=5) == (200, {})
+
+
+def test_answers_that_can_never_be_open_at_once_are_no_matter_of_waiting(tmp_path: Path) -> None:
+    port = Port(tmp_path, "sessions = 2\nrequests_per_minute = 1")
+    for fields, param in (({"n": 3}, "n"), ({"prompt": ["a", "b", "c"]}, "prompt")):
+        status, error = port.ask(**fields)
+        assert (status, error["param"]) == (400, param)
+        assert "2 sessions open, and these would be 3 answers" in error["message"]
+    assert port.backend.asked == []
+    assert port.ask(n=2) == (200, {})  # nothing was charged so far
+
+
+def test_answers_that_do_not_fit_beside_others_charge_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(LIMITS.format("sessions = 3\nrequests_per_minute = 2"))
+    customers = Customers(Answers(), Keyring(path), lambda: 0.0)
+    one = Generation([1], Sampling(), 3, key="alice")
+    with customers.together([one, one]):
+        for _ in range(3):
+            with (
+                pytest.raises(RequestError, match="3 sessions open") as caught,
+                customers.together([one, one]),
+            ):
+                raise AssertionError
+            assert caught.value.status == 429
+        customers.admit("alice")  # there is room for one
+        with customers.together([one]), pytest.raises(RequestError, match="3 sessions open"):
+            customers.admit("alice")
+    with pytest.raises(RequestError, match="2 requests a minute"), customers.together([one]):
+        raise AssertionError
+
+
+def test_a_prompt_that_is_scored_belongs_to_its_request(tmp_path: Path) -> None:
+    port = Port(tmp_path, "sessions = 2\nrequests_per_minute = 1")
+    port.backend.script = [committed("i", "length", top=1)]
+    assert port.ask(n=2, echo=True, logprobs=1, max_tokens=1) == (200, {})
+    assert len(port.backend.asked) == 3

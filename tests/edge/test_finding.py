@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
 from pathlib import Path
 
 import pytest
 
+from test_link import Script, answer, say
+from waiting import run
 from wisp.core.errors import ModelError
 from wisp.core.protocol.messages import VERSION, Welcome
 from wisp.edge import finding
-from wisp.edge.finding import Candidate, Loaded, choose, drafted_per_s
+from wisp.edge.finding import Candidate, Loaded, choose, drafted_per_s, find_drafter
 from wisp.engines.base import DraftEngine
 from wisp.engines.models import here
 from wisp.engines.ngram import NgramDraft
@@ -118,3 +123,51 @@ def test_models_of_both_caches_are_seen_once(tmp_path: Path, monkeypatch: pytest
 
 def test_speed_is_measured_on_the_engine() -> None:
     assert drafted_per_s(NgramDraft()) == 0.0  # it has nothing to say after 1, 2, 3, ...
+
+
+def test_without_a_verifier_the_edge_starts_soon_and_says_what_it_drafts_from(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert finding.START_S <= 10.0
+    monkeypatch.setattr(finding, "START_S", 0.3)
+    begun = time.monotonic()
+    drafter, _ = find_drafter("http://127.0.0.1:9", None, slots=1, threads=1)
+    assert time.monotonic() - begun < 30.0
+    assert drafter.name == "ngram"
+    assert "no verifier at ws://127.0.0.1:9" in caplog.text
+    assert "until this is started again" in caplog.text
+
+
+def test_a_key_that_is_refused_is_what_the_log_speaks_of(caplog: pytest.LogCaptureFixture) -> None:
+    refusal = answer(401, b"this API key is not known here", x_wisp_error="invalid_api_key")
+    script = Script(say(WELCOME), answers=[refusal])
+
+    async def scenario() -> None:
+        async with script.listening() as url:
+            drafter, _ = await asyncio.to_thread(find_drafter, url, "wrong", slots=1, threads=1)
+            assert drafter.name == "ngram"
+
+    with caplog.at_level(logging.WARNING, "wisp.edge"):
+        run(scenario())
+    (said,) = (r.getMessage() for r in caplog.records if r.name == "wisp.edge")
+    assert "the verifier refused our key: this API key is not known here; set WISP_API_KEY" in said
+
+
+def test_a_verifier_that_is_there_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Welcome] = []
+    welcome = Welcome(VERSION, "Qwen3-32B", "of-qwen3", 1000, [1], 2048, 16, digest="d")
+    script = Script(say(welcome))
+    monkeypatch.setattr(finding, "here", dict)
+
+    def choose(models: object, welcome: Welcome, *_: object) -> tuple[None, list[str]]:
+        asked.append(welcome)
+        return None, []
+
+    monkeypatch.setattr(finding, "choose", choose)
+
+    async def scenario() -> None:
+        async with script.listening() as url:
+            await asyncio.to_thread(find_drafter, url, None, slots=1, threads=1)
+
+    run(scenario())
+    assert asked == [welcome]

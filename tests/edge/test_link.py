@@ -328,6 +328,7 @@ def test_wisps_own_refusal_of_the_key_is_final_until_it_is_taken_back() -> None:
             with pytest.raises(RequestError, match="not known here; set WISP_API_KEY") as error:
                 await link.connected()
             assert (error.value.status, error.value.code) == (502, "verifier_unauthorized")
+            assert "set WISP_API_KEY" in link.problem  # what /health and the log say
             await until(link, lambda: link.welcome is not None)
             assert await link.connected() == WELCOME
 

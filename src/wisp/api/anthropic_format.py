@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from wisp.api.formats import call_id
+from wisp.api.formats import call_id, told_of
 from wisp.api.output import Delta
 from wisp.api.responses import Json
 from wisp.api.shape import Shape, Subject
@@ -29,6 +29,7 @@ class AnthropicFormat(Shape):
         super().__init__(subject)
         self._blocks: list[Json] = []
         self._open = False
+        self._told: list[Delta] = []  # with origins and rounds
 
     @staticmethod
     def error(error: RequestError) -> Json:
@@ -46,14 +47,15 @@ class AnthropicFormat(Shape):
         for delta in choices[0]:
             self.chunk(0, delta)
         finish = choices[0][-1].finish
-        return (
-            self._message(self._blocks) | self._reason(finish) | {"usage": _usage(usage), "metrics": metrics}
-        )
+        ended = {"usage": _usage(usage), "metrics": metrics, **told_of(choices)}
+        return self._message(self._blocks) | self._reason(finish) | ended
 
     def opening(self) -> list[Json]:
         return [{"type": "message_start", "message": self._message([])}]
 
     def chunk(self, index: int, delta: Delta) -> list[Json]:
+        if delta.told:
+            self._told.append(delta)
         events: Sequence[Event] = [Text(delta.text)] if delta.text else delta.events
         return [told for event in events for told in self._of_event(event)]
 
@@ -66,6 +68,7 @@ class AnthropicFormat(Shape):
             "delta": self._reason(finish),
             "usage": _usage(usage),
             "metrics": metrics,
+            **told_of([self._told]),
         }
         return [*self._close(), ended, {"type": "message_stop"}]
 

@@ -5,18 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from wisp.api.backend import Target
 from wisp.api.fields import Fields, as_object, refuse
+from wisp.api.naming import History, clients_words
+from wisp.api.params import REFUSED_CHAT, check_refused, passed_on
 from wisp.api.prepare import prompt_ids
 from wisp.api.requests import GenerationRequest, parse_chat
 from wisp.api.slo import NO_CLASSES, SloClasses
-from wisp.core.errors import RequestError
 from wisp.engines.base import Check
 
 Json = dict[str, Any]
 
-_SAME = ("model", "stream", "temperature", "top_p", "top_k", "seed", "min_p", "chat_template_kwargs")
-_CAME_FROM = {"stop": "stop_sequences", "continue_final_message": "messages"}
+# Parameters of a chat that have another name here, or that an answer of blocks has no place for
+_ELSEWHERE = {
+    "stop": "stop_sequences",
+    "max_completion_tokens": "max_tokens",
+    "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+}
+_REFUSED = REFUSED_CHAT | {
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "output_format": (),
+}
+_OWN = frozenset({"messages", "tools", "tool_choice", "max_tokens", "stream_options", *_ELSEWHERE, *_REFUSED})
+# What the parameters of the chat that this becomes are called here
+_NAMES = {
+    "stop": "stop_sequences",
+    "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+    "tool_choice.function": "tool_choice",
+}
 
 
 def parse_anthropic(
@@ -30,62 +51,70 @@ def parse_anthropic(
 
 def count_tokens(body: Json, target: Target, check: Check) -> Json:
     """`/v1/messages/count_tokens`. Raises RequestError 400."""
-    return {"input_tokens": len(prompt_ids(_parsed(body, {}, NO_CLASSES), target, check))}
+    ask = _parsed(body, {}, NO_CLASSES)
+    with clients_words(ask.names):
+        return {"input_tokens": len(prompt_ids(ask, target, check))}
 
 
 def _parsed(body: Json, headers: Mapping[str, str], classes: SloClasses) -> GenerationRequest:
     fields = Fields(body)
-    messages = _messages(fields)
-    offered = [_tool(as_object(t, f"tools[{i}]")) for i, t in enumerate(fields.list("tools"))]
-    tools = [tool for tool in offered if tool is not None]
+    check_refused(body, _REFUSED)
+    if fields.object("output_config").get("format") is not None:
+        refuse("output_config.format", "not supported; say it as response_format", "unsupported_parameter")
+    chat = passed_on(body, _OWN, _ELSEWHERE)
+    history = History(_NAMES)
+    _read_messages(history, fields)
+    for i, tool in enumerate(fields.list("tools")):
+        _offer(history, as_object(tool, f"tools[{i}]"))
+    last = history.messages[-1]
+    if "continue_final_message" not in chat:
+        chat["continue_final_message"] = last["role"] == "assistant" and "tool_calls" not in last
+        history.names["continue_final_message"] = "messages"
     choice = Fields(fields.object("tool_choice"), "tool_choice")
-    chat: Json = {name: body[name] for name in _SAME if body.get(name) is not None}
     chat |= {
-        "messages": messages,
-        "tools": tools,
-        "tool_choice": _choice(choice) if tools else None,
+        "messages": history.messages,
+        "tools": history.tools,
+        "tool_choice": _choice(choice, bool(history.tools)),
         "parallel_tool_calls": not choice.flag("disable_parallel_tool_use"),
         "max_tokens": body.get("max_tokens"),
         "stop": body.get("stop_sequences"),
-        "continue_final_message": messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1],
     }
     thinking = fields.object("thinking").get("type")
     if thinking is not None:
         chat["enable_thinking"] = thinking != "disabled"
-    try:
-        return parse_chat(chat, headers, classes)
-    except RequestError as error:
-        param = _CAME_FROM.get(error.param or "", error.param)
-        raise RequestError(error.status, str(error), code=error.code, param=param) from None
+    with clients_words(history.names):
+        ask = parse_chat(chat, headers, classes)
+    return msgspec.structs.replace(ask, names=history.names)
 
 
-def _choice(choice: Fields) -> Any:
+def _choice(choice: Fields, any_tools: bool) -> Any:
+    """As a chat has it. Where no tools are left, one that forces a call goes on, to be refused."""
     type_ = choice.string("type")
     if type_ == "tool":
         return {"type": "function", "function": {"name": choice.get("name")}}
     names = {None: None, "auto": "auto", "any": "required", "none": "none"}
     if type_ not in names:
         refuse("tool_choice.type", 'expected "auto", "any", "tool" or "none"')
-    return names[type_]
+    return names[type_] if any_tools or type_ == "any" else None
 
 
-def _tool(tool: Fields) -> Json | None:
-    """A function; None for tools that Anthropic's own servers have."""
+def _offer(history: History, tool: Fields) -> None:
+    """Offer a function; tools that Anthropic's own servers have are left out."""
     if tool.string("type") not in (None, "custom"):
-        return None
+        return
     function = {
         "name": tool.get("name"),
         "description": tool.get("description"),
         "parameters": tool.get("input_schema"),
         "strict": tool.get("strict"),
     }
-    return {"type": "function", "function": {k: v for k, v in function.items() if v is not None}}
+    history.offer({k: v for k, v in function.items() if v is not None}, tool.where, "input_schema")
 
 
-def _messages(fields: Fields) -> list[Json]:
-    messages: list[Json] = []
+def _read_messages(history: History, fields: Fields) -> None:
     if system := _text(fields.get("system"), "system"):
-        messages.append({"role": "system", "content": system})
+        history.add({"role": "system", "content": system}, "system")
+    before = len(history.messages)
     given = fields.list("messages")
     if not given:
         refuse("messages", "expected a list of at least one message")
@@ -96,19 +125,18 @@ def _messages(fields: Fields) -> list[Json]:
             refuse(message.path("role"), "expected user or assistant")
         content = message.get("content")
         if isinstance(content, list):
-            _add(
-                messages,
-                role,
-                [as_object(b, f"{message.path('content')}[{j}]") for j, b in enumerate(content)],
-            )
+            blocks = [as_object(b, f"{message.path('content')}[{j}]") for j, b in enumerate(content)]
+            _add(history, role, blocks, message.where)
         else:
-            messages.append({"role": role, "content": message.string("content")})
-    return messages
+            history.add({"role": role, "content": message.string("content")}, message.where)
+    if len(history.messages) == before:
+        refuse("messages", "expected more than redacted thinking, which cannot be read here")
 
 
-def _add(messages: list[Json], role: str, blocks: list[Fields]) -> None:
+def _add(history: History, role: str, blocks: list[Fields], path: str) -> None:
     """Add one message of blocks: results of tools are messages of their own, before what the user says."""
     texts: list[str] = []
+    calls: list[tuple[Json, str]] = []
     message: Json = {"role": role, "content": None}
     for block in blocks:
         type_ = block.string("type")
@@ -120,19 +148,21 @@ def _add(messages: list[Json], role: str, blocks: list[Fields]) -> None:
             continue
         elif type_ == "tool_use":
             function = {"name": block.get("name"), "arguments": block.get("input")}
-            call = {"id": block.string("id"), "type": "function", "function": function}
-            message.setdefault("tool_calls", []).append(call)
+            calls.append(({"id": block.string("id"), "type": "function", "function": function}, block.where))
         elif type_ == "tool_result":
-            result = _text(block.get("content"), block.path("content"))
-            messages.append({"role": "tool", "tool_call_id": block.string("tool_use_id"), "content": result})
+            result = {"role": "tool", "tool_call_id": block.string("tool_use_id")}
+            text = _text(block.get("content"), block.path("content"))
+            history.add({**result, "content": text}, block.where)
         else:
             refuse(
                 block.path("type"), f"blocks of type {type_!r} are not supported; this model reads text alone"
             )
     if texts:
         message["content"] = "\n".join(texts)
-    if texts or len(message) > 2 or not blocks:
-        messages.append(message)
+    if texts or calls or "reasoning_content" in message or not blocks:
+        history.add(message, path)
+    for call, where in calls:
+        history.call(call, where, "input")
 
 
 def _text(content: Any, path: str) -> str:

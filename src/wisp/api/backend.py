@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -13,18 +14,20 @@ from wisp.core.protocol.step import Committed
 from wisp.engines.base import Tokenizer
 from wisp.engines.constraining import Compiler
 
-__all__ = ["Backend", "Committed", "Generation", "Target"]
+__all__ = ["Backend", "Committed", "Generation", "Target", "together"]
 
 
 class Generation(Task, frozen=True):
     """A task, in token ids, and whose it is. `max_tokens` is at least 1.
 
     `key` names the API key of the caller ("" where none is needed); `request_id` is for logs. `extras`: see there.
+    party: the request whose generations a `Gate` has let in together; "" for none
     """
 
     request_id: str = ""
     key: str = ""
     extras: Extras = Extras()
+    party: str = ""
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -60,3 +63,19 @@ class Backend(Protocol):
 
         Raises RequestError (429, 503, ...) before the first item or between items.
         """
+
+
+@runtime_checkable
+class Gate(Protocol):
+    """A backend whose limits hold for all generations of one request together."""
+
+    def together(self, generations: Sequence[Generation]) -> AbstractContextManager[list[Generation]]:
+        """See the function of this name."""
+
+
+def together(backend: Backend, generations: Sequence[Generation]) -> AbstractContextManager[list[Generation]]:
+    """Around all work on one request: its generations as they are let in, all of them or none.
+
+    Raises RequestError 429, or 400 where the key's limits can never hold so many.
+    """
+    return backend.together(generations) if isinstance(backend, Gate) else nullcontext(list(generations))

@@ -79,7 +79,7 @@ def _grammar(ask: GenerationRequest, known: Family, thinking: bool) -> Grammar |
         return asked.grammar if asked is not None else None
     tools = list(use.tools.values())
     strict = any(tool.strict for tool in tools)
-    if not use.forced and asked is None and not strict:
+    if not use.forced and asked is None and not strict and not use.fewer:
         return None
 
     def mark(marker: str) -> str:
@@ -97,9 +97,14 @@ def _grammar(ask: GenerationRequest, known: Family, thinking: bool) -> Grammar |
         return _either(asked, calls)
     openers = known.parser.openers if issubclass(known.parser, Markup) else ()
     if calls is None or not openers:
+        if use.fewer:
+            message = (
+                f'calls in the format of this model ("{known.name}") cannot be kept to some of the tools'
+            )
+            refuse("tool_choice", f'{message}; use the mode "required"', "unsupported_parameter")
         return None  # arguments are checked by the client
-    text = forced.free_text(openers[0], openers[0] in known.ids)
-    return _lark("tools", f"start: TEXT calls?\nTEXT: {text}\n{calls}")
+    text, rules = forced.free_text(openers, known.ids)
+    return _lark("tools", f"start: {text} calls?\n{rules}\n{calls}")
 
 
 def _either(asked: Asked, calls: str | None) -> Grammar:

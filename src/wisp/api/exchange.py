@@ -20,7 +20,7 @@ from wisp.core.draft.stats import SpecStats
 
 logger = logging.getLogger("wisp.api")
 
-_CLIENT_CLOSED = 499  # nginx's status for a client that left; never sent
+CLIENT_CLOSED = 499  # nginx's status for a client that left; never sent
 
 
 class RequestContext:
@@ -55,7 +55,7 @@ class RequestContext:
             if self.finish:  # it had its answer, and only hung up faster than we did
                 self._end(200, self.finish)
             else:
-                self._end(_CLIENT_CLOSED, "cancelled")
+                self._end(CLIENT_CLOSED, "cancelled")
             raise ClientGoneError from None
         except asyncio.CancelledError:  # the process ends, and waits no longer: clients can try another one
             ended = shutting_down()

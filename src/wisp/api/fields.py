@@ -34,6 +34,11 @@ class Fields:
         self.body = body
         self._prefix = prefix
 
+    @property
+    def where(self) -> str:
+        """How errors call the object itself, e.g. `messages[0]`; "" for the body."""
+        return self._prefix
+
     def get(self, name: str) -> Any:
         """The raw value, None if absent or null."""
         return self.body.get(name)

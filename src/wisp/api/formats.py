@@ -54,7 +54,9 @@ class ResponseFormat(Shape):
         entries = delta.entries
         chunks = []
         for content in parts or [self._nothing()]:  # log probabilities come with the first
-            chunks.append(self._chunk([self._choice(index, content, self._log_probabilities(entries), None)]))
+            chunks.append(
+                self._chunk([self._choice(index, content, self._log_probabilities(index, entries), None)])
+            )
             entries = []
         if delta.told:
             chunks[0]["wisp"] = delta.told
@@ -96,7 +98,7 @@ class ResponseFormat(Shape):
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
 
     def _all_logprobs(self, index: int, deltas: Sequence[Delta]) -> Json | None:
-        return self._log_probabilities([e for d in deltas for e in d.entries])
+        return self._log_probabilities(index, [e for d in deltas for e in d.entries])
 
     @abstractmethod
     def _full(self, index: int, deltas: Sequence[Delta]) -> Json:
@@ -111,7 +113,7 @@ class ResponseFormat(Shape):
         """The content of a chunk that has none."""
 
     @abstractmethod
-    def _log_probabilities(self, entries: Sequence[Entry]) -> Json | None:
+    def _log_probabilities(self, index: int, entries: Sequence[Entry]) -> Json | None:
         """`logprobs` of a choice; None if they were not asked for."""
 
 
@@ -158,7 +160,7 @@ class ChatFormat(ResponseFormat):
     def _nothing(self) -> Json:
         return {"delta": {}}
 
-    def _log_probabilities(self, entries: Sequence[Entry]) -> Json | None:
+    def _log_probabilities(self, index: int, entries: Sequence[Entry]) -> Json | None:
         if not self._logprobs:
             return None
         return {"content": [self._entry(e.logprob) for e in entries], "refusal": None}
@@ -186,7 +188,7 @@ class CompletionFormat(ResponseFormat):
         found = []
         for i, before in enumerate(self._before):
             if before.text or before.scores is not None:
-                choice = self._choice(i, {"text": before.text}, self._with_prompt(before, []), None)
+                choice = self._choice(i, {"text": before.text}, self._with_prompt(i, []), None)
                 scores = {} if before.scores is None else {"prompt_logprobs": before.scores}
                 found.append(self._chunk([choice | scores]))
         return found
@@ -206,20 +208,21 @@ class CompletionFormat(ResponseFormat):
 
     def _all_logprobs(self, index: int, deltas: Sequence[Delta]) -> Json | None:
         entries = [e for d in deltas for e in d.entries]
-        return self._with_prompt(self._before[index] if self._before else Echo(), entries)
+        return self._with_prompt(index, entries)
 
-    def _with_prompt(self, before: Echo, entries: Sequence[Entry]) -> Json | None:
+    def _with_prompt(self, index: int, entries: Sequence[Entry]) -> Json | None:
         """The log probabilities of the prompt's tokens, if it is shown, and of the answer's."""
-        found = self._log_probabilities([*before.entries, *entries], skipped=len(before.entries))
+        before = self._before[index] if self._before else Echo()
+        found = self._log_probabilities(index, [*before.entries, *entries], skipped=len(before.entries))
         if found is None or not before.text:
             return found
         firsts = {"tokens": self._name(before.first), "text_offset": 0}
         return {name: [firsts.get(name), *values] for name, values in found.items()}
 
-    def _log_probabilities(self, entries: Sequence[Entry], skipped: int = 0) -> Json | None:
+    def _log_probabilities(self, index: int, entries: Sequence[Entry], skipped: int = 0) -> Json | None:
         if not self._logprobs:
             return None
-        shift = len(self._before[0].text) if self._before else 0
+        shift = len(self._before[index].text) if self._before else 0
         return {
             "tokens": [self._name(e.logprob.token) for e in entries],
             "token_logprobs": [finite(e.logprob.logprob) for e in entries],

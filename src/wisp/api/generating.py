@@ -19,10 +19,11 @@ from starlette.types import Receive, Scope, Send
 
 from wisp.api import responses
 from wisp.api.answers import answers
-from wisp.api.backend import Backend, Target
+from wisp.api.backend import Backend, Target, together
 from wisp.api.body import Bodies, HeldBody, body_limit, parsed, read_body
 from wisp.api.errors import JsonResponse, error_response, model_not_found
 from wisp.api.exchange import RequestContext
+from wisp.api.naming import clients_words
 from wisp.api.observe import Observer
 from wisp.api.output import Delta, Output
 from wisp.api.prepare import Prepared, PromptWork, prepare
@@ -144,6 +145,13 @@ class Generating:
             body, lambda fields: self._parse(fields, headers, service.options.slo_classes), key
         )
         del body  # the answer may take long
+        with clients_words(ask.names):
+            return await self._answered(ask, held, exchange, stream)
+
+    async def _answered(
+        self, ask: GenerationRequest, held: HeldBody, exchange: RequestContext, stream: EventSender
+    ) -> Response:
+        service, key = self._service, exchange.key
         target = await self._target(ask, stream)
         name = service.name(ask.model, target)
         parser, trace = service.options.tool_parser, exchange.span.trace
@@ -152,6 +160,15 @@ class Generating:
         prepared = await service.prompts.run(key, admit, work)
         held.release()
         exchange.prompt_tokens = prepared.prompt_tokens
+        with together(service.backend, prepared.generations) as generations:
+            prepared = msgspec.structs.replace(prepared, generations=generations)
+            return await self._generated(prepared, target, name, exchange, stream)
+
+    async def _generated(
+        self, prepared: Prepared, target: Target, name: str, exchange: RequestContext, stream: EventSender
+    ) -> Response:
+        service, ask = self._service, exchange.ask
+        assert ask is not None
         before = await echoes(service.backend, ask, prepared, target)
         exchange.outputs = outputs = [_output(ask, prepared, target) for _ in prepared.generations]
         head = responses.new_head(name, target)

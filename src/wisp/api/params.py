@@ -150,12 +150,29 @@ class Completion(Common, kw_only=True):
 
 def read(body: Json, type_: type[S], refused: dict[str, tuple[Any, ...]]) -> S:
     """The body as a struct. Raises RequestError 400 with `param`."""
+    check_refused(body, refused)
+    return convert({name: _whole(value) for name, value in body.items()}, type_)
+
+
+def check_refused(body: Json, refused: dict[str, tuple[Any, ...]]) -> None:
+    """Raises RequestError 400 where `body` has one of these parameters with a value that changes something."""
     for name, harmless in refused.items():
         value = body.get(name)
         if value is not None and not any(_same(value, h) for h in harmless):
             only = " or ".join(msgspec.json.encode(h).decode() for h in harmless)
             refuse(name, f"not supported{f' (only {only} is)' if only else ''}", "unsupported_parameter")
-    return convert({name: _whole(value) for name, value in body.items()}, type_)
+
+
+def passed_on(body: Json, own: frozenset[str], elsewhere: dict[str, str]) -> Json:
+    """The parameters of a chat in the body of another surface: all but its `own`, which it reads itself.
+
+    elsewhere: parameters of a chat that this surface says by another name. Raises RequestError 400 for these.
+    """
+    for name, told in elsewhere.items():
+        if body.get(name) is not None:
+            refuse(name, f"not taken here; say it as {told}", "unsupported_parameter")
+    names = Chat.__struct_fields__
+    return {name: body[name] for name in names if name not in own and body.get(name) is not None}
 
 
 def convert(value: Any, type_: type[S], path: str = "") -> S:
@@ -164,16 +181,21 @@ def convert(value: Any, type_: type[S], path: str = "") -> S:
         return msgspec.convert(value, type_, str_keys=True)
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `")
-    field = (
-        where.replace("key` in `", "").rstrip("`").removeprefix("$").removeprefix(".").removesuffix("[...]")
-    )
+    of_key = where.startswith("key` in `")
+    path_in = where.replace("key` in `", "").rstrip("`").removeprefix("$").removeprefix(".")
+    of_value = path_in.endswith("[...]")  # of an object; which one is not told
     inner = value
-    for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", field):
+    for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path_in.removesuffix("[...]")):
         inner = inner[int(index)] if index else inner.get(name) if isinstance(inner, dict) else None
     expected, got = _plain(message)
     shown = f"{inner}" if type(inner) in (int, float) and abs(inner) < 1e18 else got or kind(inner)
-    param = ".".join(part for part in (path, field.partition("[")[0]) if part) or "body"
-    return refuse(param, f"expected {expected}, got {shown}")
+    field, bracket, at = path_in.partition("[")
+    param = ".".join(part for part in (path, field) if part) or "body"
+    if of_key:  # all of which are strings in JSON
+        return refuse(param, f"expected {expected} as every key")
+    if of_value:
+        return refuse(param, f"expected {expected} as every value{f', got {got}' if got else ''}")
+    return refuse(param, f"expected {expected}, got {shown}{f' at {bracket}{at}' if bracket else ''}")
 
 
 _WORDS = {
@@ -183,6 +205,7 @@ _WORDS = {
     "str": "a string",
     "array": "a list",
     "object": "an object",
+    "null": "null",
 }
 _BOUND = {">=": "of at least", "<=": "of at most"}
 

@@ -14,6 +14,7 @@ import msgspec
 from wisp.api.extras import Extras, parse_extras
 from wisp.api.fields import Fields, refuse
 from wisp.api.messages import Message, parse_messages
+from wisp.api.naming import Names
 from wisp.api.params import (
     MAX_CHOICES,
     MAX_STOP_CHARS,
@@ -50,6 +51,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     logprobs, prompt_logprobs: None, or how many alternatives to report per token
     asked:     the grammar; bad_words become token ids with the model's tokenizer
     echoed:    what the answer is to say of the request
+    names:     what the client calls the parameters of this, where it calls them otherwise
     """
 
     chat: bool
@@ -80,6 +82,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     slo: Slo | None = None
     slo_class: str = ""
     echoed: dict[str, Any] = {}
+    names: Names = {}
     extras: Extras = Extras()
 
 
@@ -136,6 +139,7 @@ def parse_completion(
         max_tokens=_DEFAULT_COMPLETION_TOKENS if params.max_tokens is None else params.max_tokens,
         logprobs=None if isinstance(params.logprobs, bool) else params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
+        names={"messages": "prompt"},  # a verifier's link knows chats alone
         **common,
     )
 

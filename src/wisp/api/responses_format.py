@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wisp.api.formats import call_id
+from wisp.api.formats import call_id, told_of
 from wisp.api.output import Delta
 from wisp.api.responses import Json
 from wisp.api.shape import Shape, Subject
@@ -29,6 +29,7 @@ class ResponsesFormat(Shape):
         self._items: list[Json] = []
         self._open = False
         self._sent = 0
+        self._told: list[Delta] = []  # with origins and rounds
 
     @classmethod
     def failed(cls, error: RequestError) -> bytes:
@@ -49,6 +50,8 @@ class ResponsesFormat(Shape):
         return [self._tell(f"response.{name}", response=response) for name in ("created", "in_progress")]
 
     def chunk(self, index: int, delta: Delta) -> list[Json]:
+        if delta.told:
+            self._told.append(delta)
         events: Sequence[Event] = [Text(delta.text)] if delta.text else delta.events
         return [told for event in events for told in self._of_event(event)]
 
@@ -56,11 +59,10 @@ class ResponsesFormat(Shape):
         return []
 
     def closing(self, index: int, finish: str, usage: Json, metrics: Json) -> list[Json]:
-        told = self._close()
         complete = finish != "length"
-        if not complete and self._items:
-            self._items[-1]["status"] = "incomplete"
-        response = self._response("completed" if complete else "incomplete") | {
+        status = "completed" if complete else "incomplete"
+        told = self._close(status)
+        response = self._response(status) | {
             "incomplete_details": None if complete else {"reason": "max_output_tokens"},
             "usage": {
                 "input_tokens": usage["prompt_tokens"],
@@ -72,6 +74,7 @@ class ResponsesFormat(Shape):
                 "total_tokens": usage["total_tokens"],
             },
             "metrics": metrics,
+            **told_of([self._told]),
         }
         return [*told, self._tell(f"response.{response['status']}", response=response)]
 
@@ -109,13 +112,13 @@ class ResponsesFormat(Shape):
         self._items[-1]["content"] = [part]
         return [added, self._tell("response.content_part.added", **self._place(), part=dict(part))]
 
-    def _close(self) -> list[Json]:
-        """The item that grows is complete."""
+    def _close(self, status: str = "completed") -> list[Json]:
+        """The item that grows has ended."""
         if not self._open:
             return []
         self._open = False
         part, stem = self._part(), self._stem()
-        self._items[-1]["status"] = "completed"
+        self._items[-1]["status"] = status
         return [
             self._tell(f"{stem}.done", **self._place(), text=part["text"], **self._extra()),
             self._tell("response.content_part.done", **self._place(), part=dict(part)),

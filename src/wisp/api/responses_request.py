@@ -5,16 +5,16 @@ Stored conversations are refused by name. Tools other than functions are ignored
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from wisp.api.fields import Fields, as_object, refuse
+from wisp.api.naming import History, clients_words
+from wisp.api.params import REFUSED_CHAT, check_refused, passed_on
 from wisp.api.requests import GenerationRequest, parse_chat
 from wisp.api.slo import NO_CLASSES, SloClasses
-from wisp.core.errors import RequestError
 
 Json = dict[str, Any]
 
@@ -25,17 +25,25 @@ _STORED = {
     "prompt": (),
     "truncation": ("disabled",),
 }
-_SAME = (
-    "model", "stream", "temperature", "top_p", "parallel_tool_calls", "top_k", "min_p", "seed", "stop", "ignore_eos",
-    "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "min_tokens", "chat_template_kwargs",
-    "enable_thinking",
-)  # fmt: skip
-# Parameters of the chat that this becomes, and where they came from
-_CAME_FROM = {
+# Parameters of a chat that have another name here, or that an answer of items has no place for
+_ELSEWHERE = {
     "messages": "input",
+    "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
+}
+_REFUSED = REFUSED_CHAT | {"n": (1,), "logprobs": (False,), "top_logprobs": (0,), "prompt_logprobs": ()}
+_OWN = frozenset({"tools", "tool_choice", "stream_options", *_ELSEWHERE, *_REFUSED})
+# What the parameters of the chat that this becomes are called here
+_NAMES = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "response_format.json_schema": "text.format",
+    "reasoning_effort": "reasoning.effort",
+    "tool_choice.function": "tool_choice",
+    "tool_choice.allowed_tools": "tool_choice",
 }
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
@@ -43,29 +51,29 @@ _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_t
 def parse_response(
     body: Json, headers: Mapping[str, str], classes: SloClasses = NO_CLASSES
 ) -> GenerationRequest:
-    """The body of `/v1/responses`. Raises RequestError 400 with `param`."""
+    """The body of `/v1/responses`. Raises RequestError 400 with `param`, as the client calls it."""
     fields = Fields(body)
     for name, harmless in _STORED.items():
         if body.get(name) is not None and body[name] not in harmless:
             refuse(name, "not supported: nothing is stored here", "unsupported_parameter")
-    tools = [_tool(as_object(t, f"tools[{i}]")) for i, t in enumerate(fields.list("tools"))]
-    chat: Json = {name: body[name] for name in _SAME if body.get(name) is not None}
+    if "message.output_text.logprobs" in fields.list("include"):
+        refuse("include", "log probabilities are not supported here", "unsupported_parameter")
+    check_refused(body, _REFUSED)
+    chat = passed_on(body, _OWN, _ELSEWHERE)
+    history = History(_NAMES)
+    _read_input(history, fields)
+    for i, tool in enumerate(fields.list("tools")):
+        _offer(history, as_object(tool, f"tools[{i}]"))
     chat |= {
-        "messages": _messages(fields),
-        "tools": [t for t in tools if t is not None],
-        "tool_choice": _choice(fields, bool([t for t in tools if t is not None])),
+        "messages": history.messages,
+        "tools": history.tools,
+        "tool_choice": _choice(fields, bool(history.tools)),
         "max_completion_tokens": body.get("max_output_tokens"),
         "response_format": _format(fields.object("text").get("format")),
         "reasoning_effort": fields.object("reasoning").get("effort"),
     }
-    try:
+    with clients_words(history.names):
         ask = parse_chat(chat, headers, classes)
-    except RequestError as error:
-        name = re.split(r"[.\[]", error.param or "", maxsplit=1)[0]
-        rest = (error.param or "").removeprefix(name).removeprefix(".json_schema")
-        raise RequestError(
-            error.status, str(error), code=error.code, param=_CAME_FROM.get(name, name) + rest
-        ) from None
     echoed = {
         "instructions": body.get("instructions"),
         "max_output_tokens": body.get("max_output_tokens"),
@@ -78,14 +86,14 @@ def parse_response(
         "tools": fields.list("tools"),
         "reasoning": body.get("reasoning") or {"effort": None, "summary": None},
     }
-    return msgspec.structs.replace(ask, echoed=echoed)
+    return msgspec.structs.replace(ask, echoed=echoed, names=history.names)
 
 
-def _tool(tool: Fields) -> Json | None:
-    if tool.string("type") != "function":
-        return None
-    names = ("name", "description", "parameters", "strict")
-    return {"type": "function", "function": {n: tool.get(n) for n in names if tool.get(n) is not None}}
+def _offer(history: History, tool: Fields) -> None:
+    if tool.string("type") == "function":
+        names = ("name", "description", "parameters", "strict")
+        function = {n: tool.get(n) for n in names if tool.get(n) is not None}
+        history.offer(function, tool.where, "parameters")
 
 
 def _choice(fields: Fields, any_tools: bool) -> Any:
@@ -114,54 +122,50 @@ def _format(given: Any) -> Json | None:
     return {"type": "json_schema", "json_schema": {k: v for k, v in fields.body.items() if k != "type"}}
 
 
-def _messages(fields: Fields) -> list[Json]:
-    messages: list[Json] = []
+def _read_input(history: History, fields: Fields) -> None:
     if instructions := fields.string("instructions"):
-        messages.append({"role": "system", "content": instructions})
+        history.add({"role": "system", "content": instructions}, "instructions")
     given = fields.get("input")
     if isinstance(given, str):
-        return [*messages, {"role": "user", "content": given}]
+        history.add({"role": "user", "content": given}, "input")
+        return
     if not isinstance(given, list) or not given:
         refuse("input", "expected a string, or a list of at least one item")
     for i, entry in enumerate(given):
-        _add(messages, as_object(entry, f"input[{i}]"))
-    return messages
+        _add(history, as_object(entry, f"input[{i}]"))
 
 
-def _add(messages: list[Json], item: Fields) -> None:
+def _add(history: History, item: Fields) -> None:
     """Add an item to the history. Calls and reasoning belong to the message of the assistant that they are next to."""
     type_ = item.string("type") or "message"
+    messages = history.messages
     if type_ == "message":
         role = item.string("role") or refuse(item.path("role"), "expected a role")
         content = _text(item.get("content"), item.path("content"))
         if role == "assistant" and messages and messages[-1].get("content", "") is None:
             messages[-1]["content"] = content
         else:
-            messages.append({"role": role, "content": content})
+            history.add({"role": role, "content": content}, item.where)
     elif type_ == "function_call":
         call = {
             "id": item.string("call_id"),
             "type": "function",
             "function": {"name": item.get("name"), "arguments": item.get("arguments")},
         }
-        _assistant(messages).setdefault("tool_calls", []).append(call)
+        if not messages or messages[-1]["role"] != "assistant":
+            history.add({"role": "assistant", "content": None}, item.where)
+        history.call(call, item.where, "arguments")
     elif type_ == "function_call_output":
         output = _text(item.get("output"), item.path("output"))
-        messages.append({"role": "tool", "tool_call_id": item.string("call_id"), "content": output})
+        history.add({"role": "tool", "tool_call_id": item.string("call_id"), "content": output}, item.where)
     elif type_ == "reasoning":
         parts = item.list("content") or item.list("summary")
         if text := _text(parts, item.path("content")):
-            messages.append({"role": "assistant", "content": None, "reasoning_content": text})
+            history.add({"role": "assistant", "content": None, "reasoning_content": text}, item.where)
     elif type_ == "item_reference":
         refuse(item.path("type"), "not supported: nothing is stored here", "unsupported_parameter")
     else:
         refuse(item.path("type"), f"items of type {type_!r} are not supported", "unsupported_parameter")
-
-
-def _assistant(messages: list[Json]) -> Json:
-    if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": None})
-    return messages[-1]
 
 
 def _text(content: Any, path: str) -> str:

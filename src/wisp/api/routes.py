@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Awaitable, Callable
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -14,7 +14,9 @@ from wisp.api.anthropic_format import AnthropicFormat
 from wisp.api.anthropic_request import count_tokens, parse_anthropic
 from wisp.api.backend import Backend, Target
 from wisp.api.body import Bodies, body_limit, parsed, read_body
-from wisp.api.errors import JsonResponse, error_response, request_id, to_request_error
+from wisp.api.errors import JsonResponse, error_body, error_response, request_id, to_request_error
+from wisp.api.exchange import CLIENT_CLOSED
+from wisp.api.fields import Fields
 from wisp.api.formats import ChatFormat, CompletionFormat
 from wisp.api.generating import ApiOptions, Authorize, Generating, Service, bearing
 from wisp.api.observe import Observer
@@ -24,11 +26,14 @@ from wisp.api.requests import parse_chat, parse_completion
 from wisp.api.responses import Json
 from wisp.api.responses_format import ResponsesFormat
 from wisp.api.responses_request import parse_response
+from wisp.api.sse import ClientGoneError, unless_gone
 from wisp.api.tokens import apply_template, detokenize, tokenize, tokenizer_info
 from wisp.core.errors import RequestError
 from wisp.engines.base import Check
 
 _DEFAULTS = ApiOptions()
+Endpoint = Callable[[Request], Awaitable[Response]]
+TokenWork = Callable[[Json, Target, Check], Json]
 
 
 def openai_routes(
@@ -72,32 +77,49 @@ def tokenizer_route(authorize: Authorize, blob: Callable[[str], Awaitable[bytes]
 
 
 def _token_routes(service: Service) -> list[Route]:
-    def endpoint(work: Callable[[Json, Target, Check], Json]) -> Callable[[Request], Awaitable[Response]]:
+    def endpoint(work: TokenWork, error_of: Callable[[RequestError], Json]) -> Endpoint:
         async def answer(request: Request) -> Response:
-            key = service.authorize(bearing(request)) if service.authorize is not None else ""
-            with service.bodies.of(key) as held:
-                body = await read_body(request, body_limit(service.backend.context), held)
-                service.backend.admit(key)
-                admit = functools.partial(service.backend.admit, key)
-                fields = await parsed(body, lambda found: found, key)
-                target = await service.backend.target()
-                service.name(fields.get("model") or "", target)
-                found = await service.prompts.run(key, admit, functools.partial(work, fields, target))
-            return JsonResponse(found, headers={"x-request-id": request_id(request)})
+            id_ = request_id(request)
+            try:
+                found = await _tokens(service, request, work)
+            except (ClientDisconnect, ClientGoneError):
+                return Response(status_code=CLIENT_CLOSED)  # which nobody reads
+            except Exception as exc:
+                return error_response(to_request_error(exc, id_), id_, error_of)
+            return JsonResponse(found, headers={"x-request-id": id_})
 
         return answer
 
-    works = {
+    works: dict[str, TokenWork] = {
         "/tokenize": tokenize,
         "/detokenize": detokenize,
         "/apply-template": apply_template,
-        "/v1/messages/count_tokens": count_tokens,
     }
-    return [Route(path, endpoint(work), methods=["POST"]) for path, work in works.items()]
+    return [
+        *(Route(path, endpoint(work, error_body), methods=["POST"]) for path, work in works.items()),
+        Route("/v1/messages/count_tokens", endpoint(count_tokens, AnthropicFormat.error), methods=["POST"]),
+    ]
+
+
+async def _tokens(service: Service, request: Request, work: TokenWork) -> Json:
+    """What `work` finds for a request. Raises RequestError, ClientDisconnect and ClientGoneError."""
+    key = service.authorize(bearing(request)) if service.authorize is not None else ""
+    with service.bodies.of(key) as held:
+        body = await read_body(request, body_limit(service.backend.context), held)
+
+        async def worked() -> Json:
+            service.backend.admit(key)
+            admit = functools.partial(service.backend.admit, key)
+            fields = await parsed(body, lambda found: found, key)
+            target = await service.backend.target()
+            service.name(Fields(fields).string("model") or "", target)
+            return await service.prompts.run(key, admit, functools.partial(work, fields, target))
+
+        return await unless_gone(request.receive, worked())
 
 
 def _model_routes(service: Service) -> list[Route]:
-    def guarded(answer: Callable[[Request, Target], Json]) -> Callable[[Request], Awaitable[Response]]:
+    def guarded(answer: Callable[[Request, Target], Json]) -> Endpoint:
         async def endpoint(request: Request) -> Response:
             id_ = request_id(request)
             try:

@@ -17,10 +17,10 @@ from wisp.api.answers import answers
 from wisp.api.backend import Backend, Generation, Target
 from wisp.api.output import Entry, Output
 from wisp.api.prepare import Prepared
-from wisp.api.requests import GenerationRequest
+from wisp.api.requests import GenerationRequest, Prompt
 from wisp.api.responses import Json
 from wisp.api.shape import Echo
-from wisp.api.spelling import finite, spelled
+from wisp.api.spelling import finite, spelled, written
 from wisp.api.sse import cancel
 from wisp.core.protocol.constraints import Constraints, Grammar
 from wisp.core.protocol.sampling import Sampling
@@ -49,8 +49,8 @@ async def echoes(backend: Backend, ask: GenerationRequest, prepared: Prepared, t
             for task in tasks:  # where one fails, nobody wants the others
                 await cancel(task)
     found = []
-    for prompt, scores in zip(prompts, scored, strict=True):
-        text, entries = _told(prompt, scores, target.tokenizer)
+    for said, prompt, scores in zip(ask.prompts, prompts, scored, strict=True):
+        text, entries = _told(said, prompt, scores, target.tokenizer)
         found += [
             Echo(
                 text if ask.echo else "",
@@ -84,14 +84,18 @@ async def _scores(
     return found
 
 
-def _told(prompt: list[int], scores: list[TokenLogprob], tokenizer: Tokenizer) -> tuple[str, list[Entry]]:
-    """The prompt as text, and its tokens with what was found of them."""
-    text = b"".join(map(tokenizer.piece, prompt)).decode("utf-8", "replace")
-    entries, before = [], tokenizer.piece(prompt[0])
-    for score in scores:
+def _told(
+    said: Prompt, prompt: list[int], scores: list[TokenLogprob], tokenizer: Tokenizer
+) -> tuple[str, list[Entry]]:
+    """The prompt as text, and its tokens with what was found of them. `said`: the prompt as the client gave it."""
+    pieces = [written(tokenizer, token) for token in prompt]
+    if not tokenizer.piece(prompt[0]) and isinstance(said, str) and not said.startswith(pieces[0].decode()):
+        pieces[0] = b""  # a beginning of sequence that is not the client's
+    entries, before = [], pieces[0]
+    for score, piece in zip(scores, pieces[1:], strict=False):
         entries.append(Entry(score, len(before.decode("utf-8", "ignore"))))
-        before += tokenizer.piece(score.token)
-    return text, entries
+        before += piece
+    return b"".join(pieces).decode("utf-8", "replace"), entries
 
 
 def _listed(prompt: list[int], scores: list[TokenLogprob], tokenizer: Tokenizer) -> list[Json | None]:

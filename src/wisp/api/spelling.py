@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from wisp.engines.base import Tokenizer
 
 _LOWEST_LOGPROB = -9999.0  # OpenAI's value for "impossible"; JSON has no infinity
@@ -19,6 +21,29 @@ def spelled(tokenizer: Tokenizer, token: int) -> str:
 def control_name(token: int) -> str:
     """The name, in vLLM's spelling, of a token that has no text."""
     return f"token_id:{token}"
+
+
+_NAMES: dict[
+    tuple[str, frozenset[str]], Mapping[int, str]
+] = {}  # by the tokenizer's fingerprint and control tokens
+
+
+def written(tokenizer: Tokenizer, token: int) -> bytes:
+    """A token as it is written in a prompt: control tokens, which have no text, by their names."""
+    return tokenizer.piece(token) or _control_tokens(tokenizer).get(token, "").encode()
+
+
+def _control_tokens(tokenizer: Tokenizer) -> Mapping[int, str]:
+    """Their names, by id."""
+    key = (tokenizer.fingerprint, tokenizer.controls)
+    names = _NAMES.get(key)
+    if names is None:
+        ids = {text: tokenizer.encode(text, add_bos=False, parse_special=True) for text in tokenizer.controls}
+        names = {found[0]: text for text, found in ids.items() if len(found) == 1}
+        if len(_NAMES) >= 16:
+            _NAMES.clear()
+        _NAMES[key] = names
+    return names
 
 
 def finite(logprob: float) -> float:

@@ -14,6 +14,7 @@ from wisp.api.prepare import prompt_ids
 from wisp.api.render import render
 from wisp.api.requests import GenerationRequest, parse_chat
 from wisp.api.responses import Json as Answer
+from wisp.api.spelling import written
 from wisp.engines.base import Check, Tokenizer
 
 
@@ -34,7 +35,7 @@ def tokenize(body: Json, target: Target, check: Check) -> Answer:
         tokens = tokenizer.encode(text, add_bos=add, parse_special=True, check=check)
     found: Answer = {"tokens": tokens, "count": len(tokens), "max_model_len": target.context}
     if fields.flag("return_token_strs"):
-        found["token_strs"] = [tokenizer.piece(t).decode("utf-8", "replace") for t in tokens]
+        found["token_strs"] = [written(tokenizer, t).decode("utf-8", "replace") for t in tokens]
     if fields.flag("with_pieces"):
         found["tokens"] = list(_with_pieces(tokens, tokenizer))
     return found
@@ -42,9 +43,8 @@ def tokenize(body: Json, target: Target, check: Check) -> Answer:
 
 def _with_pieces(tokens: list[int], tokenizer: Tokenizer) -> Iterator[Answer]:
     """Each token with its text, as llama.cpp tells it: in bytes where they are no text by themselves."""
-    names = {tuple(tokenizer.encode(c, add_bos=False, parse_special=True)): c for c in tokenizer.controls}
     for token in tokens:
-        piece = tokenizer.piece(token) or names.get((token,), "").encode()
+        piece = written(tokenizer, token)
         try:
             yield {"id": token, "piece": piece.decode()}
         except UnicodeDecodeError:
@@ -57,7 +57,7 @@ def detokenize(body: Json, target: Target, check: Check) -> Answer:
     tokenizer = target.tokenizer
     if not all(type(t) is int and 0 <= t < tokenizer.n_vocab for t in tokens):
         refuse("tokens", f"expected a list of token ids from 0 to {tokenizer.n_vocab - 1}")
-    text = b"".join(map(tokenizer.piece, tokens)).decode("utf-8", "replace")
+    text = b"".join(written(tokenizer, t) for t in tokens).decode("utf-8", "replace")
     return {"prompt": text, "content": text}
 
 

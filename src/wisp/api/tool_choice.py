@@ -20,12 +20,14 @@ class ToolUse(msgspec.Struct, frozen=True):
     shown:    the tools, for the template; none of them where nothing may be called
     tools:    those that may be called, by name
     forced:   the answer must be a call
+    fewer:    some of the tools that are shown may not be called
     parallel: it may be several
     """
 
     shown: list[Shown] = []
     tools: dict[str, Tool] = {}
     forced: bool = False
+    fewer: bool = False
     parallel: bool = True
 
 
@@ -87,4 +89,6 @@ def _allowed(fields: Fields, shown: list[Shown], tools: dict[str, Tool], paralle
     ]
     if not names or not all(name in tools for name in names):
         refuse(allowed.path("tools"), "expected some of the request's tools")
-    return ToolUse(shown, {n: tools[n] for n in names}, forced=mode == "required", parallel=parallel)
+    allowed_tools = {n: tools[n] for n in names}
+    fewer = len(allowed_tools) < len(tools)
+    return ToolUse(shown, allowed_tools, forced=mode == "required", fewer=fewer, parallel=parallel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import sys
 from pathlib import Path
@@ -37,13 +38,15 @@ from wisp.cli.options import (
 )
 from wisp.cli.renamed import LogJson
 from wisp.core.draft.patience import GIVE_UP_S
+from wisp.core.errors import ConfigError
 
 
 def edge(
     draft: Annotated[
         str,
         typer.Option(
-            help="A model as for --target, ngram, ngram+MODEL, none; or auto: the best one on this device, else ngram."
+            help="A model as for --target, ngram, ngram+MODEL, none; or auto: the best one on this device, else ngram "
+            "(also where no verifier is there within 10 s of the start)."
         ),
     ] = "auto",
     drafting: Drafting = "gain",
@@ -127,9 +130,7 @@ def edge(
     api_key = os.environ.get("WISP_API_KEY")
     drafter: DraftEngine | None
     if draft == "auto":
-        drafter, fingerprint = find_drafter(
-            server, api_key, slots=slots, threads=threads, wait_s=give_up_s, options=engine
-        )
+        drafter, fingerprint = find_drafter(server, api_key, slots=slots, threads=threads, options=engine)
     else:
         with RichProgress() as progress:
             drafter, fingerprint = load_drafter(
@@ -198,10 +199,27 @@ def generate(
 
     session_url(server)  # before a model is loaded
     policies = drafting_policies(drafting, predictor)
+    text = standard_input() if prompt == "-" else sound(prompt, "the prompt")
+    system = sound(system, "--system") if system is not None else None
     with RichProgress() as progress:
         drafter, fingerprint = load_drafter(draft, threads=threads, offline=offline, progress=progress)
-    text = sys.stdin.read() if prompt == "-" else prompt
     request = Request(text, system, raw, temperature, top_p, top_k, min_p, seed, max_tokens)
     key = os.environ.get("WISP_API_KEY")
     ahead_of = Ahead() if ahead else None
     asyncio.run(generate_once(request, server, key, drafter, fingerprint, policies, ahead_of, as_json=json))
+
+
+def standard_input() -> str:
+    """All of it. Raises ConfigError if it is no UTF-8, whatever the locale says of it."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sound(sys.stdin.read(), "standard input")
+
+
+def sound(text: str, what: str) -> str:
+    """`text`, if it was UTF-8: Python lets other bytes through, and stumbles on them later. Raises ConfigError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{what} is no UTF-8") from None
+    return text

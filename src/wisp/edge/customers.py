@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import msgspec
 
 from wisp.api.backend import Backend, Committed, Generation, Target
 from wisp.api.errors import refusal_error
+from wisp.api.fields import refuse
 from wisp.api.keys import Keyring
 from wisp.api.sse import close
 from wisp.core.verify.admission import Admission, Refusal
@@ -24,14 +27,19 @@ NO_PLACES = 1 << 40  # sessions: the verifier says when it is full
 
 
 class Customers:
-    """`api.backend.Backend` for the holders of `keys`, around another backend. A key is charged for the whole prompt:
-    the part that the verifier had cached is not known here."""
+    """`api.backend.Backend` for the holders of `keys`, around another backend.
+
+    A request is one request, however many answers it has; each answer is a session, from the time when the request is
+    let in to its end. A key is charged for the whole prompt: the part that the verifier had cached is not known here.
+    """
 
     def __init__(self, backend: Backend, keys: Keyring, clock: Callable[[], float] = time.monotonic) -> None:
         self._backend = backend
         self._keys = keys
         self._clock = clock
-        self._admission = Admission(NO_PLACES, keys.limits)
+        self._admission = Admission(NO_PLACES, keys.limits)  # its "sessions" are requests here
+        self._sessions: Counter[str] = Counter()  # open ones, by key
+        self._parties: set[str] = set()  # requests that are let in
         self._secret = secrets.token_bytes(32)
 
     @property
@@ -44,28 +52,67 @@ class Customers:
     def admit(self, key: str) -> None:
         """Raises RequestError 429 if the limits of `key` leave no room for another generation."""
         try:
+            self._look_for_room(key, 1)
             self._admission.ask(self._clock(), key)
         except Refusal as refusal:
             self._admission.turned_away(key)
             raise refusal_error(refusal) from None
 
-    async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
-        """Stream what the other commits. Raises RequestError 429 if the key's limits are used up."""
-        admission, key = self._admission, generation.key
+    @contextmanager
+    def together(self, generations: Sequence[Generation]) -> Iterator[list[Generation]]:
+        """Around all work on one request: see `api.backend.together`."""
+        key, size = generations[0].key, len(generations)
+        if (most := self._most_sessions(key)) and size > most:
+            param = "n" if size > 1 and generations[0].prompt is generations[1].prompt else "prompt"
+            refuse(
+                param, f"this key may have {most} sessions open, and these would be {size} answers at once"
+            )
         try:
-            admission.opened(self._clock(), key)
+            self._look_for_room(key, size)
+        except Refusal as refusal:
+            self._admission.turned_away(key)
+            raise refusal_error(refusal) from None
+        try:
+            self._admission.opened(self._clock(), key)
         except Refusal as refusal:
             raise refusal_error(refusal) from None
-        committed = self._backend.generate(msgspec.structs.replace(generation, salt=self.salt(key)))
-        unread = len(generation.prompt)
+        party = secrets.token_hex(8)
+        self._parties.add(party)
+        self._sessions[key] += size
         try:
-            async for item in committed:
-                admission.served(self._clock(), key, unread, len(item.tokens))
-                unread = 0
-                yield item
+            yield [msgspec.structs.replace(generation, party=party) for generation in generations]
         finally:
-            admission.closed(key)
-            await close(committed)
+            self._parties.remove(party)
+            self._sessions[key] -= size
+            self._admission.closed(key)
+
+    async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
+        """Stream what the other commits. Raises RequestError 429 if the key's limits are used up, unless the generation
+        is of a request that has been let in."""
+        with ExitStack() as own:
+            if generation.party not in self._parties:
+                (generation,) = own.enter_context(self.together([generation]))
+            admission, key = self._admission, generation.key
+            committed = self._backend.generate(msgspec.structs.replace(generation, salt=self.salt(key)))
+            unread = len(generation.prompt)
+            try:
+                async for item in committed:
+                    admission.served(self._clock(), key, unread, len(item.tokens))
+                    unread = 0
+                    yield item
+            finally:
+                await close(committed)
+
+    def _most_sessions(self, key: str) -> int:
+        """That a key may have open; 0: no limit."""
+        limits = self._admission.limits.get(key)
+        return limits.sessions if limits is not None else 0
+
+    def _look_for_room(self, key: str, size: int) -> None:
+        """Raises Refusal if so many more sessions of the key cannot be open now."""
+        most = self._most_sessions(key)
+        if most and self._sessions[key] + size > most:
+            raise Refusal("rate_limit_exceeded", f"this key may have {most} sessions open", 1.0)
 
     def salt(self, key: str) -> str:
         """The salt of a key, for the life of this process; "" if there are no keys to tell apart."""

@@ -30,6 +30,9 @@ LEAST_RATE = (
 )
 MOST_BYTES = 8_000_000_000  # of a file: no processor reads more of them LEAST_RATE times a second
 OVERHEAD = 1.2  # memory of a model over the size of its file
+START_S = (
+    10.0  # for a verifier; meanwhile nobody is answered here, so it is not as long as an answer may wait
+)
 STEPS = 8  # that are timed
 _PROMPT = range(1, 9)  # token ids; any text takes as long
 
@@ -50,15 +53,16 @@ def find_drafter(
     *,
     slots: int,
     threads: int | None,
-    wait_s: float,
     options: EngineOptions = USUAL,
 ) -> tuple[DraftEngine, str]:
-    """The drafter and its vocabulary's fingerprint; the log says which, and why. Waits for a verifier, for wait_s."""
-    welcome = asyncio.run(_welcome(server, api_key, wait_s))
-    if welcome is None:
+    """The drafter and its vocabulary's fingerprint; the log says which, and why. Waits for a verifier, for START_S."""
+    try:
+        welcome = asyncio.run(_welcome(server, api_key))
+    except RequestError as error:
         log.warning(
-            "drafter: n-grams, since no verifier has said yet which vocabulary it needs. "
-            "Start again once it is up, or name a model with --draft"
+            "drafter: n-grams, until this is started again: no verifier has said which vocabulary it needs, "
+            "and no model is named with --draft. %s",
+            error,
         )
         return _ngrams()
 
@@ -169,13 +173,11 @@ def _ngrams() -> Loaded:
     return engine, fingerprint
 
 
-async def _welcome(server: str, api_key: str | None, wait_s: float) -> Welcome | None:
-    """What a verifier says of itself; None if none is there in time, or it does not let us in."""
-    link = VerifierLink(server, api_key, give_up_s=wait_s)
+async def _welcome(server: str, api_key: str | None) -> Welcome:
+    """What a verifier says of itself. Raises RequestError if none is there in time, or it does not let us in."""
+    link = VerifierLink(server, api_key, give_up_s=START_S)
     link.start()
     try:
         return await link.connected()
-    except RequestError:
-        return None
     finally:
         await link.close()

@@ -275,6 +275,8 @@ class VerifierLink:
                 self.fatal = RequestError(502, message, code="verifier_unauthorized", type="server_error")
         elif isinstance(error, ProtocolError) and error.code in ("version_mismatch", "vocabulary_mismatch"):
             self.fatal = RequestError(502, str(error), code=error.code, type="server_error")
+        if self.fatal is not None:  # what says how to mend it
+            self.problem = str(self.fatal)
         if self.problem != before:
             log.log(
                 logging.ERROR if self.fatal else logging.WARNING,

@@ -6,7 +6,7 @@ They are in llguidance's dialect of Lark. A marker that is a control token stand
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 
 from wisp.api.tools.events import Tool
 from wisp.api.tools.forced_objects import gemma4, llama4
@@ -16,6 +16,7 @@ from wisp.api.tools.lark import (
     Schema,
     Tail,
     arguments,
+    escaped,
     is_text,
     names,
     parameters,
@@ -43,9 +44,20 @@ def grammar(family: str, template: str, tools: list[Tool], *, parallel: bool, ma
     return "\n".join([f"calls: {many}", f"call: {' | '.join(f'call{i}' for i in range(len(tools)))}", *call])
 
 
-def free_text(opener: str, is_token: bool) -> str:
-    """A terminal of text in which no call begins."""
-    return "/(.|\\n)*/" if is_token else text_without(opener)
+def free_text(openers: Sequence[str], tokens: Container[str]) -> tuple[str, str]:
+    """(a symbol for text in which no call begins, its rules). openers: of calls, first the one that is written.
+
+    Text has no tokens. Where the one that is written is none, a lexer would read it as text as far as it goes, so text
+    is in pieces there: what an opener cannot begin in, and what may become one. That takes a single opener; with more,
+    a call can only come before any text.
+    """
+    written = [opener for opener in openers if opener not in tokens]
+    if openers[0] in tokens or len(written) > 1:
+        return "TEXT", f"TEXT: {text_without(*written)}"
+    *rest, last = (escaped(char) for char in openers[0][:-1])
+    for char in reversed(rest):
+        last = f"{char}({last})?"
+    return "text", f"text: (CHUNK | PART)*\nCHUNK: /[^{escaped(openers[0][0])}]+/\nPART: /{last}/"
 
 
 def _hermes(tools: list[Tool], template: str, mark: Mark) -> Parts:

@@ -42,9 +42,11 @@ def arguments(tool: Tool) -> str:
     return schema_rule({"type": "object", **tool.parameters})
 
 
-def text_without(marker: str, ending: str = "") -> str:
-    """A terminal of any text without this one, and with that ending."""
-    return f"/(.|\\n)*{escaped(ending)}/ & ~/(.|\\n)*{escaped(marker)}(.|\\n)*/"
+def text_without(*markers: str, ending: str = "") -> str:
+    """A terminal of any text without any of these, and with that ending."""
+    return " & ".join(
+        [f"/(.|\\n)*{escaped(ending)}/", *(f"~/(.|\\n)*{escaped(m)}(.|\\n)*/" for m in markers)]
+    )
 
 
 def is_text(schema: Schema) -> bool:
@@ -108,7 +110,10 @@ def parameters(i: int, tool: Tool, head: Callable[[str, Schema], str], tail: Tai
             options = listed(tool, schema)
             rules.append(f"{rule}_v: ({options}) {end}")
         elif is_text(schema) and tail.then:
-            rules += [f"{rule}_v: P{i}_{j} {tail.then}", f"P{i}_{j}: {text_without(tail.marker, tail.text)}"]
+            rules += [
+                f"{rule}_v: P{i}_{j} {tail.then}",
+                f"P{i}_{j}: {text_without(tail.marker, ending=tail.text)}",
+            ]
         elif is_text(schema):
             rules.append(f"{rule}_v[lazy]: /(.|\\n)*{escaped(tail.text)}/")
         else:
