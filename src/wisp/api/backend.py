@@ -9,8 +9,10 @@ from typing import Protocol, runtime_checkable
 import msgspec
 
 from wisp.api.extras import Extras
+from wisp.api.fields import refuse
 from wisp.core.draft.task import Task
 from wisp.core.protocol.step import Committed
+from wisp.core.verify.admission import KeyLimits
 from wisp.engines.base import Tokenizer
 from wisp.engines.constraining import Compiler
 
@@ -79,3 +81,22 @@ def together(backend: Backend, generations: Sequence[Generation]) -> AbstractCon
     Raises RequestError 429, or 400 where the key's limits can never hold so many.
     """
     return backend.together(generations) if isinstance(backend, Gate) else nullcontext(list(generations))
+
+
+def check_room(generations: Sequence[Generation], most: int, what: str) -> None:
+    """Raises RequestError 400 where all answers of one request are more than a key may ever have at once.
+
+    most: of them; 0: no limit. what: the limit in words, with its number.
+    """
+    size = len(generations)
+    if most and size > most:
+        param = "n" if size > 1 and generations[0].prompt is generations[1].prompt else "prompt"
+        refuse(param, f"this key may {what}, and these would be {size} answers at once")
+
+
+def check_sessions(generations: Sequence[Generation], limits: KeyLimits | None) -> None:
+    """The same for a verifier, to which each answer is a session and a request."""
+    if limits is not None:
+        check_room(generations, limits.sessions, f"have {limits.sessions} sessions open")
+        per_minute = limits.requests_per_minute
+        check_room(generations, per_minute, f"send {per_minute} requests a minute")

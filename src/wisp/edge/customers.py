@@ -16,9 +16,8 @@ from contextlib import ExitStack, contextmanager
 
 import msgspec
 
-from wisp.api.backend import Backend, Committed, Generation, Target
+from wisp.api.backend import Backend, Committed, Generation, Target, check_room
 from wisp.api.errors import refusal_error
-from wisp.api.fields import refuse
 from wisp.api.keys import Keyring
 from wisp.api.sse import close
 from wisp.core.verify.admission import Admission, Refusal
@@ -62,11 +61,8 @@ class Customers:
     def together(self, generations: Sequence[Generation]) -> Iterator[list[Generation]]:
         """Around all work on one request: see `api.backend.together`."""
         key, size = generations[0].key, len(generations)
-        if (most := self._most_sessions(key)) and size > most:
-            param = "n" if size > 1 and generations[0].prompt is generations[1].prompt else "prompt"
-            refuse(
-                param, f"this key may have {most} sessions open, and these would be {size} answers at once"
-            )
+        most = self._most_sessions(key)
+        check_room(generations, most, f"have {most} sessions open")
         try:
             self._look_for_room(key, size)
         except Refusal as refusal:

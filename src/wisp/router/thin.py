@@ -12,11 +12,12 @@ import gzip
 import ssl
 import time
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 
 import httpx
 
-from wisp.api.backend import Committed, Generation, Target
+from wisp.api.backend import Committed, Generation, Target, check_sessions
 from wisp.api.errors import refusal_error, shutting_down
 from wisp.api.keys import on_behalf
 from wisp.api.paths import REPLICAS_PATH
@@ -141,6 +142,12 @@ class RouterBackend:
             self._host.admit(key)
         except Refusal as refusal:
             raise refusal_error(refusal) from None
+
+    @contextmanager
+    def together(self, generations: Sequence[Generation]) -> Iterator[list[Generation]]:
+        """Around all work on one request: see `api.backend.together`."""
+        check_sessions(generations, self._host.admission.limits.get(generations[0].key))
+        yield list(generations)
 
     def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         return self._edge(generation.key).generate(generation)

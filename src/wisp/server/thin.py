@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 
 import msgspec
 
-from wisp.api.backend import Committed, Generation, Target
+from wisp.api.backend import Committed, Generation, Target, check_sessions
 from wisp.api.errors import refusal_error, shutting_down
 from wisp.core.draft.drafter import Drafter
 from wisp.core.draft.policies import Fixed
@@ -46,6 +47,12 @@ class ThinBackend:
             self.host.admit(key)
         except Refusal as refusal:
             raise refusal_error(refusal) from None
+
+    @contextmanager
+    def together(self, generations: Sequence[Generation]) -> Iterator[list[Generation]]:
+        """Around all work on one request: see `api.backend.together`."""
+        check_sessions(generations, self.host.verifier.admission.limits.get(generations[0].key))
+        yield list(generations)
 
     async def generate(self, generation: Generation) -> AsyncIterator[Committed]:
         host = self.host
