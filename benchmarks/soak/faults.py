@@ -24,9 +24,8 @@ CROWD_TOKENS = 4
 LONG = 2_000  # tokens of an answer that nobody reads
 SLOW_S = 0.02  # between two reads of a slow reader
 SLOW_TOKENS = 100
-SUDDEN = (
-    64  # connections that come while descriptors are short, and sessions that go on while something else is
-)
+# Connections that come while descriptors are short, and sessions that go on while something else is
+SUDDEN = 64
 HOLD_S = 5.0  # descriptors are short for so long, at most
 
 

@@ -25,14 +25,11 @@ from wisp.engines.options import USUAL, EngineOptions
 
 log = logging.getLogger("wisp.edge")
 
-LEAST_RATE = (
-    10.0  # drafted tokens/s; a device that is slower waits for its own drafts longer than for the verifier
-)
+# Drafted tokens/s; a device that is slower waits for its own drafts longer than for the verifier
+LEAST_RATE = 10.0
 MOST_BYTES = 8_000_000_000  # of a file: no processor reads more of them LEAST_RATE times a second
 OVERHEAD = 1.2  # memory of a model over the size of its file
-START_S = (
-    10.0  # for a verifier; meanwhile nobody is answered here, so it is not as long as an answer may wait
-)
+START_S = 10.0  # for a verifier. Nobody is answered here meanwhile, so it is shorter than an answer may wait
 STEPS = 8  # that are timed
 _PROMPT = range(1, 9)  # token ids; any text takes as long
 

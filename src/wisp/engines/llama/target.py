@@ -45,9 +45,8 @@ Mode = Literal["exact", "fast"]
 
 EXACT_ROWS = 7  # K-quant, Q5_0 and Q8_0 matrices switch kernels at 8 rows
 FAST_ROWS = 128  # more rows a call are no faster on a CPU, and each takes n_vocab * 4 bytes of output buffer
-DEVICE_ROWS = (
-    512  # with an accelerator: llama.cpp's own choice, since its reads of the weights are shared by all
-)
+# With an accelerator: llama.cpp's own choice, since its reads of the weights are shared by all
+DEVICE_ROWS = 512
 STEP_TOKENS = {"exact": 32, "fast": 96}
 UNMEASURED_FLIP_GAP = 1.0  # without the check at start-up; 0.4 to 1.0 was measured on quantised models
 SLOT_TOKENS = 2048  # where nothing else is asked for

@@ -24,9 +24,8 @@ from wisp.engines.vllm.kernels import (
 from wisp.engines.vllm.rows import Rows, Said, packed
 
 MOST = 4096  # candidates of a row that are kept apart
-GROUP = (
-    128  # ids whose largest logit is remembered: the k-th largest of these bounds what is among the k largest
-)
+# Ids whose largest logit is remembered: the k-th largest of these bounds what is among the k largest
+GROUP = 128
 ALIGNED = 16  # bytes, at multiples of which kernels' arguments begin: others would be compiled for anew
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, for tests
 
