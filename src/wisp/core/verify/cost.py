@@ -36,10 +36,8 @@ ENOUGH = 50  # steps after which a model without a profile is gone by
 WINDOW = 200  # last steps whose errors make the margin,
 LATELY = 64  # those that make the median error,
 LATEST = 24  # and those that tell noise from a machine that has changed
-AT_FIRST, EVERY = (
-    20,
-    5,
-)  # steps: errors are summed up after each of the first, then now and then, as that takes a while
+# Steps: errors are summed up after each of the first, then now and then, as that takes a while.
+AT_FIRST, EVERY = 20, 5
 COVERED, MOST_MARGIN = 0.9, 2.0  # share of steps that take no longer than predicted x margin, and its most
 LEAST_MS = 1e-3  # shortest step time: the least that can be measured, and never a division by 0
 MOST_MS = 1e9  # longest step time that is learnt from, and the largest coefficient

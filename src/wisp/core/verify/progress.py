@@ -20,16 +20,8 @@ class Progress:
     """
 
     __slots__ = (
-        "at_hand",
-        "chain",
-        "elsewhere",
-        "entries",
-        "known",
-        "logprobs",
-        "match",
-        "n_prompt",
-        "reused",
-    )
+        "at_hand", "chain", "elsewhere", "entries", "known", "logprobs", "match", "n_prompt", "reused",
+    )  # fmt: skip
 
     def __init__(self, open_: Open) -> None:
         self.n_prompt = len(open_.prompt)
